@@ -1,0 +1,76 @@
+"""What every operator asks of its inputs: shapes that agree, a legal `impl`, documents in order."""
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("lcdist_kernels")
+
+IMPLS = ("auto", "triton", "torch", "reference")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError unless q `[b, s_q, h, d]` and k, v `[b, s_k, h_kv, d]` fit each other.
+
+    h must be a multiple of h_kv; one floating dtype, one device.
+    """
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(f"{shapes}: expected q [b, s, h, d] and k, v of one shape [b, s, h_kv, d]")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"{shapes}: batch and head_dim of q and of k, v must be equal")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"{shapes}: nheads = {q.shape[2]} must be a multiple of nheads_kv = {k.shape[2]}"
+        )
+    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: expected one floating dtype"
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q on {q.device}, k on {k.device}, v on {v.device}: expected one device")
+
+
+def check_impl(impl: str, method: str, built: tuple[str, ...]) -> None:
+    """Raises ValueError unless `impl` is among those `built` for `method`."""
+    if impl not in built:
+        known = "is not built for this method yet" if impl in IMPLS else "is unknown"
+        raise ValueError(
+            f"impl = {impl!r} {known}: {method} attention has {', '.join(built)}; use one of these"
+        )
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over tokens are kept: the wider of fp32 and `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def document_starts(cu_seqlens: Tensor | None, index: Tensor, seqlen: int) -> Tensor:
+    """The first token of the document that each token of `index` belongs to: int64, on the CPU.
+
+    cu_seqlens: document borders `[n + 1]`, int32 or int64, from 0, not decreasing, at most
+    `seqlen`; tokens after the last border form a document of their own; None: one document.
+    index: global token numbers, int64 on the CPU. Raises ValueError for borders that are not so.
+    """
+    if cu_seqlens is None:
+        return torch.zeros_like(index)
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens of shape {tuple(cu_seqlens.shape)}, {cu_seqlens.dtype}: "
+            "expected one int32 table [n + 1], the same for every row of the batch"
+        )
+    borders = cu_seqlens.to("cpu", torch.int64)
+    if not len(borders) or borders[0] != 0 or (borders.diff() < 0).any() or borders[-1] > seqlen:
+        raise ValueError(
+            f"cu_seqlens = {borders.tolist()}: must start with 0, not decrease and "
+            f"end at most at seqlen = {seqlen}"
+        )
+    return borders[torch.searchsorted(borders, index, right=True) - 1]
+
+
+@cache
+def announce(choice: str) -> None:
+    """Logs, once a process, which implementation impl = "auto" stands for and why."""
+    logger.info(choice)

@@ -1,0 +1,50 @@
+"""Partial results of softmax attention: which keys a query sees, and how two partials become one.
+
+A partial is (out, lse) over some of the keys; lse = log sum exp(score). With two disjoint sets,
+
+    lse = log(exp(lse_1) + exp(lse_2)),   out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
+
+(online softmax, arXiv:1805.02867). A query that sees no key has lse = -inf and out = 0.
+"""
+
+import torch
+from torch import Tensor
+
+
+def visible(q_idx: Tensor, q_lo: Tensor, k_idx: Tensor) -> Tensor:
+    """The band of causal attention inside documents, bool `[s_q, s_k]`: q_lo <= k_idx <= q_idx.
+
+    q_idx, k_idx: global token numbers; q_lo: the first token of each query's document.
+    """
+    return (k_idx <= q_idx[:, None]) & (k_idx >= q_lo[:, None])
+
+
+def reaches(q_idx: Tensor, q_lo: Tensor, k_idx: Tensor) -> bool:
+    """False if it is plain from the extremes that no query sees any of these keys."""
+    return bool(k_idx.min() <= q_idx.max() and k_idx.max() >= q_lo.min())
+
+
+def merge(out: Tensor, lse: Tensor, out_blk: Tensor, lse_blk: Tensor) -> tuple[Tensor, Tensor]:
+    """The partial over the keys of both; differentiable also where a query sees nothing.
+
+    out, out_blk: `[b, s, h, d]`; lse, lse_blk: `[b, h, s]`; all fp32 or all float64.
+    """
+    # The greatest logit only shifts the exponents: no gradient passes through it.
+    top = torch.maximum(lse, lse_blk).detach()
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weight, weight_blk = (lse - top).exp(), (lse_blk - top).exp()
+    total, lse = normalizer(weight + weight_blk, top)
+    weight, weight_blk = weight / total, weight_blk / total
+    # [b, h, s] -> [b, s, h, 1]
+    out = out * weight.transpose(1, 2)[..., None] + out_blk * weight_blk.transpose(1, 2)[..., None]
+    return out, lse
+
+
+def normalizer(total: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """What a row of weights exp(score - top) that sum to `total` is divided by, and its lse.
+
+    A row that sees nothing (total = 0) gets (1, -inf), with gradients that are zero, not NaN.
+    """
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    return total, (top + total.log()).masked_fill(empty, -torch.inf)

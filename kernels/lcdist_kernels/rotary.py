@@ -1,0 +1,105 @@
+"""Rotary position embedding (arXiv:2104.09864), pairs split by halves as in Hugging Face's LLaMA.
+
+With half = head_dim / 2 and angle[p, i] = p * inv_freq[i], feature i < half pairs with i + half:
+
+    y[i]        = x[i] cos - x[i + half] sin
+    y[i + half] = x[i + half] cos + x[i] sin
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcdist_kernels.common import wide_dtype
+
+# A forward pass asks for one set of positions and, when packed or evaluated, a second.
+TABLES_KEPT = 2
+
+
+class _Table(NamedTuple):
+    positions: Tensor
+    dtype: torch.dtype
+    device: torch.device
+    cos: Tensor
+    sin: Tensor
+
+
+class Rotary:
+    """Rotates queries and keys by their positions.
+
+    inv_freq: `[head_dim / 2]`, radians a token. attention_factor: multiplies cos and sin, so it
+    scales a logit by its square (YaRN, arXiv:2309.00071). Raises ValueError for another shape.
+    """
+
+    def __init__(self, inv_freq: Tensor, attention_factor: float = 1.0) -> None:
+        if inv_freq.dim() != 1 or not inv_freq.is_floating_point():
+            raise ValueError(
+                f"inv_freq of shape {tuple(inv_freq.shape)}, {inv_freq.dtype}: "
+                "expected floats [head_dim / 2]"
+            )
+        self.inv_freq = inv_freq.detach()
+        self.attention_factor = attention_factor
+        self._tables: tuple[_Table, ...] = ()
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x` `[b, s, h, d]` rotated by `positions`, integers `[s]` or `[b, s]`; differentiable.
+
+        Angles are computed in the wider of fp32 and x.dtype; cos and sin are cast to x.dtype.
+        The tables of positions that lie on the CPU are kept and found again by value.
+        Raises ValueError where shapes do not fit.
+        """
+        if x.dim() != 4 or x.shape[3] != 2 * len(self.inv_freq):
+            raise ValueError(
+                f"x of shape {tuple(x.shape)}: expected [b, s, h, {2 * len(self.inv_freq)}], "
+                f"as this rotary has {len(self.inv_freq)} frequencies"
+            )
+        if positions.is_floating_point() or positions.shape not in (x.shape[1:2], x.shape[:2]):
+            raise ValueError(
+                f"positions of shape {tuple(positions.shape)}, {positions.dtype}: expected "
+                f"integers [{x.shape[1]}] or {list(x.shape[:2])}"
+            )
+        table = self._find(positions, x)
+        return _Rotate.apply(x, table.cos, table.sin)
+
+    def _find(self, positions: Tensor, x: Tensor) -> _Table:
+        # Comparing values on a GPU would wait for it.
+        on_cpu = positions.device.type == "cpu"
+        tables = self._tables
+        if on_cpu:
+            for table in tables:
+                same_kind = table.dtype == x.dtype and table.device == x.device
+                if same_kind and torch.equal(table.positions, positions):
+                    return table
+        table = self._make(positions, x)
+        if on_cpu:
+            # One assignment: virtual ranks share this object from several threads.
+            self._tables = (table, *tables)[:TABLES_KEPT]
+        return table
+
+    @torch.no_grad()
+    def _make(self, positions: Tensor, x: Tensor) -> _Table:
+        wide = wide_dtype(x.dtype)
+        inv_freq = self.inv_freq.to(x.device, wide)
+        angles = positions.to(x.device, wide)[..., None, None] * inv_freq  # [(b,) s, 1, d / 2]
+        cos = (angles.cos() * self.attention_factor).to(x.dtype)
+        sin = (angles.sin() * self.attention_factor).to(x.dtype)
+        return _Table(positions.clone(), x.dtype, x.device, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """Keeps the two tables, not x; the adjoint is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        y = torch.empty_like(x)
+        torch.mul(x[..., :half], cos, out=y[..., :half]).addcmul_(x[..., half:], sin, value=-1)
+        torch.mul(x[..., half:], cos, out=y[..., half:]).addcmul_(x[..., :half], sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(dy, cos, -sin), None, None

@@ -1,0 +1,252 @@
+"""TOML to the typed tree and back: strict, and every mistake reported at once.
+
+A key nobody knows, a wrong type, a value out of range: each is an error that names the key, the
+value and what would be legal. All of them are collected and raised together as one `ConfigError`.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lcdist.config.schema import OPTIONS, Config, RawOptions
+
+_NAMES = {bool: "bool", int: "int", float: "float", str: "str"}
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration, one line a mistake (`errors`)."""
+
+    def __init__(self, errors: Iterable[str]) -> None:
+        self.errors = tuple(errors)
+        super().__init__("\n".join(self.errors))
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in the TOML file `path`, with `section.key=value` overrides applied.
+
+    Raises ConfigError naming the file where it cannot be read, and every mistake otherwise.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError([f"cannot read configuration {path}: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"cannot read configuration {path}: not UTF-8 ({error})"]) from error
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"cannot read configuration {path}: not TOML ({error})"]) from error
+    return parse(table, overrides)
+
+
+def parse(table: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The typed tree of a TOML table. Raises ConfigError with every mistake in it."""
+    errors: list[str] = []
+    merged = _plain(table)
+    for override in overrides:
+        _apply(merged, override, errors)
+    config = build(Config, merged, "", errors)
+    if errors or config is None:
+        raise ConfigError(errors)
+    return config
+
+
+def build(cls: type, table: Any, where: str, errors: list[str]) -> Any:
+    """An instance of the dataclass `cls` from `table`, or None with reasons added to `errors`.
+
+    `where` is the dotted path of the table, for the messages.
+    """
+    if not isinstance(table, Mapping):
+        errors.append(f"{where} = {table!r}: expected a table of keys, got {_kind(table)}")
+        return None
+    before = len(errors)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    known = [name for name, f in fields.items() if not f.metadata.get("flattened")]
+    rest = {key: value for key, value in table.items() if key not in known}
+    for name in known:
+        field, path = fields[name], f"{where}.{name}" if where else name
+        if name in table:
+            values[name] = _value(hints[name], table[name], path, errors)
+            _check_range(field, values[name], path, errors)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            errors.append(f"missing key '{path}': it has no default")
+    for name in fields:
+        if fields[name].metadata.get("flattened"):
+            method = values.get("method", fields["method"].default)
+            values[name] = _options(method, rest, where, known, errors)
+            rest = {}
+    for key in rest:
+        errors.append(_unknown(key, known, where))
+    return None if len(errors) > before else cls(**values)
+
+
+def dump(config: Any) -> str:
+    """The tree as TOML that `load` reads back to an equal tree."""
+    lines: list[str] = []
+    _dump_table(config, "", lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def build_options(cls: type, raw: RawOptions) -> Any:
+    """Options of a method that came through an entry point, typed as strictly as built-in ones."""
+    errors: list[str] = []
+    options = build(cls, raw.table, "attention", errors)
+    if errors:
+        raise ConfigError(errors)
+    return options
+
+
+def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _plain(v) if isinstance(v, Mapping) else v for k, v in table.items()}
+
+
+def _apply(table: dict[str, Any], override: str, errors: list[str]) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        errors.append(f"override {override!r}: expected section.key=value")
+        return
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        # A shell strips quotes: a word that is no TOML value stands for itself.
+        value = text.strip()
+    for depth, key in enumerate(keys[:-1]):
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            errors.append(f"override {override!r}: '{'.'.join(keys[: depth + 1])}' is not a table")
+            return
+    table[keys[-1]] = value
+
+
+def _options(
+    method: Any, table: dict[str, Any], where: str, siblings: list[str], errors: list[str]
+) -> Any:
+    if method not in OPTIONS:
+        return RawOptions(table=table)
+    cls = OPTIONS[method]
+    legal = {f.name for f in dataclasses.fields(cls)}
+    for key in [key for key in table if key not in legal]:
+        errors.append(_unknown(key, [*siblings, *sorted(legal)], where))
+    return build(cls, {k: v for k, v in table.items() if k in legal}, where, errors)
+
+
+def _unknown(key: str, known: Sequence[str], where: str) -> str:
+    path = f"{where}.{key}" if where else key
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        hint = f"{where}.{close[0]}" if where else close[0]
+        return f"unknown key '{path}'; did you mean '{hint}'?"
+    return f"unknown key '{path}'; known keys: {', '.join(known)}"
+
+
+def _kind(value: Any) -> str:
+    return "table" if isinstance(value, Mapping) else type(value).__name__
+
+
+def _value(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        legal = typing.get_args(hint)
+        if value not in legal or isinstance(value, bool):
+            errors.append(f"{path} = {value!r}: must be one of {', '.join(map(str, legal))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            errors.append(f"{path} = {value!r}: expected a list, got {_kind(value)}")
+            return value
+        item = typing.get_args(hint)[0]
+        return tuple(_value(item, v, f"{path}[{i}]", errors) for i, v in enumerate(value))
+    if origin is types.UnionType:
+        return _union(typing.get_args(hint), value, path, errors)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return build(hint, value, path, errors)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        expected = _NAMES.get(hint, str(hint))
+        errors.append(f"{path} = {value!r}: expected {expected}, got {_kind(value)}")
+    return value
+
+
+def _union(members: Sequence[type], value: Any, path: str, errors: list[str]) -> Any:
+    """A tagged union: the members share one field whose type is a Literal with one value."""
+    tag, choices = _tags(members)
+    if not isinstance(value, Mapping):
+        errors.append(f"{path} = {value!r}: expected a table of keys, got {_kind(value)}")
+        return None
+    chosen = value.get(tag, next(iter(choices)))
+    if chosen not in choices:
+        errors.append(f"{path}.{tag} = {chosen!r}: must be one of {', '.join(choices)}")
+        return None
+    return build(choices[chosen], value, path, errors)
+
+
+def _tags(members: Sequence[type]) -> tuple[str, dict[str, type]]:
+    for name, hint in typing.get_type_hints(members[0]).items():
+        if typing.get_origin(hint) is Literal:
+            hints = [typing.get_type_hints(member)[name] for member in members]
+            tags = [typing.get_args(member_hint)[0] for member_hint in hints]
+            return name, dict(zip(tags, members, strict=True))
+    raise AssertionError("a union in the schema needs a Literal tag")
+
+
+def _check_range(field: Any, value: Any, path: str, errors: list[str]) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    low, above = field.metadata.get("min"), field.metadata.get("above")
+    if isinstance(value, float) and not math.isfinite(value):
+        errors.append(f"{path} = {value}: must be finite")
+    elif low is not None and value < low:
+        errors.append(f"{path} = {value}: must be at least {low}")
+    elif above is not None and value <= above:
+        errors.append(f"{path} = {value}: must be greater than {above}")
+
+
+def _dump_table(node: Any, path: str, lines: list[str]) -> None:
+    table = _as_table(node)
+    scalars = {k: v for k, v in table.items() if not _is_table(v)}
+    if path and (scalars or not table):
+        lines.extend(["", f"[{path}]"])
+    lines.extend(f"{key} = {_scalar(value)}" for key, value in scalars.items())
+    for key, value in table.items():
+        if _is_table(value):
+            _dump_table(value, f"{path}.{key}" if path else key, lines)
+
+
+def _is_table(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) or isinstance(value, Mapping)
+
+
+def _as_table(node: Any) -> dict[str, Any]:
+    if isinstance(node, Mapping):
+        return dict(node)
+    table: dict[str, Any] = {}
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if field.metadata.get("flattened"):
+            table.update(value.table if isinstance(value, RawOptions) else _as_table(value))
+        else:
+            table[field.name] = value
+    return table
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        for char, code in (("\n", "\\n"), ("\t", "\\t"), ("\r", "\\r")):
+            escaped = escaped.replace(char, code)
+        return f'"{escaped}"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_scalar(v) for v in value) + "]"
+    return repr(value)

@@ -1,0 +1,198 @@
+"""The schema of a run: one tree of frozen dataclasses, and the only place where defaults live.
+
+Lengths are in tokens, sizes of the mesh in ranks, times in seconds. No torch in here, so that a
+configuration can be checked where torch is not installed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def at_least(low: float, default: Any) -> Any:
+    """A field with a default and a lower bound that the loader checks."""
+    return field(default=default, metadata={"min": low})
+
+
+def above(low: float, default: Any) -> Any:
+    """A field with a default that must be greater than `low`."""
+    return field(default=default, metadata={"above": low})
+
+
+def required(low: float | None = None) -> Any:
+    """A field without a default, with an optional lower bound."""
+    return field(metadata={} if low is None else {"min": low})
+
+
+# --- rotary embedding: a union, told apart by `scaling` -------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopePlain:
+    """Rotary embedding as trained: frequencies base^(-2i/d) (arXiv:2104.09864)."""
+
+    scaling: Literal["none"] = "none"
+    base: float = above(1, 10000.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopePI:
+    """Position interpolation: every frequency divided by `factor` (arXiv:2306.15595)."""
+
+    scaling: Literal["pi"] = "pi"
+    base: float = above(1, 10000.0)
+    factor: float = at_least(1, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeNTK:
+    """NTK-aware scaling: base multiplied by factor^(d/(d-2))."""
+
+    scaling: Literal["ntk"] = "ntk"
+    base: float = above(1, 10000.0)
+    factor: float = at_least(1, 1.0)
+
+
+Rope = RopePlain | RopePI | RopeNTK
+
+
+# --- attention methods' options -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullOptions:
+    """Full causal attention has no options."""
+
+
+OPTIONS: Mapping[str, type] = {"full": FullOptions}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawOptions:
+    """Options of a method that is not built in, kept as they were written until it is known."""
+
+    table: Mapping[str, Any]
+
+
+# --- sections -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A LLaMA-shaped decoder: RMSNorm, rotary attention with grouped heads, SwiGLU."""
+
+    vocab_size: int = required(2)
+    num_layers: int = required(1)
+    hidden_size: int = required(1)
+    nheads: int = required(1)
+    nheads_kv: int = at_least(0, 0)  # 0: as many as nheads
+    head_dim: int = at_least(0, 0)  # 0: hidden_size / nheads
+    ffn_hidden_size: int = required(1)
+    norm_eps: float = above(0, 1e-5)
+    tied_embeddings: bool = False
+    init_std: float = above(0, 0.02)
+    rope: Rope = field(default_factory=RopePlain)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Which attention method, and its options (written beside `method`, in the same table)."""
+
+    method: str = "full"
+    impl: Literal["auto", "triton", "torch", "reference"] = "auto"
+    options: Any = field(default_factory=FullOptions, metadata={"flattened": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The mesh. The data-parallel size is what remains of the world; it is never configured."""
+
+    tp_size: int = at_least(1, 1)
+    pp_size: int = at_least(1, 1)
+    cp_size: int = at_least(1, 1)
+    vp_size: int = at_least(1, 1)  # model chunks per pipeline stage: 1 is 1F1B, more interleaves
+    sequence_parallel: bool = False
+    layout: Literal["auto", "contiguous", "zigzag", "striped"] = "auto"
+    timeout: float = above(0, 600.0)  # seconds a collective may wait for a rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from: a folder made by `lcdist tokenize`, or made-up ones."""
+
+    source: Literal["tokens", "synthetic"] = "tokens"
+    path: str = ""  # folder written by `lcdist tokenize`
+    documents: Literal["join", "pack"] = "join"  # pack: attention never crosses a document's end
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and the schedule of its learning rate."""
+
+    lr: float = above(0, 3e-4)
+    min_lr: float = at_least(0, 0.0)
+    beta1: float = at_least(0, 0.9)
+    beta2: float = at_least(0, 0.95)
+    eps: float = above(0, 1e-8)
+    weight_decay: float = at_least(0, 0.1)  # never on norms and biases
+    clip_norm: float = at_least(0, 1.0)  # 0: no clipping
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = at_least(0, 0)
+    decay_steps: int = at_least(0, 0)  # wsd: length of the final decay
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, size and number of the steps."""
+
+    seqlen: int = required(1)
+    steps: int = required(1)
+    micro_batch_size: int = at_least(1, 1)  # samples a data-parallel rank runs at once
+    global_batch_size: int = at_least(1, 1)  # samples a step, over all ranks
+    seed: int = at_least(0, 0)
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    recompute: Literal["none", "full"] = "none"
+    engine: Literal["megatron"] = "megatron"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, what to keep, and where to start from."""
+
+    every: int = at_least(0, 0)  # steps between saves; 0: only at the end or when told to stop
+    keep_last: int = at_least(1, 2)
+    load: str = ""  # a checkpoint whose weights a new run starts from
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """The run folder and what is written there."""
+
+    folder: str = required()
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "lcdist"
+    peak_tflops: float = at_least(0, 0.0)  # of one device, for MFU; 0: known GPU, else measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Perplexity by length."""
+
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    tokens: int = at_least(1, 65536)  # scored tokens per length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig
+    train: TrainConfig
+    log: LogConfig
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

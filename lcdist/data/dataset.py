@@ -1,0 +1,170 @@
+"""Token folders as data sets: documents in a new order every epoch, cut into windows.
+
+The documents of epoch 0, 1, 2, ..., each epoch in its own order, are joined to one endless string
+of tokens, and sample windows of seqlen tokens tile it. Nothing falls off at the end of an epoch:
+the last window that starts in it runs on into the next. So in a corpus of T tokens epoch e has
+the windows from ceil(e T / seqlen) up to ceil((e + 1) T / seqlen), in shuffled order, and window
+w belongs to epoch floor(w seqlen / T); all of it a function of (seed, index).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lcdist.host  # noqa: F401
+from lcdist.data.meta import read_meta
+from lcdist.data.sample import Sample, check_seed, raw_numbers
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+_DOCUMENTS, _WINDOWS = 0, 1
+
+
+class TokenSplit:
+    """The documents of one split of a token folder, in the order they were written.
+
+    Raises ValueError where the folder is missing, half-written or damaged, or has no such split.
+    """
+
+    def __init__(self, folder: str | Path, split: str) -> None:
+        self.meta = read_meta(folder)
+        self.split = split
+        if split not in self.meta.tokens:
+            raise ValueError(
+                f"data folder {folder}: has no split {split!r}, only "
+                f"{', '.join(self.meta.tokens)}; tokenize with a valid_fraction above 0"
+            )
+        prefix = str(Path(folder, split))
+        self._tokens = IndexedDataset(prefix)
+        self.document_lengths: np.ndarray = self._tokens.sequence_lengths.astype(np.int64)
+        self.vocab_size: int = self.meta.vocab_size
+        self.tokens = int(self.document_lengths.sum())
+        bytes_needed = self.tokens * np.dtype(self._tokens.index.dtype).itemsize
+        size = Path(f"{prefix}.bin").stat().st_size
+        if size != bytes_needed or self.tokens != self.meta.tokens[split]:
+            raise ValueError(
+                f"{prefix}.bin has {size} bytes, but {prefix}.idx lists {self.tokens} tokens in "
+                f"{bytes_needed} bytes and meta.json {self.meta.tokens[split]} tokens; remove the "
+                "folder and make it again with `lcdist tokenize`"
+            )
+
+    @property
+    def documents(self) -> int:
+        """How many documents there are."""
+        return len(self.document_lengths)
+
+    def document(self, number: int) -> Tensor:
+        """The tokens of a document, its eos included: int64 `[n]`."""
+        return self._read(number, 0, int(self.document_lengths[number]))
+
+    def longest(self, tokens: int = 1) -> list[int]:
+        """The numbers of all documents of at least `tokens` tokens, longest first."""
+        order = np.argsort(-self.document_lengths, kind="stable")
+        return [int(i) for i in order if self.document_lengths[i] >= tokens]
+
+    def window(self, start: int, tokens: int) -> Tensor:
+        """Tokens [start, start + tokens) of the split as it was written: int64 `[tokens]`.
+
+        Raises ValueError where the split does not reach that far.
+        """
+        if start < 0 or tokens < 1 or start + tokens > self.tokens:
+            raise ValueError(
+                f"window of {tokens} tokens at {start}: the {self.split} split has {self.tokens}"
+            )
+        return torch.cat(self._pieces(self._stored, start, tokens)[0])
+
+    @cached_property
+    def _stored(self) -> "_Order":
+        return _Order(np.arange(self.documents), np.cumsum(self.document_lengths))
+
+    def _read(self, number: int, start: int, length: int) -> Tensor:
+        found = self._tokens.get(number, start, length)
+        return torch.from_numpy(np.asarray(found).astype(np.int64))
+
+    def _pieces(self, order: "_Order", start: int, tokens: int) -> tuple[list[Tensor], list[int]]:
+        """Tokens [start, start + tokens) of `order`, as far as it goes; where documents end."""
+        pieces, borders, stop = [], [], min(start + tokens, self.tokens)
+        place = int(np.searchsorted(order.ends, start, side="right"))
+        at = start
+        while at < stop:
+            number, end = int(order.documents[place]), int(order.ends[place])
+            length = int(self.document_lengths[number])
+            upto = min(end, stop)
+            pieces.append(self._read(number, at - (end - length), upto - at))
+            if upto == end:
+                borders.append(end - start)
+            at, place = upto, place + 1
+        return pieces, borders
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Documents one after another: their numbers, and the token each ends before."""
+
+    documents: np.ndarray
+    ends: np.ndarray
+
+
+class TokenDataset(TokenSplit):
+    """Endless samples of `seqlen` tokens from a split of a token folder.
+
+    Raises ValueError as `TokenSplit` does, and where the split is smaller than one sample.
+    """
+
+    def __init__(self, folder: str | Path, split: str, seqlen: int, seed: int) -> None:
+        super().__init__(folder, split)
+        check_seed(seed)
+        if seqlen < 1 or self.tokens < seqlen + 1:
+            raise ValueError(
+                f"data folder {folder}: its {split} split has {self.tokens} tokens, fewer than "
+                f"one sample of seqlen + 1 = {seqlen + 1}; give more text or a smaller seqlen"
+            )
+        self.seqlen = seqlen
+        self.seed = seed
+        self._orders: dict[int, _Order] = {}
+        self._windows: tuple[int, np.ndarray] | None = None
+
+    def sample(self, index: int) -> Sample:
+        """The sample with number `index` >= 0; the same wherever and whenever it is drawn."""
+        assert index >= 0
+        epoch = index * self.seqlen // self.tokens
+        first = self._first_window(epoch)
+        window = first + int(self._window_order(epoch)[index - first])
+        start = window * self.seqlen - epoch * self.tokens
+        wanted = self.seqlen + 1
+        pieces, borders = self._pieces(self._order(epoch), start, wanted)
+        held = sum(map(len, pieces))
+        if held < wanted:
+            more, later = self._pieces(self._order(epoch + 1), 0, wanted - held)
+            pieces, borders = pieces + more, borders + [held + border for border in later]
+        inside = [border for border in borders if border < self.seqlen]
+        return Sample(
+            tokens=torch.cat(pieces),
+            cu_seqlens=torch.tensor([0, *inside, self.seqlen], dtype=torch.int32),
+            closed=self.seqlen in borders,
+        )
+
+    def _first_window(self, epoch: int) -> int:
+        return -(-epoch * self.tokens // self.seqlen)
+
+    def _window_order(self, epoch: int) -> np.ndarray:
+        if self._windows is None or self._windows[0] != epoch:
+            count = self._first_window(epoch + 1) - self._first_window(epoch)
+            self._windows = epoch, _permutation(count, (self.seed, epoch), _WINDOWS)
+        return self._windows[1]
+
+    def _order(self, epoch: int) -> _Order:
+        if epoch not in self._orders:
+            # Two epochs are in use where a window crosses from one into the next.
+            kept = {e: order for e, order in self._orders.items() if abs(e - epoch) == 1}
+            documents = _permutation(self.documents, (self.seed, epoch), _DOCUMENTS)
+            kept[epoch] = _Order(documents, np.cumsum(self.document_lengths[documents]))
+            self._orders = kept
+        return self._orders[epoch]
+
+
+def _permutation(count: int, key: tuple[int, int], stream: int) -> np.ndarray:
+    return np.argsort(raw_numbers(count, key, stream), kind="stable")

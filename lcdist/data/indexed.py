@@ -1,0 +1,62 @@
+"""Writes Megatron's indexed format (.bin, .idx) as a stream, without Megatron or torch.
+
+The format, of megatron.core.datasets.indexed_dataset: the .bin is all tokens one after another;
+the .idx is a header of 34 bytes, then for every sequence its length in tokens (int32) and its
+byte offset (int64), then the sequence number at which each document starts (int64).
+"""
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_CODES = {np.uint16: 8, np.int32: 4}
+
+
+class IndexedWriter:
+    """Writes documents to `prefix`.bin and, on a clean exit, their index to `prefix`.idx.
+
+    vocab_size decides the width, as in Megatron: 2 bytes a token below 65,500, else 4.
+    """
+
+    def __init__(self, prefix: str | Path, vocab_size: int) -> None:
+        self._dtype = np.uint16 if vocab_size < 65500 else np.int32
+        self._index_path = Path(f"{prefix}.idx")
+        self._bin = open(f"{prefix}.bin", "wb")  # noqa: SIM115
+        self._lengths: list[int] = []
+        self.tokens = 0
+
+    @property
+    def documents(self) -> int:
+        """How many documents have been written."""
+        return len(self._lengths)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Append one document of token numbers."""
+        self._bin.write(np.asarray(tokens, self._dtype).tobytes())
+        self._lengths.append(len(tokens))
+        self.tokens += len(tokens)
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._bin.close()
+        if kind is not None:
+            return
+        lengths = np.asarray(self._lengths, np.int32)
+        ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(self._dtype).itemsize
+        starts = np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)]
+        with open(self._index_path, "wb") as index:
+            index.write(_MAGIC + struct.pack("<QB", 1, _CODES[self._dtype]))
+            index.write(struct.pack("<QQ", len(lengths), len(lengths) + 1))
+            for table in (lengths, starts, np.arange(len(lengths) + 1, dtype=np.int64)):
+                index.write(table.tobytes())

@@ -1,0 +1,117 @@
+"""Perplexity by length: the same held-out text, read in windows of growing length.
+
+At every length the text is cut into windows that do not overlap, and every token of a window is
+scored given all tokens before it in the window. Since the text is the same, a longer window can
+only help a model that uses its context; past the length it was trained for, most models fail.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lcdist.data.dataset import TokenSplit
+from lcdist.data.loader import Loader, LoaderSpec
+from lcdist.data.sample import Sample
+from lcdist.layout import ContextLayout
+from lcdist.parallel import Grid
+from lcdist.plan import Plan
+from lcdist.train.engines.megatron import MegatronEngine
+from lcdist.train.trainer import to_device
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text that is scored. tokens: int64 `[n + 1]`; joined: whether documents were joined."""
+
+    tokens: Tensor
+    joined: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """length: of the windows, in tokens; tokens: scored; loss: nats a token."""
+
+    length: int
+    tokens: int
+    loss: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss."""
+        return math.exp(min(self.loss, 700.0))
+
+
+class Windows:
+    """The windows of `length` tokens of a text, as a data set."""
+
+    seed = 0
+
+    def __init__(self, text: Text, length: int, vocab_size: int) -> None:
+        self.text, self.seqlen, self.vocab_size = text, length, vocab_size
+
+    @property
+    def count(self) -> int:
+        """How many whole windows the text has."""
+        return (len(self.text.tokens) - 1) // self.seqlen
+
+    def sample(self, index: int) -> Sample:
+        """Window number `index`, read as one document."""
+        start = index * self.seqlen
+        tokens = self.text.tokens[start : start + self.seqlen + 1]
+        borders = torch.tensor([0, self.seqlen], dtype=torch.int32)
+        return Sample(tokens, borders, closed=False)
+
+
+def held_out_text(split: TokenSplit, length: int, tokens: int) -> Text:
+    """At least `tokens` tokens of text, in whole windows of `length` tokens.
+
+    Windows are taken from documents that are long enough, longest first, so that all of a window
+    is one document; where those do not suffice, from the documents joined in their stored order.
+    Raises ValueError where the split is smaller than that.
+    """
+    count = -(-tokens // length)
+    pieces: list[Tensor] = []
+    for number in split.longest(length + 1):
+        document = split.document(number)
+        room = min((len(document) - 1) // length, count - len(pieces))
+        pieces += [document[i * length : (i + 1) * length] for i in range(room)]
+        if len(pieces) == count:
+            # The label of the last token; the labels between windows are the next window's start.
+            last = document[room * length : room * length + 1]
+            return Text(torch.cat([*pieces, last]), joined=False)
+    if split.tokens < count * length + 1:
+        raise ValueError(
+            f"the {split.split} split has {split.tokens} tokens; evaluate.tokens = {tokens} in "
+            f"windows of {length} needs {count * length + 1}: lower evaluate.tokens or "
+            "evaluate.lengths, or tokenize with a larger --valid-fraction"
+        )
+    return Text(split.window(0, count * length + 1), joined=True)
+
+
+def perplexity_by_length(
+    engine: MegatronEngine, grid: Grid, text: Text, lengths: tuple[int, ...]
+) -> list[Score]:
+    """The score of `text` at each length, over all ranks; every rank gets the same numbers."""
+    plan = engine.plan
+    scores = []
+    for length in lengths:
+        windows = Windows(text, length, plan.config.model.vocab_size)
+        layout = layout_for(plan, length)
+        spec = LoaderSpec(layout, grid.dp_rank, grid.dp_size, grid.cp_rank, 1, grid.dp_size)
+        loader = Loader(windows, spec)
+        total, tokens = 0.0, 0
+        for _ in range(windows.count // grid.dp_size):
+            batches = [to_device(batch, grid.device) for batch in loader.next_step()]
+            loss, count = engine.evaluate(batches, layout)
+            total, tokens = total + loss * count, tokens + count
+        scores.append(Score(length, tokens, total / max(1, tokens)))
+    return scores
+
+
+def layout_for(plan: Plan, length: int) -> ContextLayout:
+    """The run's kind of layout for sequences of `length` tokens, padded to what it needs."""
+    step = plan.layout.multiple_of
+    padded = -(-length // step) * step
+    return ContextLayout(plan.layout.kind, padded, plan.layout.cp_size, step)

@@ -1,0 +1,181 @@
+"""What a run's folder holds, read and checked, and the part of it that no clock can change.
+
+A folder is one run (metrics.jsonl, run.json, config.toml), or it holds several runs as stages,
+one after the other, and what was measured over them (evaluation.json, sample.txt).
+"""
+
+import json
+import math
+import statistics
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcdist.train.header import read_header
+from lcdist.train.records import StepRecord, read_records
+
+FIRST_STAGES = ("pretrain", "extend")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training run. seqlen: training length in tokens. config: its text, as it was resolved."""
+
+    name: str
+    seqlen: int
+    records: tuple[StepRecord, ...]
+    header: Mapping[str, Any]
+    config: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on in this stage."""
+        return sum(record.tokens for record in self.records)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """A folder's stages in order, and the evaluation and the sample where there are any."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    evaluation: Mapping[str, Any] | None
+    sample: str | None
+
+
+def read_run_folder(folder: Path) -> RunFolder:
+    """Read all that a report tells of.
+
+    Raises FileNotFoundError where a file is missing, ValueError naming file and line where one is
+    not what it should be.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if (folder / "metrics.jsonl").exists():
+        stages = [_read_stage(folder, "train")]
+    else:
+        order = {name: place for place, name in enumerate(FIRST_STAGES)}
+        names = sorted(
+            (path.parent.name for path in folder.glob("*/metrics.jsonl")),
+            key=lambda name: (order.get(name, len(order)), name),
+        )
+        stages = [_read_stage(folder / name, name) for name in names]
+    if not stages:
+        raise FileNotFoundError(
+            f"{folder}: no metrics.jsonl in it or in {' or '.join(FIRST_STAGES)}; "
+            f"is this the folder of a run?"
+        )
+    evaluation = folder / "evaluation.json"
+    sample = folder / "sample.txt"
+    return RunFolder(
+        name=folder.resolve().name,
+        stages=tuple(stages),
+        evaluation=_read_evaluation(evaluation) if evaluation.exists() else None,
+        sample=_read_text(sample) if sample.exists() else None,
+    )
+
+
+def report_facts(folder: Path) -> dict[str, Any]:
+    """What a report says that no clock, machine or interruption changes, as plain data.
+
+    A run that was killed and resumed has the same facts as one that was not. Numbers that are
+    not finite are None. Raises as `read_run_folder`.
+    """
+    return facts_of(read_run_folder(folder))
+
+
+def facts_of(run: RunFolder) -> dict[str, Any]:
+    """`report_facts` of a folder already read."""
+    return {
+        "tokens": sum(stage.tokens for stage in run.stages),
+        "headline": _headline(run),
+        "stages": [_stage_facts(stage) for stage in run.stages],
+        "evaluation": None if run.evaluation is None else dict(run.evaluation),
+        "sample": run.sample,
+    }
+
+
+def _stage_facts(stage: Stage) -> dict[str, Any]:
+    records, last = stage.records, stage.records[-1]
+    verbs = sorted({verb for record in records for verb in record.exchange_bytes})
+    tail = [r.loss for r in records[-max(1, min(10, len(records) // 10)) :]]
+    return {
+        "name": stage.name,
+        "seqlen": stage.seqlen,
+        "plan": stage.header["plan"],
+        "steps": last.step,
+        "samples": last.samples,
+        "tokens": stage.tokens,
+        "first_loss": _finite(records[0].loss),
+        "last_loss": _finite(statistics.fmean(tail)),
+        "step": [record.step for record in records],
+        "loss": [_finite(record.loss) for record in records],
+        "grad_norm": [_finite(record.grad_norm) for record in records],
+        "lr": [_finite(record.lr) for record in records],
+        "exchange_bytes": {
+            verb: statistics.fmean(record.exchange_bytes.get(verb, 0) for record in records)
+            for verb in verbs
+        },
+    }
+
+
+def _headline(run: RunFolder) -> dict[str, Any] | None:
+    """Perplexity before and after at the length of the last stage, or at the longest measured."""
+    if run.evaluation is None:
+        return None
+    lengths = run.evaluation["lengths"]
+    trained = run.stages[-1].seqlen
+    length = trained if trained in lengths else max(lengths)
+    place = lengths.index(length)
+    before, after = (run.evaluation[key][place] for key in ("before", "after"))
+    return {"length": length, "before": before, "after": after}
+
+
+def _read_stage(folder: Path, name: str) -> Stage:
+    records = read_records(folder / "metrics.jsonl")
+    if not records:
+        raise ValueError(f"{folder / 'metrics.jsonl'}:1: no step is recorded yet")
+    header = read_header(folder / "run.json")
+    missing = [k for k in ("plan", "device", "versions", "world_size") if k not in header]
+    if missing:
+        raise ValueError(f"{folder / 'run.json'}:1: key {missing[0]!r} is missing")
+    config = _read_text(folder / "config.toml")
+    try:
+        seqlen = tomllib.loads(config)["train"]["seqlen"]
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{folder / 'config.toml'}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.toml'}: key train.seqlen is missing") from error
+    return Stage(name=name, seqlen=seqlen, records=tuple(records), header=header, config=config)
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    """The evaluation's content. Raises ValueError naming file, line and what is wrong."""
+    try:
+        table = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+    needed = ("lengths", "before", "after", "attention", "tokens", "before_label", "after_label")
+    missing = [key for key in needed if not isinstance(table, dict) or key not in table]
+    if missing:
+        raise ValueError(f"{path}:1: key {missing[0]!r} is missing")
+    count = len(table["lengths"])
+    for key in ("before", "after"):
+        if len(table[key]) != count or not count:
+            raise ValueError(f"{path}:1: {key} has {len(table[key])} entries for {count} lengths")
+        table[key] = [_finite(value) for value in table[key]]
+    return {key: table[key] for key in needed}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        number = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{number}: not UTF-8 text ({error.reason})") from error
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

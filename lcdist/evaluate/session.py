@@ -1,0 +1,111 @@
+"""A checkpoint opened for use: evaluated or continued, on any mesh, under its own configuration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcdist.config.schema import Config
+from lcdist.data.dataset import TokenSplit
+from lcdist.data.meta import TOKENIZER, check_vocabulary
+from lcdist.data.tokenizer import Tokenizer
+from lcdist.evaluate.perplexity import held_out_text, perplexity_by_length
+from lcdist.inference.generate import generate
+from lcdist.model.build import CausalLM, build_model
+from lcdist.parallel import Grid, build_grid, start_world, world_size
+from lcdist.plan import Plan, make_plan
+from lcdist.train.checkpoint import Checkpoint, load_state, open_checkpoint, saved_config
+from lcdist.train.engines.megatron import MegatronEngine
+from lcdist.train.folder import on_rank_0
+from lcdist.train.state import load_model_state, model_state
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model with the weights of a checkpoint, on the mesh of this world."""
+
+    plan: Plan
+    grid: Grid
+    checkpoint: Checkpoint
+    chunks: list[CausalLM]
+
+
+def open_session(path: Path, overrides: Sequence[str], mesh: Sequence[str]) -> Session:
+    """Load the weights at `path` (a checkpoint, or a run folder for its latest).
+
+    overrides: `section.key=value`, over the checkpoint's own configuration. mesh: overrides that
+    go before them, since a checkpoint's mesh is not that of who reads it. Raises ConfigError or
+    CheckpointError for the user's mistakes.
+    """
+    # The configuration decides the mesh and so the world: it is read before there is a world.
+    checkpoint = open_checkpoint(path)
+    alone = ["parallel.tp_size=1", "parallel.pp_size=1", "parallel.cp_size=1"]
+    alone += ["parallel.vp_size=1", "parallel.sequence_parallel=false"]
+    config = saved_config(checkpoint, [*alone, *mesh, *overrides])
+    plan = make_plan(_one_sample_a_rank(config), world_size())
+    start_world(config.parallel.timeout)
+    grid = build_grid(config.parallel, config.train.seed)
+    checkpoint = on_rank_0(lambda: open_checkpoint(path))
+    chunks = build_model(plan, grid.device)
+    loaded = load_state(checkpoint, {"model": model_state(chunks)})
+    load_model_state(chunks, loaded["model"])
+    return Session(plan, grid, checkpoint, chunks)
+
+
+def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Perplexity by length of the checkpoint on the valid split of its data.
+
+    Without overrides the whole world is context parallel. Returns lengths, perplexity (None
+    where it overflows), scored (tokens at each length), tokens asked for, attention ("method"),
+    and whether documents had to be joined.
+    """
+    session = open_session(path, overrides, [f"parallel.cp_size={world_size()}"])
+    config, grid = session.plan.config, session.grid
+    if config.data.source != "tokens":
+        raise ValueError("data.source = 'synthetic' has no valid split: set data.path to a folder")
+    split = TokenSplit(config.data.path, "valid")
+    check_vocabulary(split.meta, config.model.vocab_size)
+    lengths = tuple(sorted(config.evaluate.lengths))
+    text = held_out_text(split, lengths[-1] * grid.dp_size, config.evaluate.tokens)
+    engine = MegatronEngine(session.plan, grid, session.chunks)
+    scores = perplexity_by_length(engine, grid, text, lengths)
+    return {
+        "checkpoint": str(session.checkpoint.path),
+        "step": session.checkpoint.step,
+        "lengths": list(lengths),
+        "perplexity": [score.perplexity for score in scores],
+        "scored": [score.tokens for score in scores],
+        "tokens": config.evaluate.tokens,
+        "attention": "method",
+        "joined": text.joined,
+    }
+
+
+def generate_text(
+    path: Path,
+    prompt: str,
+    overrides: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> str:
+    """The prompt continued by the checkpoint's model; all of the world is tensor parallel."""
+    session = open_session(path, overrides, [f"parallel.tp_size={world_size()}"])
+    tokenizer = Tokenizer(Path(session.plan.config.data.path, TOKENIZER))
+    tokens = torch.tensor(tokenizer.encode(prompt), dtype=torch.int64, device=session.grid.device)
+    out = generate(
+        session.chunks[0], tokens, max_new_tokens, temperature, seed, stop=tokenizer.eos_id
+    )
+    return tokenizer.decode([t for t in out.tolist() if t != tokenizer.eos_id])
+
+
+def _one_sample_a_rank(config: Config) -> Config:
+    """Batch sizes are the training run's; here every rank reads what it is given."""
+    parallel = config.parallel
+    dp_size = max(1, world_size() // (parallel.tp_size * parallel.pp_size * parallel.cp_size))
+    return replace(
+        config, train=replace(config.train, micro_batch_size=1, global_batch_size=dp_size)
+    )

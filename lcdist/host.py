@@ -1,0 +1,187 @@
+"""Megatron-core on a host without CUDA: the one shim, installed by importing this module.
+
+Megatron-core asks for CUDA by name in many places ("There is no CPU-only path in Megatron Core",
+its maintainers say in NVIDIA-NeMo/Speech issue 14244). Where CUDA is available this module does
+nothing. Elsewhere, for `megatron.core` and its submodules only:
+
+1. every module sees a proxy of `torch` for which device "cuda" means the CPU and streams, events
+   and synchronisation are inert; the real `torch` is left as it is for everybody else;
+2. Megatron is imported with `torch.compile` as the identity, so nothing is compiled at run time;
+3. the CUDA random-number tracker is replaced by one over the CPU's generator.
+
+`Tensor.cuda()` becomes the identity, which tied embeddings across pipeline stages need. Import it
+before the first import of megatron. Checked with megatron-core 0.16.1.
+"""
+
+import contextlib
+import importlib
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
+from typing import Any
+
+import torch
+
+from lcdist.device import has_cuda
+
+CPU = torch.device("cpu")
+_FACTORIES = (
+    *("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "as_tensor", "eye"),
+    *("linspace", "empty_like", "zeros_like", "ones_like", "full_like"),
+)
+
+
+class _Inert:
+    """Stands for streams, events and profiler ranges: accepts everything, does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __enter__(self) -> "_Inert":
+        return self
+
+    def __exit__(self, *args: Any) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+class _Proxy(types.ModuleType):
+    """A module that answers like another one, but for the names given."""
+
+    def __init__(self, real: Any, **overrides: Any) -> None:
+        super().__init__(real.__name__)
+        self.__dict__.update(vars(real), **overrides, _real=real)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_real"], name)
+
+
+def _names_cuda(where: Any) -> bool:
+    if isinstance(where, torch.device):
+        return where.type == "cuda"
+    return type(where) is int or (isinstance(where, str) and where.startswith("cuda"))
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _torch_without_cuda() -> _Proxy:
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    def zero(*args: Any, **kwargs: Any) -> int:
+        return 0
+
+    rng = {"get_rng_state": _get_rng_state, "set_rng_state": _set_rng_state}
+    cuda = _Proxy(
+        torch.cuda,
+        current_device=lambda: CPU,
+        is_available=lambda: False,
+        synchronize=nothing,
+        empty_cache=nothing,
+        set_device=nothing,
+        Stream=_Inert,
+        Event=_Inert,
+        nvtx=_Inert(),
+        stream=lambda stream=None: contextlib.nullcontext(),
+        current_stream=_Inert,
+        default_stream=_Inert,
+        manual_seed=torch.manual_seed,
+        random=_Proxy(torch.cuda.random, **rng),
+        memory_allocated=zero,
+        max_memory_allocated=zero,
+        memory_reserved=zero,
+        is_current_stream_capturing=lambda: False,
+        **rng,
+    )
+    factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
+    return _Proxy(torch, cuda=cuda, **factories)
+
+
+class _Finder:
+    """Hands the proxy to Megatron's modules as they are imported."""
+
+    def __init__(self, proxy: _Proxy) -> None:
+        self.proxy = proxy
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if not name.startswith("megatron.core"):
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                execute(module)
+                if vars(module).get("torch") is torch:
+                    vars(module)["torch"] = self.proxy
+
+            vars(spec.loader)["exec_module"] = exec_module
+        return spec
+
+
+def _use_cpu_generator(random: Any) -> None:
+    class CpuRngTracker(random.CudaRNGStatesTracker):
+        """Megatron's named random states, kept by the CPU's generator."""
+
+        def add(self, name: str, seed: int) -> None:
+            if seed in self.seeds_ or name in self.states_:
+                raise RuntimeError(f"random state {name!r} or its seed {seed} already exists")
+            self._is_initialized = True
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            outer = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer)
+
+    random._get_cuda_rng_state = _get_rng_state
+    random._set_cuda_rng_state = _set_rng_state
+    random.CudaRNGStatesTracker = CpuRngTracker
+    random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def _install() -> None:
+    # Megatron says at every import that Transformer Engine and Apex are absent; neither is needed.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    if has_cuda():
+        return
+    if any(name.startswith("megatron.core") for name in sys.modules):
+        raise ImportError("import lcdist.host before megatron")
+    sys.meta_path.insert(0, _Finder(_torch_without_cuda()))  # type: ignore[arg-type]
+    compile_ = torch.compile
+    identity: Any = lambda fn=None, **kwargs: fn if fn is not None else (lambda inner: inner)  # noqa: E731
+    torch.compile = identity
+    try:
+        importlib.import_module("megatron.core.models.gpt")
+    finally:
+        torch.compile = compile_
+    _use_cpu_generator(importlib.import_module("megatron.core.tensor_parallel.random"))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+_install()

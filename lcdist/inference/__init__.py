@@ -1,0 +1,1 @@
+"""Inference: a cache of keys and values, and generation."""

@@ -1,0 +1,64 @@
+"""Text from a trained model: the prompt is read once, then one token a step against the cache."""
+
+import torch
+from torch import Tensor
+
+import lcdist.host  # noqa: F401
+from lcdist.inference.cache import KVCache
+from lcdist.model.build import CausalLM, hide_padding
+from lcdist.model.sequence import SequenceParams
+from megatron.core.tensor_parallel import (
+    gather_from_tensor_model_parallel_region,
+)
+
+
+def generate(
+    model: CausalLM,
+    prompt: Tensor,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: int | None = None,
+) -> Tensor:
+    """The prompt and what follows it: int64 `[n]` in, `[n + new]` out, on the prompt's device.
+
+    temperature: 0 takes the likeliest token, else sampling with this divisor of the logits from a
+    generator seeded with `seed`, alike on all tensor-parallel ranks. stop: a token to end after.
+    Raises ValueError for an empty prompt, or a mesh with pipeline or context parallelism.
+    """
+    config = model.config
+    if config.pipeline_model_parallel_size > 1 or config.context_parallel_size > 1:
+        raise ValueError(
+            f"generation runs with parallel.pp_size = 1 and cp_size = 1, not "
+            f"{config.pipeline_model_parallel_size} and {config.context_parallel_size}; "
+            "a checkpoint of any mesh loads on such a one"
+        )
+    if not len(prompt):
+        raise ValueError("the prompt has no token")
+    cache = KVCache(len(prompt) + max_new_tokens)
+    generator = torch.Generator().manual_seed(seed)
+    tokens, new = prompt, prompt
+    model.eval()
+    with torch.no_grad():
+        for _ in range(max_new_tokens):
+            logits = _last_logits(model, new, cache)
+            new = _choose(logits, temperature, generator).to(prompt.device)
+            tokens = torch.cat([tokens, new])
+            if stop is not None and int(new) == stop:
+                break
+    return tokens
+
+
+def _last_logits(model: CausalLM, new: Tensor, cache: KVCache) -> Tensor:
+    """fp32 `[vocab]` for the token after `new`, on the CPU."""
+    logits = model(new[None], None, None, packed_seq_params=SequenceParams(cache=cache))
+    rank = model.pg_collection.tp.rank()
+    last = hide_padding(logits[:, -1], model.true_vocab_size, rank)
+    whole = gather_from_tensor_model_parallel_region(last)
+    return whole[0].float().cpu()
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    if temperature == 0:
+        return logits.argmax()[None]
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

@@ -1,0 +1,136 @@
+"""Megatron's GPTModel with our norm and our attention in its slots."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lcdist.host  # noqa: F401
+from lcdist.model.core_attention import LongContextAttention
+from lcdist.model.init import initialise
+from lcdist.model.norm import RMSNorm
+from lcdist.model.rotary import make_rotary
+from lcdist.model.transformer_config import transformer_config
+from lcdist.plan import Plan
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import (
+    SelfAttention,
+    SelfAttentionSubmodules,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class CausalLM(GPTModel):
+    """GPTModel whose loss never sees the padding of the vocabulary."""
+
+    true_vocab_size: int
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels `[b, s]` and this rank's logits `[s, b, vocab/tp]` to losses in nats `[b, s]`."""
+        logits = hide_padding(logits, self.true_vocab_size, self.pg_collection.tp.rank())
+        targets = labels.transpose(0, 1).contiguous()
+        return tensor_parallel.vocab_parallel_cross_entropy(logits, targets).transpose(0, 1)
+
+
+def hide_padding(logits: Tensor, vocab_size: int, tp_rank: int) -> Tensor:
+    """Logits `[..., vocab/tp]` with -inf in the columns that stand for no token."""
+    local = logits.shape[-1]
+    real = min(max(vocab_size - tp_rank * local, 0), local)
+    if real == local:
+        return logits
+    padding = torch.arange(local, device=logits.device) >= real
+    return logits.masked_fill(padding, float("-inf"))
+
+
+def build_model(plan: Plan, device: torch.device) -> list[CausalLM]:
+    """This rank's chunks of the model (one, or vp_size when pipelining interleaves), initialised.
+
+    The grid must have been built. A chunk maps (tokens, positions, None, labels=..,
+    packed_seq_params=SequenceParams) to losses `[b, s_local]` on the last stage.
+    """
+    config = plan.config
+    megatron = transformer_config(config, DTYPES[plan.dtype])
+    core = ModuleSpec(
+        module=LongContextAttention,
+        params={
+            "method": plan.method,
+            "options": plan.options,
+            "impl": config.attention.impl,
+            "layout": plan.layout,
+            "rotary": make_rotary(config.model.rope, plan.head_dim),
+        },
+    )
+    chunks = []
+    for stage in range(config.parallel.vp_size):
+        chunk = _chunk(plan, megatron, core, stage if config.parallel.vp_size > 1 else None)
+        initialise(chunk, megatron, config.train.seed, config.model.init_std)
+        chunks.append(chunk.to(device))
+    return chunks
+
+
+def _chunk(
+    plan: Plan, megatron: TransformerConfig, core: ModuleSpec, vp_stage: int | None
+) -> CausalLM:
+    num_layers = get_num_layers_to_build(megatron, vp_stage)
+    spec = TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(core)] * num_layers, layer_norm=RMSNorm
+    )
+    where: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
+    model = CausalLM(
+        config=megatron,
+        transformer_layer_spec=spec,  # type: ignore[arg-type]
+        vocab_size=plan.padded_vocab_size,
+        max_sequence_length=plan.seqlen,
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
+        share_embeddings_and_output_weights=plan.config.model.tied_embeddings,
+        position_embedding_type="none",
+        vp_stage=vp_stage,
+    )
+    model.true_vocab_size = plan.config.model.vocab_size
+    return model
+
+
+def _layer_spec(core: ModuleSpec) -> ModuleSpec:
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=core,
+            linear_proj=RowParallelLinear,
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

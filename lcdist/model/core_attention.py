@@ -1,0 +1,125 @@
+"""The door between Megatron's layers and the attention methods.
+
+Megatron hands over q, k and v as `[s_local, b, heads, head_dim]`, un-rotated; the methods take
+`[b, s_local, heads, head_dim]`. The turn is a view, made here and nowhere else.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lcdist.host  # noqa: F401
+from lcdist.attention import AttentionMethod, HeadSlice
+from lcdist.layout import ContextLayout
+from lcdist.model.sequence import SequenceParams
+from lcdist_kernels import Rotary
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule, TransformerConfig
+
+
+class LongContextAttention(MegatronModule):
+    """One layer's attention by `method`, exact under context and tensor parallelism.
+
+    method, options, impl: as the plan resolved them. layout: the cut of the training sequences.
+    rotary: the rotation the method applies. The other arguments are Megatron's.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        *,
+        method: AttentionMethod,
+        options: Any,
+        impl: str,
+        layout: ContextLayout,
+        rotary: Rotary,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        assert pg_collection is not None
+        self.method, self.options, self.impl = method, options, impl
+        self.layout, self.rotary = layout, rotary
+        self.layer_number, self.softmax_scale = layer_number, softmax_scale
+        self.cp_group = pg_collection.cp if pg_collection.cp.size() > 1 else None
+        self.heads = _my_heads(config, pg_collection.tp.rank())
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: SequenceParams | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """query `[s_local, b, nheads/tp, head_dim]`, key and value with nheads_kv/tp heads.
+
+        Returns `[s_local, b, nheads/tp * head_dim]`. The mask argument is ignored: masks come
+        from positions.
+        """
+        assert attention_mask is None
+        q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [b, s_local, h, d]
+        sequence = packed_seq_params or SequenceParams()
+        if sequence.cache is not None:
+            out = self._decode(q, k, v, sequence.cache)
+        elif sequence.cu_seqlens is None:
+            out = self._attend(q, k, v, sequence, None)
+        else:
+            # Every row has documents of its own, so rows are attended one by one.
+            rows = [
+                self._attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], sequence, table)
+                for i, table in enumerate(sequence.cu_seqlens)
+            ]
+            out = torch.cat(rows)
+        out = out.transpose(0, 1)  # [s_local, b, h, d]
+        return out.reshape(out.shape[0], out.shape[1], -1)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceParams, table: Tensor | None
+    ) -> Tensor:
+        return self.method.attention(
+            q,
+            k,
+            v,
+            options=self.options,
+            layout=sequence.layout or self.layout,
+            group=self.cp_group,
+            rotary=self.rotary,
+            cu_seqlens=table,
+            softmax_scale=self.softmax_scale,
+            heads=self.heads,
+            impl=self.impl,
+        )
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
+        k_full, v_full = cache.append(self.layer_number, k, v)
+        return self.method.decode(
+            q,
+            k_full,
+            v_full,
+            options=self.options,
+            rotary=self.rotary,
+            softmax_scale=self.softmax_scale,
+            heads=self.heads,
+        )
+
+
+def _my_heads(config: TransformerConfig, tp_rank: int) -> HeadSlice:
+    """The model-wide numbers of the heads this tensor-parallel rank holds."""
+    tp_size, nheads = config.tensor_model_parallel_size, config.num_attention_heads
+    nheads_kv = config.num_query_groups or nheads
+    local = nheads // tp_size
+    first = tp_rank * local
+    # With fewer key/value heads than ranks, Megatron gives neighbours the same one.
+    return HeadSlice(
+        first=first,
+        nheads=local,
+        first_kv=first * nheads_kv // nheads,
+        nheads_kv=max(1, nheads_kv // tp_size),
+    )

@@ -1,0 +1,56 @@
+"""Megatron's TransformerConfig from our plan: the one file that knows its field names."""
+
+import torch
+import torch.nn.functional as F
+
+import lcdist.host  # noqa: F401
+from lcdist.config.schema import Config
+from megatron.core.transformer import TransformerConfig
+
+
+def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of the model and mesh of `config`; parameters are of `dtype`.
+
+    Every fusion that needs Transformer Engine, Apex or a compiler at run time is off. Initial
+    values are not Megatron's (see `init.py`).
+    """
+    model, parallel = config.model, config.parallel
+    full = config.train.recompute == "full"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.nheads,
+        num_query_groups=model.nheads_kv or model.nheads,
+        kv_channels=model.head_dim or model.hidden_size // model.nheads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        layernorm_epsilon=model.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel.tp_size,
+        pipeline_model_parallel_size=parallel.pp_size,
+        virtual_pipeline_model_parallel_size=parallel.vp_size if parallel.vp_size > 1 else None,
+        context_parallel_size=parallel.cp_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # The loss rule of the house: a sum over all tokens, divided once by their number.
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        use_cpu_initialization=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        cross_entropy_loss_fusion=False,
+        deallocate_pipeline_outputs=True,
+        recompute_granularity="full" if full else None,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
+    )

@@ -1,0 +1,119 @@
+"""The world as a grid [pp, dp, cp, tp]: builds the process groups through Megatron, once.
+
+From here on nobody finds out by arithmetic which rank it is: `Grid` says so.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+import lcdist.host  # noqa: F401
+from lcdist.config.schema import ParallelConfig
+from lcdist.device import backend, device
+from megatron.core import parallel_state, tensor_parallel
+
+
+@dataclass(frozen=True)
+class Grid:
+    """This process's place in the mesh, and the groups it talks to.
+
+    Sizes and ranks are counted along one axis each; `dp_cp_group` joins the ranks that hold the
+    same parameters. `device` is where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    cp_rank: int
+    cp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank's pipeline stage computes the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+
+def local_rank() -> int:
+    """This process's number on its machine, as the launcher gave it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes the launcher started in all."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_world(timeout: float) -> None:
+    """Join the world that torchrun describes in the environment; alone, a world of one.
+
+    timeout: seconds that a collective waits for a missing rank before it fails.
+    """
+    if dist.is_initialized():
+        return
+    where = device(local_rank())
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    limit = timedelta(seconds=timeout)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend(), timeout=limit)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend(), store=store, rank=0, world_size=1, timeout=limit)
+
+
+def build_grid(parallel: ParallelConfig, seed: int) -> Grid:
+    """The grid over the world that has been started; `seed` seeds Megatron's random states.
+
+    Replaces a grid built earlier in this process. Sizes are taken as checked by the plan.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp_size,
+        pipeline_model_parallel_size=parallel.pp_size,
+        virtual_pipeline_model_parallel_size=parallel.vp_size if parallel.vp_size > 1 else None,
+        context_parallel_size=parallel.cp_size,
+        create_gloo_process_groups=False,
+    )
+    # With sequence parallelism Megatron's embedding forks this state even without dropout.
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
+    return Grid(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel.tp_size,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel.cp_size,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel.pp_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        device=device(local_rank()),
+    )
+
+
+def end_world() -> None:
+    """Leave the world: forget the grid and close the process groups."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

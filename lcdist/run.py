@@ -1,0 +1,158 @@
+"""The story of a training run, from a configuration to the last checkpoint."""
+
+import logging
+from pathlib import Path
+
+from rich.console import Console
+
+from lcdist.config.schema import Config, ModelConfig
+from lcdist.data.dataset import TokenDataset
+from lcdist.data.loader import Loader, LoaderSpec
+from lcdist.data.meta import check_vocabulary
+from lcdist.data.sample import Dataset
+from lcdist.data.synthetic import SyntheticDataset
+from lcdist.model.build import DTYPES, build_model
+from lcdist.parallel import Grid, build_grid, start_world, world_size
+from lcdist.plan import Plan, make_plan
+from lcdist.train.checkpoint import (
+    Checkpoint,
+    Checkpointer,
+    CheckpointError,
+    latest_in,
+    open_checkpoint,
+    saved_config,
+)
+from lcdist.train.engines.megatron import MegatronEngine
+from lcdist.train.folder import (
+    check_same_run,
+    claimed,
+    on_rank_0,
+    write_config,
+    write_status,
+)
+from lcdist.train.header import RunHeader, device_name, record_start, versions
+from lcdist.train.metrics import open_metrics
+from lcdist.train.peak import Peak, device_peak
+from lcdist.train.trainer import Outcome, Trainer
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, console: Console | None = None) -> Outcome:
+    """Train as `config` says, in the world the launcher made; resumes what its folder holds.
+
+    console: where rank 0 shows progress; None: standard output. Raises ConfigError, ValueError or
+    CheckpointError for the user's mistakes, before anything is overwritten.
+    """
+    plan = make_plan(config, world_size())
+    start_world(config.parallel.timeout)
+    grid = build_grid(config.parallel, config.train.seed)
+    folder = Path(config.log.folder)
+    dataset = open_dataset(config)
+    checkpoint, changes = on_rank_0(lambda: _what_is_there(folder, config))
+    with claimed(folder):
+        for change in changes if grid.rank == 0 else []:
+            log.warning("resuming with a changed setting: %s", change)
+        if checkpoint is not None and checkpoint.step >= config.train.steps:
+            steps = config.train.steps
+            return Outcome("finished", checkpoint.step, f"all {steps} steps were done before")
+        peak = device_peak(grid.device, DTYPES[plan.dtype], config.log.peak_tflops)
+        trainer = make_trainer(plan, grid, dataset, peak)
+        begin(trainer, checkpoint)
+        outcome = _train(trainer, console)
+    return outcome
+
+
+def open_dataset(config: Config) -> Dataset:
+    """The training samples that `config` names. Raises ValueError where they do not fit."""
+    train = config.train
+    if config.data.source == "synthetic":
+        return SyntheticDataset(config.model.vocab_size, train.seqlen, train.seed)
+    dataset = TokenDataset(config.data.path, "train", train.seqlen, train.seed)
+    check_vocabulary(dataset.meta, config.model.vocab_size)
+    return dataset
+
+
+def make_trainer(plan: Plan, grid: Grid, dataset: Dataset, peak: Peak) -> Trainer:
+    """The rooms of a run, put together for this rank."""
+    train = plan.config.train
+    spec = LoaderSpec(
+        layout=plan.layout,
+        dp_rank=grid.dp_rank,
+        dp_size=grid.dp_size,
+        cp_rank=grid.cp_rank,
+        micro_batch_size=train.micro_batch_size,
+        global_batch_size=train.global_batch_size,
+        documents=plan.config.data.documents,
+    )
+    engine = MegatronEngine(plan, grid, build_model(plan, grid.device))
+    folder = Path(plan.config.log.folder) / "checkpoints"
+    checkpointer = Checkpointer(folder, plan.config.checkpoint.keep_last)
+    return Trainer(plan, grid, engine, Loader(dataset, spec), checkpointer, peak)
+
+
+def begin(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
+    """Put the trainer where the run stands: resumed, at another run's weights, or at the start."""
+    config = trainer.plan.config
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        log.info("resumed %s at step %d", config.log.folder, trainer.step)
+    elif config.checkpoint.load:
+        source = Path(config.checkpoint.load)
+        trainer.start_from(on_rank_0(lambda: open_fitting(source, config.model)))
+
+
+def open_fitting(path: Path, model: ModelConfig) -> Checkpoint:
+    """The checkpoint at `path`. Raises CheckpointError where its model has another architecture."""
+    checkpoint = open_checkpoint(path)
+    saved = saved_config(checkpoint).model
+    # What scales the rotation or draws initial values does not change the shape of any weight.
+    free = {"rope", "init_std", "norm_eps"}
+    differing = [
+        f"model.{key} is {getattr(saved, key)!r} there and {getattr(model, key)!r} here"
+        for key in ModelConfig.__dataclass_fields__
+        if key not in free and getattr(saved, key) != getattr(model, key)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} is of another architecture: {'; '.join(differing)}"
+        )
+    return checkpoint
+
+
+def _what_is_there(folder: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to resume from, and the settings changed since; raises before any writing."""
+    changes = check_same_run(folder, config)
+    newest = latest_in(folder / "checkpoints")
+    if newest is not None:
+        return open_fitting(newest, config.model), changes
+    if config.checkpoint.load:
+        open_fitting(Path(config.checkpoint.load), config.model)
+    return None, changes
+
+
+def _train(trainer: Trainer, console: Console | None) -> Outcome:
+    config, grid = trainer.plan.config, trainer.grid
+    folder = Path(config.log.folder)
+    reason = "resumed" if trainer.step else "new run"
+
+    def announce() -> str:
+        write_config(folder, config)
+        write_status(folder, "running", trainer.step, reason)
+        header = RunHeader(
+            plan=dict(trainer.plan.rows()),
+            device=device_name(grid.device),
+            peak=trainer.peak,
+            world_size=grid.world_size,
+            versions=versions(),
+        )
+        return record_start(folder, header, trainer.step, reason)
+
+    run_id = on_rank_0(announce)
+    metrics = open_metrics(
+        config, rank=grid.rank, step=trainer.step, run_id=run_id, console=console
+    )
+    with metrics:
+        outcome = trainer.train(metrics)
+    on_rank_0(lambda: write_status(folder, outcome.status, outcome.step, outcome.reason))
+    return outcome

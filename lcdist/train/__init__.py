@@ -1,0 +1,1 @@
+"""Training: loss, optimizer, checkpoints, metrics and the loop that joins them."""

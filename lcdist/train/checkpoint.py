@@ -1,0 +1,211 @@
+"""Sharded checkpoints that are whole or not there: Megatron's torch_dist format, made atomic.
+
+A checkpoint is a folder `step_00000020` with Megatron's files and a manifest, `lcdist.json`, that
+holds everything that is not a tensor: step, sample index, mesh, configuration, and the size of
+every file. It is written under another name and renamed when all of it is there, so a name that
+begins with `step_` always means a whole checkpoint. `latest` names the newest.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+import lcdist.host  # noqa: F401
+from lcdist.config import parse
+from lcdist.config.schema import Config
+from megatron.core import dist_checkpointing
+
+FORMAT = 1
+MANIFEST = "lcdist.json"
+LATEST = "latest"
+PREFIX = "step_"
+HALF = ".writing-"
+
+# All that torch's own writer puts into `.metadata` when every entry is a tensor. A file that asks
+# for anything else was not written by this program and is not opened.
+_PICKLED = {
+    "collections": {"OrderedDict"},
+    "torch": {"Size", "device"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "MetadataIndex",
+        "Metadata",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: which one, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk. manifest: the content of its `lcdist.json`."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps taken when it was written."""
+        return self.manifest["step"]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, or the latest one where `path` is a folder of them or a run.
+
+    Raises CheckpointError where there is none, where a file is missing or has another size than
+    when it was written, or where the metadata would run foreign code.
+    """
+    folder = _resolve(path)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {manifest.get('format')!r}; this version reads "
+            f"{FORMAT}"
+        )
+    for name, size in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{folder}: file {name} is missing; {_remedy()}")
+        if file.stat().st_size != size:
+            raise CheckpointError(
+                f"{folder}: file {name} has {file.stat().st_size} bytes, not {size}; {_remedy()}"
+            )
+    refuse_foreign_pickle(folder / ".metadata")
+    return Checkpoint(folder, manifest)
+
+
+def saved_config(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> Config:
+    """The configuration a checkpoint was written under, with `section.key=value` overrides."""
+    return parse(tomllib.loads(checkpoint.manifest["config"]), overrides)
+
+
+def _remedy() -> str:
+    return f"restore it, or delete the checkpoint's folder and the file '{LATEST}' to use an older"
+
+
+def _resolve(path: Path) -> Path:
+    for folder in (path, path / "checkpoints"):
+        if (folder / MANIFEST).exists() or folder.name.startswith(PREFIX):
+            return folder
+        newest = latest_in(folder)
+        if newest is not None:
+            return newest
+    what = "holds no checkpoint" if path.exists() else "does not exist"
+    raise CheckpointError(f"checkpoint.load = '{path}': {what}")
+
+
+def latest_in(folder: Path) -> Path | None:
+    """The checkpoint that `latest` in `folder` names; without that file, the one of most steps."""
+    pointer = folder / LATEST
+    if pointer.is_file():
+        named = folder / pointer.read_text(encoding="utf-8").strip()
+        if named.is_dir():
+            return named
+        raise CheckpointError(f"{pointer} names {named.name}, which does not exist; {_remedy()}")
+    steps = sorted(folder.glob(f"{PREFIX}*")) if folder.is_dir() else []
+    return steps[-1] if steps else None
+
+
+class Checkpointer:
+    """Writes checkpoints of one run into `folder`, keeping the last `keep_last`."""
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self.folder, self.keep_last = folder, keep_last
+
+    def save(self, step: int, state: dict[str, Any], manifest: Mapping[str, Any]) -> Path:
+        """Write the sharded `state` and the manifest as `step_<step>`; all ranks call it.
+
+        Returns the folder's final name. Nothing carries that name before all of it is written.
+        """
+        final = self.folder / f"{PREFIX}{step:08d}"
+        half = self.folder / f"{HALF}{final.name}"
+        if dist.get_rank() == 0:
+            self.sweep()
+            half.mkdir(parents=True)
+        dist.barrier()
+        dist_checkpointing.save(state, str(half))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            self._finish(half, final, step, manifest)
+        dist.barrier()
+        return final
+
+    def _finish(self, half: Path, final: Path, step: int, manifest: Mapping[str, Any]) -> None:
+        files = {p.name: p.stat().st_size for p in sorted(half.iterdir()) if p.is_file()}
+        content = {"format": FORMAT, "step": step, **manifest, "files": files}
+        _write_durably(half / MANIFEST, json.dumps(content, indent=1))
+        if final.exists():
+            # The same step again, after resuming from an older one: same content, newer name.
+            final.rename(self.folder / f"{HALF}old-{final.name}")
+        half.rename(final)
+        _write_durably(self.folder / f"{LATEST}.new", final.name + "\n")
+        (self.folder / f"{LATEST}.new").replace(self.folder / LATEST)
+        _sync(self.folder)
+        for old in sorted(self.folder.glob(f"{PREFIX}*"))[: -self.keep_last]:
+            if old != final:
+                old.rename(self.folder / f"{HALF}old-{old.name}")
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove what an interrupted save left behind; rank 0 only."""
+        for half in self.folder.glob(f"{HALF}*"):
+            shutil.rmtree(half)
+
+
+def load_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of `checkpoint` in the shape and sharding that `state` asks for."""
+    return dist_checkpointing.load(state, str(checkpoint.path))
+
+
+def refuse_foreign_pickle(file: Path) -> None:
+    """Raise CheckpointError unless the pickle `file` holds only what torch's writer puts there."""
+    try:
+        with file.open("rb") as stream:
+            _Guard(stream).load()
+    except FileNotFoundError:
+        raise CheckpointError(f"{file.parent}: file {file.name} is missing") from None
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"{file} is not opened: {error}") from error
+
+
+class _Guard(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _PICKLED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+
+def _write_durably(file: Path, text: str) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

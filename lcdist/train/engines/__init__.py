@@ -1,0 +1,1 @@
+"""Engines: ways to own parameters and optimizer state."""

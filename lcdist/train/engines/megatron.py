@@ -1,0 +1,127 @@
+"""The `megatron` engine: Megatron's DDP and pipeline schedules over our model and optimizer."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import lcdist.host  # noqa: F401
+from lcdist.data.loader import Batch
+from lcdist.layout import ContextLayout
+from lcdist.model.build import CausalLM
+from lcdist.model.sequence import SequenceParams
+from lcdist.parallel import Grid
+from lcdist.plan import Plan
+from lcdist.train.loss import loss_sum
+from lcdist.train.optimizer import ShardedAdamW
+from lcdist.train.state import load_model_state, model_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+
+class MegatronEngine:
+    """Owns the model chunks and the optimizer, and runs steps over any mesh."""
+
+    def __init__(self, plan: Plan, grid: Grid, chunks: Sequence[CausalLM]) -> None:
+        self.plan, self.grid, self.chunks = plan, grid, list(chunks)
+        self.megatron = chunks[0].config
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=grid.dp_cp_group.size() > 1,
+            use_distributed_optimizer=False,
+        )
+        # The first chunk's gradients come last and gain nothing from more buckets.
+        self.wrapped = [
+            DistributedDataParallel(self.megatron, ddp, chunk, disable_bucketing=i > 0)
+            for i, chunk in enumerate(chunks)
+        ]
+        no_sync = [chunk.no_sync for chunk in self.wrapped]
+        self.megatron.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync  # type: ignore[assignment]
+        self.megatron.finalize_model_grads_func = finalize_model_grads
+        self.optimizer = ShardedAdamW(self.wrapped, plan.config.optim, grid.dp_cp_group)
+
+    def forward_backward(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Gradients of the step's global mean loss into every `main_grad`; (loss, tokens)."""
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        return self._run(batches, self.plan.layout, forward_only=False)
+
+    def update(self, lr: float) -> float:
+        """One optimizer step at learning rate `lr`; the gradient norm before clipping.
+
+        Raises FloatingPointError where the gradient is not finite.
+        """
+        return self.optimizer.step(lr)
+
+    def evaluate(self, batches: Sequence[Batch], layout: ContextLayout) -> tuple[float, int]:
+        """(mean loss in nats, tokens) of all ranks' batches, cut by `layout`; no gradients."""
+        for chunk in self.wrapped:
+            chunk.eval()
+        with torch.no_grad():
+            result = self._run(batches, layout, forward_only=True)
+        for chunk in self.wrapped:
+            chunk.train()
+        return result
+
+    def _run(
+        self, batches: Sequence[Batch], layout: ContextLayout, forward_only: bool
+    ) -> tuple[float, int]:
+        # One iterator a chunk: with interleaving each chunk draws all micro-batches itself.
+        iterators: Any = [iter(batches) for _ in self.wrapped]
+        single = len(self.wrapped) == 1
+        losses = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, layout),
+            data_iterator=iterators[0] if single else iterators,
+            model=self.wrapped[0] if single else self.wrapped,
+            num_microbatches=len(batches),
+            seq_length=layout.seqlen,
+            micro_batch_size=batches[0].tokens.shape[0],
+            forward_only=forward_only,
+        )
+        return self._global_mean(losses)
+
+    def _global_mean(self, losses: list[Tensor]) -> tuple[float, int]:
+        """Sum over every rank that computed a loss once, divided once by the number of tokens."""
+        total = torch.zeros(2, dtype=torch.float64)
+        if self.grid.is_last_stage and self.grid.tp_rank == 0:
+            total += torch.stack(losses).sum(0).cpu()
+        dist.all_reduce(total)
+        tokens = int(total[1].item())
+        return total[0].item() / max(1, tokens), tokens
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Weights and optimizer state for a checkpoint."""
+        model = model_state(self.chunks)
+        return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model)}
+
+    def weights_state_dict(self) -> dict[str, Any]:
+        """Weights alone, to start a new run from."""
+        return {"model": model_state(self.chunks)}
+
+    def load_state(self, loaded: dict[str, Any], steps_taken: int) -> None:
+        """Continue from what `sharded_state_dict` or `weights_state_dict` asked for."""
+        load_model_state(self.chunks, loaded["model"])
+        if "optimizer" in loaded:
+            self.optimizer.load_sharded(loaded["optimizer"], steps_taken)
+        else:
+            self.optimizer.refresh_masters()
+
+
+def _forward_step(layout: ContextLayout, iterator: Any, model: Any) -> tuple[Tensor, Any]:
+    batch: Batch = next(iterator)
+    # Positions are the attention's business; Megatron asks for the argument all the same.
+    losses = model(
+        batch.tokens,
+        None,
+        None,
+        labels=batch.labels,
+        packed_seq_params=SequenceParams(layout=layout, cu_seqlens=batch.cu_seqlens),
+    )
+    return losses, lambda output: loss_sum(output, batch.loss_mask)

@@ -1,0 +1,81 @@
+"""The header of a run: run.json, which says what was run, on what, with what, and every start."""
+
+import json
+import platform
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcdist.train.peak import Peak
+from lcdist.train.records import write_atomically
+
+VERSIONED = ("lcdist", "torch", "megatron-core", "numpy", "sentencepiece", "triton")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHeader:
+    """What does not change from step to step.
+
+    plan: names and values as a person reads them (JSON types). device: name of one rank's device.
+    peak: its peak FLOP/s, None where no one asked. versions: package to version.
+    """
+
+    plan: Mapping[str, Any]
+    device: str
+    peak: Peak | None
+    world_size: int
+    versions: Mapping[str, str]
+
+
+def record_start(folder: Path, header: RunHeader, step: int, reason: str) -> str:
+    """Write or renew `folder`/run.json and note in it that the run starts after `step`.
+
+    reason: why, in a few words ("new run", "resumed"). Returns the run's id, which stays the same
+    over all its starts. Raises ValueError where an existing run.json cannot be read.
+    """
+    path = folder / "run.json"
+    before = read_header(path) if path.exists() else {"id": uuid.uuid4().hex[:12], "starts": []}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    start = {"step": step, "time": now, "reason": reason, "world_size": header.world_size}
+    table = {"id": before["id"], "starts": [*before["starts"], start], **asdict(header)}
+    write_atomically(path, json.dumps(table, indent=2, allow_nan=False) + "\n")
+    return before["id"]
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The content of a run.json. Raises ValueError naming file, line and what is wrong."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}:1: expected an object, got {type(table).__name__}")
+    missing = [key for key in ("id", "starts") if key not in table]
+    if missing:
+        raise ValueError(f"{path}:1: key {missing[0]!r} is missing; no run wrote this file")
+    return table
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that can change a run's numbers."""
+    found = {"python": platform.python_version()}
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    return found | {name: installed[name] for name in VERSIONED if name in installed}
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name as its maker gives it; for a CPU also the threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
+    name = found[1] if found else platform.processor() or platform.machine() or "CPU"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''} a rank"

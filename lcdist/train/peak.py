@@ -1,0 +1,135 @@
+"""What a device can do at most, and what a process used at most: the scales of MFU and memory.
+
+Model FLOPs utilisation (MFU) is the model's FLOPs per second over the peak FLOP/s of all devices
+(arXiv:2204.02311, appendix B).
+"""
+
+import re
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+# Dense bf16 tensor-core TFLOP/s by the words of the device's name, the more particular first.
+# Source: the makers' data sheets and architecture whitepapers; figures given "with sparsity" are
+# halved, and the MI250X, which shows itself as two devices, is counted per die.
+DATA_SHEETS: tuple[tuple[tuple[str, ...], float], ...] = (
+    (("H200", "NVL"), 835.5),
+    (("H200",), 989.4),
+    (("GH200",), 989.4),
+    (("H100", "NVL"), 835.5),
+    (("H100", "PCIE"), 756.5),
+    (("H100",), 989.4),
+    (("A100",), 312.0),
+    (("B200",), 2250.0),
+    (("L40S",), 362.05),
+    (("L4",), 121.0),
+    (("A40",), 149.7),
+    (("A10",), 125.0),
+    (("MI325X",), 1307.4),
+    (("MI300X",), 1307.4),
+    (("MI250X",), 191.5),
+)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The peak FLOP/s of one device, and where the figure comes from."""
+
+    flops: float
+    source: Literal["config", "data sheet", "measured"]
+
+
+def device_peak(device: torch.device, dtype: torch.dtype, configured_tflops: float = 0.0) -> Peak:
+    """The peak of `device` for products in `dtype`.
+
+    configured_tflops: the user's own figure in TFLOP/s (`log.peak_tflops`); 0 for none. Without
+    one, a known GPU in bf16 has its data sheet's; anything else is measured, which takes a
+    fraction of a second.
+    """
+    if configured_tflops > 0:
+        return Peak(configured_tflops * 1e12, "config")
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        known = data_sheet_tflops(torch.cuda.get_device_name(device))
+        if known is not None:
+            return Peak(known * 1e12, "data sheet")
+    return Peak(measure_flops(device, dtype), "measured")
+
+
+def data_sheet_tflops(name: str) -> float | None:
+    """Dense bf16 TFLOP/s of the GPU called `name`; None where unknown, or where it is a slice."""
+    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+    if "MIG" in words:
+        return None
+    return next((tflops for key, tflops in DATA_SHEETS if words.issuperset(key)), None)
+
+
+def measure_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """FLOP/s of a square matrix product on `device` in `dtype`, measured for about `seconds`."""
+    n = 8192 if device.type == "cuda" else 512
+    a = torch.full((n, n), 0.5, device=device, dtype=dtype)
+    b = torch.full((n, n), 0.25, device=device, dtype=dtype)
+    out = torch.zeros_like(a)
+    _time_products(a, b, out, 2)
+    once = _time_products(a, b, out, 1)
+    repeats = max(1, int(seconds / once))
+    return 2 * n**3 * repeats / _time_products(a, b, out, repeats)
+
+
+def _time_products(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, repeats: int) -> float:
+    """Seconds that `repeats` products take, never zero."""
+    if a.device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            torch.mm(a, b, out=out)
+        end.record()
+        end.synchronize()
+        return max(start.elapsed_time(end) / 1e3, 1e-9)
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        torch.mm(a, b, out=out)
+    return max(time.perf_counter() - begun, 1e-9)
+
+
+def mfu(flops_per_token: float, tokens_per_second: float, peak: Peak, world_size: int) -> float:
+    """Model FLOPs utilisation: a fraction of 1, of `world_size` devices of the given peak.
+
+    flops_per_token: forward and backward; tokens_per_second: over all ranks.
+    """
+    return flops_per_token * tokens_per_second / (peak.flops * world_size)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes of this process: allocated on its GPU, or resident where it runs on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        # ru_maxrss survives exec, so under a launcher it can be the parent's; VmHWM is our own.
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def max_over_ranks(
+    values: Mapping[str, int], group: ProcessGroup | None, device: torch.device
+) -> dict[str, int]:
+    """Each value's maximum over the ranks of `group`; every rank passes the same keys in order.
+
+    group: None for one process. device: where the group can reduce a tensor.
+    """
+    if group is None:
+        return dict(values)
+    vector = torch.tensor(list(values.values()), dtype=torch.int64, device=device)
+    dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=group)
+    return dict(zip(values, vector.tolist(), strict=True))

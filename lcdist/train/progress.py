@@ -1,0 +1,76 @@
+"""The progress of a run as a person at a terminal sees it: a bar, or a line now and then."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lcdist.train.records import StepRecord
+
+
+class BarProgress:
+    """A bar with step, loss, tokens per second and the time that is left; for terminals."""
+
+    def __init__(self, console: Console, name: str, steps: int, done: int = 0):
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            refresh_per_second=4,
+            expand=True,
+        )
+        self._task = self._progress.add_task(name, total=steps, completed=done, numbers="")
+        self._progress.start()
+
+    def write(self, record: StepRecord) -> None:
+        """Move the bar to the record's step."""
+        self._progress.update(self._task, completed=record.step, numbers=_numbers(record))
+
+    def close(self) -> None:
+        """Leave the bar as it stands and give the terminal back."""
+        self._progress.stop()
+
+
+class LineProgress:
+    """A plain line for the first step, the last, and every `seconds` between; for files, pipes."""
+
+    def __init__(self, console: Console, name: str, steps: int, seconds: float = 5.0):
+        self._console = console
+        self._name = name
+        self._steps = steps
+        self._seconds = seconds
+        self._next = 0.0
+
+    def write(self, record: StepRecord) -> None:
+        """Say where the run stands, if it is time to."""
+        now = time.monotonic()
+        if now < self._next and record.step != self._steps:
+            return
+        self._next = now + self._seconds
+        left = _clock((self._steps - record.step) * record.time.step)
+        self._console.print(
+            f"{self._name}  step {record.step}/{self._steps}  {_numbers(record)}  {left} left",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _numbers(record: StepRecord) -> str:
+    rate = record.tokens_per_second
+    shown = f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.1f}k"
+    return f"loss {record.loss:.4f}  {shown} tokens/s"
+
+
+def _clock(seconds: float) -> str:
+    if not 0 <= seconds < 1e8:
+        return "-:--"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

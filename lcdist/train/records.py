@@ -1,0 +1,178 @@
+"""The record of a training step, and the file of one JSON line a step that keeps it.
+
+A number that is not finite is written as null, since bare NaN is not JSON (RFC 8259, section 6),
+and read back as NaN.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """How the seconds of one step were spent on rank 0; `other` is what the parts leave over."""
+
+    step: float
+    data: float
+    forward_backward: float
+    optimizer: float
+
+    @property
+    def other(self) -> float:
+        """Seconds of the step outside the three named parts."""
+        return self.step - self.data - self.forward_backward - self.optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What is known of one optimizer step.
+
+    step: number of the step, from 1. samples: consumed since the run began. tokens: of this step,
+    over all ranks. loss: nats per token, over all ranks. tokens_per_second: over all ranks.
+    mfu_full, mfu_causal: fraction of the peak FLOP/s of all devices, attention counted over the
+    full square or over its causal half; None where the peak is unknown. memory_bytes: peak of the
+    rank that used most. exchange_bytes: bytes sent by verb, of the rank that sent most. time:
+    seconds on rank 0. wall: seconds since 1970 (UTC) at the end of the step.
+    """
+
+    step: int
+    samples: int
+    tokens: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens_per_second: float
+    mfu_full: float | None
+    mfu_causal: float | None
+    memory_bytes: int
+    exchange_bytes: Mapping[str, int]
+    time: StepTime
+    wall: float
+
+    def to_json(self) -> str:
+        """The record as one line of JSON, without the newline."""
+        table = {f.name: getattr(self, f.name) for f in fields(self)}
+        table["exchange_bytes"] = dict(self.exchange_bytes)
+        table["time"] = {f.name: getattr(self.time, f.name) for f in fields(self.time)}
+        table["time"]["other"] = self.time.other
+        return json.dumps(_finite(table), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "StepRecord":
+        """The record of one line. Raises ValueError saying what the line lacks."""
+        table = json.loads(line)
+        if not isinstance(table, dict):
+            raise ValueError(f"expected an object, got {type(table).__name__}")
+        time = _value(table, "time", dict)
+        sent = _value(table, "exchange_bytes", dict)
+        return cls(
+            step=_value(table, "step", int),
+            samples=_value(table, "samples", int),
+            tokens=_value(table, "tokens", int),
+            loss=_number(table, "loss"),
+            grad_norm=_number(table, "grad_norm"),
+            lr=_number(table, "lr"),
+            tokens_per_second=_number(table, "tokens_per_second"),
+            mfu_full=_number_or_none(table, "mfu_full"),
+            mfu_causal=_number_or_none(table, "mfu_causal"),
+            memory_bytes=_value(table, "memory_bytes", int),
+            exchange_bytes={verb: _value(sent, verb, int) for verb in sent},
+            time=StepTime(**{f.name: _number(time, f.name) for f in fields(StepTime)}),
+            wall=_number(table, "wall"),
+        )
+
+
+def read_records(path: Path) -> list[StepRecord]:
+    """The records of a metrics file, in order.
+
+    A last line that was cut short, as by a kill, is left out with a warning. Raises
+    FileNotFoundError where there is no file, ValueError naming file and line where a line is not
+    a record or steps do not increase.
+    """
+    records: list[StepRecord] = []
+    for number, _, record in _lines(path):
+        if records and record.step <= records[-1].step:
+            raise ValueError(
+                f"{path}:{number}: step {record.step} comes after step {records[-1].step}; "
+                f"two runs seem to have written this file"
+            )
+        records.append(record)
+    return records
+
+
+def cut_records(path: Path, step: int) -> None:
+    """Drop every line of a metrics file that tells of a step after `step`, atomically.
+
+    What stays is kept byte for byte. No file is no error. Raises ValueError as `read_records`.
+    """
+    if not path.exists():
+        if step > 0:
+            log.warning("%s is missing: the metrics of steps 1 to %d are lost", path, step)
+        return
+    kept = [line for _, line, record in _lines(path) if record.step <= step]
+    if len(kept) < step:
+        log.warning("%s tells of %d of the %d steps before the resume", path, len(kept), step)
+    write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file at `path` by one holding `text` (UTF-8): all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str, StepRecord]]:
+    """Line number, text without newline, and record of each whole line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        number = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{number}: not UTF-8 text ({error.reason})") from error
+    lines = text.split("\n")
+    unterminated = lines.pop()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = StepRecord.from_json(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a step's record: {error}") from error
+        yield number, line, record
+    if unterminated:
+        log.warning("%s:%d: the last line was cut short and is left out", path, len(lines) + 1)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _value(table: Mapping[str, Any], key: str, kind: type) -> Any:
+    if key not in table:
+        raise ValueError(f"key {key!r} is missing")
+    value = table[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{key} = {value!r}: expected {kind.__name__}")
+    return value
+
+
+def _number(table: Mapping[str, Any], key: str) -> float:
+    value = _number_or_none(table, key)
+    return math.nan if value is None else value
+
+
+def _number_or_none(table: Mapping[str, Any], key: str) -> float | None:
+    if key in table and table[key] is None:
+        return None
+    return float(_value(table, key, (int, float)))  # type: ignore[arg-type]

@@ -1,0 +1,63 @@
+"""Everything of a run that a checkpoint holds, as Megatron's sharded tensors.
+
+Keys name the tensors of the whole model (`decoder.layers.3...`), never a rank's, so any mesh can
+load what any mesh saved.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lcdist.host  # noqa: F401
+from lcdist.device import has_cuda
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+# One key a layer and not one stack for all: layers may differ in method and parameters.
+_METADATA = {"non_homogeneous_layers": True}
+
+
+def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
+    """The sharded weights of this rank's model chunks."""
+    return {
+        f"chunk{i}": chunk.sharded_state_dict(metadata=dict(_METADATA))  # type: ignore[operator]
+        for i, chunk in enumerate(chunks)
+    }
+
+
+def load_model_state(chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> None:
+    """Put loaded weights into the chunks; every parameter must be there."""
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"chunk{i}"], strict=True)
+
+
+def random_states() -> dict[str, Tensor]:
+    """This rank's random states by name: torch's, and those Megatron keeps for dropout."""
+    states = {"cpu": torch.get_rng_state()}
+    if has_cuda():
+        states["cuda"] = torch.cuda.get_rng_state()
+    for name, state in get_cuda_rng_tracker().get_states().items():
+        states[f"tracker.{name}"] = state
+    return states
+
+
+def sharded_random_states(rank: int, world_size: int) -> dict[str, Any]:
+    """The random states of all ranks side by side, this rank's in its place."""
+    return {
+        name: ShardedTensor.from_rank_offsets(
+            f"rng.{name}", state.cpu(), (0, rank, world_size), prepend_axis_num=1
+        )
+        for name, state in random_states().items()
+    }
+
+
+def load_random_states(loaded: dict[str, Tensor]) -> None:
+    """Continue from loaded random states."""
+    torch.set_rng_state(loaded["cpu"])
+    if has_cuda():
+        torch.cuda.set_rng_state(loaded["cuda"])
+    prefix = "tracker."
+    tracked = {k.removeprefix(prefix): v for k, v in loaded.items() if k.startswith(prefix)}
+    get_cuda_rng_tracker().set_states(tracked)

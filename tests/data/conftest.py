@@ -1,0 +1,34 @@
+"""A small corpus and the token folder made from it."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from lcdist.data.corpus import Source
+from lcdist.data.prepare import Prepared, Settings, prepare
+
+SETTINGS = Settings(vocab_size=320, valid_fraction=0.2, seed=0, on_error="refuse", threads=1)
+
+
+def write_corpus(folder: Path, documents: int = 40) -> Path:
+    """Text files of different lengths in two folders, an empty one among them."""
+    draw = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta = 3", "\tepsilon", "    zeta", "eta\n", "é", "\n\n"]
+    for number in range(documents):
+        text = " ".join(draw.choices(words, k=draw.randrange(20, 200)))
+        file = folder / ("even" if number % 2 == 0 else "odd") / f"{number:02}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text.encode())
+    (folder / "odd" / "nothing.txt").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare(Source(corpus), tmp_path_factory.mktemp("out") / "tokens", SETTINGS)

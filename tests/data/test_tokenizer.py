@@ -1,0 +1,69 @@
+"""The tokenizer gives every text back, says nothing, and is the same every time."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lcdist.data.prepare import Prepared
+from lcdist.data.tokenizer import Tokenizer, train_tokenizer
+
+TEXTS = ["def f(x):\n\treturn x + 1\n" * 20, "  the quick brown fox jumps over dogs  \n\n" * 20]
+ODD = [" ", "\t", "\n", "\r\n", "▁", "a▁ b", "é", "<s>", "</s>", "<0x41>", "\0", "😀", "  x", " ⁇ "]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(prepared: Prepared) -> Tokenizer:
+    return Tokenizer(prepared.folder / "tokenizer.model")
+
+
+@given(parts=st.lists(st.sampled_from(ODD) | st.text(max_size=8), max_size=12))
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_every_text_comes_back(tokenizer: Tokenizer, parts: list[str]) -> None:
+    text = "".join(parts)
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert all(0 <= token < tokenizer.vocab_size for token in tokens)
+    assert tokenizer.eos_id not in tokens and 0 not in tokens
+    assert tokenizer.encode_batch([text, "x", text], 2) == [tokens, tokenizer.encode("x"), tokens]
+
+
+def test_training_is_repeatable_and_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    assert train_tokenizer(TEXTS, 300) == train_tokenizer(iter(TEXTS), 300)
+    with pytest.raises(ValueError, match="5000 pieces.*too high.*<= "):
+        train_tokenizer(TEXTS, 5000)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_training_reads_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lcdist.data.tokenizer.TRAIN_BYTES", 5000)
+    assert train_tokenizer(itertools.chain(TEXTS, itertools.repeat("and so on")), 300)
+
+
+def test_an_error_of_the_corpus_is_not_the_trainers() -> None:
+    def texts():
+        yield TEXTS[0]
+        raise ValueError("bad file")
+
+    with pytest.raises(ValueError, match="^bad file$"):
+        train_tokenizer(texts(), 300)
+
+
+def test_bad_input_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="vocab_size = 200: must be at least 300"):
+        train_tokenizer(TEXTS, 200)
+    with pytest.raises(ValueError, match="no text"):
+        train_tokenizer(["", ""], 300)
+    with pytest.raises(ValueError, match="nowhere.model: no such file"):
+        Tokenizer(tmp_path / "nowhere.model")
+    (tmp_path / "junk.model").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="junk.model: not a sentencepiece model"):
+        Tokenizer(tmp_path / "junk.model")
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        tokenizer.encode("a\ud800")
+    with pytest.raises(ValueError, match=f"token 320: .*0..{tokenizer.vocab_size - 1}"):
+        tokenizer.decode([5, 320])

@@ -1,0 +1,146 @@
+"""Runs a function on several processes joined by gloo: the harness of every multi-process test.
+
+Processes come from a fork server that has imported torch and Megatron-core once (`preload.py`),
+so a launch costs about 0.1 s; several cases in one function share one launch.
+"""
+
+import multiprocessing as mp
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.unwritten import fill_empty_with_nan
+
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+STOP_SECONDS = 2.0
+
+
+class RankError(Exception):
+    """A rank's traceback; the cause of the exception that `run_ranks` re-raises."""
+
+    def __str__(self) -> str:
+        return "\n" + self.args[0]
+
+
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
+) -> list[Any]:
+    """The results of `fn(rank, world_size, *args)` on `world_size` processes, in rank order.
+
+    fn: a picklable top-level function; it runs with a gloo default group of `world_size` ranks,
+    one torch thread, NaN in every unwritten float tensor, seed 0. timeout: seconds for the whole
+    call. Results and arguments are pickled (tensors by value).
+
+    Raises the first rank's exception, with that rank's traceback as its cause; TimeoutError when
+    time is up; RuntimeError when a rank dies without a word. No process is left behind.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory(prefix="lcdist-test-") as folder:
+        ranks = _start(context, fn, world_size, args, Path(folder) / "store")
+        processes = [process for process, _ in ranks]
+        try:
+            results = _collect(ranks, deadline, timeout)
+        except BaseException:
+            _kill(processes)
+            raise
+        for process in processes:
+            process.join(STOP_SECONDS)
+        _kill(processes)
+        return results
+
+
+def _start(
+    context: ForkServerContext, fn: Callable[..., Any], world_size: int, args: tuple, store: Path
+) -> list[tuple[ForkServerProcess, Connection]]:
+    ranks = []
+    call = pickle.dumps((fn, args))
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_rank_main, args=(rank, world_size, str(store), call, theirs), daemon=False
+        )
+        process.start()
+        theirs.close()
+        ranks.append((process, ours))
+    return ranks
+
+
+def _collect(
+    ranks: list[tuple[ForkServerProcess, Connection]], deadline: float, timeout: float
+) -> list[Any]:
+    results: dict[int, Any] = {}
+    waiting = {pipe: rank for rank, (_, pipe) in enumerate(ranks)}
+    while waiting:
+        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(waiting.values())} not done after {timeout:g} s")
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = waiting.pop(pipe)
+            try:
+                ok, answer = pipe.recv()
+            except EOFError:
+                process = ranks[rank][0]
+                process.join(STOP_SECONDS)
+                raise RuntimeError(
+                    f"rank {rank} died without a word, exit code {process.exitcode}"
+                ) from None
+            if not ok:
+                error, text = pickle.loads(answer)
+                raise error from RankError(text)
+            results[rank] = pickle.loads(answer)
+    return [results[rank] for rank in range(len(ranks))]
+
+
+def _kill(processes: list[ForkServerProcess]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+def _rank_main(rank: int, world_size: int, store: str, call: bytes, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    fill_empty_with_nan()
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+        fn, args = pickle.loads(call)
+        answer = pickle.dumps(fn(rank, world_size, *args))
+        # No rank leaves while another may still need it.
+        dist.barrier()
+        pipe.send((True, answer))
+    except BaseException as error:
+        text = f"rank {rank} of {world_size}:\n{traceback.format_exc()}"
+        pipe.send((False, _dump_error(error, text)))
+    finally:
+        pipe.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _dump_error(error: BaseException, text: str) -> bytes:
+    try:
+        whole = pickle.dumps((error, text))
+        pickle.loads(whole)
+        return whole
+    except Exception:
+        return pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), text))

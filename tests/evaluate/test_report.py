@@ -1,0 +1,223 @@
+"""The report: what it says, that it stands alone, and that no clock gets into its facts."""
+
+import json
+import math
+import random
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from lcdist.evaluate.report import report_facts, write_report
+from lcdist.train.header import RunHeader, record_start
+from lcdist.train.records import StepRecord, StepTime
+
+SAMPLE = 'print("a < b") & <script>alert(1)</script>'
+EVALUATION = {
+    "lengths": [512, 1024, 4096, 8192],
+    "before": [18.25, 61.5, 1830.0, None],
+    "after": [17.5, 14.5, 12.375, 15.5],
+    "attention": "method",
+    "tokens": 65536,
+    "before_label": "before",
+    "after_label": "after <extension>",
+}
+
+
+def make_stage(folder: Path, seqlen: int, steps: int, clock: random.Random, resumed_at: int = 0):
+    """A run's folder whose losses depend on the step alone, and whose times are drawn."""
+    folder.mkdir(parents=True)
+    header = RunHeader(
+        plan={"mesh": {"cp_size": 2, "tp_size": 1}, "layout": "zigzag", "parameters": 3_412_992},
+        device="a <device>",
+        peak=None,
+        world_size=2,
+        versions={"torch": "2.13.0"},
+    )
+    record_start(folder, header, 0, "new run")
+    if resumed_at:
+        record_start(folder, header, resumed_at, "resumed")
+    lines = []
+    for step in range(1, steps + 1):
+        seconds = clock.uniform(0.5, 1.5)
+        record = StepRecord(
+            step=step,
+            samples=2 * step,
+            tokens=2 * seqlen,
+            loss=math.nan if step == 3 else 2 + 6 / step,
+            grad_norm=1 / step,
+            lr=1e-3 * step / steps,
+            tokens_per_second=2 * seqlen / seconds,
+            mfu_full=None,
+            mfu_causal=None,
+            memory_bytes=clock.randrange(10**8, 10**9),
+            exchange_bytes={"ring": 3 * 2**20},
+            time=StepTime(
+                step=seconds, data=0.01, forward_backward=0.8 * seconds, optimizer=0.05 * seconds
+            ),
+            wall=clock.uniform(1e9, 2e9),
+        )
+        lines.append(record.to_json() + "\n")
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    (folder / "config.toml").write_text(f"[train]\nseqlen = {seqlen}  # <b>\n")
+
+
+@pytest.fixture
+def main_job(tmp_path) -> Path:
+    folder = tmp_path / "a & b"
+    clock = random.Random(5)
+    make_stage(folder / "pretrain", 512, 40, clock)
+    make_stage(folder / "extend", 4096, 10, clock, resumed_at=6)
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    (folder / "sample.txt").write_text(SAMPLE)
+    return folder
+
+
+class Resources(HTMLParser):
+    """Collects every tag and every address a browser would follow by itself."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.unnamed = 0
+        self.ids: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data")]
+        self.ids += [v for k, v in attrs if k == "id"]
+        if tag == "svg":
+            self.unnamed += not given.get("aria-label") or given.get("role") != "img"
+
+
+def test_facts_are_those_of_the_files(main_job):
+    facts = report_facts(main_job)
+    assert facts["tokens"] == 40 * 2 * 512 + 10 * 2 * 4096
+    assert facts["headline"] == {"length": 4096, "before": 1830.0, "after": 12.375}
+    assert [stage["name"] for stage in facts["stages"]] == ["pretrain", "extend"]
+    extend = facts["stages"][1]
+    assert (extend["seqlen"], extend["steps"], extend["samples"]) == (4096, 10, 20)
+    assert extend["loss"][:3] == [8.0, 5.0, None] and extend["last_loss"] == 2.6
+    assert extend["exchange_bytes"] == {"ring": 3 * 2**20}
+    assert facts["sample"] == SAMPLE
+    json.dumps(facts, allow_nan=False)
+
+
+def test_a_resumed_run_has_the_facts_of_one_that_never_stopped(main_job, tmp_path):
+    other = tmp_path / "other"
+    clock = random.Random(6)
+    make_stage(other / "pretrain", 512, 40, clock, resumed_at=11)
+    make_stage(other / "extend", 4096, 10, clock)
+    shutil.copy(main_job / "evaluation.json", other)
+    shutil.copy(main_job / "sample.txt", other)
+    assert report_facts(other) == report_facts(main_job)
+
+
+def test_the_page_says_the_headline_and_where_the_run_was_resumed(main_job):
+    path = write_report(main_job)
+    assert path == main_job / "report.html"
+    text = path.read_text()
+    assert "from <b>1,830</b> (before) to <b>12.4</b> (after &lt;extension&gt;)" in text
+    assert "extend after step 6" in text
+    assert "attention = method" in text
+    for words in ("tokens per second", "Peak memory", "Learning rate", "3.0 MiB", "mesh.cp size"):
+        assert words in text
+
+
+def test_the_page_needs_nothing_from_outside(main_job):
+    text = write_report(main_job).read_text()
+    found = Resources(text)
+    assert not re.search(r"https?:|@import|url\((?!#)", text)
+    assert all(address.startswith("#") for address in found.addresses)
+    assert not {"script", "link", "iframe", "object", "img"} & set(found.tags)
+
+
+def test_every_figure_has_words_and_ids_of_its_own(main_job):
+    text = write_report(main_job).read_text()
+    found = Resources(text)
+    assert found.tags.count("svg") == 6 and found.unnamed == 0
+    assert len(set(found.ids)) == len(found.ids)
+    assert {address[1:] for address in found.addresses} <= set(found.ids)
+
+
+def test_what_comes_from_files_is_escaped(main_job):
+    text = write_report(main_job).read_text()
+    assert "<title>a &amp; b:" in text and "a &lt;device&gt;" in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "# &lt;b&gt;" in text
+    assert "<script" not in text and "<device>" not in text and "<extension>" not in text
+
+
+def test_the_same_folder_gives_the_same_page(main_job, tmp_path):
+    first = write_report(main_job).read_bytes()
+    assert write_report(main_job, tmp_path / "again.html").read_bytes() == first
+
+
+def test_a_single_run_has_a_report_too(tmp_path):
+    folder = tmp_path / "one"
+    make_stage(folder, 512, 1, random.Random(1))
+    text = write_report(folder).read_text()
+    facts = report_facts(folder)
+    assert facts["headline"] is None and facts["evaluation"] is None and facts["sample"] is None
+    assert "has not been evaluated" in text and "trained at 512 tokens" in text
+
+
+def test_the_headline_is_at_the_longest_length_where_the_trained_one_was_not_measured(main_job):
+    table = EVALUATION | {"lengths": [512, 1024, 2048, 8192]}
+    (main_job / "evaluation.json").write_text(json.dumps(table))
+    assert report_facts(main_job)["headline"] == {"length": 8192, "before": None, "after": 15.5}
+    assert "from <b>–</b>" in write_report(main_job).read_text()
+
+
+def break_line(path: Path, number: int, text: str) -> None:
+    lines = path.read_text().split("\n")
+    lines[number - 1] = text
+    path.write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "text", "says"),
+    [
+        ("extend/metrics.jsonl", 4, "{", r"extend/metrics\.jsonl:4: not a step's record"),
+        ("extend/run.json", 2, "oops", r"extend/run\.json:2: not JSON"),
+        ("extend/config.toml", 2, "seqlen = ", r"extend/config\.toml: .*line 2"),
+        ("extend/config.toml", 2, "", r"extend/config\.toml: key train\.seqlen is missing"),
+        ("evaluation.json", 1, "{\n\n,", r"evaluation\.json:3: not JSON"),
+        ("evaluation.json", 1, "{}", r"evaluation\.json:1: key 'lengths' is missing"),
+        (
+            "evaluation.json",
+            1,
+            json.dumps(EVALUATION | {"after": [1.0]}),
+            r"evaluation\.json:1: after has 1 entries for 4 lengths",
+        ),
+    ],
+)
+def test_a_broken_file_is_named_and_nothing_is_written(main_job, name, line, text, says):
+    break_line(main_job / name, line, text)
+    with pytest.raises(ValueError, match=says):
+        write_report(main_job)
+    assert not (main_job / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["extend/run.json", "pretrain/config.toml"])
+def test_a_missing_file_is_named(main_job, name):
+    (main_job / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        write_report(main_job)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl"):
+        write_report(tmp_path)
+
+
+def test_a_run_without_a_step_is_refused(main_job):
+    (main_job / "extend" / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"extend/metrics\.jsonl:1: no step"):
+        write_report(main_job)
