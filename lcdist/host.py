@@ -168,6 +168,8 @@ def _use_cpu_generator(random: Any) -> None:
 def _install() -> None:
     # Megatron says at every import that Transformer Engine and Apex are absent; neither is needed.
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    # Its checkpoints are made of the ShardedTensor that torch would rather see replaced.
+    warnings.filterwarnings("ignore", "Please use DTensor", FutureWarning)
     if has_cuda():
         return
     if any(name.startswith("megatron.core") for name in sys.modules):

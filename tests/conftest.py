@@ -4,11 +4,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.unwritten import nan_in_empty
 
 # Before any operator runs: more threads than the two cores of a small machine only wait.
 torch.set_num_threads(1)
+
+# A test's result must not hang on how busy the machine is.
+settings.register_profile("lcdist", deadline=None)
+settings.load_profile("lcdist")
 
 
 @pytest.fixture(autouse=True)

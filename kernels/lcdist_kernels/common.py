@@ -33,6 +33,13 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q on {q.device}, k on {k.device}, v on {v.device}: expected one device")
 
 
+def check_self(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError unless `check_qkv` holds and the keys are of the queries' own tokens."""
+    check_qkv(q, k, v)
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} tokens, k and v have {k.shape[1]}: must be the same")
+
+
 def check_impl(impl: str, method: str, built: tuple[str, ...]) -> None:
     """Raises ValueError unless `impl` is among those `built` for `method`."""
     if impl not in built:

@@ -98,7 +98,7 @@ def _reference_ring(
     cu_seqlens: Tensor | None,
     softmax_scale: float,
 ) -> Tensor:
-    """Dense maths on every block, the gradient left to autograd: what `_RingAttention` must meet."""
+    """Dense maths on every block, gradients by autograd: what `_RingAttention` must meet."""
     index, starts = _tokens(layout, group_rank(group), cu_seqlens)
     parts = []
     for owner, kv_blk in ring(torch.stack((k, v)), group):
@@ -203,7 +203,7 @@ def decode(
 
     q `[b, n, h, d]`, un-rotated, at `positions`: integers on the CPU, `[n]` or, where rows differ
     in length, `[b, n]`. k_cache, v_cache `[b, s_cache, h_kv, d]`, un-rotated: entry j belongs to
-    position j; what lies after a token's position is not read. Without gradients; out is like q.
+    position j; entries after the greatest position are not read. No gradients; out is like q.
     Raises ValueError where shapes do not fit or a position lies outside the cache.
     """
     check_qkv(q, k_cache, v_cache)

@@ -150,17 +150,15 @@ def _draw(ax: Axes, curve: Curve, smooth: bool) -> None:
     colour = SERIES[curve.series]
     if smooth and len(curve.y) > 20:
         ax.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
-        y = _running_mean(curve.y, max(1, len(curve.y) // 80))[::every]
+        reach = max(1, len(curve.y) // 80)
+        y = [_local_mean(curve.y, place, reach) for place in range(0, len(curve.y), every)]
     ax.plot(x, y, color=colour, linewidth=1.6, label=curve.label)
 
 
-def _running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """At each place, the mean of the values at most `reach` places away."""
-    means = []
-    for place in range(len(values)):
-        part = values[max(0, place - reach) : place + reach + 1]
-        means.append(sum(part) / len(part))
-    return means
+def _local_mean(values: Sequence[float], place: int, reach: int) -> float:
+    """The mean of the values at most `reach` places from `place`."""
+    part = values[max(0, place - reach) : place + reach + 1]
+    return sum(part) / len(part)
 
 
 def _svg(figure: Figure, looks: Looks) -> str:

@@ -161,6 +161,10 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
     missing = [key for key in needed if not isinstance(table, dict) or key not in table]
     if missing:
         raise ValueError(f"{path}:1: key {missing[0]!r} is missing")
+    for key, kinds in (("lengths", int), ("before", int | float), ("after", int | float)):
+        column = table[key]
+        if not isinstance(column, list) or not all(isinstance(v, kinds) for v in column if v):
+            raise ValueError(f"{path}:1: {key} = {column!r}: expected a list of numbers")
     count = len(table["lengths"])
     for key in ("before", "after"):
         if len(table[key]) != count or not count:

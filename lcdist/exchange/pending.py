@@ -8,7 +8,6 @@ and `wait` hides the exchange in both directions.
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -69,19 +68,12 @@ class Pending:
 
     def __init__(self, x: Tensor, forward: Post, adjoint: Post) -> None:
         self._course = _Course(forward, adjoint)
-        self._ticket: Tensor | None = None
+        self._ticket = _Leave.apply(x, self._course)
         self._result: Tensor | None = None
-        if torch.is_grad_enabled() and x.requires_grad:
-            self._ticket = _Leave.apply(x, self._course)
-        else:
-            self._course.under_way = forward(x.detach())
 
     def wait(self) -> Tensor:
         """What was exchanged; differentiable in what was given. The same tensor at every call."""
         if self._result is None:
-            if self._ticket is None:
-                self._result = self._course.arrive()
-            else:
-                self._result = _Arrive.apply(self._ticket, self._course)
+            self._result = _Arrive.apply(self._ticket, self._course)
         assert self._result is not None
         return self._result

@@ -8,6 +8,10 @@ from lcdist.config.schema import Config
 from megatron.core.transformer import TransformerConfig
 
 
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
 def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of the model and mesh of `config`; parameters are of `dtype`.
 
@@ -40,7 +44,12 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         sequence_parallel=parallel.sequence_parallel,
         # The loss rule of the house: a sum over all tokens, divided once by their number.
         calculate_per_token_loss=True,
-        perform_initialization=False,
+        # Megatron marks parameters as tensor-parallel only while it initialises them; the values
+        # come from init.py.
+        perform_initialization=True,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         use_cpu_initialization=False,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -50,6 +59,10 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         apply_rope_fusion=False,
         cross_entropy_loss_fusion=False,
         deallocate_pipeline_outputs=True,
+        # With two stages, interleaving sends activations and gradients to the same neighbour; in
+        # one batch of messages they would be taken for each other, silently.
+        overlap_p2p_comm=parallel.vp_size > 1,
+        batch_p2p_comm=parallel.vp_size == 1,
         recompute_granularity="full" if full else None,
         recompute_method="uniform" if full else None,
         recompute_num_layers=1 if full else None,

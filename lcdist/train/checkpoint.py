@@ -29,11 +29,10 @@ LATEST = "latest"
 PREFIX = "step_"
 HALF = ".writing-"
 
-# All that torch's own writer puts into `.metadata` when every entry is a tensor. A file that asks
-# for anything else was not written by this program and is not opened.
+# All that torch's own writer puts into `.metadata` when every entry is a tensor, as here: an entry
+# of bytes would be unpickled. A file that asks for anything else is not opened.
 _PICKLED = {
-    "collections": {"OrderedDict"},
-    "torch": {"Size", "device"},
+    "torch": {"Size", "bfloat16", "float32", "uint8"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.metadata": {
         "ChunkStorageMetadata",
@@ -44,7 +43,13 @@ _PICKLED = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
 }
 
 

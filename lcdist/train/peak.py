@@ -38,6 +38,8 @@ DATA_SHEETS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("MI250X",), 191.5),
 )
 
+ROUNDS = 10
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -78,9 +80,9 @@ def measure_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2
     b = torch.full((n, n), 0.25, device=device, dtype=dtype)
     out = torch.zeros_like(a)
     _time_products(a, b, out, 2)
-    once = _time_products(a, b, out, 1)
-    repeats = max(1, int(seconds / once))
-    return 2 * n**3 * repeats / _time_products(a, b, out, repeats)
+    repeats = max(1, int(seconds / ROUNDS / _time_products(a, b, out, 1)))
+    # The fastest round: a peak is what the device can do, not what its other guests leave of it.
+    return 2 * n**3 * repeats / min(_time_products(a, b, out, repeats) for _ in range(ROUNDS))
 
 
 def _time_products(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, repeats: int) -> float:

@@ -17,20 +17,27 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 # One key a layer and not one stack for all: layers may differ in method and parameters.
 _METADATA = {"non_homogeneous_layers": True}
+_EXTRA = "_extra_state"
 
 
 def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
-    """The sharded weights of this rank's model chunks."""
-    return {
-        f"chunk{i}": chunk.sharded_state_dict(metadata=dict(_METADATA))  # type: ignore[operator]
-        for i, chunk in enumerate(chunks)
-    }
+    """The sharded weights of this rank's model chunks.
+
+    Megatron's `_extra_state` entries, empty here, are left out: they would be pickled bytes.
+    """
+    states = {}
+    for i, chunk in enumerate(chunks):
+        whole = chunk.sharded_state_dict(metadata=dict(_METADATA))  # type: ignore[operator]
+        states[f"chunk{i}"] = {k: v for k, v in whole.items() if not k.endswith(_EXTRA)}
+    return states
 
 
 def load_model_state(chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> None:
     """Put loaded weights into the chunks; every parameter must be there."""
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"chunk{i}"], strict=True)
+        result = chunk.load_state_dict(loaded[f"chunk{i}"], strict=False)
+        missing = [key for key in result.missing_keys if not key.endswith(_EXTRA)]
+        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 
 def random_states() -> dict[str, Tensor]:

@@ -76,6 +76,8 @@ def test_undecodable_bytes_are_refused_or_listed(tmp_path: Path) -> None:
 
 
 GOOD = [json.dumps({"text": f"a\u2028b\r\n{i}", "id": i}, ensure_ascii=False) for i in range(3)]
+# A bare carriage return is a space to JSON, not the end of a line.
+GOOD[1] = '{"text":\r"b"}'
 BAD = {
     b'{"text": "a"': "line 3, byte {0}: not JSON",
     b'{"txt": "a"}': 'line 3, byte {0}: not an object with a string under "text"',

@@ -108,9 +108,10 @@ def test_a_sample_is_a_function_of_seed_and_index(counted: Path) -> None:
             assert torch.equal(again.cu_seqlens, forward[i].cu_seqlens)
         for a, b in ((5, 6), (2**64 - 1, 2**64 - 2)):
             first, second = make(a), make(b)
-            assert any(
-                not torch.equal(first.sample(i).tokens, second.sample(i).tokens) for i in order
-            )
+            pairs = [(first.sample(i), second.sample(i)) for i in order]
+            assert any(not torch.equal(a.tokens, b.tokens) for a, b in pairs)
+            tables = [(a.cu_seqlens.tolist(), b.cu_seqlens.tolist()) for a, b in pairs]
+            assert any(a != b for a, b in tables)
         with pytest.raises(ValueError, match="seed = -1"):
             make(-1)
 

@@ -17,7 +17,7 @@ from lcdist.train.records import StepRecord, StepTime
 SAMPLE = 'print("a < b") & <script>alert(1)</script>'
 EVALUATION = {
     "lengths": [512, 1024, 4096, 8192],
-    "before": [18.25, 61.5, 1830.0, None],
+    "before": [18.25, None, 1830.0, math.inf],
     "after": [17.5, 14.5, 12.375, 15.5],
     "attention": "method",
     "tokens": 65536,
@@ -89,8 +89,8 @@ class Resources(HTMLParser):
     def handle_starttag(self, tag, attrs):
         given = dict(attrs)
         self.tags.append(tag)
-        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data")]
-        self.ids += [v for k, v in attrs if k == "id"]
+        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "data")]
+        self.ids += [v or "" for k, v in attrs if k == "id"]
         if tag == "svg":
             self.unnamed += not given.get("aria-label") or given.get("role") != "img"
 
@@ -166,6 +166,16 @@ def test_a_single_run_has_a_report_too(tmp_path):
     assert "has not been evaluated" in text and "trained at 512 tokens" in text
 
 
+def test_a_run_that_diverged_at_once_has_a_report_too(tmp_path):
+    folder = tmp_path / "one"
+    make_stage(folder, 512, 30, random.Random(1))
+    path = folder / "metrics.jsonl"
+    path.write_text(re.sub(r'"(loss|grad_norm)": [^,]+', r'"\1": null', path.read_text()))
+    assert report_facts(folder)["stages"][0]["last_loss"] is None
+    text = write_report(folder).read_text()
+    assert "from – to –" in text and not re.search(r"\bnan\b", text)
+
+
 def test_the_headline_is_at_the_longest_length_where_the_trained_one_was_not_measured(main_job):
     table = EVALUATION | {"lengths": [512, 1024, 2048, 8192]}
     (main_job / "evaluation.json").write_text(json.dumps(table))
@@ -193,6 +203,12 @@ def break_line(path: Path, number: int, text: str) -> None:
             1,
             json.dumps(EVALUATION | {"after": [1.0]}),
             r"evaluation\.json:1: after has 1 entries for 4 lengths",
+        ),
+        (
+            "evaluation.json",
+            1,
+            json.dumps(EVALUATION | {"before": ["1", 2, 3, 4]}),
+            r"evaluation\.json:1: before = .*: expected a list of numbers",
         ),
     ],
 )

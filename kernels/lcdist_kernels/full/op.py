@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lcdist_kernels.common import announce, check_impl, check_qkv, document_starts
+from lcdist_kernels.common import announce, check_impl, check_self, document_starts
 from lcdist_kernels.full.reference import full_reference
 from lcdist_kernels.full.tiled import full_bwd, full_fwd
 from lcdist_kernels.rotary import Rotary
@@ -46,7 +46,7 @@ def full_attention(
             cu_seqlens=cu_seqlens,
             softmax_scale=softmax_scale,
         )
-    check_qkv(q, k, v)
+    check_self(q, k, v)
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
     if rotary is not None:

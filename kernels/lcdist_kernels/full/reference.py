@@ -9,7 +9,7 @@ Suffixes: B batch, S queries, T keys, H query heads, D head_dim.
 import torch
 from torch import Tensor
 
-from lcdist_kernels.common import check_qkv, document_starts, wide_dtype
+from lcdist_kernels.common import check_self, document_starts, wide_dtype
 from lcdist_kernels.full.partial import normalizer, visible
 from lcdist_kernels.rotary import Rotary
 
@@ -30,7 +30,7 @@ def full_reference(
     cu_seqlens: see `document_starts`. softmax_scale: default head_dim ** -0.5. Any float dtype;
     sums in the wider of fp32 and q.dtype. Raises ValueError where shapes do not fit.
     """
-    check_qkv(q, k, v)
+    check_self(q, k, v)
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
     if rotary is not None:

@@ -1,0 +1,63 @@
+"""Full attention under context parallelism: its numbers by hand, and what a rank may skip."""
+
+import pytest
+import torch
+
+from lcdist.attention import METHODS, Shape, Traffic, full
+from lcdist.layout import ContextLayout
+from tests.attention.body import assert_all_match, make, on_virtual_ranks, whole
+
+METHOD = METHODS["full"]
+OPTIONS = METHOD.options()
+
+
+def test_flops_by_hand() -> None:
+    # 3 heads of 5, 4 tokens: 10 pairs, 5 multiply-adds each for the score and for the value.
+    shape = Shape(batch=2, nheads=3, nheads_kv=1, head_dim=5, itemsize=2, seqlen=4)
+    assert METHOD.flops(OPTIONS, shape) == 2 * 3 * 10 * (5 + 5) * 2
+    with pytest.raises(ValueError, match="seqlen"):
+        METHOD.flops(OPTIONS, Shape(batch=2, nheads=3, nheads_kv=1, head_dim=5, itemsize=2))
+
+
+@pytest.mark.parametrize(("itemsize", "grad_size"), [(2, 4), (4, 4), (8, 8)])
+def test_bytes_by_hand(itemsize: int, grad_size: int) -> None:
+    shape = Shape(batch=1, nheads=4, nheads_kv=2, head_dim=8, itemsize=itemsize)
+    kv = 2 * 1 * 6 * 2 * 8
+    counted = METHOD.bytes(OPTIONS, shape, ContextLayout("contiguous", 18, 3))
+    assert counted == Traffic(
+        (2 * kv * itemsize,) * 3, (2 * kv * itemsize + 3 * kv * grad_size,) * 3
+    )
+    assert METHOD.bytes(OPTIONS, shape, ContextLayout("zigzag", 18, 1)) == Traffic((0,), (0,))
+
+
+def test_blocks_in_the_future_cost_no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    visits = []
+    plain = full.full_fwd
+    monkeypatch.setattr(full, "full_fwd", lambda *args: visits.append(1) or plain(*args))
+    problem = make("full", "contiguous", 4)
+    assert_all_match(on_virtual_ranks(problem, "torch")[0], whole(problem))
+    assert len(visits) == 1 + 2 + 3 + 4
+
+
+def test_documents_of_one_token_each() -> None:
+    problem = make("full", "striped", 3)
+    problem.cu_seqlens = torch.arange(problem.layout.seqlen + 1, dtype=torch.int32)
+    for impl in ("reference", "torch"):
+        out, dq, dk, dv = on_virtual_ranks(problem, impl)[0]
+        groups = problem.dout.unflatten(2, (2, 2)).sum(3)
+        assert_all_match([out, dv], [problem.qkv[2].repeat_interleave(2, 2), groups])
+        assert dq.abs().max() < 1e-12 and dk.abs().max() < 1e-12
+
+
+def test_one_token_a_rank() -> None:
+    for kind in ("contiguous", "striped"):
+        problem = make("full", kind, 8, at_least=1)
+        assert problem.layout.local_seqlen == 1
+        for impl in ("reference", "torch"):
+            assert_all_match(on_virtual_ranks(problem, impl)[0], whole(problem))
+
+
+def test_half_precision_comes_back_in_half_precision() -> None:
+    problem = make("full", "zigzag", 2, dtype=torch.float16)
+    for impl in ("reference", "torch", "auto"):
+        assert all(x.dtype == torch.float16 for x in on_virtual_ranks(problem, impl)[0])

@@ -1,0 +1,37 @@
+"""METHODS: what installed packages bring is taken, or refused by name."""
+
+import dataclasses
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from lcdist.attention import METHODS
+from lcdist.attention.registry import GROUP, load_methods
+
+MINE = dataclasses.replace(METHODS["full"], name="mine")
+NOT_A_METHOD = "full"
+
+
+def point(name: str, attribute: str, module: str = __name__) -> EntryPoint:
+    return EntryPoint(name, f"{module}:{attribute}", GROUP)
+
+
+def test_a_method_of_a_package_joins_the_built_in_ones() -> None:
+    methods = load_methods([point("mine", "MINE")])
+    assert methods["mine"] is MINE and methods["full"] is METHODS["full"]
+
+
+@pytest.mark.parametrize(
+    ("points", "says"),
+    [
+        ([point("full", "METHOD", "lcdist.attention.full")], "'full'.*taken by lcdist itself"),
+        ([point("mine", "MINE"), point("mine", "MINE")], "taken by an unnamed distribution"),
+        ([point("mine", "NOT_A_METHOD")], "is a str, expected an AttentionMethod"),
+        ([point("yours", "MINE")], "calls itself 'mine'"),
+        ([point("mine", "GONE")], "cannot be imported.*GONE"),
+        ([point("mine", "MINE", "no_such_module")], "cannot be imported.*no_such_module"),
+    ],
+)
+def test_what_is_wrong_is_named(points: list[EntryPoint], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        load_methods(points)

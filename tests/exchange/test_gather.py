@@ -1,0 +1,59 @@
+"""gather by blocks: the order asked, errors, and gradients that are the same bits every time."""
+
+import pytest
+import torch
+
+from lcdist.exchange import VirtualGroup, gather
+
+
+def test_blocks_by_eye():
+    wants = {0: [3, 0, 3], 1: [], 2: [5, 1]}
+
+    def run(rank):
+        me = rank.rank()
+        x = torch.arange(4 * me, 4 * me + 4).float()[None].requires_grad_()
+        out = gather(x, rank, blocks=wants[me], block_size=2).wait()
+        (out * (me + 1)).sum().backward()
+        return out.tolist(), x.grad.tolist()
+
+    results = VirtualGroup(3).run(run)
+    assert results[0] == ([[6, 7, 0, 1, 6, 7]], [[1, 1, 3, 3]])
+    assert results[1] == ([[]], [[0, 0, 2, 2]])
+    assert results[2] == ([[10, 11, 2, 3]], [[0, 0, 3, 3]])
+
+
+def test_gradients_of_repeated_blocks_are_the_same_bits_every_time():
+    def run(rank):
+        g = torch.Generator().manual_seed(rank.rank())
+        x = torch.randn(1, 8, 64, generator=g).requires_grad_()
+        blocks = torch.randint(16, (40,), generator=g)
+        out = gather(x, rank, blocks=blocks, block_size=2).wait()
+        (out * torch.randn(out.shape, generator=g)).sum().backward()
+        return x.grad
+
+    first, again = VirtualGroup(4).run(run), VirtualGroup(4).run(run)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("named", [{}, {"blocks": [1, 0], "block_size": 1}])
+def test_sums_of_bfloat16_gradients_are_made_in_float32(named):
+    def run(rank):
+        x = torch.ones(1, 2, 1, dtype=torch.bfloat16, requires_grad=True)
+        # 256 + 1 is not a bfloat16.
+        out = gather(x, rank, **named).wait()[:, :2] * (256.0, 1.0, 1.0)[rank.rank()]
+        out.sum().backward()
+        return x.grad.flatten().tolist()
+
+    assert VirtualGroup(3).run(run) == [[258.0, 258.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+def test_errors_name_the_block():
+    x = torch.ones(1, 6)
+    with pytest.raises(ValueError, match="block 3 asked for, there are 3"):
+        gather(x, None, blocks=[0, 3], block_size=2)
+    with pytest.raises(ValueError, match="block -1 asked for"):
+        gather(x, None, blocks=[-1], block_size=2)
+    with pytest.raises(ValueError, match="block_size = 4 must divide the shard's 6"):
+        gather(x, None, blocks=[0], block_size=4)
+    with pytest.raises(ValueError, match="block_size = None"):
+        gather(x, None, blocks=[0])

@@ -1,0 +1,31 @@
+"""swap: there and back, and sizes that do not fit."""
+
+import pytest
+import torch
+
+from lcdist.exchange import VirtualGroup, swap
+
+
+def test_there_and_back_is_the_identity():
+    sizes = {"shard_sizes": [2, 0, 3], "full_sizes": [1, 4, 0]}
+    back = {"shard_sizes": sizes["full_sizes"], "full_sizes": sizes["shard_sizes"]}
+
+    def run(rank):
+        x = torch.randn(2, sizes["shard_sizes"][rank.rank()], 5)
+        there = swap(x, 1, 2, rank, **sizes).wait()
+        assert there.shape == (2, 5, sizes["full_sizes"][rank.rank()])
+        return torch.equal(swap(there, 2, 1, rank, **back).wait(), x)
+
+    assert VirtualGroup(3).run(run) == [True] * 3
+
+
+def test_errors_name_the_sizes():
+    rank, x = VirtualGroup(2)[0], torch.ones(4, 3)
+    with pytest.raises(ValueError, match="dim 1 has 3 entries, not a multiple of 2"):
+        swap(x, 0, 1, rank)
+    with pytest.raises(ValueError, match=r"full_sizes \[1, 1\] for 2 ranks and 3 entries"):
+        swap(x, 0, 1, rank, full_sizes=[1, 1])
+    with pytest.raises(ValueError, match=r"shard_sizes \[3, 4\] on rank 0 of 2, which holds 4"):
+        swap(x, 0, 1, rank, shard_sizes=[3, 4], full_sizes=[1, 2])
+    with pytest.raises(AssertionError, match="two dims"):
+        swap(x, 1, -1, rank)
