@@ -17,6 +17,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lcdist.attention import METHODS
+from lcdist.attention.table import method_table
 from lcdist.config import ConfigError, load
 from lcdist.data.corpus import SUFFIXES, Source, standard_library
 from lcdist.data.prepare import Settings, prepare
@@ -29,7 +31,7 @@ from lcdist.run import run
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 for a mistake of the user's."""
-    arguments = _parser().parse_args(words)
+    arguments = parse_words(words)
     is_first = os.environ.get("RANK", "0") == "0"
     set_up_logging(is_first)
     try:
@@ -45,6 +47,18 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
+def parse_words(words: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of one command line; argparse shows its usage and exits with 2 on a mistake."""
+    parser = make_parser()
+    arguments, late = parser.parse_known_args(words)
+    # argparse before Python 3.12 does not take overrides that follow an option.
+    if late and ("overrides" not in arguments or any(word.startswith("-") for word in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:
+        arguments.overrides += late
+    return arguments
+
+
 def set_up_logging(is_first: bool) -> None:
     """Log lines on standard error: from rank 0 all that is of use, from the others warnings."""
     handler = RichHandler(
@@ -54,8 +68,9 @@ def set_up_logging(is_first: bool) -> None:
     logging.getLogger("lcdist").setLevel(logging.INFO if is_first else logging.ERROR)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lcdist", description=__doc__.splitlines()[0])
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their arguments; `arguments.action(arguments)` is what they do."""
+    parser = argparse.ArgumentParser(prog="lcdist", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     plan = commands.add_parser("plan", help="what a run would be, without running it")
@@ -63,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--world-size", type=int, help="ranks; the mesh's smallest by default")
     _overrides(plan)
     plan.set_defaults(action=_plan)
+
+    methods = commands.add_parser("methods", help="the attention methods, as the README shows them")
+    methods.set_defaults(action=_methods)
 
     tokenize = commands.add_parser("tokenize", help="text to a folder of tokens")
     tokenize.add_argument("source", help="folder, file or JSONL; 'stdlib' for Python's own sources")
@@ -110,11 +128,16 @@ def _overrides(parser: argparse.ArgumentParser) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     config = load(arguments.config, arguments.overrides)
-    plan = make_plan(config, arguments.world_size or smallest_world(config))
+    asked = arguments.world_size
+    plan = make_plan(config, smallest_world(config) if asked is None else asked)
     table = Table("what", "how much", title=arguments.config)
     for row in plan.rows():
         table.add_row(*row)
     Console().print(table)
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    print(method_table(METHODS.values()))
 
 
 def _tokenize(arguments: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from tests.unwritten import fill_empty_with_nan
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 STOP_SECONDS = 2.0
+FAILURE_SECONDS = 0.5
 
 
 class RankError(Exception):
@@ -81,27 +82,44 @@ def _collect(
     ranks: list[tuple[ForkServerProcess, Connection]], deadline: float, timeout: float
 ) -> list[Any]:
     results: dict[int, Any] = {}
+    failures: list[tuple[float, BaseException]] = []
     waiting = {pipe: rank for rank, (_, pipe) in enumerate(ranks)}
     while waiting:
-        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
-        if not ready:
+        # One rank's failure makes others fail: hear them all, and blame the first.
+        seconds = FAILURE_SECONDS if failures else max(0.0, deadline - time.monotonic())
+        ready = wait(list(waiting), seconds)
+        if not ready and not failures:
             raise TimeoutError(f"ranks {sorted(waiting.values())} not done after {timeout:g} s")
+        if not ready:
+            break
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = waiting.pop(pipe)
-            try:
-                ok, answer = pipe.recv()
-            except EOFError:
-                process = ranks[rank][0]
-                process.join(STOP_SECONDS)
-                raise RuntimeError(
-                    f"rank {rank} died without a word, exit code {process.exitcode}"
-                ) from None
-            if not ok:
-                error, text = pickle.loads(answer)
-                raise error from RankError(text)
-            results[rank] = pickle.loads(answer)
+            when, error, answer = _read(rank, *ranks[rank])
+            if error is None:
+                results[rank] = answer
+            else:
+                failures.append((when, error))
+    if failures:
+        raise min(failures, key=lambda failure: failure[0])[1]
     return [results[rank] for rank in range(len(ranks))]
+
+
+def _read(
+    rank: int, process: ForkServerProcess, pipe: Connection
+) -> tuple[float, BaseException | None, Any]:
+    """When the rank ended, its error, its result. A silent death is nobody's consequence."""
+    try:
+        when, ok, answer = pipe.recv()
+    except EOFError:
+        process.join(STOP_SECONDS)
+        died = f"rank {rank} died without a word, exit code {process.exitcode}"
+        return 0.0, RuntimeError(died), None
+    if ok:
+        return when, None, pickle.loads(answer)
+    error, text = pickle.loads(answer)
+    error.__cause__ = RankError(text)
+    return when, error, None
 
 
 def _kill(processes: list[ForkServerProcess]) -> None:
@@ -127,10 +145,10 @@ def _rank_main(rank: int, world_size: int, store: str, call: bytes, pipe: Connec
         answer = pickle.dumps(fn(rank, world_size, *args))
         # No rank leaves while another may still need it.
         dist.barrier()
-        pipe.send((True, answer))
+        pipe.send((time.monotonic(), True, answer))
     except BaseException as error:
         text = f"rank {rank} of {world_size}:\n{traceback.format_exc()}"
-        pipe.send((False, _dump_error(error, text)))
+        pipe.send((time.monotonic(), False, _dump_error(error, text)))
     finally:
         pipe.close()
         if dist.is_initialized():

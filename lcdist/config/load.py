@@ -6,11 +6,14 @@ value and what would be legal. All of them are collected and raised together as 
 
 import dataclasses
 import difflib
+import json
 import math
+import re
 import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +43,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError([f"cannot read configuration {path}: not UTF-8 ({error})"]) from error
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
+        # Not TOMLDecodeError alone: an endless integer is a plain ValueError.
         raise ConfigError([f"cannot read configuration {path}: not TOML ({error})"]) from error
     return parse(table, overrides)
 
@@ -72,12 +76,18 @@ def build(cls: type, table: Any, where: str, errors: list[str]) -> Any:
     known = [name for name, f in fields.items() if not f.metadata.get("flattened")]
     rest = {key: value for key, value in table.items() if key not in known}
     for name in known:
-        field, path = fields[name], f"{where}.{name}" if where else name
-        if name in table:
-            values[name] = _value(hints[name], table[name], path, errors)
-            _check_range(field, values[name], path, errors)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        field, path = fields[name], _join(where, name)
+        given = table.get(name)
+        if given is None and _has_default(field):
+            continue
+        if given is None and not dataclasses.is_dataclass(hints[name]):
             errors.append(f"missing key '{path}': it has no default")
+            continue
+        # A missing section is an empty one, so that each key it should have is named.
+        typed = len(errors)
+        values[name] = _value(hints[name], {} if given is None else given, path, errors)
+        if len(errors) == typed:
+            _check_range(field, values[name], path, errors)
     for name in fields:
         if fields[name].metadata.get("flattened"):
             method = values.get("method", fields["method"].default)
@@ -110,15 +120,20 @@ def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def _apply(table: dict[str, Any], override: str, errors: list[str]) -> None:
     path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
+    keys = [key.strip() for key in path.split(".")]
     if not equals or len(keys) < 2 or not all(keys):
-        errors.append(f"override {override!r}: expected section.key=value")
+        errors.append(f"override {override!r}: expected section.key=value{_place(path.strip())}")
         return
+    text = text.strip()
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        # A shell strips quotes: a word that is no TOML value stands for itself.
-        value = text.strip()
+        parsed = tomllib.loads(f"value = {text}")
+    except ValueError as error:
+        if text.startswith(("'", '"', "[", "{")):
+            errors.append(f"override {override!r}: the value is not TOML ({error})")
+            return
+        parsed = {}
+    # A shell strips quotes: a word that is no TOML value stands for itself.
+    value = parsed["value"] if len(parsed) == 1 else text
     for depth, key in enumerate(keys[:-1]):
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
@@ -130,7 +145,7 @@ def _apply(table: dict[str, Any], override: str, errors: list[str]) -> None:
 def _options(
     method: Any, table: dict[str, Any], where: str, siblings: list[str], errors: list[str]
 ) -> Any:
-    if method not in OPTIONS:
+    if not isinstance(method, str) or method not in OPTIONS:
         return RawOptions(table=table)
     cls = OPTIONS[method]
     legal = {f.name for f in dataclasses.fields(cls)}
@@ -140,12 +155,28 @@ def _options(
 
 
 def _unknown(key: str, known: Sequence[str], where: str) -> str:
-    path = f"{where}.{key}" if where else key
+    hint = _place(key)
     close = difflib.get_close_matches(key, known, n=1)
-    if close:
-        hint = f"{where}.{close[0]}" if where else close[0]
-        return f"unknown key '{path}'; did you mean '{hint}'?"
-    return f"unknown key '{path}'; known keys: {', '.join(known)}"
+    if not hint and close:
+        hint = f"; did you mean '{_join(where, close[0])}'?"
+    return f"unknown key '{_join(where, key)}'{hint or '; known keys: ' + ', '.join(known)}"
+
+
+def _place(key: str) -> str:
+    """A hint where `key` stands alone or in the wrong section and another section has it."""
+    for section, hint in typing.get_type_hints(Config).items():
+        if key in {f.name for f in dataclasses.fields(hint) if not f.metadata.get("flattened")}:
+            return f"; did you mean '{section}.{key}'?"
+    return ""
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _has_default(field: Any) -> bool:
+    absent = dataclasses.MISSING
+    return field.default is not absent or field.default_factory is not absent
 
 
 def _kind(value: Any) -> str:
@@ -169,8 +200,11 @@ def _value(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
         return _union(typing.get_args(hint), value, path, errors)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, path, errors)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and type(value) is int:
+        if abs(value) < 2**1023:
+            return float(value)
+        errors.append(f"{path}: the number is too large for a float")
+        return value
     if type(value) is not hint:
         expected = _NAMES.get(hint, str(hint))
         errors.append(f"{path} = {value!r}: expected {expected}, got {_kind(value)}")
@@ -184,7 +218,7 @@ def _union(members: Sequence[type], value: Any, path: str, errors: list[str]) ->
         errors.append(f"{path} = {value!r}: expected a table of keys, got {_kind(value)}")
         return None
     chosen = value.get(tag, next(iter(choices)))
-    if chosen not in choices:
+    if not isinstance(chosen, str) or chosen not in choices:
         errors.append(f"{path}.{tag} = {chosen!r}: must be one of {', '.join(choices)}")
         return None
     return build(choices[chosen], value, path, errors)
@@ -216,10 +250,10 @@ def _dump_table(node: Any, path: str, lines: list[str]) -> None:
     scalars = {k: v for k, v in table.items() if not _is_table(v)}
     if path and (scalars or not table):
         lines.extend(["", f"[{path}]"])
-    lines.extend(f"{key} = {_scalar(value)}" for key, value in scalars.items())
+    lines.extend(f"{_key(key)} = {_scalar(value)}" for key, value in scalars.items())
     for key, value in table.items():
         if _is_table(value):
-            _dump_table(value, f"{path}.{key}" if path else key, lines)
+            _dump_table(value, _join(path, _key(key)), lines)
 
 
 def _is_table(value: Any) -> bool:
@@ -239,14 +273,24 @@ def _as_table(node: Any) -> dict[str, Any]:
     return table
 
 
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _quoted(key)
+
+
+def _quoted(text: str) -> str:
+    # JSON's escapes are TOML's, once DEL, which JSON leaves bare, is escaped too.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _scalar(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        for char, code in (("\n", "\\n"), ("\t", "\\t"), ("\r", "\\r")):
-            escaped = escaped.replace(char, code)
-        return f'"{escaped}"'
+        return _quoted(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_scalar(v) for v in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(k)} = {_scalar(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, date | time):
+        return value.isoformat()
     return repr(value)

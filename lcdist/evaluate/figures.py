@@ -120,7 +120,7 @@ def perplexity(lengths: Sequence[int], curves: Sequence[Curve], looks: Looks) ->
         ax.set_xlabel("length in tokens")
         ax.set_ylabel("perplexity")
         low, high = ax.get_ylim()
-        ticks = _one_two_five(low, high)
+        ticks = _round_numbers(low, high)
         ax.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.yaxis.set_minor_locator(NullLocator())
@@ -136,11 +136,14 @@ def _tick(value: float, _: int) -> str:
     return f"{value:g}"
 
 
-def _one_two_five(low: float, high: float) -> list[float]:
-    """Round numbers between `low` and `high`: 1, 2, 5 of each power of ten, or 1 alone."""
+def _round_numbers(low: float, high: float) -> list[float]:
+    """1, 2, 5 of each power of ten, or 1 alone; evenly spaced numbers where those are too few."""
     steps = (1, 2, 5) if high / low < 300 else (1,)
     every = [step * 10.0**power for power in range(-3, 13) for step in steps]
-    return [tick for tick in every if low <= tick <= high]
+    ticks = [tick for tick in every if low <= tick <= high]
+    if len(ticks) < 3:
+        ticks = MaxNLocator(5).tick_values(low, high).tolist()
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 def _draw(ax: Axes, curve: Curve, smooth: bool) -> None:

@@ -3,13 +3,9 @@
 import torch
 from torch import Tensor
 
-import lcdist.host  # noqa: F401
 from lcdist.inference.cache import KVCache
-from lcdist.model.build import CausalLM, hide_padding
+from lcdist.model.build import CausalLM
 from lcdist.model.sequence import SequenceParams
-from megatron.core.tensor_parallel import (
-    gather_from_tensor_model_parallel_region,
-)
 
 
 def generate(
@@ -52,10 +48,7 @@ def generate(
 def _last_logits(model: CausalLM, new: Tensor, cache: KVCache) -> Tensor:
     """fp32 `[vocab]` for the token after `new`, on the CPU."""
     logits = model(new[None], None, None, packed_seq_params=SequenceParams(cache=cache))
-    rank = model.pg_collection.tp.rank()
-    last = hide_padding(logits[:, -1], model.true_vocab_size, rank)
-    whole = gather_from_tensor_model_parallel_region(last)
-    return whole[0].float().cpu()
+    return model.whole_logits(logits[:, -1])[0].float().cpu()
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

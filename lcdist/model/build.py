@@ -47,6 +47,11 @@ class CausalLM(GPTModel):
         targets = labels.transpose(0, 1).contiguous()
         return tensor_parallel.vocab_parallel_cross_entropy(logits, targets).transpose(0, 1)
 
+    def whole_logits(self, logits: Tensor) -> Tensor:
+        """This rank's logits `[..., vocab/tp]` to the whole `[..., vocab]`, padding -inf."""
+        logits = hide_padding(logits, self.true_vocab_size, self.pg_collection.tp.rank())
+        return tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+
 
 def hide_padding(logits: Tensor, vocab_size: int, tp_rank: int) -> Tensor:
     """Logits `[..., vocab/tp]` with -inf in the columns that stand for no token."""

@@ -99,11 +99,13 @@ class LongContextAttention(MegatronModule):
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
         k_full, v_full = cache.append(self.layer_number, k, v)
+        read = k_full.shape[1]
         return self.method.decode(
             q,
             k_full,
             v_full,
             options=self.options,
+            positions=torch.arange(read - q.shape[1], read),
             rotary=self.rotary,
             softmax_scale=self.softmax_scale,
             heads=self.heads,

@@ -25,7 +25,7 @@ def initialise(model: nn.Module, config: TransformerConfig, seed: int, std: floa
     tp_size = config.tensor_model_parallel_size
     tp_rank = _tp_rank(model)
     residual_std = std / math.sqrt(2 * config.num_layers)
-    names = _whole_model_names(model)
+    names = whole_model_names(model)
     with torch.no_grad():
         for local_name, parameter in model.named_parameters():
             name = names[local_name]
@@ -60,8 +60,8 @@ def _tp_rank(model: nn.Module) -> int:
     return model.pg_collection.tp.rank()  # type: ignore[union-attr,return-value]
 
 
-def _whole_model_names(model: nn.Module) -> dict[str, str]:
-    """Names with the layer's number in the whole model in place of that in this stage.
+def whole_model_names(model: nn.Module) -> dict[str, str]:
+    """By local name, the name with the layer's number in the whole model, not in this stage.
 
     The output layer of a model with tied embeddings is the embedding under another name.
     """

@@ -58,7 +58,9 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         cross_entropy_loss_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # Overlapped sends are still on their way when Megatron frees the tensor: gloo would send
+        # whatever the memory holds next.
+        deallocate_pipeline_outputs=parallel.vp_size == 1,
         # With two stages, interleaving sends activations and gradients to the same neighbour; in
         # one batch of messages they would be taken for each other, silently.
         overlap_p2p_comm=parallel.vp_size > 1,

@@ -18,6 +18,7 @@ from torch import nn
 
 import lcdist.host  # noqa: F401
 from lcdist.config.schema import OptimConfig
+from lcdist.model.init import whole_model_names
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
@@ -46,8 +47,12 @@ class ShardedAdamW:
         self, chunks: Sequence[nn.Module], config: OptimConfig, group: dist.ProcessGroup
     ) -> None:
         self.config, self.group = config, group
-        named = [pair for chunk in chunks for pair in chunk.named_parameters()]
-        self.parameters = [(name, p) for name, p in named if p.requires_grad]
+        self.parameters = [
+            (names[name], parameter)
+            for chunk, names in [(chunk, whole_model_names(chunk)) for chunk in chunks]
+            for name, parameter in chunk.named_parameters()
+            if parameter.requires_grad
+        ]
         owners = assign_owners([p.numel() for _, p in self.parameters], group.size())
         self.owned: list[list[nn.Parameter]] = [[] for _ in range(group.size())]
         for (_, parameter), owner in zip(self.parameters, owners, strict=True):
@@ -114,13 +119,17 @@ class ShardedAdamW:
         dist.all_reduce(squares)
         if not torch.isfinite(squares):
             raise FloatingPointError(
-                f"gradient norm is {squares.sqrt().item()}; parameters with non-finite gradients "
-                f"on this rank: {', '.join(self._non_finite()) or 'none'}"
+                f"gradient norm is {squares.sqrt().item()}; parameters with non-finite gradients: "
+                f"{', '.join(self._non_finite())}"
             )
         return squares.sqrt().item()
 
     def _non_finite(self) -> list[str]:
-        return [n for n, p in self.parameters if not p.main_grad.isfinite().all()]  # type: ignore[attr-defined]
+        """Names over all ranks; all ranks call it."""
+        mine = [n for n, p in self.parameters if not p.main_grad.isfinite().all()]  # type: ignore[attr-defined]
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+        return sorted({name for names in found for name in names})
 
     def _broadcast(self) -> None:
         """Every owner's new values to all, in pieces."""

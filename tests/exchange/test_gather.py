@@ -47,6 +47,18 @@ def test_sums_of_bfloat16_gradients_are_made_in_float32(named):
     assert VirtualGroup(3).run(run) == [[258.0, 258.0], [0.0, 0.0], [0.0, 0.0]]
 
 
+@pytest.mark.parametrize("named", [{}, {"blocks": [1, 0], "block_size": 1}])
+def test_gradients_are_summed_in_rank_order(named):
+    def run(rank):
+        x = torch.ones(1, 2, 1, requires_grad=True)
+        # (1 + 2^25) - 2^25 is 0 in float32; in the opposite order it is 1.
+        out = gather(x, rank, **named).wait()[:, :2] * (1.0, 2.0**25, -(2.0**25))[rank.rank()]
+        out.sum().backward()
+        return x.grad.flatten().tolist()
+
+    assert VirtualGroup(3).run(run)[0] == [0.0, 0.0]
+
+
 def test_errors_name_the_block():
     x = torch.ones(1, 6)
     with pytest.raises(ValueError, match="block 3 asked for, there are 3"):

@@ -161,3 +161,17 @@ def test_threads_made_by_hand_count_themselves():
             thread.join()
     assert totals == {0: SHARD + TOKEN, 1: SHARD}
     assert everyone.total == 2 * SHARD + TOKEN
+
+
+def test_a_group_run_in_a_thread_is_counted_in_that_thread():
+    totals = []
+
+    def main():
+        with traffic() as t:
+            VirtualGroup(3).run(lambda rank: gather(torch.ones(1, 6, 3), rank).wait())
+        totals.append(t.total)
+
+    thread = threading.Thread(target=main)
+    thread.start()
+    thread.join()
+    assert totals == [3 * 2 * SHARD]

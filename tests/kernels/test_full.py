@@ -91,6 +91,20 @@ def test_given_positions_are_those_rotated_by(impl: str) -> None:
     assert_matches(out, truth)
 
 
+@pytest.mark.parametrize("impl", ["torch", "auto", "reference"])
+def test_positions_restart_in_every_document(impl: str) -> None:
+    asked: list[list[int]] = []
+
+    class Spy(Rotary):
+        def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+            asked.append(positions.tolist())
+            return x
+
+    cu_seqlens = torch.tensor([0, 3, 4], dtype=torch.int32)
+    full_attention(*inputs(6), rotary=Spy(frequencies(16)), cu_seqlens=cu_seqlens, impl=impl)
+    assert asked == 2 * [[0, 1, 2, 0, 0, 1]]
+
+
 def test_long_rows_and_a_few_heads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiled, "BLOCK", 32)
     monkeypatch.setattr(tiled, "SHORT_ROW", 0)
@@ -200,6 +214,10 @@ def test_tiles_out_of_sight_are_skipped() -> None:
     assert reaches(index[:101], torch.zeros(101), index[100:])
     rows = list(tiled._tiles(index, torch.zeros_like(index), index, 50, 50, index.device))
     assert [len(tiles) for _, _, tiles in rows] == [1, 2, 3, 4, 5, 6]
+    # Two documents: [0, 100) and [100, 300).
+    starts = 100 * (index >= 100)
+    packed = tiled._tiles(index, starts, index, 50, 50, index.device)
+    assert [len(tiles) for _, _, tiles in packed] == [1, 2, 1, 2, 3, 4]
     assert all((t.hidden is None) == (t.k_stop <= start) for start, _, ts in rows for t in ts)
 
 

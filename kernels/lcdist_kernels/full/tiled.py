@@ -55,8 +55,7 @@ def full_fwd(
     batch, seqlen, nheads, head_dim = q.shape
     q, k, v = (_fold(x, k.shape[2]) for x in (q, k, v))
     k, v = k.squeeze(1), v.squeeze(1)
-    out = torch.zeros_like(q)
-    lse = torch.full(q.shape[:3], -torch.inf, dtype=q.dtype, device=q.device)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
     block_q, block_k, units = _blocks(q, k)
     scratch = q.new_empty(units * q.shape[1] * block_q * block_k)
     for start, stop, tiles in _tiles(q_idx, q_lo, k_idx, block_q, block_k, q.device):

@@ -45,7 +45,7 @@ class MegatronEngine:
         no_sync = [chunk.no_sync for chunk in self.wrapped]
         self.megatron.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync  # type: ignore[assignment]
         self.megatron.finalize_model_grads_func = finalize_model_grads
-        self.optimizer = ShardedAdamW(self.wrapped, plan.config.optim, grid.dp_cp_group)
+        self.optimizer = ShardedAdamW(self.chunks, plan.config.optim, grid.dp_cp_group)
 
     def forward_backward(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Gradients of the step's global mean loss into every `main_grad`; (loss, tokens)."""

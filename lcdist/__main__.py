@@ -1,0 +1,8 @@
+"""`python -m lcdist` is the command `lcdist`, also under torchrun."""
+
+import sys
+
+from lcdist.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

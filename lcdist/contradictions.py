@@ -1,0 +1,124 @@
+"""What in a configuration contradicts what: keys that are each legal and do not go together.
+
+Each check adds to `errors` one line a contradiction, with the values and the remedy, and goes on.
+"""
+
+from typing import Any
+
+from lcdist.attention import METHODS, AttentionMethod
+from lcdist.config import ConfigError
+from lcdist.config.load import build_options
+from lcdist.config.schema import Config, RawOptions
+
+
+def check_model(config: Config, errors: list[str]) -> None:
+    """The model against itself and against the mesh that cuts it."""
+    model, parallel = config.model, config.parallel
+    nheads_kv = model.nheads_kv or model.nheads
+    head_dim = model.head_dim or model.hidden_size // model.nheads
+    tp_size = parallel.tp_size
+    if not model.head_dim and model.hidden_size % model.nheads:
+        errors.append(
+            f"model.hidden_size = {model.hidden_size} is not a multiple of model.nheads = "
+            f"{model.nheads}; change one of them or set model.head_dim"
+        )
+    elif head_dim % 2 or head_dim < 4:
+        errors.append(f"head_dim = {head_dim}: rotary embedding needs an even number from 4")
+    if model.nheads % nheads_kv:
+        errors.append(
+            f"model.nheads = {model.nheads} is not a multiple of model.nheads_kv = {nheads_kv}"
+        )
+    for key, value in (("nheads", model.nheads), ("ffn_hidden_size", model.ffn_hidden_size)):
+        if value % tp_size:
+            errors.append(
+                f"model.{key} = {value} is not a multiple of parallel.tp_size = {tp_size}"
+            )
+    if nheads_kv % tp_size and tp_size % nheads_kv:
+        errors.append(
+            f"model.nheads_kv = {nheads_kv} and parallel.tp_size = {tp_size}: "
+            "one must be a multiple of the other"
+        )
+    stages = parallel.pp_size * parallel.vp_size
+    if model.num_layers % stages:
+        errors.append(
+            f"model.num_layers = {model.num_layers} is not a multiple of parallel.pp_size x "
+            f"vp_size = {parallel.pp_size} x {parallel.vp_size} = {stages}"
+        )
+    if parallel.vp_size > 1 and parallel.pp_size == 1:
+        errors.append(
+            f"parallel.vp_size = {parallel.vp_size} interleaves pipeline stages and needs "
+            "parallel.pp_size > 1; set vp_size = 1"
+        )
+    if parallel.sequence_parallel and tp_size == 1:
+        errors.append(
+            "parallel.sequence_parallel = true needs parallel.tp_size > 1; set it to false"
+        )
+
+
+def check_batch(config: Config, dp_size: int, errors: list[str]) -> None:
+    """The batch against the data-parallel size and the pipeline."""
+    train, parallel = config.train, config.parallel
+    step = train.micro_batch_size * dp_size
+    if train.global_batch_size % step:
+        errors.append(
+            f"train.global_batch_size = {train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size x data-parallel size = {train.micro_batch_size} x {dp_size} = "
+            f"{step}"
+        )
+    elif parallel.vp_size > 1 and (train.global_batch_size // step) % parallel.pp_size:
+        errors.append(
+            f"{train.global_batch_size // step} micro-batches a step: with parallel.vp_size > 1 "
+            f"they must be a multiple of parallel.pp_size = {parallel.pp_size}; "
+            "raise train.global_batch_size"
+        )
+
+
+def check_schedule(config: Config, errors: list[str]) -> None:
+    """Learning rate, data source and lengths, each against what stands beside it."""
+    optim, steps, data = config.optim, config.train.steps, config.data
+    if optim.min_lr > optim.lr:
+        errors.append(f"optim.min_lr = {optim.min_lr} is greater than optim.lr = {optim.lr}")
+    if max(optim.beta1, optim.beta2) >= 1:
+        errors.append(
+            f"optim.beta1 = {optim.beta1}, optim.beta2 = {optim.beta2}: must be less than 1"
+        )
+    decay = optim.decay_steps if optim.schedule == "wsd" else 0
+    if optim.warmup_steps + decay > steps:
+        errors.append(
+            f"optim.warmup_steps + decay_steps = {optim.warmup_steps} + {decay} is more than "
+            f"train.steps = {steps}"
+        )
+    if optim.schedule == "wsd" and not optim.decay_steps:
+        errors.append("optim.schedule = 'wsd' needs optim.decay_steps > 0")
+    if optim.schedule != "wsd" and optim.decay_steps:
+        errors.append(
+            f"optim.decay_steps = {optim.decay_steps} has no meaning with optim.schedule = "
+            f"'{optim.schedule}'; set it to 0 or use 'wsd'"
+        )
+    if data.source == "tokens" and not data.path:
+        errors.append(
+            "data.path is empty: name a folder made by 'lcdist tokenize', or set "
+            "data.source = 'synthetic'"
+        )
+    if data.source == "synthetic" and data.path:
+        errors.append(f"data.path = '{data.path}' has no meaning with data.source = 'synthetic'")
+    if any(length < 2 for length in config.evaluate.lengths):
+        errors.append(f"evaluate.lengths = {config.evaluate.lengths}: each must be at least 2")
+
+
+def check_method(config: Config, errors: list[str]) -> tuple[AttentionMethod | None, Any]:
+    """The attention method and its typed options; None where there is no such method."""
+    name, options = config.attention.method, config.attention.options
+    if name not in METHODS:
+        errors.append(f"attention.method = '{name}': must be one of {', '.join(METHODS)}")
+        return None, None
+    method = METHODS[name]
+    if isinstance(options, RawOptions):
+        try:
+            options = build_options(method.options, options)
+        except ConfigError as error:
+            errors.extend(error.errors)
+            return None, None
+    if config.data.documents == "pack" and "varlen" not in method.supports:
+        errors.append(f"data.documents = 'pack': attention.method = '{name}' cannot pack documents")
+    return method, options

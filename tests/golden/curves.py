@@ -1,0 +1,60 @@
+"""The 20-step curves that the debug configurations must give, on this mesh and any other.
+
+`python -m tests.golden.curves` writes them anew, one file a configuration beside this one. Only a
+change that is meant to change the numbers may come with a new file, and says so in the changelog.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcdist.config import load
+from lcdist.parallel import end_world, start_world
+from lcdist.train.schedule import learning_rate
+from tests.model.small import Meshes
+
+FOLDER = Path(__file__).parent
+CONFIGS = FOLDER.parents[1] / "configs" / "debug"
+STEPS = 20
+
+
+def golden_file(name: str) -> Path:
+    """Where the curve of configs/debug/<name>.toml is kept."""
+    return FOLDER / f"debug-{name}.json"
+
+
+def curve(name: str, mesh: tuple[str, ...], meshes: Meshes) -> dict[str, list[float]]:
+    """Loss (nats a token) and gradient norm of the first steps of configs/debug/<name>.toml.
+
+    mesh: overrides; the world has been started.
+    """
+    # The schedule of 20 steps, whatever length the configuration is given for people to try.
+    overrides = [f"train.steps={STEPS}", "train.dtype=fp32", "log.peak_tflops=1.0", *mesh]
+    config = load(CONFIGS / f"{name}.toml", overrides)
+    trainer = meshes.trainer(config)
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss, _ = trainer.engine.forward_backward(trainer.loader.next_step())
+        losses.append(loss)
+        norms.append(trainer.engine.update(learning_rate(config.optim, step, STEPS)))
+    return {"loss": losses, "grad_norm": norms}
+
+
+def write(name: str) -> None:
+    """Make one configuration's golden file."""
+    table: dict[str, Any] = {"config": f"configs/debug/{name}.toml"}
+    table |= {"made by": "python -m tests.golden.curves", "torch": torch.__version__}
+    table |= curve(name, (), Meshes())
+    golden_file(name).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    os.environ.pop("WORLD_SIZE", None)
+    torch.set_num_threads(1)
+    start_world(60)
+    for file in sorted(CONFIGS.glob("*.toml")):
+        write(file.stem)
+    end_world()

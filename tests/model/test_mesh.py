@@ -1,0 +1,179 @@
+"""One function on every mesh: loss, gradients and initial weights equal those of one process."""
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from lcdist.data.loader import Batch
+from lcdist.train.trainer import Trainer
+from tests.distributed import run_ranks
+from tests.model.small import Meshes, ShortSamples, mesh_name, small
+from tests.model.whole import digest, gather_whole, gradient, weight
+from tests.tolerance import assert_matches
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mesh and a variant of the model and its batch.
+
+    shape: overrides that change the function; how: overrides that must not. text: tokens of a
+    sample, where fewer than train.seqlen. holes: every other sample is left out of the loss.
+    samples: of the global batch.
+    """
+
+    world_size: int
+    mesh: tuple[str, ...]
+    shape: tuple[str, ...]
+    how: tuple[str, ...] = ()
+    text: int | None = None
+    holes: bool = False
+    samples: int = 4
+
+    @property
+    def reference(self) -> "Case":
+        return Case(1, (), self.shape, (), self.text, self.holes, self.samples)
+
+    def __str__(self) -> str:
+        words = [word.split(".")[-1].split("=")[-1] for word in (*self.shape, *self.how)]
+        extra = ["text"] * bool(self.text) + ["holes"] * self.holes
+        world = self.world_size
+        return "-".join([f"{world}ranks", mesh_name(self.mesh), *words, *extra])
+
+
+def meshes() -> list[tuple[int, tuple[str, ...]]]:
+    """(world size, overrides) of every (tp, pp, cp, dp) in {1, 2}^4 of at most 4 ranks.
+
+    With tp = 2 once more under sequence parallelism, with pp = 2 once more interleaved.
+    """
+    found = []
+    for tp, pp, cp, dp in product((1, 2), repeat=4):
+        if tp * pp * cp * dp > 4:
+            continue
+        sizes = {"tp": tp, "pp": pp, "cp": cp}
+        mesh = tuple(f"parallel.{axis}_size=2" for axis, size in sizes.items() if size == 2)
+        ways = [mesh]
+        if tp == 2:
+            ways.append((*mesh, "parallel.sequence_parallel=true"))
+        if pp == 2:
+            ways.append((*ways[-1], "parallel.vp_size=2"))
+        found += [(tp * pp * cp * dp, way) for way in ways]
+    return found
+
+
+def rows() -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Eight rows of the orthogonal array of strength 2 for seven features, and their complements.
+
+    Row r and row r + 8 are opposites, so a mesh that takes both meets every feature on and off.
+    """
+    bits = [(a, b, c, a ^ b, a ^ c, b ^ c, a ^ b ^ c) for a, b, c in product((0, 1), repeat=3)]
+    bits += [tuple(1 - bit for bit in row) for row in bits]
+    return [(_shape(row[:4]), _how(row[4:])) for row in bits]
+
+
+def _shape(bits: tuple[int, ...]) -> tuple[str, ...]:
+    packed, tied, odd, one_kv = bits
+    return (
+        f"data.documents={'pack' if packed else 'join'}",
+        f"model.tied_embeddings={'true' if tied else 'false'}",
+        f"train.seqlen={71 if odd else 96}",
+        f"model.nheads_kv={1 if one_kv else 2}",
+    )
+
+
+def _how(bits: tuple[int, ...]) -> tuple[str, ...]:
+    recompute, pairs, striped = bits
+    return (
+        f"train.recompute={'full' if recompute else 'none'}",
+        f"train.micro_batch_size={2 if pairs else 1}",
+        f"parallel.layout={'striped' if striped else 'auto'}",
+    )
+
+
+def cases() -> list[Case]:
+    """Every mesh with two opposite rows of features, then the batches with empty ranks."""
+    features, found = rows(), []
+    for number, (world_size, mesh) in enumerate(meshes()):
+        for row in (number % 8, number % 8 + 8):
+            # Interleaving wants as many micro-batches as stages on each of two dp ranks.
+            samples = 8 if "parallel.vp_size=2" in mesh else 4
+            found.append(Case(world_size, mesh, *features[row], samples=samples))
+    tp, pp, cp = "parallel.tp_size=2", "parallel.pp_size=2", "parallel.cp_size=2"
+    sp, contiguous = "parallel.sequence_parallel=true", ("parallel.layout=contiguous",)
+    for documents in ("join", "pack"):
+        shape = (f"data.documents={documents}", "train.seqlen=96")
+        # 30 tokens of 96: the second cp rank holds padding alone.
+        found.append(Case(2, (cp,), shape, contiguous, text=30))
+        found.append(Case(4, (tp, cp, sp), shape, contiguous, text=30))
+        found.append(Case(4, (cp,), shape, contiguous, text=30, holes=True))
+        # Every other sample has no loss: all samples of the second dp rank.
+        found.append(Case(2, (), shape, holes=True))
+        found.append(Case(4, (pp,), shape, holes=True))
+    return found
+
+
+CASES = cases()
+
+
+def with_holes(batches: list[Batch], trainer: Trainer) -> list[Batch]:
+    """The batches with the loss of every sample of odd number masked."""
+    spec = trainer.loader.spec
+    for micro, batch in enumerate(batches):
+        first = (micro * spec.dp_size + spec.dp_rank) * spec.micro_batch_size
+        for row in range(spec.micro_batch_size):
+            if (first + row) % 2:
+                batch.loss_mask[row] = 0
+    return batches
+
+
+def differentiate(case: Case, meshes: Meshes) -> tuple[float, int, str, dict[str, Tensor]]:
+    """(loss, tokens, digest of initial weights, gradients); the last two on rank 0 alone."""
+    config = small(*case.mesh, *case.shape, *case.how, f"train.global_batch_size={case.samples}")
+    text = ShortSamples(250, case.text, seed=3) if case.text else None
+    trainer = meshes.trainer(config, text)
+    batches = trainer.loader.next_step()
+    if case.holes:
+        batches = with_holes(batches, trainer)
+    initial = gather_whole(trainer.engine.chunks, weight)
+    loss, tokens = trainer.engine.forward_backward(batches)
+    return loss, tokens, digest(initial), gather_whole(trainer.engine.chunks, gradient)
+
+
+def differentiate_all(rank: int, world_size: int, cases: list[Case]) -> list[Any]:
+    meshes = Meshes()
+    return [differentiate(case, meshes) for case in sorted(cases, key=lambda case: case.mesh)]
+
+
+@cache
+def results(world_size: int) -> dict[Case, list[Any]]:
+    """What every rank found in each case of this world size; one launch for all of them."""
+    chosen = {case for case in CASES if case.world_size == world_size}
+    if world_size == 1:
+        chosen |= {case.reference for case in CASES}
+    ordered = sorted(chosen, key=lambda case: case.mesh)
+    answers = run_ranks(differentiate_all, world_size, ordered, timeout=240)
+    return {case: [answer[i] for answer in answers] for i, case in enumerate(ordered)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_equal_those_of_one_process(case: Case) -> None:
+    found, [(loss, tokens, _, gradients)] = results(case.world_size), results(1)[case.reference]
+    for rank_loss, rank_tokens, _, _ in found[case]:
+        assert rank_tokens == tokens
+        assert rank_loss == pytest.approx(loss, rel=TOLERANCE)
+    whole = found[case][0][3]
+    assert whole.keys() == gradients.keys()
+    for name, expected in gradients.items():
+        assert expected.count_nonzero(), f"the gradient of {name} proves nothing"
+        assert_matches(whole[name], expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_initial_weights_are_the_same_bits(case: Case) -> None:
+    [(_, _, expected, _)] = results(1)[case.reference]
+    assert results(case.world_size)[case][0][2] == expected

@@ -1,0 +1,99 @@
+"""Whole-model tensors by name, gathered from all ranks: what makes two meshes comparable.
+
+Where a local tensor lies in the whole one is what the sharded state dict says of it, the same
+description under which it is saved.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import lcdist.host  # noqa: F401
+from lcdist.train.engines.megatron import MegatronEngine
+from lcdist.train.state import model_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+
+Shard = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
+
+
+def weight(parameter: nn.Parameter) -> Tensor:
+    """A parameter's value."""
+    return parameter.detach()
+
+
+def gradient(parameter: nn.Parameter) -> Tensor:
+    """A parameter's gradient as Megatron's DDP keeps it, fp32."""
+    return parameter.main_grad  # type: ignore[attr-defined]
+
+
+def gather_whole(
+    chunks: Sequence[nn.Module], pick: Callable[[nn.Parameter], Tensor]
+) -> dict[str, Tensor]:
+    """`pick` of every parameter, whole, by the parameter's name; on rank 0, elsewhere empty.
+
+    All ranks call it. Fails where ranks that hold the same piece hold different bits, or where an
+    element is nowhere.
+    """
+    return _assemble(
+        [
+            shard
+            for entry in nested_values(model_state(chunks))
+            for shard in _shards(entry, pick(entry.data))
+        ]
+    )
+
+
+def gather_moments(engine: MegatronEngine) -> dict[str, Tensor]:
+    """The optimizer's tensors, whole, named "exp_avg.NAME" and so on; on rank 0, elsewhere empty.
+
+    All ranks call it. Only a parameter's owner names its state, so every piece comes once.
+    """
+    state = engine.optimizer.sharded_state_dict(model_state(engine.chunks))
+    shards = [s for entry in nested_values(state) for s in _pieces(entry)]
+    return _assemble([(k.removeprefix("optimizer."), *rest) for k, *rest in shards])
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """One short word for all bits of all tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _shards(entry: Any, tensor: Tensor) -> Iterator[Shard]:
+    if isinstance(entry, ShardedTensor | ShardedTensorFactory):
+        yield from _pieces(make_sharded_optimizer_tensor(entry, tensor, "_"))
+
+
+def _pieces(entry: Any) -> Iterator[Shard]:
+    built = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
+    for piece in built:
+        data = piece.data.detach().clone()
+        yield piece.key.removeprefix("_."), piece.global_shape, piece.global_offset, data
+
+
+def _assemble(mine: list[Shard]) -> dict[str, Tensor]:
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, gathered)
+    whole: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    for key, shape, offset, data in [shard for shards in gathered or [] for shard in shards]:
+        if key not in whole:
+            whole[key] = torch.zeros(shape, dtype=data.dtype)
+            seen[key] = torch.zeros(shape, dtype=torch.bool)
+        place = tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))
+        known = seen[key][place]
+        assert torch.equal(whole[key][place][known], data[known]), f"replicas of {key} differ"
+        whole[key][place] = data
+        seen[key][place] = True
+    for key, places in seen.items():
+        assert places.all(), f"no rank holds all of {key}"
+    return whole

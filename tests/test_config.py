@@ -1,0 +1,378 @@
+"""Configuration: what is wrong is said in words that name the key, and all of it at once."""
+
+import dataclasses
+import subprocess
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lcdist.config import ConfigError, dump, load, parse
+from lcdist.config.load import build_options
+from lcdist.config.schema import Config, FullOptions, RawOptions, RopeNTK, RopePI, RopePlain
+
+ROOT = Path(__file__).parent.parent
+
+
+def table(**sections: Any) -> dict[str, Any]:
+    """A configuration with every required key, and `sections` on top."""
+    model = {"vocab_size": 256, "num_layers": 2, "hidden_size": 64, "nheads": 4}
+    smallest = {
+        "model": model | {"ffn_hidden_size": 96},
+        "train": {"seqlen": 32, "steps": 5},
+        "log": {"folder": "runs/x"},
+    }
+    for name, keys in sections.items():
+        smallest[name] = smallest.get(name, {}) | keys if isinstance(keys, dict) else keys
+    return smallest
+
+
+def errors_of(raw: Mapping[str, Any], *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(raw, overrides)
+    return list(caught.value.errors)
+
+
+def test_required_keys_are_enough_and_defaults_are_the_schemas() -> None:
+    config = parse(table())
+    assert config.train.seqlen == 32 and config.attention.options == FullOptions()
+    assert config.model.rope == RopePlain() and config.optim.beta2 == 0.95
+
+
+def pairs(text: str) -> list[tuple[str, str]]:
+    """What is written, and the answer below it."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return list(zip(lines[::2], lines[1::2], strict=True))
+
+
+MISTAKES = """
+train.seq_length = 1
+    unknown key 'train.seq_length'; did you mean 'train.seqlen'?
+paralel.cp_size = 2
+    unknown key 'paralel'; did you mean 'parallel'?
+model.seqlen = 8
+    unknown key 'model.seqlen'; did you mean 'train.seqlen'?
+optim.steps = 8
+    unknown key 'optim.steps'; did you mean 'train.steps'?
+data.zzz = 1
+    unknown key 'data.zzz'; known keys: source, path, documents
+attention.chunk = 1
+    unknown key 'attention.chunk'; known keys: method, impl
+attention.metod = "full"
+    unknown key 'attention.metod'; did you mean 'attention.method'?
+attention.options = {}
+    unknown key 'attention.options'; known keys: method, impl
+
+train.seqlen = "128k"
+    train.seqlen = '128k': expected int, got str
+train.seqlen = true
+    train.seqlen = True: expected int, got bool
+train.seqlen = 8.0
+    train.seqlen = 8.0: expected int, got float
+train.steps = -1.5
+    train.steps = -1.5: expected int, got float
+train.seqlen = {a = 1}
+    train.seqlen = {'a': 1}: expected int, got table
+model.tied_embeddings = 1
+    model.tied_embeddings = 1: expected bool, got int
+optim.lr = true
+    optim.lr = True: expected float, got bool
+optim.lr = "3e-4"
+    optim.lr = '3e-4': expected float, got str
+data.path = 7
+    data.path = 7: expected str, got int
+data.path = 2026-01-02
+    data.path = datetime.date(2026, 1, 2): expected str, got date
+evaluate.lengths = 512
+    evaluate.lengths = 512: expected a list, got int
+evaluate.lengths = [512, "1k"]
+    evaluate.lengths[1] = '1k': expected int, got str
+attention.method = ["full"]
+    attention.method = ['full']: expected str, got list
+train = 3
+    train = 3: expected a table of keys, got int
+train = [{}]
+    train = [{}]: expected a table of keys, got list
+
+train.dtype = "fp16"
+    train.dtype = 'fp16': must be one of auto, fp32, bf16
+train.dtype = ["fp32"]
+    train.dtype = ['fp32']: must be one of auto, fp32, bf16
+parallel.layout = true
+    parallel.layout = True: must be one of auto, contiguous, zigzag, striped
+train.steps = 0
+    train.steps = 0: must be at least 1
+optim.lr = 0
+    optim.lr = 0.0: must be greater than 0
+optim.lr = inf
+    optim.lr = inf: must be finite
+optim.beta1 = nan
+    optim.beta1 = nan: must be finite
+
+model.rope.scaling = "yarn"
+    model.rope.scaling = 'yarn': must be one of none, pi, ntk
+model.rope.scaling = ["pi"]
+    model.rope.scaling = ['pi']: must be one of none, pi, ntk
+model.rope = "pi"
+    model.rope = 'pi': expected a table of keys, got str
+model.rope.factor = 2
+    unknown key 'model.rope.factor'; known keys: scaling, base
+model.rope = {scaling = "pi", factr = 2}
+    unknown key 'model.rope.factr'; did you mean 'model.rope.factor'?
+model.rope = {scaling = "ntk", factor = 0.5}
+    model.rope.factor = 0.5: must be at least 1
+"""
+
+
+@pytest.mark.parametrize(("written", "says"), pairs(MISTAKES))
+def test_a_mistake_is_named(written: str, says: str) -> None:
+    assert errors_of(table(**tomllib.loads(written))) == [says]
+
+
+def test_a_number_too_large_for_a_float_is_a_mistake() -> None:
+    says = "optim.lr: the number is too large for a float"
+    assert errors_of(table(optim={"lr": 10**400})) == [says]
+
+
+def test_all_mistakes_are_reported_together() -> None:
+    raw = table(train={"seqlen": "x", "steps": 0}, optm={}, model={"rope": {"scaling": "yarn"}})
+    del raw["log"]
+    with pytest.raises(ConfigError) as caught:
+        parse(raw, ["evaluate.lengths=no", "steps=3"])
+    assert str(caught.value).splitlines() == [
+        "override 'steps=3': expected section.key=value; did you mean 'train.steps'?",
+        "model.rope.scaling = 'yarn': must be one of none, pi, ntk",
+        "train.seqlen = 'x': expected int, got str",
+        "train.steps = 0: must be at least 1",
+        "missing key 'log.folder': it has no default",
+        "evaluate.lengths = 'no': expected a list, got str",
+        "unknown key 'optm'; did you mean 'optim'?",
+    ]
+
+
+def test_an_empty_file_is_told_every_key_it_needs() -> None:
+    needed = [error.removesuffix(": it has no default") for error in errors_of({})]
+    model = ["vocab_size", "num_layers", "hidden_size", "nheads", "ffn_hidden_size"]
+    keys = [*(f"model.{key}" for key in model), "train.seqlen", "train.steps", "log.folder"]
+    assert needed == [f"missing key '{key}'" for key in keys]
+
+
+def test_integers_become_floats_and_lists_tuples() -> None:
+    config = parse(table(optim={"lr": 1}, evaluate={"lengths": [16, 8]}))
+    assert type(config.optim.lr) is float and config.optim.lr == 1.0
+    assert config.evaluate.lengths == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({}, RopePlain()),
+        ({"base": 500000}, RopePlain(base=500000.0)),
+        ({"scaling": "pi", "factor": 8}, RopePI(factor=8.0)),
+        ({"scaling": "ntk", "factor": 4, "base": 7}, RopeNTK(factor=4.0, base=7.0)),
+    ],
+)
+def test_the_tag_chooses_the_member_of_a_union(rope: dict[str, Any], expected: Any) -> None:
+    assert parse(table(model={"rope": rope})).model.rope == expected
+
+
+# --- options of a method, written beside its name -------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TheirOptions:
+    window: int = dataclasses.field(default=8, metadata={"min": 1})
+    variant: Literal["a", "b"] = "a"
+
+
+def test_options_of_a_method_that_is_not_built_in_wait_for_it() -> None:
+    config = parse(table(attention={"method": "theirs", "window": 4, "impl": "torch"}))
+    assert config.attention.impl == "torch"
+    assert config.attention.options == RawOptions(table={"window": 4})
+    assert build_options(TheirOptions, config.attention.options) == TheirOptions(window=4)
+
+
+def test_waiting_options_are_typed_as_strictly() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_options(TheirOptions, RawOptions(table={"windw": 4, "variant": "c", "window": 0}))
+    assert caught.value.errors == (
+        "attention.window = 0: must be at least 1",
+        "attention.variant = 'c': must be one of a, b",
+        "unknown key 'attention.windw'; did you mean 'attention.window'?",
+    )
+
+
+# --- overrides ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "keys", "value"),
+    [
+        ("train.steps=7", "train.steps", 7),
+        ("train.steps=1", "train.steps", 1),
+        (" train . steps = 7 ", "train.steps", 7),
+        ("optim.lr=1e-3", "optim.lr", 1e-3),
+        ("log.wandb=true", "log.wandb", True),
+        ("evaluate.lengths=[8, 9]", "evaluate.lengths", (8, 9)),
+        ("data.path='a b'", "data.path", "a b"),
+        ("data.path=a b", "data.path", "a b"),
+        ("data.path=/x=y#z", "data.path", "/x=y#z"),
+        ("data.path=", "data.path", ""),
+        ("data.path=one\ntwo = 2", "data.path", "one\ntwo = 2"),
+        ("data.path='one'\ntwo = 2", "data.path", "'one'\ntwo = 2"),
+        ("attention.method=full", "attention.method", "full"),
+        ("model.rope.base=500000", "model.rope.base", 500000.0),
+        ("model.rope={scaling = 'pi', factor = 2}", "model.rope", RopePI(factor=2.0)),
+    ],
+)
+def test_an_override_is_a_toml_value_or_a_bare_word(override: str, keys: str, value: Any) -> None:
+    found: Any = parse(table(), [override])
+    for key in keys.split("."):
+        found = getattr(found, key)
+    assert found == value and type(found) is type(value)
+
+
+def test_the_last_override_wins_and_the_table_stays_as_it_was() -> None:
+    raw = table()
+    assert parse(raw, ["train.steps=7", "train.steps=8"]).train.steps == 8
+    assert raw == table()
+
+
+MALFORMED = """
+train.steps
+    override 'train.steps': expected section.key=value
+=7
+    override '=7': expected section.key=value
+train.=7
+    override 'train.=7': expected section.key=value
+seqlen=7
+    override 'seqlen=7': expected section.key=value; did you mean 'train.seqlen'?
+train.seqlen.x=7
+    override 'train.seqlen.x=7': 'train.seqlen' is not a table
+train.stepz=7
+    unknown key 'train.stepz'; did you mean 'train.steps'?
+train.steps=ten
+    train.steps = 'ten': expected int, got str
+evaluate.lengths=[8
+    override 'evaluate.lengths=[8': the value is not TOML
+data.path="x
+    override 'data.path="x': the value is not TOML
+"""
+
+
+@pytest.mark.parametrize(("override", "says"), pairs(MALFORMED))
+def test_a_malformed_override_is_named(override: str, says: str) -> None:
+    (error,) = errors_of(table(), override)
+    assert error.split(" (")[0] == says
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file or directory"),
+        ("folder", "Is a directory"),
+        (b"[model]\n\xff = 1\n", "not UTF-8"),
+        (b"[model\n", "not TOML .*line 1"),
+        (b"a = 1\na = 2\n", "not TOML .*line 2"),
+        (b"a = " + b"9" * 5000, "not TOML"),
+    ],
+)
+def test_an_unreadable_file_is_named(tmp_path: Path, content: Any, says: str) -> None:
+    path = tmp_path / "run.toml"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=says) as caught:
+        load(path)
+    assert caught.value.errors[0].startswith(f"cannot read configuration {path}: ")
+
+
+def test_a_file_loads_with_its_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(dump(parse(table())), encoding="utf-8")
+    assert load(path, ["train.steps=9"]) == parse(table(train={"steps": 9}))
+
+
+# --- round trip -----------------------------------------------------------------------------------
+
+# Everything a TOML string may hold: all of Unicode but surrogates, controls and quotes included.
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+LEAVES = st.one_of(
+    st.booleans(),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(allow_nan=False),
+    TEXT,
+    st.dates(),
+    st.times(),
+    st.datetimes(),
+)
+RAW = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+TABLES = st.dictionaries(TEXT.filter(lambda key: key not in ("method", "impl")), RAW, max_size=4)
+
+
+def values_of(hint: Any, metadata: Mapping[str, Any]) -> st.SearchStrategy[Any]:
+    """Any legal value of a field of the schema."""
+    low = metadata.get("min", metadata.get("above"))
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return trees(hint)
+    if isinstance(hint, types.UnionType):
+        return st.one_of(*(trees(member) for member in typing.get_args(hint)))
+    if typing.get_origin(hint) is Literal:
+        return st.sampled_from(typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return st.lists(st.integers(), max_size=4).map(tuple)
+    if hint is int:
+        return st.integers(min_value=low)
+    if hint is float:
+        open_end = "above" in metadata
+        return st.floats(low, exclude_min=open_end, allow_nan=False, allow_infinity=False)
+    return {bool: st.booleans(), str: TEXT}[hint]
+
+
+@st.composite
+def trees(draw: st.DrawFn, cls: type = Config) -> Any:
+    """Any legal tree of the schema."""
+    values: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.metadata.get("flattened"):
+            built_in = values["method"] == "full"
+            values[field.name] = FullOptions() if built_in else RawOptions(table=draw(TABLES))
+        elif field.name == "method":
+            values["method"] = draw(st.just("full") | TEXT)
+        else:
+            values[field.name] = draw(values_of(hints[field.name], field.metadata))
+    return cls(**values)
+
+
+@given(trees())
+def test_what_is_dumped_loads_back_equal(config: Config) -> None:
+    assert parse(tomllib.loads(dump(config))) == config
+
+
+def test_config_needs_no_torch() -> None:
+    program = """
+import sys
+sys.modules["torch"] = None
+from lcdist.config import load
+print(load("configs/debug/full.toml").train.seqlen)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("256\n", "")

@@ -1,0 +1,406 @@
+"""The plan: contradictions reported together, and numbers that a real run bears out."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lcdist.attention import METHODS, Shape
+from lcdist.cli import main
+from lcdist.config import ConfigError, load
+from lcdist.exchange import traffic
+from lcdist.model.build import build_model
+from lcdist.model.sequence import SequenceParams
+from lcdist.parallel import build_grid
+from lcdist.plan import Plan, make_plan, smallest_world
+from lcdist.run import make_trainer, open_dataset
+from lcdist.train.peak import Peak
+from tests.distributed import run_ranks
+
+DEBUG = Path(__file__).parent.parent / "configs" / "debug" / "full.toml"
+
+
+def plan_of(*overrides: str, world_size: int | None = None) -> Plan:
+    config = load(DEBUG, overrides)
+    return make_plan(config, smallest_world(config) if world_size is None else world_size)
+
+
+def errors_of(*overrides: str, world_size: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        plan_of(*overrides, world_size=world_size)
+    return list(caught.value.errors)
+
+
+# --- contradictions -------------------------------------------------------------------------------
+
+CONTRADICTIONS = {
+    "model.nheads=5 model.nheads_kv=5":
+        "model.hidden_size = 64 is not a multiple of model.nheads = 5; change one of them "
+        "or set model.head_dim",
+    "model.head_dim=7":
+        "head_dim = 7: rotary embedding needs an even number from 4",
+    "model.nheads=32":
+        "head_dim = 2: rotary embedding needs an even number from 4",
+    "model.nheads_kv=3":
+        "model.nheads = 4 is not a multiple of model.nheads_kv = 3",
+    "model.ffn_hidden_size=177 parallel.tp_size=2":
+        "model.ffn_hidden_size = 177 is not a multiple of parallel.tp_size = 2",
+    "model.nheads=6 model.nheads_kv=2 model.head_dim=8 parallel.tp_size=4":
+        "model.nheads = 6 is not a multiple of parallel.tp_size = 4",
+    "model.nheads=12 model.nheads_kv=6 model.head_dim=8 parallel.tp_size=4":
+        "model.nheads_kv = 6 and parallel.tp_size = 4: one must be a multiple of the "
+        "other",
+    "parallel.pp_size=3":
+        "model.num_layers = 4 is not a multiple of parallel.pp_size x vp_size = 3 x 1 = 3",
+    "parallel.vp_size=2":
+        "parallel.vp_size = 2 interleaves pipeline stages and needs parallel.pp_size > 1; "
+        "set vp_size = 1",
+    "parallel.vp_size=2 parallel.pp_size=2 train.global_batch_size=3":
+        "3 micro-batches a step: with parallel.vp_size > 1 they must be a multiple of "
+        "parallel.pp_size = 2; raise train.global_batch_size",
+    "parallel.sequence_parallel=true":
+        "parallel.sequence_parallel = true needs parallel.tp_size > 1; set it to false",
+    "train.micro_batch_size=3":
+        "train.global_batch_size = 4 is not a multiple of train.micro_batch_size x "
+        "data-parallel size = 3 x 1 = 3",
+    "optim.min_lr=1":
+        "optim.min_lr = 1.0 is greater than optim.lr = 0.003",
+    "optim.beta2=1":
+        "optim.beta1 = 0.9, optim.beta2 = 1.0: must be less than 1",
+    "optim.warmup_steps=21":
+        "optim.warmup_steps + decay_steps = 21 + 0 is more than train.steps = 20",
+    "optim.schedule=wsd optim.decay_steps=17":
+        "optim.warmup_steps + decay_steps = 4 + 17 is more than train.steps = 20",
+    "optim.schedule=wsd":
+        "optim.schedule = 'wsd' needs optim.decay_steps > 0",
+    "optim.decay_steps=2":
+        "optim.decay_steps = 2 has no meaning with optim.schedule = 'cosine'; set it to 0 "
+        "or use 'wsd'",
+    "data.source=tokens":
+        "data.path is empty: name a folder made by 'lcdist tokenize', or set data.source "
+        "= 'synthetic'",
+    "data.path=here":
+        "data.path = 'here' has no meaning with data.source = 'synthetic'",
+    "evaluate.lengths=[8,1]":
+        "evaluate.lengths = (8, 1): each must be at least 2",
+    "attention.method=fool":
+        "attention.method = 'fool': must be one of " + ", ".join(METHODS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", CONTRADICTIONS)
+def test_a_contradiction_is_named(overrides: str) -> None:
+    words = overrides.split()
+    world = smallest_world(load(DEBUG, words))
+    assert errors_of(*words, world_size=world) == [CONTRADICTIONS[overrides]]
+
+
+@pytest.mark.parametrize("world_size", [0, -2, 1, 3])
+def test_a_world_that_the_mesh_does_not_divide_is_named(world_size: int) -> None:
+    mesh = "parallel.tp_size x pp_size x cp_size = 1 x 1 x 2 = 2"
+    assert errors_of("parallel.cp_size=2", world_size=world_size) == [
+        f"world size {world_size} is not a multiple of {mesh}; start 2 processes or a multiple"
+    ]
+
+
+def test_the_data_parallel_size_must_divide_the_batch() -> None:
+    (error,) = errors_of(world_size=3)
+    assert error.endswith("train.micro_batch_size x data-parallel size = 1 x 3 = 3")
+
+
+def test_all_contradictions_are_reported_together() -> None:
+    alone = ["model.nheads_kv=3", "train.micro_batch_size=3", "optim.min_lr=1", "data.path=here"]
+    alone += ["optim.schedule=wsd", "attention.method=fool"]
+    assert set(errors_of(*alone)) == {CONTRADICTIONS[override] for override in alone}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TheirOptions:
+    block: int = 6
+
+
+@pytest.fixture
+def theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method of another package: one layout, blocks, no packed documents."""
+    method = dataclasses.replace(
+        METHODS["full"],
+        name="theirs",
+        options=TheirOptions,
+        layouts_for=lambda options: ("contiguous",),
+        multiple_of=lambda options, cp_size, kind="contiguous": options.block * cp_size,
+        supports=frozenset({"gqa"}),
+    )
+    monkeypatch.setitem(METHODS, "theirs", method)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_method_is_asked_for_its_layouts_and_options() -> None:
+    mine = "attention.method=theirs"
+    assert errors_of(mine, "parallel.layout=zigzag", "data.documents=pack") == [
+        "data.documents = 'pack': attention.method = 'theirs' cannot pack documents",
+        "parallel.layout = 'zigzag': attention.method = 'theirs' takes contiguous",
+    ]
+    (error,) = errors_of(mine, "attention.blok=5")
+    assert error == "unknown key 'attention.blok'; did you mean 'attention.block'?"
+    plan = plan_of(mine, "attention.block=5", "parallel.cp_size=3")
+    assert (plan.layout.kind, plan.seqlen, plan.options) == (
+        "contiguous",
+        270,
+        TheirOptions(block=5),
+    )
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seqlen", "kind"),
+    [
+        ("train.seqlen=250", 250, "zigzag"),
+        ("train.seqlen=250 parallel.cp_size=2", 252, "zigzag"),
+        ("train.seqlen=250 parallel.cp_size=2 parallel.layout=striped", 250, "striped"),
+        ("train.seqlen=1 parallel.cp_size=3", 6, "zigzag"),
+        ("train.seqlen=253 parallel.tp_size=2 parallel.sequence_parallel=true", 254, "zigzag"),
+        (
+            "train.seqlen=250 parallel.cp_size=3 parallel.tp_size=4 model.nheads_kv=1 "
+            "parallel.sequence_parallel=true",
+            252,
+            "zigzag",
+        ),
+    ],
+)
+def test_the_sample_is_padded_to_what_the_cuts_need(overrides: str, seqlen: int, kind: str) -> None:
+    plan = plan_of(*overrides.split())
+    assert (plan.seqlen, plan.layout.kind) == (seqlen, kind)
+    assert plan.layout.local_seqlen * plan.layout.cp_size == seqlen
+
+
+def test_the_smallest_world_and_what_remains_for_data() -> None:
+    mesh = ("parallel.tp_size=2", "parallel.cp_size=2", "parallel.pp_size=2")
+    assert smallest_world(load(DEBUG, mesh)) == 8
+    plan = plan_of(*mesh, world_size=16)
+    assert (plan.dp_size, plan.num_micro_batches) == (2, 2)
+
+
+def test_the_vocabulary_is_padded_for_every_tp_size() -> None:
+    sizes = {"model.vocab_size=257": 384, "model.vocab_size=256": 256}
+    assert {words: plan_of(words).padded_vocab_size for words in sizes} == sizes
+    odd = ("model.nheads=6", "model.nheads_kv=3", "model.head_dim=8", "model.ffn_hidden_size=177")
+    assert plan_of("parallel.tp_size=3", *odd).padded_vocab_size == 384
+
+
+# --- operations and bytes, by hand ----------------------------------------------------------------
+
+BY_HAND = (
+    *("model.vocab_size=100", "model.num_layers=3", "model.hidden_size=8", "model.nheads=2"),
+    *("model.nheads_kv=1", "model.head_dim=6", "model.ffn_hidden_size=10", "train.seqlen=4"),
+)
+
+
+def test_parameters_and_operations_by_hand() -> None:
+    plan = plan_of(*BY_HAND)
+    # q: 8 x 12, k and v: 8 x 6 each, projection: 12 x 8, gate and up: 8 x 10 each, down: 10 x 8.
+    products = 8 * 12 + 2 * 8 * 6 + 12 * 8 + 2 * 8 * 10 + 10 * 8
+    assert plan.layer_parameters == products + 2 * 8
+    # Embedding and output of 128 rows, the last norm.
+    assert plan.num_parameters == 3 * (products + 16) + 2 * 128 * 8 + 8
+    assert plan_of(*BY_HAND, "model.tied_embeddings=true").num_parameters == (
+        3 * (products + 16) + 128 * 8 + 8
+    )
+    # Four queries see 1 + 2 + 3 + 4 keys: q k and p v, 2 heads, 6 wide, 2 operations each.
+    causal = 3 * (2 * 2 * 6 * 2) * (1 + 2 + 3 + 4) / 4
+    square = 3 * (2 * 2 * 6 * 2) * 4
+    linear = 2 * (3 * products + 128 * 8)
+    assert plan.flops_per_token == 3 * (linear + causal)
+    assert plan.flops_per_token_square == 3 * (linear + square)
+
+
+def test_exchange_bytes_by_hand() -> None:
+    mesh = ("parallel.cp_size=2", "train.micro_batch_size=2", "train.global_batch_size=6")
+    plan = plan_of(*BY_HAND, *mesh)
+    # k and v of 2 samples, 2 local tokens, 1 head, 6 wide, fp32, to one other rank ...
+    block = 2 * 2 * 2 * 1 * 6 * 4
+    # ... and back again with their gradients, which need a second hop to come home.
+    assert plan.exchange_bytes == (block, block + 2 * block)
+    assert plan.exchange_bytes_per_step == 3 * 3 * (block + 3 * block)
+    again = plan_of(*BY_HAND, *mesh, "train.recompute=full")
+    assert again.exchange_bytes_per_step == 3 * 3 * (2 * block + 3 * block)
+    assert plan_of(*BY_HAND).exchange_bytes == (0, 0)
+
+
+def test_the_shape_of_a_rank_has_its_share_of_the_heads() -> None:
+    plan = plan_of("parallel.tp_size=4", "model.nheads_kv=2", "train.seqlen=64")
+    assert plan.shape(3, 4) == Shape(3, 1, 1, head_dim=16, itemsize=4, seqlen=64)
+    assert plan_of("train.dtype=bf16").itemsize == 2
+
+
+# --- against real models --------------------------------------------------------------------------
+
+# A sequence and heads that no other size equals.
+ODD = ("model.head_dim=24", "train.seqlen=120", "model.vocab_size=300", "model.num_layers=4")
+TIED = "model.tied_embeddings=true"
+TP, PP, CP = "parallel.tp_size=2", "parallel.pp_size=2", "parallel.cp_size=2"
+SEQUENCE, TWO = "parallel.sequence_parallel=true", "train.micro_batch_size=2"
+MODELS = {
+    1: [(), (TIED,), ("train.dtype=bf16",)],
+    2: [(TP,), (TP, "model.nheads_kv=1"), (PP,), (PP, TIED), (PP, "parallel.vp_size=2"), (CP,), ()],
+}
+
+
+def held(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[tuple[Any, ...]]:
+    """For each case: parameters on this rank, elements of its optimizer's moments."""
+    found = []
+    for overrides in cases:
+        plan = plan_of(*ODD, *overrides, world_size=world_size)
+        grid = build_grid(plan.config.parallel, 0)
+        trainer = make_trainer(plan, grid, open_dataset(plan.config), Peak(1.0, "config"))
+        parameters = sum(p.numel() for chunk in trainer.engine.chunks for p in chunk.parameters())
+        moments = sum(master.numel() for master in trainer.engine.optimizer.masters)
+        found.append((parameters, moments))
+    return found
+
+
+@pytest.mark.parametrize("world_size", MODELS)
+def test_parameters_and_states_are_those_of_real_models(world_size: int) -> None:
+    ranks = run_ranks(held, world_size, MODELS[world_size])
+    for overrides, *found in zip(MODELS[world_size], *ranks, strict=True):
+        plan = plan_of(*ODD, *overrides, world_size=world_size)
+        first, last = plan.stage_parameters
+        assert (found[0][0], found[-1][0]) == (first, last), overrides
+        if world_size == 1:
+            assert found[0] == (plan.num_parameters, plan.num_parameters), overrides
+        # Weights, fp32 gradients, two fp32 moments and, beside bf16 weights, an fp32 master.
+        masters = 12 if plan.dtype == "bf16" else 8
+        most = max(p * (plan.itemsize + 4) + moments * masters for p, moments in found)
+        assert plan.state_bytes == pytest.approx(most, rel=0.02), overrides
+
+
+def kept(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
+    """For each case: the bytes that a forward pass keeps for backward on this rank."""
+    found = []
+    for overrides in cases:
+        plan = plan_of(*ODD, *overrides)
+        grid = build_grid(plan.config.parallel, 0)
+        (model,) = build_model(plan, grid.device)
+        own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+        saved: dict[int, Any] = {}
+
+        def keep(x: torch.Tensor, own: set[int] = own, saved: dict[int, Any] = saved) -> Any:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage
+            return x
+
+        shape = (plan.config.train.micro_batch_size, plan.layout.local_seqlen)
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            sequence = SequenceParams(layout=plan.layout)
+            losses = model(tokens, None, None, labels=tokens, packed_seq_params=sequence)
+        found.append(sum(storage.nbytes() for storage in saved.values()))
+        losses.sum().backward()
+    return found
+
+
+KEPT = {1: [(), (TWO,)], 2: [(CP,), (CP, TWO), (TP,), (TP, SEQUENCE), (TP, TWO)]}
+
+
+@pytest.mark.parametrize("world_size", KEPT)
+def test_activations_are_what_autograd_keeps(world_size: int) -> None:
+    ranks = run_ranks(kept, world_size, KEPT[world_size])
+    for overrides, *found in zip(KEPT[world_size], *ranks, strict=True):
+        plan = plan_of(*ODD, *overrides)
+        assert plan.activation_bytes == pytest.approx(max(found), rel=0.02), overrides
+
+
+def test_recomputation_keeps_inputs_and_works_on_one_layer() -> None:
+    again, single = "train.recompute=full", "model.num_layers=1"
+    ((outside, all_kept, one_kept),) = run_ranks(kept, 1, [(again,), (), (single,)])
+    layer = (all_kept - one_kept) / 3
+    assert plan_of(*ODD, again).activation_bytes == pytest.approx(outside + layer, rel=0.02)
+
+
+def test_pipelining_keeps_what_is_in_flight() -> None:
+    one, two = plan_of(*ODD), plan_of(*ODD, PP)
+    four = plan_of(*ODD, "parallel.pp_size=4")
+    logits = 4 * 384 * 120 + 3 * 4 * 64 * 120
+    layer = (one.activation_bytes - logits) // 4
+    # First stage: as many micro-batches as there are stages. Last stage: one, and the logits.
+    assert two.activation_bytes == max(2 * 2 * layer, 2 * layer + logits)
+    assert four.activation_bytes == max(4 * 1 * layer, layer + logits)
+    # Two chunks of one layer a stage: 2 (pp - 1) + (vp - 1) pp + 1 = 5 passes before the first
+    # backward on the first stage.
+    chunks = plan_of(*ODD, PP, "parallel.vp_size=2")
+    assert chunks.activation_bytes == max(5 * layer, 3 * layer + logits)
+    single = plan_of(*ODD, PP, "train.micro_batch_size=4")
+    assert single.activation_bytes == 4 * max(2 * layer, 2 * layer + logits)
+
+
+STEPS = [
+    (CP,),
+    (CP, TWO, "model.nheads_kv=4"),
+    (CP, "train.recompute=full"),
+    (CP, "data.documents=pack", "train.seqlen=63"),
+    (CP, "parallel.layout=striped", "train.dtype=bf16"),
+]
+
+
+def sent(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
+    """For each case: the bytes that this rank's attention sends in one step."""
+    found = []
+    for overrides in cases:
+        plan = plan_of(*ODD, "model.num_layers=2", *overrides, world_size=world_size)
+        grid = build_grid(plan.config.parallel, 0)
+        trainer = make_trainer(plan, grid, open_dataset(plan.config), Peak(1.0, "config"))
+        with traffic() as t:
+            trainer.engine.forward_backward(trainer.loader.next_step())
+        found.append(t.total)
+    return found
+
+
+def test_the_bytes_of_a_step_are_those_that_a_step_sends() -> None:
+    for overrides, *found in zip(STEPS, *run_ranks(sent, 2, STEPS), strict=True):
+        plan = plan_of(*ODD, "model.num_layers=2", *overrides)
+        assert found == [plan.exchange_bytes_per_step] * 2, overrides
+        assert found[0] > 0
+
+
+# --- on the command line --------------------------------------------------------------------------
+
+
+def test_plan_command_takes_the_smallest_world(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(DEBUG), CP, "parallel.tp_size=2"]) == 0
+    assert "4 = dp 1 x pp 1 x cp 2 x tp 2" in capsys.readouterr().out
+
+
+def test_plan_command_takes_the_world_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(DEBUG), "--world-size", "2", "train.seqlen=99"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 = dp 2 x pp 1 x cp 1 x tp 1" in shown and "99" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([str(DEBUG), "--world-size", "0"], "world size 0 is not a multiple"),
+        ([str(DEBUG), "train.stepz=1"], "unknown key 'train.stepz'; did you mean 'train.steps'?"),
+        (
+            ["no/such.toml", "--world-size", "4"],
+            "cannot read configuration no/such.toml: No such file or directory",
+        ),
+        ([str(DEBUG.parent)], "Is a directory"),
+    ],
+)
+def test_plan_command_answers_a_mistake_with_status_2(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *words]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("configuration error: ") and says in shown.err
+
+
+@pytest.mark.parametrize("late", [["--wrld-size", "2"], ["train.steps=2", "-x"]])
+def test_a_misspelt_option_is_no_override(late: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", str(DEBUG), *late])
