@@ -22,6 +22,8 @@ from rich.console import Console
 from lcdist.config import dump, load
 from lcdist.config.schema import Config
 from lcdist.evaluate.report import report_facts, write_report
+from lcdist.evaluate.session import generate_text
+from lcdist.parallel import end_world
 from lcdist.train.folder import read_status
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,13 +132,11 @@ class _Job:
             return False
         lengths = ",".join(map(str, extend.evaluate.lengths))
         settings = [f"evaluate.lengths=[{lengths}]", f"evaluate.tokens={extend.evaluate.tokens}"]
-        found = {}
-        for name, stage in (("before", "pretrain"), ("after", "extend")):
-            self._stage(f"4/6 perplexity by length, {name} extension")
-            part = self.folder / stage / "perplexity.json"
-            words = ["evaluate", str(self.folder / stage), "--output", str(part), *settings]
-            _call([*_torchrun(self.ranks), "-m", "lcdist", *words])
-            found[name] = json.loads(part.read_text(encoding="utf-8"))
+        self._stage(f"4/6 perplexity by length, before and after, {self.ranks} ranks")
+        part = self.folder / "perplexity.json"
+        words = ["evaluate", str(self.folder / "extend"), "--before", str(self.folder / "pretrain")]
+        _call([*_torchrun(self.ranks), "-m", "lcdist", *words, "--output", str(part), *settings])
+        found = json.loads(part.read_text(encoding="utf-8"))
         table = {
             "lengths": found["after"]["lengths"],
             "before": found["before"]["perplexity"],
@@ -154,8 +154,12 @@ class _Job:
         if output.exists():
             return False
         self._stage("5/6 a sample")
-        words = [str(self.folder / "extend"), "--prompt", PROMPT, "--output", str(output)]
-        _call([*_lcdist(), "generate", *words])
+        text = generate_text(
+            self.folder / "extend", PROMPT, [], max_new_tokens=128, temperature=0.8, seed=0
+        )
+        end_world()
+        output.write_text(text + "\n", encoding="utf-8")
+        console.print(text, markup=False)
         return True
 
 

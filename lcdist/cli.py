@@ -28,6 +28,8 @@ from lcdist.parallel import end_world
 from lcdist.plan import make_plan, smallest_world
 from lcdist.run import run
 
+COMPARED = ("before", "after")
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 for a mistake of the user's."""
@@ -102,6 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="perplexity by length of a checkpoint")
     evaluate.add_argument("checkpoint", help="checkpoint, or run folder for its latest")
+    evaluate.add_argument("--before", type=Path, help="another checkpoint to compare with")
     evaluate.add_argument("--output", type=Path, help="JSON file to write")
     _overrides(evaluate)
     evaluate.set_defaults(action=_evaluate)
@@ -181,15 +184,21 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    result = evaluate_checkpoint(Path(arguments.checkpoint), arguments.overrides)
+    paths = [Path(arguments.checkpoint)]
+    if arguments.before:
+        paths.insert(0, arguments.before)
+    results = [evaluate_checkpoint(path, arguments.overrides) for path in paths]
     if os.environ.get("RANK", "0") != "0":
         return
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    table = Table("length", "perplexity", "tokens", title=f"attention: {result['attention']}")
-    for row in zip(result["lengths"], result["perplexity"], result["scored"], strict=True):
-        table.add_row(str(row[0]), f"{row[1]:.3f}", f"{row[2]:,}")
-    Console().print(table)
+        content = results[0] if len(results) == 1 else dict(zip(COMPARED, results, strict=True))
+        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for path, result in zip(paths, results, strict=True):
+        title = f"{path} (attention: {result['attention']})"
+        table = Table("length", "perplexity", "tokens", title=title)
+        for row in zip(result["lengths"], result["perplexity"], result["scored"], strict=True):
+            table.add_row(str(row[0]), f"{row[1]:.3f}", f"{row[2]:,}")
+        Console().print(table)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

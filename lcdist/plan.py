@@ -164,11 +164,10 @@ class Plan:
     def activation_bytes(self) -> int:
         """What forward keeps for backward on the fullest rank, the loss's logits included.
 
-        Counted tensor by tensor for full attention as it runs in tiled torch on a CPU: within 2 %
-        of what autograd saves there at every mesh without pipelining. A GPU's fused norms keep a
-        third less of the norms; `attention.impl = "reference"` keeps dense scores on top. The
-        working memory of backward itself is not in it, but for the one layer that is computed
-        again under full recompute.
+        Counted tensor by tensor for full attention as it runs on a CPU: within 2 % of what
+        autograd saves there, on meshes without pipelining. Fused norms on a GPU would keep less;
+        `attention.impl = "reference"` keeps dense scores on top. The working memory of backward
+        itself is not in it, but for the one layer that full recompute computes again.
         """
         model, parallel, recompute = self.config.model, self.config.parallel, self._recomputes
         tp_size, hidden = parallel.tp_size, self.itemsize * model.hidden_size

@@ -14,3 +14,6 @@ torch.set_num_threads(1)
 if find_spec("lcdist.host") is not None:
     import_module("lcdist.host")
     import_module("megatron.core")
+    # What test modules import: each of these costs a rank half a second on a busy machine.
+    for module in ("lcdist.run", "lcdist.evaluate.session", "pytest", "hypothesis.strategies"):
+        import_module(module)

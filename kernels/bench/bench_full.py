@@ -259,10 +259,11 @@ def main() -> int:
             rows = []
             for seqlen, repetitions in sizes.items():
                 time_all(ranks, min(sizes), 1)  # warm: page tables, thread pools, connections
-                rows += rows_of(seqlen, repetitions, time_all(ranks, seqlen, repetitions))
+                measured = rows_of(seqlen, repetitions, time_all(ranks, seqlen, repetitions))
+                write(measured)
+                rows += measured
         finally:
             ranks.close()
-    write(rows)
     show(rows)
     return 0
 

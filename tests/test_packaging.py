@@ -1,0 +1,139 @@
+"""What is shipped: a wheel of two packages that works alone, and no trace of a machine."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+SKIPPED = {"__pycache__", "build", "dist", "runs"}
+
+
+def our_files() -> list[Path]:
+    """What is tracked or about to be; in a source distribution, what is not made by running."""
+    if (ROOT / ".git").exists():
+        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        names = [Path(name) for name in done.stdout.split("\0") if name]
+    else:
+        names = [path.relative_to(ROOT) for path in ROOT.rglob("*")]
+        names = [n for n in names if not any(p in SKIPPED or p[0] == "." for p in n.parts)]
+        names = [n for n in names if not any(p.endswith(".egg-info") for p in n.parts)]
+    return sorted(ROOT / name for name in names if (ROOT / name).is_file())
+
+
+def run(*words: str, cwd: Path, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=env or None, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution and the wheel that was built from it."""
+    source = tmp_path_factory.mktemp("source")
+    for path in our_files():
+        target = source / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    out = tmp_path_factory.mktemp("dist")
+    run("-m", "build", "--no-isolation", "--outdir", str(out), str(source), cwd=out)
+    return out
+
+
+def test_the_wheel_holds_two_packages_and_nothing_else(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    info = next(name.split("/")[0] for name in names if ".dist-info/" in name)
+    assert {name.split("/")[0] for name in names} == {"lcdist", "lcdist_kernels", info}
+    assert {"lcdist/py.typed", "lcdist_kernels/py.typed"} <= set(names)
+    assert {f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= set(names)
+    modules = {
+        str(path.relative_to(ROOT / base))
+        for base in (".", "kernels")
+        for path in our_files()
+        if path.suffix == ".py"
+        and path.is_relative_to(ROOT / base)
+        and path.relative_to(ROOT / base).parts[0] in ("lcdist", "lcdist_kernels")
+    }
+    assert {name for name in names if name.endswith(".py")} == modules
+
+
+def test_the_source_distribution_holds_what_the_wheel_leaves_out(built: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    ours = {str(path.relative_to(ROOT)) for path in our_files()}
+    missing = {name for name in ours - held if not Path(name).name.startswith(".")}
+    assert not missing, f"MANIFEST.in leaves out {sorted(missing)}"
+
+
+def test_the_wheel_works_where_there_is_nothing_else(built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    place, empty = tmp_path / "place", tmp_path / "empty"
+    empty.mkdir()
+    words = ("install", "--quiet", "--no-deps", "--no-index", "--target", str(place), str(wheel))
+    run("-m", "pip", *words, cwd=empty)
+    program = (
+        "import lcdist.cli, lcdist_kernels\n"
+        "print(lcdist.__file__, lcdist_kernels.__file__)\n"
+        "lcdist.cli.main(['methods'])"
+    )
+    shown = run("-c", program, cwd=empty, PYTHONPATH=str(place)).splitlines()
+    assert shown[0] == f"{place}/lcdist/__init__.py {place}/lcdist_kernels/__init__.py"
+    assert any("`full`" in line for line in shown)
+
+
+def test_kernels_and_launch_are_no_packages() -> None:
+    """`kernels` is a package on many machines: ours would hide it from all that starts here."""
+    assert not [name for name in ("kernels", "launch") if (ROOT / name / "__init__.py").exists()]
+    assert not [path for path in (ROOT / "kernels").iterdir() if path.suffix == ".py"]
+
+
+def test_no_program_has_the_name_of_a_standard_module() -> None:
+    """A program's folder comes first on its path, so it would hide that module."""
+    programs = [*(ROOT / "launch").glob("*.py"), *(ROOT / "kernels" / "bench").glob("*.py")]
+    taken = [path.name for path in programs if path.stem in sys.stdlib_module_names]
+    assert programs and not taken
+
+
+# Homes, mounts and work folders; hosts and options of package indexes.
+MACHINE = re.compile(
+    r"(?<![\w.$}*-])/(?:home|root|Users|mnt|work|data|scratch|farm|workspace)/\w"
+    r"|--(?:extra-)?index-url|--find-links"
+    r"|https?://[^\s)]*(?:pypi|pythonhosted|artifactory|nexus|/simple\b|/whl\b)"
+)
+
+
+def test_no_file_names_a_machine_or_a_package_index() -> None:
+    wrong = []
+    for path in our_files():
+        content = path.read_bytes()
+        if b"\0" in content or path == Path(__file__):
+            continue
+        for number, line in enumerate(content.decode("utf-8").splitlines(), 1):
+            if MACHINE.search(line):
+                wrong.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["cd /home/ann/x", "path = '/mnt/disk'", "pip install --index-url x", "https://x.org/simple/"],
+)
+def test_a_machine_is_recognised(line: str) -> None:
+    assert MACHINE.search(line)
+
+
+def test_no_file_is_large() -> None:
+    large = [str(p.relative_to(ROOT)) for p in our_files() if p.stat().st_size > 500_000]
+    assert not large, f"over 500 kB: {large}"

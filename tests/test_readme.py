@@ -1,0 +1,112 @@
+"""The documents keep up with the code: table, commands, links, and the example of a new method."""
+
+import ast
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lcdist.attention import METHODS, AttentionMethod
+from lcdist.attention.registry import BUILT_IN, GROUP
+from lcdist.attention.table import method_table
+from lcdist.cli import parse_words
+from lcdist.config import load
+from lcdist.plan import make_plan, smallest_world
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "LOG.md", "CHANGELOG.md", "docs/architecture.md")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", read(name), re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [
+    line
+    for name in ("README.md", "CONTRIBUTING.md")
+    for block in blocks(name, "sh")
+    for line in block.splitlines()
+]
+
+
+def test_the_table_of_methods_is_the_registrys() -> None:
+    assert method_table(BUILT_IN) in read("README.md")
+    assert {method.name for method in BUILT_IN} <= METHODS.keys()
+
+
+def test_methods_that_are_not_there_are_not_in_the_table() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| \[arXiv", read("README.md"), re.MULTILINE)
+    assert rows == [method.name for method in BUILT_IN]
+
+
+def check_lcdist(words: list[str]) -> None:
+    arguments = parse_words(words)
+    if hasattr(arguments, "config"):
+        config = load(ROOT / arguments.config, arguments.overrides)
+        asked = getattr(arguments, "world_size", None)
+        make_plan(config, smallest_world(config) if asked is None else asked)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_can_be_given(command: str) -> None:
+    program, *words = shlex.split(command)
+    name = program.removeprefix(".venv/bin/")
+    if name == "make":
+        targets = re.findall(r"^([\w-]+):", read("Makefile"), re.MULTILINE)
+        assert words and [word for word in words if "=" not in word and word not in targets] == []
+    elif name == "torchrun":
+        script = words.index("launch/train.py")
+        assert words[:script] == ["--nproc-per-node", words[script - 1]]
+        check_lcdist(["train", *words[script + 1 :]])
+    else:
+        assert name == "lcdist", f"no test knows the program of {command!r}"
+        check_lcdist(words)
+
+
+def test_the_two_commands_come_first() -> None:
+    assert COMMANDS[:2] == ["make extend", "make test"]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_and_every_file_named_is_there(name: str) -> None:
+    text, folder = read(name), (ROOT / name).parent
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    missing = [link for link in links if not (folder / link).exists()]
+    quoted = re.findall(r"`((?:lcdist|kernels|launch|configs|tests)/[\w./-]+)`", text)
+    missing += [path for path in quoted if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_the_tree_in_the_architecture_is_the_tree() -> None:
+    tree = re.sub(r"\(planned:[^)]*\)", "", blocks("docs/architecture.md", "")[1])
+    here = {path.name for path in (ROOT / "lcdist").rglob("*.py")}
+    here |= {path.name for path in (ROOT / "kernels").rglob("*.py")}
+    here |= {path.name for path in (ROOT / "launch").glob("*.py")}
+    named = set(re.findall(r"\b(\w+\.py)\b", tree)) - {"kernel.py"}
+    assert named <= here, named - here
+    rooms = {p.name for p in (ROOT / "lcdist").iterdir() if (p / "__init__.py").exists()}
+    rooms |= {p.name for p in (ROOT / "lcdist").glob("*.py") if not p.name.startswith("__")}
+    drawn = blocks("docs/architecture.md", "")[0] + tree
+    assert [room for room in sorted(rooms) if room not in drawn] == []
+
+
+def test_the_example_of_a_new_method_is_python_that_names_real_fields() -> None:
+    (example,) = blocks("CONTRIBUTING.md", "python")
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(example))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "AttentionMethod"
+    ]
+    given = {keyword.arg for keyword in call.keywords}
+    later = re.findall(r"\w+", example.split("# and ")[1])
+    assert given | set(later) - {""} >= AttentionMethod.__dataclass_fields__.keys()
+    (table,) = blocks("CONTRIBUTING.md", "toml")
+    assert tomllib.loads(table)["project"]["entry-points"] == {
+        GROUP: {"window": "my_package.window:METHOD"}
+    }

@@ -1,0 +1,319 @@
+"""A checkpoint is whole or not there, and one that cannot be used is refused by name."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from lcdist.run import open_fitting
+from lcdist.train import checkpoint as room
+from lcdist.train.checkpoint import (
+    CheckpointError,
+    Checkpointer,
+    latest_in,
+    open_checkpoint,
+    saved_config,
+)
+from lcdist.train.trainer import Trainer
+from tests.distributed import run_ranks
+from tests.model.small import Meshes, small, take_steps
+from tests.model.whole import digest, gather_whole, weight
+from tests.train.quick import save_quickly
+from tests.train.stored import assert_same_tensors, stored_tensors
+
+
+class Killed(BaseException):
+    """The process ends here; nothing in a save may tidy up after it."""
+
+
+def die(*args: Any, **kwargs: Any) -> None:
+    raise Killed
+
+
+def dies_in(name: str, condition: Callable[..., bool], torn: bool = False) -> Any:
+    """Stage: the first call of `room`'s function `name` that meets the condition kills.
+
+    torn: half of what it writes is written before.
+    """
+
+    @contextmanager
+    def stage() -> Iterator[None]:
+        owner = Path if name in ("rename", "replace") else room.shutil if name == "rmtree" else room
+        real = getattr(owner, name)
+
+        def fake(*args: Any) -> Any:
+            if not condition(*args):
+                return real(*args)
+            if torn:
+                real(args[0], args[1][: len(args[1]) // 2])
+            raise Killed
+
+        setattr(owner, name, fake)
+        try:
+            yield
+        finally:
+            setattr(owner, name, real)
+
+    return stage
+
+
+@contextmanager
+def dies_writing(share: float) -> Iterator[None]:
+    """Stage: Megatron has written this share of every file, and not all files."""
+    real = room.dist_checkpointing.save
+
+    def fake(state: dict[str, Any], folder: str) -> None:
+        if share:
+            real(state, folder)
+            for number, file in enumerate(sorted(Path(folder).iterdir())):
+                os.truncate(file, int(file.stat().st_size * share))
+                if number % 2:
+                    file.unlink()
+        raise Killed
+
+    room.dist_checkpointing.save = fake
+    try:
+        yield
+    finally:
+        room.dist_checkpointing.save = real
+
+
+STAGES: dict[str, tuple[Any, int]] = {
+    "empty folder": (lambda: dies_writing(0.0), 2),
+    "tensors half written": (lambda: dies_writing(0.5), 2),
+    "no manifest": (dies_in("_write_durably", lambda file, text: file.name == room.MANIFEST), 2),
+    "half a manifest": (
+        dies_in("_write_durably", lambda file, text: file.name == room.MANIFEST, torn=True),
+        2,
+    ),
+    "not renamed": (dies_in("rename", lambda old, new: new.name == "step_00000003"), 2),
+    "no pointer": (dies_in("_write_durably", lambda file, text: "latest" in file.name), 2),
+    "half a pointer": (
+        dies_in("_write_durably", lambda file, text: "latest" in file.name, torn=True),
+        2,
+    ),
+    "old pointer": (dies_in("replace", lambda old, new: new.name == "latest"), 2),
+    "not pruned": (dies_in("rename", lambda old, new: old.name == "step_00000001"), 3),
+    "not swept": (dies_in("rmtree", lambda path: "old-step_00000001" in path.name), 3),
+}
+
+
+def kill_at_every_stage(rank: int, world_size: int, folder: Path) -> dict[str, list[Any]]:
+    """By stage: step that loads after the kill, whether its weights are right, what a new save
+    leaves in the folder."""
+    save_quickly()
+    meshes, found = Meshes(), {}
+    config = small("model.num_layers=1")
+    for name, (stage, _) in STAGES.items():
+        trainer = meshes.trainer(config)
+        trainer.checkpointer = Checkpointer(folder / name, keep_last=2)
+        bits = {}
+        for _ in range(3):
+            take_steps(trainer, 1)
+            bits[trainer.step] = digest(gather_whole(trainer.engine.chunks, weight))
+            if trainer.step < 3:
+                trainer.save()
+        with stage(), pytest.raises(Killed):
+            trainer.save()
+        again = meshes.trainer(config)
+        again.checkpointer = Checkpointer(folder / name, keep_last=2)
+        again.resume(open_checkpoint(folder / name))
+        step = again.step
+        right = digest(gather_whole(again.engine.chunks, weight)) == bits[step]
+        take_steps(again, 3 - step)
+        again.save()
+        right &= digest(gather_whole(again.engine.chunks, weight)) == bits[3]
+        left = sorted(path.name for path in (folder / name).iterdir())
+        found[name] = [step, right, left, latest_in(folder / name)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def after_kills(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Any]]]:
+    folder = tmp_path_factory.mktemp("kills")
+    return folder, run_ranks(kill_at_every_stage, 1, folder, timeout=120)[0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_while_saving(after_kills: Any, stage: str) -> None:
+    folder, found = after_kills
+    step, right, left, latest = found[stage]
+    assert step == STAGES[stage][1]
+    assert right, "resumed, the run takes the same steps"
+    assert left == ["latest", "step_00000002", "step_00000003"], "nothing half is left"
+    assert latest == folder / stage / "step_00000003"
+    assert_same_tensors(latest, folder / "empty folder" / "step_00000003")
+
+
+def test_without_a_pointer_the_newest_whole_one_counts(tmp_path: Path) -> None:
+    assert latest_in(tmp_path / "nothing") is None
+    for name in ("step_00000009", "step_00000010", ".writing-step_00000011"):
+        (tmp_path / name).mkdir()
+    assert latest_in(tmp_path) == tmp_path / "step_00000010"
+    (tmp_path / "latest").write_text("step_00000009\n")
+    assert latest_in(tmp_path) == tmp_path / "step_00000009"
+    (tmp_path / "latest").write_text("step_00000007\n")
+    with pytest.raises(CheckpointError, match="latest names step_00000007, which does not exist"):
+        latest_in(tmp_path)
+
+
+def save_one(rank: int, world_size: int, folder: Path) -> None:
+    save_quickly()
+    trainer = Meshes().trainer(small("model.num_layers=1", "train.dtype=fp32"))
+    take_steps(trainer, 1)
+    trainer.checkpointer = Checkpointer(folder / "run" / "checkpoints", keep_last=1)
+    trainer.save()
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    run_ranks(save_one, 2, folder)
+    return folder / "run" / "checkpoints" / "step_00000001"
+
+
+@pytest.fixture
+def copied(original: Path, tmp_path: Path) -> Path:
+    """A checkpoint of its own for a test to spoil."""
+    copy = tmp_path / original.name
+    copy.mkdir()
+    for file in original.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+def test_opens_by_its_own_name_its_folder_or_its_run(original: Path) -> None:
+    for path in (original, original.parent, original.parents[1]):
+        assert open_checkpoint(path).path == original
+    found = open_checkpoint(original)
+    assert found.step == 1 and found.manifest["loader"] == {"seed": 3, "sample": 4}
+    assert saved_config(found) == small("model.num_layers=1", "train.dtype=fp32")
+    assert saved_config(found, ["train.steps=5"]).train.steps == 5
+    named = set(found.manifest["files"]) | {room.MANIFEST}
+    assert named == {file.name for file in original.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt"])
+def test_a_file_cut_short_or_missing_is_named(copied: Path, name: str) -> None:
+    file = copied / name
+    size = file.stat().st_size
+    os.truncate(file, size - 1)
+    with pytest.raises(CheckpointError, match=f"file {name} has {size - 1} bytes, not {size}"):
+        open_checkpoint(copied)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"{copied}: file {name} is missing; restore it"):
+        open_checkpoint(copied)
+
+
+def test_what_is_no_checkpoint_is_refused(copied: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere': does not exist"):
+        open_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty': holds no checkpoint"):
+        open_checkpoint(tmp_path / "empty")
+    manifest = copied / room.MANIFEST
+    whole = manifest.read_text()
+    manifest.write_text(whole[:-20])
+    with pytest.raises(CheckpointError, match=f"{manifest} is damaged"):
+        open_checkpoint(copied)
+    manifest.write_text(whole.replace('"format": 1', '"format": 2'))
+    with pytest.raises(CheckpointError, match="has checkpoint format 2; this version reads 1"):
+        open_checkpoint(copied)
+    manifest.unlink()
+    with pytest.raises(CheckpointError, match=f"it has no {room.MANIFEST}"):
+        open_checkpoint(copied)
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.victim),)
+
+
+def plant(checkpoint: Path, name: str, content: bytes) -> None:
+    """Put a file of another's making into the checkpoint, its manifest made to fit."""
+    (checkpoint / name).write_bytes(content)
+    manifest = json.loads((checkpoint / room.MANIFEST).read_text())
+    manifest["files"][name] = len(content)
+    (checkpoint / room.MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_foreign_pickle_is_refused_and_not_run(copied: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    plant(copied, ".metadata", pickle.dumps(Evil(victim)))
+    with pytest.raises(CheckpointError, match=r"metadata is not opened: it asks for \w+.mkdir"):
+        open_checkpoint(copied)
+    assert not victim.exists()
+
+
+def test_metadata_that_would_unpickle_bytes_is_refused(copied: Path) -> None:
+    metadata = Metadata({"anything": BytesStorageMetadata()})
+    plant(copied, ".metadata", pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="BytesStorageMetadata, which no checkpoint needs"):
+        open_checkpoint(copied)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80", b"not a pickle", b"\x80\x04R.", b"\x80\x04K\x01K\x02u."]
+)
+def test_damaged_metadata_is_refused(copied: Path, content: bytes) -> None:
+    plant(copied, ".metadata", content)
+    with pytest.raises(CheckpointError, match="metadata is not opened"):
+        open_checkpoint(copied)
+
+
+def load_poisoned(rank: int, world_size: int, checkpoint: Path) -> None:
+    trainer = Meshes().trainer(small("model.num_layers=1"))
+    with pytest.raises((CheckpointError, pickle.UnpicklingError)):
+        trainer.resume(open_checkpoint(checkpoint))
+
+
+def test_no_other_file_is_unpickled_freely(copied: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    torch.save(Evil(victim), copied / "common.pt")
+    plant(copied, "common.pt", (copied / "common.pt").read_bytes())
+    run_ranks(load_poisoned, 1, copied)
+    assert not victim.exists()
+
+
+def test_another_architecture_is_refused_key_by_key(original: Path) -> None:
+    open_fitting(original, small("model.num_layers=1", "model.rope.scaling=pi").model)
+    other = small("model.num_layers=2", "model.tied_embeddings=true", "model.rope.base=5e5").model
+    with pytest.raises(CheckpointError) as caught:
+        open_fitting(original, other)
+    message = str(caught.value)
+    assert str(original) in message and message.count(" there and ") == 2
+    assert "model.num_layers is 1 there and 2 here" in message
+    assert "model.tied_embeddings is False there and True here" in message
+
+
+def in_bf16(rank: int, world_size: int, checkpoint: Path) -> dict[str, torch.Tensor]:
+    meshes = Meshes()
+    config = small("model.num_layers=1", "train.dtype=bf16")
+    with pytest.raises(CheckpointError, match="trained in fp32, this run in bf16: set train.dtype"):
+        meshes.trainer(config).resume(open_checkpoint(checkpoint))
+    trainer: Trainer = meshes.trainer(config)
+    trainer.start_from(open_checkpoint(checkpoint))
+    assert trainer.step == trainer.loader.sample == 0
+    for parameter, master in zip(
+        trainer.engine.optimizer.mine, trainer.engine.optimizer.masters, strict=True
+    ):
+        assert torch.equal(master, parameter.float())
+    return gather_whole(trainer.engine.chunks, weight)
+
+
+def test_another_dtype_resumes_nothing_and_starts_from_its_weights(original: Path) -> None:
+    stored = stored_tensors(original)
+    for name, value in run_ranks(in_bf16, 1, original)[0].items():
+        assert torch.equal(value, stored[name].bfloat16()), name

@@ -1,0 +1,149 @@
+"""A checkpoint of any mesh loads on any other: the same bits, the same samples, the same losses."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lcdist.config.schema import Config
+from lcdist.train.checkpoint import Checkpointer, open_checkpoint
+from lcdist.train.trainer import Trainer
+from tests.distributed import run_ranks
+from tests.model.small import Meshes, mesh_name, small, take_steps
+from tests.model.whole import digest, gather_moments, gather_whole, weight
+from tests.train.quick import save_quickly
+
+TP, PP, CP = "parallel.tp_size=2", "parallel.pp_size=2", "parallel.cp_size=2"
+SP, VP, TP3 = "parallel.sequence_parallel=true", "parallel.vp_size=2", "parallel.tp_size=3"
+BEFORE, AFTER = 3, 3
+VOCAB = 250
+
+
+class Mesh(NamedTuple):
+    """A world and overrides."""
+
+    world_size: int
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.world_size}ranks-{mesh_name(self.words)}"
+
+
+ONE, DP4, TP3_SP = Mesh(1, ()), Mesh(4, ()), Mesh(3, (TP3, SP))
+CP_DP, PP_CP, TP_CP = Mesh(4, (CP,)), Mesh(4, (PP, CP)), Mesh(4, (TP, CP, SP))
+TP_PP, PP_VP, TP_PP_VP = Mesh(4, (TP, PP, SP)), Mesh(4, (PP, VP)), Mesh(4, (PP, VP, TP))
+
+# Where a checkpoint was written, and where it is read. Three tensor-parallel ranks pad the
+# vocabulary to 384 rows, all others to 256.
+PAIRS: dict[str, dict[Mesh, list[Mesh]]] = {
+    "untied": {
+        ONE: [ONE, TP3_SP, CP_DP, TP_PP],
+        TP_PP: [ONE, TP3_SP, CP_DP, TP_PP],
+        CP_DP: [ONE, DP4, TP_CP],
+    },
+    "tied": {
+        ONE: [PP_CP],
+        PP_CP: [ONE, PP_VP],
+        TP_PP_VP: [ONE, TP3_SP, TP_PP_VP],
+    },
+}
+ALL = [(k, src, dst) for k, of in PAIRS.items() for src, dsts in of.items() for dst in dsts]
+
+
+class Standing(NamedTuple):
+    """Where a run stands: digests of whole tensors (rank 0), counts, and the losses to come."""
+
+    weights: str
+    moments: str
+    updates: set[float]
+    step: int
+    sample: int
+    losses: list[float]
+
+
+def config_for(kind: str, mesh: Mesh) -> Config:
+    model = ["model.nheads=6", "model.nheads_kv=6", "model.head_dim=8", "model.hidden_size=48"]
+    model += [f"model.tied_embeddings={'true' if kind == 'tied' else 'false'}"]
+    # A batch that four data-parallel ranks can share, interleaved or not.
+    return small(*model, *mesh.words, "train.global_batch_size=12")
+
+
+def standing(trainer: Trainer) -> Standing:
+    """All ranks call it; takes AFTER more steps."""
+    engine = trainer.engine
+    weights, moments = gather_whole(engine.chunks, weight), gather_moments(engine)
+    for tensor in (*weights.values(), *moments.values()):
+        assert tensor.isfinite().all()
+    adamw = engine.optimizer.adamw
+    updates = {float(state["step"]) for state in adamw.state.values()} if adamw else set()
+    step, sample = trainer.step, trainer.loader.sample
+    losses = [loss for loss, _ in take_steps(trainer, AFTER)]
+    return Standing(
+        digest(words_only(weights)), digest(words_only(moments)), updates, step, sample, losses
+    )
+
+
+def words_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the rows that pad the vocabulary, whose number depends on the mesh."""
+    tables = ("word_embeddings.weight", "output_layer.weight")
+    return {k: t[:VOCAB] if k.endswith(tables) else t for k, t in tensors.items()}
+
+
+def save_all(rank: int, world_size: int, folder: Path) -> dict[tuple[str, Mesh], Standing]:
+    save_quickly()
+    meshes, found = Meshes(), {}
+    for kind, saved in PAIRS.items():
+        for mesh in [mesh for mesh in saved if mesh.world_size == world_size]:
+            trainer = meshes.trainer(config_for(kind, mesh))
+            take_steps(trainer, BEFORE)
+            trainer.checkpointer = Checkpointer(folder / f"{kind}-{mesh}", keep_last=1)
+            trainer.save()
+            found[kind, mesh] = standing(trainer)
+    return found
+
+
+def load_all(rank: int, world_size: int, folder: Path) -> dict[tuple[str, Mesh, Mesh], Standing]:
+    meshes, found = Meshes(), {}
+    chosen = [case for case in ALL if case[2].world_size == world_size]
+    for kind, source, mesh in sorted(chosen, key=lambda case: case[2]):
+        trainer = meshes.trainer(config_for(kind, mesh))
+        with torch.no_grad():
+            for chunk in trainer.engine.chunks:
+                for parameter in chunk.parameters():
+                    parameter.add_(1.0)
+        trainer.resume(open_checkpoint(folder / f"{kind}-{source}"))
+        found[kind, source, mesh] = standing(trainer)
+    return found
+
+
+@pytest.fixture(scope="module")
+def stands(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What each rank found after saving, and after loading, each launch made when first asked."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    saved: dict[tuple[str, Mesh], Standing] = {}
+    for size in (1, 4):
+        saved |= run_ranks(save_all, size, folder, timeout=240)[0]
+
+    @cache
+    def loaded(world_size: int) -> list[dict[tuple[str, Mesh, Mesh], Standing]]:
+        return run_ranks(load_all, world_size, folder, timeout=240)
+
+    return saved, loaded
+
+
+@pytest.mark.parametrize(("kind", "source", "mesh"), ALL, ids=str)
+def test_loads_whole_on_another_mesh(stands: Any, kind: str, source: Mesh, mesh: Mesh) -> None:
+    saved, loaded = stands
+    expected = saved[kind, source]
+    of_ranks = [found[kind, source, mesh] for found in loaded(mesh.world_size)]
+    assert of_ranks[0].weights == expected.weights
+    assert of_ranks[0].moments == expected.moments
+    assert set().union(*(found.updates for found in of_ranks)) == {float(BEFORE)}
+    for found in of_ranks:
+        assert (found.step, found.sample) == (expected.step, expected.sample) == (BEFORE, 36)
+        assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+        if mesh == source:
+            assert found.losses == expected.losses
