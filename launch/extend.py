@@ -186,7 +186,7 @@ def _conclude(folder: Path, fresh: bool, seconds: float) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default="stdlib", help="text: folder, file or JSONL")
     parser.add_argument("--name", default="", help="of the folder under runs/")
     parser.add_argument(

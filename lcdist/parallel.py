@@ -6,6 +6,7 @@ From here on nobody finds out by arithmetic which rank it is: `Grid` says so.
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,8 +72,9 @@ def start_world(timeout: float) -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend(), timeout=limit)
     else:
-        store = dist.HashStore()
-        dist.init_process_group(backend(), store=store, rank=0, world_size=1, timeout=limit)
+        alone = {"rank": 0, "world_size": 1, "timeout": limit}
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend(), store=store, **alone)
 
 
 def build_grid(parallel: ParallelConfig, seed: int) -> Grid:
@@ -88,9 +90,16 @@ def build_grid(parallel: ParallelConfig, seed: int) -> Grid:
         virtual_pipeline_model_parallel_size=parallel.vp_size if parallel.vp_size > 1 else None,
         context_parallel_size=parallel.cp_size,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=parallel.timeout / 60,  # pyright: ignore[reportArgumentType]
     )
     # With sequence parallelism Megatron's embedding forks this state even without dropout.
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
+    # Megatron's annotations allow what its functions never return.
+    ps: Any = parallel_state
+    where, cp_group = device(local_rank()), ps.get_context_parallel_group()
+    # NCCL makes a communicator at a group's first collective, and all ranks must take part in
+    # that; a shift between a few of them would be a poor first.
+    dist.all_reduce(torch.zeros(1, device=where), group=cp_group)
     return Grid(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -102,12 +111,12 @@ def build_grid(parallel: ParallelConfig, seed: int) -> Grid:
         pp_size=parallel.pp_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        cp_group=parallel_state.get_context_parallel_group(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        device=device(local_rank()),
+        tp_group=ps.get_tensor_model_parallel_group(),
+        cp_group=cp_group,
+        pp_group=ps.get_pipeline_model_parallel_group(),
+        dp_group=ps.get_data_parallel_group(),
+        dp_cp_group=ps.get_data_parallel_group(with_context_parallel=True),
+        device=where,
     )
 
 

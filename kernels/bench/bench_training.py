@@ -19,6 +19,7 @@ import time
 from datetime import date
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from plain_llama import PlainLlama
@@ -81,7 +82,8 @@ def gate(seqlen: int) -> str | None:
     loss.backward()
     ours, _ = trainer.engine.forward_backward([batch])
     name = "module.embedding.word_embeddings.weight"
-    gradient = dict(trainer.engine.wrapped[0].named_parameters())[name].main_grad
+    parameters: dict[str, Any] = dict(trainer.engine.wrapped[0].named_parameters())
+    gradient = parameters[name].main_grad
     error = (plain.embedding.weight.grad - gradient).norm() / gradient.norm()
     end_world()
     if abs(ours - loss.item()) > GATE * abs(ours) or not error < GATE:
@@ -139,7 +141,7 @@ def run(words: list[str]) -> str:
 
 def main() -> int:
     """Gate, time, print a table, add rows; 1 where the gate is red."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one short length, no rows written")
     parser.add_argument("--plain", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

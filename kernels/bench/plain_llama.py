@@ -4,6 +4,8 @@ torch's own attention, norms and linears, no parallelism; weights are taken from
 so both can be checked to compute the same loss before either is timed.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,8 +31,8 @@ class PlainLayer(nn.Module):
         qkv = self.qkv(self.norm1(x)).view(batch, seqlen, self.nheads_kv, group + 2, self.head_dim)
         q = qkv[..., :group, :].reshape(batch, seqlen, self.nheads, self.head_dim)
         q, k = rotary.rotate(q, positions), rotary.rotate(qkv[..., group, :], positions)
-        heads = (t.transpose(1, 2) for t in (q, k, qkv[..., group + 1, :]))
-        out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=group > 1)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, qkv[..., group + 1, :]))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
         x = x + self.proj(out.transpose(1, 2).reshape(batch, seqlen, -1))
         gate, up = self.fc1(self.norm2(x)).chunk(2, dim=-1)
         return x + self.fc2(F.silu(gate) * up)
@@ -39,23 +41,24 @@ class PlainLayer(nn.Module):
 class PlainLlama(nn.Module):
     """Embedding, layers, norm, output; `forward` gives the mean loss."""
 
-    def __init__(self, model: nn.Module, rotary: Rotary) -> None:
+    def __init__(self, model: Any, rotary: Rotary) -> None:
         """model: an lcdist CausalLM on one rank, whose shape and weights are taken."""
         super().__init__()
         config = model.config
         shape = (config.hidden_size, config.num_attention_heads, config.num_query_groups)
         weights = dict(model.named_parameters())
         self.rotary, self.vocab_size = rotary, model.true_vocab_size
-        self.embedding = nn.Embedding(*weights["embedding.word_embeddings.weight"].shape)
+        rows, width = weights["embedding.word_embeddings.weight"].shape
+        self.embedding = nn.Embedding(rows, width)
         self.layers = nn.ModuleList(
             PlainLayer(*shape, config.ffn_hidden_size) for _ in range(config.num_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, 1e-5)
-        self.output = nn.Linear(*reversed(weights["output_layer.weight"].shape), bias=False)
+        self.output = nn.Linear(width, rows, bias=False)
         self._take(weights)
 
     @torch.no_grad()
-    def _take(self, weights: dict[str, Tensor]) -> None:
+    def _take(self, weights: dict[str, Any]) -> None:
         self.embedding.weight.copy_(weights["embedding.word_embeddings.weight"])
         self.norm.weight.copy_(weights["decoder.final_layernorm.weight"])
         self.output.weight.copy_(weights["output_layer.weight"])

@@ -142,7 +142,7 @@ def _round_numbers(low: float, high: float) -> list[float]:
     every = [step * 10.0**power for power in range(-3, 13) for step in steps]
     ticks = [tick for tick in every if low <= tick <= high]
     if len(ticks) < 3:
-        ticks = MaxNLocator(5).tick_values(low, high).tolist()
+        ticks = list(MaxNLocator(5).tick_values(low, high))
     return [tick for tick in ticks if low <= tick <= high]
 
 

@@ -94,7 +94,8 @@ def _chunk(
 ) -> CausalLM:
     num_layers = get_num_layers_to_build(megatron, vp_stage)
     spec = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(core)] * num_layers, layer_norm=RMSNorm
+        layer_specs=[_layer_spec(core)] * num_layers,
+        layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
     )
     where: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
     model = CausalLM(
@@ -124,6 +125,8 @@ def _layer_spec(core: ModuleSpec) -> ModuleSpec:
             k_layernorm=IdentityOp,
         ),
     )
+    # Megatron annotates this slot with classes and fills it with functions.
+    add: Any = get_bias_dropout_add
     mlp = ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
@@ -133,9 +136,9 @@ def _layer_spec(core: ModuleSpec) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add,
         ),
     )

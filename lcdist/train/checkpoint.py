@@ -52,6 +52,12 @@ _PICKLED = {
     },
 }
 
+# What unpickling raises on damaged bytes: whatever the opcodes they happen to spell run into.
+_DAMAGED = (
+    *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError),
+    *(ArithmeticError, MemoryError, RuntimeError),
+)
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: which one, why, and what to do."""
@@ -180,7 +186,8 @@ class Checkpointer:
 
 def load_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
     """The tensors of `checkpoint` in the shape and sharding that `state` asks for."""
-    return dist_checkpointing.load(state, str(checkpoint.path))
+    loaded: Any = dist_checkpointing.load(state, str(checkpoint.path))
+    return loaded
 
 
 def refuse_foreign_pickle(file: Path) -> None:
@@ -190,8 +197,8 @@ def refuse_foreign_pickle(file: Path) -> None:
             _Guard(stream).load()
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent}: file {file.name} is missing") from None
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise CheckpointError(f"{file} is not opened: {error}") from error
+    except _DAMAGED as error:
+        raise CheckpointError(f"{file} is not opened: {error}; {_remedy()}") from error
 
 
 class _Guard(pickle.Unpickler):

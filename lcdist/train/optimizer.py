@@ -164,7 +164,7 @@ class ShardedAdamW:
         state: dict[str, Any] = {}
         for parameter, master in zip(self.mine, self.masters, strict=True):
             assert self.adamw is not None
-            entry = sharded[id(parameter)]
+            entry: Any = sharded[id(parameter)]
             # The owner is the only one to hold this: the replica number over DP x CP becomes 0.
             entry = replace(entry, replica_id=(*entry.replica_id[:-1], 0))
             tensors = {k: self.adamw.state[master][k] for k in ("exp_avg", "exp_avg_sq")}

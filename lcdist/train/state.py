@@ -45,7 +45,7 @@ def random_states() -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if has_cuda():
         states["cuda"] = torch.cuda.get_rng_state()
-    for name, state in get_cuda_rng_tracker().get_states().items():
+    for name, state in _tracker().get_states().items():
         states[f"tracker.{name}"] = state
     return states
 
@@ -67,4 +67,8 @@ def load_random_states(loaded: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(loaded["cuda"])
     prefix = "tracker."
     tracked = {k.removeprefix(prefix): v for k, v in loaded.items() if k.startswith(prefix)}
-    get_cuda_rng_tracker().set_states(tracked)
+    _tracker().set_states(tracked)
+
+
+def _tracker() -> Any:
+    return get_cuda_rng_tracker()

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -264,13 +265,20 @@ def test_metadata_that_would_unpickle_bytes_is_refused(copied: Path) -> None:
         open_checkpoint(copied)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\x80", b"not a pickle", b"\x80\x04R.", b"\x80\x04K\x01K\x02u."]
-)
-def test_damaged_metadata_is_refused(copied: Path, content: bytes) -> None:
-    plant(copied, ".metadata", content)
-    with pytest.raises(CheckpointError, match="metadata is not opened"):
-        open_checkpoint(copied)
+def test_damaged_metadata_is_refused_or_harmless(copied: Path) -> None:
+    """Bytes that change under an unchanged size never show as anything but a CheckpointError."""
+    whole, refused = (copied / ".metadata").read_bytes(), 0
+    chance = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(len(whole))] = chance.randrange(256)
+        (copied / ".metadata").write_bytes(damaged)
+        try:
+            open_checkpoint(copied)
+        except CheckpointError as error:
+            assert ".metadata is not opened" in str(error)
+            refused += 1
+    assert refused > 100
 
 
 def load_poisoned(rank: int, world_size: int, checkpoint: Path) -> None:

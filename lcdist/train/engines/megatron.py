@@ -79,7 +79,7 @@ class MegatronEngine:
         losses = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, layout),
             data_iterator=iterators[0] if single else iterators,
-            model=self.wrapped[0] if single else self.wrapped,
+            model=self.wrapped[0] if single else [*self.wrapped],
             num_microbatches=len(batches),
             seq_length=layout.seqlen,
             micro_batch_size=batches[0].tokens.shape[0],
