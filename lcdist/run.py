@@ -54,8 +54,11 @@ def run(config: Config, console: Console | None = None) -> Outcome:
         for change in changes if grid.rank == 0 else []:
             log.warning("resuming with a changed setting: %s", change)
         if checkpoint is not None and checkpoint.step >= config.train.steps:
-            steps = config.train.steps
-            return Outcome("finished", checkpoint.step, f"all {steps} steps were done before")
+            reason = f"all {config.train.steps} steps were done before"
+            outcome = Outcome("finished", checkpoint.step, reason)
+            # A run killed right after its last save has not said so yet.
+            on_rank_0(lambda: write_status(folder, outcome.status, outcome.step, outcome.reason))
+            return outcome
         peak = device_peak(grid.device, DTYPES[plan.dtype], config.log.peak_tflops)
         trainer = make_trainer(plan, grid, dataset, peak)
         begin(trainer, checkpoint)

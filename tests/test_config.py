@@ -1,6 +1,7 @@
 """Configuration: what is wrong is said in words that name the key, and all of it at once."""
 
 import dataclasses
+import pickle
 import subprocess
 import sys
 import tomllib
@@ -155,6 +156,11 @@ def test_all_mistakes_are_reported_together() -> None:
         "evaluate.lengths = 'no': expected a list, got str",
         "unknown key 'optm'; did you mean 'optim'?",
     ]
+
+
+def test_all_mistakes_survive_the_way_to_another_rank() -> None:
+    error = pickle.loads(pickle.dumps(ConfigError(["one", "two"])))
+    assert error.errors == ("one", "two") and str(error) == "one\ntwo"
 
 
 def test_an_empty_file_is_told_every_key_it_needs() -> None:

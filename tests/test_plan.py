@@ -245,7 +245,11 @@ TP, PP, CP = "parallel.tp_size=2", "parallel.pp_size=2", "parallel.cp_size=2"
 SEQUENCE, TWO = "parallel.sequence_parallel=true", "train.micro_batch_size=2"
 MODELS = {
     1: [(), (TIED,), ("train.dtype=bf16",)],
-    2: [(TP,), (TP, "model.nheads_kv=1"), (PP,), (PP, TIED), (PP, "parallel.vp_size=2"), (CP,), ()],
+    2: [
+        *[(TP,), (TP, "model.nheads_kv=1"), (PP,), (PP, TIED), (PP, "parallel.vp_size=2"), (CP,)],
+        # One tensor that is more than half of all.
+        (TIED, "model.vocab_size=8000"),
+    ],
 }
 
 
@@ -377,7 +381,7 @@ def test_plan_command_takes_the_smallest_world(capsys: pytest.CaptureFixture[str
 def test_plan_command_takes_the_world_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(DEBUG), "--world-size", "2", "train.seqlen=99"]) == 0
     shown = capsys.readouterr().out
-    assert "2 = dp 2 x pp 1 x cp 1 x tp 1" in shown and "99" in shown
+    assert "2 = dp 2 x pp 1 x cp 1 x tp 1" in shown and "99 tokens a rank" in shown
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,10 @@ class ConfigError(ValueError):
         self.errors = tuple(errors)
         super().__init__("\n".join(self.errors))
 
+    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
+        # Ranks tell each other of it by pickle, which would make it again from the joined text.
+        return type(self), (self.errors,)
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in the TOML file `path`, with `section.key=value` overrides applied.

@@ -1,11 +1,9 @@
-"""A checkpoint is whole or not there, and one that cannot be used is refused by name."""
+"""A checkpoint that cannot be used is refused by name, before anything in it is run."""
 
 import json
 import os
 import pickle
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,132 +23,8 @@ from lcdist.train.checkpoint import (
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
-from tests.model.whole import digest, gather_whole, weight
-from tests.train.quick import save_quickly
-from tests.train.stored import assert_same_tensors, stored_tensors
-
-
-class Killed(BaseException):
-    """The process ends here; nothing in a save may tidy up after it."""
-
-
-def die(*args: Any, **kwargs: Any) -> None:
-    raise Killed
-
-
-def dies_in(name: str, condition: Callable[..., bool], torn: bool = False) -> Any:
-    """Stage: the first call of `room`'s function `name` that meets the condition kills.
-
-    torn: half of what it writes is written before.
-    """
-
-    @contextmanager
-    def stage() -> Iterator[None]:
-        owner = Path if name in ("rename", "replace") else room.shutil if name == "rmtree" else room
-        real = getattr(owner, name)
-
-        def fake(*args: Any) -> Any:
-            if not condition(*args):
-                return real(*args)
-            if torn:
-                real(args[0], args[1][: len(args[1]) // 2])
-            raise Killed
-
-        setattr(owner, name, fake)
-        try:
-            yield
-        finally:
-            setattr(owner, name, real)
-
-    return stage
-
-
-@contextmanager
-def dies_writing(share: float) -> Iterator[None]:
-    """Stage: Megatron has written this share of every file, and not all files."""
-    real = room.dist_checkpointing.save
-
-    def fake(state: dict[str, Any], folder: str) -> None:
-        if share:
-            real(state, folder)
-            for number, file in enumerate(sorted(Path(folder).iterdir())):
-                os.truncate(file, int(file.stat().st_size * share))
-                if number % 2:
-                    file.unlink()
-        raise Killed
-
-    room.dist_checkpointing.save = fake
-    try:
-        yield
-    finally:
-        room.dist_checkpointing.save = real
-
-
-STAGES: dict[str, tuple[Any, int]] = {
-    "empty folder": (lambda: dies_writing(0.0), 2),
-    "tensors half written": (lambda: dies_writing(0.5), 2),
-    "no manifest": (dies_in("_write_durably", lambda file, text: file.name == room.MANIFEST), 2),
-    "half a manifest": (
-        dies_in("_write_durably", lambda file, text: file.name == room.MANIFEST, torn=True),
-        2,
-    ),
-    "not renamed": (dies_in("rename", lambda old, new: new.name == "step_00000003"), 2),
-    "no pointer": (dies_in("_write_durably", lambda file, text: "latest" in file.name), 2),
-    "half a pointer": (
-        dies_in("_write_durably", lambda file, text: "latest" in file.name, torn=True),
-        2,
-    ),
-    "old pointer": (dies_in("replace", lambda old, new: new.name == "latest"), 2),
-    "not pruned": (dies_in("rename", lambda old, new: old.name == "step_00000001"), 3),
-    "not swept": (dies_in("rmtree", lambda path: "old-step_00000001" in path.name), 3),
-}
-
-
-def kill_at_every_stage(rank: int, world_size: int, folder: Path) -> dict[str, list[Any]]:
-    """By stage: step that loads after the kill, whether its weights are right, what a new save
-    leaves in the folder."""
-    save_quickly()
-    meshes, found = Meshes(), {}
-    config = small("model.num_layers=1")
-    for name, (stage, _) in STAGES.items():
-        trainer = meshes.trainer(config)
-        trainer.checkpointer = Checkpointer(folder / name, keep_last=2)
-        bits = {}
-        for _ in range(3):
-            take_steps(trainer, 1)
-            bits[trainer.step] = digest(gather_whole(trainer.engine.chunks, weight))
-            if trainer.step < 3:
-                trainer.save()
-        with stage(), pytest.raises(Killed):
-            trainer.save()
-        again = meshes.trainer(config)
-        again.checkpointer = Checkpointer(folder / name, keep_last=2)
-        again.resume(open_checkpoint(folder / name))
-        step = again.step
-        right = digest(gather_whole(again.engine.chunks, weight)) == bits[step]
-        take_steps(again, 3 - step)
-        again.save()
-        right &= digest(gather_whole(again.engine.chunks, weight)) == bits[3]
-        left = sorted(path.name for path in (folder / name).iterdir())
-        found[name] = [step, right, left, latest_in(folder / name)]
-    return found
-
-
-@pytest.fixture(scope="module")
-def after_kills(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Any]]]:
-    folder = tmp_path_factory.mktemp("kills")
-    return folder, run_ranks(kill_at_every_stage, 1, folder, timeout=120)[0]
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_while_saving(after_kills: Any, stage: str) -> None:
-    folder, found = after_kills
-    step, right, left, latest = found[stage]
-    assert step == STAGES[stage][1]
-    assert right, "resumed, the run takes the same steps"
-    assert left == ["latest", "step_00000002", "step_00000003"], "nothing half is left"
-    assert latest == folder / stage / "step_00000003"
-    assert_same_tensors(latest, folder / "empty folder" / "step_00000003")
+from tests.model.whole import gather_whole, weight
+from tests.train.stored import stored_tensors
 
 
 def test_without_a_pointer_the_newest_whole_one_counts(tmp_path: Path) -> None:
@@ -166,7 +40,6 @@ def test_without_a_pointer_the_newest_whole_one_counts(tmp_path: Path) -> None:
 
 
 def save_one(rank: int, world_size: int, folder: Path) -> None:
-    save_quickly()
     trainer = Meshes().trainer(small("model.num_layers=1", "train.dtype=fp32"))
     take_steps(trainer, 1)
     trainer.checkpointer = Checkpointer(folder / "run" / "checkpoints", keep_last=1)

@@ -14,7 +14,6 @@ from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, mesh_name, small, take_steps
 from tests.model.whole import digest, gather_moments, gather_whole, weight
-from tests.train.quick import save_quickly
 
 TP, PP, CP = "parallel.tp_size=2", "parallel.pp_size=2", "parallel.cp_size=2"
 SP, VP, TP3 = "parallel.sequence_parallel=true", "parallel.vp_size=2", "parallel.tp_size=3"
@@ -93,7 +92,6 @@ def words_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_all(rank: int, world_size: int, folder: Path) -> dict[tuple[str, Mesh], Standing]:
-    save_quickly()
     meshes, found = Meshes(), {}
     for kind, saved in PAIRS.items():
         for mesh in [mesh for mesh in saved if mesh.world_size == world_size]:

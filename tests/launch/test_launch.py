@@ -1,0 +1,173 @@
+"""The real launcher: a run killed or told to stop at any moment, started again by one command."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lcdist.config import load
+from lcdist.run import run
+from lcdist.train.checkpoint import latest_in
+from lcdist.train.folder import read_status
+from tests.distributed import run_ranks
+from tests.train.stored import assert_same_tensors
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "debug" / "full.toml"
+TRAIN = ROOT / "launch" / "train.py"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+# Far more steps than any start of this test gets through before it is stopped, but the last.
+STEPS, EVERY = 120, 4
+SECONDS = 90.0
+
+
+def words(folder: Path) -> list[str]:
+    settings = ["train.seqlen=32", "model.num_layers=1", "model.hidden_size=32", "train.dtype=fp32"]
+    mesh = ["parallel.cp_size=2", f"train.steps={STEPS}", f"checkpoint.every={EVERY}"]
+    return [*settings, *mesh, f"log.folder={folder}", "log.peak_tflops=1", "log.tensorboard=false"]
+
+
+class Start:
+    """One start of the run under torchrun."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.before = done(folder)
+        self.process = subprocess.Popen(
+            [*TORCHRUN, str(TRAIN), str(CONFIG), *words(folder)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Sleep until the condition holds; fails when the run ends before it does."""
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline, "the run does not get there"
+            time.sleep(0.002)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes of the ranks, in no order."""
+        return [
+            child
+            for child in psutil.Process(self.process.pid).children()
+            if str(TRAIN) in child.cmdline()
+        ]
+
+    def kill(self) -> None:
+        """SIGKILL to everybody, as when a machine is lost."""
+        launcher = psutil.Process(self.process.pid)
+        for process in [launcher, *launcher.children(recursive=True)]:
+            process.kill()
+        self.process.communicate()
+
+    def end(self) -> str:
+        """Wait for the end; returns what was printed."""
+        printed, _ = self.process.communicate(timeout=SECONDS)
+        return printed
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[], Start]]:
+    starts: list[Start] = []
+
+    def begin() -> Start:
+        starts.append(Start(tmp_path / "run"))
+        return starts[-1]
+
+    yield begin
+    for started in starts:
+        if started.process.poll() is None:
+            started.kill()
+
+
+def done(folder: Path) -> int:
+    """Steps that the metrics file tells of."""
+    file = folder / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def never_stopped(rank: int, world_size: int, overrides: Sequence[str]) -> None:
+    os.environ["WORLD_SIZE"] = str(world_size)
+    run(load(CONFIG, overrides))
+
+
+def stopped_in_order(started: Start, name: str) -> None:
+    """The run was told to stop: saved at the step it had reached, and says so."""
+    printed, status = started.end(), read_status(started.folder)
+    assert status is not None, printed
+    assert status["status"] == "stopped", printed
+    assert name in status["reason"] or "another rank" in status["reason"]
+    latest = latest_in(started.folder / "checkpoints")
+    assert latest is not None and latest.name == f"step_{status['step']:08d}", printed
+    assert done(started.folder) == status["step"] < STEPS
+    assert "Traceback" not in printed.replace("SignalException", ""), printed
+
+
+def test_killed_and_stopped_and_started_again(
+    start: Callable[[], Start], tmp_path: Path
+) -> None:
+    folder, expected = tmp_path / "run", tmp_path / "never-stopped"
+    run_ranks(never_stopped, 2, words(expected), timeout=SECONDS)
+
+    # SIGKILL at a random step.
+    killed, step = start(), random.randint(EVERY + 1, 3 * EVERY)
+    killed.wait_until(lambda: done(folder) >= step)
+    killed.kill()
+
+    # SIGKILL in the middle of a save; before that, another start is refused.
+    saving = start()
+    saving.wait_until(lambda: done(folder) > killed.before + step)
+    refused = subprocess.run(
+        [sys.executable, str(TRAIN), str(CONFIG), *words(folder), "parallel.cp_size=1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    saving.wait_until(lambda: any((folder / "checkpoints").glob(".writing-step*/*.distcp")))
+    saving.kill()
+    assert refused.returncode == 2
+    assert "error: " in refused.stderr and "wait for that run" in refused.stderr
+    assert f"log.folder = '{folder}' is in use by process" in refused.stderr.replace("\n", " ")
+
+    # SIGTERM to the launcher, once this start has saved for the first time.
+    told = start()
+    saved = latest_in(folder / "checkpoints")
+    told.wait_until(lambda: latest_in(folder / "checkpoints") != saved)
+    told.process.send_signal(signal.SIGTERM)
+    stopped_in_order(told, "SIGTERM")
+
+    # SIGUSR1 to one rank, as a scheduler sends it before time is up.
+    warned = start()
+    saved = latest_in(folder / "checkpoints")
+    warned.wait_until(lambda: latest_in(folder / "checkpoints") != saved)
+    random.choice(warned.workers()).send_signal(signal.SIGUSR1)
+    stopped_in_order(warned, "SIGUSR1")
+    assert warned.process.returncode == 0
+
+    last = start()
+    printed = last.end()
+    assert last.process.returncode == 0, printed
+    assert (read_status(folder) or {})["status"] == "finished"
+    found, whole = latest_in(folder / "checkpoints"), latest_in(expected / "checkpoints")
+    assert found is not None and whole is not None and found.name == whole.name
+    assert_same_tensors(found, whole)
+    assert losses(folder) == losses(expected)
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in records]
