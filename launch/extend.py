@@ -58,7 +58,9 @@ class _Job:
         self.folder, self.ranks, self.data = folder, ranks, arguments.data
         self.configs = Path(arguments.configs)
         common = [f"attention.method={arguments.method}", f"data.path={folder / 'data'}"]
-        self.pretrain = [*common, f"log.folder={folder / 'pretrain'}"]
+        # Pretraining is data parallel: with four ranks each runs one sample of the four.
+        micro = ["train.micro_batch_size=1"] if ranks > 2 else []
+        self.pretrain = [*common, *micro, f"log.folder={folder / 'pretrain'}"]
         self.extend = [
             *common,
             f"log.folder={folder / 'extend'}",
@@ -203,9 +205,9 @@ def _parse() -> argparse.Namespace:
 
 
 def _ranks() -> int:
-    """Two processes on a CPU; on a GPU machine as many as there are GPUs, to a power of two."""
+    """Two processes on a CPU; one, two or four on a GPU machine, as it has GPUs."""
     gpus = torch.cuda.device_count()
-    return 1 << (gpus.bit_length() - 1) if gpus else 2
+    return max(n for n in (1, 2, 4) if n <= gpus) if gpus else 2
 
 
 def _lcdist() -> list[str]:

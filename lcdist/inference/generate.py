@@ -20,9 +20,14 @@ def generate(
 
     temperature: 0 takes the likeliest token, else sampling with this divisor of the logits from a
     generator seeded with `seed`, alike on all tensor-parallel ranks. stop: a token to end after.
-    Raises ValueError for an empty prompt, or a mesh with pipeline or context parallelism.
+    Raises ValueError for an empty prompt, or a mesh with pipeline, context or sequence parallelism.
     """
     config = model.config
+    if config.sequence_parallel:
+        raise ValueError(
+            "generation reads one token at a time, which parallel.sequence_parallel = true cannot "
+            "cut: set it to false"
+        )
     if config.pipeline_model_parallel_size > 1 or config.context_parallel_size > 1:
         raise ValueError(
             f"generation runs with parallel.pp_size = 1 and cp_size = 1, not "

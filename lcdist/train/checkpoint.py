@@ -9,7 +9,6 @@ begins with `step_` always means a whole checkpoint. `latest` names the newest.
 import json
 import os
 import pickle
-import queue
 import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,8 @@ import torch.distributed as dist
 import lcdist.host  # noqa: F401
 from lcdist.config import parse
 from lcdist.config.schema import Config
+from lcdist.train.writer import write_in_this_process
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 FORMAT = 1
 MANIFEST = "lcdist.json"
@@ -59,11 +58,6 @@ _DAMAGED = (
     *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError),
     *(ArithmeticError, MemoryError, RuntimeError),
 )
-
-# Megatron's writer hands its results over through a queue that a process of its own serves, for
-# saves in the background. Ours are not: a queue in this process does, and a SIGTERM to the whole
-# process group, as torchrun sends it, cannot end it before the last save (megatron-core 0.16.1).
-filesystem_async._get_write_results_queue = queue.Queue
 
 
 class CheckpointError(ValueError):
@@ -150,6 +144,7 @@ class Checkpointer:
 
     def __init__(self, folder: Path, keep_last: int) -> None:
         self.folder, self.keep_last = folder, keep_last
+        write_in_this_process()
 
     def save(self, step: int, state: dict[str, Any], manifest: Mapping[str, Any]) -> Path:
         """Write the sharded `state` and the manifest as `step_<step>`; all ranks call it.

@@ -25,7 +25,7 @@ CONFIG = ROOT / "configs" / "debug" / "full.toml"
 TRAIN = ROOT / "launch" / "train.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 # Far more steps than any start of this test gets through before it is stopped, but the last.
-STEPS, EVERY = 120, 4
+STEPS, EVERY = 60, 4
 SECONDS = 90.0
 
 
@@ -40,7 +40,6 @@ class Start:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.before = done(folder)
         self.process = subprocess.Popen(
             [*TORCHRUN, str(TRAIN), str(CONFIG), *words(folder)],
             cwd=ROOT,
@@ -56,7 +55,7 @@ class Start:
         while not condition():
             assert self.process.poll() is None, self.process.communicate()[0]
             assert time.monotonic() < deadline, "the run does not get there"
-            time.sleep(0.002)
+            time.sleep(0.01)
 
     def workers(self) -> list[psutil.Process]:
         """The processes of the ranks, in no order."""
@@ -113,12 +112,11 @@ def stopped_in_order(started: Start, name: str) -> None:
     latest = latest_in(started.folder / "checkpoints")
     assert latest is not None and latest.name == f"step_{status['step']:08d}", printed
     assert done(started.folder) == status["step"] < STEPS
-    assert "Traceback" not in printed.replace("SignalException", ""), printed
+    # torchrun shows its own traceback on a signal; none of ours.
+    assert str(ROOT / "lcdist") not in printed, printed
 
 
-def test_killed_and_stopped_and_started_again(
-    start: Callable[[], Start], tmp_path: Path
-) -> None:
+def test_killed_and_stopped_and_started_again(start: Callable[[], Start], tmp_path: Path) -> None:
     folder, expected = tmp_path / "run", tmp_path / "never-stopped"
     run_ranks(never_stopped, 2, words(expected), timeout=SECONDS)
 
@@ -129,7 +127,10 @@ def test_killed_and_stopped_and_started_again(
 
     # SIGKILL in the middle of a save; before that, another start is refused.
     saving = start()
-    saving.wait_until(lambda: done(folder) > killed.before + step)
+    saving.wait_until(lambda: done(folder) > step)
+    workers = saving.workers()
+    for worker in workers:
+        worker.suspend()
     refused = subprocess.run(
         [sys.executable, str(TRAIN), str(CONFIG), *words(folder), "parallel.cp_size=1"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -137,6 +138,8 @@ def test_killed_and_stopped_and_started_again(
         text=True,
         timeout=SECONDS,
     )
+    for worker in workers:
+        worker.resume()
     saving.wait_until(lambda: any((folder / "checkpoints").glob(".writing-step*/*.distcp")))
     saving.kill()
     assert refused.returncode == 2

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from lcdist.run import open_fitting
 from lcdist.train import checkpoint as room
 from lcdist.train.checkpoint import (
-    CheckpointError,
     Checkpointer,
+    CheckpointError,
     latest_in,
     open_checkpoint,
     saved_config,

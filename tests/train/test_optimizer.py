@@ -1,4 +1,4 @@
-"""The sharded AdamW is torch's AdamW: bit for bit over owners, and as a plain loop would have it."""
+"""The sharded AdamW is torch's AdamW: the same bits over any owners, and as in a plain loop."""
 
 from collections.abc import Callable
 
@@ -107,9 +107,7 @@ def sharded_steps(rank: int, world_size: int) -> list[tuple[list[float], dict[st
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_sharded_is_unsharded_bit_for_bit(
-    world_size: int
-) -> None:
+def test_sharded_is_unsharded_bit_for_bit(world_size: int) -> None:
     answers = run_ranks(sharded_steps, world_size)
     total = sum(p.numel() for p in Bits(torch.float32).parameters())
     for case, of_ranks in enumerate(zip(*answers, strict=True)):
@@ -210,9 +208,7 @@ def plain_loop(rank: int, world_size: int) -> dict[str, Tensor]:
         total, tokens = torch.zeros(()), 0
         for batch in trainer.loader.next_step():
             how = SequenceParams(layout=trainer.plan.layout)
-            losses = model(
-                batch.tokens, None, None, labels=batch.labels, packed_seq_params=how
-            )
+            losses = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=how)
             total = total + (losses * batch.loss_mask).sum()
             tokens += int(batch.loss_mask.sum())
         adamw.zero_grad()

@@ -45,9 +45,7 @@ def schedules(draw: st.DrawFn) -> tuple[int, OptimConfig]:
     decay = draw(st.integers(1, max(1, steps - warmup))) if kind == "wsd" else 0
     lr = draw(st.floats(1e-6, 1.0))
     low = draw(st.floats(0, 1)) * lr
-    optim = OptimConfig(
-        lr=lr, min_lr=low, schedule=kind, warmup_steps=warmup, decay_steps=decay
-    )
+    optim = OptimConfig(lr=lr, min_lr=low, schedule=kind, warmup_steps=warmup, decay_steps=decay)
     return steps, optim
 
 

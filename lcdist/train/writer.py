@@ -1,0 +1,43 @@
+"""Megatron's checkpoint writer, kept to this process.
+
+As it comes, it forks a copy of the process for each file and collects their results through a
+queue that yet another process serves. A copy whose rank is killed waits for ever and keeps the run
+folder's lock; the queue's server ends with a SIGTERM to the process group, as torchrun sends it,
+and then the last save fails. Threads write as fast, since writing holds no lock of the interpreter,
+and end with their process. Checked with megatron-core 0.16.1.
+"""
+
+import queue
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import lcdist.host  # noqa: F401
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+
+def write_in_this_process() -> None:
+    """From now on `dist_checkpointing.save` starts no process; twice is the same as once."""
+    writer: Any = filesystem_async.FileSystemWriterAsync
+    writer.write_preloaded_data_multiproc = staticmethod(_write)
+    filesystem_async._get_write_results_queue = queue.Queue
+
+
+def _write(
+    transforms: list[Any], use_msc: bool, rank: int, buckets: Sequence[Any], results: queue.Queue
+) -> None:
+    """One file a bucket, each by a thread; their results, or the first error, into `results`."""
+
+    def write(number: int) -> Any:
+        answer: queue.Queue = queue.Queue()
+        counter: queue.Queue = queue.Queue()
+        counter.put(number)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, buckets[number], answer, counter, use_fsync=True, use_msc=use_msc
+        )
+        return answer.get()[1]
+
+    with ThreadPoolExecutor(len(buckets)) as pool:
+        outcomes = list(pool.map(write, range(len(buckets))))
+    errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    results.put(errors[0] if errors else dict(enumerate(outcomes)))

@@ -1,0 +1,172 @@
+"""Perplexity by length: the right text, every token once, one number on every mesh."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lcdist.data.dataset import TokenSplit
+from lcdist.data.indexed import IndexedWriter
+from lcdist.data.meta import Meta, write_meta
+from lcdist.evaluate.perplexity import Score, Windows, held_out_text
+from lcdist.evaluate.session import evaluate_checkpoint
+from lcdist.layout import ContextLayout
+from lcdist.model.sequence import SequenceParams
+from lcdist.train.checkpoint import Checkpointer
+from tests.distributed import run_ranks
+from tests.model.small import Meshes, small, take_steps
+
+VOCAB = 250
+LENGTHS = (7, 24, 96)
+TOKENS = 192
+
+
+def write_tokens(folder: Path, documents: dict[str, list[list[int]]]) -> Path:
+    """A token folder of the given documents by split."""
+    folder.mkdir(parents=True)
+    for split, of_split in documents.items():
+        with IndexedWriter(folder / split, VOCAB) as writer:
+            for document in of_split:
+                writer.add(document)
+    counts = {split: len(of_split) for split, of_split in documents.items()}
+    tokens = {split: sum(map(len, of_split)) for split, of_split in documents.items()}
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    write_meta(folder, Meta(1, "", VOCAB, 0, "", counts, tokens, {}, {}, 0, [], files))
+    return folder
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> TokenSplit:
+    """Documents of 4, 13, 2 and 9 tokens, each token telling its document and its place."""
+    lengths = [4, 13, 2, 9]
+    texts = [[20 * number + place for place in range(n)] for number, n in enumerate(lengths)]
+    return TokenSplit(write_tokens(tmp_path / "data", {"valid": texts}), "valid")
+
+
+def test_windows_come_whole_from_the_longest_documents(split: TokenSplit) -> None:
+    text = held_out_text(split, length=4, tokens=20)
+    assert not text.joined
+    # Three windows of the 13, two of the 9, and the label of the last token.
+    assert text.tokens.tolist() == [*range(20, 32), *range(60, 68), 68]
+
+
+def test_fewer_tokens_take_fewer_windows(split: TokenSplit) -> None:
+    text = held_out_text(split, length=4, tokens=5)
+    assert not text.joined and text.tokens.tolist() == [*range(20, 28), 28]
+
+
+def test_a_document_must_hold_the_last_label_too(split: TokenSplit) -> None:
+    assert held_out_text(split, length=12, tokens=12).tokens.tolist() == [*range(20, 33)]
+    joined = held_out_text(split, length=13, tokens=13)
+    assert joined.joined
+    assert joined.tokens.tolist() == [*range(4), *range(20, 30)]
+
+
+def test_documents_are_joined_in_stored_order_where_they_are_too_short(split: TokenSplit) -> None:
+    text = held_out_text(split, length=4, tokens=24)
+    assert text.joined
+    stored = [*range(4), *range(20, 33), 40, 41, *range(60, 69)]
+    assert text.tokens.tolist() == stored[:25]
+
+
+def test_too_little_text_is_refused(split: TokenSplit) -> None:
+    assert len(held_out_text(split, length=27, tokens=27).tokens) == 28
+    with pytest.raises(ValueError) as caught:
+        held_out_text(split, length=28, tokens=20)
+    message = str(caught.value)
+    assert (
+        "the valid split has 28 tokens; evaluate.tokens = 20 in windows of 28 needs 29" in message
+    )
+    assert "lower evaluate.tokens" in message
+
+
+def test_windows_tile_the_text(split: TokenSplit) -> None:
+    text = held_out_text(split, length=12, tokens=12)
+    windows = Windows(text, 5, VOCAB)
+    assert windows.count == 2
+    assert windows.sample(1).tokens.tolist() == [*range(25, 31)]
+    assert windows.sample(1).cu_seqlens.tolist() == [0, 5] and not windows.sample(1).closed
+
+
+def test_perplexity_is_exp_of_the_loss() -> None:
+    assert Score(8, 80, 2.0).perplexity == math.exp(2.0)
+    assert math.isfinite(Score(8, 80, 1e6).perplexity)
+
+
+def train_and_score(rank: int, world_size: int, folder: Path) -> dict[int, list[float]]:
+    """Save a model; (losses summed in float64, tokens) by length, from plain forward passes."""
+    trainer = Meshes().trainer(small("data.source=tokens", f"data.path={folder / 'data'}"))
+    take_steps(trainer, 3)
+    trainer.checkpointer = Checkpointer(folder / "checkpoints", keep_last=1)
+    trainer.save()
+    [model] = trainer.engine.chunks
+    stored: Tensor = TokenSplit(folder / "data", "valid").document(1)
+    found = {}
+    for length in LENGTHS:
+        total, count = 0.0, TOKENS // length
+        for start in range(0, count * length, length):
+            tokens, labels = (stored[start + i : start + i + length] for i in (0, 1))
+            how = SequenceParams(layout=ContextLayout("contiguous", length, 1))
+            with torch.no_grad():
+                logits = model(tokens[None], None, None, packed_seq_params=how)[0, :, :VOCAB]
+            total += torch.nn.functional.cross_entropy(
+                logits.double(), labels, reduction="sum"
+            ).item()
+        found[length] = [math.exp(total / (count * length)), count * length]
+    return found
+
+
+def evaluated(rank: int, world_size: int, folder: Path, meshes: list[list[str]]) -> list[Any]:
+    os.environ["WORLD_SIZE"] = str(world_size)
+    asked = [f"evaluate.lengths={list(LENGTHS)}", f"evaluate.tokens={TOKENS}"]
+    return [evaluate_checkpoint(folder / "checkpoints", [*asked, *mesh]) for mesh in meshes]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[float]]]:
+    folder = tmp_path_factory.mktemp("perplexity")
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(1, VOCAB, (n,), generator=generator).tolist() for n in (50, 400, 90)]
+    write_tokens(folder / "data", {"train": texts, "valid": texts})
+    return folder, run_ranks(train_and_score, 1, folder)[0]
+
+
+def test_equals_plain_passes_on_one_rank_and_on_two(trained: Any) -> None:
+    folder, expected = trained
+    results = run_ranks(evaluated, 1, folder, [[]])
+    # By default all ranks are context parallel: 7 tokens then need padding.
+    results += run_ranks(evaluated, 2, folder, [[], ["parallel.layout=striped"]])
+    for of_rank in results:
+        for result in of_rank:
+            assert result["lengths"] == list(LENGTHS) and not result["joined"]
+            assert result["scored"] == [expected[length][1] for length in LENGTHS]
+            found = dict(zip(LENGTHS, result["perplexity"], strict=True))
+            for length in LENGTHS:
+                assert found[length] == pytest.approx(expected[length][0], rel=1e-5)
+            assert (result["step"], result["tokens"]) == (3, TOKENS)
+
+
+def test_other_meshes_score_whole_rounds_of_windows(trained: Any) -> None:
+    folder, expected = trained
+    meshes = [
+        ["parallel.cp_size=1"],
+        ["parallel.cp_size=1", "parallel.pp_size=2"],
+        ["parallel.cp_size=1", "parallel.tp_size=2", "parallel.sequence_parallel=true"],
+    ]
+    for of_rank in run_ranks(evaluated, 2, folder, meshes):
+        for result in of_rank:
+            assert result["perplexity"][1:] == pytest.approx(
+                [expected[length][0] for length in LENGTHS[1:]], rel=1e-5
+            )
+        # Two data-parallel ranks take 13 windows each of the 27.
+        assert [result["scored"][0] for result in of_rank] == [182, 189, 189]
+
+
+def test_made_up_text_has_no_valid_split(trained: Any) -> None:
+    folder, _ = trained
+    with pytest.raises(ValueError, match="has no valid split"):
+        run_ranks(evaluated, 1, folder, [["data.source=synthetic", "data.path="]])

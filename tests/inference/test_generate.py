@@ -1,0 +1,130 @@
+"""Generation says what full forward passes say, token by token, on one rank and on two."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lcdist.inference.cache import KVCache
+from lcdist.inference.generate import generate
+from lcdist.layout import ContextLayout
+from lcdist.model.build import CausalLM
+from lcdist.model.sequence import SequenceParams
+from tests.distributed import run_ranks
+from tests.model.small import Meshes, small
+
+NEW = 12
+PROMPT = torch.tensor([17, 4, 249, 0, 17, 4, 99])
+# Weights so large that every prefix has its own likeliest token, by far.
+VARIANTS = ("model.init_std=0.3", "model.nheads_kv=1"), ("model.init_std=0.3",)
+
+
+def greedy_by_full_passes(model: CausalLM, prompt: Tensor, count: int) -> Tensor:
+    """Every token from a pass over all tokens before it, without a cache."""
+    tokens = prompt
+    with torch.no_grad():
+        for _ in range(count):
+            how = SequenceParams(layout=ContextLayout("contiguous", len(tokens), 1))
+            logits = model(tokens[None], None, None, packed_seq_params=how)
+            whole = model.whole_logits(logits[:, -1])
+            tokens = torch.cat([tokens, whole.argmax(-1)])
+    return tokens
+
+
+def generated(rank: int, world_size: int) -> list[dict[str, Tensor]]:
+    meshes, found = Meshes(), []
+    for variant in VARIANTS:
+        trainer = meshes.trainer(small(f"parallel.tp_size={world_size}", *variant))
+        [model] = trainer.engine.chunks
+        found.append(
+            {
+                "greedy": generate(model, PROMPT, NEW),
+                "passes": greedy_by_full_passes(model, PROMPT, NEW),
+                "sampled": generate(model, PROMPT, NEW, temperature=8.0, seed=1),
+                "sampled again": generate(model, PROMPT, NEW, temperature=8.0, seed=1),
+                "another seed": generate(model, PROMPT, NEW, temperature=8.0, seed=2),
+                "one token": generate(model, PROMPT[:1], 3),
+                "nothing new": generate(model, PROMPT, 0),
+            }
+        )
+        stop = int(found[-1]["greedy"][len(PROMPT) + 4])
+        found[-1]["stopped"] = generate(model, PROMPT, NEW, stop=stop)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[dict[str, Tensor]]:
+    return run_ranks(generated, 1)[0]
+
+
+@pytest.mark.parametrize("variant", range(len(VARIANTS)))
+def test_greedy_is_the_argmax_of_full_passes(alone: list[dict[str, Tensor]], variant: int) -> None:
+    found = alone[variant]
+    assert torch.equal(found["greedy"], found["passes"])
+    assert len(found["greedy"]) == len(PROMPT) + NEW
+    assert torch.equal(found["greedy"][: len(PROMPT)], PROMPT)
+    assert len(set(found["greedy"].tolist())) > 5, "a model that repeats itself shows nothing"
+    assert torch.equal(found["nothing new"], PROMPT)
+    assert len(found["one token"]) == 4
+
+
+@pytest.mark.parametrize("variant", range(len(VARIANTS)))
+def test_sampling_follows_its_seed_and_skips_padding(
+    alone: list[dict[str, Tensor]], variant: int
+) -> None:
+    found = alone[variant]
+    assert torch.equal(found["sampled"], found["sampled again"])
+    assert not torch.equal(found["sampled"], found["another seed"])
+    assert max(int(tokens.max()) for tokens in found.values()) < 250
+
+
+@pytest.mark.parametrize("variant", range(len(VARIANTS)))
+def test_stops_after_the_stop_token(alone: list[dict[str, Tensor]], variant: int) -> None:
+    found = alone[variant]
+    stopped, greedy = found["stopped"], found["greedy"]
+    first = greedy[len(PROMPT) :].tolist().index(int(stopped[-1]))
+    assert torch.equal(stopped, greedy[: len(PROMPT) + first + 1])
+
+
+def test_two_tensor_parallel_ranks_say_the_same(alone: list[dict[str, Tensor]]) -> None:
+    for of_rank in run_ranks(generated, 2):
+        for found, expected in zip(of_rank, alone, strict=True):
+            for name in expected:
+                assert torch.equal(found[name], expected[name]), name
+
+
+def refusals(rank: int, world_size: int) -> list[str]:
+    meshes, messages = Meshes(), []
+    sequence_parallel = "parallel.tp_size=2", "parallel.sequence_parallel=true"
+    for mesh in (("parallel.pp_size=2",), ("parallel.cp_size=2",), sequence_parallel):
+        trainer = meshes.trainer(small(*mesh))
+        with pytest.raises(ValueError) as caught:
+            generate(trainer.engine.chunks[0], PROMPT, 1)
+        messages.append(str(caught.value))
+    trainer = meshes.trainer(small())
+    with pytest.raises(ValueError) as caught:
+        generate(trainer.engine.chunks[0], PROMPT[:0], 1)
+    dist.barrier()
+    return [*messages, str(caught.value)]
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    for pipeline, context, sequence, empty in run_ranks(refusals, 2):
+        assert "parallel.pp_size = 1 and cp_size = 1, not 2 and 1" in pipeline
+        assert "not 1 and 2" in context and "loads on such a one" in context
+        assert "parallel.sequence_parallel = true" in sequence
+        assert empty == "the prompt has no token"
+
+
+def test_cache_grows_by_layer_and_refuses_more_than_it_holds() -> None:
+    cache, x = KVCache(5), torch.randn(2, 6, 1, 4)
+    keys: Any = None
+    for start, stop in ((0, 3), (3, 4), (4, 5)):
+        keys, values = cache.append(1, x[:, start:stop], -x[:, start:stop])
+        assert torch.equal(keys, x[:, :stop]) and torch.equal(values, -x[:, :stop])
+    other, _ = cache.append(2, x[:, 1:2], x[:, 1:2])
+    assert torch.equal(other, x[:, 1:2]) and torch.equal(keys, x[:, :5])
+    with pytest.raises(ValueError, match="6 tokens do not fit a cache of max_seqlen = 5"):
+        cache.append(1, x[:, 5:], x[:, 5:])
