@@ -72,22 +72,6 @@ class CocaOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SccaOptions:
-    """Shifted cross chunk attention and shifted dilated attention (arXiv:2312.07305).
-
-    shift None: half a chunk (fixed). wrap None: mask for fixed, fold for flow.
-    """
-
-    pattern: Literal["fixed", "flow", "sda", "sda_key", "longmixed", "s2"] = "fixed"
-    chunk_size: int = at_least(1, 2048)
-    shift: int | None = None
-    wrap: Literal["mask", "fold"] | None = None
-    dilation: int = at_least(1, 2)
-    fractions: tuple[float, ...] = (0.5, 0.25, 0.25)
-    stagger: int = at_least(0, 0)
-
-
-@dataclass(frozen=True, kw_only=True)
 class LssarOptions:
     """Length-scaled softplus attention with re-weighting; reweight False is LSSA."""
 
