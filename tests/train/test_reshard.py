@@ -67,7 +67,7 @@ def config_for(kind: str, mesh: Mesh) -> Config:
     model = ["model.nheads=6", "model.nheads_kv=6", "model.head_dim=8", "model.hidden_size=48"]
     model += [f"model.tied_embeddings={'true' if kind == 'tied' else 'false'}"]
     # A batch that four data-parallel ranks can share, interleaved or not.
-    return small(*model, *mesh.words, "train.global_batch_size=12")
+    return small(*model, *mesh.words, "train.global_batch_size=12", "train.micro_batch_size=3")
 
 
 def standing(trainer: Trainer) -> Standing:
