@@ -24,10 +24,13 @@ from lcdist.config.schema import Config
 from lcdist.evaluate.report import report_facts, write_report
 from lcdist.evaluate.session import generate_text
 from lcdist.parallel import end_world
+from lcdist.plan import make_plan
 from lcdist.train.folder import read_status
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "def parse_header(line):\n"
+# What `lcdist` ends with when something asked of it cannot be done.
+USER_ERROR = 2
 console = Console(highlight=False)
 
 
@@ -42,11 +45,12 @@ def main() -> int:
         fresh = job.run()
     except subprocess.CalledProcessError as error:
         console.print(f"[red]stopped[/]: exit status {error.returncode}; see the lines above.")
-        console.print("Run the same command again to go on from the last checkpoint.")
+        if error.returncode != USER_ERROR:
+            console.print("Run the same command again to go on from the last checkpoint.")
         return error.returncode or 1
     except (ValueError, FileNotFoundError) as error:
         console.print(f"error: {error}", style="red")
-        return 2
+        return USER_ERROR
     _conclude(folder, fresh, time.monotonic() - begun)
     return 0
 
@@ -74,6 +78,9 @@ class _Job:
             "pretrain": load(self.configs / "pretrain.toml", self.pretrain),
             "extend": load(self.configs / "extend.toml", self.extend),
         }
+        for config in configs.values():
+            # Every contradiction now, and not from a launcher in the middle of the job.
+            make_plan(config, self.ranks)
         self._claim_name(configs)
         done = [
             self._tokenize(configs["pretrain"]),
