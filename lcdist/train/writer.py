@@ -29,8 +29,9 @@ def _write(
     """One file a bucket, each by a thread; their results, or the first error, into `results`."""
 
     def write(number: int) -> Any:
-        answer: queue.Queue = queue.Queue()
-        counter: queue.Queue = queue.Queue()
+        # The annotations ask for queues between processes; threads need none.
+        answer: Any = queue.Queue()
+        counter: Any = queue.Queue()
         counter.put(number)
         filesystem_async.FileSystemWriterAsync.write_preloaded_data(
             transforms, number, buckets[number], answer, counter, use_fsync=True, use_msc=use_msc
