@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
     set_up_logging(is_first)
     try:
         arguments.action(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if is_first:
             prefix = "configuration error" if isinstance(error, ConfigError) else "error"
             lines = str(error).splitlines()

@@ -170,6 +170,7 @@ def _install() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.")
     # Its checkpoints are made of the ShardedTensor that torch would rather see replaced.
     warnings.filterwarnings("ignore", "Please use DTensor", FutureWarning)
+    warnings.filterwarnings("ignore", ".*(reduce_scatter|all_gather_into)_tensor", FutureWarning)
     if has_cuda():
         return
     if any(name.startswith("megatron.core") for name in sys.modules):

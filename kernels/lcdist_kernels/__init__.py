@@ -1,6 +1,16 @@
 """The attention operators of lcdist as torch functions: usable alone, they never import lcdist."""
 
+from lcdist_kernels.coca import coca_attention, coca_reference
 from lcdist_kernels.full import full_attention, full_reference
+from lcdist_kernels.lssar import lssar_attention, lssar_reference
 from lcdist_kernels.rotary import Rotary
 
-__all__ = ["Rotary", "full_attention", "full_reference"]
+__all__ = [
+    "Rotary",
+    "coca_attention",
+    "coca_reference",
+    "full_attention",
+    "full_reference",
+    "lssar_attention",
+    "lssar_reference",
+]

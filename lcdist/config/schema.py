@@ -80,7 +80,7 @@ class LssarOptions:
     exempt_rows: int = at_least(0, 3)
 
 
-OPTIONS: Mapping[str, type] = {"full": FullOptions}
+OPTIONS: Mapping[str, type] = {"full": FullOptions, "coca": CocaOptions, "lssar": LssarOptions}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ on any mesh. (Megatron's own DistributedOptimizer cuts flat buffers; its checkpo
 torch AdamW do not survive resharding.)
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -109,20 +110,28 @@ class ShardedAdamW:
         return norm
 
     def _gradient_norm(self) -> float:
-        """Over every parameter of the model once: duplicates over TP and PP are left out."""
-        parts = [
-            parameter.main_grad.double().square().sum()  # type: ignore[attr-defined]
-            for parameter in self.mine
-            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
+        """Over every parameter of the model once: copies over TP and PP are left out.
+
+        Copies are looked at all the same: one that is not finite is a fault, too.
+        """
+        once, all_copies = [], []
+        for parameter in self.mine:
+            square = parameter.main_grad.double().square().sum()  # type: ignore[attr-defined]
+            all_copies.append(square)
+            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
+                once.append(square)
+        sums = [
+            torch.stack(parts).sum() if parts else torch.zeros(()) for parts in (once, all_copies)
         ]
-        squares = torch.stack(parts).sum().cpu() if parts else torch.zeros((), dtype=torch.float64)
+        squares = torch.stack([part.double().cpu() for part in sums])
         dist.all_reduce(squares)
-        if not torch.isfinite(squares):
+        norm, over_copies = squares.sqrt().tolist()
+        if not math.isfinite(over_copies):
             raise FloatingPointError(
-                f"gradient norm is {squares.sqrt().item()}; parameters with non-finite gradients: "
+                f"gradient norm is {over_copies}; parameters with non-finite gradients: "
                 f"{', '.join(self._non_finite())}"
             )
-        return squares.sqrt().item()
+        return norm
 
     def _non_finite(self) -> list[str]:
         """Names over all ranks; all ranks call it."""

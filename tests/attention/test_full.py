@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lcdist.attention import METHODS, Shape, Traffic, full
+from lcdist.attention import METHODS, Shape, Traffic, ring_softmax
 from lcdist.layout import ContextLayout
 from tests.attention.body import assert_all_match, make, on_virtual_ranks, whole
 
@@ -32,8 +32,8 @@ def test_bytes_by_hand(itemsize: int, grad_size: int) -> None:
 
 def test_blocks_in_the_future_cost_no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     visits = []
-    plain = full.full_fwd
-    monkeypatch.setattr(full, "full_fwd", lambda *args: visits.append(1) or plain(*args))
+    plain = ring_softmax.full_fwd
+    monkeypatch.setattr(ring_softmax, "full_fwd", lambda *args: visits.append(1) or plain(*args))
     problem = make("full", "contiguous", 4)
     assert_all_match(on_virtual_ranks(problem, "torch")[0], whole(problem))
     assert len(visits) == 1 + 2 + 3 + 4

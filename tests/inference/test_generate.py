@@ -49,8 +49,9 @@ def generated(rank: int, world_size: int) -> list[dict[str, Tensor]]:
                 "nothing new": generate(model, PROMPT, 0),
             }
         )
-        stop = int(found[-1]["greedy"][len(PROMPT) + 4])
-        found[-1]["stopped"] = generate(model, PROMPT, NEW, stop=stop)
+        stop = found[-1]["greedy"][len(PROMPT) + 4]
+        found[-1]["stopped"] = generate(model, PROMPT, NEW, stop=int(stop))
+        found[-1]["stop"] = stop
     return found
 
 
@@ -83,9 +84,10 @@ def test_sampling_follows_its_seed_and_skips_padding(
 @pytest.mark.parametrize("variant", range(len(VARIANTS)))
 def test_stops_after_the_stop_token(alone: list[dict[str, Tensor]], variant: int) -> None:
     found = alone[variant]
-    stopped, greedy = found["stopped"], found["greedy"]
-    first = greedy[len(PROMPT) :].tolist().index(int(stopped[-1]))
-    assert torch.equal(stopped, greedy[: len(PROMPT) + first + 1])
+    new = found["greedy"][len(PROMPT) :].tolist()
+    first = new.index(int(found["stop"]))
+    assert first < NEW - 1
+    assert found["stopped"].tolist() == [*PROMPT.tolist(), *new[: first + 1]]
 
 
 def test_two_tensor_parallel_ranks_say_the_same(alone: list[dict[str, Tensor]]) -> None:

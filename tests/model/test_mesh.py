@@ -120,6 +120,11 @@ def cases() -> list[Case]:
 CASES = cases()
 
 
+def shows_weights(case: Case) -> bool:
+    """Whether initial weights are compared: in one of a mesh's two rows, to save time."""
+    return case == case.reference or "train.recompute=none" in case.how
+
+
 def with_holes(batches: list[Batch], trainer: Trainer) -> list[Batch]:
     """The batches with the loss of every sample of odd number masked."""
     spec = trainer.loader.spec
@@ -139,7 +144,7 @@ def differentiate(case: Case, meshes: Meshes) -> tuple[float, int, str, dict[str
     batches = trainer.loader.next_step()
     if case.holes:
         batches = with_holes(batches, trainer)
-    initial = gather_whole(trainer.engine.chunks, weight)
+    initial = gather_whole(trainer.engine.chunks, weight) if shows_weights(case) else {}
     loss, tokens = trainer.engine.forward_backward(batches)
     return loss, tokens, digest(initial), gather_whole(trainer.engine.chunks, gradient)
 
@@ -173,7 +178,7 @@ def test_gradients_equal_those_of_one_process(case: Case) -> None:
         assert_matches(whole[name], expected, TOLERANCE)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", filter(shows_weights, CASES), ids=str)
 def test_initial_weights_are_the_same_bits(case: Case) -> None:
     [(_, _, expected, _)] = results(1)[case.reference]
     assert results(case.world_size)[case][0][2] == expected

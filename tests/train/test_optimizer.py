@@ -173,22 +173,26 @@ def test_a_gradient_that_is_not_finite_stops_every_rank(mesh: tuple[str, ...]) -
         assert untouched
 
 
-def engine_steps(rank: int, world_size: int, mesh: tuple[str, ...]) -> dict[str, Tensor]:
+Steps = tuple[list[tuple[float, float]], dict[str, Tensor]]
+
+
+def engine_steps(rank: int, world_size: int, mesh: tuple[str, ...]) -> Steps:
+    """(loss, gradient norm) of each step, and the weights after them."""
     trainer = Meshes().trainer(plain_config(*mesh))
-    take_steps(trainer, STEPS, lr=plain_config().optim.lr)
-    return gather_whole(trainer.engine.chunks, weight)
+    numbers = take_steps(trainer, STEPS, lr=plain_config().optim.lr)
+    return numbers, gather_whole(trainer.engine.chunks, weight)
 
 
 def plain_config(*mesh: str) -> Config:
-    """Clipping that bites, decay that shows, micro-batches that add up.
+    """Clipping that bites, decay that shows, micro-batches that add up, masked tokens and padding.
 
     eps: at 1e-8 Adam makes a step of full size out of the rounding error of a gradient that is 0.
     """
     optim = ["optim.eps=1e-5", "optim.weight_decay=0.5", "optim.clip_norm=0.3"]
-    return small(*optim, *mesh)
+    return small(*optim, "data.documents=pack", "train.seqlen=71", *mesh)
 
 
-def plain_loop(rank: int, world_size: int) -> dict[str, Tensor]:
+def plain_loop(rank: int, world_size: int) -> Steps:
     """The same model under torch's own autograd, clipping and AdamW, the whole batch summed."""
     config = plain_config()
     trainer = Meshes().trainer(config)
@@ -204,10 +208,12 @@ def plain_loop(rank: int, world_size: int) -> dict[str, Tensor]:
         eps=optim.eps,
         weight_decay=optim.weight_decay,
     )
+    numbers = []
     for _ in range(STEPS):
         total, tokens = torch.zeros(()), 0
         for batch in trainer.loader.next_step():
-            how = SequenceParams(layout=trainer.plan.layout)
+            how = SequenceParams(layout=trainer.plan.layout, cu_seqlens=batch.cu_seqlens)
+            assert not batch.loss_mask.all()
             losses = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=how)
             total = total + (losses * batch.loss_mask).sum()
             tokens += int(batch.loss_mask.sum())
@@ -216,7 +222,8 @@ def plain_loop(rank: int, world_size: int) -> dict[str, Tensor]:
         norm = nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
         assert norm > optim.clip_norm, "nothing was clipped"
         adamw.step()
-    return gather_whole([model], weight)
+        numbers.append((float(total / tokens), float(norm)))
+    return numbers, gather_whole([model], weight)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +232,12 @@ def plain_loop(rank: int, world_size: int) -> dict[str, Tensor]:
     ids=["one", "dp2", "tp2-sp-dp2"],
 )
 def test_the_engine_is_a_plain_loop(world_size: int, mesh: tuple[str, ...]) -> None:
-    found = run_ranks(engine_steps, world_size, mesh)[0]
-    for name, expected in run_ranks(plain_loop, 1)[0].items():
-        assert_matches(found[name], expected, 1e-6)
+    [(numbers, weights), *_] = run_ranks(engine_steps, world_size, mesh)
+    [(plain_numbers, plain_weights)] = run_ranks(plain_loop, 1)
+    for found, expected in zip(numbers, plain_numbers, strict=True):
+        assert found == pytest.approx(expected, rel=1e-6)
+    for name, expected in plain_weights.items():
+        assert_matches(weights[name], expected, 1e-6)
 
 
 def bf16_steps(rank: int, world_size: int, mesh: tuple[str, ...]) -> list[tuple[float, float]]:

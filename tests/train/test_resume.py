@@ -137,10 +137,12 @@ def computed(record: StepRecord) -> dict[str, Any]:
     return {k: v for k, v in json.loads(record.to_json()).items() if k not in MEASURED}
 
 
-def test_run_json_tells_of_every_start(ended: Any) -> None:
+@pytest.mark.parametrize(("name", "step"), [("killed", 2), ("term", 3), ("usr1", 3)])
+def test_goes_on_from_the_last_save_and_says_so(ended: Any, name: str, step: int) -> None:
+    """A run that was told to stop has saved at that step, one that was killed at the last due."""
     folder, _ = ended
-    header = json.loads((folder / "killed" / "run.json").read_text())
-    assert [(s["step"], s["reason"]) for s in header["starts"]] == [(0, "new run"), (2, "resumed")]
+    starts = json.loads((folder / name / "run.json").read_text())["starts"]
+    assert [(s["step"], s["reason"]) for s in starts] == [(0, "new run"), (step, "resumed")]
 
 
 def claim(rank: int, world_size: int, folder: Path) -> str:

@@ -1,0 +1,47 @@
+"""LSSA and LSSAR: length-scaled softplus attention, without and with re-weighting."""
+
+from lcdist_kernels.lssar.op import (
+    BUILT,
+    lssar_attention,
+    lssar_cached,
+    lssar_finish,
+    lssar_rows,
+    lssar_whole,
+)
+from lcdist_kernels.lssar.reference import divisor, lssar_block, lssar_reference, softplus_scores
+from lcdist_kernels.lssar.rows import (
+    Band,
+    Reweight,
+    Threshold,
+    directions,
+    logit_scales,
+    mean_shares,
+    no_threshold,
+    row_threshold,
+)
+from lcdist_kernels.lssar.tiled import Sums, lssar_bwd, lssar_fwd, lssar_sums
+
+__all__ = [
+    "BUILT",
+    "Band",
+    "Reweight",
+    "Sums",
+    "Threshold",
+    "directions",
+    "divisor",
+    "logit_scales",
+    "lssar_attention",
+    "lssar_block",
+    "lssar_bwd",
+    "lssar_cached",
+    "lssar_finish",
+    "lssar_fwd",
+    "lssar_reference",
+    "lssar_rows",
+    "lssar_sums",
+    "lssar_whole",
+    "mean_shares",
+    "no_threshold",
+    "row_threshold",
+    "softplus_scores",
+]

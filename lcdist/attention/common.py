@@ -1,0 +1,77 @@
+"""What the methods that look at every earlier token share: who holds what, and what is refused."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lcdist.attention.method import Shape
+from lcdist.exchange import Group, group_size
+from lcdist.layout import ContextLayout
+from lcdist_kernels.common import check_qkv, document_starts
+
+
+def tokens(layout: ContextLayout, rank: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The global numbers of `rank`'s tokens, and the first token of each one's document.
+
+    Both int64 `[local_seqlen]` on the CPU. cu_seqlens: see `document_starts`.
+    """
+    index = layout.positions(rank)
+    return index, document_starts(cu_seqlens, index, layout.seqlen)
+
+
+def check_shard(q: Tensor, k: Tensor, layout: ContextLayout, group: Group) -> None:
+    """Raises ValueError unless q and k are a rank's shard of `layout` and `group` has its size."""
+    if group_size(group) != layout.cp_size:
+        raise ValueError(
+            f"the layout is for cp_size = {layout.cp_size}, the group has {group_size(group)} ranks"
+        )
+    if not q.shape[1] == k.shape[1] == layout.local_seqlen:
+        raise ValueError(
+            f"q has {q.shape[1]} tokens and k, v have {k.shape[1]}: this layout gives every rank "
+            f"{layout.local_seqlen} of {layout.seqlen}"
+        )
+
+
+def check_no_params(params: Mapping[str, Tensor] | None, method: str) -> None:
+    """Raises ValueError if `params` are given to a method that learns nothing of its own."""
+    if params:
+        raise ValueError(f"params = {sorted(params)}: {method} attention has no learnable extras")
+
+
+Decode = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(q, k, v, positions) -> out, with positions `[n]` and a cache of just what they may read."""
+
+
+def decode_rows(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, decode: Decode
+) -> Tensor:
+    """`decode` of new tokens over the filled part of a cache, row by row where positions differ.
+
+    q `[b, n, h, d]`; caches `[b, s_cache, h_kv, d]`; positions: integers on the CPU, `[n]` or
+    `[b, n]`. Raises ValueError where shapes do not fit or a position lies outside the cache.
+    """
+    check_qkv(q, k_cache, v_cache)
+    if positions.shape not in (q.shape[1:2], q.shape[:2]):
+        raise ValueError(
+            f"positions of shape {tuple(positions.shape)}: expected [{q.shape[1]}] or "
+            f"{list(q.shape[:2])}"
+        )
+    if positions.min() < 0 or positions.max() >= k_cache.shape[1]:
+        raise ValueError(
+            f"positions from {int(positions.min())} to {int(positions.max())}: "
+            f"the cache has entries 0 to {k_cache.shape[1] - 1}"
+        )
+    if positions.dim() == 1:
+        filled = int(positions.max()) + 1
+        return decode(q, k_cache[:, :filled], v_cache[:, :filled], positions)
+    rows = zip(q.split(1), k_cache.split(1), v_cache.split(1), positions, strict=True)
+    return torch.cat([decode_rows(*row, decode) for row in rows])
+
+
+def causal_flops(shape: Shape) -> int:
+    """Forward operations of one layer: 4 head_dim for each of the s (s + 1) / 2 visible pairs."""
+    if shape.seqlen is None:
+        raise ValueError(f"{shape}: seqlen is needed to count operations")
+    pairs = shape.seqlen * (shape.seqlen + 1) // 2
+    return 4 * shape.batch * shape.nheads * shape.head_dim * pairs

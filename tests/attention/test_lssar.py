@@ -1,0 +1,138 @@
+"""LSSA and LSSAR under context parallelism: the shared body's cases for LSSA, and its numbers."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from lcdist.attention import METHODS, Shape, Traffic, lssar
+from lcdist.config.schema import LssarOptions
+from lcdist.exchange import VirtualGroup, group_rank, traffic
+from lcdist.layout import KINDS, ContextLayout
+from tests.attention.body import Problem, assert_all_match, joined, make, on_virtual_ranks, whole
+from tests.attention.test_methods import every_problem
+from tests.distributed import run_ranks
+
+METHOD = METHODS["lssar"]
+LSSA = LssarOptions(reweight=False)
+OTHERS = [LSSA, LssarOptions(power=3.0), LssarOptions(power=1.5, exempt_rows=0)]
+IMPLS = ("reference", "torch")
+
+
+def problem_of(options: LssarOptions, kind: str, cp_size: int, **more: Any) -> Problem:
+    return dataclasses.replace(make("lssar", kind, cp_size, **more), options=options)
+
+
+@pytest.mark.parametrize("options", OTHERS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_options_on_virtual_ranks_equal_reference(
+    kind: str, cp_size: int, packed: bool, options: LssarOptions
+) -> None:
+    problem = problem_of(options, kind, cp_size, packed=packed)
+    truth = whole(problem)
+    for impl in IMPLS:
+        assert_all_match(on_virtual_ranks(problem, impl)[0], truth)
+
+
+@pytest.mark.parametrize("cp_size", [2, 3])
+def test_lssa_on_processes_equals_reference(cp_size: int) -> None:
+    cases = [
+        (problem_of(LSSA, kind, cp_size, packed=True), impl) for kind in KINDS for impl in IMPLS
+    ]
+    ranks = run_ranks(every_problem, cp_size, cases)
+    for (problem, _), *shards in zip(cases, *ranks, strict=True):
+        assert_all_match(joined(problem, shards), whole(problem))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_a_scale_it_is_the_log_of_head_dim(impl: str) -> None:
+    for options in (LSSA, LssarOptions()):
+        problem = problem_of(options, "zigzag", 3)
+        given = dataclasses.replace(problem, softmax_scale=torch.tensor(16.0).double().log().item())
+        silent = dataclasses.replace(problem, softmax_scale=None)
+        assert_all_match(on_virtual_ranks(silent, impl)[0], whole(given))
+
+
+@pytest.mark.parametrize(("itemsize", "grad_size"), [(2, 4), (4, 4), (8, 8)])
+@pytest.mark.parametrize(("reweight", "parts"), [(True, 3), (False, 2)])
+def test_bytes_by_hand(itemsize: int, grad_size: int, reweight: bool, parts: int) -> None:
+    shape = Shape(batch=1, nheads=4, nheads_kv=2, head_dim=8, itemsize=itemsize)
+    keys = 6 * 2 * 8
+    options = LssarOptions(reweight=reweight)
+    counted = METHOD.bytes(options, shape, ContextLayout("contiguous", 18, 3))
+    backward = 2 * 2 * keys * itemsize + 3 * 2 * keys * grad_size
+    assert counted == Traffic((2 * parts * keys * itemsize,) * 3, (backward,) * 3)
+    assert METHOD.bytes(options, shape, ContextLayout("zigzag", 18, 1)) == Traffic((0,), (0,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cp_size", [1, 2, 5])
+def test_bytes_of_lssa_are_those_on_the_wire(cp_size: int, dtype: torch.dtype) -> None:
+    problem = problem_of(LSSA, "zigzag", cp_size, dtype=dtype)
+    shape = Shape(batch=2, nheads=4, nheads_kv=2, head_dim=16, itemsize=dtype.itemsize)
+    assert on_virtual_ranks(problem, "torch")[1] == METHOD.bytes(LSSA, shape, problem.layout)
+
+
+def test_evaluation_sends_as_much_as_training_sends_forward() -> None:
+    problem = make("lssar", "zigzag", 3)
+
+    def forward(rank: Any) -> int:
+        qkv = [problem.layout.shard(x, group_rank(rank), 1) for x in problem.qkv]
+        with torch.no_grad(), traffic() as sent:
+            METHOD.attention(*qkv, layout=problem.layout, group=rank, **problem.asked())
+        return sent.total
+
+    assert tuple(VirtualGroup(3).run(forward)) == on_virtual_ranks(problem, "torch")[1].forward
+
+
+def test_flops_by_hand() -> None:
+    # 3 heads of 5, 4 tokens: 10 pairs, 5 multiply-adds each for a score and for the value.
+    shape = Shape(batch=2, nheads=3, nheads_kv=1, head_dim=5, itemsize=2, seqlen=4)
+    assert METHOD.flops(LSSA, shape) == 2 * 3 * 10 * (5 + 5) * 2
+    assert METHOD.flops(METHOD.options(), shape) == 2 * 3 * 10 * (5 + 5 + 5) * 2
+
+
+@pytest.mark.parametrize(("options", "laps"), [(LSSA, 1), (LssarOptions(), 2)])
+def test_blocks_in_the_future_cost_no_compute(
+    options: LssarOptions, laps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visits = []
+    for name in ("lssar_sums", "lssar_fwd"):
+        plain = getattr(lssar.ops, name)
+        monkeypatch.setattr(
+            lssar.ops, name, lambda *args, plain=plain: visits.append(1) or plain(*args)
+        )
+    problem = problem_of(options, "contiguous", 4)
+    assert_all_match(on_virtual_ranks(problem, "torch")[0], whole(problem))
+    assert len(visits) == laps * (1 + 2 + 3 + 4)
+
+
+@pytest.mark.parametrize("options", OTHERS)
+@pytest.mark.parametrize("step", [1, 7])
+def test_decode_with_other_options_equals_reference(step: int, options: LssarOptions) -> None:
+    problem = problem_of(options, "contiguous", 1)
+    q, k, v = problem.qkv
+    asked = {key: value for key, value in problem.asked().items() if key != "cu_seqlens"}
+    got = [
+        METHOD.decode(q[:, positions], k, v, positions=positions, **asked)
+        for positions in torch.arange(q.shape[1]).split(step)
+    ]
+    assert_all_match([torch.cat(got, 1)], [whole(problem)[0]])
+
+
+def test_one_token_a_rank() -> None:
+    for kind in ("contiguous", "striped"):
+        for options in (LSSA, LssarOptions()):
+            problem = problem_of(options, kind, 8, at_least=1)
+            assert problem.layout.local_seqlen == 1
+            for impl in IMPLS:
+                assert_all_match(on_virtual_ranks(problem, impl)[0], whole(problem))
+
+
+def test_half_precision_comes_back_in_half_precision() -> None:
+    problem = make("lssar", "zigzag", 2, dtype=torch.float16)
+    for impl in ("reference", "torch", "auto"):
+        assert all(x.dtype == torch.float16 for x in on_virtual_ranks(problem, impl)[0])
