@@ -178,7 +178,7 @@ def test_gradients_equal_those_of_one_process(case: Case) -> None:
         assert_matches(whole[name], expected, TOLERANCE)
 
 
-@pytest.mark.parametrize("case", filter(shows_weights, CASES), ids=str)
+@pytest.mark.parametrize("case", [*filter(shows_weights, CASES)], ids=str)
 def test_initial_weights_are_the_same_bits(case: Case) -> None:
     [(_, _, expected, _)] = results(1)[case.reference]
     assert results(case.world_size)[case][0][2] == expected
