@@ -124,7 +124,9 @@ def _resolve(path: Path) -> Path:
         if newest is not None:
             return newest
     what = "holds no checkpoint" if path.exists() else "does not exist"
-    raise CheckpointError(f"checkpoint.load = '{path}': {what}")
+    raise CheckpointError(
+        f"checkpoint '{path}': {what}; give the folder of a checkpoint, or of a run that saved one"
+    )
 
 
 def latest_in(folder: Path) -> Path | None:
