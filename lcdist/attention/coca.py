@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist.attention.common import causal_flops, check_no_params, check_shard, decode_rows
+from lcdist.attention.common import (
+    causal_flops,
+    check_plain,
+    check_shard,
+    decode_rows,
+)
 from lcdist.attention.method import AttentionMethod, HeadSlice, Shape, Traffic
 from lcdist.attention.ring_softmax import Lap, RingSoftmax, reference_ring, ring_bytes
 from lcdist.config.schema import CocaOptions
@@ -118,7 +123,7 @@ def attention(
     check_qkv(q, k, v)
     check_variant(options.variant, q.shape[3])
     check_shard(q, k, layout, group)
-    check_no_params(params, "coca")
+    check_plain(q, k, params, heads, "coca")
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     if layout.cp_size == 1:
         return coca_attention(
@@ -156,7 +161,7 @@ def reference(
     heads: HeadSlice | None = None,
 ) -> Tensor:
     """The same on the whole sequence, dense, in one process: see `coca_reference`."""
-    check_no_params(params, "coca")
+    check_plain(q, k, params, heads, "coca")
     return coca_reference(
         q,
         k,
@@ -189,7 +194,7 @@ def decode(
     entry j belongs to position j; entries after the greatest position are not read. No gradients;
     out is like q. Raises ValueError where shapes do not fit or a position lies outside the cache.
     """
-    check_no_params(params, "coca")
+    check_plain(q, k_cache, params, heads, "coca")
     check_variant(options.variant, q.shape[3])
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
 
@@ -212,19 +217,9 @@ def traffic(options: CocaOptions, shape: Shape, layout: ContextLayout) -> Traffi
     return ring_bytes(shape, layout, shape.head_dim // 2 + shape.head_dim)
 
 
-def layouts_for(options: CocaOptions) -> tuple[str, ...]:
-    """All of them, whatever the options."""
-    return KINDS
-
-
 def multiple_of(options: CocaOptions, cp_size: int, kind: str = "contiguous") -> int:
     """What the layout itself needs: CoCA asks for nothing more."""
     return pieces_needed(kind, cp_size)
-
-
-def parameters(options: CocaOptions, nheads: int) -> dict[str, tuple[int, ...]]:
-    """None: the projection that gives t stands in the place of the key's."""
-    return {}
 
 
 METHOD = AttentionMethod(
@@ -234,11 +229,9 @@ METHOD = AttentionMethod(
     layouts=KINDS,
     exchange=("ring",),
     supports=frozenset({"gqa", "varlen", "decode"}),
-    layouts_for=layouts_for,
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
-    parameters=parameters,
     reference=reference,
     attention=attention,
     decode=decode,

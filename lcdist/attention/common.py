@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lcdist.attention.method import Shape
+from lcdist.attention.method import HeadSlice, Shape
 from lcdist.exchange import Group, group_size
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import check_qkv, document_starts
@@ -33,10 +33,42 @@ def check_shard(q: Tensor, k: Tensor, layout: ContextLayout, group: Group) -> No
         )
 
 
-def check_no_params(params: Mapping[str, Tensor] | None, method: str) -> None:
-    """Raises ValueError if `params` are given to a method that learns nothing of its own."""
+def check_plain(
+    q: Tensor,
+    k: Tensor,
+    params: Mapping[str, Tensor] | None,
+    heads: HeadSlice | None,
+    method: str,
+) -> None:
+    """For a method that treats all heads alike and learns nothing of its own.
+
+    Raises ValueError where `params` are given, and as `held_heads`.
+    """
     if params:
         raise ValueError(f"params = {sorted(params)}: {method} attention has no learnable extras")
+    held_heads(heads, q, k)
+
+
+def held_heads(heads: HeadSlice | None, q: Tensor, k: Tensor) -> HeadSlice:
+    """Which of the model's heads q and k hold; None: all there are.
+
+    Raises ValueError where the model has not so many, or where q's heads and k's do not pair as
+    the model's do.
+    """
+    held, held_kv = q.shape[2], k.shape[2]
+    if heads is None:
+        return HeadSlice(0, held, 0, held_kv)
+    group = max(1, heads.nheads // max(1, heads.nheads_kv))
+    fits = heads.nheads == group * heads.nheads_kv
+    fits &= 0 <= heads.first <= heads.nheads - held and heads.first_kv == heads.first // group
+    # A whole number of groups, or a part of one.
+    fits &= held == group * held_kv or (held_kv == 1 and (heads.first % group) + held <= group)
+    if not fits:
+        raise ValueError(
+            f"{heads} for q with {held} heads and k with {held_kv}: first and first_kv number the "
+            "heads of the whole model, which has nheads and nheads_kv of them"
+        )
+    return heads
 
 
 Decode = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lcdist.attention.common import (
     causal_flops,
-    check_no_params,
+    check_plain,
     check_shard,
     decode_rows,
     tokens,
@@ -70,7 +70,7 @@ def attention(
     check_impl(impl, "full", BUILT)
     check_qkv(q, k, v)
     check_shard(q, k, layout, group)
-    check_no_params(params, "full")
+    check_plain(q, k, params, heads, "full")
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     if layout.cp_size == 1:
         return full_attention(
@@ -101,7 +101,7 @@ def reference(
     heads: HeadSlice | None = None,
 ) -> Tensor:
     """The same on the whole sequence, dense, in one process: see `full_reference`."""
-    check_no_params(params, "full")
+    check_plain(q, k, params, heads, "full")
     return full_reference(
         q,
         k,
@@ -133,7 +133,7 @@ def decode(
     position j; entries after the greatest position are not read. No gradients; out is like q.
     Raises ValueError where shapes do not fit or a position lies outside the cache.
     """
-    check_no_params(params, "full")
+    check_plain(q, k_cache, params, heads, "full")
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
 
     def one(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
@@ -156,19 +156,9 @@ def traffic(options: FullOptions, shape: Shape, layout: ContextLayout) -> Traffi
     return ring_bytes(shape, layout, 2 * shape.head_dim)
 
 
-def layouts_for(options: FullOptions) -> tuple[str, ...]:
-    """All of them, whatever the options."""
-    return KINDS
-
-
 def multiple_of(options: FullOptions, cp_size: int, kind: str = "contiguous") -> int:
     """What the layout itself needs: full attention asks for nothing more."""
     return pieces_needed(kind, cp_size)
-
-
-def parameters(options: FullOptions, nheads: int) -> dict[str, tuple[int, ...]]:
-    """None: full attention learns nothing of its own."""
-    return {}
 
 
 METHOD = AttentionMethod(
@@ -178,11 +168,9 @@ METHOD = AttentionMethod(
     layouts=KINDS,
     exchange=("ring",),
     supports=frozenset({"gqa", "varlen", "decode"}),
-    layouts_for=layouts_for,
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
-    parameters=parameters,
     reference=reference,
     attention=attention,
     decode=decode,

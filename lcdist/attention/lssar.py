@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist.attention.common import causal_flops, check_no_params, check_shard, decode_rows, tokens
+from lcdist.attention.common import (
+    causal_flops,
+    check_plain,
+    check_shard,
+    decode_rows,
+    tokens,
+)
 from lcdist.attention.method import AttentionMethod, HeadSlice, Shape, Traffic
 from lcdist.config.schema import LssarOptions
 from lcdist.exchange import Group, group_rank, ring, ring_home
@@ -83,7 +89,7 @@ def attention(
     check_impl(impl, "lssar", ops.BUILT)
     check_qkv(q, k, v)
     check_shard(q, k, layout, group)
-    check_no_params(params, "lssar")
+    check_plain(q, k, params, heads, "lssar")
     reweight = _reweight(options)
     if layout.cp_size == 1:
         return ops.lssar_attention(
@@ -206,7 +212,7 @@ def reference(
     heads: HeadSlice | None = None,
 ) -> Tensor:
     """The same on the whole sequence, dense, in one process: see `lssar_reference`."""
-    check_no_params(params, "lssar")
+    check_plain(q, k, params, heads, "lssar")
     return ops.lssar_reference(
         q,
         k,
@@ -239,7 +245,7 @@ def decode(
     position j; entries after the greatest position are not read. No gradients; out is like q.
     Raises ValueError where shapes do not fit or a position lies outside the cache.
     """
-    check_no_params(params, "lssar")
+    check_plain(q, k_cache, params, heads, "lssar")
     asked = {"reweight": _reweight(options), "rotary": rotary, "softmax_scale": softmax_scale}
     return decode_rows(q, k_cache, v_cache, positions, partial(ops.lssar_cached, **asked))
 
@@ -266,19 +272,9 @@ def traffic(options: LssarOptions, shape: Shape, layout: ContextLayout) -> Traff
     return Traffic((forward,) * cp, (backward,) * cp)
 
 
-def layouts_for(options: LssarOptions) -> tuple[str, ...]:
-    """All of them, whatever the options."""
-    return KINDS
-
-
 def multiple_of(options: LssarOptions, cp_size: int, kind: str = "contiguous") -> int:
     """What the layout itself needs: LSSA and LSSAR ask for nothing more."""
     return pieces_needed(kind, cp_size)
-
-
-def parameters(options: LssarOptions, nheads: int) -> dict[str, tuple[int, ...]]:
-    """None: LSSA and LSSAR learn nothing of their own."""
-    return {}
 
 
 METHOD = AttentionMethod(
@@ -288,11 +284,9 @@ METHOD = AttentionMethod(
     layouts=KINDS,
     exchange=("ring",),
     supports=frozenset({"gqa", "varlen", "decode"}),
-    layouts_for=layouts_for,
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
-    parameters=parameters,
     reference=reference,
     attention=attention,
     decode=decode,

@@ -1,5 +1,6 @@
 """Typed configuration: TOML in, one tree of frozen dataclasses out."""
 
-from lcdist.config.load import ConfigError, dump, load, parse
+from lcdist.config.dump import dump
+from lcdist.config.load import ConfigError, load, parse
 
 __all__ = ["ConfigError", "dump", "load", "parse"]

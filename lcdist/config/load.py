@@ -6,14 +6,11 @@ value and what would be legal. All of them are collected and raised together as 
 
 import dataclasses
 import difflib
-import json
 import math
-import re
 import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date, time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,13 +97,6 @@ def build(cls: type, table: Any, where: str, errors: list[str]) -> Any:
     for key in rest:
         errors.append(_unknown(key, known, where))
     return None if len(errors) > before else cls(**values)
-
-
-def dump(config: Any) -> str:
-    """The tree as TOML that `load` reads back to an equal tree."""
-    lines: list[str] = []
-    _dump_table(config, "", lines)
-    return "\n".join(lines).strip() + "\n"
 
 
 def build_options(cls: type, raw: RawOptions) -> Any:
@@ -200,7 +190,7 @@ def _value(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
             return value
         item = typing.get_args(hint)[0]
         return tuple(_value(item, v, f"{path}[{i}]", errors) for i, v in enumerate(value))
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return _union(typing.get_args(hint), value, path, errors)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, path, errors)
@@ -216,7 +206,11 @@ def _value(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
 
 
 def _union(members: Sequence[type], value: Any, path: str, errors: list[str]) -> Any:
-    """A tagged union: the members share one field whose type is a Literal with one value."""
+    """A type or None; or a tagged union: the members share a field, a Literal with one value."""
+    if types.NoneType in members:
+        # None is the default alone: TOML has no word for it.
+        [member] = [m for m in members if m is not types.NoneType]
+        return _value(member, value, path, errors)
     tag, choices = _tags(members)
     if not isinstance(value, Mapping):
         errors.append(f"{path} = {value!r}: expected a table of keys, got {_kind(value)}")
@@ -238,6 +232,9 @@ def _tags(members: Sequence[type]) -> tuple[str, dict[str, type]]:
 
 
 def _check_range(field: Any, value: Any, path: str, errors: list[str]) -> None:
+    if isinstance(value, tuple):
+        for i, item in enumerate(value):
+            _check_range(field, item, f"{path}[{i}]", errors)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
     low, above = field.metadata.get("min"), field.metadata.get("above")
@@ -247,54 +244,3 @@ def _check_range(field: Any, value: Any, path: str, errors: list[str]) -> None:
         errors.append(f"{path} = {value}: must be at least {low}")
     elif above is not None and value <= above:
         errors.append(f"{path} = {value}: must be greater than {above}")
-
-
-def _dump_table(node: Any, path: str, lines: list[str]) -> None:
-    table = _as_table(node)
-    scalars = {k: v for k, v in table.items() if not _is_table(v)}
-    if path and (scalars or not table):
-        lines.extend(["", f"[{path}]"])
-    lines.extend(f"{_key(key)} = {_scalar(value)}" for key, value in scalars.items())
-    for key, value in table.items():
-        if _is_table(value):
-            _dump_table(value, _join(path, _key(key)), lines)
-
-
-def _is_table(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) or isinstance(value, Mapping)
-
-
-def _as_table(node: Any) -> dict[str, Any]:
-    if isinstance(node, Mapping):
-        return dict(node)
-    table: dict[str, Any] = {}
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        if field.metadata.get("flattened"):
-            table.update(value.table if isinstance(value, RawOptions) else _as_table(value))
-        else:
-            table[field.name] = value
-    return table
-
-
-def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _quoted(key)
-
-
-def _quoted(text: str) -> str:
-    # JSON's escapes are TOML's, once DEL, which JSON leaves bare, is escaped too.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return _quoted(value)
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_scalar(v) for v in value) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(k)} = {_scalar(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, date | time):
-        return value.isoformat()
-    return repr(value)

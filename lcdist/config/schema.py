@@ -72,6 +72,49 @@ class CocaOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SccaOptions:
+    """Shifted cross chunk attention and its relatives (arXiv:2312.07305); lengths in tokens.
+
+    shift: of the shifted units, `fixed` and `longmixed` alone; None: half a chunk. wrap: what the
+    first chunks of a shifted unit see, nothing (`mask`) or the chunk at a shorter distance
+    (`fold`); None: mask, and fold for `flow`. fractions: of the heads for `longmixed`.
+    """
+
+    pattern: Literal["fixed", "flow", "sda", "sda_key", "longmixed", "s2"] = "fixed"
+    chunk_size: int = at_least(1, 2048)
+    shift: int | None = at_least(0, None)
+    wrap: Literal["mask", "fold"] | None = None
+    dilation: int = at_least(1, 2)
+    fractions: tuple[float, ...] = at_least(0, (0.5, 0.25, 0.25))
+    stagger: int = at_least(0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorizedOptions:
+    """Tensorized attention, lexicographic (arXiv:2410.20926); modes in tokens, finest first.
+
+    The coarsest mode is left out: it grows with the sequence. No modes: full attention.
+    """
+
+    modes: tuple[int, ...] = at_least(1, (512,))
+    local_blocks: int = at_least(1, 2)
+    pe: Literal["mode", "global"] = "mode"
+    hop_heads: Literal["auto", "q", "kv"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LandmarkOptions:
+    """Landmark attention (arXiv:2305.16300); lengths in tokens, landmarks included.
+
+    top_k: past blocks that a unit of select_tokens tokens reads; None: all of them.
+    """
+
+    block_size: int = at_least(2, 64)
+    top_k: int | None = at_least(1, None)
+    select_tokens: int = at_least(1, 4096)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LssarOptions:
     """Length-scaled softplus attention with re-weighting; reweight False is LSSA."""
 

@@ -113,15 +113,9 @@ class LongContextAttention(MegatronModule):
 
 
 def _my_heads(config: TransformerConfig, tp_rank: int) -> HeadSlice:
-    """The model-wide numbers of the heads this tensor-parallel rank holds."""
-    tp_size, nheads = config.tensor_model_parallel_size, config.num_attention_heads
+    """Which of the model's heads this tensor-parallel rank holds."""
+    nheads = config.num_attention_heads
     nheads_kv = config.num_query_groups or nheads
-    local = nheads // tp_size
-    first = tp_rank * local
+    first = tp_rank * (nheads // config.tensor_model_parallel_size)
     # With fewer key/value heads than ranks, Megatron gives neighbours the same one.
-    return HeadSlice(
-        first=first,
-        nheads=local,
-        first_kv=first * nheads_kv // nheads,
-        nheads_kv=max(1, nheads_kv // tp_size),
-    )
+    return HeadSlice(first, nheads, first * nheads_kv // nheads, nheads_kv)

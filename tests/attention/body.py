@@ -1,6 +1,6 @@
 """The body of every method's tests: made-up inputs, a run on all ranks, the comparison."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
 from typing import Any
@@ -8,11 +8,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist.attention import METHODS, AttentionMethod, Traffic
+from lcdist.attention import METHODS, AttentionMethod, HeadSlice, Traffic
 from lcdist.exchange import Group, VirtualGroup, group_rank, traffic
 from lcdist.layout import ContextLayout, pieces_needed
 from lcdist_kernels import Rotary
 from tests.tolerance import assert_matches
+
+# Small sizes of which none divides another, so that a short sequence has every border.
+VARIANTS: Mapping[str, tuple[Mapping[str, Any], ...]] = {}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method and options of it."""
+
+    name: str
+    options: Any
+
+    @property
+    def method(self) -> AttentionMethod:
+        return METHODS[self.name]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The layout kinds that these options go with."""
+        return self.method.layouts_for(self.options)
+
+    def __str__(self) -> str:
+        given = VARIANTS.get(self.name, ({},))
+        words = next(v for v in given if self.method.options(**v) == self.options)
+        return "-".join([self.name, *(f"{value}".replace(" ", "") for value in words.values())])
+
+
+def variants() -> list[Variant]:
+    """Every method with the options its shared tests run with; where none are named, defaults."""
+    return [
+        Variant(name, method.options(**words))
+        for name, method in METHODS.items()
+        for words in VARIANTS.get(name, ({},))
+    ]
 
 
 @dataclass
@@ -27,6 +61,8 @@ class Problem:
     cu_seqlens: Tensor | None = None
     inv_freq: Tensor | None = None
     softmax_scale: float | None = None
+    params: dict[str, Tensor] | None = None
+    heads: HeadSlice | None = None
 
     @property
     def method(self) -> AttentionMethod:
@@ -39,18 +75,23 @@ class Problem:
             "rotary": rotary,
             "cu_seqlens": self.cu_seqlens,
             "softmax_scale": self.softmax_scale,
+            "heads": self.heads,
         }
 
 
-def borders(layout: ContextLayout) -> Tensor:
-    """Documents over the borders of shards, one of one token, an empty one, a padded last shard."""
-    filled = layout.seqlen - layout.local_seqlen if layout.cp_size > 1 else layout.seqlen - 3
+def borders(layout: ContextLayout, step: int = 1) -> Tensor:
+    """Documents over the borders of shards, one of `step` tokens, an empty one, padding at the end.
+
+    All begin at multiples of `step`.
+    """
+    filled = layout.seqlen - (layout.local_seqlen if layout.cp_size > 1 else 3)
     inner = {1, filled // 3, filled // 2 + 1}
-    return torch.tensor(sorted([0, filled // 3, *inner, filled]), dtype=torch.int32)
+    found = sorted([0, filled // 3, *inner, filled // step * step])
+    return torch.tensor([-(-border // step) * step for border in found], dtype=torch.int32)
 
 
 def make(
-    name: str,
+    variant: Variant | str,
     kind: str,
     cp_size: int,
     *,
@@ -60,8 +101,9 @@ def make(
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
     """A problem with random inputs, on the shortest sequence of `at_least` tokens that fits."""
-    method = METHODS[name]
-    options = method.options()
+    if isinstance(variant, str):
+        variant = Variant(variant, METHODS[variant].options())
+    method, options = variant.method, variant.options
     own = method.multiple_of(options, cp_size, kind)
     step = lcm(pieces_needed(kind, cp_size), own)
     layout = ContextLayout(kind, -(-at_least // step) * step, cp_size, own)
@@ -71,37 +113,55 @@ def make(
         for n in (heads[0], heads[1], heads[1], heads[0])
     )
     inv_freq = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    cu_seqlens = borders(layout) if packed else None
-    return Problem(name, options, layout, [q, k, v], dout, cu_seqlens, inv_freq, 0.3)
+    cu_seqlens = borders(layout, method.multiple_of(options, 1)) if packed else None
+    params = {
+        key: value.to(q.dtype) + torch.randn(value.shape, dtype=torch.float64).to(q.dtype) / 2
+        for key, value in method.initial(options, heads[0]).items()
+    }
+    problem = Problem(variant.name, options, layout, [q, k, v], dout, cu_seqlens, inv_freq, 0.3)
+    problem.params = params or None
+    return problem
+
+
+def learned(problem: Problem) -> dict[str, Tensor] | None:
+    """The params as leaves that ask for a gradient."""
+    if problem.params is None:
+        return None
+    return {name: x.detach().clone().requires_grad_() for name, x in problem.params.items()}
 
 
 def whole(problem: Problem) -> list[Tensor]:
-    """[out, dq, dk, dv] of the reference."""
-    qkv = [x.detach().requires_grad_() for x in problem.qkv]
-    out = problem.method.reference(*qkv, **problem.asked())
-    return [out.detach(), *torch.autograd.grad(out, qkv, problem.dout.to(out.dtype))]
+    """[out, dq, dk, dv, gradients of params] of the reference."""
+    qkv, params = [x.detach().requires_grad_() for x in problem.qkv], learned(problem)
+    out = problem.method.reference(*qkv, params=params, **problem.asked())
+    leaves = [*qkv, *(params or {}).values()]
+    return [out.detach(), *torch.autograd.grad(out, leaves, problem.dout.to(out.dtype))]
 
 
 def on_a_rank(problem: Problem, group: Group, impl: str) -> tuple[list[Tensor], Traffic]:
-    """This rank's [out, dq, dk, dv], and the bytes it sent forward and backward."""
-    layout, rank = problem.layout, group_rank(group)
+    """This rank's [out, dq, dk, dv, gradients of params], and the bytes it sent each way."""
+    layout, rank, params = problem.layout, group_rank(group), learned(problem)
     qkv = [layout.shard(x, rank, 1).requires_grad_() for x in problem.qkv]
     with traffic() as forward:
         out = problem.method.attention(
-            *qkv, layout=layout, group=group, impl=impl, **problem.asked()
+            *qkv, layout=layout, group=group, impl=impl, params=params, **problem.asked()
         )
     with traffic() as backward:
-        grads = torch.autograd.grad(out, qkv, layout.shard(problem.dout, rank, 1))
+        leaves = [*qkv, *(params or {}).values()]
+        grads = torch.autograd.grad(out, leaves, layout.shard(problem.dout, rank, 1))
     return [out.detach(), *grads], Traffic((forward.total,), (backward.total,))
 
 
 def joined(problem: Problem, shards: Sequence[list[Tensor]]) -> list[Tensor]:
-    """[out, dq, dk, dv] of the whole sequence from every rank's."""
-    return [problem.layout.unshard(parts, 1) for parts in zip(*shards, strict=True)]
+    """[out, dq, dk, dv, gradients of params] of the whole sequence from every rank's."""
+    parts = list(zip(*shards, strict=True))
+    cut, summed = parts[:4], parts[4:]
+    whole = [problem.layout.unshard(part, 1) for part in cut]
+    return [*whole, *(torch.stack(part).sum(0) for part in summed)]
 
 
 def on_virtual_ranks(problem: Problem, impl: str) -> tuple[list[Tensor], Traffic]:
-    """[out, dq, dk, dv] of the whole sequence, and the bytes rank by rank."""
+    """[out, dq, dk, dv, gradients of params] of the whole, and the bytes rank by rank."""
     group = VirtualGroup(problem.layout.cp_size)
     ranks = group.run(lambda rank: on_a_rank(problem, rank, impl))
     sent = [counted for _, counted in ranks]
@@ -110,6 +170,6 @@ def on_virtual_ranks(problem: Problem, impl: str) -> tuple[list[Tensor], Traffic
 
 
 def assert_all_match(actual: Sequence[Tensor], reference: Sequence[Tensor]) -> None:
-    """out, dq, dk, dv: the same maths."""
+    """out and gradients: the same maths."""
     for a, r in zip(actual, reference, strict=True):
         assert_matches(a, r)

@@ -151,5 +151,5 @@ def test_what_it_cannot_do_is_refused(impl: str) -> None:
     with pytest.raises(ValueError, match="'tied'.*slack, strict"):
         METHOD.attention(*problem.qkv, **(call | {"options": CocaOptions(variant="tied")}))  # pyright: ignore[reportArgumentType]
     heads = HeadSlice(first=0, nheads=4, first_kv=0, nheads_kv=2)
-    out = METHOD.attention(*problem.qkv, **call, heads=heads)
+    out = METHOD.attention(*problem.qkv, **(call | {"heads": heads}))
     assert_all_match([out], [METHOD.reference(*problem.qkv, **problem.asked())])

@@ -2,6 +2,7 @@
 
 import dataclasses
 from math import lcm
+from typing import Any
 
 import pytest
 import torch
@@ -12,17 +13,21 @@ from lcdist.exchange import VirtualGroup
 from lcdist.layout import KINDS, ContextLayout, pieces_needed
 from tests.attention.body import (
     Problem,
+    Variant,
     assert_all_match,
     joined,
     make,
     on_a_rank,
     on_virtual_ranks,
+    variants,
     whole,
 )
 from tests.distributed import run_ranks
 from tests.tolerance import relative_error
 
-LAYOUTS = [(name, kind) for name, m in METHODS.items() for kind in m.layouts_for(m.options())]
+VARIANTS = variants()
+LAYOUTS = [pytest.param(v, kind, id=f"{v}-{kind}") for v in VARIANTS for kind in v.kinds]
+DECODING = [variant for variant in VARIANTS if "decode" in variant.method.supports]
 NAMES = list(METHODS)
 IMPLS = ["reference", "torch", "auto"]
 # On more ranks than one "auto" is another name for a built implementation.
@@ -31,18 +36,18 @@ RUNS = [(cp, impl) for cp in (1, 2, 3, 4, 5, 6, 8) for impl in IMPLS if cp == 1 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("cp_size", "impl"), RUNS)
-@pytest.mark.parametrize(("name", "kind"), LAYOUTS)
+@pytest.mark.parametrize(("variant", "kind"), LAYOUTS)
 def test_on_virtual_ranks_equals_reference(
-    name: str, kind: str, cp_size: int, packed: bool, impl: str
+    variant: Variant, kind: str, cp_size: int, packed: bool, impl: str
 ) -> None:
-    problem = make(name, kind, cp_size, packed=packed)
+    problem = make(variant, kind, cp_size, packed=packed)
     assert_all_match(on_virtual_ranks(problem, impl)[0], whole(problem))
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 4), (8, 2), (8, 1)])
-@pytest.mark.parametrize("name", NAMES)
-def test_grouped_heads(name: str, heads: tuple[int, int]) -> None:
-    problem = make(name, METHODS[name].layouts[0], 3, heads=heads)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_grouped_heads(variant: Variant, heads: tuple[int, int]) -> None:
+    problem = make(variant, variant.kinds[0], 3, heads=heads)
     for impl in ("reference", "torch"):
         assert_all_match(on_virtual_ranks(problem, impl)[0], whole(problem))
 
@@ -57,8 +62,9 @@ def every_problem(
 @pytest.mark.parametrize("cp_size", [2, 3, 4])
 def test_on_processes_equals_reference(cp_size: int) -> None:
     problems = [
-        (make(name, kind, cp_size, packed="varlen" in METHODS[name].supports), impl)
-        for name, kind in LAYOUTS
+        (make(variant, kind, cp_size, packed="varlen" in variant.method.supports), impl)
+        for variant in VARIANTS
+        for kind in variant.kinds
         for impl in ("reference", "torch")
     ]
     ranks = run_ranks(every_problem, cp_size, problems)
@@ -67,11 +73,11 @@ def test_on_processes_equals_reference(cp_size: int) -> None:
 
 
 @pytest.mark.parametrize(("cp_size", "impl"), [run for run in RUNS if run[0] in (1, 4)])
-@pytest.mark.parametrize(("name", "kind"), LAYOUTS)
-def test_no_output_knows_the_future(name: str, kind: str, cp_size: int, impl: str) -> None:
-    problem = make(name, kind, cp_size)
+@pytest.mark.parametrize(("variant", "kind"), LAYOUTS)
+def test_no_output_knows_the_future(variant: Variant, kind: str, cp_size: int, impl: str) -> None:
+    problem = make(variant, kind, cp_size)
     before = on_virtual_ranks(problem, impl)[0][0]
-    for t in (1, 17, problem.layout.seqlen - 1):
+    for t in (1, 17, problem.layout.seqlen - 2):
         for i, x in enumerate(problem.qkv):
             changed = x.clone()
             changed[:, t:] = torch.randn_like(changed[:, t:])
@@ -82,9 +88,11 @@ def test_no_output_knows_the_future(name: str, kind: str, cp_size: int, impl: st
 
 
 @pytest.mark.parametrize(("cp_size", "impl"), [run for run in RUNS if run[0] in (1, 4)])
-@pytest.mark.parametrize(("name", "kind"), LAYOUTS)
-def test_nothing_leaks_between_documents(name: str, kind: str, cp_size: int, impl: str) -> None:
-    problem = make(name, kind, cp_size, packed=True)
+@pytest.mark.parametrize(("variant", "kind"), LAYOUTS)
+def test_nothing_leaks_between_documents(
+    variant: Variant, kind: str, cp_size: int, impl: str
+) -> None:
+    problem = make(variant, kind, cp_size, packed=True)
     assert problem.cu_seqlens is not None
     start, stop = problem.cu_seqlens[-3:-1].tolist()
     assert start < stop
@@ -101,20 +109,25 @@ def test_nothing_leaks_between_documents(name: str, kind: str, cp_size: int, imp
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("cp_size", [1, 2, 5])
-@pytest.mark.parametrize(("name", "kind"), LAYOUTS)
+@pytest.mark.parametrize(("variant", "kind"), LAYOUTS)
 def test_bytes_are_those_on_the_wire(
-    name: str, kind: str, cp_size: int, dtype: torch.dtype
+    variant: Variant, kind: str, cp_size: int, dtype: torch.dtype
 ) -> None:
-    problem = make(name, kind, cp_size, dtype=dtype)
+    problem = make(variant, kind, cp_size, dtype=dtype)
     shape = Shape(batch=2, nheads=4, nheads_kv=2, head_dim=16, itemsize=dtype.itemsize)
     expected = problem.method.bytes(problem.options, shape, problem.layout)
-    assert on_virtual_ranks(problem, "torch")[1] == expected
+    sent = on_virtual_ranks(problem, "torch")[1]
+    if getattr(problem.options, "top_k", None) is None:
+        assert sent == expected
+    else:  # What is chosen depends on the values: `bytes` is the most it can be.
+        for counted, most in zip(sent, expected, strict=True):
+            assert all(a <= b for a, b in zip(counted, most, strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_error_in_bf16_does_not_grow_with_the_number_of_ranks(name: str) -> None:
-    kind = METHODS[name].layouts[0]
-    fine = make(name, kind, 64, at_least=512, dtype=torch.bfloat16)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_error_in_bf16_does_not_grow_with_the_number_of_ranks(variant: Variant) -> None:
+    kind = variant.kinds[0]
+    fine = make(variant, kind, 64, at_least=512, dtype=torch.bfloat16)
     wide = dataclasses.replace(fine, qkv=[x.double() for x in fine.qkv], dout=fine.dout.double())
     # Un-rotated: bf16 rotation has an error of its own that no number of ranks changes.
     truth = whole(dataclasses.replace(wide, inv_freq=None))
@@ -137,18 +150,20 @@ def test_the_contract(name: str) -> None:
         method.name = "other"  # pyright: ignore[reportAttributeAccessIssue]
     assert set(method.layouts_for(options)) <= set(method.layouts) <= set(KINDS)
     assert set(method.exchange) <= {"ring", "shift", "gather", "swap"} and method.exchange
-    assert method.supports <= {"gqa", "varlen", "decode"}
+    assert method.supports <= {"gqa", "varlen", "decode", "dense", "landmarks", "state"}
     for kind in method.layouts_for(options):
         for cp_size in (1, 2, 3):
             step = method.multiple_of(options, cp_size, kind)
             fits = lcm(step, pieces_needed(kind, cp_size))
             assert ContextLayout(kind, fits, cp_size, step).multiple_of == step
-    assert all(len(size) >= 1 for size in method.parameters(options, 8).values())
+    sizes = {key: tuple(value.shape) for key, value in method.initial(options, 8).items()}
+    assert sizes == dict(method.parameters(options, 8))
+    assert all(size[-1] == 8 for size in sizes.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_wrong_calls_are_refused_before_anything_is_sent(name: str) -> None:
-    problem = make(name, METHODS[name].layouts[0], 2)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_wrong_calls_are_refused_before_anything_is_sent(variant: Variant) -> None:
+    problem = make(variant, variant.kinds[0], 2)
     method, layout = problem.method, problem.layout
     shards = [layout.shard(x, 0, 1) for x in problem.qkv]
     group = VirtualGroup(2)[0]
@@ -164,13 +179,13 @@ def test_wrong_calls_are_refused_before_anything_is_sent(name: str) -> None:
             method.attention(*shards, **(asked | change))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "decode" in METHODS[n].supports])
+@pytest.mark.parametrize("variant", DECODING, ids=str)
 @pytest.mark.parametrize("step", [1, 7])
-def test_decode_token_by_token_equals_reference(name: str, step: int) -> None:
-    problem = make(name, METHODS[name].layouts[0], 1)
+def test_decode_token_by_token_equals_reference(variant: Variant, step: int) -> None:
+    problem = make(variant, variant.kinds[0], 1)
     q, k, v = problem.qkv
     out = whole(problem)[0]
-    asked = {key: value for key, value in problem.asked().items() if key != "cu_seqlens"}
+    asked = decode_arguments(problem)
     room = torch.full_like(k, torch.nan)
     k_cache, v_cache = torch.cat([k, room], 1), torch.cat([v, room], 1)
     got = []
@@ -181,11 +196,19 @@ def test_decode_token_by_token_equals_reference(name: str, step: int) -> None:
     assert_all_match([torch.cat(got, 1)], [out])
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "decode" in METHODS[n].supports])
-def test_decode_rows_of_different_lengths(name: str) -> None:
-    problem = make(name, METHODS[name].layouts[0], 1)
+def decode_arguments(problem: Problem) -> dict[str, Any]:
+    asked = problem.asked() | {"params": problem.params}
+    del asked["cu_seqlens"]
+    return asked | ({"state": {}} if "state" in problem.method.supports else {})
+
+
+@pytest.mark.parametrize(
+    "variant", [v for v in DECODING if "state" not in v.method.supports], ids=str
+)
+def test_decode_rows_of_different_lengths(variant: Variant) -> None:
+    problem = make(variant, variant.kinds[0], 1)
     q, k, v = problem.qkv
-    asked = {key: value for key, value in problem.asked().items() if key != "cu_seqlens"}
+    asked = decode_arguments(problem)
     positions = torch.tensor([[9, 10], [30, 31]])
     rows = torch.arange(2)[:, None]
     got = problem.method.decode(q[rows, positions], k, v, positions=positions, **asked)
@@ -195,12 +218,35 @@ def test_decode_rows_of_different_lengths(name: str) -> None:
             problem.method.decode(q[rows, positions], k, v, positions=wrong, **asked)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_slice_of_the_heads_is_that_slice_of_the_result(name: str) -> None:
-    problem = make(name, METHODS[name].layouts[0], 1)
-    q, k, v = problem.qkv
-    heads = HeadSlice(first=2, nheads=2, first_kv=1, nheads_kv=1)
-    part = problem.method.reference(
-        q[:, :, 2:], k[:, :, 1:], v[:, :, 1:], heads=heads, **problem.asked()
-    )
-    assert_all_match([part], [whole(problem)[0][:, :, 2:]])
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_tensor_parallelism_does_not_change_the_function(variant: Variant, impl: str) -> None:
+    problem = make(variant, variant.kinds[0], 3, heads=(8, 4))
+    truth, all_params = whole(problem), problem.params or {}
+    for first in (0, 2):
+        heads = HeadSlice(first=2 * first, nheads=8, first_kv=first, nheads_kv=4)
+        mine, mine_kv = slice(2 * first, 2 * first + 4), slice(first, first + 2)
+        cuts = (mine, mine, mine_kv, mine_kv)
+        expected = [x[:, :, cut] for x, cut in zip(truth[:4], cuts, strict=True)]
+        for params in (all_params, {name: x[..., mine] for name, x in all_params.items()}):
+            part = dataclasses.replace(
+                problem,
+                heads=heads,
+                params=params or None,
+                qkv=[x[:, :, cut] for x, cut in zip(problem.qkv, cuts[1:], strict=True)],
+                dout=problem.dout[:, :, mine],
+            )
+            assert_all_match(whole(part)[:4], expected)
+            got, sent = on_virtual_ranks(part, impl)
+            assert_all_match(got[:4], expected)
+        if impl == "torch" and getattr(problem.options, "top_k", None) is None:
+            shape = Shape(2, 4, 2, 16, 8, heads=heads)
+            assert sent == problem.method.bytes(problem.options, shape, problem.layout)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_heads_that_the_model_has_not_are_refused(variant: Variant) -> None:
+    problem = make(variant, variant.kinds[0], 1, heads=(4, 4))
+    for heads in (HeadSlice(2, 4, 2, 4), HeadSlice(0, 2, 0, 2), HeadSlice(0, 4, 1, 4)):
+        with pytest.raises(ValueError, match="HeadSlice"):
+            whole(dataclasses.replace(problem, heads=heads))

@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcdist_kernels import Rotary, full_attention, full_reference
+from lcdist_kernels import Rotary, full_attention, full_reference, tiles
 from lcdist_kernels.full import (
     full_bwd,
     full_fwd,
     full_partial,
     merge,
     reaches,
-    tiled,
     visible,
 )
 from tests.kernels.test_rotary import frequencies
@@ -106,9 +105,9 @@ def test_positions_restart_in_every_document(impl: str) -> None:
 
 
 def test_long_rows_and_a_few_heads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "BLOCK", 32)
-    monkeypatch.setattr(tiled, "SHORT_ROW", 0)
-    monkeypatch.setattr(tiled, "SCORES_AT_ONCE", 3 * 32 * 32)
+    monkeypatch.setattr(tiles, "BLOCK", 32)
+    monkeypatch.setattr(tiles, "SHORT_ROW", 0)
+    monkeypatch.setattr(tiles, "SCORES_AT_ONCE", 3 * 32 * 32)
     qkv = inputs(203, (6, 3))
     dout = torch.randn_like(qkv[0])
     for cu_seqlens in (None, borders(203)):
@@ -212,12 +211,12 @@ def test_tiles_out_of_sight_are_skipped() -> None:
     assert not reaches(index[:100], torch.zeros(100), index[100:])
     assert not reaches(index[200:], torch.full((100,), 200), index[:200])
     assert reaches(index[:101], torch.zeros(101), index[100:])
-    rows = list(tiled._tiles(index, torch.zeros_like(index), index, 50, 50, index.device))
-    assert [len(tiles) for _, _, tiles in rows] == [1, 2, 3, 4, 5, 6]
+    rows = list(tiles.tiles_of_band(index, torch.zeros_like(index), index, 50, 50, index.device))
+    assert [len(seen) for _, _, seen in rows] == [1, 2, 3, 4, 5, 6]
     # Two documents: [0, 100) and [100, 300).
     starts = 100 * (index >= 100)
-    packed = tiled._tiles(index, starts, index, 50, 50, index.device)
-    assert [len(tiles) for _, _, tiles in packed] == [1, 2, 1, 2, 3, 4]
+    packed = tiles.tiles_of_band(index, starts, index, 50, 50, index.device)
+    assert [len(seen) for _, _, seen in packed] == [1, 2, 1, 2, 3, 4]
     assert all((t.hidden is None) == (t.k_stop <= start) for start, _, ts in rows for t in ts)
 
 

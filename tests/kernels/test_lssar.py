@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcdist_kernels import Rotary, lssar_attention, lssar_reference
-from lcdist_kernels.full import tiled as tiles
+from lcdist_kernels import Rotary, lssar_attention, lssar_reference, tiles
 from lcdist_kernels.full import visible
 from lcdist_kernels.lssar import (
     Band,

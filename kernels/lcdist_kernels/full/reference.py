@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels.common import check_self, document_starts, wide_dtype
-from lcdist_kernels.full.partial import normalizer, visible
+from lcdist_kernels.partial import normalizer, visible
 from lcdist_kernels.rotary import Rotary
 
 

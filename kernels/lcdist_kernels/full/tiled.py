@@ -12,29 +12,10 @@ outside is skipped, one wholly inside needs no mask. With `out` and `lse` of the
 `full_bwd` gives a block's exact share of the gradients.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from lcdist_kernels.common import wide_dtype
-from lcdist_kernels.full.partial import visible
-
-# Measured on a CPU at 512 to 32k tokens, head_dim 32 to 64, 1 and 2 threads: 256 x 256 scores a
-# head, and as many heads at once as fill 2 MiB. Short rows waste less with half the side.
-BLOCK = 256
-SHORT_BLOCK = 128
-SHORT_ROW = 1024
-SCORES_AT_ONCE = 8 * BLOCK * BLOCK
-
-
-class _Tile(NamedTuple):
-    """Queries [start, stop) against keys [k_start, k_stop); hidden: None if all are visible."""
-
-    k_start: int
-    k_stop: int
-    hidden: Tensor | None
+from lcdist_kernels.tiles import Tile, fold, tile_sides, tiles_of_band, unfold, view_of
 
 
 def full_fwd(
@@ -53,12 +34,12 @@ def full_fwd(
     in the wider of fp32 and q.dtype; a query that sees nothing has out = 0, lse = -inf.
     """
     batch, seqlen, nheads, head_dim = q.shape
-    q, k, v = (_fold(x, k.shape[2]) for x in (q, k, v))
+    q, k, v = (fold(x, k.shape[2]) for x in (q, k, v))
     k, v = k.squeeze(1), v.squeeze(1)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
-    block_q, block_k, units = _blocks(q, k)
+    block_q, block_k, units = tile_sides(q, k)
     scratch = q.new_empty(units * q.shape[1] * block_q * block_k)
-    for start, stop, tiles in _tiles(q_idx, q_lo, k_idx, block_q, block_k, q.device):
+    for start, stop, tiles in tiles_of_band(q_idx, q_lo, k_idx, block_q, block_k, q.device):
         for unit in range(0, len(q), units):
             rows = (slice(unit, unit + units), slice(None), slice(start, stop))
             out[rows], lse[rows] = _fwd_rows(
@@ -69,11 +50,11 @@ def full_fwd(
                 scratch,
             )
     shape = (batch, seqlen, nheads, head_dim)
-    return _unfold(out, shape), lse.view(batch, nheads, seqlen)
+    return unfold(out, shape), lse.view(batch, nheads, seqlen)
 
 
 def _fwd_rows(
-    q: Tensor, k: Tensor, v: Tensor, tiles: list[_Tile], scratch: Tensor
+    q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile], scratch: Tensor
 ) -> tuple[Tensor, Tensor]:
     units, group, rows, head_dim = q.shape
     q = q.reshape(units, group * rows, head_dim)
@@ -81,7 +62,7 @@ def _fwd_rows(
     total = torch.zeros_like(top)
     out = torch.zeros_like(q)
     for k_start, k_stop, hidden in tiles:
-        scores = _view(scratch, (units, group * rows, k_stop - k_start))
+        scores = view_of(scratch, (units, group * rows, k_stop - k_start))
         torch.bmm(q, k[:, k_start:k_stop].transpose(1, 2), out=scores)
         if hidden is not None:
             scores.view(units, group, rows, -1).masked_fill_(hidden, -torch.inf)
@@ -116,15 +97,15 @@ def full_bwd(
     these. The rest as in `full_fwd`. Result in the wider of fp32 and q.dtype, shaped like q, k, v.
     """
     shapes, nheads_kv = (q.shape, k.shape), k.shape[2]
-    dout, q, k, v, out = (_fold(x, nheads_kv) for x in (dout, q, k, v, out))
+    dout, q, k, v, out = (fold(x, nheads_kv) for x in (dout, q, k, v, out))
     k, v = k.squeeze(1), v.squeeze(1)
     delta = (dout * out).sum(-1)
     lse = lse.reshape(delta.shape)
     # The buffer of `out` is free now: it takes dq.
     dq, dk, dv = out.zero_(), torch.zeros_like(k), torch.zeros_like(v)
-    block_q, block_k, units = _blocks(q, k)
+    block_q, block_k, units = tile_sides(q, k)
     scratch = q.new_empty(2, units * q.shape[1] * block_q * block_k)
-    for start, stop, tiles in _tiles(q_idx, q_lo, k_idx, block_q, block_k, q.device):
+    for start, stop, tiles in tiles_of_band(q_idx, q_lo, k_idx, block_q, block_k, q.device):
         for unit in range(0, len(q), units):
             rows = (slice(unit, unit + units), slice(None), slice(start, stop))
             own = rows[0]
@@ -136,14 +117,14 @@ def full_bwd(
                 scratch,
             )
     dq.mul_(softmax_scale)
-    return _unfold(dq, shapes[0]), _unfold(dk[:, None], shapes[1]), _unfold(dv[:, None], shapes[1])
+    return unfold(dq, shapes[0]), unfold(dk[:, None], shapes[1]), unfold(dv[:, None], shapes[1])
 
 
 def _bwd_rows(
     queries: tuple[Tensor, Tensor, Tensor, Tensor],
     keys: tuple[Tensor, Tensor],
     grads: tuple[Tensor, Tensor, Tensor],
-    tiles: list[_Tile],
+    tiles: list[Tile],
     scratch: Tensor,
 ) -> None:
     units, group, rows, head_dim = queries[0].shape
@@ -154,7 +135,7 @@ def _bwd_rows(
     for k_start, k_stop, hidden in tiles:
         own = slice(k_start, k_stop)
         shape = (units, group * rows, k_stop - k_start)
-        weights, dscores = _view(scratch[0], shape), _view(scratch[1], shape)
+        weights, dscores = view_of(scratch[0], shape), view_of(scratch[1], shape)
         torch.bmm(q, k[:, own].transpose(1, 2), out=weights)
         weights.sub_(lse)
         if hidden is not None:
@@ -167,48 +148,3 @@ def _bwd_rows(
         dk[:, own].baddbmm_(dscores.transpose(1, 2), q)
         dq_rows.baddbmm_(dscores, k[:, own])
     dq.add_(dq_rows.view(units, group, rows, head_dim))
-
-
-def _tiles(
-    q_idx: Tensor,
-    q_lo: Tensor,
-    k_idx: Tensor,
-    block_q: int,
-    block_k: int,
-    device: torch.device,
-) -> Iterator[tuple[int, int, list[_Tile]]]:
-    """For each tile of queries [start, stop), the tiles of keys that it sees anything of."""
-    keys = k_idx.split(block_k)
-    least = torch.stack([tile.min() for tile in keys])
-    greatest = torch.stack([tile.max() for tile in keys])
-    for i, (idx, lo) in enumerate(zip(q_idx.split(block_q), q_lo.split(block_q), strict=True)):
-        touched = (least <= idx.max()) & (greatest >= lo.min())
-        whole = (greatest <= idx.min()) & (least >= lo.max())
-        tiles = []
-        for j in touched.nonzero().flatten().tolist():
-            hidden = None if whole[j] else ~visible(idx, lo, keys[j]).to(device)
-            tiles.append(_Tile(j * block_k, j * block_k + len(keys[j]), hidden))
-        yield i * block_q, i * block_q + len(idx), tiles
-
-
-def _blocks(q: Tensor, k: Tensor) -> tuple[int, int, int]:
-    """Queries and keys a tile, and key heads at once, for folded q and k."""
-    side = SHORT_BLOCK if max(q.shape[2], k.shape[1]) <= SHORT_ROW else BLOCK
-    block_q, block_k = min(max(side // q.shape[1], 1), q.shape[2]), min(side, k.shape[1])
-    return block_q, block_k, min(len(q), max(1, SCORES_AT_ONCE // (q.shape[1] * block_q * block_k)))
-
-
-def _fold(x: Tensor, nheads_kv: int) -> Tensor:
-    """[b, s, h, d] -> [b * h_kv, h / h_kv, s, d], contiguous, in the wider of fp32 and x.dtype."""
-    view = x.unflatten(2, (nheads_kv, -1)).permute(0, 2, 3, 1, 4)
-    folded = torch.empty(view.shape, dtype=wide_dtype(x.dtype), device=x.device)
-    return folded.copy_(view).flatten(0, 1)
-
-
-def _unfold(x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """[b * h_kv, h / h_kv, s, d] -> [b, s, h, d], contiguous."""
-    return x.reshape(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2).contiguous()
-
-
-def _view(buffer: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    return buffer[: shape[0] * shape[1] * shape[2]].view(shape)

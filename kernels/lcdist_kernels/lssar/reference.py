@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels.common import check_self, document_starts
-from lcdist_kernels.full.partial import visible
 from lcdist_kernels.lssar.rows import (
     Reweight,
     Threshold,
@@ -27,6 +26,7 @@ from lcdist_kernels.lssar.rows import (
     no_threshold,
     row_threshold,
 )
+from lcdist_kernels.partial import visible
 from lcdist_kernels.rotary import Rotary
 
 SHARPENED = Reweight()

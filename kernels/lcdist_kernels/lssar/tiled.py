@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lcdist_kernels.full.tiled import _blocks, _fold, _Tile, _tiles, _unfold, _view
 from lcdist_kernels.lssar.rows import Band, Reweight, Threshold, exponent
+from lcdist_kernels.tiles import Tile, fold, tile_sides, tiles_of_band, unfold, view_of
 
 Rows = tuple[slice, slice, slice]
 
@@ -53,7 +53,7 @@ def lssar_sums(q: Tensor, k: Tensor, band: Band) -> tuple[Tensor, Tensor]:
     both in the wider of fp32 and the model's dtype. 0 where a query sees nothing.
     """
     shape = (q.shape[0], q.shape[2], q.shape[1])
-    q, k = _fold(q, k.shape[2]), _fold(k, k.shape[2]).squeeze(1)
+    q, k = fold(q, k.shape[2]), fold(k, k.shape[2]).squeeze(1)
     total, top = q.new_zeros(q.shape[:3]), q.new_zeros(q.shape[:3])
     for rows, tiles, scratch in _work(q, k, band, buffers=2):
         queries, sums, tops = _rows(q, rows), total[rows], top[rows]
@@ -79,7 +79,7 @@ def lssar_fwd(
     """
     slope, power = slope and reweight is not None, exponent(reweight)
     shapes = q.shape, (q.shape[0], q.shape[2], q.shape[1])
-    q, k, v = _fold(q, k.shape[2]), _fold(k, k.shape[2]).squeeze(1), _fold(v, k.shape[2]).squeeze(1)
+    q, k, v = fold(q, k.shape[2]), fold(k, k.shape[2]).squeeze(1), fold(v, k.shape[2]).squeeze(1)
     mean, inverse = (x.reshape(q.shape[:3]) for x in threshold)
     outs = [torch.zeros_like(q) for _ in range(1 + slope)]
     totals = [q.new_zeros(q.shape[:3]) for _ in outs]
@@ -90,13 +90,13 @@ def lssar_fwd(
             y = _softplus(queries, k[rows[0]], tile, scratch, mean[rows].shape[1:])
             y.sub_(own_mean).clamp_min_(0).mul_(own_inverse)
             # As `_softplus` is done with its second buffer.
-            weights = _powers(y, power, _view(scratch[1], _shape(y)))
+            weights = _powers(y, power, view_of(scratch[1], _shape(y)))
             for out, total, weight in zip(part, totals, weights, strict=False):
                 out.baddbmm_(weight, v[rows[0], tile.k_start : tile.k_stop])
                 total[rows] += weight.sum(-1).view(total[rows].shape)
         for out, rows_out in zip(outs, part, strict=True):
             out[rows] = rows_out.view(out[rows].shape)
-    sums = [_unfold(x, shapes[0]) for x in outs], [x.view(shapes[1]) for x in totals]
+    sums = [unfold(x, shapes[0]) for x in outs], [x.view(shapes[1]) for x in totals]
     return Sums(sums[0][0], sums[1][0], (sums[0][1], sums[1][1]) if slope else None)
 
 
@@ -126,7 +126,7 @@ def lssar_bwd(
     dout like q; q, k, v, band as in `lssar_fwd`. Result in the dtype of q.
     """
     shapes, nheads_kv, power = (q.shape, k.shape), k.shape[2], exponent(reweight)
-    dout, q, k, v = (_fold(x, nheads_kv) for x in (dout, q, k, v))
+    dout, q, k, v = (fold(x, nheads_kv) for x in (dout, q, k, v))
     k, v = k.squeeze(1), v.squeeze(1)
     stats = [x.reshape(q.shape[:3]) for x in row]
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -137,9 +137,9 @@ def lssar_bwd(
         for tile in tiles:
             keys = (rows[0], slice(tile.k_start, tile.k_stop))
             scores = _softplus(queries, k[rows[0]], tile, scratch, group)
-            y = torch.sub(scores, own.mean, out=_view(scratch[1], _shape(scores)))
+            y = torch.sub(scores, own.mean, out=view_of(scratch[1], _shape(scores)))
             y.clamp_min_(0).mul_(own.gamma)
-            weights, slopes = _powers(y, power, _view(scratch[2], _shape(scores)))
+            weights, slopes = _powers(y, power, view_of(scratch[2], _shape(scores)))
             dv[keys].baddbmm_(weights.transpose(1, 2), douts)
             # The weights have done their part: their buffer takes df.
             dscores = torch.bmm(douts, v[keys].transpose(1, 2), out=weights)
@@ -148,16 +148,16 @@ def lssar_bwd(
             dk[keys].baddbmm_(dscores.transpose(1, 2), queries)
             part.baddbmm_(dscores, k[keys])
         dq[rows] = part.view(dq[rows].shape)
-    return _unfold(dq, shapes[0]), _unfold(dk[:, None], shapes[1]), _unfold(dv[:, None], shapes[1])
+    return unfold(dq, shapes[0]), unfold(dk[:, None], shapes[1]), unfold(dv[:, None], shapes[1])
 
 
 def _work(
     q: Tensor, k: Tensor, band: Band, buffers: int
-) -> Iterator[tuple[Rows, list[_Tile], Tensor]]:
+) -> Iterator[tuple[Rows, list[Tile], Tensor]]:
     """Some heads of a tile of folded queries, their tiles of keys, and buffers for the scores."""
-    block_q, block_k, units = _blocks(q, k)
+    block_q, block_k, units = tile_sides(q, k)
     scratch = q.new_empty(buffers, units * q.shape[1] * block_q * block_k)
-    for start, stop, tiles in _tiles(*band, block_q, block_k, q.device):
+    for start, stop, tiles in tiles_of_band(*band, block_q, block_k, q.device):
         for unit in range(0, len(q), units):
             yield (slice(unit, unit + units), slice(None), slice(start, stop)), tiles, scratch
 
@@ -172,13 +172,13 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], x.shape[2]
 
 
-def _softplus(q: Tensor, k: Tensor, tile: _Tile, scratch: Tensor, group: tuple[int, ...]) -> Tensor:
+def _softplus(q: Tensor, k: Tensor, tile: Tile, scratch: Tensor, group: tuple[int, ...]) -> Tensor:
     """softplus(q . k) in the first buffer, 0 where hidden; the second is used and free again.
 
     group: heads a key head and queries, of which the rows of q are made.
     """
     shape = (len(q), q.shape[1], tile.k_stop - tile.k_start)
-    scores, decay = _view(scratch[0], shape), _view(scratch[1], shape)
+    scores, decay = view_of(scratch[0], shape), view_of(scratch[1], shape)
     torch.bmm(q, k[:, tile.k_start : tile.k_stop].transpose(1, 2), out=scores)
     # max(s, 0) + ln(1 + exp(-|s|)): neither end of the exponential is lost.
     torch.abs(scores, out=decay).neg_().exp_().log1p_()
