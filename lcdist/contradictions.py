@@ -3,12 +3,12 @@
 Each check adds to `errors` one line a contradiction, with the values and the remedy, and goes on.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
-from lcdist.attention import METHODS, AttentionMethod
-from lcdist.config import ConfigError
-from lcdist.config.load import build_options
-from lcdist.config.schema import Config, RawOptions
+from lcdist.attention import HeadSlice
+from lcdist.config.schema import Config
+from lcdist.layer_methods import LayerAttention, slots_of
+from lcdist.layout import ContextLayout
 
 
 def check_model(config: Config, errors: list[str]) -> None:
@@ -106,19 +106,46 @@ def check_schedule(config: Config, errors: list[str]) -> None:
         errors.append(f"evaluate.lengths = {config.evaluate.lengths}: each must be at least 2")
 
 
-def check_method(config: Config, errors: list[str]) -> tuple[AttentionMethod | None, Any]:
-    """The attention method and its typed options; None where there is no such method."""
-    name, options = config.attention.method, config.attention.options
-    if name not in METHODS:
-        errors.append(f"attention.method = '{name}': must be one of {', '.join(METHODS)}")
-        return None, None
-    method = METHODS[name]
-    if isinstance(options, RawOptions):
+def check_methods(config: Config, layers: Sequence[LayerAttention], errors: list[str]) -> None:
+    """What is asked of the layers' methods against what they can do."""
+    for method in dict.fromkeys(layer.method for layer in layers):
+        name = f"attention.method = '{method.name}'"
+        if config.data.documents == "pack" and "varlen" not in method.supports:
+            errors.append(f"data.documents = 'pack': {name} cannot pack documents")
+        if config.attention.impl not in method.impls:
+            legal = ", ".join(method.impls)
+            errors.append(f"attention.impl = '{config.attention.impl}': {name} has {legal}")
+        if config.evaluate.attention == "dense" and "dense" not in method.supports:
+            errors.append(
+                f"evaluate.attention = 'dense': {name} trains weights that mean nothing to full "
+                "attention; use 'method' or 'auto'"
+            )
+
+
+def check_layers(
+    config: Config, layers: Sequence[LayerAttention], layout: ContextLayout, errors: list[str]
+) -> None:
+    """Every layer's attention against the model, the layout, the mesh and the data."""
+    model, found = config.model, list[str]()
+    heads = HeadSlice(0, model.nheads, 0, model.nheads_kv or model.nheads)
+    for layer in dict.fromkeys(layers):
         try:
-            options = build_options(method.options, options)
-        except ConfigError as error:
-            errors.extend(error.errors)
-            return None, None
-    if config.data.documents == "pack" and "varlen" not in method.supports:
-        errors.append(f"data.documents = 'pack': attention.method = '{name}' cannot pack documents")
-    return method, options
+            layer.method.check(layer.options, layout, heads, config.parallel.tp_size)
+        except ValueError as error:
+            found.append(f"attention.method = '{layer.method.name}': {error}")
+    errors.extend(dict.fromkeys(found))
+    try:
+        slots = slots_of(layers, model.vocab_size)
+    except ValueError as error:
+        errors.append(str(error))
+        return
+    if config.data.documents == "pack" and config.train.seqlen % slots.step:
+        errors.append(
+            f"train.seqlen = {config.train.seqlen}: with data.documents = 'pack' this attention "
+            f"needs a multiple of {slots.step}; the next is "
+            f"{-(-config.train.seqlen // slots.step) * slots.step}"
+        )
+    if slots.landmark is not None and slots.text_before(config.train.seqlen) < 2:
+        errors.append(
+            f"train.seqlen = {config.train.seqlen} holds no two tokens of text between landmarks"
+        )

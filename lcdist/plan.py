@@ -4,88 +4,40 @@ Everything that contradicts something else is collected and raised together, in 
 before any process group or file is made.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm
-from typing import Any
 
-from lcdist.attention import AttentionMethod, Shape
+from lcdist.attention import HeadSlice, Shape
 from lcdist.config import ConfigError
 from lcdist.config.schema import Config
-from lcdist.contradictions import check_batch, check_method, check_model, check_schedule
+from lcdist.contradictions import (
+    check_batch,
+    check_layers,
+    check_methods,
+    check_model,
+    check_schedule,
+)
+from lcdist.data.slots import Slots
 from lcdist.device import has_cuda
+from lcdist.footprint import Footprint
+from lcdist.layer_methods import (
+    LayerAttention,
+    common_layouts,
+    common_multiple,
+    layer_methods,
+    slots_of,
+)
 from lcdist.layout import ContextLayout, pieces_needed
 
-VOCAB_MULTIPLE = 128
-FP32_BYTES = 4
-ITEMSIZE = {"fp32": 4, "bf16": 2}
 # Training runs every matrix product once forward and twice backward.
 PASSES = 3
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Every number of a run. Lengths are in tokens, memory and traffic in bytes per rank.
-
-    config: as given. seqlen (of `layout`) is the training length padded so that the layout cuts
-    it evenly. dtype: of the weights, "fp32" or "bf16".
-    """
-
-    config: Config
-    world_size: int
-    dp_size: int
-    method: AttentionMethod
-    options: Any
-    layout: ContextLayout
-    dtype: str
-
-    @property
-    def seqlen(self) -> int:
-        """Tokens of a sample as the model sees it, padding included."""
-        return self.layout.seqlen
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Forward and backward passes a step on each data-parallel rank."""
-        train = self.config.train
-        return train.global_batch_size // (train.micro_batch_size * self.dp_size)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one weight or activation."""
-        return ITEMSIZE[self.dtype]
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        model = self.config.model
-        return model.head_dim or model.hidden_size // model.nheads
-
-    @property
-    def nheads_kv(self) -> int:
-        """Key and value heads of the whole model."""
-        return self.config.model.nheads_kv or self.config.model.nheads
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding: the vocabulary rounded up; padding never takes part in a loss."""
-        step = lcm(VOCAB_MULTIPLE, self.config.parallel.tp_size)
-        return -(-self.config.model.vocab_size // step) * step
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of one layer."""
-        model = self.config.model
-        width = self.head_dim * (2 * model.nheads + 2 * self.nheads_kv)
-        return model.hidden_size * (width + 3 * model.ffn_hidden_size + 2)
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the whole model, padding of the vocabulary included."""
-        model = self.config.model
-        tables = 1 if model.tied_embeddings else 2
-        outside = (tables * self.padded_vocab_size + 1) * model.hidden_size
-        return outside + model.num_layers * self.layer_parameters
+class Plan(Footprint):
+    """Every number of a run. Lengths are in tokens, memory and traffic in bytes per rank."""
 
     @property
     def product_flops_per_token(self) -> int:
@@ -94,11 +46,26 @@ class Plan:
         weights = model.num_layers * (self.layer_parameters - 2 * model.hidden_size)
         return 2 * (weights + self.padded_vocab_size * model.hidden_size)
 
+    @property
+    def slots(self) -> Slots:
+        """How the loader lays documents out for the attention of these layers."""
+        return slots_of(self.layers, self.config.model.vocab_size)
+
+    @property
+    def attention_name(self) -> str:
+        """The methods at work, and how many layers each has where there are several."""
+        counts = Counter(layer.method.name for layer in self.layers)
+        if len(counts) == 1:
+            return self.layers[0].method.name
+        return ", ".join(f"{count} x {name}" for name, count in counts.items())
+
     @cached_property
     def attention_flops_per_token(self) -> float:
         """Forward operations per token of all layers' attention, touched area only."""
-        flops = self.method.flops(self.options, self.shape(batch=1, tp_size=1))
-        return self.config.model.num_layers * flops / self.seqlen
+        shape = self.shape(batch=1)
+        alike = Counter(self.layers)
+        flops = sum(n * one.method.flops(one.options, shape) for one, n in alike.items())
+        return flops / self.seqlen
 
     @property
     def flops_per_token(self) -> float:
@@ -114,101 +81,62 @@ class Plan:
         return PASSES * (self.product_flops_per_token + square)
 
     @cached_property
+    def _sent(self) -> dict[LayerAttention, list[tuple[int, int]]]:
+        """Bytes (forward, backward) that each (tp, cp) rank sends in a layer of each kind."""
+        parallel, batch = self.config.parallel, self.config.train.micro_batch_size
+        shapes = [self.shape(batch, rank) for rank in range(parallel.tp_size)]
+        return {
+            layer: [
+                sent
+                for shape in shapes
+                for sent in zip(*layer.method.bytes(layer.options, shape, self.layout), strict=True)
+            ]
+            for layer in (dict.fromkeys(self.layers) if parallel.cp_size > 1 else ())
+        }
+
+    @property
     def exchange_bytes(self) -> tuple[int, int]:
-        """Bytes the busiest rank sends per layer and micro-batch: (forward, backward)."""
-        parallel = self.config.parallel
-        if parallel.cp_size == 1:
-            return 0, 0
-        shape = self.shape(self.config.train.micro_batch_size, parallel.tp_size)
-        forward, backward = self.method.bytes(self.options, shape, self.layout)
-        return max(forward), max(backward)
+        """Most bytes a rank sends in one layer for a micro-batch: (forward, backward)."""
+        ranks = [sent for ranks in self._sent.values() for sent in ranks] or [(0, 0)]
+        return max(forward for forward, _ in ranks), max(backward for _, backward in ranks)
 
     @property
     def exchange_bytes_per_step(self) -> int:
         """Bytes the busiest rank sends for attention in one step, recomputation included."""
-        forward, backward = self.exchange_bytes
-        if self._recomputes:
-            forward *= 2
-        layers = -(-self.config.model.num_layers // self.config.parallel.pp_size)
-        return layers * self.num_micro_batches * (forward + backward)
+        if not self._sent:
+            return 0
+        passes = 2 if self._recomputes else 1
+        sums = []
+        for stage in self.stage_layers:
+            layers = [self._sent[self.layers[number]] for number in stage]
+            sums += [sum(passes * f + b for f, b in rank) for rank in zip(*layers, strict=True)]
+        return self.num_micro_batches * max(sums)
 
-    @property
-    def stage_parameters(self) -> tuple[int, int]:
-        """Parameters one rank holds on the (first, last) pipeline stage; one stage is both."""
-        model, parallel = self.config.model, self.config.parallel
-        norms = 2 * model.hidden_size
-        layer = (self.layer_parameters - norms) // parallel.tp_size + norms
-        layers = model.num_layers // parallel.pp_size * layer
-        table = self.padded_vocab_size // parallel.tp_size * model.hidden_size
-        if parallel.pp_size == 1:
-            whole = layers + (1 if model.tied_embeddings else 2) * table + model.hidden_size
-            return whole, whole
-        # Tied embeddings are held twice: the last stage has a copy.
-        return layers + table, layers + table + model.hidden_size
-
-    @property
-    def state_bytes(self) -> int:
-        """Weights, fp32 gradients and this rank's part of AdamW's fp32 state, on the fullest rank.
-
-        The optimizer shares out whole tensors, so its part is taken as an even share, or as the
-        largest tensor where that is more; the fullest rank holds at most both together.
-        """
-        model, parallel = self.config.model, self.config.parallel
-        local = max(self.stage_parameters)
-        rows = max(self.padded_vocab_size, 2 * model.ffn_hidden_size) // parallel.tp_size
-        share = max(-(-local // (self.dp_size * parallel.cp_size)), rows * model.hidden_size)
-        master = FP32_BYTES if self.itemsize < FP32_BYTES else 0
-        return local * (self.itemsize + FP32_BYTES) + share * (2 * FP32_BYTES + master)
-
-    @property
-    def activation_bytes(self) -> int:
-        """What forward keeps for backward on the fullest rank, the loss's logits included.
-
-        Counted tensor by tensor for full attention as it runs on a CPU: within 2 % of what
-        autograd saves there, on meshes without pipelining. Fused norms on a GPU would keep less;
-        `attention.impl = "reference"` keeps dense scores on top. The working memory of backward
-        itself is not in it, but for the one layer that full recompute computes again.
-        """
-        model, parallel, recompute = self.config.model, self.config.parallel, self._recomputes
-        tp_size, hidden = parallel.tp_size, self.itemsize * model.hidden_size
-        hidden //= tp_size if parallel.sequence_parallel else 1
-        # On one rank the values are a view that keeps the whole q, k, v projection alive.
-        heads = (3 if parallel.cp_size == 1 else 2) * (model.nheads + self.nheads_kv)
-        width = heads * self.head_dim + 5 * model.ffn_hidden_size
-        layer = 6 * hidden + (width * self.itemsize + FP32_BYTES * model.nheads) // tp_size
-        kept = hidden if recompute else layer
-        chunk = model.num_layers // (parallel.pp_size * parallel.vp_size)
-        first, last = (chunk * kept * chunks for chunks in self._chunks_in_flight)
-        last += 3 * hidden + FP32_BYTES * self.padded_vocab_size // tp_size
-        tokens = self.config.train.micro_batch_size * self.layout.local_seqlen
-        return tokens * (max(first, last) + (layer if recompute else 0))
-
-    @property
-    def _recomputes(self) -> bool:
-        return self.config.train.recompute == "full"
-
-    @property
-    def _chunks_in_flight(self) -> tuple[int, int]:
-        """Forward passes of model chunks whose backward waits, on the (first, last) stage.
-
-        1F1B and its interleaved form (arXiv:2104.04473).
-        """
-        pp_size, vp_size = self.config.parallel.pp_size, self.config.parallel.vp_size
-        if vp_size == 1:
-            return min(pp_size, self.num_micro_batches), 1
-        most, last = self.num_micro_batches * vp_size, (vp_size - 1) * pp_size + 1
-        return min(most, last + 2 * (pp_size - 1)), min(most, last)
-
-    def shape(self, batch: int, tp_size: int) -> Shape:
-        """The attention's shape for `batch` samples on one of `tp_size` tensor-parallel ranks."""
-        return Shape(
-            batch=batch,
-            seqlen=self.seqlen,
-            nheads=self.config.model.nheads // tp_size,
-            nheads_kv=max(1, self.nheads_kv // tp_size),
-            head_dim=self.head_dim,
-            itemsize=self.itemsize,
+    def shape(self, batch: int, tp_rank: int | None = None) -> Shape:
+        """The attention's shape for `batch` samples on a tensor-parallel rank; None: all heads."""
+        nheads, tp_size = self.config.model.nheads, self.config.parallel.tp_size
+        whole = Shape(
+            batch, nheads, self.nheads_kv, self.head_dim, self.itemsize, seqlen=self.seqlen
         )
+        if tp_rank is None:
+            return whole
+        first = tp_rank * (nheads // tp_size)
+        return replace(
+            whole,
+            nheads=nheads // tp_size,
+            nheads_kv=max(1, self.nheads_kv // tp_size),
+            heads=HeadSlice(first, nheads, first * self.nheads_kv // nheads, self.nheads_kv),
+        )
+
+    @property
+    def _verbs(self) -> list[str]:
+        return list(dict.fromkeys(v for layer in self.layers for v in layer.method.exchange))
+
+    def _landmark_row(self) -> list[tuple[str, str]]:
+        slots = self.slots
+        if slots.landmark is None:
+            return []
+        return [("landmarks", f"token {slots.landmark}, the last of every {slots.block_size}")]
 
     def rows(self) -> list[tuple[str, str]]:
         """The plan as (what, how much), for people."""
@@ -218,10 +146,11 @@ class Plan:
         forward, backward = self.exchange_bytes
         return [
             ("world", f"{self.world_size} = {mesh} x tp {parallel.tp_size}"),
-            ("attention", f"{self.method.name} ({self.config.attention.impl})"),
-            ("exchange", " + ".join(self.method.exchange) if parallel.cp_size > 1 else "none"),
+            ("attention", f"{self.attention_name} ({self.config.attention.impl})"),
+            ("exchange", " + ".join(self._verbs) if parallel.cp_size > 1 else "none"),
             ("layout", f"{self.layout.kind}, {self.layout.local_seqlen} tokens a rank"),
             ("seqlen", f"{self.seqlen}" + (f" ({padding} of padding)" if padding else "")),
+            *self._landmark_row(),
             ("batch", f"{train.global_batch_size} samples, {self.num_micro_batches} micro-batches"),
             ("tokens a step", f"{train.global_batch_size * train.seqlen:,}"),
             ("parameters", f"{self.num_parameters:,} in {self.dtype}"),
@@ -248,16 +177,17 @@ def make_plan(config: Config, world_size: int) -> Plan:
     check_model(config, errors)
     check_batch(config, dp_size, errors)
     check_schedule(config, errors)
-    method, options = check_method(config, errors)
-    layout = None
-    if method is not None:
-        layout = _layout(config, method, options, errors)
-    if errors or method is None or layout is None:
+    layers = layer_methods(config, errors)
+    check_methods(config, layers, errors)
+    layout = _layout(config, layers, errors) if layers else None
+    if layout is not None:
+        check_layers(config, layers, layout, errors)
+    if errors or layout is None:
         raise ConfigError(errors)
     dtype = config.train.dtype
     if dtype == "auto":
         dtype = "bf16" if has_cuda() else "fp32"
-    return Plan(config, world_size, dp_size, method, options, layout, dtype)
+    return Plan(config, world_size, dp_size, layers, layout, dtype)
 
 
 def _data_parallel_size(config: Config, world_size: int, errors: list[str]) -> int:
@@ -274,21 +204,28 @@ def _data_parallel_size(config: Config, world_size: int, errors: list[str]) -> i
 
 
 def _layout(
-    config: Config, method: AttentionMethod, options: Any, errors: list[str]
+    config: Config, layers: tuple[LayerAttention, ...], errors: list[str]
 ) -> ContextLayout | None:
-    parallel, legal = config.parallel, method.layouts_for(options)
+    parallel, legal = config.parallel, common_layouts(layers)
     kind = parallel.layout
+    names = ", ".join(dict.fromkeys(f"'{layer.method.name}'" for layer in layers))
+    if not legal:
+        takes = "; ".join(
+            f"'{layer.method.name}' takes {', '.join(layer.method.layouts_for(layer.options))}"
+            for layer in dict.fromkeys(layers)
+        )
+        errors.append(f"attention.layers: the layers have no layout in common: {takes}")
+        return None
     if kind == "auto":
         # Zigzag gives every rank the same share of a causal mask.
         kind = "zigzag" if "zigzag" in legal else legal[0]
     if kind not in legal:
         errors.append(
-            f"parallel.layout = '{kind}': attention.method = '{method.name}' takes "
-            f"{', '.join(legal)}"
+            f"parallel.layout = '{kind}': attention.method = {names} takes {', '.join(legal)}"
         )
         return None
     step = lcm(
-        method.multiple_of(options, parallel.cp_size, kind),
+        common_multiple(layers, parallel.cp_size, kind),
         pieces_needed(kind, parallel.cp_size),
         # Sequence parallelism cuts each rank's tokens once more.
         parallel.cp_size * (parallel.tp_size if parallel.sequence_parallel else 1),

@@ -10,6 +10,7 @@ from lcdist.data.dataset import TokenDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.meta import check_vocabulary
 from lcdist.data.sample import Dataset
+from lcdist.data.slots import Apart, Joined, Slots
 from lcdist.data.synthetic import SyntheticDataset
 from lcdist.model.build import DTYPES, build_model
 from lcdist.parallel import Grid, build_grid, start_world, world_size
@@ -48,7 +49,7 @@ def run(config: Config, console: Console | None = None) -> Outcome:
     start_world(config.parallel.timeout)
     grid = build_grid(config.parallel, config.train.seed)
     folder = Path(config.log.folder)
-    dataset = open_dataset(config)
+    dataset = open_dataset(plan)
     checkpoint, changes = on_rank_0(lambda: _what_is_there(folder, config))
     with claimed(folder):
         for change in changes if grid.rank == 0 else []:
@@ -66,14 +67,24 @@ def run(config: Config, console: Console | None = None) -> Outcome:
     return outcome
 
 
-def open_dataset(config: Config) -> Dataset:
-    """The training samples that `config` names. Raises ValueError where they do not fit."""
-    train = config.train
-    if config.data.source == "synthetic":
-        return SyntheticDataset(config.model.vocab_size, train.seqlen, train.seed)
-    dataset = TokenDataset(config.data.path, "train", train.seqlen, train.seed)
-    check_vocabulary(dataset.meta, config.model.vocab_size)
-    return dataset
+def open_dataset(plan: Plan) -> Dataset:
+    """The training samples of `plan`, laid out for its attention.
+
+    Raises ValueError where they do not fit.
+    """
+    train, data, slots = plan.config.train, plan.config.data, plan.slots
+    reserved = 0 if slots.landmark is None else 1
+    vocab_size, pack = plan.config.model.vocab_size, data.documents == "pack"
+    seqlen = train.seqlen if pack else slots.text_before(train.seqlen)
+    if data.source == "synthetic":
+        made_up = SyntheticDataset(vocab_size - reserved, seqlen, train.seed)
+        if pack and not slots.plain:
+            return Apart(made_up, slots)
+        return Joined(made_up, slots, train.seqlen) if reserved and not pack else made_up
+    laid_out = slots if pack else Slots()
+    dataset = TokenDataset(data.path, "train", seqlen, train.seed, laid_out)
+    check_vocabulary(dataset.meta, vocab_size, reserved)
+    return Joined(dataset, slots, train.seqlen) if reserved and not pack else dataset
 
 
 def make_trainer(plan: Plan, grid: Grid, dataset: Dataset, peak: Peak) -> Trainer:
@@ -87,6 +98,7 @@ def make_trainer(plan: Plan, grid: Grid, dataset: Dataset, peak: Peak) -> Traine
         micro_batch_size=train.micro_batch_size,
         global_batch_size=train.global_batch_size,
         documents=plan.config.data.documents,
+        slots=plan.slots,
     )
     engine = MegatronEngine(plan, grid, build_model(plan, grid.device))
     folder = Path(plan.config.log.folder) / "checkpoints"

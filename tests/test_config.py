@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 
 from lcdist.config import ConfigError, dump, load, parse
 from lcdist.config.load import build_options
-from lcdist.config.schema import Config, FullOptions, RawOptions, RopeNTK, RopePI, RopePlain
+from lcdist.config.schema import (
+    OPTIONS,
+    AttentionConfig,
+    Config,
+    FullOptions,
+    RawOptions,
+    RopeNTK,
+    RopePI,
+    RopePlain,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,11 +74,11 @@ optim.steps = 8
 data.zzz = 1
     unknown key 'data.zzz'; known keys: source, path, documents
 attention.chunk = 1
-    unknown key 'attention.chunk'; known keys: method, impl
+    unknown key 'attention.chunk'; known keys: method, layers, impl
 attention.metod = "full"
     unknown key 'attention.metod'; did you mean 'attention.method'?
 attention.options = {}
-    unknown key 'attention.options'; known keys: method, impl
+    unknown key 'attention.options'; known keys: method, layers, impl
 
 train.seqlen = "128k"
     train.seqlen = '128k': expected int, got str
@@ -116,6 +125,17 @@ optim.lr = inf
     optim.lr = inf: must be finite
 optim.beta1 = nan
     optim.beta1 = nan: must be finite
+
+attention = {method = "coca", variant = "loose"}
+    attention.variant = 'loose': must be one of slack, strict
+attention = {layers = "coca@0", coca = {varant = "slack"}}
+    unknown key 'attention.coca.varant'; did you mean 'attention.coca.variant'?
+attention = {layers = "coca@0", coca = {variant = 3}}
+    attention.coca.variant = 3: must be one of slack, strict
+attention = {method = "lssar", coca = 3}
+    unknown key 'attention.coca'; known keys: method, layers, impl, exempt_rows, power, reweight
+attention = {layers = 3}
+    attention.layers = 3: expected str, got int
 
 model.rope.scaling = "yarn"
     model.rope.scaling = 'yarn': must be one of none, pi, ntk
@@ -328,7 +348,8 @@ RAW = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=8,
 )
-TABLES = st.dictionaries(TEXT.filter(lambda key: key not in ("method", "impl")), RAW, max_size=4)
+OWN_KEYS = {field.name for field in dataclasses.fields(AttentionConfig)}
+TABLES = st.dictionaries(TEXT.filter(lambda key: key not in OWN_KEYS | {*OPTIONS}), RAW, max_size=4)
 
 
 def values_of(hint: Any, metadata: Mapping[str, Any]) -> st.SearchStrategy[Any]:
@@ -336,12 +357,14 @@ def values_of(hint: Any, metadata: Mapping[str, Any]) -> st.SearchStrategy[Any]:
     low = metadata.get("min", metadata.get("above"))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return trees(hint)
-    if isinstance(hint, types.UnionType):
-        return st.one_of(*(trees(member) for member in typing.get_args(hint)))
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        members = [member for member in typing.get_args(hint) if member is not types.NoneType]
+        none = [st.none()] if len(members) < len(typing.get_args(hint)) else []
+        return st.one_of(*none, *(values_of(member, metadata) for member in members))
     if typing.get_origin(hint) is Literal:
         return st.sampled_from(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return st.lists(st.integers(), max_size=4).map(tuple)
+        return st.lists(values_of(typing.get_args(hint)[0], metadata), max_size=4).map(tuple)
     if hint is int:
         return st.integers(min_value=low)
     if hint is float:
@@ -356,14 +379,25 @@ def trees(draw: st.DrawFn, cls: type = Config) -> Any:
     values: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if field.metadata.get("flattened"):
-            built_in = values["method"] == "full"
-            values[field.name] = FullOptions() if built_in else RawOptions(table=draw(TABLES))
+        if field.name == "options":
+            values["options"] = draw(options_of(values["method"]))
+        elif field.name == "others":
+            names = st.lists(st.sampled_from(sorted(OPTIONS)), unique=True, max_size=2)
+            values["others"] = {name: draw(options_of(name)) for name in draw(names)}
         elif field.name == "method":
-            values["method"] = draw(st.just("full") | TEXT)
+            values["method"] = draw(st.sampled_from(sorted(OPTIONS)) | TEXT)
+        elif field.name == "layers":
+            values["layers"] = draw(st.sampled_from(["", "theirs@3::4 full@0,-1"]))
         else:
             values[field.name] = draw(values_of(hints[field.name], field.metadata))
     return cls(**values)
+
+
+def options_of(method: str) -> st.SearchStrategy[Any]:
+    """Any legal options of a method, built in or not."""
+    if method in OPTIONS:
+        return trees(OPTIONS[method])
+    return TABLES.map(lambda table: RawOptions(table=table))
 
 
 @given(trees())

@@ -1,15 +1,17 @@
 """The plan: contradictions reported together, and numbers that a real run bears out."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lcdist.attention import METHODS, Shape
+from lcdist.attention import METHODS, HeadSlice, Shape
 from lcdist.cli import main
 from lcdist.config import ConfigError, load
+from lcdist.config.schema import CocaOptions
 from lcdist.exchange import traffic
 from lcdist.model.build import build_model
 from lcdist.model.sequence import SequenceParams
@@ -87,12 +89,36 @@ CONTRADICTIONS = {
         "evaluate.lengths = (8, 1): each must be at least 2",
     "attention.method=fool":
         "attention.method = 'fool': must be one of " + ", ".join(METHODS),
+    "attention.layers=full@4":
+        "attention.layers: 'full@4' names none of the 4 layers; write method@numbers or slices "
+        "from 0, with commas, such as full@3::4 or coca@0,-1",
+    "attention.layers=full@0::0":
+        "attention.layers: 'full@0::0' names none of the 4 layers; write method@numbers or slices "
+        "from 0, with commas, such as full@3::4 or coca@0,-1",
+    "attention.layers=full":
+        "attention.layers: 'full' names none of the 4 layers; write method@numbers or slices "
+        "from 0, with commas, such as full@3::4 or coca@0,-1",
+    "attention.layers='coca@1:3 lssar@-2'":
+        "attention.layers = 'coca@1:3 lssar@-2': layer 2 is named twice; name it once",
+    "attention.layers=fool@0":
+        "attention.layers = 'fool': must be one of " + ", ".join(METHODS),
+    "attention.coca.variant=strict":
+        "[attention.coca] has options of a method that attention.layers = '' gives to no layer; "
+        "name its layers there or remove the table",
+    "attention.full={}":
+        "[attention.full] is a table of its own, but attention.method = 'full': write its options "
+        "beside method",
+    "attention.impl=triton":
+        "attention.impl = 'triton': attention.method = 'full' has auto, torch, reference",
+    "attention.method=coca evaluate.attention=dense":
+        "evaluate.attention = 'dense': attention.method = 'coca' trains weights that mean nothing "
+        "to full attention; use 'method' or 'auto'",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("overrides", CONTRADICTIONS)
 def test_a_contradiction_is_named(overrides: str) -> None:
-    words = overrides.split()
+    words = shlex.split(overrides)
     world = smallest_world(load(DEBUG, words))
     assert errors_of(*words, world_size=world) == [CONTRADICTIONS[overrides]]
 
@@ -145,11 +171,35 @@ def test_a_method_is_asked_for_its_layouts_and_options() -> None:
     (error,) = errors_of(mine, "attention.blok=5")
     assert error == "unknown key 'attention.blok'; did you mean 'attention.block'?"
     plan = plan_of(mine, "attention.block=5", "parallel.cp_size=3")
-    assert (plan.layout.kind, plan.seqlen, plan.options) == (
+    assert (plan.layout.kind, plan.seqlen, plan.layers[0].options) == (
         "contiguous",
         270,
         TheirOptions(block=5),
     )
+
+
+def test_layers_may_differ() -> None:
+    plan = plan_of(
+        "attention.layers=coca@1:3 lssar@-1", "attention.coca.variant=strict", "parallel.cp_size=2"
+    )
+    names = [layer.method.name for layer in plan.layers]
+    assert names == ["full", "coca", "coca", "lssar"]
+    assert plan.layers[1].options == CocaOptions(variant="strict")
+    assert plan.attention_name == "1 x full, 2 x coca, 1 x lssar"
+    alone = {name: plan_of(f"attention.method={name}", "parallel.cp_size=2") for name in set(names)}
+    wanted = sum(alone[name].attention_flops_per_token / 4 for name in names)
+    assert plan.attention_flops_per_token == wanted
+    assert plan.exchange_bytes_per_step * 4 == sum(
+        alone[name].exchange_bytes_per_step for name in names
+    )
+    with_coca = max(p.exchange_bytes[0] for p in alone.values())
+    assert plan.exchange_bytes[0] == with_coca
+    staged = plan_of(
+        "attention.layers=coca@::2", "parallel.cp_size=2", "parallel.pp_size=2", world_size=4
+    )
+    assert staged.stage_layers == ((0, 1), (2, 3))
+    turns = plan_of("parallel.pp_size=2", "parallel.vp_size=2", "train.global_batch_size=4")
+    assert turns.stage_layers == ((0, 2), (1, 3))
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -232,7 +282,9 @@ def test_exchange_bytes_by_hand() -> None:
 
 def test_the_shape_of_a_rank_has_its_share_of_the_heads() -> None:
     plan = plan_of("parallel.tp_size=4", "model.nheads_kv=2", "train.seqlen=64")
-    assert plan.shape(3, 4) == Shape(3, 1, 1, head_dim=16, itemsize=4, seqlen=64)
+    heads = HeadSlice(first=3, nheads=4, first_kv=1, nheads_kv=2)
+    assert plan.shape(3, tp_rank=3) == Shape(3, 1, 1, 16, itemsize=4, seqlen=64, heads=heads)
+    assert plan.shape(1) == Shape(1, 4, 2, 16, itemsize=4, seqlen=64)
     assert plan_of("train.dtype=bf16").itemsize == 2
 
 
@@ -259,7 +311,7 @@ def held(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[tuple
     for overrides in cases:
         plan = plan_of(*ODD, *overrides, world_size=world_size)
         grid = build_grid(plan.config.parallel, 0)
-        trainer = make_trainer(plan, grid, open_dataset(plan.config), Peak(1.0, "config"))
+        trainer = make_trainer(plan, grid, open_dataset(plan), Peak(1.0, "config"))
         parameters = sum(p.numel() for chunk in trainer.engine.chunks for p in chunk.parameters())
         moments = sum(master.numel() for master in trainer.engine.optimizer.masters)
         found.append((parameters, moments))
@@ -356,7 +408,7 @@ def sent(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
     for overrides in cases:
         plan = plan_of(*ODD, "model.num_layers=2", *overrides, world_size=world_size)
         grid = build_grid(plan.config.parallel, 0)
-        trainer = make_trainer(plan, grid, open_dataset(plan.config), Peak(1.0, "config"))
+        trainer = make_trainer(plan, grid, open_dataset(plan), Peak(1.0, "config"))
         with traffic() as t:
             trainer.engine.forward_backward(trainer.loader.next_step())
         found.append(t.total)

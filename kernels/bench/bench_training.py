@@ -70,7 +70,7 @@ def single(config: Config) -> Trainer:
     plan = make_plan(config, 1)
     start_world(60)
     grid = build_grid(config.parallel, config.train.seed)
-    return make_trainer(plan, grid, open_dataset(config), Peak(1e12, "config"))
+    return make_trainer(plan, grid, open_dataset(plan), Peak(1e12, "config"))
 
 
 def gate(seqlen: int) -> str | None:

@@ -232,6 +232,7 @@ METHOD = AttentionMethod(
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
+    impls=BUILT,
     reference=reference,
     attention=attention,
     decode=decode,

@@ -287,6 +287,7 @@ METHOD = AttentionMethod(
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
+    impls=ops.BUILT,
     reference=reference,
     attention=attention,
     decode=decode,

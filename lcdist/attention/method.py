@@ -61,6 +61,10 @@ def _nothing_to_learn(options: Any, nheads: int) -> Mapping[str, Any]:
     return {}
 
 
+def _nothing_to_refuse(options: Any, layout: ContextLayout, heads: HeadSlice, tp_size: int) -> None:
+    """Every combination is good: see `AttentionMethod.check`."""
+
+
 def _every_layer_alike(options: Any, layer: int, nheads: int, nheads_kv: int) -> Any:
     return options
 
@@ -87,6 +91,11 @@ class AttentionMethod:
     initial(options, nheads) -> name to initial value, fp32, of the same names and shapes.
     for_layer(options, layer, nheads, nheads_kv) -> the options of layer number `layer` (from 0) of
     a model with so many heads, where layers take turns.
+
+    check(options, layout, heads, tp_size) raises ValueError, naming field, value, legal values and
+    remedy, where options do not go with each other, with the layout, with a model of so many heads
+    (a HeadSlice of all of them) or with tensor parallelism; the plan calls it before anything runs.
+    impls: legal values of impl.
 
     reference(q, k, v, *, options, rotary, positions, cu_seqlens, softmax_scale, params, heads)
     -> out: dense, one process, any float dtype.
@@ -116,6 +125,8 @@ class AttentionMethod:
     parameters: Callable[[Any, int], Mapping[str, tuple[int, ...]]] = _nothing_to_learn
     initial: Callable[[Any, int], Mapping[str, Tensor]] = _nothing_to_learn
     for_layer: Callable[[Any, int, int, int], Any] = _every_layer_alike
+    check: Callable[[Any, ContextLayout, HeadSlice, int], None] = _nothing_to_refuse
+    impls: tuple[str, ...] = ("auto", "torch", "reference")
 
     def __post_init__(self) -> None:
         if self.layouts_for is _any:

@@ -33,13 +33,15 @@ def _is_table(value: Any) -> bool:
 
 
 def _as_table(node: Any) -> dict[str, Any]:
+    if isinstance(node, RawOptions):
+        return dict(node.table)
     if isinstance(node, Mapping):
         return dict(node)
     table: dict[str, Any] = {}
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         if field.metadata.get("flattened"):
-            table.update(value.table if isinstance(value, RawOptions) else _as_table(value))
+            table.update(_as_table(value))
         elif value is not None:  # TOML has no word for None: the key is left out
             table[field.name] = value
     return table

@@ -89,11 +89,10 @@ def build(cls: type, table: Any, where: str, errors: list[str]) -> Any:
         values[name] = _value(hints[name], {} if given is None else given, path, errors)
         if len(errors) == typed:
             _check_range(field, values[name], path, errors)
-    for name in fields:
-        if fields[name].metadata.get("flattened"):
-            method = values.get("method", fields["method"].default)
-            values[name] = _options(method, rest, where, known, errors)
-            rest = {}
+    if "others" in fields:
+        values["others"], rest = _others(values.get("layers", ""), rest, where, errors)
+        method = values.get("method", fields["method"].default)
+        values["options"], rest = _options(method, rest, where, known, errors), {}
     for key in rest:
         errors.append(_unknown(key, known, where))
     return None if len(errors) > before else cls(**values)
@@ -134,6 +133,19 @@ def _apply(table: dict[str, Any], override: str, errors: list[str]) -> None:
             errors.append(f"override {override!r}: '{'.'.join(keys[: depth + 1])}' is not a table")
             return
     table[keys[-1]] = value
+
+
+def _others(
+    layers: Any, table: dict[str, Any], where: str, errors: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of other layers' methods, each a table under its method's name; and the rest."""
+    named = {word.partition("@")[0] for word in layers.split()} if isinstance(layers, str) else {}
+    given = {k: v for k, v in table.items() if isinstance(v, Mapping) and k in {*named, *OPTIONS}}
+    others = {
+        method: _options(method, dict(options), _join(where, method), [], errors)
+        for method, options in given.items()
+    }
+    return others, {key: value for key, value in table.items() if key not in given}
 
 
 def _options(

@@ -155,11 +155,18 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Which attention method, and its options (written beside `method`, in the same table)."""
+    """Which attention method, and its options (written beside `method`, in the same table).
+
+    layers: layers that use another method, as `method@layers` words, the layers numbers or slices
+    from 0 with commas between them: "full@3::4 coca@0,-1". others: the options of those methods,
+    each a table `[attention.<method>]`.
+    """
 
     method: str = "full"
+    layers: str = ""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
     options: Any = field(default_factory=FullOptions, metadata={"flattened": True})
+    others: Mapping[str, Any] = field(default_factory=dict, metadata={"flattened": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +243,13 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Perplexity by length."""
+    """Perplexity by length.
+
+    attention: `dense` reads with full attention what a sparse pattern was trained for, here and in
+    generation; auto: dense where the method's pattern is meant for training alone (scca).
+    """
+
+    attention: Literal["auto", "dense", "method"] = "auto"
 
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     tokens: int = at_least(1, 65536)  # scored tokens per length

@@ -1,10 +1,11 @@
 """Token folders as data sets: documents in a new order every epoch, cut into windows.
 
 The documents of epoch 0, 1, 2, ..., each epoch in its own order, are joined to one endless string
-of tokens, and sample windows of seqlen tokens tile it. Nothing falls off at the end of an epoch:
-the last window that starts in it runs on into the next. So in a corpus of T tokens epoch e has
-the windows from ceil(e T / seqlen) up to ceil((e + 1) T / seqlen), in shuffled order, and window
-w belongs to epoch floor(w seqlen / T); all of it a function of (seed, index).
+of tokens (of slots, where `Slots` lays documents out), and sample windows of seqlen tile it.
+Nothing falls off at the end of an epoch: the last window that starts in it runs on into the next.
+So in a corpus of T tokens epoch e has the windows from ceil(e T / seqlen) up to
+ceil((e + 1) T / seqlen), in shuffled order, and window w belongs to epoch floor(w seqlen / T); all
+of it a function of (seed, index).
 """
 
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from torch import Tensor
 import lcdist.host  # noqa: F401
 from lcdist.data.meta import read_meta
 from lcdist.data.sample import Sample, check_seed, raw_numbers
+from lcdist.data.slots import Slots
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 _DOCUMENTS, _WINDOWS = 0, 1
+_NO_TEXT = torch.zeros(0, dtype=torch.int64)
 
 
 class TokenSplit:
@@ -74,7 +77,7 @@ class TokenSplit:
             raise ValueError(
                 f"window of {tokens} tokens at {start}: the {self.split} split has {self.tokens}"
             )
-        return torch.cat(self._pieces(self._stored, start, tokens)[0])
+        return torch.cat(self._pieces(self._stored, start, tokens, Slots())[0])
 
     @cached_property
     def _stored(self) -> "_Order":
@@ -84,43 +87,66 @@ class TokenSplit:
         found = self._tokens.get(number, start, length)
         return torch.from_numpy(np.asarray(found).astype(np.int64))
 
-    def _pieces(self, order: "_Order", start: int, tokens: int) -> tuple[list[Tensor], list[int]]:
-        """Tokens [start, start + tokens) of `order`, as far as it goes; where documents end."""
-        pieces, borders, stop = [], [], min(start + tokens, self.tokens)
+    def _pieces(
+        self, order: "_Order", start: int, wanted: int, slots: Slots
+    ) -> tuple[list[Tensor], list[int]]:
+        """Slots [start, start + wanted) of `order`, as far as it goes; where documents end."""
+        pieces, borders, stop = [], [], min(start + wanted, int(order.ends[-1]))
         place = int(np.searchsorted(order.ends, start, side="right"))
         at = start
         while at < stop:
             number, end = int(order.documents[place]), int(order.ends[place])
-            length = int(self.document_lengths[number])
+            tokens = self.document_lengths[number]
+            begin = end - int(slots.length(tokens))
             upto = min(end, stop)
-            pieces.append(self._read(number, at - (end - length), upto - at))
+            pieces.append(self._laid(number, at - begin, upto - begin, slots))
             if upto == end:
                 borders.append(end - start)
             at, place = upto, place + 1
         return pieces, borders
 
+    def _laid(self, number: int, start: int, stop: int, slots: Slots) -> Tensor:
+        """Slots [start, stop) of a document."""
+        tokens = int(self.document_lengths[number])
+        first, last = (min(slots.text_before(slot), tokens) for slot in (start, stop))
+        text = self._read(number, first, last - first) if last > first else _NO_TEXT
+        return text if slots.plain else slots.lay(text, start, stop, tokens)
+
 
 @dataclass(frozen=True)
 class _Order:
-    """Documents one after another: their numbers, and the token each ends before."""
+    """Documents one after another: their numbers, and the slot each ends before."""
 
     documents: np.ndarray
     ends: np.ndarray
 
 
 class TokenDataset(TokenSplit):
-    """Endless samples of `seqlen` tokens from a split of a token folder.
+    """Endless samples of `seqlen` slots from a split of a token folder.
 
-    Raises ValueError as `TokenSplit` does, and where the split is smaller than one sample.
+    slots: how documents are laid out; by default a slot is a token. Raises ValueError as
+    `TokenSplit` does, where the split is smaller than one sample, and where seqlen is not a
+    multiple of slots.step, so that a row would begin inside a block.
     """
 
-    def __init__(self, folder: str | Path, split: str, seqlen: int, seed: int) -> None:
+    def __init__(
+        self, folder: str | Path, split: str, seqlen: int, seed: int, slots: Slots | None = None
+    ) -> None:
         super().__init__(folder, split)
         check_seed(seed)
-        if seqlen < 1 or self.tokens < seqlen + 1:
+        self.slots = slots or Slots()
+        self._slot_lengths = self.slots.length(self.document_lengths)
+        self.length = int(self._slot_lengths.sum())
+        if seqlen < 1 or self.length < seqlen + 1:
             raise ValueError(
-                f"data folder {folder}: its {split} split has {self.tokens} tokens, fewer than "
+                f"data folder {folder}: its {split} split has {self.length} tokens, fewer than "
                 f"one sample of seqlen + 1 = {seqlen + 1}; give more text or a smaller seqlen"
+            )
+        if seqlen % self.slots.step:
+            raise ValueError(
+                f"train.seqlen = {seqlen}: with data.documents = 'pack' this attention needs a "
+                f"multiple of {self.slots.step}; the next is "
+                f"{-(-seqlen // self.slots.step) * self.slots.step}"
             )
         self.seqlen = seqlen
         self.seed = seed
@@ -130,15 +156,15 @@ class TokenDataset(TokenSplit):
     def sample(self, index: int) -> Sample:
         """The sample with number `index` >= 0; the same wherever and whenever it is drawn."""
         assert index >= 0
-        epoch = index * self.seqlen // self.tokens
+        epoch = index * self.seqlen // self.length
         first = self._first_window(epoch)
         window = first + int(self._window_order(epoch)[index - first])
-        start = window * self.seqlen - epoch * self.tokens
+        start = window * self.seqlen - epoch * self.length
         wanted = self.seqlen + 1
-        pieces, borders = self._pieces(self._order(epoch), start, wanted)
+        pieces, borders = self._pieces(self._order(epoch), start, wanted, self.slots)
         held = sum(map(len, pieces))
         if held < wanted:
-            more, later = self._pieces(self._order(epoch + 1), 0, wanted - held)
+            more, later = self._pieces(self._order(epoch + 1), 0, wanted - held, self.slots)
             pieces, borders = pieces + more, borders + [held + border for border in later]
         inside = [border for border in borders if border < self.seqlen]
         return Sample(
@@ -148,7 +174,7 @@ class TokenDataset(TokenSplit):
         )
 
     def _first_window(self, epoch: int) -> int:
-        return -(-epoch * self.tokens // self.seqlen)
+        return -(-epoch * self.length // self.seqlen)
 
     def _window_order(self, epoch: int) -> np.ndarray:
         if self._windows is None or self._windows[0] != epoch:
@@ -161,7 +187,7 @@ class TokenDataset(TokenSplit):
             # Two epochs are in use where a window crosses from one into the next.
             kept = {e: order for e, order in self._orders.items() if abs(e - epoch) == 1}
             documents = _permutation(self.documents, (self.seed, epoch), _DOCUMENTS)
-            kept[epoch] = _Order(documents, np.cumsum(self.document_lengths[documents]))
+            kept[epoch] = _Order(documents, np.cumsum(self._slot_lengths[documents]))
             self._orders = kept
         return self._orders[epoch]
 

@@ -6,7 +6,7 @@ d draws the same ones. So the state is n alone, and n means the same at any dp_s
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lcdist.data.sample import Dataset, Sample
+from lcdist.data.slots import Slots
 from lcdist.layout import ContextLayout
 
 
@@ -21,7 +22,8 @@ from lcdist.layout import ContextLayout
 class Batch:
     """One rank's part of a micro-batch.
 
-    tokens, labels: int64 `[b, s_local]`. loss_mask: fp32 `[b, s_local]`, 1 where the loss counts.
+    tokens, labels: int64 `[b, s_local]`. loss_mask: fp32 `[b, s_local]`, 1 where the loss counts:
+    nowhere on padding and on landmarks.
     cu_seqlens: for packed documents one global int32 table a row, over layout.seqlen tokens; None
     where the tokens of a row are one text.
     """
@@ -39,7 +41,8 @@ class LoaderSpec:
     layout: cuts rows of layout.seqlen tokens, which may be more than the data set's seqlen.
     micro_batch_size: samples a data-parallel rank runs at once. global_batch_size: samples a
     step, over all ranks. documents: "join" reads a row as one text; "pack" keeps the documents
-    apart. Raises ValueError where global_batch_size does not divide.
+    apart. slots: how the data set laid out its samples. Raises ValueError where global_batch_size
+    does not divide.
     """
 
     layout: ContextLayout
@@ -49,6 +52,7 @@ class LoaderSpec:
     micro_batch_size: int
     global_batch_size: int
     documents: Literal["join", "pack"] = "join"
+    slots: Slots = field(default_factory=Slots)
 
     def __post_init__(self) -> None:
         assert 0 <= self.dp_rank < self.dp_size and 0 <= self.cp_rank < self.layout.cp_size
@@ -115,11 +119,12 @@ class Loader:
     def _batch(self, indices: range) -> Batch:
         pack = self.spec.documents == "pack"
         samples = [self.dataset.sample(index) for index in indices]
-        masks = [_loss_mask(sample, pack) for sample in samples]
+        targets = [_targets(sample, self.spec.slots, pack) for sample in samples]
         return Batch(
-            tokens=self._rows([sample.tokens[:-1] for sample in samples]),
-            labels=self._rows([sample.tokens[1:] for sample in samples]),
-            loss_mask=self._rows(masks),
+            # Padding is read as some token, and its output by nobody.
+            tokens=self._rows([sample.tokens[:-1].clamp(min=0) for sample in samples]),
+            labels=self._rows([labels for labels, _ in targets]),
+            loss_mask=self._rows([mask for _, mask in targets]),
             cu_seqlens=tuple(map(self._padded_table, samples)) if pack else None,
         )
 
@@ -136,13 +141,24 @@ class Loader:
         return torch.cat([table, table.new_tensor([seqlen])])
 
 
-def _loss_mask(sample: Sample, pack: bool) -> Tensor:
-    """1 for every token; packed, 0 where the label is the first token of another document.
+def _targets(sample: Sample, slots: Slots, pack: bool) -> tuple[Tensor, Tensor]:
+    """(labels int64 `[seqlen]`, loss mask fp32 `[seqlen]`): text predicts the next text.
 
-    fp32 `[seqlen]`. Joined documents keep that label: the model learns what may follow an eos.
+    The token before a landmark predicts the one after it; landmarks and padding predict nothing
+    (arXiv:2305.16300). Packed, the last token of a document predicts nothing; joined documents
+    keep that label: the model learns what may follow an eos.
     """
-    mask = torch.ones(len(sample.tokens) - 1, dtype=torch.float32)
+    tokens, seqlen = sample.tokens, len(sample.tokens) - 1
+    text = slots.is_text(tokens)
+    places = text.nonzero().flatten()
+    if not len(places):
+        return torch.zeros(seqlen, dtype=torch.int64), torch.zeros(seqlen)
+    here = torch.arange(seqlen)
+    number = torch.searchsorted(places, here, right=True)
+    learned = text[:-1] & (number < len(places))
+    following = places[number.clamp(max=len(places) - 1)]
     if pack:
         ends = sample.cu_seqlens[1:] if sample.closed else sample.cu_seqlens[1:-1]
-        mask[ends.long() - 1] = 0
-    return mask
+        document = torch.searchsorted(ends.long(), torch.arange(seqlen + 1), right=True)
+        learned &= document[following] == document[:-1]
+    return tokens[following].clamp(min=0), learned.float()

@@ -78,11 +78,16 @@ def read_meta(folder: str | Path) -> Meta:
     return meta
 
 
-def check_vocabulary(meta: Meta, vocab_size: int) -> None:
-    """Raise ValueError unless the model's `vocab_size` is that of the tokens."""
-    if meta.vocab_size != vocab_size:
+def check_vocabulary(meta: Meta, vocab_size: int, reserved: int = 0) -> None:
+    """Raise ValueError unless the model's `vocab_size` is that of the tokens.
+
+    reserved: tokens that the model has on top, after those of the text: landmarks.
+    """
+    wanted = meta.vocab_size + reserved
+    if wanted != vocab_size:
+        more = f" and {reserved} for landmarks" if reserved else ""
         raise ValueError(
             f"model.vocab_size = {vocab_size}, but the data was made with a tokenizer of "
-            f"{meta.vocab_size} pieces: set model.vocab_size = {meta.vocab_size}, or tokenize "
-            f"again with vocab_size = {vocab_size}"
+            f"{meta.vocab_size} pieces{more}: set model.vocab_size = {wanted}, or tokenize "
+            f"again with vocab_size = {vocab_size - reserved}"
         )

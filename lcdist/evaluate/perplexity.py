@@ -14,6 +14,7 @@ from torch import Tensor
 from lcdist.data.dataset import TokenSplit
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.sample import Sample
+from lcdist.data.slots import Joined
 from lcdist.layout import ContextLayout
 from lcdist.parallel import Grid
 from lcdist.plan import Plan
@@ -94,13 +95,17 @@ def perplexity_by_length(
     engine: MegatronEngine, grid: Grid, text: Text, lengths: tuple[int, ...]
 ) -> list[Score]:
     """The score of `text` at each length, over all ranks; every rank gets the same numbers."""
-    plan = engine.plan
+    plan, slots = engine.plan, engine.plan.slots
     scores = []
     for length in lengths:
         windows = Windows(text, length, plan.config.model.vocab_size)
-        layout = layout_for(plan, length)
-        spec = LoaderSpec(layout, grid.dp_rank, grid.dp_size, grid.cp_rank, 1, grid.dp_size)
-        loader = Loader(windows, spec)
+        # Lengths count text: landmarks come on top, so that every method reads the same windows.
+        row = slots.slots_for(length)
+        layout = layout_for(plan, row)
+        spec = LoaderSpec(
+            layout, grid.dp_rank, grid.dp_size, grid.cp_rank, 1, grid.dp_size, slots=slots
+        )
+        loader = Loader(windows if row == length else Joined(windows, slots, row), spec)
         total, tokens = 0.0, 0
         for _ in range(windows.count // grid.dp_size):
             batches = [to_device(batch, grid.device) for batch in loader.next_step()]

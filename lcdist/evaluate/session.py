@@ -13,6 +13,7 @@ from lcdist.data.meta import TOKENIZER, check_vocabulary
 from lcdist.data.tokenizer import Tokenizer
 from lcdist.evaluate.perplexity import held_out_text, perplexity_by_length
 from lcdist.inference.generate import generate
+from lcdist.layer_methods import dense_where_meant
 from lcdist.model.build import CausalLM, build_model
 from lcdist.parallel import Grid, build_grid, start_world, world_size
 from lcdist.plan import Plan, make_plan
@@ -45,6 +46,7 @@ def open_session(path: Path, overrides: Sequence[str], mesh: Sequence[str]) -> S
     alone += ["parallel.vp_size=1", "parallel.sequence_parallel=false"]
     config = saved_config(checkpoint, [*alone, *mesh, *overrides])
     plan = make_plan(_one_sample_a_rank(config), world_size())
+    plan = replace(plan, layers=dense_where_meant(plan.layers, config.evaluate.attention))
     start_world(config.parallel.timeout)
     grid = build_grid(config.parallel, config.train.seed)
     checkpoint = on_rank_0(lambda: open_checkpoint(path))
@@ -58,15 +60,18 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Perplexity by length of the checkpoint on the valid split of its data.
 
     Without overrides the whole world is context parallel. Returns lengths, perplexity (None
-    where it overflows), scored (tokens at each length), tokens asked for, attention ("method"),
-    and whether documents had to be joined.
+    where it overflows), scored (tokens at each length), tokens asked for, attention (the methods
+    the text was read with), and whether documents had to be joined.
     """
     session = open_session(path, overrides, [f"parallel.cp_size={world_size()}"])
     config, grid = session.plan.config, session.grid
     if config.data.source != "tokens":
         raise ValueError("data.source = 'synthetic' has no valid split: set data.path to a folder")
     split = TokenSplit(config.data.path, "valid")
-    check_vocabulary(split.meta, config.model.vocab_size)
+    slots = session.plan.slots
+    check_vocabulary(
+        split.meta, config.model.vocab_size, reserved=0 if slots.landmark is None else 1
+    )
     lengths = tuple(sorted(config.evaluate.lengths))
     text = held_out_text(split, lengths[-1] * grid.dp_size, config.evaluate.tokens)
     engine = MegatronEngine(session.plan, grid, session.chunks)
@@ -78,7 +83,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         "perplexity": [score.perplexity for score in scores],
         "scored": [score.tokens for score in scores],
         "tokens": config.evaluate.tokens,
-        "attention": "method",
+        "attention": session.plan.attention_name,
         "joined": text.joined,
     }
 
@@ -94,6 +99,9 @@ def generate_text(
 ) -> str:
     """The prompt continued by the checkpoint's model; all of the world is tensor parallel."""
     session = open_session(path, overrides, [f"parallel.tp_size={world_size()}"])
+    for layer in session.plan.layers:
+        if "decode" not in layer.method.supports:
+            raise ValueError(f"attention method '{layer.method.name}' cannot generate text")
     tokenizer = Tokenizer(Path(session.plan.config.data.path, TOKENIZER))
     tokens = torch.tensor(tokenizer.encode(prompt), dtype=torch.int64, device=session.grid.device)
     out = generate(

@@ -14,6 +14,11 @@ class KVCache:
         self.max_seqlen = max_seqlen
         self._stores: dict[int, tuple[Tensor, Tensor]] = {}
         self._lengths: dict[int, int] = {}
+        self._states: dict[int, dict[str, Tensor]] = {}
+
+    def state(self, layer_number: int) -> dict[str, Tensor]:
+        """What else the layer's method keeps of the past: empty at first, the method's to fill."""
+        return self._states.setdefault(layer_number, {})
 
     def append(self, layer_number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add k and v `[b, s, nheads_kv, head_dim]`; returns all of the layer's so far.

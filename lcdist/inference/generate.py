@@ -20,7 +20,8 @@ def generate(
 
     temperature: 0 takes the likeliest token, else sampling with this divisor of the logits from a
     generator seeded with `seed`, alike on all tensor-parallel ranks. stop: a token to end after.
-    Raises ValueError for an empty prompt, or a mesh with pipeline, context or sequence parallelism.
+    Landmarks, for a model that wants them, are read and not in the result. Raises ValueError for
+    an empty prompt, or a mesh with pipeline, context or sequence parallelism.
     """
     config = model.config
     if config.sequence_parallel:
@@ -36,17 +37,23 @@ def generate(
         )
     if not len(prompt):
         raise ValueError("the prompt has no token")
-    cache = KVCache(len(prompt) + max_new_tokens)
+    slots = model.slots
+    cache = KVCache(slots.slots_for(len(prompt) + max_new_tokens))
     generator = torch.Generator().manual_seed(seed)
-    tokens, new = prompt, prompt
+    tokens = prompt
+    new = slots.lay(prompt.cpu(), 0, slots.slots_for(len(prompt)), len(prompt))
     model.eval()
     with torch.no_grad():
-        for _ in range(max_new_tokens):
-            logits = _last_logits(model, new, cache)
-            new = _choose(logits, temperature, generator).to(prompt.device)
-            tokens = torch.cat([tokens, new])
-            if stop is not None and int(new) == stop:
+        for count in range(len(prompt), len(prompt) + max_new_tokens):
+            logits = _last_logits(model, new.to(prompt.device), cache)
+            if slots.landmark is not None:
+                logits[slots.landmark] = -torch.inf  # put in by rule, never said
+            token = _choose(logits, temperature, generator)
+            tokens = torch.cat([tokens, token.to(prompt.device)])
+            if stop is not None and int(token) == stop:
                 break
+            # A landmark before the token is read together with it.
+            new = slots.lay(token, slots.slots_for(count), slots.slots_for(count + 1), count + 1)
     return tokens
 
 

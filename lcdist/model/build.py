@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import lcdist.host  # noqa: F401
+from lcdist.data.slots import Slots
 from lcdist.model.core_attention import LongContextAttention
 from lcdist.model.init import initialise
 from lcdist.model.norm import RMSNorm
@@ -37,9 +38,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class CausalLM(GPTModel):
-    """GPTModel whose loss never sees the padding of the vocabulary."""
+    """GPTModel whose loss never sees the padding of the vocabulary.
+
+    slots: how the attention of its layers wants text laid out.
+    """
 
     true_vocab_size: int
+    slots: Slots
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels `[b, s]` and this rank's logits `[s, b, vocab/tp]` to losses in nats `[b, s]`."""
@@ -74,8 +79,7 @@ def build_model(plan: Plan, device: torch.device) -> list[CausalLM]:
     core = ModuleSpec(
         module=LongContextAttention,
         params={
-            "method": plan.method,
-            "options": plan.options,
+            "layers": plan.layers,
             "impl": config.attention.impl,
             "layout": plan.layout,
             "rotary": make_rotary(config.model.rope, plan.head_dim),
@@ -110,6 +114,7 @@ def _chunk(
         vp_stage=vp_stage,
     )
     model.true_vocab_size = plan.config.model.vocab_size
+    model.slots = plan.slots
     return model
 
 

@@ -4,25 +4,31 @@ Megatron hands over q, k and v as `[s_local, b, heads, head_dim]`, un-rotated; t
 `[b, s_local, heads, head_dim]`. The turn is a view, made here and nowhere else.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lcdist.host  # noqa: F401
-from lcdist.attention import AttentionMethod, HeadSlice
+from lcdist.attention import HeadSlice
+from lcdist.layer_methods import LayerAttention
 from lcdist.layout import ContextLayout
 from lcdist.model.sequence import SequenceParams
 from lcdist_kernels import Rotary
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
 class LongContextAttention(MegatronModule):
-    """One layer's attention by `method`, exact under context and tensor parallelism.
+    """One layer's attention by its method, exact under context and tensor parallelism.
 
-    method, options, impl: as the plan resolved them. layout: the cut of the training sequences.
-    rotary: the rotation the method applies. The other arguments are Megatron's.
+    layers: the attention of every layer of the model, as the plan resolved it; impl: as asked for.
+    layout: the cut of the training sequences. rotary: the rotation the method applies. The other
+    arguments are Megatron's. What a method learns beside the projections are parameters here,
+    `extras`, cut over tensor-parallel ranks by query heads, their last dim.
     """
 
     def __init__(  # noqa: PLR0913
@@ -32,8 +38,7 @@ class LongContextAttention(MegatronModule):
         attn_mask_type: Any,
         attention_type: str,
         *,
-        method: AttentionMethod,
-        options: Any,
+        layers: Sequence[LayerAttention],
         impl: str,
         layout: ContextLayout,
         rotary: Rotary,
@@ -43,11 +48,31 @@ class LongContextAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None
-        self.method, self.options, self.impl = method, options, impl
+        # Megatron counts layers of the whole model from 1, on every stage.
+        mine = layers[layer_number - 1]
+        self.method, self.options, self.impl = mine.method, mine.options, impl
         self.layout, self.rotary = layout, rotary
         self.layer_number, self.softmax_scale = layer_number, softmax_scale
         self.cp_group = pg_collection.cp if pg_collection.cp.size() > 1 else None
         self.heads = _my_heads(config, pg_collection.tp.rank())
+        self.extras = nn.ParameterDict(self._extras(config))
+
+    def _extras(self, config: TransformerConfig) -> dict[str, nn.Parameter]:
+        nheads, extras = config.num_attention_heads, {}
+        first, mine = self.heads.first, nheads // config.tensor_model_parallel_size
+        for name, whole in self.method.initial(self.options, nheads).items():
+            cut = whole[..., first : first + mine].to(config.params_dtype)
+            extras[name] = nn.Parameter(cut.clone())
+            set_tensor_model_parallel_attributes(extras[name], True, whole.ndim - 1, 1)
+        return extras
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Megatron's: the learnable extras, whole under one name on any mesh."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        axes = {f"extras.{name}": value.ndim - 1 for name, value in self.extras.items()}
+        return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
 
     def forward(
         self,
@@ -93,6 +118,7 @@ class LongContextAttention(MegatronModule):
             rotary=self.rotary,
             cu_seqlens=table,
             softmax_scale=self.softmax_scale,
+            params=dict(self.extras) or None,
             heads=self.heads,
             impl=self.impl,
         )
@@ -100,6 +126,9 @@ class LongContextAttention(MegatronModule):
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
         k_full, v_full = cache.append(self.layer_number, k, v)
         read = k_full.shape[1]
+        state = {}
+        if "state" in self.method.supports:
+            state["state"] = cache.state(self.layer_number)
         return self.method.decode(
             q,
             k_full,
@@ -108,7 +137,9 @@ class LongContextAttention(MegatronModule):
             positions=torch.arange(read - q.shape[1], read),
             rotary=self.rotary,
             softmax_scale=self.softmax_scale,
+            params=dict(self.extras) or None,
             heads=self.heads,
+            **state,
         )
 
 

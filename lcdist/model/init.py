@@ -15,12 +15,16 @@ import lcdist.host  # noqa: F401
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+# In the name of every parameter that an attention method learns beside the projections.
+EXTRAS = ".core_attention.extras."
+
 
 def initialise(model: nn.Module, config: TransformerConfig, seed: int, std: float) -> None:
     """Fill the parameters of one model chunk in place.
 
-    Norms are 1; all other weights are normal with deviation `std`, the projections that write to
-    the residual stream with std / sqrt(2 num_layers) (GPT-2's rule).
+    Norms are 1; learnable extras of the attention keep what they have; all other weights are
+    normal with deviation `std`, the projections that write to the residual stream with
+    std / sqrt(2 num_layers) (GPT-2's rule).
     """
     tp_size = config.tensor_model_parallel_size
     tp_rank = _tp_rank(model)
@@ -29,6 +33,8 @@ def initialise(model: nn.Module, config: TransformerConfig, seed: int, std: floa
     with torch.no_grad():
         for local_name, parameter in model.named_parameters():
             name = names[local_name]
+            if EXTRAS in name:
+                continue  # the attention method gave their values
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
                 continue

@@ -19,7 +19,7 @@ from torch import nn
 
 import lcdist.host  # noqa: F401
 from lcdist.config.schema import OptimConfig
-from lcdist.model.init import whole_model_names
+from lcdist.model.init import EXTRAS, whole_model_names
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
@@ -41,7 +41,7 @@ class ShardedAdamW:
     """AdamW over the parameters of `chunks`, its state sharded over `group` (DP x CP).
 
     Gradients are read from each parameter's fp32 `main_grad`, already reduced over `group`.
-    Matrices decay, norms do not.
+    Matrices decay; norms and what an attention method learns beside its projections do not.
     """
 
     def __init__(
@@ -60,12 +60,17 @@ class ShardedAdamW:
             self.owned[owner].append(parameter)
         self.mine = self.owned[group.rank()]
         self.masters = [_master(parameter) for parameter in self.mine]
+        extras = {id(parameter) for name, parameter in self.parameters if EXTRAS in name}
+        self.decays = [
+            m.ndim > 1 and id(p) not in extras for p, m in zip(self.mine, self.masters, strict=True)
+        ]
         self.adamw = self._make_adamw() if self.mine else None
 
     def _make_adamw(self) -> torch.optim.AdamW:
+        pairs = list(zip(self.masters, self.decays, strict=True))
         groups = [
-            {"params": [m for m in self.masters if m.ndim > 1]},
-            {"params": [m for m in self.masters if m.ndim <= 1], "weight_decay": 0.0},
+            {"params": [m for m, decays in pairs if decays]},
+            {"params": [m for m, decays in pairs if not decays], "weight_decay": 0.0},
         ]
         adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],

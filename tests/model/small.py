@@ -59,7 +59,7 @@ class Meshes:
         plan = make_plan(config, dist.get_world_size())
         if self.built is None or self.built[0] != config.parallel:
             self.built = config.parallel, build_grid(config.parallel, config.train.seed)
-        return make_trainer(plan, self.built[1], dataset or open_dataset(config), PEAK)
+        return make_trainer(plan, self.built[1], dataset or open_dataset(plan), PEAK)
 
 
 PEAK = Peak(1e12, "config")

@@ -1,49 +1,12 @@
 """One function on every mesh: loss, gradients and initial weights equal those of one process."""
 
-from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from typing import Any
 
 import pytest
-from torch import Tensor
 
-from lcdist.data.loader import Batch
-from lcdist.train.trainer import Trainer
-from tests.distributed import run_ranks
-from tests.model.small import Meshes, ShortSamples, mesh_name, small
-from tests.model.whole import digest, gather_whole, gradient, weight
-from tests.tolerance import assert_matches
-
-TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class Case:
-    """A mesh and a variant of the model and its batch.
-
-    shape: overrides that change the function; how: overrides that must not. text: tokens of a
-    sample, where fewer than train.seqlen. holes: every other sample is left out of the loss.
-    samples: of the global batch.
-    """
-
-    world_size: int
-    mesh: tuple[str, ...]
-    shape: tuple[str, ...]
-    how: tuple[str, ...] = ()
-    text: int | None = None
-    holes: bool = False
-    samples: int = 4
-
-    @property
-    def reference(self) -> "Case":
-        return Case(1, (), self.shape, (), self.text, self.holes, self.samples)
-
-    def __str__(self) -> str:
-        words = [word.split(".")[-1].split("=")[-1] for word in (*self.shape, *self.how)]
-        extra = ["text"] * bool(self.text) + ["holes"] * self.holes
-        world = self.world_size
-        return "-".join([f"{world}ranks", mesh_name(self.mesh), *words, *extra])
+from tests.model.cases import Case, assert_same_gradients, run_cases, shows_weights
 
 
 def meshes() -> list[tuple[int, tuple[str, ...]]]:
@@ -120,62 +83,18 @@ def cases() -> list[Case]:
 CASES = cases()
 
 
-def shows_weights(case: Case) -> bool:
-    """Whether initial weights are compared: in one of a mesh's two rows, to save time."""
-    return case == case.reference or "train.recompute=none" in case.how
-
-
-def with_holes(batches: list[Batch], trainer: Trainer) -> list[Batch]:
-    """The batches with the loss of every sample of odd number masked."""
-    spec = trainer.loader.spec
-    for micro, batch in enumerate(batches):
-        first = (micro * spec.dp_size + spec.dp_rank) * spec.micro_batch_size
-        for row in range(spec.micro_batch_size):
-            if (first + row) % 2:
-                batch.loss_mask[row] = 0
-    return batches
-
-
-def differentiate(case: Case, meshes: Meshes) -> tuple[float, int, str, dict[str, Tensor]]:
-    """(loss, tokens, digest of initial weights, gradients); the last two on rank 0 alone."""
-    config = small(*case.mesh, *case.shape, *case.how, f"train.global_batch_size={case.samples}")
-    text = ShortSamples(250, case.text, seed=3) if case.text else None
-    trainer = meshes.trainer(config, text)
-    batches = trainer.loader.next_step()
-    if case.holes:
-        batches = with_holes(batches, trainer)
-    initial = gather_whole(trainer.engine.chunks, weight) if shows_weights(case) else {}
-    loss, tokens = trainer.engine.forward_backward(batches)
-    return loss, tokens, digest(initial), gather_whole(trainer.engine.chunks, gradient)
-
-
-def differentiate_all(rank: int, world_size: int, cases: list[Case]) -> list[Any]:
-    meshes = Meshes()
-    return [differentiate(case, meshes) for case in sorted(cases, key=lambda case: case.mesh)]
-
-
 @cache
 def results(world_size: int) -> dict[Case, list[Any]]:
-    """What every rank found in each case of this world size; one launch for all of them."""
+    """What every rank found in each case of this world size."""
     chosen = {case for case in CASES if case.world_size == world_size}
     if world_size == 1:
         chosen |= {case.reference for case in CASES}
-    ordered = sorted(chosen, key=lambda case: case.mesh)
-    answers = run_ranks(differentiate_all, world_size, ordered, timeout=240)
-    return {case: [answer[i] for answer in answers] for i, case in enumerate(ordered)}
+    return run_cases(world_size, chosen)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_equal_those_of_one_process(case: Case) -> None:
-    found, [(loss, tokens, _, gradients)] = results(case.world_size), results(1)[case.reference]
-    for rank_loss, rank_tokens, _, _ in found[case]:
-        assert rank_tokens == tokens
-        assert rank_loss == pytest.approx(loss, rel=TOLERANCE)
-    whole = found[case][0][3]
-    assert whole.keys() == gradients.keys()
-    for name, expected in gradients.items():
-        assert expected.count_nonzero(), f"the gradient of {name} proves nothing"
-        assert_matches(whole[name], expected, TOLERANCE)
+    assert_same_gradients(results(case.world_size)[case], results(1)[case.reference])
 
 
 @pytest.mark.parametrize("case", [*filter(shows_weights, CASES)], ids=str)

@@ -1,0 +1,133 @@
+"""How documents are laid out for attention that works on blocks: borders aligned, landmarks put in.
+
+A row has slots. Each holds a token of text, a landmark (one at the end of every block of
+`block_size` slots, as in arXiv:2305.16300, where blocks begin anew in every document), or padding,
+which fills a document up to a multiple of `multiple` slots.
+"""
+
+from dataclasses import dataclass
+from math import lcm
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lcdist.data.sample import Dataset, Sample
+
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The layout of a document.
+
+    multiple: slots, of which every document begins at a multiple. landmark: the token that ends
+    every block of `block_size` slots, None for none. Tensors of slots are int64 `[slots]`, padding
+    PADDING.
+    """
+
+    multiple: int = 1
+    block_size: int = 1
+    landmark: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether slots are just the tokens of the text."""
+        return self.multiple == 1 and self.landmark is None
+
+    @property
+    def step(self) -> int:
+        """Slots that a document's number of slots is a multiple of."""
+        return self.multiple if self.landmark is None else lcm(self.multiple, self.block_size)
+
+    def length(self, tokens: np.ndarray) -> np.ndarray:
+        """The slots that documents of so many tokens take, padding included; of its shape."""
+        filled = tokens
+        if self.landmark is not None:
+            content = self.block_size - 1
+            filled = -(-tokens // content) * self.block_size
+        return -(-filled // self.step) * self.step
+
+    def text_before(self, slot: int) -> int:
+        """How many slots for text there are before slot number `slot` of a document."""
+        if self.landmark is None:
+            return slot
+        content = self.block_size - 1
+        return slot // self.block_size * content + min(slot % self.block_size, content)
+
+    def slots_for(self, tokens: int) -> int:
+        """The slots up to and with the last of a document's `tokens` >= 1 tokens; no padding."""
+        if self.landmark is None:
+            return tokens
+        return tokens + (tokens - 1) // (self.block_size - 1)
+
+    def lay(self, text: Tensor, start: int, stop: int, tokens: int) -> Tensor:
+        """Slots [start, stop) of a document of `tokens` tokens.
+
+        text: the document's tokens from `text_before(start)` on, as many as are in these slots.
+        """
+        slots = torch.full((stop - start,), PADDING, dtype=torch.int64)
+        numbers = torch.arange(start, stop)
+        holds = torch.ones_like(numbers, dtype=torch.bool)
+        if self.landmark is not None:
+            ends = numbers % self.block_size == self.block_size - 1
+            # A block without text needs no landmark: nothing is ever asked of it.
+            used = numbers // self.block_size * (self.block_size - 1) < tokens
+            slots[ends & used] = self.landmark
+            holds = ~ends
+        places = holds.nonzero().flatten()[: len(text)]
+        slots[places] = text
+        return slots
+
+    def is_text(self, slots: Tensor) -> Tensor:
+        """Which slots hold a token of text: bool, of the shape of `slots`."""
+        text = slots != PADDING
+        return text if self.landmark is None else text & (slots != self.landmark)
+
+
+class Joined:
+    """Samples of plain text, each laid out as one document; its documents are joined.
+
+    seqlen: of the rows, in slots. Raises ValueError unless the inner samples fill just them.
+    """
+
+    def __init__(self, inner: Dataset, slots: Slots, seqlen: int) -> None:
+        assert inner.seqlen == slots.text_before(seqlen)
+        self.inner, self.slots, self.seqlen = inner, slots, seqlen
+        self.vocab_size, self.seed = inner.vocab_size, inner.seed
+
+    def sample(self, index: int) -> Sample:
+        """The sample with number `index`."""
+        text = self.inner.sample(index).tokens
+        row = self.slots.lay(text[:-1], 0, self.seqlen, self.inner.seqlen)
+        table = torch.tensor([0, self.seqlen], dtype=torch.int32)
+        return Sample(torch.cat([row, text[-1:]]), table, closed=False)
+
+
+class Apart:
+    """Samples of plain text with their documents laid out one by one, cut to `seqlen` slots.
+
+    What no longer fits is left out, so this is for made-up text alone, of which there is enough.
+    """
+
+    def __init__(self, inner: Dataset, slots: Slots) -> None:
+        self.inner, self.slots, self.seqlen = inner, slots, inner.seqlen
+        self.vocab_size, self.seed = inner.vocab_size, inner.seed
+
+    def sample(self, index: int) -> Sample:
+        """The sample with number `index`."""
+        sample = self.inner.sample(index)
+        ends = sample.cu_seqlens[1:].tolist()
+        # The last label belongs to the last document, or begins another.
+        ends = [*ends, len(sample.tokens)] if sample.closed else [*ends[:-1], len(sample.tokens)]
+        rows, borders = [], [0]
+        for start, end in zip([0, *ends], ends, strict=False):
+            length = int(self.slots.length(np.array(end - start)))
+            rows.append(self.slots.lay(sample.tokens[start:end], 0, length, end - start))
+            borders.append(borders[-1] + length)
+        inside = [border for border in borders if border < self.seqlen]
+        return Sample(
+            tokens=torch.cat(rows)[: self.seqlen + 1],
+            cu_seqlens=torch.tensor([*inside, self.seqlen], dtype=torch.int32),
+            closed=self.seqlen in borders,
+        )
