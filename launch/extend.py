@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from lcdist.attention import METHODS
 from lcdist.config import dump, load
 from lcdist.config.schema import Config
 from lcdist.evaluate.report import report_facts, write_report
@@ -29,6 +30,11 @@ from lcdist.train.folder import read_status
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "def parse_header(line):\n"
+# What the quickstart's lengths want of a method: four chunks, and sixteen blocks, of the long one.
+SETTINGS = {
+    "scca": ["attention.chunk_size=1024"],
+    "tensorized": ["attention.modes=[256]"],
+}
 # What `lcdist` ends with when something asked of it cannot be done.
 USER_ERROR = 2
 console = Console(highlight=False)
@@ -62,6 +68,8 @@ class _Job:
         self.folder, self.ranks, self.data = folder, ranks, arguments.data
         self.configs = Path(arguments.configs)
         common = [f"attention.method={arguments.method}", f"data.path={folder / 'data'}"]
+        common += SETTINGS.get(arguments.method, [])
+        common += self._room_for_landmarks(common)
         # Pretraining is data parallel: with four ranks each runs one sample of the four.
         micro = ["train.micro_batch_size=1"] if ranks > 2 else []
         self.pretrain = [*common, *micro, f"log.folder={folder / 'pretrain'}"]
@@ -71,6 +79,14 @@ class _Job:
             f"checkpoint.load={folder / 'pretrain'}",
             f"parallel.cp_size={ranks}",
         ]
+
+    def _room_for_landmarks(self, common: list[str]) -> list[str]:
+        """A vocabulary one token larger than the text's, where the method puts landmarks in."""
+        config = load(self.configs / "pretrain.toml", common)
+        method = METHODS.get(config.attention.method)
+        if method is None or "landmarks" not in method.supports:
+            return []
+        return [f"model.vocab_size={config.model.vocab_size + 1}"]
 
     def run(self) -> bool:
         """All stages in order; whether anything was left to do. Raises at the first failure."""
@@ -116,7 +132,8 @@ class _Job:
         if (self.folder / "data" / "meta.json").exists():
             return False
         self._stage("1/6 tokenizing")
-        words = [self.data, str(self.folder / "data"), "--vocab-size", str(config.model.vocab_size)]
+        pieces = make_plan(config, self.ranks).text_vocab_size
+        words = [self.data, str(self.folder / "data"), "--vocab-size", str(pieces)]
         _call([*_lcdist(), "tokenize", *words])
         return True
 

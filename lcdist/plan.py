@@ -52,6 +52,11 @@ class Plan(Footprint):
         return slots_of(self.layers, self.config.model.vocab_size)
 
     @property
+    def text_vocab_size(self) -> int:
+        """Tokens that text can have: the model's vocabulary without the landmark."""
+        return self.config.model.vocab_size - (self.slots.landmark is not None)
+
+    @property
     def attention_name(self) -> str:
         """The methods at work, and how many layers each has where there are several."""
         counts = Counter(layer.method.name for layer in self.layers)

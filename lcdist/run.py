@@ -73,18 +73,17 @@ def open_dataset(plan: Plan) -> Dataset:
     Raises ValueError where they do not fit.
     """
     train, data, slots = plan.config.train, plan.config.data, plan.slots
-    reserved = 0 if slots.landmark is None else 1
-    vocab_size, pack = plan.config.model.vocab_size, data.documents == "pack"
+    pack, vocab_size = data.documents == "pack", plan.text_vocab_size
+    landmarks = slots.landmark is not None
     seqlen = train.seqlen if pack else slots.text_before(train.seqlen)
     if data.source == "synthetic":
-        made_up = SyntheticDataset(vocab_size - reserved, seqlen, train.seed)
+        made_up = SyntheticDataset(vocab_size, seqlen, train.seed)
         if pack and not slots.plain:
             return Apart(made_up, slots)
-        return Joined(made_up, slots, train.seqlen) if reserved and not pack else made_up
-    laid_out = slots if pack else Slots()
-    dataset = TokenDataset(data.path, "train", seqlen, train.seed, laid_out)
-    check_vocabulary(dataset.meta, vocab_size, reserved)
-    return Joined(dataset, slots, train.seqlen) if reserved and not pack else dataset
+        return Joined(made_up, slots, train.seqlen) if landmarks and not pack else made_up
+    dataset = TokenDataset(data.path, "train", seqlen, train.seed, slots if pack else Slots())
+    check_vocabulary(dataset.meta, plan.config.model.vocab_size, reserved=landmarks)
+    return Joined(dataset, slots, train.seqlen) if landmarks and not pack else dataset
 
 
 def make_trainer(plan: Plan, grid: Grid, dataset: Dataset, peak: Peak) -> Trainer:

@@ -17,7 +17,7 @@ from lcdist.layer_methods import dense_where_meant
 from lcdist.model.build import CausalLM, build_model
 from lcdist.parallel import Grid, build_grid, start_world, world_size
 from lcdist.plan import Plan, make_plan
-from lcdist.train.checkpoint import Checkpoint, load_state, open_checkpoint, saved_config
+from lcdist.train.checkpoint import Checkpoint, load_weights, open_checkpoint, saved_config
 from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.folder import on_rank_0
 from lcdist.train.state import load_model_state, model_state
@@ -25,9 +25,13 @@ from lcdist.train.state import load_model_state, model_state
 
 @dataclass(frozen=True)
 class Session:
-    """A model with the weights of a checkpoint, on the mesh of this world."""
+    """A model with the weights of a checkpoint, on the mesh of this world.
+
+    attention: what its text is read with, in words.
+    """
 
     plan: Plan
+    attention: str
     grid: Grid
     checkpoint: Checkpoint
     chunks: list[CausalLM]
@@ -45,33 +49,34 @@ def open_session(path: Path, overrides: Sequence[str], mesh: Sequence[str]) -> S
     alone = ["parallel.tp_size=1", "parallel.pp_size=1", "parallel.cp_size=1"]
     alone += ["parallel.vp_size=1", "parallel.sequence_parallel=false"]
     config = saved_config(checkpoint, [*alone, *mesh, *overrides])
-    plan = make_plan(_one_sample_a_rank(config), world_size())
-    plan = replace(plan, layers=dense_where_meant(plan.layers, config.evaluate.attention))
+    trained = make_plan(_one_sample_a_rank(config), world_size())
+    dense = dense_where_meant(trained.layers, config.evaluate.attention)
+    plan = replace(trained, layers=dense)
+    attention = plan.attention_name
+    if attention != trained.attention_name:
+        attention += f" (dense; trained with {trained.attention_name})"
     start_world(config.parallel.timeout)
     grid = build_grid(config.parallel, config.train.seed)
     checkpoint = on_rank_0(lambda: open_checkpoint(path))
     chunks = build_model(plan, grid.device)
-    loaded = load_state(checkpoint, {"model": model_state(chunks)})
-    load_model_state(chunks, loaded["model"])
-    return Session(plan, grid, checkpoint, chunks)
+    load_model_state(chunks, load_weights(checkpoint, model_state(chunks)))
+    return Session(plan, attention, grid, checkpoint, chunks)
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Perplexity by length of the checkpoint on the valid split of its data.
 
     Without overrides the whole world is context parallel. Returns lengths, perplexity (None
-    where it overflows), scored (tokens at each length), tokens asked for, attention (the methods
-    the text was read with), and whether documents had to be joined.
+    where it overflows), scored (tokens at each length), tokens asked for, attention (what the
+    text was read with), and whether documents had to be joined.
     """
     session = open_session(path, overrides, [f"parallel.cp_size={world_size()}"])
     config, grid = session.plan.config, session.grid
     if config.data.source != "tokens":
         raise ValueError("data.source = 'synthetic' has no valid split: set data.path to a folder")
     split = TokenSplit(config.data.path, "valid")
-    slots = session.plan.slots
-    check_vocabulary(
-        split.meta, config.model.vocab_size, reserved=0 if slots.landmark is None else 1
-    )
+    vocab_size = config.model.vocab_size
+    check_vocabulary(split.meta, vocab_size, reserved=vocab_size - session.plan.text_vocab_size)
     lengths = tuple(sorted(config.evaluate.lengths))
     text = held_out_text(split, lengths[-1] * grid.dp_size, config.evaluate.tokens)
     engine = MegatronEngine(session.plan, grid, session.chunks)
@@ -83,7 +88,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         "perplexity": [score.perplexity for score in scores],
         "scored": [score.tokens for score in scores],
         "tokens": config.evaluate.tokens,
-        "attention": session.plan.attention_name,
+        "attention": session.attention,
         "joined": text.joined,
     }
 

@@ -7,6 +7,7 @@ begins with `step_` always means a whole checkpoint. `latest` names the newest.
 """
 
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -21,8 +22,11 @@ import torch.distributed as dist
 import lcdist.host  # noqa: F401
 from lcdist.config import parse
 from lcdist.config.schema import Config
+from lcdist.model.init import EXTRAS
 from lcdist.train.writer import write_in_this_process
 from megatron.core import dist_checkpointing
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "lcdist.json"
@@ -191,6 +195,34 @@ class Checkpointer:
 def load_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
     """The tensors of `checkpoint` in the shape and sharding that `state` asks for."""
     loaded: Any = dist_checkpointing.load(state, str(checkpoint.path))
+    return loaded
+
+
+def load_weights(checkpoint: Checkpoint, model: dict[str, Any]) -> dict[str, Any]:
+    """The weights of `checkpoint` for the chunks' sharded state `model`; all ranks call it.
+
+    What an attention method learns beside its projections may be on one side alone: absent, it
+    keeps its present value; not asked for, it is left out. Either is logged.
+    """
+    saved = set(dist_checkpointing.load_tensors_metadata(str(checkpoint.path)))
+    extras = {e.key for chunk in model.values() for e in chunk.values() if EXTRAS in e.key}
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, extras)
+    asked = set().union(*everywhere)
+    here = {
+        name: {key: entry for key, entry in chunk.items() if entry.key not in asked - saved}
+        for name, chunk in model.items()
+    }
+    loaded = load_state(checkpoint, here)
+    for name, chunk in model.items():
+        kept = {key: entry.data for key, entry in chunk.items() if key not in here[name]}
+        loaded[name].update(kept)
+    unread = {key for key in saved if EXTRAS in key and not key.startswith("optimizer.")} - asked
+    if dist.get_rank() == 0:
+        for key in sorted(asked - saved):
+            log.warning("%s has no %s: it keeps its initial value", checkpoint.path, key)
+        for key in sorted(unread):
+            log.warning("%s: %s is left out: nothing here learns it", checkpoint.path, key)
     return loaded
 
 

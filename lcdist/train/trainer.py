@@ -14,7 +14,13 @@ from lcdist.data.loader import Batch, Loader
 from lcdist.exchange import traffic
 from lcdist.parallel import Grid
 from lcdist.plan import Plan
-from lcdist.train.checkpoint import Checkpoint, Checkpointer, CheckpointError, load_state
+from lcdist.train.checkpoint import (
+    Checkpoint,
+    Checkpointer,
+    CheckpointError,
+    load_state,
+    load_weights,
+)
 from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.header import versions
 from lcdist.train.metrics import Metrics
@@ -159,8 +165,8 @@ class Trainer:
 
     def start_from(self, checkpoint: Checkpoint) -> None:
         """Begin a new run from the weights of `checkpoint` alone."""
-        loaded = load_state(checkpoint, self.engine.weights_state_dict())
-        self.engine.load_state(loaded, 0)
+        model = load_weights(checkpoint, self.engine.weights_state_dict()["model"])
+        self.engine.load_state({"model": model}, 0)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -15,6 +15,7 @@ from lcdist.data.meta import Meta, write_meta
 from lcdist.evaluate.perplexity import Score, Windows, held_out_text
 from lcdist.evaluate.session import evaluate_checkpoint
 from lcdist.layout import ContextLayout
+from lcdist.model.build import CausalLM
 from lcdist.model.sequence import SequenceParams
 from lcdist.train.checkpoint import Checkpointer
 from tests.distributed import run_ranks
@@ -97,9 +98,12 @@ def test_perplexity_is_exp_of_the_loss() -> None:
     assert math.isfinite(Score(8, 80, 1e6).perplexity)
 
 
-def train_and_score(rank: int, world_size: int, folder: Path) -> dict[int, list[float]]:
-    """Save a model; (losses summed in float64, tokens) by length, from plain forward passes."""
-    trainer = Meshes().trainer(small("data.source=tokens", f"data.path={folder / 'data'}"))
+def train_and_score(
+    rank: int, world_size: int, folder: Path, *words: str
+) -> dict[int, list[float]]:
+    """Save a model; [perplexity, tokens] by length, from plain forward passes and float64."""
+    config = small("data.source=tokens", f"data.path={folder / 'data'}", *words)
+    trainer = Meshes().trainer(config)
     take_steps(trainer, 3)
     trainer.checkpointer = Checkpointer(folder / "checkpoints", keep_last=1)
     trainer.save()
@@ -110,14 +114,23 @@ def train_and_score(rank: int, world_size: int, folder: Path) -> dict[int, list[
         total, count = 0.0, TOKENS // length
         for start in range(0, count * length, length):
             tokens, labels = (stored[start + i : start + i + length] for i in (0, 1))
-            how = SequenceParams(layout=ContextLayout("contiguous", length, 1))
             with torch.no_grad():
-                logits = model(tokens[None], None, None, packed_seq_params=how)[0, :, :VOCAB]
+                logits = text_logits(model, tokens)
             total += torch.nn.functional.cross_entropy(
                 logits.double(), labels, reduction="sum"
             ).item()
         found[length] = [math.exp(total / (count * length)), count * length]
     return found
+
+
+def text_logits(model: CausalLM, text: Tensor) -> Tensor:
+    """`[len(text), vocab]` after each token of the text, laid out as the model wants it."""
+    slots = model.slots
+    padded = -(-slots.slots_for(len(text)) // slots.step) * slots.step
+    laid = slots.lay(text, 0, padded, len(text))
+    how = SequenceParams(layout=ContextLayout("contiguous", padded, 1))
+    logits = model(laid.clamp(min=0)[None], None, None, packed_seq_params=how)[0]
+    return logits[slots.is_text(laid), : model.true_vocab_size]
 
 
 def evaluated(rank: int, world_size: int, folder: Path, meshes: list[list[str]]) -> list[Any]:
@@ -126,12 +139,16 @@ def evaluated(rank: int, world_size: int, folder: Path, meshes: list[list[str]])
     return [evaluate_checkpoint(folder / "checkpoints", [*asked, *mesh]) for mesh in meshes]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[float]]]:
-    folder = tmp_path_factory.mktemp("perplexity")
+def with_data(folder: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(1, VOCAB, (n,), generator=generator).tolist() for n in (50, 400, 90)]
     write_tokens(folder / "data", {"train": texts, "valid": texts})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[float]]]:
+    folder = with_data(tmp_path_factory.mktemp("perplexity"))
     return folder, run_ranks(train_and_score, 1, folder)[0]
 
 
@@ -164,6 +181,42 @@ def test_other_meshes_score_whole_rounds_of_windows(trained: Any) -> None:
             )
         # Two data-parallel ranks take 13 windows each of the 27.
         assert [result["scored"][0] for result in of_rank] == [182, 189, 189]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        # The landmark is a token of its own, the model's last.
+        ("attention.method=landmark", "attention.block_size=5", f"model.vocab_size={VOCAB + 1}"),
+        ("attention.method=tensorized", "attention.modes=[4]"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_text_laid_out_in_blocks_is_scored_token_by_token(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    folder = with_data(tmp_path)
+    expected = run_ranks(train_and_score, 1, folder, *words)[0]
+    for [result] in [
+        *run_ranks(evaluated, 1, folder, [[]]),
+        *run_ranks(evaluated, 2, folder, [[]]),
+    ]:
+        assert result["attention"] == words[0].partition("=")[2]
+        assert result["scored"] == [expected[length][1] for length in LENGTHS]
+        for length, found in zip(LENGTHS, result["perplexity"], strict=True):
+            assert found == pytest.approx(expected[length][0], rel=1e-5)
+
+
+def test_what_was_trained_with_a_pattern_is_read_densely_unless_told(trained: Any) -> None:
+    folder, expected = trained
+    scca = ["attention.method=scca", "attention.chunk_size=5"]
+    ways = [scca, [*scca, "evaluate.attention=dense"], [*scca, "evaluate.attention=method"]]
+    [[default, dense, method]] = run_ranks(evaluated, 1, folder, ways)
+    full = [expected[length][0] for length in LENGTHS]
+    assert default["perplexity"] == dense["perplexity"] == pytest.approx(full, rel=1e-5)
+    assert default["attention"] == dense["attention"] == "full (dense; trained with scca)"
+    assert method["attention"] == "scca"
+    assert method["perplexity"][-1] != pytest.approx(full[-1], rel=1e-4)
 
 
 def test_made_up_text_has_no_valid_split(trained: Any) -> None:

@@ -19,16 +19,43 @@ NEW = 12
 PROMPT = torch.tensor([17, 4, 249, 0, 17, 4, 99])
 # Weights so large that every prefix has its own likeliest token, by far.
 VARIANTS = ("model.init_std=0.3", "model.nheads_kv=1"), ("model.init_std=0.3",)
+# Prompt and answer cross the borders of blocks; sizes are small enough to have some.
+METHOD_PROMPT, METHOD_NEW = torch.tensor([17, 4, 248, 0, 17, 4, 99, 5, 6]), 14
+METHOD_WORDS = [
+    ("attention.method=coca",),
+    ("attention.method=lssar",),
+    ("attention.method=scca", "attention.chunk_size=7"),
+    ("attention.method=scca", "attention.pattern=longmixed", "attention.chunk_size=7"),
+    ("attention.method=tensorized", "attention.modes=[5]"),
+    ("attention.method=tensorized", "attention.modes=[3,2]", "attention.local_blocks=1"),
+    ("attention.method=landmark", "attention.block_size=4"),
+    (
+        "attention.method=landmark",
+        "attention.block_size=4",
+        "attention.top_k=2",
+        "attention.select_tokens=1",
+    ),
+    ("attention.layers=coca@1 tensorized@2 lssar@-1", "attention.tensorized.modes=[5]"),
+    ("attention.method=landmark", "attention.block_size=4", "attention.layers=full@::2"),
+]
 
 
 def greedy_by_full_passes(model: CausalLM, prompt: Tensor, count: int) -> Tensor:
-    """Every token from a pass over all tokens before it, without a cache."""
-    tokens = prompt
+    """Every token from a pass over all tokens before it, without a cache.
+
+    The pass is padded to what attention on blocks needs; landmarks are put in.
+    """
+    tokens, slots = prompt, model.slots
     with torch.no_grad():
         for _ in range(count):
-            how = SequenceParams(layout=ContextLayout("contiguous", len(tokens), 1))
-            logits = model(tokens[None], None, None, packed_seq_params=how)
-            whole = model.whole_logits(logits[:, -1])
+            row = slots.slots_for(len(tokens))
+            padded = -(-row // slots.step) * slots.step
+            laid = slots.lay(tokens, 0, padded, len(tokens)).clamp(min=0)
+            how = SequenceParams(layout=ContextLayout("contiguous", padded, 1))
+            logits = model(laid[None], None, None, packed_seq_params=how)
+            whole = model.whole_logits(logits[:, row - 1])
+            if slots.landmark is not None:
+                whole[:, slots.landmark] = -torch.inf
             tokens = torch.cat([tokens, whole.argmax(-1)])
     return tokens
 
@@ -53,6 +80,24 @@ def generated(rank: int, world_size: int) -> list[dict[str, Tensor]]:
         found[-1]["stopped"] = generate(model, PROMPT, NEW, stop=int(stop))
         found[-1]["stop"] = stop
     return found
+
+
+def generated_by_methods(rank: int, world_size: int) -> dict[str, tuple[Tensor, Tensor]]:
+    meshes, found = Meshes(), {}
+    for words in METHOD_WORDS:
+        trainer = meshes.trainer(small(f"parallel.tp_size={world_size}", *VARIANTS[1], *words))
+        [model] = trainer.engine.chunks
+        passes = greedy_by_full_passes(model, METHOD_PROMPT, METHOD_NEW)
+        found[" ".join(words)] = (generate(model, METHOD_PROMPT, METHOD_NEW), passes)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_method_generates_what_its_full_passes_say(world_size: int) -> None:
+    for of_rank in run_ranks(generated_by_methods, world_size):
+        for words, (cached, passes) in of_rank.items():
+            assert cached.tolist() == passes.tolist(), words
+            assert len(set(cached.tolist())) > 3, words
 
 
 @pytest.fixture(scope="module")

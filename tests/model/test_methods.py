@@ -6,12 +6,36 @@ from typing import Any
 import pytest
 
 from lcdist.attention import METHODS
+from lcdist.model.build import CausalLM
+from lcdist.model.core_attention import LongContextAttention
+from lcdist.model.init import whole_model_names
+from tests.distributed import run_ranks
 from tests.model.cases import Case, assert_same_gradients, run_cases
+from tests.model.small import Meshes, small
 
 TP, PP, CP = (f"parallel.{axis}_size=2" for axis in ("tp", "pp", "cp"))
 MESHES = [(TP, CP, "parallel.sequence_parallel=true"), (PP, CP), (TP, PP)]
 # Small sizes, so that a row of 96 tokens has chunks, blocks and borders on every rank.
+# Every first variant, and every other one after it, packs documents.
 VARIANTS: dict[str, list[tuple[str, ...]]] = {
+    "scca": [
+        ("attention.chunk_size=20",),
+        ("attention.pattern=flow", "attention.chunk_size=20"),
+        ("attention.pattern=sda", "attention.dilation=3"),
+        ("attention.pattern=sda_key",),
+        ("attention.pattern=longmixed", "attention.chunk_size=20"),
+        ("attention.pattern=s2", "attention.chunk_size=20"),
+    ],
+    "tensorized": [
+        ("attention.modes=[6]",),
+        ("attention.modes=[6]", "attention.hop_heads=kv", "attention.pe=global"),
+        ("attention.modes=[3,4]", "attention.local_blocks=1"),
+    ],
+    "landmark": [
+        ("attention.block_size=6",),
+        ("attention.block_size=6",),
+        ("attention.block_size=6", "attention.top_k=2", "attention.select_tokens=12"),
+    ],
     "lssar": [("attention.power=3",)],
 }
 PACKED = ("data.documents=pack",)
@@ -45,3 +69,28 @@ def results(world_size: int) -> dict[Case, list[Any]]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_equal_those_of_one_process(case: Case) -> None:
     assert_same_gradients(results(4)[case], results(1)[case.reference])
+
+
+def methods_by_layer(rank: int, world_size: int, mesh: tuple[str, ...]) -> dict[str, str]:
+    trainer = Meshes().trainer(small(*mesh, *MIXED, "train.global_batch_size=8"))
+    return {
+        whole_model_names(chunk)[name].split(".")[2]: module.method.name
+        for chunk in trainer.engine.chunks
+        for name, module in attention_modules(chunk)
+    }
+
+
+def attention_modules(chunk: CausalLM) -> list[tuple[str, LongContextAttention]]:
+    """Each layer's attention, and the name of some parameter of that layer."""
+    found = []
+    for i, layer in enumerate(chunk.decoder.layers):
+        core = layer.self_attention.core_attention
+        found.append((f"decoder.layers.{i}.self_attention.linear_proj.weight", core))
+    return found
+
+
+@pytest.mark.parametrize("mesh", [(), (PP,), (PP, "parallel.vp_size=2")], ids=str)
+def test_every_layer_has_its_own_method(mesh: tuple[str, ...]) -> None:
+    expected = {"0": "full", "1": "coca", "2": "full", "3": "lssar"}
+    ranks = run_ranks(methods_by_layer, 2 if mesh else 1, mesh)
+    assert {layer: name for rank in ranks for layer, name in rank.items()} == expected

@@ -48,6 +48,12 @@ PAIRS: dict[str, dict[Mesh, list[Mesh]]] = {
         PP_CP: [ONE, PP_VP],
         TP_PP_VP: [ONE, TP3_SP, TP_PP_VP],
     },
+    # Tensorized attention learns a bias of its own, in layers 0, 1 and 3 of four.
+    "extras": {
+        ONE: [TP3_SP, PP_CP],
+        TP_PP: [ONE, TP_CP],
+        CP_DP: [TP_PP_VP],
+    },
 }
 ALL = [(k, src, dst) for k, of in PAIRS.items() for src, dsts in of.items() for dst in dsts]
 
@@ -66,6 +72,8 @@ class Standing(NamedTuple):
 def config_for(kind: str, mesh: Mesh) -> Config:
     model = ["model.nheads=6", "model.nheads_kv=6", "model.head_dim=8", "model.hidden_size=48"]
     model += [f"model.tied_embeddings={'true' if kind == 'tied' else 'false'}"]
+    if kind == "extras":
+        model += ["attention.method=tensorized", "attention.modes=[4]", "attention.layers=full@2"]
     # A batch that four data-parallel ranks can share, interleaved or not.
     return small(*model, *mesh.words, "train.global_batch_size=12", "train.micro_batch_size=3")
 
