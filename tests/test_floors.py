@@ -30,7 +30,24 @@ FLOORS = (
     {"lcdist.__main__"},
 )
 # Within attention/: the contract, what reads it or is shared, the methods, then their registry.
-ATTENTION_LOW = ("method", "table", "common", "ring_softmax")
+ATTENTION_LOW = (
+    "method",
+    "table",
+    "common",
+    "ring_softmax",
+    "scca_pattern",
+    "scca_plan",
+    "scca_units",
+    "scca_shift",
+    "scca_swap",
+    "scca_ring",
+    "landmark_plan",
+    "landmark_ring",
+    "landmark_fetch",
+    "tensorized_plan",
+    "tensorized_units",
+    "tensorized_reference",
+)
 ATTENTION_HIGH = ("registry", "__init__")
 MEETS_MEGATRON = ("lcdist.parallel", "lcdist.model", "lcdist.train", "lcdist.convert")
 READS_MEGATRON = "lcdist.data.dataset"

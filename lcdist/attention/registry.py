@@ -7,11 +7,11 @@ method's, its value `module:METHOD`.
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 
-from lcdist.attention import coca, full, lssar
+from lcdist.attention import coca, full, landmark, lssar, scca, tensorized
 from lcdist.attention.method import AttentionMethod
 
 GROUP = "lcdist.attention_methods"
-BUILT_IN = (full.METHOD, coca.METHOD, lssar.METHOD)
+BUILT_IN = (full.METHOD, coca.METHOD, scca.METHOD, tensorized.METHOD, landmark.METHOD, lssar.METHOD)
 
 
 def load_methods(points: Iterable[EntryPoint]) -> dict[str, AttentionMethod]:

@@ -123,7 +123,14 @@ class LssarOptions:
     exempt_rows: int = at_least(0, 3)
 
 
-OPTIONS: Mapping[str, type] = {"full": FullOptions, "coca": CocaOptions, "lssar": LssarOptions}
+OPTIONS: Mapping[str, type] = {
+    "full": FullOptions,
+    "coca": CocaOptions,
+    "scca": SccaOptions,
+    "tensorized": TensorizedOptions,
+    "landmark": LandmarkOptions,
+    "lssar": LssarOptions,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,20 @@ from lcdist_kernels import Rotary
 from tests.tolerance import assert_matches
 
 # Small sizes of which none divides another, so that a short sequence has every border.
-VARIANTS: Mapping[str, tuple[Mapping[str, Any], ...]] = {}
+VARIANTS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "scca": (
+        {"pattern": "fixed", "chunk_size": 7},
+        {"pattern": "flow", "chunk_size": 5},
+        {"pattern": "sda", "dilation": 3, "stagger": 1},
+        {"pattern": "sda_key", "dilation": 4},
+        {"pattern": "longmixed", "chunk_size": 11},
+    ),
+    "tensorized": (
+        {"modes": (5,)},
+        {"modes": (3, 2), "local_blocks": 1, "pe": "global", "hop_heads": "kv"},
+    ),
+    "landmark": ({"block_size": 4}, {"block_size": 3, "top_k": 2, "select_tokens": 1}),
+}
 
 
 @dataclass(frozen=True)

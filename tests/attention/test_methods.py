@@ -102,7 +102,7 @@ def test_nothing_leaks_between_documents(
     changed = [x.where(~inside[:, None, None], torch.randn_like(x)) for x in problem.qkv]
     dout = problem.dout.where(~inside[:, None, None], torch.randn_like(problem.dout))
     after = on_virtual_ranks(dataclasses.replace(problem, qkv=changed, dout=dout), impl)[0]
-    for a, b in zip(after, before, strict=True):
+    for a, b in zip(after[:4], before[:4], strict=True):
         assert torch.equal(a[:, ~inside], b[:, ~inside])
         assert not torch.equal(a[:, inside], b[:, inside])
 

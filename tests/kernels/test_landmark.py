@@ -129,7 +129,6 @@ def test_blocks_smaller_and_larger_than_a_tile(
     monkeypatch.setattr(tiles, "SHORT_ROW", 0)
     for module in (tiles, tiled_module, listed_module):
         monkeypatch.setattr(module, "SCORES_AT_ONCE", 3 * 32 * 32)
-    monkeypatch.setattr(tiled_module, "LEAST_ROWS", 3)
     monkeypatch.setattr(listed_module, "KEYS_AT_ONCE", 5 * 32 * 16)
     monkeypatch.setattr(choose_module, "SCORES_AT_ONCE", 2 * 6 * 90 * 4)
     qkv = inputs(203, (6, 3))

@@ -1,0 +1,603 @@
+"""Full causal attention in Triton: the block operator of every ring whose scores are q.k.
+
+With s_ij = softmax_scale q_i . k_j over the keys with lo_i <= j <= i (FlashAttention-2,
+arXiv:2307.08691):
+
+    out_i = sum_j p_ij v_j,  p_ij = exp(s_ij - lse_i)     delta_i = sum_d dout_i out_i
+    dv_j = sum_i p_ij dout_i            ds_ij = p_ij (dout_i . v_j - delta_i)
+    dq_i = softmax_scale sum_j ds_ij k_j        dk_j = softmax_scale sum_i ds_ij q_i
+
+A program owns a tile of queries (out, dq) or of keys (dk, dv) and walks over the tiles of the
+others that its band touches: first those that need no mask, then those that do. Nothing is added
+atomically, so the same inputs give the same bits. Exponentials are base 2, log2 e being part of the
+scale.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lcdist_kernels.bands import (
+    band_of,
+    bounded_below,
+    key_ranges,
+    on_device,
+    place_of,
+    query_ranges,
+)
+from lcdist_kernels.common import check_qkv
+from lcdist_kernels.triton_common import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    Launch,
+    check_kernel,
+    choose_launch,
+    dot,
+    launching,
+    load_tile,
+    padded,
+    rows,
+    store_tile,
+)
+
+# (padded head_dim, bytes an element): tiles. Unmeasured: chosen by registers and shared memory.
+FWD = {
+    (64, 2): Launch(128, 64, 4, 3),
+    (128, 2): Launch(128, 64, 8, 3),
+    (256, 2): Launch(128, 32, 8, 2),
+    (64, 4): Launch(64, 32, 4, 2),
+    (128, 4): Launch(32, 32, 4, 2),
+    (256, 4): Launch(32, 16, 4, 1),
+}
+BWD_DQ = {
+    (64, 2): Launch(128, 64, 8, 3),
+    (128, 2): Launch(128, 64, 8, 2),
+    (256, 2): Launch(64, 32, 8, 1),
+    (64, 4): Launch(32, 32, 4, 2),
+    (128, 4): Launch(32, 32, 4, 1),
+    (256, 4): Launch(16, 16, 4, 1),
+}
+BWD_DKV = {
+    (64, 2): Launch(64, 128, 8, 3),
+    (128, 2): Launch(64, 128, 8, 2),
+    (256, 2): Launch(32, 64, 8, 1),
+    (64, 4): Launch(32, 32, 4, 2),
+    (128, 4): Launch(32, 32, 4, 1),
+    (256, 4): Launch(16, 16, 4, 1),
+}
+
+
+@triton.jit
+def _seen(q_idx, q_lo, k_idx, HAS_LO: tl.constexpr):
+    m = k_idx <= q_idx
+    if HAS_LO:
+        m = m & (k_idx >= q_lo)
+    return m
+
+
+@triton.jit
+def _nth(i, first, whole_first, whole_stop):
+    """The i-th of the tiles that need a mask: those before the whole ones, then those after."""
+    before = whole_first - first
+    return tl.where(i < before, first + i, whole_stop + i - before)
+
+
+@triton.jit
+def _fwd_step(
+    b_q,
+    b_out,
+    b_top,
+    b_total,
+    p_k,
+    p_v,
+    i_n,
+    seqlen_k,
+    stride_ks,
+    stride_vs,
+    qk_scale,
+    b_q_idx,
+    b_q_lo,
+    k_idx,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    start = i_n * BLOCK_N
+    b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
+    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    if MASKED:
+        o_n = start + tl.arange(0, BLOCK_N)
+        b_k_idx = tl.load(k_idx + o_n, mask=o_n < seqlen_k, other=2147483647)
+        m_s = _seen(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
+        b_s = tl.where(m_s, b_s * qk_scale, float("-inf"))
+        b_new = tl.maximum(b_top, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_new[:, None])
+    else:
+        # qk_scale >= 0: one multiplication a row, and one fused with the subtraction an element.
+        b_new = tl.maximum(b_top, tl.max(b_s, 1) * qk_scale)
+        b_p = tl.exp2(b_s * qk_scale - b_new[:, None])
+    b_faded = tl.exp2(b_top - b_new)
+    b_total = b_total * b_faded + tl.sum(b_p, 1)
+    b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
+    b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_faded[:, None])
+    return b_out, b_new, b_total
+
+
+@triton.jit
+def _full_fwd_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    q_idx,
+    q_lo,
+    k_idx,
+    ranges,
+    qk_scale,
+    seqlen_q,
+    seqlen_k,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+):
+    # Late queries have most keys: they start first.
+    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_h = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    i_row = (i_b * tl.num_programs(1) + i_h) * seqlen_q
+    p_k = k + i_b * stride_kb + (i_h // GROUP) * stride_kh
+    p_v = v + i_b * stride_vb + (i_h // GROUP) * stride_vh
+    p_q = q + i_b * stride_qb + i_h * stride_qh
+    p_out = out + i_b * stride_ob + i_h * stride_oh
+    first = tl.load(ranges + i_m * 4)
+    whole_first = tl.load(ranges + i_m * 4 + 1)
+    whole_stop = tl.load(ranges + i_m * 4 + 2)
+    stop = tl.load(ranges + i_m * 4 + 3)
+
+    start = i_m * BLOCK_M
+    o_m = start + tl.arange(0, BLOCK_M)
+    m_m = o_m < seqlen_q
+    b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
+    b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
+    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_top = tl.full([BLOCK_M], LOWEST, tl.float32)
+    b_total = tl.zeros([BLOCK_M], tl.float32)
+    for i in range(0, whole_stop - whole_first):
+        b_out, b_top, b_total = _fwd_step(
+            b_q, b_out, b_top, b_total, p_k, p_v, whole_first + i, seqlen_k, stride_ks, stride_vs,
+            qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
+        )  # fmt: skip
+    for i in range(0, (whole_first - first) + (stop - whole_stop)):
+        i_n = _nth(i, first, whole_first, whole_stop)
+        b_out, b_top, b_total = _fwd_step(
+            b_q, b_out, b_top, b_total, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs,
+            qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
+        )  # fmt: skip
+    m_empty = b_total == 0
+    b_total = tl.where(m_empty, 1.0, b_total)
+    b_lse = tl.where(m_empty, float("-inf"), (b_top + tl.log2(b_total)) * LN2)
+    tl.store(lse + i_row + o_m, b_lse, mask=m_m)
+    b_out = b_out / b_total[:, None]
+    store_tile(p_out, b_out, start, seqlen_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _dq_step(
+    b_q,
+    b_dout,
+    b_dq,
+    b_lse,
+    b_delta,
+    p_k,
+    p_v,
+    i_n,
+    seqlen_k,
+    stride_ks,
+    stride_vs,
+    qk_scale,
+    b_q_idx,
+    b_q_lo,
+    k_idx,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    start = i_n * BLOCK_N
+    b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
+    b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
+    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    b_p = tl.exp2(b_s * qk_scale - b_lse[:, None])
+    if MASKED:
+        o_n = start + tl.arange(0, BLOCK_N)
+        b_k_idx = tl.load(k_idx + o_n, mask=o_n < seqlen_k, other=2147483647)
+        m_s = _seen(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
+        b_p = tl.where(m_s, b_p, 0.0)
+    b_dp = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    return dot(b_ds.to(b_k.dtype), b_k, b_dq)
+
+
+@triton.jit
+def _full_bwd_dq_kernel(
+    q,
+    k,
+    v,
+    out,
+    dout,
+    lse,
+    delta,
+    dq,
+    q_idx,
+    q_lo,
+    k_idx,
+    ranges,
+    softmax_scale,
+    seqlen_q,
+    seqlen_k,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    stride_gb,
+    stride_gs,
+    stride_gh,
+    stride_db,
+    stride_ds,
+    stride_dh,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+):
+    """Also writes delta, which the kernel for dk and dv reads."""
+    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_h = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    i_row = (i_b * tl.num_programs(1) + i_h) * seqlen_q
+    p_k = k + i_b * stride_kb + (i_h // GROUP) * stride_kh
+    p_v = v + i_b * stride_vb + (i_h // GROUP) * stride_vh
+    p_q = q + i_b * stride_qb + i_h * stride_qh
+    p_out = out + i_b * stride_ob + i_h * stride_oh
+    p_dout = dout + i_b * stride_gb + i_h * stride_gh
+    p_dq = dq + i_b * stride_db + i_h * stride_dh
+    first = tl.load(ranges + i_m * 4)
+    whole_first = tl.load(ranges + i_m * 4 + 1)
+    whole_stop = tl.load(ranges + i_m * 4 + 2)
+    stop = tl.load(ranges + i_m * 4 + 3)
+
+    start = i_m * BLOCK_M
+    o_m = start + tl.arange(0, BLOCK_M)
+    m_m = o_m < seqlen_q
+    b_out = load_tile(p_out, start, seqlen_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    b_dout = load_tile(p_dout, start, seqlen_q, stride_gs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
+    tl.store(delta + i_row + o_m, b_delta, mask=m_m)
+    b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    # A row that is not there has weights exp(-inf) = 0, masked or not.
+    b_lse = tl.load(lse + i_row + o_m, mask=m_m, other=float("inf")) * LOG2E
+    b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
+    b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    qk_scale = softmax_scale * LOG2E
+    for i in range(0, whole_stop - whole_first):
+        b_dq = _dq_step(
+            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, whole_first + i, seqlen_k, stride_ks,
+            stride_vs, qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            HAS_LO, False,
+        )  # fmt: skip
+    for i in range(0, (whole_first - first) + (stop - whole_stop)):
+        i_n = _nth(i, first, whole_first, whole_stop)
+        b_dq = _dq_step(
+            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, seqlen_k, stride_ks,
+            stride_vs, qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            HAS_LO, True,
+        )  # fmt: skip
+    b_dq = b_dq * softmax_scale
+    store_tile(p_dq, b_dq, start, seqlen_q, stride_ds, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _dkv_step(
+    b_k,
+    b_v,
+    b_dk,
+    b_dv,
+    p_q,
+    p_dout,
+    p_lse,
+    p_delta,
+    i_m,
+    seqlen_q,
+    stride_qs,
+    stride_gs,
+    qk_scale,
+    q_idx,
+    q_lo,
+    b_k_idx,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Scores stand transposed, `[BLOCK_N, BLOCK_M]`: they are a product's left side as they are."""
+    start = i_m * BLOCK_M
+    o_m = start + tl.arange(0, BLOCK_M)
+    m_m = o_m < seqlen_q
+    b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
+    b_dout = load_tile(p_dout, start, seqlen_q, stride_gs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
+    b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * LOG2E
+    b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+    b_s = dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+    b_p = tl.exp2(b_s * qk_scale - b_lse[None, :])
+    if MASKED:
+        b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
+        b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
+        m_s = _seen(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
+        b_p = tl.where(m_s, b_p, 0.0)
+    b_dv = dot(b_p.to(b_dout.dtype), b_dout, b_dv)
+    b_dp = dot(b_v, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
+    return b_dk, b_dv
+
+
+@triton.jit
+def _full_bwd_dkv_kernel(
+    q,
+    k,
+    v,
+    dout,
+    lse,
+    delta,
+    dk,
+    dv,
+    q_idx,
+    q_lo,
+    k_idx,
+    ranges,
+    softmax_scale,
+    seqlen_q,
+    seqlen_k,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_gb,
+    stride_gs,
+    stride_gh,
+    stride_db,
+    stride_ds,
+    stride_dh,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    EVEN_M: tl.constexpr,
+):
+    """All query heads of a key head in one program; dk and dv are laid out alike."""
+    i_n = tl.program_id(0)
+    i_hk = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    p_k = k + i_b * stride_kb + i_hk * stride_kh
+    p_v = v + i_b * stride_vb + i_hk * stride_vh
+    first = tl.load(ranges + i_n * 4)
+    whole_first = tl.load(ranges + i_n * 4 + 1)
+    whole_stop = tl.load(ranges + i_n * 4 + 2)
+    stop = tl.load(ranges + i_n * 4 + 3)
+
+    start = i_n * BLOCK_N
+    o_n = start + tl.arange(0, BLOCK_N)
+    b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+    b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+    b_k_idx = tl.load(k_idx + o_n, mask=o_n < seqlen_k, other=2147483647)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    qk_scale = softmax_scale * LOG2E
+    for i_g in range(0, GROUP):
+        i_h = i_hk * GROUP + i_g
+        i_row = (i_b * (tl.num_programs(1) * GROUP) + i_h) * seqlen_q
+        p_q = q + i_b * stride_qb + i_h * stride_qh
+        p_dout = dout + i_b * stride_gb + i_h * stride_gh
+        for i in range(0, whole_stop - whole_first):
+            b_dk, b_dv = _dkv_step(
+                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, whole_first + i,
+                seqlen_q, stride_qs, stride_gs, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D,
+                BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, False,
+            )  # fmt: skip
+        for i in range(0, (whole_first - first) + (stop - whole_stop)):
+            i_m = _nth(i, first, whole_first, whole_stop)
+            b_dk, b_dv = _dkv_step(
+                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, i_m,
+                seqlen_q, stride_qs, stride_gs, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D,
+                BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True,
+            )  # fmt: skip
+    p_dk = dk + i_b * stride_db + i_hk * stride_dh
+    p_dv = dv + i_b * stride_db + i_hk * stride_dh
+    b_dk = b_dk * softmax_scale
+    store_tile(p_dk, b_dk, start, seqlen_k, stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_tile(p_dv, b_dv, start, seqlen_k, stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+def full_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_idx: Tensor,
+    q_lo: Tensor,
+    k_idx: Tensor,
+    softmax_scale: float,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over a block of k, v.
+
+    As the tiled `full_fwd`, for bf16, fp16 and fp32 and an even head_dim from 16 to 256; out in
+    out_dtype, lse fp32. launch: other tiles than those chosen by head_dim. Raises ValueError where
+    kernels do not take the tensors.
+    """
+    check_qkv(q, k, v)
+    check_kernel(q)
+    if softmax_scale < 0:
+        q, softmax_scale = -q, -softmax_scale
+    q, k, v = rows(q), rows(k), rows(v)
+    batch, seqlen, nheads, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    lse = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)
+    if not q.numel() or not k.numel():
+        return out.zero_(), lse.fill_(-torch.inf)
+    launch = launch or choose_launch(FWD, q)
+    band, place = band_of(q_idx, q_lo, k_idx), place_of(q)
+    grid = (triton.cdiv(seqlen, launch.block_m), nheads, batch)
+    with launching(q):
+        _full_fwd_kernel[grid](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            *(on_device(indices, place) for indices in band),
+            key_ranges(band, launch.block_m, launch.block_n, place),
+            softmax_scale * LOG2E.value,
+            seqlen,
+            k.shape[1],
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *out.stride()[:3],
+            GROUP=nheads // k.shape[2],
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded(head_dim),
+            HAS_LO=bounded_below(band),
+            **launch.options(),
+        )
+    return out, lse
+
+
+def full_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_idx: Tensor,
+    q_lo: Tensor,
+    k_idx: Tensor,
+    softmax_scale: float,
+    *,
+    grad_dtype: torch.dtype = torch.float32,
+    launches: tuple[Launch, Launch] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of (dq, dk, dv), in grad_dtype, that passes through this block of k, v.
+
+    As the tiled `full_bwd`: out and lse over all keys the queries see. launches: tiles for dq and
+    for dk, dv. Raises as `full_fwd`.
+    """
+    check_qkv(q, k, v)
+    check_kernel(q)
+    q, k, v, out, dout = rows(q), rows(k), rows(v), rows(out), rows(dout.to(q.dtype))
+    batch, seqlen, nheads, head_dim = q.shape
+    dq, dk, dv = (torch.empty(x.shape, dtype=grad_dtype, device=q.device) for x in (q, k, v))
+    if not q.numel() or not k.numel():
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    for_dq, for_dkv = launches or (choose_launch(BWD_DQ, q), choose_launch(BWD_DKV, q))
+    band, place = band_of(q_idx, q_lo, k_idx), place_of(q)
+    indices = [on_device(of, place) for of in band]
+    lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
+    inputs = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
+    sizes = {
+        "GROUP": nheads // k.shape[2],
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded(head_dim),
+        "HAS_LO": bounded_below(band),
+    }
+    with launching(q):
+        _full_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
+            q,
+            k,
+            v,
+            out,
+            dout,
+            lse,
+            delta,
+            dq,
+            *indices,
+            key_ranges(band, for_dq.block_m, for_dq.block_n, place),
+            softmax_scale,
+            seqlen,
+            k.shape[1],
+            *inputs,
+            *out.stride()[:3],
+            *dout.stride()[:3],
+            *dq.stride()[:3],
+            **sizes,
+            **for_dq.options(),
+        )
+        _full_bwd_dkv_kernel[(triton.cdiv(k.shape[1], for_dkv.block_n), k.shape[2], batch)](
+            q,
+            k,
+            v,
+            dout,
+            lse,
+            delta,
+            dk,
+            dv,
+            *indices,
+            query_ranges(band, for_dkv.block_m, for_dkv.block_n, place),
+            softmax_scale,
+            seqlen,
+            k.shape[1],
+            *inputs,
+            *dout.stride()[:3],
+            *dk.stride()[:3],
+            **sizes,
+            EVEN_M=seqlen % for_dkv.block_m == 0,
+            **for_dkv.options(),
+        )
+    return dq, dk, dv

@@ -1,0 +1,49 @@
+"""Landmark attention: past blocks are gated by their landmarks, all of them or the top k."""
+
+from lcdist_kernels.landmark.blocks import (
+    Grid,
+    Rows,
+    block_starts,
+    grid_of,
+    landmarks,
+    unit_lengths,
+)
+from lcdist_kernels.landmark.choose import choose_blocks
+from lcdist_kernels.landmark.listed import Lists, listed_bwd, listed_fwd
+from lcdist_kernels.landmark.op import (
+    BUILT,
+    ListedFunction,
+    Reading,
+    keys_of,
+    landmark_attention,
+    landmark_cached,
+    table_of,
+)
+from lcdist_kernels.landmark.reference import landmark_partial, landmark_reference, listed_partial
+from lcdist_kernels.landmark.tiled import landmark_bwd, landmark_fwd, sees_any
+
+__all__ = [
+    "BUILT",
+    "Grid",
+    "ListedFunction",
+    "Lists",
+    "Reading",
+    "Rows",
+    "block_starts",
+    "choose_blocks",
+    "grid_of",
+    "keys_of",
+    "landmark_attention",
+    "landmark_bwd",
+    "landmark_cached",
+    "landmark_fwd",
+    "landmark_partial",
+    "landmark_reference",
+    "landmarks",
+    "listed_bwd",
+    "listed_fwd",
+    "listed_partial",
+    "sees_any",
+    "table_of",
+    "unit_lengths",
+]

@@ -1,0 +1,216 @@
+"""Landmark attention as a function of torch, with its gradients and a choice of implementation.
+
+"torch" is the tiled one, "reference" the dense one; "auto" takes the tiled one.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcdist_kernels.common import announce, check_impl, check_self, document_starts
+from lcdist_kernels.landmark.blocks import (
+    Rows,
+    block_starts,
+    grid_of,
+    landmarks,
+    unit_lengths,
+)
+from lcdist_kernels.landmark.choose import choose_blocks
+from lcdist_kernels.landmark.listed import Lists, listed_bwd, listed_fwd
+from lcdist_kernels.landmark.reference import check_sizes, landmark_reference
+from lcdist_kernels.landmark.tiled import landmark_bwd, landmark_fwd, own_bwd, own_fwd
+from lcdist_kernels.partial import merge
+from lcdist_kernels.rotary import Rotary
+
+BUILT = ("auto", "torch", "reference")
+
+
+def landmark_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    top_k: int | None = None,
+    select_tokens: int = 1,
+    rotary: Rotary | None = None,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
+
+    impl: "auto", "torch" or "reference". The rest, and what raises ValueError, as in
+    `landmark_reference`; also an `impl` that is not built. With top_k and select_tokens = 1 it is
+    causal token by token; a later query of a larger unit has a say in which past blocks the unit's
+    earlier ones read, never in what these hold.
+    """
+    check_impl(impl, "landmark", BUILT)
+    if impl == "reference":
+        return landmark_reference(
+            q,
+            k,
+            v,
+            block_size=block_size,
+            top_k=top_k,
+            select_tokens=select_tokens,
+            rotary=rotary,
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            softmax_scale=softmax_scale,
+        )
+    check_self(q, k, v)
+    check_sizes(block_size, top_k, select_tokens)
+    if impl == "auto":
+        announce("landmark attention: tiled torch, as no kernel is built yet")
+    index = torch.arange(q.shape[1])
+    starts = document_starts(cu_seqlens, index, q.shape[1])
+    if rotary is not None:
+        positions = index - starts if positions is None else positions
+        q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    grid = grid_of(cu_seqlens, q.shape[1], block_size)
+    k, v = grid.spread(k), grid.spread(v)
+    if top_k is None:
+        k_start = block_starts(grid.num_slots, block_size)
+        return LandmarkFunction.apply(q, k, v, grid.rows, k_start, scale)
+    lengths = unit_lengths(index, starts, select_tokens)
+    lists = choose_here(q, k, grid.rows, lengths, top_k, scale)
+    return ListedFunction.apply(q, k, v, None, None, Reading(lists, grid.rows, 0, scale))
+
+
+@torch.no_grad()
+def landmark_cached(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    *,
+    block_size: int,
+    top_k: int | None = None,
+    rotary: Rotary | None = None,
+    softmax_scale: float,
+) -> Tensor:
+    """New tokens q `[b, n, h, d]` at `positions` `[n]` over k, v of positions 0, 1, ...; like q.
+
+    With top_k every token is a unit of its own, whatever training had.
+    """
+    grid = grid_of(None, k.shape[1], block_size)
+    if rotary is not None:
+        q, k = rotary.rotate(q, positions), rotary.rotate(k, torch.arange(k.shape[1]))
+    k, v = grid.spread(k), grid.spread(v)
+    rows = Rows(positions, torch.zeros_like(positions), block_size)
+    k_start = block_starts(grid.num_slots, block_size)
+    if top_k is None:
+        return landmark_fwd(q, k, v, rows, k_start, softmax_scale)[0].to(q.dtype)
+    lists = choose_here(q, k, rows, torch.ones_like(positions), top_k, softmax_scale)
+    past = listed_fwd(q, table_of(k, v, block_size), lists, rows, softmax_scale)
+    own = own_fwd(q, k, v, rows, k_start, softmax_scale)
+    return merge(*own, *past)[0].to(q.dtype)
+
+
+class LandmarkFunction(torch.autograd.Function):
+    """Self-attention in one block of keys; q, k, v, out and lse are all that is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, rows: Rows, k_start: Tensor, scale: float):
+        out, lse = landmark_fwd(q, k, v, rows, k_start, scale)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rows, ctx.k_start, ctx.scale = rows, k_start, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = landmark_bwd(
+            dout, q, k, v, out, lse, ctx.rows, ctx.k_start, softmax_scale=ctx.scale
+        )
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+class Reading(NamedTuple):
+    """What `ListedFunction` is told. first: the first slot of its own keys."""
+
+    lists: Lists
+    rows: Rows
+    first: int
+    softmax_scale: float
+
+    def k_start(self, k: Tensor) -> Tensor:
+        """The first slots of the blocks of k."""
+        return self.first + block_starts(k.shape[1], self.rows.block_size)
+
+    @torch.no_grad()
+    def own_partial(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The partial over own blocks."""
+        return own_fwd(q, k, v, self.rows, self.k_start(k), self.softmax_scale)
+
+
+class ListedFunction(torch.autograd.Function):
+    """Own blocks among k, v, and listed ones of a table; these, q, out, lse and lists are kept.
+
+    table: None where it is made of k and v. own: the partial over own blocks where it was computed
+    already, so as to hide the exchange that brings the table.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, table: Tensor | None, own: Any, reading: Reading):
+        lists, rows, _, scale = reading
+        own = reading.own_partial(q, k, v) if own is None else own
+        entries = table_of(k, v, rows.block_size) if table is None else table
+        past = listed_fwd(q, entries, lists, rows, scale)
+        out, lse = merge(own[0], own[1], *past)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, table, out, lse)
+        ctx.reading = reading
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, table, out, lse = ctx.saved_tensors
+        lists, rows, _, scale = reading = ctx.reading
+        entries = table_of(k, v, rows.block_size) if table is None else table
+        dq, dtable = listed_bwd(dout, q, entries, out, lse, lists, rows, scale)
+        del entries
+        own = own_bwd(dout, q, k, v, out, lse, rows, reading.k_start(k), scale)
+        dq.add_(own[0])
+        dk, dv = own[1:]
+        if table is None:
+            for whole, part in zip((dk, dv), keys_of(dtable, k.shape), strict=True):
+                whole.add_(part)
+            dtable = None
+        else:
+            dtable = dtable.to(table.dtype)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dtable, None, None
+
+
+def choose_here(
+    q: Tensor, k: Tensor, rows: Rows, lengths: Tensor, top_k: int, softmax_scale: float
+) -> Lists:
+    """The lists of units that find all blocks of the grid in `table_of` of k `[b, n L, h_kv, d]`.
+
+    The rest as in `choose_blocks`.
+    """
+    keys = landmarks(k, rows.block_size)
+    chosen = choose_blocks(q.detach(), keys.detach(), rows, lengths, top_k, softmax_scale)
+    num_blocks, num_heads = keys.shape[1], keys.shape[0] * keys.shape[2]
+    numbers = torch.arange(num_blocks, device=q.device).repeat(num_heads)
+    first = torch.arange(num_heads, device=q.device, dtype=torch.int32) * num_blocks
+    ids = chosen + first.view(*chosen.shape[:2], 1, 1)
+    return Lists(numbers, ids.masked_fill(chosen < 0, -1), lengths)
+
+
+def table_of(k: Tensor, v: Tensor, block_size: int) -> Tensor:
+    """k, v `[b, n L, h_kv, d]` by block: `[b * h_kv * n, 2, L, d]`; differentiable."""
+    blocks = torch.stack([x.unflatten(1, (-1, block_size)) for x in (k, v)], 2)
+    return blocks.permute(0, 4, 1, 2, 3, 5).flatten(0, 2)  # of [b, n, 2, L, h_kv, d]
+
+
+def keys_of(table: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The other way round: views `[b, n L, h_kv, d]` of the shape given, by copy if need be."""
+    blocks = table.unflatten(0, (shape[0], shape[2], -1))  # [b, h_kv, n, 2, L, d]
+    k, v = blocks.permute(3, 0, 2, 4, 1, 5).flatten(2, 3)
+    return k, v

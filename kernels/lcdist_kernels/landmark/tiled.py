@@ -1,0 +1,167 @@
+"""Landmark attention tile by tile in torch: memory linear in the sequence, gradients by hand.
+
+A row's keys are those of its own block, each an entry of the softmax, and the past blocks, each
+one entry too (`gates`). The first are a band over slots, which full attention's tiles go through;
+the second a band over blocks. Both partials merge as any two do, so a block of the sequence, whole
+blocks of L tokens, gives the exact share of (out, lse), and with out and lse of the whole row of
+the gradients: a ring needs no more.
+"""
+
+import torch
+from torch import Tensor
+
+from lcdist_kernels.full.tiled import full_bwd, full_fwd
+from lcdist_kernels.landmark.blocks import Rows, slots_of
+from lcdist_kernels.landmark.gates import GateGrads, Gates
+from lcdist_kernels.partial import merge, reaches
+from lcdist_kernels.tiles import (
+    SCORES_AT_ONCE,
+    fold,
+    tile_sides,
+    tiles_of_band,
+    unfold,
+)
+
+
+def sees_any(rows: Rows, k_start: Tensor) -> bool:
+    """False if it is plain from the extremes that no query sees any of blocks at k_start."""
+    return reaches(*rows.past, k_start) or reaches(
+        *rows.content, slots_of(k_start, rows.block_size)
+    )
+
+
+def landmark_fwd(
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, k_start: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over whole blocks.
+
+    q `[b, s_q, h, d]`; k, v `[b, n L, h_kv, d]`, n blocks that begin at slots k_start, int64 `[n]`
+    on the CPU. Result in the wider of fp32 and q.dtype; a query that sees nothing has out = 0,
+    lse = -inf.
+    """
+    if not reaches(*rows.past, k_start):
+        return own_fwd(q, k, v, rows, k_start, softmax_scale)
+    past = past_fwd(q, k, v, rows, k_start, softmax_scale)
+    if not reaches(*rows.content, slots_of(k_start, rows.block_size)):
+        return past
+    return merge(*past, *own_fwd(q, k, v, rows, k_start, softmax_scale))
+
+
+def landmark_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rows: Rows,
+    k_start: Tensor,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of (dq, dk, dv) that passes through these blocks.
+
+    dout, out: like q; lse `[b, h, s_q]`: out and lse over all keys the queries see, not only
+    these. The rest as in `landmark_fwd`. Result in the wider of fp32 and q.dtype.
+    """
+    row = (dout, q, k, v, out, lse, rows, k_start, softmax_scale)
+    if not reaches(*rows.past, k_start):
+        return own_bwd(*row)
+    past = past_bwd(*row)
+    if not reaches(*rows.content, slots_of(k_start, rows.block_size)):
+        return past
+    dq, dk, dv = (x.add_(y) for x, y in zip(past, own_bwd(*row), strict=True))
+    return dq, dk, dv
+
+
+def own_fwd(
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, k_start: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The partial over each query's own block; arguments and result as of `landmark_fwd`."""
+    return full_fwd(q, k, v, *rows.content, slots_of(k_start, rows.block_size), softmax_scale)
+
+
+def own_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rows: Rows,
+    k_start: Tensor,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of the gradients through own blocks; as `landmark_bwd`."""
+    slots = slots_of(k_start, rows.block_size)
+    return full_bwd(dout, q, k, v, out, lse, *rows.content, slots, softmax_scale)
+
+
+def past_fwd(
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, k_start: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The partial over past blocks; arguments and result as of `landmark_fwd`."""
+    shape, size, nheads_kv = q.shape, rows.block_size, k.shape[2]
+    q, k, v = (fold(x, nheads_kv) for x in (q, k, v))
+    k, v = k.squeeze(1), v.squeeze(1)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
+    block_q, blocks, units = sides(q, k, size)
+    scratch = q.new_empty(2, units * q.shape[1] * block_q * blocks * size)
+    band = tiles_of_band(*rows.past, k_start, block_q, blocks, q.device)
+    for start, stop, tiles in band:
+        for unit in range(0, len(q), units):
+            at = (slice(unit, unit + units), slice(None), slice(start, stop))
+            gates = Gates(q[at].flatten(1, 2) * softmax_scale)
+            for first, last, hidden in tiles:
+                own = slice(first * size, last * size)
+                gates.add(k[at[0], own], v[at[0], own], hidden, size, scratch)
+            for whole, part in zip((out, lse), gates.done(), strict=True):
+                whole[at] = part.view(whole[at].shape)
+    return unfold(out, shape), lse.view(shape[0], shape[2], shape[1])
+
+
+def past_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rows: Rows,
+    k_start: Tensor,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of the gradients through past blocks; as `landmark_bwd`."""
+    shapes, size, nheads_kv = (q.shape, k.shape), rows.block_size, k.shape[2]
+    dout, q, k, v, out = (fold(x, nheads_kv) for x in (dout, q, k, v, out))
+    k, v = k.squeeze(1), v.squeeze(1)
+    delta = (dout * out).sum(-1)
+    lse = lse.reshape(delta.shape)
+    # The buffer of `out` is free now: it takes dq.
+    dq, dk, dv = out.zero_(), torch.zeros_like(k), torch.zeros_like(v)
+    block_q, blocks, units = sides(q, k, size)
+    scratch = q.new_empty(3, units * q.shape[1] * block_q * blocks * size)
+    band = tiles_of_band(*rows.past, k_start, block_q, blocks, q.device)
+    for start, stop, tiles in band:
+        for unit in range(0, len(q), units):
+            at = (slice(unit, unit + units), slice(None), slice(start, stop))
+            grads = GateGrads(
+                dout[at].flatten(1, 2),
+                q[at].flatten(1, 2) * softmax_scale,
+                lse[at].flatten(1)[..., None],
+                delta[at].flatten(1)[..., None],
+            )
+            for first, last, hidden in tiles:
+                own = (at[0], slice(first * size, last * size))
+                grads.add((k[own], v[own]), (dk[own], dv[own]), hidden, size, scratch)
+            dq[at] = grads.dq.view(dq[at].shape)
+    dq.mul_(softmax_scale)
+    return unfold(dq, shapes[0]), unfold(dk[:, None], shapes[1]), unfold(dv[:, None], shapes[1])
+
+
+def sides(q: Tensor, k: Tensor, size: int) -> tuple[int, int, int]:
+    """Queries and blocks a tile, and key heads at once, for folded q and k."""
+    block_q, block_k, _ = tile_sides(q, k)
+    # A block beyond the usual side is not cut, and fewer rows would read it for next to nothing.
+    blocks = max(1, block_k // size)
+    area = q.shape[1] * block_q * blocks * size
+    return block_q, blocks, min(len(q), max(1, SCORES_AT_ONCE // area))

@@ -1,0 +1,30 @@
+"""Shifted cross chunk attention and its relatives: windows of chunks, and dilated keys."""
+
+from lcdist_kernels.scca.op import BUILT, BandedFunction, scca_attention, scca_cached
+from lcdist_kernels.scca.reference import scca_reference
+from lcdist_kernels.scca.rules import HeadGroup, Rule, dense_mask, head_groups, slices
+from lcdist_kernels.scca.tiled import (
+    Part,
+    banded_bwd,
+    banded_fwd,
+    self_parts,
+    window_parts,
+)
+
+__all__ = [
+    "BUILT",
+    "BandedFunction",
+    "HeadGroup",
+    "Part",
+    "Rule",
+    "banded_bwd",
+    "banded_fwd",
+    "dense_mask",
+    "head_groups",
+    "scca_attention",
+    "scca_cached",
+    "scca_reference",
+    "self_parts",
+    "slices",
+    "window_parts",
+]

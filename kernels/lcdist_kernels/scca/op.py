@@ -1,0 +1,150 @@
+"""Shifted cross chunk attention as a function of torch, with gradients and implementations.
+
+"torch" is the tiled one, "reference" the dense one; "auto" takes the tiled one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcdist_kernels.common import (
+    announce,
+    check_impl,
+    check_qkv,
+    check_self,
+    document_starts,
+)
+from lcdist_kernels.full.tiled import full_fwd
+from lcdist_kernels.rotary import Rotary
+from lcdist_kernels.scca.reference import check_rules, scca_reference
+from lcdist_kernels.scca.rules import Rule, head_groups
+from lcdist_kernels.scca.tiled import Part, banded_bwd, banded_fwd, self_parts
+
+BUILT = ("auto", "torch", "reference")
+
+
+class BandedFunction(torch.autograd.Function):
+    """Attention by parts, q `[b, s, h_kv, h / h_kv, d]`; kept: q, k, v, out and lse."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], scale: float):
+        out, lse = banded_fwd(q, k, v, parts, scale)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.parts, ctx.scale = parts, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, *row = ctx.saved_tensors
+        dq = torch.zeros(q.shape, dtype=row[1].dtype, device=q.device)
+        dk, dv = banded_bwd(dout, q, k, v, tuple(row), ctx.parts, dq, ctx.scale)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def scca_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rules: Sequence[Rule],
+    rotary: Rotary | None = None,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
+
+    impl: "auto", "torch" or "reference". The rest, and what raises ValueError, as in
+    `scca_reference`; also an `impl` that is not built.
+    """
+    check_impl(impl, "scca", BUILT)
+    if impl == "reference":
+        return scca_reference(
+            q,
+            k,
+            v,
+            rules=rules,
+            rotary=rotary,
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            softmax_scale=softmax_scale,
+        )
+    check_self(q, k, v)
+    check_rules(rules, q.shape[2])
+    if impl == "auto":
+        announce("scca attention: tiled torch, as no kernel is built yet")
+    index = torch.arange(q.shape[1])
+    starts = document_starts(cu_seqlens, index, q.shape[1])
+    if rotary is not None:
+        positions = index - starts if positions is None else positions
+        q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    parts = self_parts(head_groups(rules, k.shape[2]), starts)
+    grouped = q.unflatten(2, (k.shape[2], -1))
+    return BandedFunction.apply(grouped, k, v, parts, scale).flatten(2, 3)
+
+
+@torch.no_grad()
+def scca_cached(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    *,
+    rules: Sequence[Rule],
+    rotary: Rotary | None = None,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """New tokens q `[b, n, h, d]` at `positions` `[n]` over k, v of positions 0, 1, ...; like q.
+
+    Only the keys that a rule shows are read. No gradients.
+    """
+    check_qkv(q, k, v)
+    check_rules(rules, q.shape[2])
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    index = torch.arange(k.shape[1])
+    queries = q if rotary is None else rotary.rotate(q, positions)
+    queries = queries.unflatten(2, (k.shape[2], -1))
+    out = torch.zeros_like(queries)
+    for group in head_groups(rules, k.shape[2]):
+        for members, rule in group.members:
+            first, last = rule.limits(positions)
+            for rows, keys in _read(rule, positions, first, last):
+                if not len(index[keys]) or not len(rows):
+                    continue
+                keys_ = k[:, keys, group.kv]
+                if rotary is not None:
+                    keys_ = rotary.rotate(keys_, index[keys])
+                done, _ = full_fwd(
+                    queries[:, rows, group.kv, members].flatten(2, 3),
+                    keys_,
+                    v[:, keys, group.kv],
+                    last[rows],
+                    first[rows],
+                    index[keys],
+                    scale,
+                )
+                heads = out[:, :, group.kv, members]
+                heads[:, rows] = done.to(q.dtype).view(heads[:, rows].shape)
+    return out.flatten(2, 3)
+
+
+def _read(rule: Rule, positions: Tensor, first: Tensor, last: Tensor) -> list[tuple[Tensor, slice]]:
+    """Which of the new rows read which slice of the cache."""
+    everyone = torch.arange(len(positions))
+    if rule.kind == "key":
+        return [(everyone, slice(rule.shift, None, rule.size))]
+    if rule.kind == "pair":
+        residue = positions % rule.size
+        return [
+            (everyone[residue == r], slice((r - rule.shift) % rule.size, None, rule.size))
+            for r in residue.unique().tolist()
+        ]
+    seen = first <= last
+    if not seen.any():
+        return []
+    return [(everyone, slice(int(first[seen].min()), int(last[seen].max()) + 1))]

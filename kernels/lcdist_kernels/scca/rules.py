@@ -1,0 +1,139 @@
+"""Which keys a query sees in shifted cross chunk attention and its relatives (arXiv:2312.07305).
+
+With i and j the places of query and key in their common document, j <= i, and n = floor(n / w):
+
+    chunk   [(j + s) / w] = [i / w]                     keys delayed by s, chunks of w tokens
+    fold    [j / w] = c - (m mod (c + 1)),  c = [i / w], m = s / w     never an empty chunk
+    split   [(j + s) / w] = [(i + s) / w]               S2 (arXiv:2309.12307), borders split
+    pair    (i - j - s) mod r = 0                       every r-th distance
+    key     j mod r = s                                 every r-th key
+
+The paper shows neither distances nor wrap-around; these are this project's reading of it. Every
+one is causal: keys are looked back at, and what would wrap around is seen by nobody.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KINDS = ("chunk", "fold", "split", "pair", "key")
+WINDOWS = ("chunk", "fold", "split")
+
+
+class Rule(NamedTuple):
+    """What one head sees. kind: of `KINDS`; size: w or r; shift: s, in tokens."""
+
+    kind: str
+    size: int
+    shift: int = 0
+
+    @property
+    def is_window(self) -> bool:
+        """Whether a query's keys are one interval, as `limits` gives it."""
+        return self.kind in WINDOWS
+
+    def mask(self, i: Tensor, j: Tensor) -> Tensor:
+        """True where a query at `i` sees a key at `j` of its document; i and j broadcast."""
+        size, shift = self.size, self.shift
+        chunk = i // size
+        if self.kind == "chunk":
+            seen = (j + shift) // size == chunk
+        elif self.kind == "fold":
+            seen = j // size == chunk - (shift // size) % (chunk + 1)
+        elif self.kind == "split":
+            seen = (j + shift) // size == (i + shift) // size
+        elif self.kind == "pair":
+            seen = (i - j - shift) % size == 0
+        else:
+            seen = j % size == shift
+        return seen & (j <= i)
+
+    def limits(self, i: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the last key that queries at `i` see; none where first > last.
+
+        Of the kinds `pair` and `key` the interval in which their keys are.
+        """
+        size, shift = self.size, self.shift
+        if not self.is_window:
+            return torch.zeros_like(i), i
+        if self.kind == "chunk":
+            first = i // size * size - shift
+        elif self.kind == "fold":
+            chunk = i // size
+            first = (chunk - (shift // size) % (chunk + 1)) * size
+        else:
+            first = (i + shift) // size * size - shift
+        return first.clamp_min(0), torch.minimum(i, first + size - 1)
+
+    def turns(self, begin: int, end: int) -> Tensor:
+        """Of a window rule, the last place in begin..end of each run of queries with one window."""
+        ahead = self.shift if self.kind == "split" else 0
+        first = begin + self.size - 1 - (begin + ahead) % self.size
+        return torch.cat(
+            (torch.arange(min(first, end - 1), end - 1, self.size), torch.tensor([end - 1]))
+        )
+
+    def pairs(self, seqlen: int) -> int:
+        """How many (query, key) pairs of a document of `seqlen` tokens are visible."""
+        i = torch.arange(seqlen)
+        first, last = self.limits(i)
+        if self.is_window:
+            return int((last - first + 1).clamp_min(0).sum())
+        return int(((i - self.shift) // self.size + 1).clamp_min(0).sum())
+
+
+class HeadGroup(NamedTuple):
+    """Key heads whose query heads follow the same rules.
+
+    kv: of the key heads; members: which of each one's query heads follow which rule.
+    """
+
+    kv: slice
+    members: tuple[tuple[slice, Rule], ...]
+
+
+def head_groups(rules: Sequence[Rule], nheads_kv: int) -> tuple[HeadGroup, ...]:
+    """The heads of `rules`, one a query head, in groups that are slices of the head dims."""
+    size = len(rules) // nheads_kv
+    alike: dict[tuple[Rule, ...], list[int]] = {}
+    for kv in range(nheads_kv):
+        alike.setdefault(tuple(rules[kv * size : kv * size + size]), []).append(kv)
+    return tuple(
+        HeadGroup(kv, tuple(_members(followed)))
+        for followed, numbers in alike.items()
+        for kv in slices(numbers)
+    )
+
+
+def _members(followed: tuple[Rule, ...]) -> Iterable[tuple[slice, Rule]]:
+    for rule in dict.fromkeys(followed):
+        for members in slices([i for i, other in enumerate(followed) if other == rule]):
+            yield members, rule
+
+
+def slices(numbers: Sequence[int]) -> list[slice]:
+    """Increasing numbers as few slices, each of an even step."""
+    found: list[list[int]] = []
+    for number in numbers:
+        last = found[-1] if found else []
+        if last and (len(last) == 1 or number - last[-1] == last[1] - last[0]):
+            last.append(number)
+        else:
+            found.append([number])
+    return [slice(n[0], n[-1] + 1, n[1] - n[0] if len(n) > 1 else 1) for n in found]
+
+
+def dense_mask(
+    rules: Sequence[Rule], index: Tensor, starts: Tensor, k_index: Tensor, k_starts: Tensor
+) -> Tensor:
+    """True where each head's queries see keys: bool `[len(rules), s_q, s_k]`.
+
+    index, k_index: global token numbers of queries and keys; starts, k_starts: the first token of
+    each one's document; int64 on the CPU.
+    """
+    same = starts[:, None] == k_starts
+    i, j = (index - starts)[:, None], k_index - k_starts
+    by_rule = {rule: rule.mask(i, j) & same for rule in dict.fromkeys(rules)}
+    return torch.stack([by_rule[rule] for rule in rules])

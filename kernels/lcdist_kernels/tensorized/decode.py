@@ -1,0 +1,216 @@
+"""Tensorized attention of new tokens against a cache, and what it keeps of closed blocks.
+
+A token reads its fibres alone: of branch j the earlier digits' keys and their U_{j-1}, sum_j n_j
+rows in all. When a block of s_{j+1} tokens closes, its U_j takes the place of its U_{j-1}, so one
+value row a token and hop head is kept; the hop needs the block's queries, which are kept until the
+block of the coarsest mode closes. Keys and v stay where they are, in the cache.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lcdist_kernels.tensorized.tiled import (
+    Band,
+    Partial,
+    Turning,
+    branch_fwd,
+    fine_branch,
+    hop_fwd,
+    merge_branch,
+    softmax_fwd,
+)
+
+
+def decode_step(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    bias: Tensor,
+    turning: Turning,
+    state: dict[str, Any],
+) -> Tensor:
+    """out like q `[b, n, h, d]` of tokens at `turning.positions`, which go on where `state` ends.
+
+    Caches `[b, s_cache, h_kv, d]`, un-rotated, with the new tokens' entries in place; bias
+    `[len(modes), h]` in the wider of fp32 and q.dtype. state: empty at the start; seen: tokens so
+    far, queries `[b, block, h, d]`: first those of the open block, hops `[b, room, h_u, d]`: the U
+    of closed blocks. Raises ValueError where positions do not go on or lie outside the cache, or
+    the batch is not the state's.
+    """
+    start, stop = _span(q, k_cache, turning.positions, state)
+    if not turning.grid.modes:
+        whole = dataclasses.replace(turning, positions=torch.arange(stop))
+        band = Band(torch.arange(start, stop), torch.zeros(stop - start).long(), torch.arange(stop))
+        k = whole.turn(k_cache[:, :stop], 0)
+        qku = (turning.turn(q, 0), k, v_cache[:, :stop])
+        part = softmax_fwd(qku, band, turning.softmax_scale)
+        state["seen"] = stop
+        return part.out.to(q.dtype)
+    step = _Step(q, k_cache, v_cache, bias, turning, state, start, stop)
+    out = step.one() if stop - start == 1 else step.many()
+    state["seen"] = stop
+    return out.to(q.dtype)
+
+
+def _span(q: Tensor, k_cache: Tensor, positions: Tensor, state: dict[str, Any]) -> tuple[int, int]:
+    start = state.get("seen", 0)
+    stop = start + q.shape[1]
+    if positions.shape != q.shape[1:2] or positions.tolist() != list(range(start, stop)):
+        raise ValueError(
+            f"positions = {positions.tolist()}: the state has seen {start} tokens, so the next "
+            f"{q.shape[1]} stand at {start} to {stop - 1}, the same in every row"
+        )
+    if stop > k_cache.shape[1]:
+        raise ValueError(
+            f"positions from {start} to {stop - 1}: the cache has entries 0 to "
+            f"{k_cache.shape[1] - 1}"
+        )
+    if "queries" in state and len(state["queries"]) != len(q):
+        raise ValueError(
+            f"q has {len(q)} rows, the state {len(state['queries'])}: begin with an empty state"
+        )
+    return start, stop
+
+
+class _Step:
+    """New tokens start..stop, and the layer's caches."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        turning: Turning,
+        state: dict[str, Any],
+        start: int,
+        stop: int,
+    ) -> None:
+        self.q, self.k, self.v, self.bias = q, k[:, :stop], v[:, :stop], bias
+        self.turning, self.grid, self.state = turning, turning.grid, state
+        self.start, self.stop = start, stop
+        self.scale = turning.softmax_scale
+        # The first token of the open block of the coarsest mode.
+        self.open = start - start % self.grid.block
+        if "queries" not in state:
+            state["queries"] = q.new_zeros(len(q), self.grid.block, *q.shape[2:])
+        self.queries, self.hops = state["queries"], self._room(k.shape[1])
+
+    def _room(self, capacity: int) -> Tensor:
+        nheads = self.q.shape[2] if self.grid.hop_heads == "q" else self.k.shape[2]
+        shape = (len(self.q), capacity, nheads, self.q.shape[3])
+        hops = self.state.get("hops")
+        if hops is None or hops.shape[1] < capacity:
+            grown = self.v.new_zeros(shape)
+            if hops is not None:
+                grown[:, : hops.shape[1]] = hops
+            hops = self.state["hops"] = grown
+        return hops
+
+    def _at(self, rows: range) -> Turning:
+        """What turns keys or queries of the tokens `rows`."""
+        return dataclasses.replace(
+            self.turning, positions=torch.arange(rows.start, rows.stop, rows.step)
+        )
+
+    def one(self) -> Tensor:
+        """One token: row by row of its fibres."""
+        t, grid = self.start, self.grid
+        self.queries[:, t - self.open] = self.q[:, 0]
+        partial = None
+        for mode in range(len(grid.modes) + 1):
+            rows = self._fibre(t, mode)
+            if not len(rows):
+                continue
+            taken = slice(rows.start, rows.stop, rows.step)
+            k = self._at(rows).turn(self.k[:, taken], mode)
+            u = (self.hops if mode else self.v)[:, taken]
+            last = torch.tensor([len(rows) - 1])
+            band = Band(last, torch.zeros_like(last), torch.arange(len(rows)))
+            part = softmax_fwd((self.turning.turn(self.q, mode), k, u), band, self.scale)
+            partial = merge_branch(partial, part, self.bias, mode)
+        for mode in range(len(grid.modes)):
+            if self.stop % grid.strides[mode + 1] == 0:
+                first = self.stop - grid.strides[mode + 1]
+                u = (self.hops if mode else self.v)[:, first : self.stop]
+                self.hops[:, first : self.stop] = self._hop(u, range(first, self.stop), mode)
+        assert partial is not None, "a token sees at least itself"
+        return partial.out
+
+    def _fibre(self, t: int, mode: int) -> range:
+        """The tokens whose keys branch `mode` of token t reads."""
+        grid = self.grid
+        stride = grid.strides[mode]
+        if mode == 0:
+            first = max(0, (t // grid.modes[0] - grid.local_blocks + 1) * grid.modes[0])
+            return range(first, t + 1)
+        outer = grid.strides[mode + 1] if mode < len(grid.modes) else t + 1
+        first = t - t % outer + t % stride
+        count = (t - first) // stride - grid.local_blocks + 1
+        return range(first, first + max(0, count) * stride, stride)
+
+    def _hop(self, u: Tensor, rows: range, mode: int) -> Tensor:
+        turning = self._at(rows)
+        taken = slice(rows.start, rows.stop)
+        q = self.queries[:, rows.start - self.open : rows.stop - self.open]
+        return hop_fwd(
+            turning.turn(q, mode), turning.turn(self.k[:, taken], mode), u, mode, turning
+        )[0]
+
+    def many(self) -> Tensor:
+        """Several tokens: whole blocks from the open one on, padded, as in training."""
+        grid, first = self.grid, self.open
+        end = self.stop + -self.stop % grid.block
+        rows = range(first, end)
+        queries = torch.cat((self.queries[:, : self.start - first], self.q), 1)
+        rest = self.stop % grid.block
+        self.queries[:, :rest] = queries[:, queries.shape[1] - rest :]
+        q, k = self._padded(queries, end - first), self._padded(self.k, end)
+        values, partial, turning = [self._padded(self.v, end)[:, first:]], None, self._at(rows)
+        for mode in range(len(grid.modes)):
+            q_mode, own = turning.turn(q, mode), turning.turn(k[:, first:], mode)
+            part = self._fine(q_mode, own, values[-1], mode, rows)
+            partial = merge_branch(partial, part, self.bias, mode)
+            values.append(hop_fwd(q_mode, own, values[-1], mode, turning)[0])
+        last = len(grid.modes)
+        part = self._coarsest(turning.turn(q, last), k, values[-1], rows)
+        partial = merge_branch(partial, part, self.bias, last)
+        for mode, u in enumerate(values[1:]):
+            closed = self.stop - self.stop % grid.strides[mode + 1]
+            if closed > first:
+                self.hops[:, first:closed] = u[:, : closed - first]
+        return partial.out[:, self.start - first : self.stop - first]
+
+    def _padded(self, x: Tensor, length: int) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, 0, length - x.shape[1]))
+
+    def _fine(self, q: Tensor, k: Tensor, u: Tensor, mode: int, rows: range) -> Partial:
+        before = 0
+        if mode == 0:
+            before = min(rows.start, (self.grid.local_blocks - 1) * self.grid.modes[0])
+        keys = range(rows.start - before, rows.stop)
+        if before:
+            halo = slice(keys.start, rows.start)
+            k = torch.cat((self._at(keys[:before]).turn(self.k[:, halo], mode), k), 1)
+            u = torch.cat((self.v[:, halo], u), 1)
+        index, k_idx = torch.arange(rows.start, rows.stop), torch.arange(keys.start, keys.stop)
+        branch = fine_branch(mode, index, torch.zeros_like(index), k_idx, self.grid)
+        return branch_fwd((q, k, u), branch, self.scale)
+
+    def _coarsest(self, q: Tensor, k: Tensor, u: Tensor, rows: range) -> Partial:
+        """Of the blocks `rows` over all, as a sequence of blocks whose offsets are heads."""
+        block, nheads = self.grid.block, self.q.shape[2]
+        k = self._at(range(rows.stop)).turn(k, len(self.grid.modes))
+        u = torch.cat((self.hops[:, : rows.start], u), 1)
+        parts = [x.reshape(len(x), -1, block * x.shape[2], x.shape[3]) for x in (q, k, u)]
+        blocks = torch.arange(rows.stop // block)
+        own = blocks[rows.start // block :]
+        band = Band(own - self.grid.local_blocks, torch.zeros_like(own), blocks)
+        out, lse = softmax_fwd(parts, band, self.scale)
+        # [b, block x h, blocks] -> [b, h, s]
+        lse = lse.unflatten(1, (block, nheads)).permute(0, 2, 3, 1).flatten(2)
+        return Partial(out.reshape(q.shape), lse)

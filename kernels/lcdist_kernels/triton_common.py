@@ -1,0 +1,177 @@
+"""What every Triton kernel stands on: what it takes, how its launch is guarded, tiles in and out.
+
+Inside kernels (all `@triton.jit`): `dot`, `load_tile`, `store_tile`. Offsets into tensors are int64.
+Around them: `interpreting`, `obstacle`, `check_kernel`, `launching`, `rows`, `Launch`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Below every score, yet finite: a row that has seen nothing needs no branch, as -inf - it = -inf.
+LOWEST = tl.constexpr(-3.0e38)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (16, 256)
+
+_ONE_AT_A_TIME = Lock()
+
+
+@cache
+def interpreting() -> bool:
+    """Whether kernels run as Python on any device: TRITON_INTERPRET=1 when they were imported."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+# What a kernel was decorated as does not change when the environment does.
+INTERPRETED = tl.constexpr(interpreting())
+
+
+class Launch(NamedTuple):
+    """Queries and keys a tile, warps a program, loads in flight: chosen by hand, never by chance.
+
+    No autotuning: the tables of a band are cut to the tiles before the launch, and another number
+    of warps sums in another order, so a tuned choice would change bits from run to run.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+INTERPRETED_LAUNCH = Launch(64, 64, 4, 1)
+
+
+def choose_launch(table: dict[tuple[int, int], Launch], x: Tensor) -> Launch:
+    """The entry of `table` for (padded head_dim, bytes an element) of x, or one to interpret.
+
+    Keys are upper bounds on the head_dim, sorted, for element sizes 2 and 4.
+    """
+    if interpreting():
+        return INTERPRETED_LAUNCH
+    size, width = x.element_size(), padded(x.shape[3])
+    return table[min(key for key in table if key[0] >= width and key[1] == size)]
+
+
+def padded(head_dim: int) -> int:
+    """BLOCK_D: the power of two, from 16, that a tile's features are padded to."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def obstacle(x: Tensor) -> str | None:
+    """Why no kernel takes tensors like x `[b, s, h, d]`, or None if kernels do."""
+    least, most = HEAD_DIMS
+    if x.device.type != "cuda" and not interpreting():
+        return f"kernels run on CUDA, the tensors are on {x.device}"
+    if x.dtype not in DTYPES:
+        return f"kernels take bf16, fp16 and fp32, the tensors are {x.dtype}"
+    if x.shape[3] % 2 or not least <= x.shape[3] <= most:
+        return f"kernels take an even head_dim from {least} to {most}, not {x.shape[3]}"
+    return None
+
+
+def check_kernel(x: Tensor) -> None:
+    """Raises ValueError where kernels do not take tensors like x, with the reason."""
+    reason = obstacle(x)
+    if reason is not None:
+        raise ValueError(
+            f"impl = 'triton': {reason}; use impl = 'auto' or 'torch'"
+            + ("" if interpreting() else ", or set TRITON_INTERPRET=1 to try kernels on a CPU")
+        )
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous, as kernels ask; copied only where it is not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@contextmanager
+def launching(x: Tensor) -> Iterator[None]:
+    """Within, kernels start on x's device; the interpreter's state serves one thread at a time."""
+    if interpreting():
+        with _ONE_AT_A_TIME:
+            yield
+    else:
+        with torch.cuda.device(x.device):
+            yield
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b, summed in fp32; fp32 operands are not rounded to TF32."""
+    if INTERPRETED:
+        # The interpreter multiplies the bits of bf16 as integers.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def load_tile(
+    p,
+    start,
+    seqlen,
+    stride_s,
+    BLOCK_S: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Rows [start, start + BLOCK_S) of one head, `[BLOCK_S, BLOCK_D]`; 0 outside the tensor.
+
+    p: the head's first element; start: a multiple of BLOCK_S. WHOLE: all rows are below seqlen.
+    """
+    o_s = tl.arange(0, BLOCK_S)
+    o_d = tl.arange(0, BLOCK_D)
+    # The tile's own offsets do not change in a loop; only the scalar does.
+    p_tile = p + start.to(tl.int64) * stride_s + (o_s.to(tl.int64) * stride_s)[:, None] + o_d
+    if WHOLE:
+        if HEAD_DIM == BLOCK_D:
+            b = tl.load(p_tile)
+        else:
+            b = tl.load(p_tile, mask=(o_d < HEAD_DIM)[None, :], other=0.0)
+    else:
+        m = (start + o_s < seqlen)[:, None]
+        if HEAD_DIM == BLOCK_D:
+            b = tl.load(p_tile, mask=m, other=0.0)
+        else:
+            b = tl.load(p_tile, mask=m & (o_d < HEAD_DIM)[None, :], other=0.0)
+    return b
+
+
+@triton.jit
+def store_tile(
+    p,
+    b,
+    start,
+    seqlen,
+    stride_s,
+    BLOCK_S: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Stores the rows below seqlen and the features below HEAD_DIM, in the tensor's dtype."""
+    o_s = start + tl.arange(0, BLOCK_S)
+    o_d = tl.arange(0, BLOCK_D)
+    m = (o_s < seqlen)[:, None] & (o_d < HEAD_DIM)[None, :]
+    p_tile = p + (o_s.to(tl.int64) * stride_s)[:, None] + o_d[None, :]
+    tl.store(p_tile, b.to(p.dtype.element_ty), mask=m)
