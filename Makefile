@@ -21,7 +21,7 @@ checks: $(VENV)/.dev
 	$(BIN)/pyright
 
 bench: $(VENV)/.dev
-	$(BIN)/python kernels/bench/bench_full.py
+	$(BIN)/python kernels/bench/bench_methods.py
 	$(BIN)/python kernels/bench/bench_training.py
 
 install: $(VENV)/.installed

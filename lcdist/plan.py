@@ -135,7 +135,8 @@ class Plan(Footprint):
 
     @property
     def _verbs(self) -> list[str]:
-        return list(dict.fromkeys(v for layer in self.layers for v in layer.method.exchange))
+        used = [layer.method.exchange_for(layer.options) for layer in dict.fromkeys(self.layers)]
+        return list(dict.fromkeys(verb for verbs in used for verb in verbs))
 
     def _landmark_row(self) -> list[tuple[str, str]]:
         slots = self.slots
@@ -229,11 +230,19 @@ def _layout(
             f"parallel.layout = '{kind}': attention.method = {names} takes {', '.join(legal)}"
         )
         return None
+    own = common_multiple(layers, parallel.cp_size, kind)
     step = lcm(
-        common_multiple(layers, parallel.cp_size, kind),
+        own,
         pieces_needed(kind, parallel.cp_size),
         # Sequence parallelism cuts each rank's tokens once more.
         parallel.cp_size * (parallel.tp_size if parallel.sequence_parallel else 1),
     )
     padded = -(-config.train.seqlen // step) * step
+    if padded > 2 * config.train.seqlen and own > pieces_needed(kind, parallel.cp_size):
+        errors.append(
+            f"train.seqlen = {config.train.seqlen} would be mostly padding: attention.method = "
+            f"{names} on parallel.cp_size = {parallel.cp_size} needs a multiple of {step}; use a "
+            "longer seqlen, fewer ranks or smaller blocks"
+        )
+        return None
     return ContextLayout(kind, padded, parallel.cp_size, multiple_of=step)

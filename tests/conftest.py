@@ -1,4 +1,7 @@
-"""What every test gets: one torch thread, a fixed seed, NaN in every tensor nobody has written."""
+"""What every test gets: one torch thread, a fixed seed, NaN in every tensor nobody has written.
+
+Without a GPU, Triton kernels run in its interpreter, and tests marked `gpu` are skipped.
+"""
 
 from collections.abc import Iterator
 
@@ -6,7 +9,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.interpreter import interpret_without_gpu
 from tests.unwritten import nan_in_empty
+
+# Before any test imports a kernel: it is decorated one way or the other.
+interpret_without_gpu()
 
 # Before any operator runs: more threads than the two cores of a small machine only wait.
 torch.set_num_threads(1)
@@ -14,6 +21,16 @@ torch.set_num_threads(1)
 # A test's result must not hang on how busy the machine is.
 settings.register_profile("lcdist", deadline=None)
 settings.load_profile("lcdist")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs more CUDA devices than there are."""
+    found = torch.cuda.device_count()
+    for marker, needed in (("gpu", 1), ("multi_gpu", 2)):
+        reason = f"needs {needed} CUDA device{'s' * (needed > 1)}, {found} found"
+        for item in items:
+            if item.get_closest_marker(marker) and found < needed:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

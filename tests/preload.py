@@ -9,7 +9,10 @@ from importlib.util import find_spec
 import torch
 import torch.distributed
 
+from tests.interpreter import interpret_without_gpu
+
 torch.set_num_threads(1)
+interpret_without_gpu()
 
 if find_spec("lcdist.host") is not None:
     import_module("lcdist.host")

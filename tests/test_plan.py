@@ -108,8 +108,16 @@ CONTRADICTIONS = {
     "attention.full={}":
         "[attention.full] is a table of its own, but attention.method = 'full': write its options "
         "beside method",
-    "attention.impl=triton":
-        "attention.impl = 'triton': attention.method = 'full' has auto, torch, reference",
+    "attention.method=landmark attention.top_k=2 parallel.cp_size=2":
+        "train.seqlen = 256 would be mostly padding: attention.method = 'landmark' on "
+        "parallel.cp_size = 2 needs a multiple of 8192; use a longer seqlen, fewer ranks or "
+        "smaller blocks",
+    "attention.method=landmark attention.top_k=2 parallel.layout=zigzag":
+        "parallel.layout = 'zigzag': attention.method = 'landmark' takes contiguous",
+    "attention.layers='landmark@0 tensorized@1' attention.landmark.block_size=20 "
+    "attention.tensorized.modes=[24] data.documents=pack":
+        "train.seqlen = 256: with data.documents = 'pack' this attention needs a multiple of 120; "
+        "the next is 360",
     "attention.method=coca evaluate.attention=dense":
         "evaluate.attention = 'dense': attention.method = 'coca' trains weights that mean nothing "
         "to full attention; use 'method' or 'auto'",
@@ -157,6 +165,7 @@ def theirs(monkeypatch: pytest.MonkeyPatch) -> None:
         layouts_for=lambda options: ("contiguous",),
         multiple_of=lambda options, cp_size, kind="contiguous": options.block * cp_size,
         supports=frozenset({"gqa"}),
+        impls=("auto", "reference"),
     )
     monkeypatch.setitem(METHODS, "theirs", method)
 
@@ -168,6 +177,8 @@ def test_a_method_is_asked_for_its_layouts_and_options() -> None:
         "data.documents = 'pack': attention.method = 'theirs' cannot pack documents",
         "parallel.layout = 'zigzag': attention.method = 'theirs' takes contiguous",
     ]
+    (error,) = errors_of(mine, "attention.impl=triton")
+    assert error == ("attention.impl = 'triton': attention.method = 'theirs' has auto, reference")
     (error,) = errors_of(mine, "attention.blok=5")
     assert error == "unknown key 'attention.blok'; did you mean 'attention.block'?"
     plan = plan_of(mine, "attention.block=5", "parallel.cp_size=3")

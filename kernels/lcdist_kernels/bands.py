@@ -120,7 +120,9 @@ def query_ranges(band: Band, block_m: int, block_n: int, place: Place) -> Tensor
     if not (band.q_idx.sorted() and band.q_lo.sorted()):
         return _send(_all_masked(len(least), len(idx), block_m), place)
     whole_stop = torch.searchsorted(lo, least, right=True)
-    whole_stop = torch.where(whole_stop == len(lo), -(-whole_stop // block_m), whole_stop // block_m)
+    whole_stop = torch.where(
+        whole_stop == len(lo), -(-whole_stop // block_m), whole_stop // block_m
+    )
     ranges = _tiles(
         torch.searchsorted(idx, least),
         torch.searchsorted(lo, greatest, right=True),

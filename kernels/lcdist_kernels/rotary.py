@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lcdist_kernels import rotary_kernel
 from lcdist_kernels.common import wide_dtype
+from lcdist_kernels.triton_common import DTYPES
 
 # A forward pass asks for one set of positions and, when packed or evaluated, a second.
 TABLES_KEPT = 2
@@ -40,13 +42,15 @@ class Rotary:
             )
         self.inv_freq = inv_freq.detach()
         self.attention_factor = attention_factor
+        self._turns = rotary_kernel.turns(self.inv_freq)
         self._tables: tuple[_Table, ...] = ()
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """`x` `[b, s, h, d]` rotated by `positions`, integers `[s]` or `[b, s]`; differentiable.
 
-        Angles are computed in the wider of fp32 and x.dtype; cos and sin are cast to x.dtype.
-        The tables of positions that lie on the CPU are kept and found again by value.
+        On CUDA, below float64, one kernel computes angles that are exact to fp32 at any position.
+        Elsewhere angles are computed in the wider of fp32 and x.dtype, cos and sin are cast to
+        x.dtype, and the tables of positions that lie on the CPU are kept and found again by value.
         Raises ValueError where shapes do not fit.
         """
         if x.dim() != 4 or x.shape[3] != 2 * len(self.inv_freq):
@@ -59,6 +63,10 @@ class Rotary:
                 f"positions of shape {tuple(positions.shape)}, {positions.dtype}: expected "
                 f"integers [{x.shape[1]}] or {list(x.shape[:2])}"
             )
+        if x.is_cuda and x.dtype in DTYPES:
+            if self._turns.device != x.device:
+                self._turns = self._turns.to(x.device)
+            return rotary_kernel.rotate(x, positions, self._turns, self.attention_factor)
         table = self._find(positions, x)
         return _Rotate.apply(x, table.cos, table.sin)
 

@@ -1,6 +1,6 @@
 """What every Triton kernel stands on: what it takes, how its launch is guarded, tiles in and out.
 
-Inside kernels (all `@triton.jit`): `dot`, `load_tile`, `store_tile`. Offsets into tensors are int64.
+Inside kernels: `dot`, `load_tile`, `store_tile`, with int64 offsets into tensors.
 Around them: `interpreting`, `obstacle`, `check_kernel`, `launching`, `rows`, `Launch`.
 """
 

@@ -23,8 +23,8 @@ from lcdist.config.schema import FullOptions
 from lcdist.exchange import Group, group_rank
 from lcdist.layout import KINDS, ContextLayout, pieces_needed
 from lcdist_kernels import Rotary, full_attention, full_reference
-from lcdist_kernels.common import announce, check_impl, check_qkv
-from lcdist_kernels.full import BUILT, full_fwd
+from lcdist_kernels.common import check_impl, check_qkv
+from lcdist_kernels.full import BUILT, TILED, block_operator, full_fwd
 
 
 class _KeysAboveValues:
@@ -63,9 +63,10 @@ def attention(
     q `[b, s_local, h, d]`, k, v `[b, s_local, h_kv, d]`: un-rotated, tokens as `layout` cuts them.
     cu_seqlens: borders of documents in the whole sequence, int32 `[n + 1]`, the same for every row
     and on every rank; positions restart per document; tokens after the last border form one of
-    their own. impl: "auto", "torch" or "reference".
+    their own. impl: "auto", "triton", "torch" or "reference".
 
-    Raises ValueError where shapes, layout and group do not fit, or `impl` is not built.
+    Raises ValueError where shapes, layout and group do not fit, `impl` is not built, or "triton"
+    does not take the tensors.
     """
     check_impl(impl, "full", BUILT)
     check_qkv(q, k, v)
@@ -76,14 +77,15 @@ def attention(
         return full_attention(
             q, k, v, rotary=rotary, cu_seqlens=cu_seqlens, softmax_scale=scale, impl=impl
         )
+    what = "full attention under context parallelism"
+    operator = TILED if impl == "reference" else block_operator(impl, q, what)
+    lap = Lap(layout, group, cu_seqlens, scale, operator)
     if rotary is not None:
         index, starts = tokens(layout, group_rank(group), cu_seqlens)
         q, k = rotary.rotate(q, index - starts), rotary.rotate(k, index - starts)
-    kv, lap = torch.stack((k, v)), Lap(layout, group, cu_seqlens, scale)
+    kv = torch.stack((k, v))
     if impl == "reference":
         return reference_ring(q, kv, _KeysAboveValues().keys, lap).to(q.dtype)
-    if impl == "auto":
-        announce("full attention under context parallelism: tiled torch, as no kernel is built yet")
     return RingSoftmax.apply(q, kv, _KeysAboveValues(), lap)
 
 

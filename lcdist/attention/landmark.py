@@ -171,6 +171,11 @@ def decode(
     return decode_rows(q, k_cache, v_cache, positions, one)
 
 
+def exchange_for(options: LandmarkOptions) -> tuple[str, ...]:
+    """A ring for the dense form, the gather of blocks with top_k."""
+    return ("ring",) if options.top_k is None else ("gather",)
+
+
 METHOD = AttentionMethod(
     name="landmark",
     paper="2305.16300",
@@ -185,6 +190,7 @@ METHOD = AttentionMethod(
     attention=attention,
     decode=decode,
     layouts_for=layouts_for,
+    exchange_for=exchange_for,
     check=check,
     impls=BUILT,
 )

@@ -2,8 +2,8 @@
 
 Keys of landmarks, one in block_size tokens, are gathered from every rank; each selection unit
 chooses its past blocks by them; the chosen blocks of keys and values are asked for by name, once a
-rank, batch row and key head, and their gradients go home to be added in the order of ranks. What a
-unit chooses is not differentiated.
+rank, batch row and key head, and their gradients go home in fp32 at least, to be added in the order
+of ranks. What a unit chooses is not differentiated.
 """
 
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class Fetch:
         )
         place = _Places(keys.shape[1], keys.shape[0], keys.shape[2])
         wanted, ids = place.of(chosen)
-        pending = gather(own_table, self.group, dim=0, blocks=wanted, block_size=1)
+        pending = gather(own_table, self.group, dim=0, blocks=wanted, block_size=1, wide=True)
         return rows, pending, Lists(place.number(wanted), ids, lengths)
 
 

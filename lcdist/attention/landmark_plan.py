@@ -115,7 +115,7 @@ def traffic(options: LandmarkOptions, shape: Shape, layout: ContextLayout) -> Tr
     """Bytes each rank sends in one layer: the ring's; with top_k, the most that it can be.
 
     With top_k: the landmarks' keys to every rank; the numbers of the blocks asked for; those blocks
-    to all later ranks, and their gradients home, in the dtype of k. What is asked for hangs on the
+    to all later ranks, and their gradients home, in fp32 at least. What is asked for hangs on the
     values: at most top_k blocks a unit, batch row and key head. Documents that begin inside a unit
     make more units, which are not reckoned with here.
     """
@@ -125,7 +125,8 @@ def traffic(options: LandmarkOptions, shape: Shape, layout: ContextLayout) -> Tr
     blocks = layout.local_seqlen // options.block_size
     most = options.top_k * (layout.local_seqlen // options.select_tokens)
     landmarks = rows * blocks * shape.head_dim * shape.itemsize
-    block = 2 * options.block_size * shape.head_dim * shape.itemsize
+    elements = 2 * options.block_size * shape.head_dim
+    block, dblock = elements * shape.itemsize, elements * max(4, shape.itemsize)
     asked = [rows * min(most, rank * blocks) for rank in range(cp)]
     served = [rows * min(most, blocks) * (cp - 1 - rank) for rank in range(cp)]
     requests = [8 * cp * (cp - 1) + 8 * count for count in asked]
@@ -133,4 +134,4 @@ def traffic(options: LandmarkOptions, shape: Shape, layout: ContextLayout) -> Tr
         (cp - 1) * landmarks + request + count * block
         for request, count in zip(requests, served, strict=True)
     ]
-    return Traffic(tuple(forward), tuple(count * block for count in asked))
+    return Traffic(tuple(forward), tuple(count * dblock for count in asked))

@@ -53,7 +53,7 @@ class Traffic(NamedTuple):
     backward: tuple[int, ...]
 
 
-def _any(options: Any) -> tuple[str, ...]:
+def _all_of(options: Any) -> tuple[str, ...]:
     raise AssertionError("replaced when the method is made")
 
 
@@ -80,7 +80,7 @@ class AttentionMethod:
     "landmarks" (the last token of every block must be the landmark, which the loader puts there),
     "state" (decode needs more of the past than keys and values: see there).
 
-    layouts_for(options) -> layout kinds, `layouts` or fewer.
+    layouts_for(options) -> layout kinds, `layouts` or fewer. exchange_for(options) -> likewise.
     multiple_of(options, cp_size, kind="contiguous") -> what seqlen must be a multiple of; for
     cp_size = 1, packed documents must begin at such multiples, and the loader sees to it.
     flops(options, shape) -> floating-point operations of one layer's forward over the scores it
@@ -121,7 +121,8 @@ class AttentionMethod:
     reference: Callable[..., Tensor]
     attention: Callable[..., Tensor]
     decode: Callable[..., Tensor]
-    layouts_for: Callable[[Any], tuple[str, ...]] = _any
+    layouts_for: Callable[[Any], tuple[str, ...]] = _all_of
+    exchange_for: Callable[[Any], tuple[str, ...]] = _all_of
     parameters: Callable[[Any, int], Mapping[str, tuple[int, ...]]] = _nothing_to_learn
     initial: Callable[[Any, int], Mapping[str, Tensor]] = _nothing_to_learn
     for_layer: Callable[[Any, int, int, int], Any] = _every_layer_alike
@@ -129,5 +130,7 @@ class AttentionMethod:
     impls: tuple[str, ...] = ("auto", "torch", "reference")
 
     def __post_init__(self) -> None:
-        if self.layouts_for is _any:
+        if self.layouts_for is _all_of:
             object.__setattr__(self, "layouts_for", lambda options: self.layouts)
+        if self.exchange_for is _all_of:
+            object.__setattr__(self, "exchange_for", lambda options: self.exchange)

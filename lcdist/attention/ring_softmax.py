@@ -17,17 +17,18 @@ from lcdist.attention.common import tokens
 from lcdist.attention.method import Shape, Traffic
 from lcdist.exchange import Group, group_rank, ring, ring_home
 from lcdist.layout import ContextLayout
-from lcdist_kernels.full import full_bwd, full_fwd, full_partial, merge, reaches, visible
+from lcdist_kernels.full import TILED, BlockOperator, full_partial, merge, reaches, visible
 
 
 @dataclass(frozen=True)
 class Lap:
-    """Who is on the ring, whose tokens are whose, and what a score q.k is multiplied by."""
+    """Who is on the ring, whose tokens are whose, the scale of a score, and what carries a block."""
 
     layout: ContextLayout
     group: Group
     cu_seqlens: Tensor | None
     softmax_scale: float
+    operator: BlockOperator = TILED
 
     def here(self) -> tuple[Tensor, Tensor]:
         """This rank's global token numbers, and the first token of each one's document."""
@@ -76,7 +77,7 @@ class RingSoftmax(torch.autograd.Function):
             if not reaches(index, starts, k_idx):
                 continue
             k_blk, v_blk = factors.keys(blk, lap.positions(owner))
-            visit = full_fwd(queries, k_blk, v_blk, index, starts, k_idx, lap.softmax_scale)
+            visit = lap.operator.fwd(queries, k_blk, v_blk, index, starts, k_idx, lap.softmax_scale)
             partial = visit if partial is None else merge(*partial, *visit)
         assert partial is not None, "a token sees at least itself"
         out, lse = partial[0].to(q.dtype), partial[1]
@@ -99,8 +100,8 @@ class RingSoftmax(torch.autograd.Function):
             positions = around.positions(visit.owner)
             k_blk, v_blk = factors.keys(visit.block, positions)
             band = (index, starts, k_idx)
-            dqueries_blk, dk, dv = full_bwd(
-                dout, queries, k_blk, v_blk, out, lse, *band, softmax_scale=around.softmax_scale
+            dqueries_blk, dk, dv = around.operator.bwd(
+                dout, queries, k_blk, v_blk, out, lse, *band, around.softmax_scale
             )
             visit.add(factors.keys_bwd(dk, dv, positions))
             dqueries += dqueries_blk

@@ -236,6 +236,12 @@ def _check_layout(layout: ContextLayout) -> None:
         )
 
 
+def exchange_for(options: SccaOptions) -> tuple[str, ...]:
+    """The verbs of one pattern."""
+    verbs = {"sda": ("swap",), "sda_key": ("ring",), "longmixed": ("shift", "swap")}
+    return verbs.get(options.pattern, ("shift",))
+
+
 METHOD = AttentionMethod(
     name="scca",
     paper="2312.07305",
@@ -249,6 +255,7 @@ METHOD = AttentionMethod(
     reference=reference,
     attention=attention,
     decode=decode,
+    exchange_for=exchange_for,
     for_layer=for_layer,
     check=check,
 )

@@ -234,6 +234,11 @@ def check(
     _check_layout(grid_of(options, heads, held), layout)
 
 
+def exchange_for(options: TensorizedOptions) -> tuple[str, ...]:
+    """The halo needs `shift`; one local block, or no mode, has none."""
+    return ("swap", "shift") if options.modes and options.local_blocks > 1 else ("swap",)
+
+
 METHOD = AttentionMethod(
     name="tensorized",
     paper="2410.20926",
@@ -248,6 +253,7 @@ METHOD = AttentionMethod(
     attention=attention,
     decode=decode,
     parameters=parameters,
+    exchange_for=exchange_for,
     initial=initial,
     check=check,
 )

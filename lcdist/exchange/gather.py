@@ -28,13 +28,15 @@ def gather(
     dim: int = 1,
     blocks: Sequence[int] | Tensor | None = None,
     block_size: int | None = None,
+    wide: bool = False,
 ) -> Pending:
     """All ranks' `x` concatenated along `dim` in rank order; or, of that, the `blocks` asked for.
 
     x: the same shape and dtype on all ranks. blocks: block numbers of the whole, each of
     `block_size` entries along `dim`, in any order, with repeats, maybe none; each rank asks for
     its own, and a block is sent once to a rank that asks for it twice. Gives the blocks one after
-    the other in the order asked.
+    the other in the order asked. wide: give blocks in the wider of fp32 and x.dtype, so that their
+    gradients come home unrounded; what is sent forward stays in x.dtype.
 
     With `blocks` the requests are exchanged first and waited for: n + asked numbers of 8 bytes to
     each peer, counted as gather's. Raises ValueError for a block that does not exist, and where
@@ -49,7 +51,14 @@ def gather(
         )
     asked = blocks.tolist() if isinstance(blocks, Tensor) else list(blocks)
     desk = _Desk(x, group, dim, block_size, asked)
-    return Pending(x, desk.out, desk.home)
+    if not wide:
+        return Pending(x, desk.out, desk.home)
+
+    def widened(x: Tensor) -> Arrival:
+        arrive = desk.out(x)
+        return lambda: arrive().to(wider(x.dtype))
+
+    return Pending(x, widened, desk.home)
 
 
 def _whole(x: Tensor, group: Group, dim: int) -> tuple[Post, Post]:

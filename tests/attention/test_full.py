@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lcdist.attention import METHODS, Shape, Traffic, ring_softmax
+from lcdist.attention import METHODS, Shape, Traffic, full
 from lcdist.layout import ContextLayout
+from lcdist_kernels.full import TILED
 from tests.attention.body import assert_all_match, make, on_virtual_ranks, whole
 
 METHOD = METHODS["full"]
@@ -32,8 +33,8 @@ def test_bytes_by_hand(itemsize: int, grad_size: int) -> None:
 
 def test_blocks_in_the_future_cost_no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     visits = []
-    plain = ring_softmax.full_fwd
-    monkeypatch.setattr(ring_softmax, "full_fwd", lambda *args: visits.append(1) or plain(*args))
+    counting = TILED._replace(fwd=lambda *args: visits.append(1) or TILED.fwd(*args))
+    monkeypatch.setattr(full, "block_operator", lambda *asked: counting)
     problem = make("full", "contiguous", 4)
     assert_all_match(on_virtual_ranks(problem, "torch")[0], whole(problem))
     assert len(visits) == 1 + 2 + 3 + 4

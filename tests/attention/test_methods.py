@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lcdist.attention import METHODS, HeadSlice, Shape
-from lcdist.exchange import VirtualGroup
+from lcdist.exchange import VirtualGroup, traffic
+from lcdist.exchange.virtual import VirtualRank
 from lcdist.layout import KINDS, ContextLayout, pieces_needed
 from tests.attention.body import (
     Problem,
@@ -122,6 +123,19 @@ def test_bytes_are_those_on_the_wire(
     else:  # What is chosen depends on the values: `bytes` is the most it can be.
         for counted, most in zip(sent, expected, strict=True):
             assert all(a <= b for a, b in zip(counted, most, strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_verbs_are_those_on_the_wire(variant: Variant) -> None:
+    problem = make(variant, variant.kinds[0], 3)
+
+    def verbs(rank: VirtualRank) -> set[str]:
+        with traffic() as counted:
+            on_a_rank(problem, rank, "torch")
+        return {verb for verb, sent in counted.sent.items() if sent}
+
+    used = set().union(*VirtualGroup(3).run(verbs))
+    assert used == set(variant.method.exchange_for(variant.options)) <= set(variant.method.exchange)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

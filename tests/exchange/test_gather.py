@@ -69,3 +69,15 @@ def test_errors_name_the_block():
         gather(x, None, blocks=[0], block_size=4)
     with pytest.raises(ValueError, match="block_size = None"):
         gather(x, None, blocks=[0])
+
+
+def test_wide_blocks_bring_their_gradients_home_unrounded():
+    def run(rank):
+        x = torch.ones(1, 2, 1, dtype=torch.bfloat16, requires_grad=True)
+        out = gather(x, rank, blocks=[0], block_size=1, wide=True).wait()
+        # Each gradient has more bits than bfloat16; their sum, 512, has not.
+        out.backward(torch.full_like(out, (255.25, 256.75)[rank.rank()]))
+        return out.dtype, x.grad.dtype, x.grad.flatten().tolist()
+
+    wide, narrow = torch.float32, torch.bfloat16
+    assert VirtualGroup(2).run(run)[0] == (wide, narrow, [512.0, 0.0])

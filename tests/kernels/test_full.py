@@ -243,7 +243,6 @@ def test_saves_inputs_out_and_lse_alone(impl: str, packed: bool) -> None:
         ({"k": torch.ones(2, 8, 3, 16), "v": torch.ones(2, 8, 3, 16)}, "multiple of nheads_kv = 3"),
         ({"q": torch.ones(2, 8, 4, 8)}, "head_dim"),
         ({"q": torch.ones(2, 8, 4, 16).double()}, "one floating dtype"),
-        ({"impl": "triton"}, "not built .* auto, torch, reference"),
         ({"impl": "cuda"}, "'cuda' is unknown"),
         ({"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, r"\[0, 9\].*seqlen = 8"),
         ({"cu_seqlens": torch.tensor([1, 8], dtype=torch.int32)}, "start with 0"),

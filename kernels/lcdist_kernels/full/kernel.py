@@ -47,24 +47,24 @@ FWD = {
     (64, 2): Launch(128, 64, 4, 3),
     (128, 2): Launch(128, 64, 8, 3),
     (256, 2): Launch(128, 32, 8, 2),
-    (64, 4): Launch(64, 32, 4, 2),
-    (128, 4): Launch(32, 32, 4, 2),
-    (256, 4): Launch(32, 16, 4, 1),
+    (64, 4): Launch(32, 32, 4, 2),
+    (128, 4): Launch(32, 64, 8, 1),
+    (256, 4): Launch(32, 32, 8, 1),
 }
 BWD_DQ = {
     (64, 2): Launch(128, 64, 8, 3),
     (128, 2): Launch(128, 64, 8, 2),
-    (256, 2): Launch(64, 32, 8, 1),
-    (64, 4): Launch(32, 32, 4, 2),
-    (128, 4): Launch(32, 32, 4, 1),
+    (256, 2): Launch(64, 32, 8, 2),
+    (64, 4): Launch(64, 32, 8, 2),
+    (128, 4): Launch(32, 32, 8, 2),
     (256, 4): Launch(16, 16, 4, 1),
 }
 BWD_DKV = {
     (64, 2): Launch(64, 128, 8, 3),
     (128, 2): Launch(64, 128, 8, 2),
-    (256, 2): Launch(32, 64, 8, 1),
+    (256, 2): Launch(32, 64, 8, 2),
     (64, 4): Launch(32, 32, 4, 2),
-    (128, 4): Launch(32, 32, 4, 1),
+    (128, 4): Launch(32, 32, 8, 1),
     (256, 4): Launch(16, 16, 4, 1),
 }
 
@@ -75,6 +75,12 @@ def _seen(q_idx, q_lo, k_idx, HAS_LO: tl.constexpr):
     if HAS_LO:
         m = m & (k_idx >= q_lo)
     return m
+
+
+@triton.jit
+def _run(ranges, i):
+    p = ranges + i * 4
+    return tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3)
 
 
 @triton.jit
@@ -170,10 +176,7 @@ def _full_fwd_kernel(
     p_v = v + i_b * stride_vb + (i_h // GROUP) * stride_vh
     p_q = q + i_b * stride_qb + i_h * stride_qh
     p_out = out + i_b * stride_ob + i_h * stride_oh
-    first = tl.load(ranges + i_m * 4)
-    whole_first = tl.load(ranges + i_m * 4 + 1)
-    whole_stop = tl.load(ranges + i_m * 4 + 2)
-    stop = tl.load(ranges + i_m * 4 + 3)
+    first, whole_first, whole_stop, stop = _run(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
@@ -295,10 +298,7 @@ def _full_bwd_dq_kernel(
     p_out = out + i_b * stride_ob + i_h * stride_oh
     p_dout = dout + i_b * stride_gb + i_h * stride_gh
     p_dq = dq + i_b * stride_db + i_h * stride_dh
-    first = tl.load(ranges + i_m * 4)
-    whole_first = tl.load(ranges + i_m * 4 + 1)
-    whole_stop = tl.load(ranges + i_m * 4 + 2)
-    stop = tl.load(ranges + i_m * 4 + 3)
+    first, whole_first, whole_stop, stop = _run(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
@@ -425,10 +425,7 @@ def _full_bwd_dkv_kernel(
     i_b = tl.program_id(2).to(tl.int64)
     p_k = k + i_b * stride_kb + i_hk * stride_kh
     p_v = v + i_b * stride_vb + i_hk * stride_vh
-    first = tl.load(ranges + i_n * 4)
-    whole_first = tl.load(ranges + i_n * 4 + 1)
-    whole_stop = tl.load(ranges + i_n * 4 + 2)
-    stop = tl.load(ranges + i_n * 4 + 3)
+    first, whole_first, whole_stop, stop = _run(ranges, i_n)
 
     start = i_n * BLOCK_N
     o_n = start + tl.arange(0, BLOCK_N)
@@ -456,11 +453,10 @@ def _full_bwd_dkv_kernel(
                 seqlen_q, stride_qs, stride_gs, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D,
                 BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True,
             )  # fmt: skip
-    p_dk = dk + i_b * stride_db + i_hk * stride_dh
-    p_dv = dv + i_b * stride_db + i_hk * stride_dh
+    i_own = i_b * stride_db + i_hk * stride_dh
     b_dk = b_dk * softmax_scale
-    store_tile(p_dk, b_dk, start, seqlen_k, stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
-    store_tile(p_dv, b_dv, start, seqlen_k, stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_tile(dk + i_own, b_dk, start, seqlen_k, stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_tile(dv + i_own, b_dv, start, seqlen_k, stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
 def full_fwd(
@@ -472,14 +468,13 @@ def full_fwd(
     k_idx: Tensor,
     softmax_scale: float,
     *,
-    out_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over a block of k, v.
 
-    As the tiled `full_fwd`, for bf16, fp16 and fp32 and an even head_dim from 16 to 256; out in
-    out_dtype, lse fp32. launch: other tiles than those chosen by head_dim. Raises ValueError where
-    kernels do not take the tensors.
+    As the tiled `full_fwd`, in bf16, fp16 or fp32, head_dim even and from 16 to 256; lse fp32, out
+    in out_dtype (default fp32). launch: other tiles than those chosen. Raises as `check_kernel`.
     """
     check_qkv(q, k, v)
     check_kernel(q)
@@ -487,7 +482,7 @@ def full_fwd(
         q, softmax_scale = -q, -softmax_scale
     q, k, v = rows(q), rows(k), rows(v)
     batch, seqlen, nheads, head_dim = q.shape
-    out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)
     lse = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)
     if not q.numel() or not k.numel():
         return out.zero_(), lse.fill_(-torch.inf)
@@ -531,10 +526,10 @@ def full_bwd(
     k_idx: Tensor,
     softmax_scale: float,
     *,
-    grad_dtype: torch.dtype = torch.float32,
+    grad_dtype: torch.dtype | None = None,
     launches: tuple[Launch, Launch] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The share of (dq, dk, dv), in grad_dtype, that passes through this block of k, v.
+    """The share of (dq, dk, dv) that passes through this block, in grad_dtype (default fp32).
 
     As the tiled `full_bwd`: out and lse over all keys the queries see. launches: tiles for dq and
     for dk, dv. Raises as `full_fwd`.
@@ -543,7 +538,8 @@ def full_bwd(
     check_kernel(q)
     q, k, v, out, dout = rows(q), rows(k), rows(v), rows(out), rows(dout.to(q.dtype))
     batch, seqlen, nheads, head_dim = q.shape
-    dq, dk, dv = (torch.empty(x.shape, dtype=grad_dtype, device=q.device) for x in (q, k, v))
+    grads = {"dtype": grad_dtype or torch.float32, "device": q.device}
+    dq, dk, dv = (torch.empty(x.shape, **grads) for x in (q, k, v))
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     for_dq, for_dkv = launches or (choose_launch(BWD_DQ, q), choose_launch(BWD_DKV, q))

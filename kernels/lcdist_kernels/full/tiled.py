@@ -26,12 +26,15 @@ def full_fwd(
     q_lo: Tensor,
     k_idx: Tensor,
     softmax_scale: float,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over a block of k, v.
 
     q `[b, s_q, h, d]`; k, v `[b, s_k, h_kv, d]`; q_idx, k_idx: global token numbers `[s_q]`,
     `[s_k]`; q_lo: the first token of each query's document; these three int64 on the CPU. Result
-    in the wider of fp32 and q.dtype; a query that sees nothing has out = 0, lse = -inf.
+    in the wider of fp32 and q.dtype, out in out_dtype where one is given; a query that sees nothing
+    has out = 0, lse = -inf.
     """
     batch, seqlen, nheads, head_dim = q.shape
     q, k, v = (fold(x, k.shape[2]) for x in (q, k, v))
@@ -50,7 +53,7 @@ def full_fwd(
                 scratch,
             )
     shape = (batch, seqlen, nheads, head_dim)
-    return unfold(out, shape), lse.view(batch, nheads, seqlen)
+    return unfold(out, shape).to(out_dtype or out.dtype), lse.view(batch, nheads, seqlen)
 
 
 def _fwd_rows(
@@ -90,11 +93,14 @@ def full_bwd(
     q_lo: Tensor,
     k_idx: Tensor,
     softmax_scale: float,
+    *,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The share of (dq, dk, dv) that passes through this block of k, v.
 
     dout, out: like q; lse `[b, h, s_q]`: out and lse over all keys the queries see, not only
-    these. The rest as in `full_fwd`. Result in the wider of fp32 and q.dtype, shaped like q, k, v.
+    these. The rest as in `full_fwd`. Result shaped like q, k, v, in grad_dtype, by default the
+    wider of fp32 and q.dtype.
     """
     shapes, nheads_kv = (q.shape, k.shape), k.shape[2]
     dout, q, k, v, out = (fold(x, nheads_kv) for x in (dout, q, k, v, out))
@@ -117,7 +123,9 @@ def full_bwd(
                 scratch,
             )
     dq.mul_(softmax_scale)
-    return unfold(dq, shapes[0]), unfold(dk[:, None], shapes[1]), unfold(dv[:, None], shapes[1])
+    folded = zip((dq, dk[:, None], dv[:, None]), (shapes[0], *shapes[1:] * 2), strict=True)
+    dq, dk, dv = (unfold(x, shape).to(grad_dtype or x.dtype) for x, shape in folded)
+    return dq, dk, dv
 
 
 def _bwd_rows(

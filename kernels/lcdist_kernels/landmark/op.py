@@ -164,6 +164,9 @@ class ListedFunction(torch.autograd.Function):
         past = listed_fwd(q, entries, lists, rows, scale)
         out, lse = merge(own[0], own[1], *past)
         out = out.to(q.dtype)
+        # A table may come in a wider dtype, so that its gradient does; its values need none.
+        ctx.wide = None if table is None else table.dtype
+        table = None if table is None else table.to(q.dtype)
         ctx.save_for_backward(q, k, v, table, out, lse)
         ctx.reading = reading
         return out
@@ -183,7 +186,7 @@ class ListedFunction(torch.autograd.Function):
                 whole.add_(part)
             dtable = None
         else:
-            dtable = dtable.to(table.dtype)
+            dtable = dtable.to(ctx.wide)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dtable, None, None
 
 
