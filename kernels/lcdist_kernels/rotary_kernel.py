@@ -6,6 +6,8 @@ is full: p times it, wrapping, is the angle's place in its turn, exact to p * 2^
 frequency itself is rounded. Its upper 32 bits become an fp32 angle in [-pi, pi), within 2e-7
 whatever the position; cosine, sine and the rotation are fp32, and only the result is cast.
 """
+# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 import math
 from typing import Any
@@ -82,7 +84,7 @@ def rotate(x: Tensor, positions: Tensor, steps: Tensor, factor: float) -> Tensor
     if positions.device.type == "cpu":
         flat = on_device(Indices(positions.flatten()), place_of(x))
         positions = flat.view(positions.shape)
-    return _Rotate.apply(x, positions.contiguous(), steps, factor, 1.0)
+    return _Rotate.apply(x, positions.contiguous(), steps, float(factor), 1.0)
 
 
 class _Rotate(torch.autograd.Function):

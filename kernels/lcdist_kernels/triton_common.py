@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -29,7 +30,7 @@ _ONE_AT_A_TIME = Lock()
 @cache
 def interpreting() -> bool:
     """Whether kernels run as Python on any device: TRITON_INTERPRET=1 when they were imported."""
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
 
 
 # What a kernel was decorated as does not change when the environment does.
@@ -58,16 +59,21 @@ class Launch(NamedTuple):
         }
 
 
+LaunchTable = dict[tuple[int, int], Launch]
+"""(greatest padded head_dim, bytes an element: 2 or 4) -> Launch."""
+
 INTERPRETED_LAUNCH = Launch(64, 64, 4, 1)
 
 
-def choose_launch(table: dict[tuple[int, int], Launch], x: Tensor) -> Launch:
-    """The entry of `table` for (padded head_dim, bytes an element) of x, or one to interpret.
+def choose_launch(table: LaunchTable, x: Tensor, hopper: LaunchTable | None = None) -> Launch:
+    """The entry of `table` for x `[b, s, h, d]`, or one to interpret.
 
-    Keys are upper bounds on the head_dim, sorted, for element sizes 2 and 4.
+    hopper: entries that take the place of those in `table` from compute capability 9 on.
     """
     if interpreting():
         return INTERPRETED_LAUNCH
+    if hopper and torch.cuda.get_device_capability(x.device)[0] >= 9:
+        table = table | hopper
     size, width = x.element_size(), padded(x.shape[3])
     return table[min(key for key in table if key[0] >= width and key[1] == size)]
 
@@ -82,6 +88,8 @@ def obstacle(x: Tensor) -> str | None:
     least, most = HEAD_DIMS
     if x.device.type != "cuda" and not interpreting():
         return f"kernels run on CUDA, the tensors are on {x.device}"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 8:
+        return "kernels run on GPUs of compute capability 8.0 and above"
     if x.dtype not in DTYPES:
         return f"kernels take bf16, fp16 and fp32, the tensors are {x.dtype}"
     if x.shape[3] % 2 or not least <= x.shape[3] <= most:

@@ -29,14 +29,14 @@ from lcdist.attention.landmark_plan import (
     multiple_of,
     traffic,
 )
-from lcdist.attention.landmark_ring import Ring, reference_ring, tiled_ring
+from lcdist.attention.landmark_ring import Ring, reference_ring, ring_by_hand
 from lcdist.attention.method import AttentionMethod, HeadSlice
 from lcdist.config.schema import LandmarkOptions
 from lcdist.exchange import Group, group_rank
 from lcdist.layout import ContextLayout
 from lcdist_kernels import Rotary, landmark_attention, landmark_reference
-from lcdist_kernels.common import announce, check_impl, check_qkv
-from lcdist_kernels.landmark import BUILT, landmark_cached
+from lcdist_kernels.common import check_impl, check_qkv
+from lcdist_kernels.landmark import BUILT, TILED, landmark_cached, landmark_operator
 
 
 def attention(
@@ -62,10 +62,10 @@ def attention(
     block_size or the end; positions and blocks restart per document; tokens after the last border
     form one of their own. Selection units are counted from the beginning of the whole sequence and
     cut at borders: documents that begin at multiples of select_tokens get what they would alone.
-    impl: "auto", "torch" or "reference".
+    impl: "auto", "triton", "torch" or "reference".
 
-    Raises ValueError where shapes, layout, group, documents and options do not fit, or `impl` is
-    not built.
+    Raises ValueError where shapes, layout, group, documents and options do not fit, `impl` is not
+    built, or "triton" does not take the tensors.
     """
     check_impl(impl, "landmark", BUILT)
     check_qkv(q, k, v)
@@ -87,16 +87,16 @@ def attention(
             softmax_scale=scale,
             impl=impl,
         )
+    what = "landmark attention under context parallelism"
+    operator = TILED if impl == "reference" else landmark_operator(impl, q, what)
     if rotary is not None:
         index, starts = tokens(layout, group_rank(group), cu_seqlens)
         q, k = rotary.rotate(q, index - starts), rotary.rotate(k, index - starts)
-    if impl == "auto":
-        announce("landmark attention under context parallelism: tiled torch, no kernel is built")
     if options.top_k is None:
-        around = Ring(layout, group, cu_seqlens, scale, options.block_size)
-        return (reference_ring if impl == "reference" else tiled_ring)(q, k, v, around)
-    fetch = Fetch(layout, group, cu_seqlens, scale, options)
-    return fetch.dense(q, k, v) if impl == "reference" else fetch.tiled(q, k, v)
+        around = Ring(layout, group, cu_seqlens, scale, options.block_size, operator)
+        return (reference_ring if impl == "reference" else ring_by_hand)(q, k, v, around)
+    fetch = Fetch(layout, group, cu_seqlens, scale, options, operator)
+    return fetch.dense(q, k, v) if impl == "reference" else fetch.by_hand(q, k, v)
 
 
 def reference(

@@ -16,6 +16,8 @@ from lcdist.config.schema import LandmarkOptions
 from lcdist.exchange import Group, Pending, gather, group_rank
 from lcdist.layout import ContextLayout
 from lcdist_kernels.landmark import (
+    TILED,
+    LandmarkOperator,
     ListedFunction,
     Lists,
     Reading,
@@ -32,22 +34,23 @@ from lcdist_kernels.partial import merge
 
 @dataclass(frozen=True)
 class Fetch:
-    """What a rank needs in order to choose and to fetch; the layout is contiguous."""
+    """What a rank needs in order to choose, to fetch and to attend; the layout is contiguous."""
 
     layout: ContextLayout
     group: Group
     cu_seqlens: Tensor | None
     softmax_scale: float
     options: LandmarkOptions
+    operator: LandmarkOperator = TILED
 
     @property
     def block_size(self) -> int:
         return self.options.block_size
 
-    def tiled(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def by_hand(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """out of rotated q, k, v: own blocks are attended to while the others are on their way."""
         rows, pending, lists = self._order(q, k, v)
-        reading = Reading(lists, rows, int(rows.idx[0]), self.softmax_scale)
+        reading = Reading(lists, rows, int(rows.idx[0]), self.softmax_scale, self.operator)
         own = reading.own_partial(q, k, v)
         return ListedFunction.apply(q, k, v, pending.wait(), own, reading)
 

@@ -13,19 +13,20 @@ from torch import Tensor
 from lcdist.attention.common import tokens
 from lcdist.exchange import Group, group_rank, ring, ring_home
 from lcdist.layout import ContextLayout
-from lcdist_kernels.landmark import Rows, landmark_bwd, landmark_fwd, landmark_partial, sees_any
+from lcdist_kernels.landmark import TILED, LandmarkOperator, Rows, landmark_partial, sees_any
 from lcdist_kernels.partial import merge
 
 
 @dataclass(frozen=True)
 class Ring:
-    """Who is on the ring, whose blocks are whose, and what a score is multiplied by."""
+    """Who is on the ring, whose blocks are whose, a score's scale, and what carries a piece."""
 
     layout: ContextLayout
     group: Group
     cu_seqlens: Tensor | None
     softmax_scale: float
     block_size: int
+    operator: LandmarkOperator = TILED
 
     def rows(self) -> Rows:
         """This rank's queries."""
@@ -36,8 +37,8 @@ class Ring:
         return self.layout.positions(owner)[:: self.block_size]
 
 
-def tiled_ring(q: Tensor, k: Tensor, v: Tensor, around: Ring) -> Tensor:
-    """This rank's out of rotated q, k, v: tiled torch, with gradients by hand."""
+def ring_by_hand(q: Tensor, k: Tensor, v: Tensor, around: Ring) -> Tensor:
+    """This rank's out of rotated q, k, v, with gradients by hand."""
     return _RingLandmark.apply(q, torch.stack((k, v)), around)
 
 
@@ -51,7 +52,7 @@ class _RingLandmark(torch.autograd.Function):
             k_start = around.k_start(owner)
             if not sees_any(rows, k_start):
                 continue
-            visit = landmark_fwd(q, k_blk, v_blk, rows, k_start, around.softmax_scale)
+            visit = around.operator.fwd(q, k_blk, v_blk, rows, k_start, around.softmax_scale)
             partial = visit if partial is None else merge(*partial, *visit)
         assert partial is not None, "a token sees at least its own block"
         out, lse = partial[0].to(q.dtype), partial[1]
@@ -70,8 +71,8 @@ class _RingLandmark(torch.autograd.Function):
             if not sees_any(rows, k_start):
                 continue
             k_blk, v_blk = visit.block
-            dq_blk, dk, dv = landmark_bwd(
-                dout, q, k_blk, v_blk, out, lse, rows, k_start, softmax_scale=around.softmax_scale
+            dq_blk, dk, dv = around.operator.bwd(
+                dout, q, k_blk, v_blk, out, lse, rows, k_start, around.softmax_scale
             )
             visit.add(torch.stack((dk, dv)))
             dq += dq_blk
@@ -79,7 +80,7 @@ class _RingLandmark(torch.autograd.Function):
 
 
 def reference_ring(q: Tensor, k: Tensor, v: Tensor, around: Ring) -> Tensor:
-    """Dense maths on every piece, gradients by autograd: what `tiled_ring` must meet."""
+    """Dense maths on every piece, gradients by autograd: what `ring_by_hand` must meet."""
     rows, partial = around.rows(), None
     for owner, (k_blk, v_blk) in ring(torch.stack((k, v)), around.group):
         k_start = around.k_start(owner)

@@ -22,7 +22,7 @@ from lcdist_kernels.full import TILED, BlockOperator, full_partial, merge, reach
 
 @dataclass(frozen=True)
 class Lap:
-    """Who is on the ring, whose tokens are whose, the scale of a score, and what carries a block."""
+    """Who is on the ring, whose tokens are whose, a score's scale, and what carries a block."""
 
     layout: ContextLayout
     group: Group

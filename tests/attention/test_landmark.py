@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcdist.attention import METHODS, HeadSlice, Shape, Traffic, landmark_ring
+from lcdist.attention import METHODS, HeadSlice, Shape, Traffic
+from lcdist.attention import landmark as landmark_module
 from lcdist.config.schema import LandmarkOptions
 from lcdist.exchange import VirtualGroup
 from lcdist.layout import ContextLayout
+from lcdist_kernels.landmark import TILED
 from tests.attention.body import (
     Problem,
     Variant,
@@ -147,10 +149,8 @@ def test_one_block_a_rank() -> None:
 
 def test_pieces_in_the_future_cost_no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     visits = []
-    plain = landmark_ring.landmark_fwd
-    monkeypatch.setattr(
-        landmark_ring, "landmark_fwd", lambda *args: visits.append(1) or plain(*args)
-    )
+    counting = TILED._replace(fwd=lambda *args: visits.append(1) or TILED.fwd(*args))
+    monkeypatch.setattr(landmark_module, "landmark_operator", lambda *args: counting)
     problem = problem_of(BLOCKS, 4)
     assert_all_match(on_virtual_ranks(problem, "torch")[0], whole(problem))
     assert len(visits) == 1 + 2 + 3 + 4

@@ -31,9 +31,22 @@ for head_dim, dtype, starts in (
 """
 
 
+ROTARY = """
+import torch
+from lcdist_kernels.rotary_kernel import rotate, turns
+from tests.kernels.compiling import compiled_for
+
+with compiled_for(CAPABILITY) as made:
+    for head_dim, dtype in ((128, torch.bfloat16), (80, torch.float32)):
+        rotate(torch.zeros(1, 300, 4, head_dim, dtype=dtype), torch.arange(300),
+               turns(torch.ones(head_dim // 2)), 1)
+assert len(made) == 2
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("program", [FULL], ids=["full"])
+@pytest.mark.parametrize("program", [FULL, ROTARY], ids=["full", "rotary"])
 def test_kernels_compile(program: str, capability: int, tmp_path: Path) -> None:
     roots = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

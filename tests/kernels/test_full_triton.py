@@ -3,6 +3,9 @@
 Without a GPU they run in Triton's interpreter; tests marked `gpu` need one.
 """
 
+import sys
+from importlib import invalidate_caches
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels import Rotary, full_attention, full_reference, triton_common
-from lcdist_kernels.full import KERNEL, TILED, block_operator, full_partial, merge, visible
+from lcdist_kernels.full import KERNEL, TILED, block_operator, full_partial, library, merge, visible
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import make, on_virtual_ranks
 from tests.kernels.test_full import borders, inputs, tiled_starts, with_grads
@@ -175,15 +178,15 @@ def test_rows_that_see_nothing_and_blocks_of_other_lengths() -> None:
     assert torch.all(nothing[0] == 0) and torch.all(nothing[1] == -torch.inf)
 
 
-@pytest.mark.parametrize("scale", [300.0, -1.5, 0.0])
+@pytest.mark.parametrize("scale", [300.0, -300.0, -0.5, 0.0])
 def test_any_scale(scale: float) -> None:
     qkv = on_device(70, (2, 1), 16, torch.float32)
     dout = torch.randn_like(qkv[0])
     got = with_grads(full_attention(*qkv, softmax_scale=scale, impl="triton"), qkv, dout)
     truth = truth_of(qkv, dout, softmax_scale=scale)
     # At 300 nearly all weight is on one key, and a score's fp32 rounding is worth 1e-4.
-    assert_close(got[:1], truth[:1], 1e-3 if scale > 1 else FP32)
-    if scale < 1:
+    assert_close(got[:1], truth[:1], 1e-3 if abs(scale) > 1 else FP32)
+    if abs(scale) < 1:
         assert_close(got, truth)
     assert all(torch.isfinite(x).all() for x in got)
 
@@ -251,6 +254,32 @@ def test_who_carries_it() -> None:
     assert block_operator("torch", x, "test") is TILED
     # Never interpreted unasked.
     assert block_operator("auto", x, "test") is TILED
+
+
+FLASH_3 = "def flash_attn_func(q, k, v, softmax_scale, causal): return q + softmax_scale, causal"
+BROKEN = "raise ImportError('undefined symbol')"
+FLASH_2 = "def flash_attn_func(q, k, v, softmax_scale, causal): return q - softmax_scale"
+
+
+def test_flash_attention_is_found_by_what_it_can_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    found = library._flash.__wrapped__
+    q = torch.zeros(1)
+    (tmp_path / "flash_attn.py").write_text(FLASH_2)
+    (tmp_path / "flash_attn_interface.py").write_text(FLASH_3)
+    assert found(7) is None
+    assert found(8)(q, q, q, 2.0) == -2
+    assert found(9)(q, q, q, 2.0) == 2
+    assert found(10)(q, q, q, 2.0) == -2
+    for name in ("flash_attn", "flash_attn_interface"):
+        (tmp_path / f"{name}.py").write_text(BROKEN)
+        monkeypatch.delitem(sys.modules, name)
+    invalidate_caches()
+    with caplog.at_level("INFO", "lcdist_kernels"):
+        assert found(9) is None
+    assert "flash_attn is here and cannot be used: undefined symbol" in caplog.text
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ arXiv:2307.08691):
 
 A program owns a tile of queries (out, dq) or of keys (dk, dv) and walks over the tiles of the
 others that its band touches: first those that need no mask, then those that do. Nothing is added
-atomically, so the same inputs give the same bits. Exponentials are base 2, log2 e being part of the
-scale.
+atomically: the same inputs give the same bits. Scores carry log2 e, exponentials are base 2.
 """
+# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 import torch
 import triton
@@ -27,6 +28,7 @@ from lcdist_kernels.bands import (
     query_ranges,
 )
 from lcdist_kernels.common import check_qkv
+from lcdist_kernels.full.launches import BWD_DKV, BWD_DQ, FWD, FWD_HOPPER
 from lcdist_kernels.triton_common import (
     LN2,
     LOG2E,
@@ -41,32 +43,6 @@ from lcdist_kernels.triton_common import (
     rows,
     store_tile,
 )
-
-# (padded head_dim, bytes an element): tiles. Unmeasured: chosen by registers and shared memory.
-FWD = {
-    (64, 2): Launch(128, 64, 4, 3),
-    (128, 2): Launch(128, 64, 8, 3),
-    (256, 2): Launch(128, 32, 8, 2),
-    (64, 4): Launch(32, 32, 4, 2),
-    (128, 4): Launch(32, 64, 8, 1),
-    (256, 4): Launch(32, 32, 8, 1),
-}
-BWD_DQ = {
-    (64, 2): Launch(128, 64, 8, 3),
-    (128, 2): Launch(128, 64, 8, 2),
-    (256, 2): Launch(64, 32, 8, 2),
-    (64, 4): Launch(64, 32, 8, 2),
-    (128, 4): Launch(32, 32, 8, 2),
-    (256, 4): Launch(16, 16, 4, 1),
-}
-BWD_DKV = {
-    (64, 2): Launch(64, 128, 8, 3),
-    (128, 2): Launch(64, 128, 8, 2),
-    (256, 2): Launch(32, 64, 8, 2),
-    (64, 4): Launch(32, 32, 4, 2),
-    (128, 4): Launch(32, 32, 8, 1),
-    (256, 4): Launch(16, 16, 4, 1),
-}
 
 
 @triton.jit
@@ -486,7 +462,7 @@ def full_fwd(
     lse = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)
     if not q.numel() or not k.numel():
         return out.zero_(), lse.fill_(-torch.inf)
-    launch = launch or choose_launch(FWD, q)
+    launch = launch or choose_launch(FWD, q, FWD_HOPPER)
     band, place = band_of(q_idx, q_lo, k_idx), place_of(q)
     grid = (triton.cdiv(seqlen, launch.block_m), nheads, batch)
     with launching(q):
@@ -565,7 +541,7 @@ def full_bwd(
             dq,
             *indices,
             key_ranges(band, for_dq.block_m, for_dq.block_n, place),
-            softmax_scale,
+            float(softmax_scale),
             seqlen,
             k.shape[1],
             *inputs,
@@ -586,7 +562,7 @@ def full_bwd(
             dv,
             *indices,
             query_ranges(band, for_dkv.block_m, for_dkv.block_n, place),
-            softmax_scale,
+            float(softmax_scale),
             seqlen,
             k.shape[1],
             *inputs,

@@ -1,0 +1,33 @@
+"""Tiles of full attention's kernels by head_dim, element size and GPU: the one place to tune them.
+
+Chosen by instructions a score, spilled registers and shared memory as compiled for sm_80 and sm_90;
+unmeasured.
+"""
+
+from lcdist_kernels.triton_common import Launch
+
+FWD = {
+    (64, 2): Launch(128, 64, 4, 3),
+    (128, 2): Launch(128, 64, 8, 3),
+    (256, 2): Launch(128, 32, 8, 2),
+    (64, 4): Launch(32, 32, 4, 2),
+    (128, 4): Launch(32, 64, 8, 1),
+    (256, 4): Launch(32, 32, 8, 1),
+}
+FWD_HOPPER = {(128, 2): Launch(128, 128, 8, 2)}
+BWD_DQ = {
+    (64, 2): Launch(128, 64, 8, 3),
+    (128, 2): Launch(128, 64, 8, 2),
+    (256, 2): Launch(64, 32, 8, 2),
+    (64, 4): Launch(64, 32, 8, 2),
+    (128, 4): Launch(32, 32, 8, 2),
+    (256, 4): Launch(16, 16, 4, 1),
+}
+BWD_DKV = {
+    (64, 2): Launch(64, 128, 8, 3),
+    (128, 2): Launch(64, 128, 8, 2),
+    (256, 2): Launch(32, 64, 8, 2),
+    (64, 4): Launch(32, 32, 4, 2),
+    (128, 4): Launch(32, 32, 8, 1),
+    (256, 4): Launch(16, 16, 4, 1),
+}
