@@ -7,7 +7,7 @@ DATA   ?= stdlib
 METHOD ?= full
 NAME   ?=
 
-.PHONY: extend test checks bench install clean
+.PHONY: extend test checks bench gpu-check install clean
 
 extend: install
 	$(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)"
@@ -23,6 +23,10 @@ checks: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python kernels/bench/bench_methods.py
 	$(BIN)/python kernels/bench/bench_training.py
+
+# Needs a GPU, torch, triton, numpy and pytest, and no network: nothing is installed.
+gpu-check:
+	$(PYTHON) kernels/bench/gpu_check.py --out gpu-check
 
 install: $(VENV)/.installed
 

@@ -3,13 +3,12 @@
     python kernels/bench/bench_methods.py [--quick] [--only WORD]
 
 First every contender is compared in float64 with its dense reference, at an eighth of its sizes;
-on red nothing is timed. Then one forward and backward, fp32: on one process with all cores, and
-context parallel on two gloo processes with half of the cores each. Contenders take turns, so the
-ratios of one length come from one run. Rows are added to results/methods.csv.
+on red nothing is timed. Then one forward and backward, fp32, one core a process: on one process, and
+context parallel on two. Contenders take turns, so the ratios of one length come from one run. Rows
+are added to results/methods.csv.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ from lcdist.attention import METHODS, Shape
 from lcdist.layout import ContextLayout, pieces_needed
 from lcdist_kernels import Rotary, full_attention
 
-SIZES = {4096: 5, 16384: 3, 32768: 1}  # tokens: repetitions
+SIZES = {4096: 3, 16384: 1, 32768: 1}  # tokens: repetitions
 QUICK = {1024: 3, 2048: 3}
 NHEADS, HEAD_DIM = 8, 64
 GATE, GATE_SEQLEN, EIGHTH = 1e-10, 640, 8
@@ -125,9 +124,9 @@ def rotary(dtype: torch.dtype) -> Rotary:
     return Rotary(10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=dtype) / HEAD_DIM))
 
 
-def answer(rank: int, size: int, what: str, contender: Contender, seqlen: int, threads: int) -> Any:
+def answer(rank: int, size: int, what: str, contender: Contender, seqlen: int) -> Any:
     """A rank's part of an order: the tensors for the gate, or (seconds, MiB)."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     dtype = torch.float64 if what == "gate" else torch.float32
     run = step_of(contender, seqlen, rank, size, dtype)
     if size > 1:
@@ -152,7 +151,7 @@ def red(worlds: dict[int, Ranks], contender: Contender) -> str | None:
             leaves,
             dout,
         )
-        parts = list(zip(*ranks.ask("gate", small, GATE_SEQLEN, 1), strict=True))
+        parts = list(zip(*ranks.ask("gate", small, GATE_SEQLEN), strict=True))
         got = [layout.unshard(part, 1) for part in parts[:4]]
         got += [torch.stack(part).sum(0) for part in parts[4:]]
         for what, a, r in zip(("out", "dq", "dk", "dv", *params), got, reference(), strict=True):
@@ -166,13 +165,11 @@ def time_all(
     worlds: dict[int, Ranks], contenders: list[Contender], seqlen: int, repetitions: int
 ) -> list[dict[str, object]]:
     """The CSV rows of one length: median seconds, and greatest extra MiB of a process."""
-    cores = len(os.sched_getaffinity(0))
     entries = [(c, size) for c in contenders for size in worlds if size == 1 or c.name != BASELINE]
     taken: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for _ in range(repetitions):
         for contender, size in entries:
-            threads = max(1, cores // size)
-            both = worlds[size].ask("measure", contender, seqlen, threads)
+            both = worlds[size].ask("measure", contender, seqlen)
             one = (max(t for t, _ in both), max(m for _, m in both))
             taken.setdefault((str(contender), size), []).append(one)
     base = median(t for t, _ in taken[BASELINE, 1])
@@ -190,12 +187,11 @@ def row_of(
     shape = Shape(1, NHEADS, NHEADS, HEAD_DIM, itemsize=4, seqlen=seqlen)
     flops = 3.5 * method.flops(method.options(**contender.options), shape)
     seconds = median(t for t, _ in taken)
-    cores = len(os.sched_getaffinity(0))
     return {
         "date": date.today().isoformat(),
         "commit": commit(),
         "torch": torch.__version__,
-        "device": f"{machine()}, {cores} cores",
+        "device": f"{machine()}, one core a process",
         "dtype": "fp32",
         "nheads": NHEADS,
         "head_dim": HEAD_DIM,
