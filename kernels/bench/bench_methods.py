@@ -3,9 +3,9 @@
     python kernels/bench/bench_methods.py [--quick] [--only WORD]
 
 First every contender is compared in float64 with its dense reference, at an eighth of its sizes;
-on red nothing is timed. Then one forward and backward, fp32, one core a process: on one process, and
-context parallel on two. Contenders take turns, so the ratios of one length come from one run. Rows
-are added to results/methods.csv.
+on red nothing is timed. Then one forward and backward, fp32, one core a process: on one process,
+and context parallel on two. Contenders take turns, so the ratios of one length come from one run.
+Rows are added to results/methods.csv.
 """
 
 import argparse

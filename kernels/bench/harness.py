@@ -101,13 +101,14 @@ def machine() -> str:
 
 def commit() -> str:
     """The checked-out commit, marked where files other than results differ from it."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    ask = {"capture_output": True, "text": True, "check": False}
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], **ask).stdout.strip()
-    changed = ["status", "--porcelain", "--", ":/", ":!/kernels/bench/results"]
-    dirty = subprocess.run([*git, *changed], **ask).stdout.strip()
+    head = _git("rev-parse", "--short=12", "HEAD")
+    dirty = _git("status", "--porcelain", "--", ":/", ":!/kernels/bench/results")
     return f"{head}{'-dirty' if dirty else ''}" if head else "unknown"
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write(name: str, rows: list[dict[str, object]]) -> None:
