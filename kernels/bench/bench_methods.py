@@ -237,9 +237,10 @@ def main() -> int:
             rows = []
             for seqlen, repetitions in (QUICK if arguments.quick else SIZES).items():
                 time_all(worlds, chosen, 512, 1)  # warm: page tables, thread pools, connections
-                rows += time_all(worlds, chosen, seqlen, repetitions)
-            if not arguments.quick:
-                write("methods", rows)
+                measured = time_all(worlds, chosen, seqlen, repetitions)
+                rows += measured
+                if not arguments.quick:
+                    write("methods", measured)
         finally:
             for ranks in worlds.values():
                 ranks.close()

@@ -30,42 +30,45 @@ from lcdist.layout import KINDS, ContextLayout, pieces_needed
 from lcdist_kernels import Rotary, coca_attention, coca_reference
 from lcdist_kernels.coca import (
     BUILT,
+    TILED,
+    CoCAOperator,
     angles,
     check_variant,
     coca_keys,
+    coca_operator,
     coca_queries,
     coca_tau,
     collinear,
     collinear_bwd,
     keys,
-    keys_bwd,
     queries,
-    queries_bwd,
 )
-from lcdist_kernels.common import announce, check_impl, check_qkv
+from lcdist_kernels.common import check_impl, check_qkv
 from lcdist_kernels.full import full_fwd
 
 
 class _TauBesideValues:
     """The factors of CoCA: q', and a block `[b, s, h_kv, 3 d / 2]` that is tau and the value."""
 
-    def __init__(self, variant: str, rotary: Rotary | None) -> None:
-        self.variant, self.rotary = variant, rotary
+    def __init__(self, variant: str, rotary: Rotary | None, operator: CoCAOperator = TILED) -> None:
+        self.variant, self.rotary, self.operator = variant, rotary, operator
 
     def queries(self, q: Tensor, positions: Tensor) -> Tensor:
-        return queries(q, angles(self.rotary, positions, q, q.shape[3]), self.variant)
+        at = angles(self.rotary, positions, q, q.shape[3])
+        return self.operator.queries(q, at, self.variant)
 
     def queries_bwd(self, dqueries: Tensor, q: Tensor, positions: Tensor) -> Tensor:
         at = angles(self.rotary, positions, q, q.shape[3])
-        return queries_bwd(dqueries, q, at, self.variant)
+        return self.operator.queries_bwd(dqueries, q, at, self.variant)
 
     def keys(self, block: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         tau, v = _apart(block)
-        return keys(tau, angles(self.rotary, positions, v, v.shape[3]), self.variant), v
+        at = angles(self.rotary, positions, v, v.shape[3])
+        return self.operator.keys(tau, at, self.variant), v
 
     def keys_bwd(self, dkeys: Tensor, dvalues: Tensor, positions: Tensor) -> Tensor:
         at = angles(self.rotary, positions, dkeys, dkeys.shape[3])
-        return torch.cat((keys_bwd(dkeys, at, self.variant), dvalues), -1)
+        return torch.cat((self.operator.keys_bwd(dkeys, at, self.variant), dvalues), -1)
 
     def dense_keys(self, block: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """As `keys`, by the reference's own lines, which autograd sees through."""
@@ -114,10 +117,11 @@ def attention(
     q `[b, s_local, h, d]`, k, v `[b, s_local, h_kv, d]`: un-rotated, tokens as `layout` cuts them;
     k: t, before averaging and relu. cu_seqlens: borders of documents in the whole sequence, int32
     `[n + 1]`, the same for every row and on every rank; positions restart per document; tokens
-    after the last border form one of their own. impl: "auto", "torch" or "reference".
+    after the last border form one of their own. impl: "auto", "triton", "torch" or
+    "reference".
 
     Raises ValueError where shapes, layout and group do not fit, head_dim is odd, the rotary does
-    not turn all of it, or `impl` is not built.
+    not turn all of it, `impl` is not built, or "triton" does not take the tensors.
     """
     check_impl(impl, "coca", BUILT)
     check_qkv(q, k, v)
@@ -136,14 +140,16 @@ def attention(
             softmax_scale=scale,
             impl=impl,
         )
-    lap, factors = Lap(layout, group, cu_seqlens, scale), _TauBesideValues(options.variant, rotary)
     if impl == "reference":
+        lap = Lap(layout, group, cu_seqlens, scale)
+        factors = _TauBesideValues(options.variant, rotary)
         index, starts = lap.here()
         queries_ = coca_queries(q, rotary, index - starts, options.variant)
         block = torch.cat((coca_tau(k), v), -1)
         return reference_ring(queries_, block, factors.dense_keys, lap).to(q.dtype)
-    if impl == "auto":
-        announce("coca attention under context parallelism: tiled torch, as no kernel is built yet")
+    operator = coca_operator(impl, q, "coca attention under context parallelism")
+    lap = Lap(layout, group, cu_seqlens, scale, operator.block)
+    factors = _TauBesideValues(options.variant, rotary, operator)
     return RingSoftmax.apply(q, _Pack.apply(k, v), factors, lap)
 
 

@@ -31,9 +31,9 @@ from lcdist.exchange import Group, group_rank, ring, ring_home
 from lcdist.layout import KINDS, ContextLayout, pieces_needed
 from lcdist_kernels import Rotary
 from lcdist_kernels import lssar as ops
-from lcdist_kernels.common import announce, check_impl, check_qkv
+from lcdist_kernels.common import check_impl, check_qkv
 from lcdist_kernels.full import reaches, visible
-from lcdist_kernels.lssar import Band, Reweight, Threshold
+from lcdist_kernels.lssar import TILED, Band, LssarOperator, Reweight, Threshold
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class _Ring:
     cu_seqlens: Tensor | None
     rotary: Rotary | None
     reweight: Reweight | None
+    operator: LssarOperator = TILED
 
     def band(self, owner: int) -> Band:
         """What this rank's queries see of `owner`'s keys."""
@@ -56,9 +57,9 @@ class _Ring:
         index, starts = tokens(self.layout, owner, self.cu_seqlens)
         return ops.directions(x, self.rotary, index - starts)
 
-    def shares(self, like: Tensor) -> Tensor:
-        """Of this rank's rows."""
-        return ops.mean_shares(self.band(0).counts, self.reweight, like)
+    def rows(self) -> Band:
+        """This rank's queries, against their own keys."""
+        return self.band(group_rank(self.group))
 
 
 def attention(
@@ -81,10 +82,10 @@ def attention(
     q `[b, s_local, h, d]`, k, v `[b, s_local, h_kv, d]`: un-rotated, tokens as `layout` cuts them.
     cu_seqlens: borders of documents in the whole sequence, int32 `[n + 1]`, the same for every row
     and on every rank; positions and row numbers restart per document; tokens after the last border
-    form one of their own. softmax_scale: in the place of ln(head_dim). impl: "auto", "torch" or
-    "reference".
+    form one of their own. softmax_scale: in the place of ln(head_dim). impl: one of `METHOD.impls`.
 
-    Raises ValueError where shapes, layout and group do not fit, or `impl` is not built.
+    Raises ValueError where shapes, layout and group do not fit, `impl` is not built, or "triton"
+    does not take the tensors.
     """
     check_impl(impl, "lssar", ops.BUILT)
     check_qkv(q, k, v)
@@ -102,13 +103,13 @@ def attention(
             softmax_scale=softmax_scale,
             impl=impl,
         )
-    around, rank = _Ring(layout, group, cu_seqlens, rotary, reweight), group_rank(group)
+    what = "lssar attention under context parallelism"
+    operator = TILED if impl == "reference" else ops.lssar_operator(impl, q, what)
+    around, rank = _Ring(layout, group, cu_seqlens, rotary, reweight, operator), group_rank(group)
     queries = around.directions(q, rank)
-    queries = queries * ops.logit_scales(around.band(rank).counts, softmax_scale, queries)
+    queries = queries * ops.logit_scales(around.rows().counts, softmax_scale, queries)
     if impl == "reference":
         return _reference_ring(queries, k, v, around).to(q.dtype)
-    if impl == "auto":
-        announce("lssar attention on a ring: tiled torch, as no kernel is built yet")
     return _RingLssar.apply(queries, around.directions(k, rank), k, v, around)
 
 
@@ -129,7 +130,8 @@ def _reference_ring(queries: Tensor, k: Tensor, v: Tensor, around: _Ring) -> Ten
         blocks = [scores(*visit) for visit in ring(k, around.group)]
         total = torch.stack([block.sum(-1) for block in blocks]).sum(0)
         top = torch.stack([block.amax(-1) for block in blocks]).amax(0)
-        threshold = ops.row_threshold(total, top, around.shares(queries))
+        shares = ops.mean_shares(around.rows().counts, around.reweight, queries)
+        threshold = ops.row_threshold(total, top, shares)
     parts = [
         ops.lssar_block(scores(owner, kv_blk[0]), kv_blk[1], threshold, around.reweight)
         for owner, kv_blk in ring(torch.stack((k, v)), around.group)
@@ -147,14 +149,15 @@ class _RingLssar(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, k: Tensor, v: Tensor, around: _Ring):
+        operator, queries = around.operator, around.operator.factor(queries, v)
         threshold, slope = _first_lap(queries, k, around), any(ctx.needs_input_grad)
         kv, sums = torch.stack((k, v)), None
         for owner, (k_blk, v_blk) in ring(kv, around.group):
             band = around.band(owner)
             if not reaches(*band):
                 continue
-            keys_blk = around.directions(k_blk, owner)
-            part = ops.lssar_fwd(queries, keys_blk, v_blk, band, threshold, around.reweight, slope)
+            keys_blk = operator.factor(around.directions(k_blk, owner), v_blk)
+            part = operator.fwd(queries, keys_blk, v_blk, band, threshold, around.reweight, slope)
             sums = part if sums is None else sums.plus(part)
         assert sums is not None, "a token sees at least itself"
         done = ops.lssar_finish(sums, threshold, around.reweight)
@@ -166,16 +169,17 @@ class _RingLssar(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         queries, kv, *row = ctx.saved_tensors
-        around = ctx.around
-        saved = ops.lssar_rows(dout, *row, shares=around.shares(queries))
-        dqueries = torch.zeros_like(queries)
+        around, operator = ctx.around, ctx.around.operator
+        saved = operator.rows(dout, *row, around.rows(), around.reweight)
+        dqueries = torch.zeros(queries.shape, dtype=saved.mean.dtype, device=queries.device)
         lap = ring_home(kv, around.group)
         for visit in lap:
             band = around.band(visit.owner)
             if not reaches(*band):
                 continue
-            v_blk, keys_blk = visit.block[1], around.directions(visit.block[0], visit.owner)
-            dqueries_blk, dk, dv = ops.lssar_bwd(
+            k_blk, v_blk = visit.block
+            keys_blk = operator.factor(around.directions(k_blk, visit.owner), v_blk)
+            dqueries_blk, dk, dv = operator.bwd(
                 dout, queries, keys_blk, v_blk, band, saved, around.reweight
             )
             visit.add(torch.stack((dk, dv)))
@@ -193,9 +197,11 @@ def _first_lap(queries: Tensor, k: Tensor, around: _Ring) -> Threshold:
     for owner, k_blk in ring(k, around.group):
         band = around.band(owner)
         if reaches(*band):
-            total_blk, top_blk = ops.lssar_sums(queries, around.directions(k_blk, owner), band)
+            keys_blk = around.operator.factor(around.directions(k_blk, owner), k)
+            total_blk, top_blk = around.operator.sums(queries, keys_blk, band)
             total, top = total + total_blk, torch.maximum(top, top_blk)
-    return ops.row_threshold(total, top, around.shares(queries))
+    shares = ops.mean_shares(around.rows().counts, around.reweight, queries)
+    return ops.row_threshold(total, top, shares)
 
 
 def reference(

@@ -24,7 +24,8 @@ from lcdist.config.schema import SccaOptions
 from lcdist.exchange import Group, group_rank
 from lcdist.layout import ContextLayout, pieces_needed
 from lcdist_kernels import Rotary, scca_attention, scca_reference
-from lcdist_kernels.common import announce, check_impl, check_qkv
+from lcdist_kernels.common import check_impl, check_qkv
+from lcdist_kernels.full import TILED, BlockOperator, block_operator
 from lcdist_kernels.scca import BUILT, Rule, head_groups, scca_cached
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -50,10 +51,11 @@ def attention(
     q `[b, s_local, h, d]`, k, v `[b, s_local, h_kv, d]`: un-rotated, tokens as `layout` cuts them.
     cu_seqlens: borders of documents in the whole sequence, int32 `[n + 1]`, the same for every row
     and on every rank; positions, chunks and residues restart per document; tokens after the last
-    border form one of their own. impl: "auto", "torch" or "reference".
+    border form one of their own. impl: "auto", "triton", "torch" or "reference".
 
-    Raises ValueError where shapes, layout and group do not fit, `impl` is not built, or options
-    contradict each other, the heads or the documents (`scca_pattern`).
+    Raises ValueError where shapes, layout and group do not fit, `impl` is not built, "triton" does
+    not take the tensors, or options contradict each other, the heads or the documents
+    (`scca_pattern`).
     """
     check_impl(impl, "scca", BUILT)
     check_qkv(q, k, v)
@@ -72,12 +74,13 @@ def attention(
             softmax_scale=scale,
             impl=impl,
         )
-    if impl == "auto":
-        announce("scca attention under context parallelism: tiled torch, as no kernel is built yet")
+    what = "scca attention under context parallelism"
+    operator = TILED if impl == "reference" else block_operator(impl, q, what)
     index, starts = tokens(layout, group_rank(group), cu_seqlens)
     if rotary is not None:
         q, k = rotary.rotate(q, index - starts), rotary.rotate(k, index - starts)
-    return _exchanged(q, k, v, rules, (layout, group, cu_seqlens, scale), impl)
+    around = (layout, group, cu_seqlens, scale, operator)
+    return _exchanged(q, k, v, rules, around, impl == "reference")
 
 
 def _exchanged(
@@ -85,11 +88,11 @@ def _exchanged(
     k: Tensor,
     v: Tensor,
     rules: tuple[Rule, ...],
-    around: tuple[ContextLayout, Group, Tensor | None, float],
-    impl: str,
+    around: tuple[ContextLayout, Group, Tensor | None, float, BlockOperator],
+    dense: bool,
 ) -> Tensor:
     """All heads of rotated q; the all-to-all is posted before anything else."""
-    groups, dense = head_groups(rules, k.shape[2]), impl == "reference"
+    groups = head_groups(rules, k.shape[2])
     grouped = q.unflatten(2, (k.shape[2], -1))
     if rules[0].kind == "key":
         ringed = reference_keys if dense else RingKeys.apply
@@ -252,6 +255,7 @@ METHOD = AttentionMethod(
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
+    impls=BUILT,
     reference=reference,
     attention=attention,
     decode=decode,

@@ -19,7 +19,14 @@ from lcdist.attention.method import Shape, Traffic
 from lcdist.exchange import Group, group_rank, ring, ring_home
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import wide_dtype
-from lcdist_kernels.full import full_partial, merge, reaches, visible
+from lcdist_kernels.full import (
+    TILED,
+    BlockOperator,
+    full_partial,
+    merge,
+    reaches,
+    visible,
+)
 from lcdist_kernels.scca import HeadGroup, Part, Rule, banded_bwd, banded_fwd, head_groups
 
 ALL = slice(None)
@@ -43,6 +50,7 @@ class KeyRing:
     group: Group
     cu_seqlens: Tensor | None
     softmax_scale: float
+    operator: BlockOperator = TILED
 
     @cached_property
     def dilation(self) -> int:
@@ -121,7 +129,8 @@ class RingKeys(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, around: KeyRing) -> Tensor:
         done = banded_fwd(q, k, v, (), around.softmax_scale)
         for owner, (k_blk, v_blk) in ring(around.block(k, v), around.group):
-            done = banded_fwd(q, k_blk, v_blk, around.parts(owner), around.softmax_scale, done)
+            parts, scale = around.parts(owner), around.softmax_scale
+            done = banded_fwd(q, k_blk, v_blk, parts, scale, done, operator=around.operator)
         out = done[0].to(q.dtype)
         ctx.save_for_backward(q, k, v, out, done[1])
         ctx.around = around
@@ -135,7 +144,9 @@ class RingKeys(torch.autograd.Function):
         lap = ring_home(around.block(k, v), around.group)
         for visit in lap:
             (k_blk, v_blk), parts = visit.block, around.parts(visit.owner)
-            shares = banded_bwd(dout, q, k_blk, v_blk, (out, lse), parts, dq, scale)
+            shares = banded_bwd(
+                dout, q, k_blk, v_blk, (out, lse), parts, dq, scale, operator=around.operator
+            )
             visit.add(torch.stack(shares))
         return dq.to(q.dtype), *around.home(lap.home(), k), None
 

@@ -20,7 +20,7 @@ from lcdist.attention.scca_plan import Moves, borders_of, moves
 from lcdist.exchange import Group, Pending, group_rank, shift
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import document_starts
-from lcdist_kernels.full import full_partial
+from lcdist_kernels.full import TILED, BlockOperator, full_partial
 from lcdist_kernels.scca import (
     HeadGroup,
     Part,
@@ -44,6 +44,7 @@ class Windows:
     group: Group
     cu_seqlens: Tensor | None
     softmax_scale: float
+    operator: BlockOperator = TILED
 
     def moves(self, of: HeadGroup) -> Moves:
         """What travels for one group of heads."""
@@ -64,7 +65,9 @@ class Windows:
             part
             for members, rule in of.members
             if rule.is_window
-            for part in window_parts(rule, (of.kv, held, members), index, starts, k_idx)
+            for part in window_parts(
+                rule, (of.kv, held, members), index, starts, k_idx, self.operator
+            )
         ]
 
 
@@ -89,13 +92,14 @@ class ShiftedWindows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, around: Windows) -> Tensor:
         posted = [(of, _post(k, v, of, around)) for of in around.groups]
-        done = banded_fwd(q, k, v, around.local_parts(), around.softmax_scale)
+        scale, operator = around.softmax_scale, around.operator
+        done = banded_fwd(q, k, v, around.local_parts(), scale, operator=operator)
         got: list[Tensor] = []
         for of, pair in posted:
             if pair is not None:
                 k_got, v_got = pair[0].wait(), pair[1].wait()
                 parts = around.foreign_parts(of)
-                done = banded_fwd(q, k_got, v_got, parts, around.softmax_scale, done)
+                done = banded_fwd(q, k_got, v_got, parts, scale, done, operator=operator)
                 got += (k_got, v_got)
         out = done[0].to(q.dtype)
         ctx.save_for_backward(q, k, v, out, done[1], *got)
@@ -106,6 +110,7 @@ class ShiftedWindows(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse, *got = ctx.saved_tensors
         around, scale = ctx.around, ctx.around.softmax_scale
+        operator = around.operator
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         homeward = []
         for of in around.groups:
@@ -113,10 +118,14 @@ class ShiftedWindows(torch.autograd.Function):
                 continue
             (k_got, v_got), got = got[:2], got[2:]
             parts, plan = around.foreign_parts(of), around.moves(of).back()
-            shares = banded_bwd(dout, q, k_got, v_got, (out, lse), parts, dq, scale)
+            shares = banded_bwd(
+                dout, q, k_got, v_got, (out, lse), parts, dq, scale, operator=operator
+            )
             pair = [shift(share, plan, around.group) for share in shares]
             homeward.append((of, pair))
-        dkv = banded_bwd(dout, q, k, v, (out, lse), around.local_parts(), dq, scale)
+        dkv = banded_bwd(
+            dout, q, k, v, (out, lse), around.local_parts(), dq, scale, operator=operator
+        )
         for of, pair in homeward:
             leaving = around.moves(of).leaving(group_rank(around.group))
             for grad, pending in zip(dkv, pair, strict=True):

@@ -21,7 +21,7 @@ from lcdist.attention.scca_units import Units, dilated_heads
 from lcdist.exchange import Group, Pending, group_rank, swap
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import document_starts
-from lcdist_kernels.full import full_partial, visible
+from lcdist_kernels.full import TILED, BlockOperator, full_partial, visible
 from lcdist_kernels.scca import Part, Rule, banded_bwd, banded_fwd, head_groups
 
 ALL = slice(None)
@@ -70,6 +70,7 @@ class UnitSwap:
     group: Group
     cu_seqlens: Tensor | None
     softmax_scale: float
+    operator: BlockOperator = TILED
 
     @cached_property
     def _slots(self) -> list[int]:
@@ -172,12 +173,12 @@ class UnitSwap:
         return parts
 
     def _band(self, of_queries: int, of_keys: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Pad sees nothing and is seen by nobody."""
+        """Pad sees nothing and is seen by nobody; all three rise, as kernels like it."""
         seqlen = self.units.layout.seqlen
         counted = torch.arange(self._length) * self.units.heads.dilation
         q_idx, k_idx = counted + of_queries, counted + of_keys
         q_lo = document_starts(self.cu_seqlens, q_idx.clamp_max(seqlen - 1), seqlen)
-        return q_idx.masked_fill(q_idx >= seqlen, -1), q_lo, k_idx.clamp_max(seqlen)
+        return q_idx, q_lo.masked_fill(q_idx >= seqlen, seqlen + 1), k_idx.clamp_max(seqlen)
 
 
 class SwappedUnits(torch.autograd.Function):
@@ -191,7 +192,8 @@ class SwappedUnits(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: UnitSwap, pending: Pending
     ) -> Tensor:
         lanes = exchange.lanes(pending)
-        out, lse = banded_fwd(*lanes, exchange.parts(), exchange.softmax_scale)
+        scale, operator = exchange.softmax_scale, exchange.operator
+        out, lse = banded_fwd(*lanes, exchange.parts(), scale, operator=operator)
         out = out.to(q.dtype)
         ctx.save_for_backward(*lanes, out, lse)
         ctx.exchange, ctx.nheads_kv = exchange, k.shape[2]
@@ -204,7 +206,8 @@ class SwappedUnits(torch.autograd.Function):
         dout_ = exchange.at_units(exchange.to_units(dout, units.members), units.members)
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         scale, parts = exchange.softmax_scale, exchange.parts()
-        dk, dv = banded_bwd(dout_, q, k, v, (out, lse), parts, dq, scale)
+        row, operator = (out, lse), exchange.operator
+        dk, dv = banded_bwd(dout_, q, k, v, row, parts, dq, scale, operator=operator)
         dx = torch.cat((dq, dk[:, :, :, None], dv[:, :, :, None]), 3)
         # A gradient with one source is rounded once, whether here or at home.
         dx = dx if units.repeats else dx.to(q.dtype)

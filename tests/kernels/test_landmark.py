@@ -483,7 +483,7 @@ def test_the_grid_by_eye() -> None:
     [
         ({"k": torch.ones(2, 8, 3, 16)}, "of one shape"),
         ({"q": torch.ones(2, 7, 4, 16)}, "q has 7 tokens"),
-        ({"impl": "triton"}, "not built .* auto, torch, reference"),
+        ({"impl": "cuda"}, "is unknown.* auto, triton, torch, reference"),
         ({"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, r"\[0, 9\].*seqlen = 8"),
         ({"block_size": 1}, "block_size = 1"),
         ({"top_k": 0}, "top_k = 0"),

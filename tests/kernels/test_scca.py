@@ -9,14 +9,15 @@ from torch import Tensor
 
 from lcdist_kernels import Rotary, full_reference, scca_attention, scca_reference, tiles
 from lcdist_kernels.common import document_starts
+from lcdist_kernels.full import TILED, BlockOperator
 from lcdist_kernels.scca import (
     Rule,
     dense_mask,
     head_groups,
+    op,
     scca_cached,
     self_parts,
     slices,
-    tiled,
 )
 from tests.kernels.test_full import DOUBLE, HEADS, LENGTHS, borders, inputs, with_grads
 from tests.kernels.test_rotary import frequencies
@@ -298,8 +299,8 @@ def test_no_key_is_copied_on_the_way_to_the_tiles(monkeypatch: pytest.MonkeyPatc
 
         return call
 
-    for name in ("full_fwd", "full_bwd"):
-        monkeypatch.setattr(tiled, name, spy(name, getattr(tiled, name)))
+    spied = BlockOperator(spy("full_fwd", TILED.fwd), spy("full_bwd", TILED.bwd))
+    monkeypatch.setattr(op, "block_operator", lambda *asked: spied)
     scca_attention(q, k, v, rules=MIXED, impl="torch").sum().backward()
     assert set(seen) == {"full_fwd", "full_bwd"}
 
@@ -385,7 +386,7 @@ def test_heads_in_groups_cover_each_once() -> None:
         ({"rules": [Rule("chunk", 4, -1)] * 4}, "shift >= 0"),
         ({"rules": [Rule("fold", 4, 6)] * 4}, "multiple of size"),
         ({"rules": [Rule("pair", 4, 4)] * 4}, "below size"),
-        ({"impl": "triton"}, "not built .* auto, torch, reference"),
+        ({"impl": "cuda"}, "is unknown: .* auto, triton, torch, reference"),
         ({"q": torch.ones(2, 7, 4, 16)}, "q has 7 tokens"),
         ({"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, r"\[0, 9\].*seqlen = 8"),
     ],

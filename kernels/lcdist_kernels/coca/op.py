@@ -1,15 +1,16 @@
 """Collinear constrained attention as a function of torch (arXiv:2309.08646), by way of q' and k'.
 
-q' and k' are made elementwise and go to the softmax operator of full attention: "torch" is the
-tiled one, with q' and k' made anew for the backward; "auto" takes torch's own fused attention where
-that is exact; "reference" is the dense one.
+q' and k' are made elementwise, anew for the backward, and go to the softmax operator of full
+attention: "triton" are its kernels, "torch" the tiled one; "auto" takes the kernels on CUDA and the
+tiled one on a CPU, never a library's, which would keep q' and k'; "reference" is the dense one.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lcdist_kernels.coca.operator import CoCAOperator, coca_operator
 from lcdist_kernels.coca.reference import coca_reference
 from lcdist_kernels.coca.transform import (
     Angles,
@@ -17,59 +18,58 @@ from lcdist_kernels.coca.transform import (
     check_variant,
     collinear,
     collinear_bwd,
-    keys,
-    keys_bwd,
-    queries,
-    queries_bwd,
 )
-from lcdist_kernels.common import announce, check_impl, check_self, document_starts
-from lcdist_kernels.full import full_attention, full_bwd, full_fwd
+from lcdist_kernels.common import check_impl, check_self, document_starts
 from lcdist_kernels.rotary import Rotary
 
-BUILT = ("auto", "torch", "reference")
+BUILT = ("auto", "triton", "torch", "reference")
+
+
+class Asked(NamedTuple):
+    """What q' and k' are made by, which keys a query sees, and what carries it."""
+
+    at: Angles
+    variant: str
+    index: Tensor
+    starts: Tensor
+    softmax_scale: float
+    operator: CoCAOperator
+
+    def factors(self, q: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        """q' and k'."""
+        how = self.at, self.variant
+        return self.operator.queries(q, *how), self.operator.keys(tau, *how)
+
+    @property
+    def band(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `full_fwd` takes it."""
+        return self.index, self.starts, self.index
 
 
 class CoCAFunction(torch.autograd.Function):
     """Self-attention in one block; q, tau, v, out and lse are all that is kept."""
 
     @staticmethod
-    def forward(ctx: Any, q, t, v, at: Angles, variant: str, band: tuple[Tensor, Tensor], scale):
-        index, starts = band
+    def forward(ctx: Any, q: Tensor, t: Tensor, v: Tensor, asked: Asked):
         tau = collinear(t)
-        factors = queries(q, at, variant), keys(tau, at, variant)
-        out, lse = full_fwd(*factors, v, index, starts, index, scale)
-        out = out.to(q.dtype)
+        out, lse = asked.operator.block.fwd(
+            *asked.factors(q, tau), v, *asked.band, asked.softmax_scale, out_dtype=q.dtype
+        )
         ctx.save_for_backward(q, tau, v, out, lse)
-        ctx.at, ctx.variant, ctx.band, ctx.scale = at, variant, band, scale
+        ctx.asked = asked
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, tau, v, out, lse = ctx.saved_tensors
-        at, variant, (index, starts) = ctx.at, ctx.variant, ctx.band
-        factors = queries(q, at, variant), keys(tau, at, variant)
-        dqueries, dkeys, dv = full_bwd(dout, *factors, v, out, lse, index, starts, index, ctx.scale)
-        dq = queries_bwd(dqueries, q, at, variant)
-        dt = collinear_bwd(keys_bwd(dkeys, at, variant), tau)
-        return dq.to(q.dtype), dt.to(q.dtype), dv.to(v.dtype), None, None, None, None
-
-
-class _Factors(torch.autograd.Function):
-    """(q, t) -> (q', k') in q.dtype; q and tau are all that is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, t: Tensor, at: Angles, variant: str):
-        tau = collinear(t)
-        ctx.save_for_backward(q, tau)
-        ctx.at, ctx.variant = at, variant
-        return queries(q, at, variant).to(q.dtype), keys(tau, at, variant).to(q.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor):
-        q, tau = ctx.saved_tensors
-        dq = queries_bwd(grads[0], q, ctx.at, ctx.variant)
-        dt = collinear_bwd(keys_bwd(grads[1], ctx.at, ctx.variant), tau)
-        return dq.to(q.dtype), dt.to(q.dtype), None, None
+        asked: Asked = ctx.asked
+        operator = asked.operator
+        dqueries, dkeys, dv = operator.block.bwd(
+            dout, *asked.factors(q, tau), v, out, lse, *asked.band, asked.softmax_scale
+        )
+        dq = operator.queries_bwd(dqueries, q, asked.at, asked.variant)
+        dt = collinear_bwd(operator.keys_bwd(dkeys, asked.at, asked.variant), tau)
+        return dq.to(q.dtype), dt.to(q.dtype), dv.to(v.dtype), None
 
 
 def coca_attention(
@@ -86,9 +86,9 @@ def coca_attention(
 ) -> Tensor:
     """Attention of q `[b, s, h, d]` over t, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
-    t: what the projection in the key's place gives, before averaging and relu. impl: "auto",
-    "torch" or "reference". The rest, and what raises ValueError, as in `coca_reference`; also an
-    `impl` that is not built.
+    t: what the projection in the key's place gives, before averaging and relu. impl: one of
+    `BUILT`. The rest, and what raises ValueError, as in `coca_reference`; also an `impl` that is
+    not built, and "triton" where it does not take the tensors.
     """
     check_impl(impl, "coca", BUILT)
     if impl == "reference":
@@ -104,14 +104,9 @@ def coca_attention(
         )
     check_self(q, t, v)
     check_variant(variant, q.shape[3])
+    operator = coca_operator(impl, q, "coca attention")
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
     at = angles(rotary, index - starts if positions is None else positions, q, q.shape[3])
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    if impl == "auto" and cu_seqlens is None:
-        announce("coca attention: q' and k' go to full attention, which chooses for itself")
-        queries_, keys_ = _Factors.apply(q, t, at, variant)
-        return full_attention(queries_, keys_, v, softmax_scale=scale, impl="auto")
-    if impl == "auto":
-        announce("coca attention: tiled torch, as torch's own knows no packed documents")
-    return CoCAFunction.apply(q, t, v, at, variant, (index, starts), scale)
+    return CoCAFunction.apply(q, t, v, Asked(at, variant, index, starts, scale, operator))

@@ -19,12 +19,16 @@ from lcdist_kernels.landmark.op import (
     landmark_cached,
     table_of,
 )
+from lcdist_kernels.landmark.operator import KERNEL, TILED, LandmarkOperator, landmark_operator
 from lcdist_kernels.landmark.reference import landmark_partial, landmark_reference, listed_partial
 from lcdist_kernels.landmark.tiled import landmark_bwd, landmark_fwd, sees_any
 
 __all__ = [
     "BUILT",
+    "KERNEL",
+    "TILED",
     "Grid",
+    "LandmarkOperator",
     "ListedFunction",
     "Lists",
     "Reading",
@@ -37,6 +41,7 @@ __all__ = [
     "landmark_bwd",
     "landmark_cached",
     "landmark_fwd",
+    "landmark_operator",
     "landmark_partial",
     "landmark_reference",
     "landmarks",

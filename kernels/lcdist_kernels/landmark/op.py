@@ -1,6 +1,7 @@
 """Landmark attention as a function of torch, with its gradients and a choice of implementation.
 
-"torch" is the tiled one, "reference" the dense one; "auto" takes the tiled one.
+"triton" are the kernels, "torch" the tiled operators, "reference" the dense ones; "auto" takes the
+kernels on CUDA and the tiled operators on a CPU.
 """
 
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcdist_kernels.common import announce, check_impl, check_self, document_starts
+from lcdist_kernels.common import check_impl, check_self, document_starts
 from lcdist_kernels.landmark.blocks import (
     Rows,
     block_starts,
@@ -17,13 +18,13 @@ from lcdist_kernels.landmark.blocks import (
     unit_lengths,
 )
 from lcdist_kernels.landmark.choose import choose_blocks
-from lcdist_kernels.landmark.listed import Lists, listed_bwd, listed_fwd
+from lcdist_kernels.landmark.listed import Lists
+from lcdist_kernels.landmark.operator import TILED, LandmarkOperator, landmark_operator
 from lcdist_kernels.landmark.reference import check_sizes, landmark_reference
-from lcdist_kernels.landmark.tiled import landmark_bwd, landmark_fwd, own_bwd, own_fwd
 from lcdist_kernels.partial import merge
 from lcdist_kernels.rotary import Rotary
 
-BUILT = ("auto", "torch", "reference")
+BUILT = ("auto", "triton", "torch", "reference")
 
 
 def landmark_attention(
@@ -42,10 +43,10 @@ def landmark_attention(
 ) -> Tensor:
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
-    impl: "auto", "torch" or "reference". The rest, and what raises ValueError, as in
-    `landmark_reference`; also an `impl` that is not built. With top_k and select_tokens = 1 it is
-    causal token by token; a later query of a larger unit has a say in which past blocks the unit's
-    earlier ones read, never in what these hold.
+    impl: one of `BUILT`. The rest, and what raises ValueError, as in `landmark_reference`; also an
+    `impl` that is not built, and "triton" where it does not take the tensors. With top_k and
+    select_tokens = 1 it is causal token by token; a later query of a larger unit has a say in which
+    past blocks the unit's earlier ones read, never in what these hold.
     """
     check_impl(impl, "landmark", BUILT)
     if impl == "reference":
@@ -63,8 +64,7 @@ def landmark_attention(
         )
     check_self(q, k, v)
     check_sizes(block_size, top_k, select_tokens)
-    if impl == "auto":
-        announce("landmark attention: tiled torch, as no kernel is built yet")
+    operator = landmark_operator(impl, q, "landmark attention")
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
     if rotary is not None:
@@ -75,10 +75,11 @@ def landmark_attention(
     k, v = grid.spread(k), grid.spread(v)
     if top_k is None:
         k_start = block_starts(grid.num_slots, block_size)
-        return LandmarkFunction.apply(q, k, v, grid.rows, k_start, scale)
+        return LandmarkFunction.apply(q, k, v, grid.rows, k_start, scale, operator)
     lengths = unit_lengths(index, starts, select_tokens)
     lists = choose_here(q, k, grid.rows, lengths, top_k, scale)
-    return ListedFunction.apply(q, k, v, None, None, Reading(lists, grid.rows, 0, scale))
+    reading = Reading(lists, grid.rows, 0, scale, operator)
+    return ListedFunction.apply(q, k, v, None, None, reading)
 
 
 @torch.no_grad()
@@ -104,10 +105,10 @@ def landmark_cached(
     rows = Rows(positions, torch.zeros_like(positions), block_size)
     k_start = block_starts(grid.num_slots, block_size)
     if top_k is None:
-        return landmark_fwd(q, k, v, rows, k_start, softmax_scale)[0].to(q.dtype)
+        return TILED.fwd(q, k, v, rows, k_start, softmax_scale, out_dtype=q.dtype)[0]
     lists = choose_here(q, k, rows, torch.ones_like(positions), top_k, softmax_scale)
-    past = listed_fwd(q, table_of(k, v, block_size), lists, rows, softmax_scale)
-    own = own_fwd(q, k, v, rows, k_start, softmax_scale)
+    past = TILED.listed_fwd(q, table_of(k, v, block_size), lists, rows, softmax_scale)
+    own = TILED.own_fwd(q, k, v, rows, k_start, softmax_scale)
     return merge(*own, *past)[0].to(q.dtype)
 
 
@@ -115,20 +116,18 @@ class LandmarkFunction(torch.autograd.Function):
     """Self-attention in one block of keys; q, k, v, out and lse are all that is kept."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, rows: Rows, k_start: Tensor, scale: float):
-        out, lse = landmark_fwd(q, k, v, rows, k_start, scale)
-        out = out.to(q.dtype)
+    def forward(
+        ctx: Any, q, k, v, rows: Rows, k_start: Tensor, scale: float, operator: LandmarkOperator
+    ):
+        out, lse = operator.fwd(q, k, v, rows, k_start, scale, out_dtype=q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rows, ctx.k_start, ctx.scale = rows, k_start, scale
+        ctx.band, ctx.operator = (rows, k_start, scale), operator
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = landmark_bwd(
-            dout, q, k, v, out, lse, ctx.rows, ctx.k_start, softmax_scale=ctx.scale
-        )
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        grads = ctx.operator.bwd(dout, *ctx.saved_tensors, *ctx.band, grad_dtype=dout.dtype)
+        return *grads, None, None, None, None
 
 
 class Reading(NamedTuple):
@@ -138,6 +137,7 @@ class Reading(NamedTuple):
     rows: Rows
     first: int
     softmax_scale: float
+    operator: LandmarkOperator = TILED
 
     def k_start(self, k: Tensor) -> Tensor:
         """The first slots of the blocks of k."""
@@ -146,7 +146,7 @@ class Reading(NamedTuple):
     @torch.no_grad()
     def own_partial(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The partial over own blocks."""
-        return own_fwd(q, k, v, self.rows, self.k_start(k), self.softmax_scale)
+        return self.operator.own_fwd(q, k, v, self.rows, self.k_start(k), self.softmax_scale)
 
 
 class ListedFunction(torch.autograd.Function):
@@ -158,10 +158,10 @@ class ListedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q, k, v, table: Tensor | None, own: Any, reading: Reading):
-        lists, rows, _, scale = reading
+        lists, rows, _, scale, operator = reading
         own = reading.own_partial(q, k, v) if own is None else own
         entries = table_of(k, v, rows.block_size) if table is None else table
-        past = listed_fwd(q, entries, lists, rows, scale)
+        past = operator.listed_fwd(q, entries, lists, rows, scale)
         out, lse = merge(own[0], own[1], *past)
         out = out.to(q.dtype)
         # A table may come in a wider dtype, so that its gradient does; its values need none.
@@ -174,11 +174,11 @@ class ListedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, table, out, lse = ctx.saved_tensors
-        lists, rows, _, scale = reading = ctx.reading
+        lists, rows, _, scale, operator = reading = ctx.reading
         entries = table_of(k, v, rows.block_size) if table is None else table
-        dq, dtable = listed_bwd(dout, q, entries, out, lse, lists, rows, scale)
+        dq, dtable = operator.listed_bwd(dout, q, entries, out, lse, lists, rows, scale)
         del entries
-        own = own_bwd(dout, q, k, v, out, lse, rows, reading.k_start(k), scale)
+        own = operator.own_bwd(dout, q, k, v, out, lse, rows, reading.k_start(k), scale)
         dq.add_(own[0])
         dk, dv = own[1:]
         if table is None:

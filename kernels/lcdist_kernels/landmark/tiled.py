@@ -31,20 +31,29 @@ def sees_any(rows: Rows, k_start: Tensor) -> bool:
 
 
 def landmark_fwd(
-    q: Tensor, k: Tensor, v: Tensor, rows: Rows, k_start: Tensor, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Rows,
+    k_start: Tensor,
+    softmax_scale: float,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over whole blocks.
 
     q `[b, s_q, h, d]`; k, v `[b, n L, h_kv, d]`, n blocks that begin at slots k_start, int64 `[n]`
-    on the CPU. Result in the wider of fp32 and q.dtype; a query that sees nothing has out = 0,
-    lse = -inf.
+    on the CPU. Result in the wider of fp32 and q.dtype, out in out_dtype where one is given; a
+    query that sees nothing has out = 0, lse = -inf.
     """
+    row = (q, k, v, rows, k_start, softmax_scale)
     if not reaches(*rows.past, k_start):
-        return own_fwd(q, k, v, rows, k_start, softmax_scale)
-    past = past_fwd(q, k, v, rows, k_start, softmax_scale)
-    if not reaches(*rows.content, slots_of(k_start, rows.block_size)):
-        return past
-    return merge(*past, *own_fwd(q, k, v, rows, k_start, softmax_scale))
+        out, lse = own_fwd(*row)
+    elif not reaches(*rows.content, slots_of(k_start, rows.block_size)):
+        out, lse = past_fwd(*row)
+    else:
+        out, lse = merge(*past_fwd(*row), *own_fwd(*row))
+    return out.to(out_dtype or out.dtype), lse
 
 
 def landmark_bwd(
@@ -57,19 +66,23 @@ def landmark_bwd(
     rows: Rows,
     k_start: Tensor,
     softmax_scale: float,
+    *,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The share of (dq, dk, dv) that passes through these blocks.
 
     dout, out: like q; lse `[b, h, s_q]`: out and lse over all keys the queries see, not only
-    these. The rest as in `landmark_fwd`. Result in the wider of fp32 and q.dtype.
+    these. The rest as in `landmark_fwd`. Result in grad_dtype, by default the wider of fp32 and
+    q.dtype.
     """
     row = (dout, q, k, v, out, lse, rows, k_start, softmax_scale)
     if not reaches(*rows.past, k_start):
-        return own_bwd(*row)
-    past = past_bwd(*row)
-    if not reaches(*rows.content, slots_of(k_start, rows.block_size)):
-        return past
-    dq, dk, dv = (x.add_(y) for x, y in zip(past, own_bwd(*row), strict=True))
+        grads = own_bwd(*row)
+    else:
+        grads = past_bwd(*row)
+        if reaches(*rows.content, slots_of(k_start, rows.block_size)):
+            grads = (x.add_(y) for x, y in zip(grads, own_bwd(*row), strict=True))
+    dq, dk, dv = (x.to(grad_dtype or x.dtype) for x in grads)
     return dq, dk, dv
 
 

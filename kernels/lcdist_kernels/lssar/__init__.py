@@ -1,13 +1,8 @@
 """LSSA and LSSAR: length-scaled softplus attention, without and with re-weighting."""
 
-from lcdist_kernels.lssar.op import (
-    BUILT,
-    lssar_attention,
-    lssar_cached,
-    lssar_finish,
-    lssar_rows,
-    lssar_whole,
-)
+from lcdist_kernels.lssar.finish import lssar_finish, lssar_rows, lssar_whole
+from lcdist_kernels.lssar.op import BUILT, lssar_attention, lssar_cached
+from lcdist_kernels.lssar.operator import KERNEL, TILED, LssarOperator, lssar_operator
 from lcdist_kernels.lssar.reference import divisor, lssar_block, lssar_reference, softplus_scores
 from lcdist_kernels.lssar.rows import (
     Band,
@@ -23,7 +18,10 @@ from lcdist_kernels.lssar.tiled import Sums, lssar_bwd, lssar_fwd, lssar_sums
 
 __all__ = [
     "BUILT",
+    "KERNEL",
+    "TILED",
     "Band",
+    "LssarOperator",
     "Reweight",
     "Sums",
     "Threshold",
@@ -36,6 +34,7 @@ __all__ = [
     "lssar_cached",
     "lssar_finish",
     "lssar_fwd",
+    "lssar_operator",
     "lssar_reference",
     "lssar_rows",
     "lssar_sums",

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lcdist_kernels.bands import Indices, on_device, place_of
 from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.rotary import Rotary
 
@@ -61,6 +62,15 @@ class Threshold(NamedTuple):
     inverse: Tensor
 
 
+class Finished(NamedTuple):
+    """Rows over all their keys: out, slope (e / gamma) `[b, s, h, d]`; mean, gamma `[b, h, s]`."""
+
+    out: Tensor
+    slope: Tensor | None
+    mean: Tensor
+    gamma: Tensor
+
+
 def exponent(reweight: Reweight | None) -> float:
     """The power of relu(f - mu): that of `reweight`, 1 for LSSA."""
     return 1.0 if reweight is None else reweight.power
@@ -82,13 +92,25 @@ def logit_scales(counts: Tensor, softmax_scale: float | None, like: Tensor) -> T
     counts: N_i, int64 `[s]`. softmax_scale: in the place of ln(head_dim).
     """
     factor = math.log(like.shape[3]) if softmax_scale is None else softmax_scale
-    return (factor * counts.double().log())[:, None, None].to(like.device, like.dtype)
+    return (factor * _moved(counts, like).double().log())[:, None, None].to(like.dtype)
 
 
 def mean_shares(counts: Tensor, reweight: Reweight | None, like: Tensor) -> Tensor:
-    """o_i / N_i, `[s]` with dtype and device of `like`; None stands for LSSA, which has o_i = 0."""
-    exempt = counts.max() if reweight is None else reweight.exempt_rows
-    return (counts.double().reciprocal() * (counts > exempt)).to(like.device, like.dtype)
+    """o_i / N_i, `[s]`, on the device of `like` in the wider of fp32 and its dtype.
+
+    None stands for LSSA, which has o_i = 0.
+    """
+    if reweight is None:
+        return torch.zeros(len(counts), dtype=wide_dtype(like.dtype), device=like.device)
+    counts = _moved(counts, like)
+    return (counts.double().reciprocal() * (counts > reweight.exempt_rows)).to(
+        wide_dtype(like.dtype)
+    )
+
+
+def _moved(counts: Tensor, like: Tensor) -> Tensor:
+    """The counts on the device of `like`, where they are kept by value: no wait, no second copy."""
+    return on_device(Indices(counts), place_of(like)) if like.is_cuda else counts
 
 
 def row_threshold(total: Tensor, top: Tensor, shares: Tensor) -> Threshold:
@@ -107,4 +129,5 @@ def row_threshold(total: Tensor, top: Tensor, shares: Tensor) -> Threshold:
 def no_threshold(like: Tensor) -> Threshold:
     """LSSA's, for queries like `like` `[b, s, h, d]`: every score is taken as it is."""
     shape = (like.shape[0], like.shape[2], like.shape[1])
-    return Threshold(like.new_zeros(shape), like.new_ones(shape))
+    words = {"dtype": wide_dtype(like.dtype), "device": like.device}
+    return Threshold(torch.zeros(shape, **words), torch.ones(shape, **words))

@@ -1,6 +1,7 @@
 """Shifted cross chunk attention as a function of torch, with gradients and implementations.
 
-"torch" is the tiled one, "reference" the dense one; "auto" takes the tiled one.
+"triton" are full attention's kernels by parts, "torch" the tiled operator by parts, "reference" the
+dense one; "auto" takes the kernels on CUDA and the tiled operator on a CPU.
 """
 
 from collections.abc import Sequence
@@ -9,39 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist_kernels.common import (
-    announce,
-    check_impl,
-    check_qkv,
-    check_self,
-    document_starts,
-)
-from lcdist_kernels.full.tiled import full_fwd
+from lcdist_kernels.common import check_impl, check_qkv, check_self, document_starts
+from lcdist_kernels.full import BlockOperator, block_operator, full_fwd
 from lcdist_kernels.rotary import Rotary
 from lcdist_kernels.scca.reference import check_rules, scca_reference
 from lcdist_kernels.scca.rules import Rule, head_groups
 from lcdist_kernels.scca.tiled import Part, banded_bwd, banded_fwd, self_parts
 
-BUILT = ("auto", "torch", "reference")
+BUILT = ("auto", "triton", "torch", "reference")
 
 
 class BandedFunction(torch.autograd.Function):
     """Attention by parts, q `[b, s, h_kv, h / h_kv, d]`; kept: q, k, v, out and lse."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], scale: float):
-        out, lse = banded_fwd(q, k, v, parts, scale)
+    def forward(
+        ctx: Any, q, k, v, parts: Sequence[Part], scale: float, operator: BlockOperator
+    ) -> Tensor:
+        out, lse = banded_fwd(q, k, v, parts, scale, operator=operator)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.parts, ctx.scale = parts, scale
+        ctx.parts, ctx.scale, ctx.operator = parts, scale, operator
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *row = ctx.saved_tensors
         dq = torch.zeros(q.shape, dtype=row[1].dtype, device=q.device)
-        dk, dv = banded_bwd(dout, q, k, v, tuple(row), ctx.parts, dq, ctx.scale)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        dk, dv = banded_bwd(
+            dout, q, k, v, tuple(row), ctx.parts, dq, ctx.scale, operator=ctx.operator
+        )
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def scca_attention(
@@ -58,8 +57,8 @@ def scca_attention(
 ) -> Tensor:
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
-    impl: "auto", "torch" or "reference". The rest, and what raises ValueError, as in
-    `scca_reference`; also an `impl` that is not built.
+    impl: one of `BUILT`. The rest, and what raises ValueError, as in `scca_reference`; also an
+    `impl` that is not built, and "triton" where it does not take the tensors.
     """
     check_impl(impl, "scca", BUILT)
     if impl == "reference":
@@ -75,17 +74,16 @@ def scca_attention(
         )
     check_self(q, k, v)
     check_rules(rules, q.shape[2])
-    if impl == "auto":
-        announce("scca attention: tiled torch, as no kernel is built yet")
+    operator = block_operator(impl, q, "scca attention")
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
     if rotary is not None:
         positions = index - starts if positions is None else positions
         q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    parts = self_parts(head_groups(rules, k.shape[2]), starts)
+    parts = self_parts(head_groups(rules, k.shape[2]), starts, operator)
     grouped = q.unflatten(2, (k.shape[2], -1))
-    return BandedFunction.apply(grouped, k, v, parts, scale).flatten(2, 3)
+    return BandedFunction.apply(grouped, k, v, parts, scale, operator).flatten(2, 3)
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
-"""Shifted cross chunk attention in tiles: memory linear in the sequence, gradients by hand.
+"""Shifted cross chunk attention by parts: memory linear in the sequence, gradients by hand.
 
 The work is a list of parts, each an ordinary banded attention of some queries over some keys, both
-slices of what is there: nothing is rolled or gathered. A window rule gives one part for each chunk
-of queries over just the keys it sees (small chunks are taken together until they fill a tile), a
-dilated rule one strided part for each residue (arXiv:2312.07305; the parts' maths is that of
-`lcdist_kernels.full`).
+slices of what is there: nothing is rolled or gathered. Tiled torch takes a window rule in one part
+for each chunk of queries over just the keys it sees (small chunks together until they fill a tile);
+the kernels, which find the tiles of a band themselves, in as few parts as have ends that do not
+decrease: one, but for folded shifts. A dilated rule gives one strided part for each residue
+(arXiv:2312.07305; the parts' maths is that of `lcdist_kernels.full`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lcdist_kernels import tiles
 from lcdist_kernels.common import wide_dtype
-from lcdist_kernels.full.tiled import full_bwd, full_fwd
+from lcdist_kernels.full.operator import KERNEL, TILED, BlockOperator
 from lcdist_kernels.partial import merge
 from lcdist_kernels.scca.rules import HeadGroup, Rule
 
@@ -46,20 +47,47 @@ class Part(NamedTuple):
         """Of `[b, h_kv, h / h_kv, s]`: `[b, heads, rows]`."""
         return x[:, self.kv, self.members, self.rows].flatten(1, 2)
 
+    def apart(self, k: Tensor, *like_q: Tensor) -> list["Part"]:
+        """The same in parts whose heads are one strided dim of each tensor like q: none is copied.
+
+        Of the few query heads or the few key heads, one at a time.
+        """
+        if all(_one_dim(x[:, self.rows, self.kv, self.members]) for x in like_q):
+            return [self]
+        kv = range(like_q[0].shape[2])[self.kv]
+        members = range(like_q[0].shape[3])[self.members]
+        if len(members) < len(kv):
+            return [self._replace(members=slice(m, m + 1)) for m in members]
+        held = range(k.shape[2])[self.held]
+        return [
+            self._replace(kv=slice(i, i + 1), held=slice(j, j + 1))
+            for i, j in zip(kv, held, strict=True)
+        ]
+
     @property
     def band(self) -> tuple[Tensor, Tensor, Tensor]:
         """As `full_fwd` takes it."""
         return self.q_hi, self.q_lo, self.k_idx
 
 
-def self_parts(groups: Iterable[HeadGroup], starts: Tensor) -> list[Part]:
-    """All parts of a sequence over itself. starts: the first token of each token's document."""
+def _one_dim(x: Tensor) -> bool:
+    """Whether dims 2 and 3 of `[b, rows, kv, members, d]` are one strided dim."""
+    return 1 in x.shape[2:4] or x.stride(2) == x.shape[3] * x.stride(3)
+
+
+def self_parts(
+    groups: Iterable[HeadGroup], starts: Tensor, operator: BlockOperator = TILED
+) -> list[Part]:
+    """All parts of a sequence over itself, as `operator` takes them best.
+
+    starts: the first token of each token's document.
+    """
     index, parts = torch.arange(len(starts)), []
     for group in groups:
         for members, rule in group.members:
             heads = (group.kv, group.kv, members)
             if rule.is_window:
-                parts += window_parts(rule, heads, index, starts, index)
+                parts += window_parts(rule, heads, index, starts, index, operator)
             elif rule.kind == "pair":
                 parts += _pair_parts(rule, heads, starts)
             else:
@@ -73,18 +101,31 @@ def window_parts(
     index: Tensor,
     starts: Tensor,
     k_idx: Tensor,
+    operator: BlockOperator = TILED,
 ) -> list[Part]:
-    """The parts of a window rule. heads: kv, held and members of a `Part`.
+    """The parts of a window rule, as `operator` takes them. heads: kv, held, members of a `Part`.
 
     index: global numbers of the queries, starts: the first tokens of their documents; k_idx: those
     of the keys, increasing.
     """
     first, last = rule.limits(index - starts)
     q_lo, q_hi = first + starts, last + starts
+    runs = _rising_runs if operator is KERNEL else _runs
     return [
         Part(rows, keys, *heads, q_hi[rows], q_lo[rows], k_idx[keys])
-        for rows, keys in _runs(q_lo, q_hi, k_idx)
+        for rows, keys in runs(q_lo, q_hi, k_idx)
     ]
+
+
+def _rising_runs(q_lo: Tensor, q_hi: Tensor, k_idx: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of queries whose first and last keys never move back, and of the keys they see."""
+    falls = (q_lo[1:] < q_lo[:-1]) | (q_hi[1:] < q_hi[:-1])
+    inner = (falls.nonzero().flatten() + 1).tolist()
+    for row, stop in zip([0, *inner], [*inner, len(q_lo)], strict=True):
+        ends = torch.stack((q_lo[row], q_hi[stop - 1] + 1))
+        key, k_stop = torch.searchsorted(k_idx, ends).tolist()
+        if key < k_stop:
+            yield slice(row, stop), slice(key, k_stop)
 
 
 def _stretches(q_lo: Tensor, q_hi: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -146,6 +187,8 @@ def banded_fwd(
     parts: Sequence[Part],
     softmax_scale: float,
     before: Partial | None = None,
+    *,
+    operator: BlockOperator = TILED,
 ) -> Partial:
     """The partial (out like q, lse `[b, h_kv, h / h_kv, s_q]`) of q over the parts' keys.
 
@@ -158,9 +201,9 @@ def banded_fwd(
         lse = out.new_full((q.shape[0], *q.shape[2:4], q.shape[1]), -torch.inf)
     else:
         out, lse = before
-    for part in parts:
+    for part in _pieces(parts, operator, k, q):
         own = (slice(None), part.keys, part.held)
-        done = full_fwd(part.queries(q), k[own], v[own], *part.band, softmax_scale)
+        done = operator.fwd(part.queries(q), k[own], v[own], *part.band, softmax_scale)
         if before is not None:
             done = merge(part.queries(out), part.row_numbers(lse), *done)
         heads = out[:, part.rows, part.kv, part.members]
@@ -179,6 +222,8 @@ def banded_bwd(
     parts: Sequence[Part],
     dq: Tensor,
     softmax_scale: float,
+    *,
+    operator: BlockOperator = TILED,
 ) -> tuple[Tensor, Tensor]:
     """The share of (dk, dv) that passes through the parts; that of dq is added to `dq`.
 
@@ -187,9 +232,9 @@ def banded_bwd(
     """
     dk, dv = (torch.zeros(x.shape, dtype=dq.dtype, device=x.device) for x in (k, v))
     out, lse = row
-    for part in parts:
+    for part in _pieces(parts, operator, k, q, dout, out):
         own = (slice(None), part.keys, part.held)
-        shares = full_bwd(
+        shares = operator.bwd(
             part.queries(dout),
             part.queries(q),
             k[own],
@@ -204,3 +249,11 @@ def banded_bwd(
         dk[own].add_(shares[1])
         dv[own].add_(shares[2])
     return dk, dv
+
+
+def _pieces(
+    parts: Sequence[Part], operator: BlockOperator, k: Tensor, *like_q: Tensor
+) -> Iterator[Part]:
+    """Tiled torch lays heads out anew in any case; kernels take them where they are."""
+    for part in parts:
+        yield from part.apart(k, *like_q) if operator is KERNEL else (part,)

@@ -1,0 +1,251 @@
+"""Launches of landmark attention's dense kernels: tiles, tables, memory.
+
+Queries see past blocks as a band over the slots where blocks begin, and their own block as a band
+over slots, so both kinds of table are full attention's.
+"""
+# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from lcdist_kernels.bands import (
+    Band,
+    Place,
+    band_of,
+    bounded_below,
+    key_ranges,
+    on_device,
+    place_of,
+    query_ranges,
+)
+from lcdist_kernels.common import check_qkv
+from lcdist_kernels.full import kernel as full
+from lcdist_kernels.landmark.blocks import Rows, slots_of
+from lcdist_kernels.landmark.kernel import (
+    _landmark_bwd_dkv_kernel,
+    _landmark_bwd_dq_kernel,
+    _landmark_fwd_kernel,
+)
+from lcdist_kernels.landmark.launches import (
+    BWD_DKV,
+    BWD_DKV_LARGE,
+    BWD_DQ,
+    BWD_DQ_LARGE,
+    FWD,
+    FWD_LARGE,
+)
+from lcdist_kernels.landmark.steps import launch_for, tiling_of
+from lcdist_kernels.triton_common import (
+    LOG2E,
+    Launch,
+    check_kernel,
+    launching,
+    padded,
+)
+from lcdist_kernels.triton_common import (
+    rows as by_rows,
+)
+
+
+class _Bands(NamedTuple):
+    """Which past blocks queries see, and which slots of their own block."""
+
+    past: Band
+    own: Band
+    place: Place
+
+    @classmethod
+    def of(cls, q: Tensor, rows: Rows, k_start: Tensor) -> "_Bands":
+        slots = slots_of(k_start, rows.block_size)
+        return cls(band_of(*rows.past, k_start), band_of(*rows.content, slots), place_of(q))
+
+    def for_queries(self, launch: Launch, blocks: int) -> list[Tensor]:
+        """What a kernel that owns queries reads: numbers and ranges, of the past and of own."""
+        block_m, place = launch.block_m, self.place
+        return [
+            *(on_device(x, place) for x in self.past),
+            key_ranges(self.past, block_m, blocks, place),
+            *(on_device(x, place) for x in self.own),
+            key_ranges(self.own, block_m, launch.block_n, place),
+        ]
+
+    def for_keys(self, launch: Launch, blocks: int, size: int) -> list[Tensor]:
+        """The same for a kernel that owns `blocks` blocks of `size` tokens."""
+        block_m, place = launch.block_m, self.place
+        return [
+            *(on_device(x, place) for x in self.past),
+            query_ranges(self.past, block_m, blocks, place),
+            *(on_device(x, place) for x in self.own),
+            query_ranges(self.own, block_m, blocks * size, place),
+        ]
+
+
+def landmark_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Rows,
+    k_start: Tensor,
+    softmax_scale: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over whole blocks.
+
+    As the tiled `landmark_fwd`, in bf16, fp16 or fp32, head_dim even and from 16 to 256; lse fp32,
+    out in out_dtype (default fp32). launch: other tiles than those chosen. Raises as
+    `check_kernel`.
+    """
+    check_qkv(q, k, v)
+    check_kernel(q)
+    q, k, v = by_rows(q), by_rows(k), by_rows(v)
+    batch, seqlen, nheads, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)
+    lse = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)
+    if not q.numel() or not k.numel():
+        return out.zero_(), lse.fill_(-torch.inf)
+    size = rows.block_size
+    launch = launch or launch_for(FWD, FWD_LARGE, q, size)
+    bands, tiling = _Bands.of(q, rows, k_start), tiling_of(size, launch.block_n)
+    with launching(q):
+        _landmark_fwd_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            *bands.for_queries(launch, tiling.blocks),
+            softmax_scale * LOG2E.value,
+            seqlen,
+            k.shape[1],
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *out.stride()[:3],
+            GROUP=nheads // k.shape[2],
+            **tiling.constants(),
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded(head_dim),
+            HAS_LO=bounded_below(bands.past),
+            **launch.options(),
+        )
+    return out, lse
+
+
+def landmark_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rows: Rows,
+    k_start: Tensor,
+    softmax_scale: float,
+    *,
+    grad_dtype: torch.dtype | None = None,
+    launches: tuple[Launch, Launch] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of (dq, dk, dv) that passes through these blocks, in grad_dtype (default fp32).
+
+    As the tiled `landmark_bwd`: out and lse over all keys the queries see. launches: tiles for dq
+    and for dk, dv. Raises as `landmark_fwd`.
+    """
+    check_qkv(q, k, v)
+    check_kernel(q)
+    q, k, v, out, dout = (by_rows(x) for x in (q, k, v, out, dout.to(q.dtype)))
+    batch, seqlen, nheads, head_dim = q.shape
+    grads = {"dtype": grad_dtype or torch.float32, "device": q.device}
+    dq, dk, dv = (torch.empty(x.shape, **grads) for x in (q, k, v))
+    if not q.numel() or not k.numel():
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    size = rows.block_size
+    for_dq, for_dkv = launches or (
+        launch_for(BWD_DQ, BWD_DQ_LARGE, q, size),
+        launch_for(BWD_DKV, BWD_DKV_LARGE, q, size),
+    )
+    bands = _Bands.of(q, rows, k_start)
+    lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
+    inputs = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
+    sizes = {
+        "GROUP": nheads // k.shape[2],
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded(head_dim),
+        "HAS_LO": bounded_below(bands.past),
+    }
+    with launching(q):
+        tiling = tiling_of(size, for_dq.block_n)
+        _landmark_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
+            q,
+            k,
+            v,
+            out,
+            dout,
+            lse,
+            delta,
+            dq,
+            *bands.for_queries(for_dq, tiling.blocks),
+            float(softmax_scale),
+            seqlen,
+            k.shape[1],
+            *inputs,
+            *out.stride()[:3],
+            *dout.stride()[:3],
+            *dq.stride()[:3],
+            **sizes,
+            **tiling.constants(),
+            **for_dq.options(),
+        )
+        tiling = tiling_of(size, for_dkv.block_n)
+        tiles = triton.cdiv(len(k_start), tiling.blocks) * tiling.steps
+        _landmark_bwd_dkv_kernel[(tiles, k.shape[2], batch)](
+            q,
+            k,
+            v,
+            dout,
+            lse,
+            delta,
+            dk,
+            dv,
+            *bands.for_keys(for_dkv, tiling.blocks, size),
+            float(softmax_scale),
+            seqlen,
+            k.shape[1],
+            *inputs,
+            *dout.stride()[:3],
+            *dk.stride()[:3],
+            **sizes,
+            **tiling.constants(),
+            EVEN_M=seqlen % for_dkv.block_m == 0,
+            **for_dkv.options(),
+        )
+    return dq, dk, dv
+
+
+def own_fwd(
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, k_start: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The partial over each query's own block; as the tiled `own_fwd`."""
+    slots = slots_of(k_start, rows.block_size)
+    return full.full_fwd(q, k, v, *rows.content, slots, softmax_scale)
+
+
+def own_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rows: Rows,
+    k_start: Tensor,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of the gradients through own blocks; as the tiled `own_bwd`."""
+    slots = slots_of(k_start, rows.block_size)
+    return full.full_bwd(dout, q, k, v, out, lse, *rows.content, slots, softmax_scale)

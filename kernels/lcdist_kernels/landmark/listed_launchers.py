@@ -1,0 +1,216 @@
+"""Launches of landmark attention's kernels over lists: tiles of units, and the lists' inverse."""
+# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import torch
+import triton
+from torch import Tensor
+
+from lcdist_kernels.bands import Indices, on_device, place_of
+from lcdist_kernels.landmark.blocks import Rows
+from lcdist_kernels.landmark.launches import (
+    BWD_DKV,
+    BWD_DKV_LARGE,
+    BWD_DQ,
+    BWD_DQ_LARGE,
+    FWD,
+    FWD_LARGE,
+)
+from lcdist_kernels.landmark.listed import Lists
+from lcdist_kernels.landmark.listed_kernel import (
+    _listed_bwd_dq_kernel,
+    _listed_bwd_dtable_kernel,
+    _listed_fwd_kernel,
+)
+from lcdist_kernels.landmark.steps import Tiling, launch_for, tiling_of
+from lcdist_kernels.triton_common import LOG2E, Launch, check_kernel, launching, padded, rows
+
+
+def listed_fwd(
+    q: Tensor,
+    table: Tensor,
+    lists: Lists,
+    rows_of: Rows,
+    softmax_scale: float,
+    *,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The partial (out `[b, s, h, d]`, lse `[b, h, s]`) of rotated q over its units' lists.
+
+    As the tiled `listed_fwd`, in bf16, fp16 or fp32, head_dim even and from 16 to 256, with a table
+    of q's dtype or a wider one; the partial in fp32. Raises as `check_kernel`.
+    """
+    table = _checked(q, table)
+    q = rows(q)
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=out.dtype, device=q.device)
+    if not q.numel() or not lists.ids.numel() or not len(table):
+        return out.zero_(), lse.fill_(-torch.inf)
+    launch = _cut(launch or launch_for(FWD, FWD_LARGE, q, rows_of.block_size), q, lists)
+    tiles = _tiles(q, lists, launch)
+    with launching(q):
+        _listed_fwd_kernel[(len(tiles), lists.ids.shape[1], len(q))](
+            q,
+            table,
+            out,
+            lse,
+            *_lists(q, lists, rows_of),
+            tiles,
+            softmax_scale * LOG2E.value,
+            q.shape[1],
+            *lists.ids.shape[2:],
+            *q.stride()[:3],
+            *table.stride()[:3],
+            *out.stride()[:3],
+            **_constants(q, lists, rows_of.block_size, launch),
+        )
+    return out, lse
+
+
+def listed_bwd(
+    dout: Tensor,
+    q: Tensor,
+    table: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lists: Lists,
+    rows_of: Rows,
+    softmax_scale: float,
+    *,
+    launches: tuple[Launch, Launch] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The share of dq, and dtable `[m, 2, L, d]`, through the lists, both fp32.
+
+    As the tiled `listed_bwd`: out and lse over all keys the queries see. launches: tiles for dq and
+    for dtable. Raises as `listed_fwd`.
+    """
+    table = _checked(q, table)
+    q, out, dout = rows(q), rows(out), rows(dout.to(q.dtype))
+    size = rows_of.block_size
+    dq, dtable = (torch.empty(x.shape, dtype=torch.float32, device=q.device) for x in (q, table))
+    if not q.numel() or not lists.ids.numel() or not len(table):
+        return dq.zero_(), dtable.zero_()
+    for_dq, for_dtable = launches or (
+        launch_for(BWD_DQ, BWD_DQ_LARGE, q, size),
+        launch_for(BWD_DKV, BWD_DKV_LARGE, q, size),
+    )
+    for_dq, for_dtable = _cut(for_dq, q, lists), _cut(for_dtable, q, lists)
+    tiles = _tiles(q, lists, for_dq)
+    ids, stops, begins, q_last = _lists(q, lists, rows_of)
+    lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
+    with launching(q):
+        _listed_bwd_dq_kernel[(len(tiles), ids.shape[1], len(q))](
+            q,
+            table,
+            out,
+            dout,
+            lse,
+            delta,
+            dq,
+            ids,
+            stops,
+            begins,
+            q_last,
+            tiles,
+            float(softmax_scale),
+            q.shape[1],
+            *ids.shape[2:],
+            *q.stride()[:3],
+            *table.stride()[:3],
+            *out.stride()[:3],
+            *dout.stride()[:3],
+            *dq.stride()[:3],
+            **_constants(q, lists, size, for_dq),
+        )
+        constants = _constants(q, lists, size, for_dtable) | _one_entry(for_dtable, size)
+        _listed_bwd_dtable_kernel[(len(table) * constants["STEPS"],)](
+            q,
+            table,
+            dout,
+            lse,
+            delta,
+            dtable,
+            *_readers(ids, len(table)),
+            _sent(q, _units(lists), 2),
+            begins,
+            q_last,
+            float(softmax_scale),
+            q.shape[1],
+            *ids.shape[2:],
+            ids.shape[1],
+            *q.stride()[:3],
+            *table.stride()[:3],
+            *dout.stride()[:3],
+            **constants,
+        )
+    return dq, dtable
+
+
+def _checked(q: Tensor, table: Tensor) -> Tensor:
+    """The table as kernels take it."""
+    check_kernel(q)
+    assert table.dim() == 4 and table.shape[1] == 2 and table.shape[3] == q.shape[3]
+    assert table.device == q.device
+    return rows(table.to(q.dtype))
+
+
+def _one_entry(launch: Launch, size: int) -> dict[str, int]:
+    """Constants where a tile of keys is one entry or a part of one."""
+    block_n = max(16, min(launch.block_n, triton.next_power_of_2(size)))
+    steps = triton.cdiv(size, block_n)
+    return {"BLOCK_N": block_n, **Tiling(size, 1, block_n, steps).constants()}
+
+
+def _cut(launch: Launch, q: Tensor, lists: Lists) -> Launch:
+    """The launch with no more rows than the longest unit has, but all heads of a group."""
+    group = q.shape[2] // lists.ids.shape[1]
+    longest = triton.next_power_of_2(int(lists.lengths.max()) * group)
+    block_m = max(16, triton.next_power_of_2(group), min(launch.block_m, longest))
+    return launch._replace(block_m=block_m)
+
+
+def _constants(q: Tensor, lists: Lists, size: int, launch: Launch) -> dict[str, int]:
+    return {
+        "GROUP": q.shape[2] // lists.ids.shape[1],
+        "HEAD_DIM": q.shape[3],
+        "BLOCK_D": padded(q.shape[3]),
+        **tiling_of(size, launch.block_n).constants(),
+        **launch.options(),
+    }
+
+
+def _lists(q: Tensor, lists: Lists, rows_of: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ids, how many of each list to look at, first slots of entries, last slots), int32."""
+    ids = lists.ids.contiguous()
+    place = torch.arange(1, ids.shape[3] + 1, dtype=torch.int32, device=q.device)
+    stops = ((ids >= 0) * place).amax(3).to(torch.int32)
+    begins = (lists.numbers * rows_of.block_size).to(q.device, torch.int32)
+    return ids, stops, begins, on_device(Indices(rows_of.past[0]), place_of(q))
+
+
+def _units(lists: Lists) -> Tensor:
+    """The first row of each unit and how many it has: int64 `[n, 2]`."""
+    return torch.stack((lists.lengths.cumsum(0) - lists.lengths, lists.lengths), 1)
+
+
+def _tiles(q: Tensor, lists: Lists, launch: Launch) -> Tensor:
+    """For every tile of queries: its unit, first row, number of rows; int32 `[n, 3]`."""
+    tokens = launch.block_m * lists.ids.shape[1] // q.shape[2]
+    starts, lengths = _units(lists).unbind(1)
+    tiles_of = -(-lengths // tokens)
+    unit = torch.arange(len(lengths)).repeat_interleave(tiles_of)
+    before = (tiles_of.cumsum(0) - tiles_of)[unit]
+    done = (torch.arange(len(unit)) - before) * tokens
+    count = (lengths[unit] - done).clamp(max=tokens)
+    return _sent(q, torch.stack((unit, starts[unit] + done, count), 1), 3)
+
+
+def _sent(q: Tensor, table: Tensor, width: int) -> Tensor:
+    return on_device(Indices(table.flatten()), place_of(q)).view(-1, width)
+
+
+def _readers(ids: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """The inverse of the lists: where in ids each entry stands, in order, and each one's first."""
+    in_order, readers = ids.flatten().sort(stable=True)
+    starts = torch.searchsorted(in_order, torch.arange(entries + 1, device=ids.device))
+    return readers, starts

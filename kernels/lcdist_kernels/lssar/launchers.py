@@ -1,0 +1,330 @@
+"""Launches of LSSA's and LSSAR's kernels: the operators of `tiled` for bf16, fp16 and fp32.
+
+Queries, keys and values are of one dtype here, that of the model: a tensor core takes nothing else.
+Statistics, sums and gradients are fp32.
+"""
+# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lcdist_kernels.bands import (
+    band_of,
+    bounded_below,
+    key_ranges,
+    on_device,
+    place_of,
+    query_ranges,
+)
+from lcdist_kernels.common import check_qkv
+from lcdist_kernels.lssar.kernel import (
+    _lssar_bwd_dkv_kernel,
+    _lssar_bwd_dq_kernel,
+    _lssar_fwd_kernel,
+    _lssar_rows_kernel,
+    _lssar_sums_kernel,
+)
+from lcdist_kernels.lssar.launches import (
+    BWD_DKV,
+    BWD_DKV_HOPPER,
+    BWD_DQ,
+    FWD,
+    FWD_HOPPER,
+    SUMS,
+)
+from lcdist_kernels.lssar.rows import Band, Finished, Reweight, Threshold, exponent
+from lcdist_kernels.lssar.steps import POWER_BITS
+from lcdist_kernels.lssar.tiled import Saved, Sums
+from lcdist_kernels.triton_common import (
+    Launch,
+    check_kernel,
+    choose_launch,
+    launching,
+    padded,
+    rows,
+)
+
+ROWS_BLOCK = 32
+
+
+def lssar_sums(
+    q: Tensor, k: Tensor, band: Band, *, launch: Launch | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum and the greatest of f over the visible keys of a block, each fp32 `[b, h, s_q]`.
+
+    As the tiled `lssar_sums`, in bf16, fp16 or fp32, head_dim even and from 16 to 256. launch:
+    other tiles than those chosen. Raises as `check_kernel`.
+    """
+    check_qkv(q, k, k)
+    check_kernel(q)
+    q, k = rows(q), rows(k)
+    batch, seqlen, nheads, _ = q.shape
+    total, top = (_row(q) for _ in range(2))
+    if not q.numel() or not k.numel():
+        return total.zero_(), top.zero_()
+    launch = launch or choose_launch(SUMS, q)
+    indices, ranges = _by_queries(band, launch, q)
+    with launching(q):
+        _lssar_sums_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
+            q,
+            k,
+            total,
+            top,
+            *indices,
+            ranges,
+            seqlen,
+            k.shape[1],
+            *q.stride()[:3],
+            *k.stride()[:3],
+            **_sizes(q, k, band),
+            **launch.options(),
+        )
+    return total, top
+
+
+def lssar_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    band: Band,
+    threshold: Threshold,
+    reweight: Reweight | None,
+    slope: bool,
+    *,
+    launch: Launch | None = None,
+) -> Sums:
+    """The sums over the visible keys of a block, fp32.
+
+    As the tiled `lssar_fwd`; the rest, and what it raises, as in `lssar_sums`.
+    """
+    slope = slope and reweight is not None
+    out, total = _out(q, torch.float32), _row(q)
+    out_x, total_x = (_out(q, torch.float32), _row(q)) if slope else (out, total)
+    mean, inverse = (x.contiguous() for x in threshold)
+    check_kernel(q)
+    if not q.numel() or not k.numel():
+        for x in (out, out_x, total, total_x):
+            x.zero_()
+    else:
+        written = (mean, inverse, inverse, out, total, out_x, total_x)
+        _fwd(q, k, v, band, reweight, written, slope, False, launch)
+    return Sums(out, total, (out_x, total_x) if slope else None)
+
+
+def lssar_whole(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    band: Band,
+    reweight: Reweight | None,
+    slope: bool = False,
+    *,
+    launch: Launch | None = None,
+) -> Finished:
+    """Rows over a block that holds all keys they see, in one launch; out and slope in v.dtype.
+
+    As `op.lssar_whole`; the rest, and what it raises, as in `lssar_sums`.
+    """
+    slope = slope and reweight is not None
+    out, mean, gamma = _out(q, v.dtype), _row(q), _row(q)
+    out_x = _out(q, v.dtype) if slope else out
+    check_kernel(q)
+    if not q.numel() or not k.numel():
+        for x in (out, out_x, mean, gamma):
+            x.zero_()
+    else:
+        written = (mean, mean, gamma, out, mean, out_x, mean)
+        _fwd(q, k, v, band, reweight, written, slope, True, launch)
+    return Finished(out, out_x if slope else None, mean, gamma)
+
+
+def _fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    band: Band,
+    reweight: Reweight | None,
+    written: tuple[Tensor, ...],
+    slope: bool,
+    whole: bool,
+    launch: Launch | None,
+) -> None:
+    """written: mean, inverse, gamma, out, total, out_x, total_x; some are read, some unused."""
+    check_qkv(q, k, v)
+    check_kernel(q)
+    q, k, v = rows(q), rows(k), rows(v)
+    batch, seqlen, nheads, _ = q.shape
+    launch = launch or choose_launch(FWD, q, FWD_HOPPER)
+    indices, ranges = _by_queries(band, launch, q)
+    with launching(q):
+        _lssar_fwd_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
+            q,
+            k,
+            v,
+            *written,
+            *indices,
+            ranges,
+            exponent(reweight),
+            0 if reweight is None else reweight.exempt_rows,
+            seqlen,
+            k.shape[1],
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *written[3].stride()[:3],
+            **_power(reweight),
+            SLOPE=slope,
+            WHOLE=whole,
+            **_sizes(q, k, band),
+            **launch.options(),
+        )
+
+
+def lssar_rows(
+    dout: Tensor,
+    out: Tensor,
+    slope: Tensor | None,
+    mean: Tensor,
+    gamma: Tensor,
+    band: Band,
+    reweight: Reweight | None,
+) -> Saved:
+    """What `lssar_bwd` needs of every row; slope: e / gamma, None for LSSA. Of `band`, the queries.
+
+    As `op.lssar_rows`.
+    """
+    check_kernel(out)
+    batch, seqlen, nheads, head_dim = out.shape
+    dout, out = rows(dout), rows(out)
+    delta, drift = torch.empty_like(gamma), torch.zeros_like(gamma)
+    e = out if slope is None else rows(slope)
+    numbers, place = band_of(*band), place_of(out)
+    if not out.numel():
+        return Saved(mean, gamma, delta, drift)
+    with launching(out):
+        _lssar_rows_kernel[(triton.cdiv(seqlen, ROWS_BLOCK), nheads, batch)](
+            dout,
+            out,
+            e,
+            gamma,
+            delta,
+            drift,
+            on_device(numbers.q_idx, place),
+            on_device(numbers.q_lo, place),
+            0 if reweight is None else reweight.exempt_rows,
+            seqlen,
+            *dout.stride()[:3],
+            *out.stride()[:3],
+            *e.stride()[:3],
+            SLOPE=slope is not None,
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded(head_dim),
+            BLOCK_M=ROWS_BLOCK,
+        )
+    return Saved(mean, gamma, delta, drift)
+
+
+def lssar_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    band: Band,
+    row: Saved,
+    reweight: Reweight | None,
+    *,
+    launches: tuple[Launch, Launch] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of the gradients of q, k and v that passes through this block of keys, fp32.
+
+    As the tiled `lssar_bwd`. launches: tiles for dq and for dk, dv. Raises as `lssar_sums`.
+    """
+    check_qkv(q, k, v)
+    check_kernel(q)
+    q, k, v, dout = rows(q), rows(k), rows(v), rows(dout.to(q.dtype))
+    batch, seqlen, nheads, _ = q.shape
+    dq, dk, dv = (_out(x, torch.float32) for x in (q, k, v))
+    if not q.numel() or not k.numel():
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    chosen = choose_launch(BWD_DQ, q), choose_launch(BWD_DKV, q, BWD_DKV_HOPPER)
+    for_dq, for_dkv = launches or chosen
+    indices, ranges = _by_queries(band, for_dq, q)
+    numbers, place = band_of(*band), place_of(q)
+    own_rows = [x.contiguous() for x in row]
+    inputs = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]]
+    words = _power(reweight) | _sizes(q, k, band)
+    with launching(q):
+        _lssar_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
+            q,
+            k,
+            v,
+            dout,
+            *own_rows,
+            dq,
+            *indices,
+            ranges,
+            exponent(reweight),
+            seqlen,
+            k.shape[1],
+            *inputs,
+            *dq.stride()[:3],
+            **words,
+            **for_dq.options(),
+        )
+        _lssar_bwd_dkv_kernel[(triton.cdiv(k.shape[1], for_dkv.block_n), k.shape[2], batch)](
+            q,
+            k,
+            v,
+            dout,
+            *own_rows,
+            dk,
+            dv,
+            *indices,
+            query_ranges(numbers, for_dkv.block_m, for_dkv.block_n, place),
+            exponent(reweight),
+            seqlen,
+            k.shape[1],
+            *inputs,
+            *dk.stride()[:3],
+            **words,
+            EVEN_M=seqlen % for_dkv.block_m == 0,
+            **for_dkv.options(),
+        )
+    return dq, dk, dv
+
+
+def _out(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(like.shape, dtype=dtype, device=like.device)
+
+
+def _row(q: Tensor) -> Tensor:
+    """A scalar a row: fp32 `[b, h, s]` for q `[b, s, h, d]`."""
+    return torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+
+
+def _by_queries(band: Band, launch: Launch, q: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The numbers of queries and keys on q's device, and the tiles of keys a tile of queries."""
+    numbers, place = band_of(*band), place_of(q)
+    ranges = key_ranges(numbers, launch.block_m, launch.block_n, place)
+    return [on_device(each, place) for each in numbers], ranges
+
+
+def _power(reweight: Reweight | None) -> dict[str, Any]:
+    """What a kernel knows of the power when it is compiled."""
+    times = exponent(reweight) - 1
+    known = times == int(times) and 0 <= times < 2**POWER_BITS.value
+    return {"TIMES": int(times) if known else -1, "SHARP": reweight is not None}
+
+
+def _sizes(q: Tensor, k: Tensor, band: Band) -> dict[str, Any]:
+    return {
+        "GROUP": q.shape[2] // k.shape[2],
+        "HEAD_DIM": q.shape[3],
+        "BLOCK_D": padded(q.shape[3]),
+        "HAS_LO": bounded_below(band_of(*band)),
+        "PRECISE": q.dtype == torch.float32,
+    }

@@ -1,0 +1,68 @@
+"""What carries LSSA and LSSAR: tiled torch or the kernels, chosen once by name."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lcdist_kernels.common import announce
+from lcdist_kernels.lssar import finish, launchers, tiled
+from lcdist_kernels.lssar.rows import Finished
+from lcdist_kernels.lssar.tiled import Saved, Sums
+from lcdist_kernels.triton_common import check_kernel, obstacle
+
+
+class LssarOperator(NamedTuple):
+    """Operators of one semantics, as `tiled` and `finish` describe them.
+
+    narrow: queries and keys are given in the dtype of v, not in the wider of fp32 and it.
+    """
+
+    sums: Callable[..., tuple[Tensor, Tensor]]
+    fwd: Callable[..., Sums]
+    whole: Callable[..., Finished]
+    rows: Callable[..., Saved]
+    bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    narrow: bool
+
+    def factor(self, x: Tensor, v: Tensor) -> Tensor:
+        """Directions x in the dtype in which they are multiplied, where values are like v."""
+        return x.to(v.dtype) if self.narrow else x
+
+
+TILED = LssarOperator(
+    tiled.lssar_sums,
+    tiled.lssar_fwd,
+    finish.lssar_whole,
+    finish.lssar_rows,
+    tiled.lssar_bwd,
+    narrow=False,
+)
+KERNEL = LssarOperator(
+    launchers.lssar_sums,
+    launchers.lssar_fwd,
+    launchers.lssar_whole,
+    launchers.lssar_rows,
+    launchers.lssar_bwd,
+    narrow=True,
+)
+
+
+def lssar_operator(impl: str, x: Tensor, what: str) -> LssarOperator:
+    """The operator that `impl`, "auto", "triton" or "torch", stands for with tensors like x.
+
+    x `[b, s, h, d]`; what: who asks, for the log. Raises ValueError for "triton" where no kernel
+    takes such tensors.
+    """
+    if impl == "triton":
+        check_kernel(x)
+        return KERNEL
+    if impl == "torch":
+        return TILED
+    # Interpreted kernels are for tests: many times slower than torch.
+    reason = obstacle(x) if x.is_cuda else f"kernels run on CUDA, the tensors are on {x.device}"
+    if reason is None:
+        announce(f"{what}: Triton kernels, as the tensors are {x.dtype} on CUDA")
+        return KERNEL
+    announce(f"{what}: tiled torch, as {reason}")
+    return TILED

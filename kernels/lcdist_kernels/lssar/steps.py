@@ -1,0 +1,391 @@
+"""What LSSA's and LSSAR's kernels do with one tile of scores, and with all tiles of a band.
+
+    f = max(s, 0) + d P(d),  d = exp(-|s|) in (0, 1]       sigma = (1 if s >= 0 else d) / (1 + d)
+
+P is the polynomial that brings y P(y) closest to ln(1 + y) on (0, 1] in relative error: 8.5e-6 with
+6 coefficients, for half precision, and 3.3e-7 with 8, for fp32, rounding included. Relative, so a
+row whose scores are all far below 0, where f is e^s, keeps its weights. It costs a special function
+less than a logarithm, and these kernels make more exponentials than full attention does. A hidden
+score is -inf, at which d, f, sigma and the weight are exactly 0.
+"""
+# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
+
+import triton
+import triton.language as tl
+
+from lcdist_kernels.full.kernel import _nth, _seen
+from lcdist_kernels.triton_common import LOG2E, dot, load_tile
+
+# The bits that a power known in advance may have.
+POWER_BITS = tl.constexpr(6)
+
+
+@triton.jit
+def decay(b_s):
+    """exp(-|s|)."""
+    return tl.exp2(tl.abs(b_s) * -LOG2E)
+
+
+@triton.jit
+def softplus(b_s, b_d, PRECISE: tl.constexpr):
+    """ln(1 + e^s), from s and exp(-|s|)."""
+    if PRECISE:
+        b_p = b_d * -0.008539209199694388 + 0.044089639056390476
+        b_p = b_p * b_d - 0.10768173136800996
+        b_p = b_p * b_d + 0.17745243428508733
+        b_p = b_p * b_d - 0.24495463880410948
+        b_p = b_p * b_d + 0.33275480048811373
+        b_p = b_p * b_d - 0.49997405426897706
+        b_p = b_p * b_d + 0.9999998056769275
+    else:
+        b_p = b_d * -0.023869153204919176 + 0.10122230221702092
+        b_p = b_p * b_d - 0.2100487211709063
+        b_p = b_p * b_d + 0.32520670027918464
+        b_p = b_p * b_d - 0.49936136951768
+        b_p = b_p * b_d + 0.9999915984766257
+    return tl.maximum(b_s, 0.0) + b_p * b_d
+
+
+@triton.jit
+def sigmoid(b_s, b_d):
+    """1 / (1 + e^-s), from s and exp(-|s|)."""
+    return tl.where(b_s >= 0, 1.0, b_d) / (1.0 + b_d)
+
+
+@triton.jit
+def weights(b_f, b_mean, b_inverse, power, TIMES: tl.constexpr, SHARP: tl.constexpr):
+    """(y^p, y^(p-1)) of y = relu(f - mean) inverse, both 0 where y is; f inverse and 1 for LSSA.
+
+    TIMES: p - 1 where that is an integer of at most POWER_BITS bits, else -1.
+    """
+    if SHARP:
+        b_y = tl.maximum(b_f - b_mean, 0.0) * b_inverse
+        if TIMES > 0:
+            b_x = tl.full(b_y.shape, 1.0, tl.float32)
+            b_square = b_y
+            for i in tl.static_range(0, POWER_BITS):
+                if (TIMES >> i) & 1 == 1:
+                    b_x = b_x * b_square
+                if TIMES >> (i + 1) > 0:
+                    b_square = b_square * b_square
+        elif TIMES == 0:
+            b_x = tl.where(b_y > 0, 1.0, 0.0)
+        else:
+            b_x = tl.exp2((power - 1.0) * tl.log2(tl.maximum(b_y, 1e-37)))
+            b_x = tl.where(b_y > 0, b_x, 0.0)
+        b_w = b_y * b_x
+    else:
+        b_w = b_f * b_inverse
+        b_x = tl.full(b_f.shape, 1.0, tl.float32)
+    return b_w, b_x
+
+
+@triton.jit
+def scores(
+    b_q,
+    b_k,
+    start,
+    seqlen_k,
+    b_q_idx,
+    b_q_lo,
+    k_idx,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """q . k of the keys from `start` on, -inf where hidden."""
+    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    if MASKED:
+        o_n = start + tl.arange(0, BLOCK_N)
+        b_k_idx = tl.load(k_idx + o_n, mask=o_n < seqlen_k, other=2147483647)
+        m_s = _seen(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    return b_s
+
+
+@triton.jit
+def _sums_step(
+    b_q,
+    b_total,
+    b_excess,
+    b_top,
+    p_k,
+    i_n,
+    seqlen_k,
+    stride_ks,
+    b_q_idx,
+    b_q_lo,
+    k_idx,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    PRECISE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    start = i_n * BLOCK_N
+    b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
+    b_s = scores(
+        b_q, b_k, start, seqlen_k, b_q_idx, b_q_lo, k_idx, BLOCK_M, BLOCK_N, HAS_LO, MASKED
+    )
+    b_f = softplus(b_s, decay(b_s), PRECISE)
+    # Compensated: over thousands of tiles of equal scores plain sums drift, and a flat row is one
+    # whose greatest score is its mean.
+    b_more = tl.sum(b_f, 1) - b_excess
+    b_sum = b_total + b_more
+    b_excess = (b_sum - b_total) - b_more
+    return b_sum, b_excess, tl.maximum(b_top, tl.max(b_f, 1))
+
+
+@triton.jit
+def sums_sweep(
+    b_q,
+    p_k,
+    first,
+    whole_first,
+    whole_stop,
+    stop,
+    seqlen_k,
+    stride_ks,
+    b_q_idx,
+    b_q_lo,
+    k_idx,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """Of every row of a tile of queries: the sum and the greatest of f."""
+    b_total = tl.zeros([BLOCK_M], tl.float32)
+    b_excess = tl.zeros([BLOCK_M], tl.float32)
+    b_top = tl.zeros([BLOCK_M], tl.float32)
+    for i in range(0, whole_stop - whole_first):
+        b_total, b_excess, b_top = _sums_step(
+            b_q, b_total, b_excess, b_top, p_k, whole_first + i, seqlen_k, stride_ks, b_q_idx,
+            b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
+        )  # fmt: skip
+    for i in range(0, (whole_first - first) + (stop - whole_stop)):
+        i_n = _nth(i, first, whole_first, whole_stop)
+        b_total, b_excess, b_top = _sums_step(
+            b_q, b_total, b_excess, b_top, p_k, i_n, seqlen_k, stride_ks, b_q_idx,
+            b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, True,
+        )  # fmt: skip
+    return b_total, b_top
+
+
+@triton.jit
+def _power_step(
+    b_q,
+    b_mean,
+    b_inverse,
+    b_out,
+    b_total,
+    b_out_x,
+    b_total_x,
+    p_k,
+    p_v,
+    i_n,
+    seqlen_k,
+    stride_ks,
+    stride_vs,
+    power,
+    b_q_idx,
+    b_q_lo,
+    k_idx,
+    TIMES: tl.constexpr,
+    SHARP: tl.constexpr,
+    SLOPE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    PRECISE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    start = i_n * BLOCK_N
+    b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
+    b_s = scores(
+        b_q, b_k, start, seqlen_k, b_q_idx, b_q_lo, k_idx, BLOCK_M, BLOCK_N, HAS_LO, MASKED
+    )
+    b_f = softplus(b_s, decay(b_s), PRECISE)
+    b_w, b_x = weights(b_f, b_mean[:, None], b_inverse[:, None], power, TIMES, SHARP)
+    b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
+    b_total += tl.sum(b_w, 1)
+    b_out = dot(b_w.to(b_v.dtype), b_v, b_out)
+    if SLOPE:
+        b_total_x += tl.sum(b_x, 1)
+        b_out_x = dot(b_x.to(b_v.dtype), b_v, b_out_x)
+    return b_out, b_total, b_out_x, b_total_x
+
+
+@triton.jit
+def power_sweep(
+    b_q,
+    b_mean,
+    b_inverse,
+    p_k,
+    p_v,
+    first,
+    whole_first,
+    whole_stop,
+    stop,
+    seqlen_k,
+    stride_ks,
+    stride_vs,
+    power,
+    b_q_idx,
+    b_q_lo,
+    k_idx,
+    TIMES: tl.constexpr,
+    SHARP: tl.constexpr,
+    SLOPE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """A, W, and with SLOPE A' and W', of every row of a tile of queries."""
+    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_total = tl.zeros([BLOCK_M], tl.float32)
+    # Without SLOPE they stay as they are, and the compiler leaves them out.
+    b_out_x = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_total_x = tl.zeros([BLOCK_M], tl.float32)
+    for i in range(0, whole_stop - whole_first):
+        b_out, b_total, b_out_x, b_total_x = _power_step(
+            b_q, b_mean, b_inverse, b_out, b_total, b_out_x, b_total_x, p_k, p_v, whole_first + i,
+            seqlen_k, stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, SLOPE,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
+        )  # fmt: skip
+    for i in range(0, (whole_first - first) + (stop - whole_stop)):
+        i_n = _nth(i, first, whole_first, whole_stop)
+        b_out, b_total, b_out_x, b_total_x = _power_step(
+            b_q, b_mean, b_inverse, b_out, b_total, b_out_x, b_total_x, p_k, p_v, i_n,
+            seqlen_k, stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, SLOPE,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, True,
+        )  # fmt: skip
+    return b_out, b_total, b_out_x, b_total_x
+
+
+@triton.jit
+def dq_step(
+    b_q,
+    b_dout,
+    b_dq,
+    b_mean,
+    b_gamma,
+    b_delta,
+    b_drift,
+    p_k,
+    p_v,
+    i_n,
+    seqlen_k,
+    stride_ks,
+    stride_vs,
+    power,
+    b_q_idx,
+    b_q_lo,
+    k_idx,
+    TIMES: tl.constexpr,
+    SHARP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    PRECISE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """dq and drift are in units of p gamma: what is multiplied in half precision stays small."""
+    start = i_n * BLOCK_N
+    b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
+    b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
+    b_s = scores(
+        b_q, b_k, start, seqlen_k, b_q_idx, b_q_lo, k_idx, BLOCK_M, BLOCK_N, HAS_LO, MASKED
+    )
+    b_d = decay(b_s)
+    b_f = softplus(b_s, b_d, PRECISE)
+    b_w, b_x = weights(b_f, b_mean[:, None], b_gamma[:, None], power, TIMES, SHARP)
+    b_dp = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    b_df = b_x * (b_dp - b_delta[:, None])
+    if SHARP:
+        b_df = b_df - b_drift[:, None]
+    return dot((b_df * sigmoid(b_s, b_d)).to(b_k.dtype), b_k, b_dq)
+
+
+@triton.jit
+def dkv_step(
+    b_k,
+    b_v,
+    b_dk,
+    b_dv,
+    p_q,
+    p_dout,
+    p_mean,
+    p_gamma,
+    p_delta,
+    p_drift,
+    i_m,
+    seqlen_q,
+    stride_qs,
+    stride_gs,
+    power,
+    q_idx,
+    q_lo,
+    b_k_idx,
+    TIMES: tl.constexpr,
+    SHARP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    PRECISE: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Scores stand transposed, `[BLOCK_N, BLOCK_M]`. A row that is not there has gamma = 0."""
+    start = i_m * BLOCK_M
+    o_m = start + tl.arange(0, BLOCK_M)
+    m_m = o_m < seqlen_q
+    b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
+    b_dout = load_tile(p_dout, start, seqlen_q, stride_gs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
+    b_mean = tl.load(p_mean + o_m, mask=m_m, other=0.0)
+    b_gamma = tl.load(p_gamma + o_m, mask=m_m, other=0.0)
+    b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+    b_drift = tl.load(p_drift + o_m, mask=m_m, other=0.0)
+    b_s = dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+    if MASKED:
+        b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
+        b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
+        m_s = _seen(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    b_d = decay(b_s)
+    b_f = softplus(b_s, b_d, PRECISE)
+    b_w, b_x = weights(b_f, b_mean[None, :], b_gamma[None, :], power, TIMES, SHARP)
+    b_dv = dot(b_w.to(b_dout.dtype), b_dout, b_dv)
+    b_dp = dot(b_v, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+    b_scale = b_gamma * power
+    if b_q.dtype == tl.float16:
+        # A nearly flat row has a gamma beyond fp16: what is multiplied is in units of the greatest.
+        unit = tl.max(b_scale, 0)
+        unit = tl.where(unit > 0, unit, 1.0)
+        b_scale = b_scale / unit
+        b_drift = b_drift / unit
+    b_df = b_x * (b_dp - b_delta[None, :]) * b_scale[None, :]
+    if SHARP:
+        b_df = b_df - b_drift[None, :]
+    b_ds = (b_df * sigmoid(b_s, b_d)).to(b_q.dtype)
+    if b_q.dtype == tl.float16:
+        b_dk += dot(b_ds, b_q, tl.zeros([BLOCK_N, BLOCK_D], tl.float32)) * unit
+    else:
+        b_dk = dot(b_ds, b_q, b_dk)
+    return b_dk, b_dv

@@ -1,0 +1,204 @@
+"""CoCA by full attention's kernels: against the dense reference, on a ring, and refused.
+
+Without a GPU they run in Triton's interpreter; tests marked `gpu` need one.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from lcdist.config.schema import CocaOptions
+from lcdist_kernels import Rotary, coca_attention, coca_reference
+from lcdist_kernels.coca import KERNEL, TILED, VARIANTS, angles, coca_operator, coca_tau
+from tests.attention.body import make, on_virtual_ranks, whole
+from tests.kernels.test_full import borders, with_grads
+from tests.kernels.test_full_triton import HERE, assert_close, in_nan, on_device, wide
+from tests.kernels.test_rotary import frequencies
+from tests.tolerance import assert_as_good_as_eager
+
+SHAPES = [(n, (2, 1), 16) for n in (1, 63, 100, 257)]
+SHAPES += [(70, heads, 16) for heads in ((8, 8), (8, 4), (8, 1))]
+SHAPES += [(70, (2, 1), 48)]
+
+
+def truth_of(qtv: list[Tensor], dout: Tensor, **more) -> list[Tensor]:
+    doubles = wide(qtv)
+    return with_grads(coca_reference(*doubles, **more), doubles, dout.cpu().double())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("seqlen", "heads", "head_dim"), SHAPES)
+def test_equals_reference(
+    seqlen: int, heads: tuple[int, int], head_dim: int, variant: str, packed: bool
+) -> None:
+    qtv = [x[:1].detach() for x in on_device(seqlen, heads, head_dim, torch.float32)]
+    qtv = [x.requires_grad_() for x in qtv]
+    dout = torch.randn_like(qtv[0])
+    more = {
+        "variant": variant,
+        "rotary": Rotary(frequencies(head_dim), 1.1),
+        "cu_seqlens": borders(seqlen) if packed else None,
+    }
+    got = with_grads(coca_attention(*qtv, **more, impl="triton"), qtv, dout)
+    assert all(x.dtype == torch.float32 for x in got)
+    assert_close(got, truth_of(qtv, dout, **more))
+
+
+def eager(qtv: list[Tensor], dout: Tensor, variant: str, rotary: Rotary) -> list[Tensor]:
+    """Factors and scores in the inputs' own dtype."""
+    q, t, v = qtv
+    index, group = torch.arange(q.shape[1]), q.shape[2] // v.shape[2]
+    tau = coca_tau(t)
+    if variant == "slack":
+        factor = q * rotary.rotate(q, index)
+        key = rotary.rotate(torch.cat((tau, tau), -1), index)
+    else:
+        first, second = q.chunk(2, -1)
+        square = first.square() + second.square()
+        factor = rotary.rotate(torch.cat((square, torch.zeros_like(square)), -1), index)
+        key = rotary.rotate(torch.cat((tau, torch.zeros_like(tau)), -1), index)
+    key, v = (x.repeat_interleave(group, 2) for x in (key, v))
+    mask = torch.ones(len(index), len(index), dtype=torch.bool, device=q.device).tril()
+    scores = torch.einsum("bshd,bthd->bhst", factor, key) * q.shape[3] ** -0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return with_grads(torch.einsum("bhst,bthd->bshd", weights, v), qtv, dout)
+
+
+def assert_accurate(
+    seqlen: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, variant: str
+) -> None:
+    qtv, rotary = on_device(seqlen, heads, head_dim, dtype), Rotary(frequencies(head_dim))
+    dout = torch.randn_like(qtv[0])
+    more = {"variant": variant, "rotary": rotary}
+    got = with_grads(coca_attention(*qtv, **more, impl="triton"), qtv, dout)
+    plain, truth = eager(qtv, dout, variant, rotary), truth_of(qtv, dout, **more)
+    for a, e, r in zip(got, plain, truth, strict=True):
+        assert a.dtype == dtype
+        assert_as_good_as_eager(a, e, r)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_as_good_as_eager_in_half_precision(dtype: torch.dtype, variant: str) -> None:
+    assert_accurate(100, (4, 2), 48, dtype, variant)
+
+
+def test_any_strides_are_taken_and_nothing_outside_is_read() -> None:
+    plain = on_device(70, (4, 2), 20, torch.float32)
+    dout, rotary = torch.randn_like(plain[0]), Rotary(frequencies(20))
+    truth = with_grads(coca_attention(*plain, rotary=rotary, impl="triton"), plain, dout)
+    strided = [in_nan(x.detach()).requires_grad_() for x in plain]
+    out = coca_attention(*strided, rotary=rotary, impl="triton")
+    for actual, reference in zip(with_grads(out, strided, in_nan(dout)), truth, strict=True):
+        assert torch.equal(actual, reference)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("kind", "cp_size", "packed"),
+    [("zigzag", 2, True), ("contiguous", 2, False), ("striped", 3, True)],
+)
+def test_a_ring_of_kernels_equals_one_of_torch(
+    kind: str, cp_size: int, packed: bool, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = make("coca", kind, cp_size, packed=packed, at_least=48, dtype=torch.float32)
+    problem = dataclasses.replace(problem, options=CocaOptions(variant=variant))  # pyright: ignore[reportArgumentType]
+    problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
+    sent_by_torch = on_virtual_ranks(problem, "torch")[1]
+    # Tiled torch cannot stand in unseen.
+    monkeypatch.setattr("lcdist_kernels.full.tiled.tiles_of_band", None)
+    got, sent = on_virtual_ranks(problem, "triton")
+    assert_close(got, whole(problem))
+    assert sent == sent_by_torch
+
+
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_a_ring_in_half_precision_is_as_good_as_torch(cp_size: int) -> None:
+    problem = make("coca", "zigzag", cp_size, at_least=48, dtype=torch.float16)
+    problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
+    got = on_virtual_ranks(problem, "triton")[0]
+    assert all(x.dtype == torch.float16 for x in got)
+    # q' and k' are rounded to half, and what is multiplied with it is too.
+    assert_close(got, on_virtual_ranks(problem, "torch")[0], 2e-3)
+
+
+def test_saves_q_tau_v_out_and_lse_alone() -> None:
+    q, t, v = on_device(128, (4, 1), 16, torch.float16)
+    saved: dict[int, int] = {}
+
+    def count(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        coca_attention(q, t, v, rotary=Rotary(frequencies(16)), impl="triton")
+    halves = 2 * q.numel() + t.numel() // 2 + v.numel()
+    assert sum(saved.values()) == 2 * halves + 4 * (2 * 128 * 4)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "says"),
+    [
+        (16, torch.float64, "bf16, fp16 and fp32, the tensors are torch.float64"),
+        (14, torch.float32, "even head_dim from 16 to 256, not 14"),
+    ],
+)
+def test_what_no_kernel_takes_is_refused(head_dim: int, dtype: torch.dtype, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        coca_attention(*on_device(4, (2, 1), head_dim, dtype), impl="triton")
+    problem = make("coca", "contiguous", 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="the tensors are torch.float64"):
+        on_virtual_ranks(problem, "triton")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("head_dim", [16, 18, 48])
+def test_maps_are_those_of_torch(head_dim: int, variant: str) -> None:
+    rotary, half = Rotary(frequencies(head_dim), 1.1), head_dim // 2
+    q, g, _ = (x.detach() for x in on_device(37, (4, 4), head_dim, torch.float32))
+    g = in_nan(g)
+    tau = g[..., half:].relu()[:, ::2]
+    for positions in (torch.arange(37), torch.randint(0, 500, (2, 37))):
+        at, of_tau = (
+            angles(rotary, p, q, head_dim) for p in (positions, positions[..., ::2].contiguous())
+        )
+        for name, x, *more in (
+            ("queries", q, at),
+            ("queries_bwd", g, q, at),
+            ("keys", tau, of_tau),
+            ("keys_bwd", g, at),
+        ):
+            got = getattr(KERNEL, name)(x, *more, variant)
+            assert_close([got], [getattr(TILED, name)(x.double(), *more, variant)], 1e-6)
+
+
+def test_who_carries_it() -> None:
+    q = torch.zeros(1, 4, 2, 16)
+    assert coca_operator("triton", q, "test") is KERNEL
+    # Never interpreted unasked.
+    assert coca_operator("torch", q, "test") is coca_operator("auto", q, "test") is TILED
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_as_good_as_eager_on_a_gpu(dtype: torch.dtype, head_dim: int, variant: str) -> None:
+    assert_accurate(1000, (8, 2), head_dim, dtype, variant)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_twice() -> None:
+    qtv = on_device(3000, (8, 2), 64, torch.bfloat16)
+    dout, rotary = torch.randn_like(qtv[0]), Rotary(frequencies(64))
+    first, *others = (
+        with_grads(coca_attention(*qtv, rotary=rotary, impl="triton"), qtv, dout) for _ in range(5)
+    )
+    for again in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -1,0 +1,470 @@
+"""Landmark attention's kernels: against the dense reference, piece by piece, by lists, on ranks.
+
+Without a GPU they run in Triton's interpreter; tests marked `gpu` need one.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lcdist.config.schema import LandmarkOptions
+from lcdist_kernels import Rotary, landmark_attention, landmark_reference
+from lcdist_kernels.landmark import (
+    KERNEL,
+    TILED,
+    Lists,
+    Rows,
+    grid_of,
+    landmark_operator,
+    landmark_partial,
+)
+from lcdist_kernels.landmark.steps import Tiling, tiling_of
+from lcdist_kernels.partial import merge
+from lcdist_kernels.triton_common import Launch
+from tests.attention.body import Variant, make, on_virtual_ranks
+from tests.kernels import test_compiles
+from tests.kernels.test_full import borders, with_grads
+from tests.kernels.test_full_triton import (
+    FP32,
+    HERE,
+    SMALL,
+    assert_close,
+    in_nan,
+    on_device,
+    wide,
+)
+from tests.kernels.test_rotary import frequencies
+from tests.tolerance import assert_as_good_as_eager
+
+WIDE = Launch(16, 64, 4, 1)
+UNITS: dict[str, Any] = {"top_k": 2, "select_tokens": 31}
+# Sequence, heads, head_dim, block_size, choice.
+SHAPES: list[tuple[int, tuple[int, int], int, int, dict[str, Any]]] = [
+    (1, (4, 2), 16, 7, {}),
+    (1, (4, 2), 16, 7, UNITS),
+    (63, (4, 2), 16, 2, {}),
+    (63, (4, 2), 16, 7, UNITS),
+    (63, (8, 8), 16, 7, {}),
+    (100, (8, 4), 16, 32, {}),
+    (63, (8, 1), 16, 7, {}),
+    (100, (8, 1), 16, 32, UNITS),
+    (128, (4, 2), 16, 64, {}),
+    (128, (4, 2), 16, 64, UNITS),
+    (257, (2, 1), 16, 32, {}),
+    (257, (2, 1), 16, 100, {}),
+    (257, (2, 1), 16, 100, UNITS),
+    (70, (2, 1), 18, 7, {}),
+    (70, (2, 1), 48, 7, {}),
+    (70, (3, 1), 80, 32, UNITS),
+    (70, (2, 1), 256, 32, {}),
+]
+
+
+def truth_of(qkv: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
+    doubles = wide(qkv)
+    return with_grads(landmark_reference(*doubles, **more), doubles, dout.cpu().double())
+
+
+def by_kernel(qkv: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
+    return with_grads(landmark_attention(*qkv, impl="triton", **more), qkv, dout)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("seqlen", "heads", "head_dim", "block_size", "choice"), SHAPES)
+def test_equals_reference(
+    seqlen: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    choice: dict[str, Any],
+    packed: bool,
+) -> None:
+    qkv = on_device(seqlen, heads, head_dim, torch.float32)
+    dout = torch.randn_like(qkv[0])
+    more = {
+        "rotary": Rotary(frequencies(head_dim), 1.1),
+        "cu_seqlens": borders(seqlen) if packed else None,
+        "block_size": block_size,
+        **choice,
+    }
+    got = by_kernel(qkv, dout, **more)
+    assert all(x.dtype == torch.float32 for x in got)
+    assert_close(got, truth_of(qkv, dout, **more))
+
+
+def test_units_of_one_token() -> None:
+    qkv = on_device(23, (3, 1), 16, torch.float32)
+    dout = torch.randn_like(qkv[0])
+    more = {"block_size": 3, "top_k": 2, "select_tokens": 1}
+    assert_close(by_kernel(qkv, dout, **more), truth_of(qkv, dout, **more))
+
+
+def assert_accurate(
+    seqlen: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, **more: Any
+) -> None:
+    qkv = on_device(seqlen, heads, head_dim, dtype)
+    dout = torch.randn_like(qkv[0])
+    got, truth = by_kernel(qkv, dout, **more), truth_of(qkv, dout, **more)
+    plain = eager(qkv, dout, **more)
+    for a, e, r in zip(got, plain, truth, strict=True):
+        assert a.dtype == dtype
+        assert_as_good_as_eager(a, e, r)
+
+
+def eager(qkv: list[Tensor], dout: Tensor, block_size: int, **choice: Any) -> list[Tensor]:
+    """The dense form in the tensors' own dtype, from scores on to weights; no choice of blocks."""
+    assert not choice
+    q, k, v = qkv
+    index = torch.arange(q.shape[1], device=q.device)
+    block = index // block_size
+    mark = index % block_size == block_size - 1
+    same = block[:, None] == block
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bshd,bthd->bhst", q, k) * q.shape[3] ** -0.5
+    own = same & (index <= index[:, None]) & ~mark
+    past = (block[:, None] > block) & mark
+    gates = scores.masked_fill(~(own | past), -torch.inf).softmax(-1)
+    weights = torch.where(own, gates, 0.0)
+    for n in range(int(block.max())):
+        content = slice(n * block_size, (n + 1) * block_size - 1)
+        inside = scores[..., content].softmax(-1)
+        gate = torch.where(past[:, content.stop], gates[..., content.stop], 0.0)
+        pad = (content.start, q.shape[1] - content.stop)
+        weights = weights + torch.nn.functional.pad(inside * gate[..., None], pad)
+    return with_grads(torch.einsum("bhst,bthd->bshd", weights, v), qkv, dout)
+
+
+def test_eager_is_the_reference() -> None:
+    qkv = wide(on_device(45, (4, 2), 16, torch.float32))
+    dout = torch.randn_like(qkv[0])
+    assert_close(eager(qkv, dout, 7), truth_of(qkv, dout, block_size=7), 1e-10)
+
+
+@pytest.mark.parametrize("block_size", [9, 100])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_as_good_as_eager_in_half_precision(dtype: torch.dtype, block_size: int) -> None:
+    assert_accurate(130, (4, 2), 48, dtype, block_size=block_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lists_in_half_precision_are_as_good_as_the_tiled_operator(dtype: torch.dtype) -> None:
+    qkv = on_device(100, (4, 2), 48, dtype)
+    dout = torch.randn_like(qkv[0])
+    more = {"block_size": 9, "top_k": 3, "select_tokens": 31}
+    truth = truth_of(qkv, dout, **more)
+    # The tiled operator sums and multiplies in fp32, the kernel's products are of this dtype.
+    for actual, reference in zip(by_kernel(qkv, dout, **more), truth, strict=True):
+        assert actual.dtype == dtype
+        assert_close([actual], [reference], torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("choice", [{}, UNITS])
+def test_any_strides_are_taken_and_nothing_outside_is_read(choice: dict[str, Any]) -> None:
+    plain = [x.detach() for x in on_device(70, (4, 2), 20, torch.float32)]
+    dout = torch.randn_like(plain[0])
+    qkv = [x.requires_grad_() for x in plain]
+    more = {"block_size": 7, **choice}
+    truth = by_kernel(qkv, dout, **more)
+    strided = [in_nan(x.detach()).requires_grad_() for x in plain]
+    got = by_kernel(strided, in_nan(dout), **more)
+    for actual, reference in zip(got, truth, strict=True):
+        assert torch.equal(actual, reference)
+
+
+def pieces_of(seqlen: int, count: int, cut: str) -> list[Tensor]:
+    if cut == "runs":
+        return list(torch.arange(seqlen).chunk(count))
+    parts = torch.arange(seqlen).chunk(2 * count)
+    return [torch.cat((parts[i], parts[-1 - i])) for i in range(count)]
+
+
+PIECES: list[tuple[int, int, str, bool, Launch]] = [
+    (2, 48, "runs", False, SMALL[0]),
+    (2, 48, "mirrored", True, SMALL[2]),
+    (7, 84, "runs", True, SMALL[1]),
+    (7, 84, "mirrored", False, SMALL[0]),
+    (17, 204, "mirrored", True, SMALL[0]),
+    (32, 192, "mirrored", False, SMALL[0]),
+    (32, 192, "runs", True, SMALL[2]),
+    (64, 384, "mirrored", True, WIDE),
+    (64, 192, "runs", False, SMALL[1]),
+    (100, 600, "mirrored", True, WIDE),
+    (100, 300, "runs", False, WIDE),
+    (40, 120, "runs", False, SMALL[0]),
+]
+
+
+@pytest.mark.parametrize(("size", "seqlen", "cut", "packed", "launch"), PIECES)
+def test_pieces_of_whole_blocks(
+    size: int, seqlen: int, cut: str, packed: bool, launch: Launch
+) -> None:
+    # Documents of two and three blocks; the others are one.
+    cu_seqlens = torch.tensor([0, 2 * size, 3 * size], dtype=torch.int32) if packed else None
+    rows = grid_of(cu_seqlens, seqlen, size).rows
+    q, k, v = (x.detach()[:1] for x in on_device(seqlen, (2, 1), 16, torch.float32))
+    dout = torch.randn_like(q)
+    piece, *others = pieces_of(seqlen, 3, cut)[::-1]
+    mine = Rows(piece, rows.lo[piece], size)
+    whole: tuple[Tensor, Tensor] | None = None
+    for other in (piece, *others):
+        one = (q[:, piece], k[:, other], v[:, other])
+        out, lse = KERNEL.fwd(*one, mine, other[::size], 0.25, launch=launch)
+        doubles = [x.cpu().double() for x in one]
+        dense = landmark_partial(*doubles, mine, other[::size], 0.25)
+        empty = dense[1] == -torch.inf
+        assert torch.equal(lse.cpu() == -torch.inf, empty)
+        assert torch.all(out.cpu().transpose(1, 2)[empty] == 0)
+        assert_close([out], [dense[0]])
+        assert_close([lse.cpu().masked_fill(empty, 0)], [dense[1].masked_fill(empty, 0)])
+        whole = (out, lse) if whole is None else merge(*whole, out, lse)
+    assert whole is not None
+    for other in (piece, *others):
+        one = (dout[:, piece], q[:, piece], k[:, other], v[:, other], *whole)
+        got = KERNEL.bwd(*one, mine, other[::size], 0.25, launches=(launch, launch))
+        doubles = [x.cpu().double() for x in one]
+        assert_close(list(got), list(TILED.bwd(*doubles, mine, other[::size], 0.25)))
+        # No value of a landmark has a gradient.
+        assert torch.all(got[2][:, size - 1 :: size] == 0)
+
+
+def some_lists(rows: Rows, numbers: Tensor, lengths: Tensor, heads: tuple[int, int]) -> Lists:
+    """Random lists `[*heads, units, 5]`, increasing, with -1 in any place, of a shuffled table."""
+    ids = torch.rand(*heads, len(lengths), len(numbers)).argsort(-1)[..., :5].sort(-1).values
+    ids = ids.masked_fill(torch.rand(ids.shape) < 0.2, -1)
+    return Lists(numbers.to(HERE), ids.int().to(HERE), lengths)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(
+    ("size", "launch"),
+    [(2, SMALL[0]), (7, SMALL[1]), (32, SMALL[2]), (32, SMALL[0]), (64, WIDE), (100, WIDE)],
+)
+def test_lists(size: int, launch: Launch, group: int) -> None:
+    blocks = 7
+    seqlen = size * blocks
+    index = torch.arange(0, seqlen, max(1, size // 4))
+    rows = Rows(index, torch.zeros_like(index), size)
+    lengths = torch.tensor([1, 4, 4, len(index) - 9])
+    lists = some_lists(rows, torch.randperm(blocks), lengths, (1, 2))
+    q = torch.randn(1, len(index), 2 * group, 16, device=HERE)
+    # Two entries more than are ever named.
+    table = torch.randn(blocks + 2, 2, size, 16, device=HERE)
+    lists = lists._replace(numbers=torch.cat((lists.numbers, lists.numbers[:2])))
+    out, lse = KERNEL.listed_fwd(q, table, lists, rows, 0.25, launch=launch)
+    wide_lists = Lists(lists.numbers.cpu(), lists.ids.cpu(), lengths)
+    doubles = [x.cpu().double() for x in (q, table)]
+    true_out, true_lse = TILED.listed_fwd(*doubles, wide_lists, rows, 0.25)
+    empty = true_lse == -torch.inf
+    assert empty.any() and not empty.all()
+    assert torch.equal(lse.cpu() == -torch.inf, empty)
+    assert_close([out], [true_out])
+    assert_close([lse.cpu().masked_fill(empty, 0)], [true_lse.masked_fill(empty, 0)])
+    # As if there were more keys than the listed ones.
+    more = (torch.randn_like(out), true_lse.clamp(min=0).float().to(HERE) + 0.5)
+    one = (torch.randn_like(q), q, table, *more)
+    got = KERNEL.listed_bwd(*one, lists, rows, 0.25, launches=(launch, launch))
+    truth = TILED.listed_bwd(*(x.cpu().double() for x in one), wide_lists, rows, 0.25)
+    assert_close(list(got), list(truth))
+    assert torch.all(got[1][-2:] == 0)
+
+
+def test_rows_that_see_nothing() -> None:
+    q, k, v = (x.detach() for x in on_device(12, (2, 2), 16, torch.float32))
+    rows, k_start = Rows(torch.arange(12), torch.zeros(12).long(), 4), torch.tensor([4, 8, 12])
+    out, lse = KERNEL.fwd(q, k, v, rows, k_start, 0.25)
+    assert torch.all(lse[..., :4] == -torch.inf) and torch.all(out[:, :4] == 0)
+    assert torch.isfinite(lse[..., 4:]).all() and torch.isfinite(out).all()
+    # Their lse of the whole row may be -inf too: their share of every gradient is zero.
+    grads = KERNEL.bwd(torch.randn_like(q), q, k, v, out, lse, rows, k_start, 0.25)
+    assert torch.all(grads[0][:, :4] == 0) and all(torch.isfinite(x).all() for x in grads)
+    nothing = KERNEL.fwd(q, k[:, :0], v[:, :0], rows, k_start[:0], 0.25)
+    assert torch.all(nothing[0] == 0) and torch.all(nothing[1] == -torch.inf)
+
+
+@pytest.mark.parametrize("entries", [0, 3])
+def test_lists_of_nothing_and_of_an_empty_table(entries: int) -> None:
+    q = on_device(12, (4, 2), 16, torch.float32)[0].detach()
+    rows = Rows(torch.arange(12), torch.zeros(12).long(), 4)
+    none = torch.full((2, 2, 3, 5), -1, dtype=torch.int32, device=HERE)
+    table = torch.randn(entries, 2, 4, 16, device=HERE)
+    lists = Lists(torch.arange(entries, device=HERE), none, torch.full((3,), 4))
+    out, lse = KERNEL.listed_fwd(q, table, lists, rows, 0.25)
+    assert torch.all(out == 0) and torch.all(lse == -torch.inf)
+    dq, dtable = KERNEL.listed_bwd(q, q, table, out, torch.zeros_like(lse), lists, rows, 0.25)
+    assert torch.all(dq == 0) and torch.all(dtable == 0) and dtable.shape == table.shape
+
+
+@pytest.mark.parametrize("choice", [{}, UNITS])
+@pytest.mark.parametrize("block_size", [5, 70])
+def test_extreme_scores_do_no_harm(block_size: int, choice: dict[str, Any]) -> None:
+    qkv = on_device(150, (4, 2), 16, torch.float32)
+    with torch.no_grad():
+        qkv[0].sign_()
+        qkv[1].sign_()
+    # Scores are multiples of 10 from -80 on to 80, in blocks and at landmarks.
+    dout = torch.randn_like(qkv[0])
+    more = {"block_size": block_size, "softmax_scale": 5.0, **choice}
+    assert_close(by_kernel(qkv, dout, **more), truth_of(qkv, dout, **more))
+
+
+@pytest.mark.parametrize("scale", [-1.5, 0.0])
+def test_any_scale(scale: float) -> None:
+    qkv = on_device(70, (2, 1), 16, torch.float32)
+    dout = torch.randn_like(qkv[0])
+    more = {"block_size": 7, "softmax_scale": scale}
+    assert_close(by_kernel(qkv, dout, **more), truth_of(qkv, dout, **more))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "cp_size", "packed"),
+    [
+        (LandmarkOptions(block_size=4), "contiguous", 2, True),
+        (LandmarkOptions(block_size=7), "contiguous", 3, False),
+        (LandmarkOptions(block_size=4), "zigzag", 2, False),
+        (LandmarkOptions(block_size=3), "zigzag", 3, True),
+        (LandmarkOptions(block_size=4, top_k=2, select_tokens=8), "contiguous", 2, False),
+        (LandmarkOptions(block_size=3, top_k=2, select_tokens=9), "contiguous", 3, True),
+    ],
+)
+def test_ranks_of_kernels_equal_ranks_of_torch(
+    options: LandmarkOptions, kind: str, cp_size: int, packed: bool
+) -> None:
+    variant = Variant("landmark", options)
+    problem = make(variant, kind, cp_size, packed=packed, at_least=48, dtype=torch.float32)
+    problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
+    got, sent = on_virtual_ranks(problem, "triton")
+    expected, sent_by_torch = on_virtual_ranks(problem, "torch")
+    assert_close(got, expected)
+    assert sent == sent_by_torch
+
+
+@pytest.mark.parametrize("choice", [{}, {"top_k": 2, "select_tokens": 64}])
+def test_saves_inputs_out_and_lse_alone(choice: dict[str, Any]) -> None:
+    q, k, v = on_device(128, (4, 1), 16, torch.float16)
+    saved: dict[int, int] = {}
+
+    def count(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        landmark_attention(q, k, v, block_size=16, impl="triton", **choice)
+    assert sum(saved.values()) == 2 * (2 * q.numel() + 2 * k.numel()) + 4 * (2 * 128 * 4)
+
+
+@pytest.mark.parametrize("choice", [{}, {"top_k": 1}])
+def test_what_no_kernel_takes_is_refused(choice: dict[str, Any]) -> None:
+    for head_dim, dtype, says in (
+        (16, torch.float64, "bf16, fp16 and fp32, the tensors are torch.float64"),
+        (14, torch.float32, "even head_dim from 16 to 256, not 14"),
+    ):
+        qkv = on_device(9, (2, 1), head_dim, dtype)
+        with pytest.raises(ValueError, match=says):
+            landmark_attention(*qkv, block_size=4, impl="triton", **choice)
+        rows = grid_of(None, 8, 4).rows
+        with pytest.raises(ValueError, match="use impl = 'auto' or 'torch'"):
+            eight = [x.detach()[:, :8] for x in qkv]
+            KERNEL.fwd(*eight, rows, torch.tensor([0, 4]), 0.25)
+
+
+def test_who_carries_it() -> None:
+    x = torch.zeros(1, 4, 2, 16)
+    assert landmark_operator("triton", x.to(HERE), "test") is KERNEL
+    assert landmark_operator("torch", x.to(HERE), "test") is TILED
+    # Never interpreted unasked.
+    assert landmark_operator("auto", x, "test") is TILED
+
+
+def test_how_blocks_lie_in_tiles() -> None:
+    assert tiling_of(2, 64) == Tiling(2, 32, 2, 1)
+    assert tiling_of(51, 64) == tiling_of(64, 64)._replace(size=51) == Tiling(51, 1, 64, 1)
+    assert tiling_of(33, 128) == Tiling(33, 2, 64, 1)
+    assert tiling_of(100, 64) == Tiling(100, 1, 64, 2)
+    assert tiling_of(300, 64) == Tiling(300, 1, 64, 5)
+
+
+PROGRAM = """
+import torch
+from lcdist_kernels.landmark import KERNEL, block_starts, grid_of, table_of, unit_lengths
+from lcdist_kernels.landmark.op import choose_here
+from tests.kernels.compiling import SHARED, compiled_for
+
+index = torch.arange(512)
+lengths = unit_lengths(index, torch.zeros_like(index), 128)
+for head_dim, dtype, size in (
+    (80, torch.float16, 100),
+    (128, torch.bfloat16, 64),
+    (128, torch.bfloat16, 256),
+):
+    grid = grid_of(torch.tensor([0, 100]), 512, size)
+    q = torch.zeros(1, 512, 4, head_dim, dtype=dtype)
+    k = torch.zeros(1, grid.num_slots, 2, head_dim, dtype=dtype)
+    lists, table = choose_here(q, k, grid.rows, lengths, 3, 0.25), table_of(k, k, size)
+    band = (grid.rows, block_starts(grid.num_slots, size), 0.25)
+    with compiled_for(CAPABILITY) as made:
+        out, lse = KERNEL.fwd(q, k, k, *band)
+        KERNEL.bwd(q, q, k, k, out, lse, *band, grad_dtype=dtype)
+        KERNEL.listed_fwd(q, table, lists, grid.rows, 0.25)
+        KERNEL.listed_bwd(q, q, table, out, lse, lists, grid.rows, 0.25)
+    assert len(made) == 6
+    for each in made:
+        assert each.metadata.shared <= SHARED[CAPABILITY], (head_dim, size, each.metadata)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile(capability: int, tmp_path: Path) -> None:
+    test_compiles.test_kernels_compile(PROGRAM, capability, tmp_path)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [32, 50, 64, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_as_good_as_eager_on_a_gpu(dtype: torch.dtype, head_dim: int, block_size: int) -> None:
+    assert_accurate(1000, (8, 2), head_dim, dtype, block_size=block_size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_lists_on_a_gpu(head_dim: int, block_size: int) -> None:
+    qkv = on_device(2000, (8, 2), head_dim, torch.float32)
+    dout = torch.randn_like(qkv[0])
+    more = {"block_size": block_size, "top_k": 3, "select_tokens": 300}
+    assert_close(by_kernel(qkv, dout, **more), truth_of(qkv, dout, **more), FP32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", [{}, {"top_k": 8, "select_tokens": 500}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_same_bits_twice(dtype: torch.dtype, choice: dict[str, Any]) -> None:
+    qkv = on_device(3000, (8, 2), 64, dtype)
+    dout = torch.randn_like(qkv[0])
+    more = {"block_size": 32, "cu_seqlens": borders(3000), **choice}
+    first, *others = (by_kernel(qkv, dout, **more) for _ in range(5))
+    for again in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_tensors_of_more_than_2_to_the_31_elements() -> None:
+    # The last row of the batch lies behind 2^31 elements of q, of k and v, of out and of dq.
+    home = torch.zeros(3, 2048, 1408, 256, dtype=torch.bfloat16, device="cuda")
+    assert home[:-1].numel() < 2**31 < home.numel()
+    home[-1].normal_()
+    dout = torch.zeros_like(home)
+    dout[-1].normal_()
+    qkv = [x.detach().requires_grad_() for x in (home, home[:, :, :2], home[:, :, 2:4])]
+    got = by_kernel(qkv, dout, block_size=64)
+    alone = [x.detach()[-1:].requires_grad_() for x in qkv]
+    truth = by_kernel(alone, dout[-1:], block_size=64)
+    for actual, reference in zip(got, truth, strict=True):
+        assert torch.equal(actual[-1:], reference) and torch.all(actual[:-1] == 0)
