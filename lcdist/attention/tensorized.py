@@ -29,7 +29,6 @@ from lcdist.layout import ContextLayout, pieces_needed
 from lcdist_kernels import Rotary, tensorized_attention, tensorized_reference
 from lcdist_kernels import tensorized as ops
 from lcdist_kernels.common import (
-    announce,
     check_impl,
     check_qkv,
     document_starts,
@@ -59,10 +58,11 @@ def attention(
     cu_seqlens: borders of documents in the whole sequence, int32 `[n + 1]`, the same for every row
     and on every rank; positions restart per document; tokens after the last border form one of
     their own. params: branch_bias `[len(modes), heads]`, of the model's query heads or the
-    tensor's. impl: "auto", "torch" or "reference".
+    tensor's. impl: one of `METHOD.impls`.
 
     Raises ValueError where shapes, layout and group do not fit, a shard is not whole blocks, a
-    document starts inside one, options do not go together, or `impl` is not built.
+    document starts inside one, options do not go together, `impl` is not built, or
+    "triton" does not take the tensors.
     """
     check_impl(impl, "tensorized", ops.BUILT)
     check_qkv(q, k, v)
@@ -86,11 +86,11 @@ def attention(
         )
     index = layout.positions(group_rank(group))
     turning = Turning(grid, rotary, index - starts[index], scale)
-    around = Sharded(layout, group, turning, starts, k.shape[2])
+    chosen = "torch" if impl == "reference" else impl
+    operator = ops.tensorized_operator(chosen, q, "tensorized attention on shards")
+    around = Sharded(layout, group, turning, starts, k.shape[2], operator)
     if impl == "reference":
         return reference_units(q, k, v, bias, around)
-    if impl == "auto":
-        announce("tensorized attention on shards: tiled torch, as no kernel is built yet")
     return ShardedTensorized.apply(q, k, v, bias, around)
 
 
@@ -255,5 +255,6 @@ METHOD = AttentionMethod(
     parameters=parameters,
     exchange_for=exchange_for,
     initial=initial,
+    impls=ops.BUILT,
     check=check,
 )

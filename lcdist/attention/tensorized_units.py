@@ -18,7 +18,7 @@ from lcdist.attention.tensorized_plan import halo_plan, halo_tokens, plan_home, 
 from lcdist.exchange import Group, Interval, Pending, group_rank, shift, swap
 from lcdist.layout import ContextLayout
 from lcdist_kernels import tensorized as ops
-from lcdist_kernels.tensorized import Branch, Grid, Partial, Turning
+from lcdist_kernels.tensorized import Branch, Grid, Partial, TensorizedOperator, Turning
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Sharded:
     turning: Turning
     starts: Tensor
     nheads_kv: int
+    operator: TensorizedOperator
 
     @property
     def grid(self) -> Grid:
@@ -124,7 +125,7 @@ class ShardedTensorized(torch.autograd.Function):
         values, lambdas = [v], []
         for mode in range(last):
             q_mode, k_mode = turning.turn(q, mode), turning.turn(k, mode)
-            u, lam = ops.hop_fwd(q_mode, k_mode, values[-1], mode, turning)
+            u, lam = around.operator.hop_fwd(q_mode, k_mode, values[-1], mode, turning)
             values.append(u)
             lambdas.append(lam)
         sent_u = around.away(values[-1])
@@ -132,7 +133,7 @@ class ShardedTensorized(torch.autograd.Function):
         run = _Run(around, q, k, values, None if halo is None else halo.wait())
         done = None
         for mode in range(last):
-            part = ops.branch_fwd(run.qku(mode), run.branches[mode], run.scale)
+            part = run.operator.branch_fwd(run.qku(mode), run.branches[mode], run.scale)
             done = ops.merge_branch(done, part, bias, mode)
         run.unit_qku = run.from_units(torch.cat((sent.wait(), sent_u.wait()), -1))
         done = ops.merge_branch(done, run.coarsest_fwd(), bias, last)
@@ -146,7 +147,7 @@ class ShardedTensorized(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, out, lse, bias, *kept = ctx.saved_tensors
         around, last = ctx.around, len(ctx.around.grid.modes)
-        delta = ops.row_delta(dout, out)
+        delta = around.operator.row_delta(dout, out)
         lses = [lse, *(lse - one[:, None] for one in bias)]  # less each branch's bias
         sent = around.away(dout)
         sent_rows = around.away(rows_away(lses[last]), rows_away(delta))
@@ -184,7 +185,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.branches = self.around.branches()
-        self.scale = self.around.turning.softmax_scale
+        self.scale, self.operator = self.around.turning.softmax_scale, self.around.operator
         self.head_dim, nheads_kv = self.q.shape[3], self.k.shape[2]
         self.widths = [x.shape[2] // nheads_kv for x in (self.q, self.k, self.values[-1])]
 
@@ -206,7 +207,7 @@ class _Run:
 
     def coarsest_fwd(self) -> Partial:
         """The partial of the coarsest mode at home, like q and `[b, h, s]`, in fp32 or float64."""
-        out, lse = ops.branch_fwd(self.unit_qku, self.branches[-1], self.scale)
+        out, lse = self.operator.branch_fwd(self.unit_qku, self.branches[-1], self.scale)
         out_home = self.around.home(units(out.to(self.q.dtype), self.widths[0]))
         lse_home = self.around.home(units(rows_away(lse), self.widths[0]))
         lse = lse_home.wait().reshape(self.q.shape[:3]).transpose(1, 2)
@@ -218,7 +219,7 @@ class _Run:
         dout and rows (lse less bias, delta): as they came, `[b, blocks, units, ...]`.
         """
         lse, delta = (unit_heads(x, 1)[..., 0].transpose(1, 2) for x in rows.chunk(2, -1))
-        found = ops.branch_bwd(
+        found = self.operator.branch_bwd(
             unit_heads(dout, self.head_dim),
             self.unit_qku,
             (lse, delta),
@@ -248,7 +249,7 @@ class _Totals:
     def add_branch(self, mode: int, dout: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
         """Adds a branch of the own tokens; gives the share of its bias `[h]`."""
         run = self.run
-        found = ops.branch_bwd(dout, run.qku(mode), rows, run.branches[mode], run.scale)
+        found = run.operator.branch_bwd(dout, run.qku(mode), rows, run.branches[mode], run.scale)
         dq, dk, du = found[:3]
         if mode == 0 and run.halo is not None:
             before = run.halo.shape[2]
@@ -272,7 +273,7 @@ class _Totals:
         """Adds the hop of `mode` whose U has the gradient g; gives that of what it is made of."""
         run = self.run
         hopped = (run.values[mode + 1], lam)
-        found = ops.hop_bwd(g, run.turned(mode), hopped, mode, run.around.turning)
+        found = run.operator.hop_bwd(g, run.turned(mode), hopped, mode, run.around.turning)
         for total, more in zip(self.parts[mode], found, strict=True):
             total += more
         return self.parts[mode][2]

@@ -43,16 +43,76 @@ with compiled_for(CAPABILITY) as made:
 assert len(made) == 2
 """
 
+TENSORIZED = """
+import torch
+from lcdist_kernels.tensorized import Grid, Turning, coarsest_branch, fine_branch
+from lcdist_kernels.tensorized.launchers import mode_bwd, mode_fwd
+from lcdist_kernels.tensorized.tiled import Partial
+from tests.kernels.compiling import SHARED, compiled_for
+
+seqlen = 512
+index, starts = torch.arange(seqlen), torch.zeros(seqlen, dtype=torch.int64)
+for grid, head_dim, dtype, kernels in (
+    (Grid((128,), local_blocks=2), 128, torch.bfloat16, 7),
+    (Grid((32, 2), hop_heads="kv"), 80, torch.float16, 17),
+):
+    q, k = (torch.zeros(1, seqlen, n, head_dim, dtype=dtype) for n in (4, 2))
+    turning, last = Turning(grid, None, index, 0.25), len(grid.modes)
+    rows = torch.zeros(1, 4, seqlen)
+    with compiled_for(CAPABILITY) as made:
+        for mode in range(last + 1):
+            u = k if mode == 0 or grid.hop_heads == "kv" else q
+            branch = coarsest_branch(starts, grid)
+            if mode < last:
+                branch = fine_branch(mode, index, starts, index, grid)
+            so_far = Partial(q.float(), rows) if mode else None
+            mode_fwd((q, k, u), branch, mode, turning, so_far, rows[0, :, :1])
+            hopped = (k if grid.hop_heads == "kv" else q, u, rows) if mode < last else None
+            mode_bwd(q, (q, k, u), (rows, rows), branch, hopped, mode, turning)
+    assert len(made) == kernels, len(made)
+    for each in made:
+        assert each.metadata.shared <= SHARED[CAPABILITY], each.metadata
+"""
+
+
+COCA = """
+import torch
+from lcdist_kernels import Rotary
+from lcdist_kernels.coca import KERNEL, VARIANTS, angles
+from tests.kernels.compiling import compiled_for
+
+with compiled_for(CAPABILITY) as made:
+    for head_dim, dtype in ((128, torch.bfloat16), (80, torch.float32)):
+        q = torch.zeros(1, 300, 4, head_dim, dtype=dtype)
+        tau = torch.zeros(1, 300, 2, head_dim // 2, dtype=torch.float32)
+        at = angles(Rotary(torch.ones(head_dim // 2)), torch.arange(300), q, head_dim)
+        for variant in VARIANTS:
+            KERNEL.queries(q, at, variant)
+            KERNEL.queries_bwd(q, q, at, variant)
+            KERNEL.keys(tau, at, variant)
+            KERNEL.keys_bwd(q, at, variant)
+assert len(made) == 16
+"""
+
+
+PROGRAMS = {"full": FULL, "rotary": ROTARY, "tensorized": TENSORIZED, "coca": COCA}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("program", [FULL, ROTARY], ids=["full", "rotary"])
-def test_kernels_compile(program: str, capability: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kernels_compile(name: str, capability: int, tmp_path: Path) -> None:
     roots = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": roots, "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program.replace("CAPABILITY", str(capability))],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            PROGRAMS[name].replace("CAPABILITY", str(capability)),
+        ],
         env=environment,
         capture_output=True,
         text=True,

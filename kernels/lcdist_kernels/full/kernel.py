@@ -29,6 +29,7 @@ from lcdist_kernels.bands import (
 )
 from lcdist_kernels.common import check_qkv
 from lcdist_kernels.full.launches import BWD_DKV, BWD_DQ, FWD, FWD_HOPPER
+from lcdist_kernels.softmax_steps import dq_step, fwd_step, nth_masked, ranges_of, seen
 from lcdist_kernels.triton_common import (
     LN2,
     LOG2E,
@@ -43,71 +44,6 @@ from lcdist_kernels.triton_common import (
     rows,
     store_tile,
 )
-
-
-@triton.jit
-def _seen(q_idx, q_lo, k_idx, HAS_LO: tl.constexpr):
-    m = k_idx <= q_idx
-    if HAS_LO:
-        m = m & (k_idx >= q_lo)
-    return m
-
-
-@triton.jit
-def _run(ranges, i):
-    p = ranges + i * 4
-    return tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3)
-
-
-@triton.jit
-def _nth(i, first, whole_first, whole_stop):
-    """The i-th of the tiles that need a mask: those before the whole ones, then those after."""
-    before = whole_first - first
-    return tl.where(i < before, first + i, whole_stop + i - before)
-
-
-@triton.jit
-def _fwd_step(
-    b_q,
-    b_out,
-    b_top,
-    b_total,
-    p_k,
-    p_v,
-    i_n,
-    seqlen_k,
-    stride_ks,
-    stride_vs,
-    qk_scale,
-    b_q_idx,
-    b_q_lo,
-    k_idx,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    start = i_n * BLOCK_N
-    b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
-    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    if MASKED:
-        o_n = start + tl.arange(0, BLOCK_N)
-        b_k_idx = tl.load(k_idx + o_n, mask=o_n < seqlen_k, other=2147483647)
-        m_s = _seen(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
-        b_s = tl.where(m_s, b_s * qk_scale, float("-inf"))
-        b_new = tl.maximum(b_top, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new[:, None])
-    else:
-        # qk_scale >= 0: one multiplication a row, and one fused with the subtraction an element.
-        b_new = tl.maximum(b_top, tl.max(b_s, 1) * qk_scale)
-        b_p = tl.exp2(b_s * qk_scale - b_new[:, None])
-    b_faded = tl.exp2(b_top - b_new)
-    b_total = b_total * b_faded + tl.sum(b_p, 1)
-    b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
-    b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_faded[:, None])
-    return b_out, b_new, b_total
 
 
 @triton.jit
@@ -152,7 +88,7 @@ def _full_fwd_kernel(
     p_v = v + i_b * stride_vb + (i_h // GROUP) * stride_vh
     p_q = q + i_b * stride_qb + i_h * stride_qh
     p_out = out + i_b * stride_ob + i_h * stride_oh
-    first, whole_first, whole_stop, stop = _run(ranges, i_m)
+    first, whole_first, whole_stop, stop = ranges_of(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
@@ -164,13 +100,13 @@ def _full_fwd_kernel(
     b_top = tl.full([BLOCK_M], LOWEST, tl.float32)
     b_total = tl.zeros([BLOCK_M], tl.float32)
     for i in range(0, whole_stop - whole_first):
-        b_out, b_top, b_total = _fwd_step(
+        b_out, b_top, b_total = fwd_step(
             b_q, b_out, b_top, b_total, p_k, p_v, whole_first + i, seqlen_k, stride_ks, stride_vs,
             qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
         )  # fmt: skip
     for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_n = _nth(i, first, whole_first, whole_stop)
-        b_out, b_top, b_total = _fwd_step(
+        i_n = nth_masked(i, first, whole_first, whole_stop)
+        b_out, b_top, b_total = fwd_step(
             b_q, b_out, b_top, b_total, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs,
             qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
         )  # fmt: skip
@@ -180,45 +116,6 @@ def _full_fwd_kernel(
     tl.store(lse + i_row + o_m, b_lse, mask=m_m)
     b_out = b_out / b_total[:, None]
     store_tile(p_out, b_out, start, seqlen_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def _dq_step(
-    b_q,
-    b_dout,
-    b_dq,
-    b_lse,
-    b_delta,
-    p_k,
-    p_v,
-    i_n,
-    seqlen_k,
-    stride_ks,
-    stride_vs,
-    qk_scale,
-    b_q_idx,
-    b_q_lo,
-    k_idx,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    start = i_n * BLOCK_N
-    b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
-    b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
-    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    b_p = tl.exp2(b_s * qk_scale - b_lse[:, None])
-    if MASKED:
-        o_n = start + tl.arange(0, BLOCK_N)
-        b_k_idx = tl.load(k_idx + o_n, mask=o_n < seqlen_k, other=2147483647)
-        m_s = _seen(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
-        b_p = tl.where(m_s, b_p, 0.0)
-    b_dp = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    b_ds = b_p * (b_dp - b_delta[:, None])
-    return dot(b_ds.to(b_k.dtype), b_k, b_dq)
 
 
 @triton.jit
@@ -274,7 +171,7 @@ def _full_bwd_dq_kernel(
     p_out = out + i_b * stride_ob + i_h * stride_oh
     p_dout = dout + i_b * stride_gb + i_h * stride_gh
     p_dq = dq + i_b * stride_db + i_h * stride_dh
-    first, whole_first, whole_stop, stop = _run(ranges, i_m)
+    first, whole_first, whole_stop, stop = ranges_of(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
@@ -291,14 +188,14 @@ def _full_bwd_dq_kernel(
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
     for i in range(0, whole_stop - whole_first):
-        b_dq = _dq_step(
+        b_dq = dq_step(
             b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, whole_first + i, seqlen_k, stride_ks,
             stride_vs, qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             HAS_LO, False,
         )  # fmt: skip
     for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_n = _nth(i, first, whole_first, whole_stop)
-        b_dq = _dq_step(
+        i_n = nth_masked(i, first, whole_first, whole_stop)
+        b_dq = dq_step(
             b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, seqlen_k, stride_ks,
             stride_vs, qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             HAS_LO, True,
@@ -346,7 +243,7 @@ def _dkv_step(
     if MASKED:
         b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
         b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
-        m_s = _seen(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
+        m_s = seen(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
         b_p = tl.where(m_s, b_p, 0.0)
     b_dv = dot(b_p.to(b_dout.dtype), b_dout, b_dv)
     b_dp = dot(b_v, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
@@ -401,7 +298,7 @@ def _full_bwd_dkv_kernel(
     i_b = tl.program_id(2).to(tl.int64)
     p_k = k + i_b * stride_kb + i_hk * stride_kh
     p_v = v + i_b * stride_vb + i_hk * stride_vh
-    first, whole_first, whole_stop, stop = _run(ranges, i_n)
+    first, whole_first, whole_stop, stop = ranges_of(ranges, i_n)
 
     start = i_n * BLOCK_N
     o_n = start + tl.arange(0, BLOCK_N)
@@ -423,7 +320,7 @@ def _full_bwd_dkv_kernel(
                 BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, False,
             )  # fmt: skip
         for i in range(0, (whole_first - first) + (stop - whole_stop)):
-            i_m = _nth(i, first, whole_first, whole_stop)
+            i_m = nth_masked(i, first, whole_first, whole_stop)
             b_dk, b_dv = _dkv_step(
                 b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, i_m,
                 seqlen_q, stride_qs, stride_gs, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D,

@@ -13,7 +13,6 @@ loads.
 import triton
 import triton.language as tl
 
-from lcdist_kernels.full.kernel import _dq_step, _fwd_step, _nth, _run, _seen
 from lcdist_kernels.landmark.steps import (
     finished,
     large_dkv,
@@ -25,6 +24,7 @@ from lcdist_kernels.landmark.steps import (
     past_fwd,
     store_at,
 )
+from lcdist_kernels.softmax_steps import dq_step, fwd_step, nth_masked, ranges_of, seen
 from lcdist_kernels.triton_common import LOG2E, LOWEST, dot, load_tile, store_tile
 
 
@@ -64,7 +64,7 @@ def _past_seen(q_last, q_lo, k_start, i_n, num_blocks, BLOCKS: tl.constexpr, HAS
     """Which of a tile's blocks queries look back at, bool `[BLOCK_M, BLOCKS]`."""
     o_b = i_n * BLOCKS + tl.arange(0, BLOCKS)
     b_start = tl.load(k_start + o_b, mask=o_b < num_blocks, other=2147483647)
-    return _seen(q_last[:, None], q_lo[:, None], b_start[None, :], HAS_LO)
+    return seen(q_last[:, None], q_lo[:, None], b_start[None, :], HAS_LO)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _past_fwd_step(
         first = i_n.to(tl.int64) * SIZE
         m_seen = b_top
         if MASKED:
-            m_seen = _seen(b_q_last, b_q_lo, tl.load(k_start + i_n), HAS_LO)
+            m_seen = seen(b_q_last, b_q_lo, tl.load(k_start + i_n), HAS_LO)
         b_out, b_top, b_total = large_fwd(
             b_q, p_k + first * stride_ks, p_v + first * stride_vs, b_out, b_top, b_total, stride_ks,
             stride_vs, m_seen, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STEPS, MASKED,
@@ -181,7 +181,7 @@ def _landmark_fwd_kernel(
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_top = tl.full([BLOCK_M], LOWEST, tl.float32)
     b_total = tl.zeros([BLOCK_M], tl.float32)
-    first, whole_first, whole_stop, stop = _run(past_ranges, i_m)
+    first, whole_first, whole_stop, stop = ranges_of(past_ranges, i_m)
     for i in range(0, whole_stop - whole_first):
         b_out, b_top, b_total = _past_fwd_step(
             b_q, b_out, b_top, b_total, p_k, p_v, whole_first + i, num_blocks, stride_ks, stride_vs,
@@ -189,15 +189,15 @@ def _landmark_fwd_kernel(
             BLOCK_M, BLOCK_N, HAS_LO, False,
         )  # fmt: skip
     for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_n = _nth(i, first, whole_first, whole_stop)
+        i_n = nth_masked(i, first, whole_first, whole_stop)
         b_out, b_top, b_total = _past_fwd_step(
             b_q, b_out, b_top, b_total, p_k, p_v, i_n, num_blocks, stride_ks, stride_vs,
             qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D,
             BLOCK_M, BLOCK_N, HAS_LO, True,
         )  # fmt: skip
-    first, _, _, stop = _run(own_ranges, i_m)
+    first, _, _, stop = ranges_of(own_ranges, i_m)
     for i in range(0, stop - first):
-        b_out, b_top, b_total = _fwd_step(
+        b_out, b_top, b_total = fwd_step(
             b_q, b_out, b_top, b_total, p_k, p_v, first + i, seqlen_k, stride_ks, stride_vs,
             qk_scale, b_own_last, b_own_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True,
         )  # fmt: skip
@@ -250,7 +250,7 @@ def _past_dq_step(
         first = i_n.to(tl.int64) * SIZE
         m_seen = b_lse
         if MASKED:
-            m_seen = _seen(b_q_last, b_q_lo, tl.load(k_start + i_n), HAS_LO)
+            m_seen = seen(b_q_last, b_q_lo, tl.load(k_start + i_n), HAS_LO)
         b_dq = large_dq(
             b_q, b_dout, b_dq, b_lse, b_delta, p_k + first * stride_ks, p_v + first * stride_vs,
             stride_ks, stride_vs, m_seen, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
@@ -338,7 +338,7 @@ def _landmark_bwd_dq_kernel(
     b_own_lo = tl.load(own_lo + o_m, mask=m_m, other=0)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
-    first, whole_first, whole_stop, stop = _run(past_ranges, i_m)
+    first, whole_first, whole_stop, stop = ranges_of(past_ranges, i_m)
     for i in range(0, whole_stop - whole_first):
         b_dq = _past_dq_step(
             b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, whole_first + i, num_blocks, stride_ks,
@@ -346,15 +346,15 @@ def _landmark_bwd_dq_kernel(
             BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
         )  # fmt: skip
     for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_n = _nth(i, first, whole_first, whole_stop)
+        i_n = nth_masked(i, first, whole_first, whole_stop)
         b_dq = _past_dq_step(
             b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, num_blocks, stride_ks,
             stride_vs, qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM,
             BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
         )  # fmt: skip
-    first, _, _, stop = _run(own_ranges, i_m)
+    first, _, _, stop = ranges_of(own_ranges, i_m)
     for i in range(0, stop - first):
-        b_dq = _dq_step(
+        b_dq = dq_step(
             b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, first + i, seqlen_k, stride_ks,
             stride_vs, qk_scale, b_own_last, b_own_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             True, True,
@@ -410,9 +410,9 @@ def _past_dkv_step(
         b_q_last = tl.load(q_last + o_m, mask=m_m, other=-2147483648)
         b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_last
         if STEPS == 1:
-            m_seen = _seen(b_q_last[:, None], b_q_lo[:, None], b_start[None, :], HAS_LO)
+            m_seen = seen(b_q_last[:, None], b_q_lo[:, None], b_start[None, :], HAS_LO)
         else:
-            m_seen = _seen(b_q_last, b_q_lo, b_start, HAS_LO)
+            m_seen = seen(b_q_last, b_q_lo, b_start, HAS_LO)
     if STEPS == 1:
         b_dk, b_dv = past_dkv(
             b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, o_in, m_seen, qk_scale, SIZE,
@@ -461,7 +461,7 @@ def _own_dkv_step(
     b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
     b_last = tl.load(own_last + o_m, mask=m_m, other=-2147483648)
     b_lo = tl.load(own_lo + o_m, mask=m_m, other=0)
-    m_seen = _seen(b_last[:, None], b_lo[:, None], b_k_idx[None, :], True)
+    m_seen = seen(b_last[:, None], b_lo[:, None], b_k_idx[None, :], True)
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     b_p = tl.where(m_seen, tl.exp2(b_s * qk_scale - b_lse[:, None]), 0.0)
     b_dv = dot(tl.trans(b_p.to(b_dout.dtype)), b_dout, b_dv)
@@ -544,8 +544,8 @@ def _landmark_bwd_dkv_kernel(
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
-    first, whole_first, whole_stop, stop = _run(past_ranges, i_t)
-    own_first, _, _, own_stop = _run(own_ranges, i_t)
+    first, whole_first, whole_stop, stop = ranges_of(past_ranges, i_t)
+    own_first, _, _, own_stop = ranges_of(own_ranges, i_t)
     for i_g in range(0, GROUP):
         i_h = i_hk * GROUP + i_g
         i_row = (i_b * (tl.num_programs(1) * GROUP) + i_h) * seqlen_q
@@ -565,7 +565,7 @@ def _landmark_bwd_dkv_kernel(
                 BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, False,
             )  # fmt: skip
         for i in range(0, (whole_first - first) + (stop - whole_stop)):
-            i_m = _nth(i, first, whole_first, whole_stop)
+            i_m = nth_masked(i, first, whole_first, whole_stop)
             b_dk, b_dv = _past_dkv_step(
                 b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, i_m,
                 seqlen_q, stride_qs, stride_gs, qk_scale, q_last, q_lo, b_start, o_in,

@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from lcdist_kernels.full.kernel import _nth, _run
 from lcdist_kernels.lssar.rows import FLAT_ULPS
 from lcdist_kernels.lssar.steps import dkv_step, dq_step, power_sweep, sums_sweep
+from lcdist_kernels.softmax_steps import nth_masked, ranges_of
 from lcdist_kernels.triton_common import load_tile, store_tile
 
 FLAT = tl.constexpr(FLAT_ULPS * torch.finfo(torch.float32).eps)
@@ -65,7 +65,7 @@ def _lssar_sums_kernel(
     i_row = (i_b * tl.num_programs(1) + i_h) * seqlen_q
     p_k = k + i_b * stride_kb + (i_h // GROUP) * stride_kh
     p_q = q + i_b * stride_qb + i_h * stride_qh
-    first, whole_first, whole_stop, stop = _run(ranges, i_m)
+    first, whole_first, whole_stop, stop = ranges_of(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
@@ -138,7 +138,7 @@ def _lssar_fwd_kernel(
     p_v = v + i_b * stride_vb + (i_h // GROUP) * stride_vh
     p_q = q + i_b * stride_qb + i_h * stride_qh
     i_out = i_b * stride_ob + i_h * stride_oh
-    first, whole_first, whole_stop, stop = _run(ranges, i_m)
+    first, whole_first, whole_stop, stop = ranges_of(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
@@ -285,7 +285,7 @@ def _lssar_bwd_dq_kernel(
     p_q = q + i_b * stride_qb + i_h * stride_qh
     p_dout = dout + i_b * stride_gb + i_h * stride_gh
     p_dq = dq + i_b * stride_db + i_h * stride_dh
-    first, whole_first, whole_stop, stop = _run(ranges, i_m)
+    first, whole_first, whole_stop, stop = ranges_of(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
@@ -309,7 +309,7 @@ def _lssar_bwd_dq_kernel(
             BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
         )  # fmt: skip
     for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_n = _nth(i, first, whole_first, whole_stop)
+        i_n = nth_masked(i, first, whole_first, whole_stop)
         b_dq = dq_step(
             b_q, b_dout, b_dq, b_mean, b_gamma, b_delta, b_drift, p_k, p_v, i_n,
             seqlen_k, stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, HEAD_DIM,
@@ -370,7 +370,7 @@ def _lssar_bwd_dkv_kernel(
     i_b = tl.program_id(2).to(tl.int64)
     p_k = k + i_b * stride_kb + i_hk * stride_kh
     p_v = v + i_b * stride_vb + i_hk * stride_vh
-    first, whole_first, whole_stop, stop = _run(ranges, i_n)
+    first, whole_first, whole_stop, stop = ranges_of(ranges, i_n)
 
     start = i_n * BLOCK_N
     o_n = start + tl.arange(0, BLOCK_N)
@@ -392,7 +392,7 @@ def _lssar_bwd_dkv_kernel(
                 EVEN_M, False,
             )  # fmt: skip
         for i in range(0, (whole_first - first) + (stop - whole_stop)):
-            i_m = _nth(i, first, whole_first, whole_stop)
+            i_m = nth_masked(i, first, whole_first, whole_stop)
             b_dk, b_dv = dkv_step(
                 b_k, b_v, b_dk, b_dv, p_q, p_dout, mean + i_row, gamma + i_row, delta + i_row,
                 drift + i_row, i_m, seqlen_q, stride_qs, stride_gs, power, q_idx, q_lo,

@@ -15,7 +15,7 @@ score is -inf, at which d, f, sigma and the weight are exactly 0.
 import triton
 import triton.language as tl
 
-from lcdist_kernels.full.kernel import _nth, _seen
+from lcdist_kernels.softmax_steps import nth_masked, seen
 from lcdist_kernels.triton_common import LOG2E, dot, load_tile
 
 # The bits that a power known in advance may have.
@@ -101,7 +101,7 @@ def scores(
     if MASKED:
         o_n = start + tl.arange(0, BLOCK_N)
         b_k_idx = tl.load(k_idx + o_n, mask=o_n < seqlen_k, other=2147483647)
-        m_s = _seen(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
+        m_s = seen(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
         b_s = tl.where(m_s, b_s, float("-inf"))
     return b_s
 
@@ -171,7 +171,7 @@ def sums_sweep(
             b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
         )  # fmt: skip
     for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_n = _nth(i, first, whole_first, whole_stop)
+        i_n = nth_masked(i, first, whole_first, whole_stop)
         b_total, b_excess, b_top = _sums_step(
             b_q, b_total, b_excess, b_top, p_k, i_n, seqlen_k, stride_ks, b_q_idx,
             b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, True,
@@ -266,7 +266,7 @@ def power_sweep(
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
         )  # fmt: skip
     for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_n = _nth(i, first, whole_first, whole_stop)
+        i_n = nth_masked(i, first, whole_first, whole_stop)
         b_out, b_total, b_out_x, b_total_x = _power_step(
             b_q, b_mean, b_inverse, b_out, b_total, b_out_x, b_total_x, p_k, p_v, i_n,
             seqlen_k, stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, SLOPE,
@@ -366,7 +366,7 @@ def dkv_step(
     if MASKED:
         b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
         b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
-        m_s = _seen(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
+        m_s = seen(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
         b_s = tl.where(m_s, b_s, float("-inf"))
     b_d = decay(b_s)
     b_f = softplus(b_s, b_d, PRECISE)

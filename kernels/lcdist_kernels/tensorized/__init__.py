@@ -9,19 +9,15 @@ from lcdist_kernels.tensorized.grid import (
     initial_bias,
 )
 from lcdist_kernels.tensorized.op import BUILT, tensorized_attention
+from lcdist_kernels.tensorized.operator import TensorizedOperator, tensorized_operator
 from lcdist_kernels.tensorized.reference import dense_hop, tensorized_reference
 from lcdist_kernels.tensorized.tiled import (
     Branch,
     Partial,
     Turning,
-    branch_bwd,
-    branch_fwd,
     coarsest_branch,
     fine_branch,
-    hop_bwd,
-    hop_fwd,
     merge_branch,
-    row_delta,
 )
 
 __all__ = [
@@ -29,9 +25,8 @@ __all__ = [
     "Branch",
     "Grid",
     "Partial",
+    "TensorizedOperator",
     "Turning",
-    "branch_bwd",
-    "branch_fwd",
     "branch_pairs",
     "check_bias",
     "check_documents",
@@ -39,11 +34,9 @@ __all__ = [
     "decode_step",
     "dense_hop",
     "fine_branch",
-    "hop_bwd",
-    "hop_fwd",
     "initial_bias",
     "merge_branch",
-    "row_delta",
     "tensorized_attention",
+    "tensorized_operator",
     "tensorized_reference",
 ]

@@ -1,6 +1,7 @@
 """Tensorized attention as a function of torch, with its gradients and a choice of implementation.
 
-"torch" is the tiled one, "reference" the dense one; "auto" takes the tiled one.
+"triton" are the kernels, "torch" the tiled operators, "reference" the dense one; "auto" takes the
+kernels on CUDA and the tiled operators on a CPU.
 """
 
 from typing import Any
@@ -9,25 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lcdist_kernels.common import announce, check_impl, check_self, document_starts, wide_dtype
+from lcdist_kernels.common import check_impl, check_self, document_starts, wide_dtype
 from lcdist_kernels.full import full_attention
 from lcdist_kernels.rotary import Rotary
 from lcdist_kernels.tensorized.grid import Grid, check_bias, check_documents, initial_bias
+from lcdist_kernels.tensorized.operator import TensorizedOperator, tensorized_operator
 from lcdist_kernels.tensorized.reference import tensorized_reference
-from lcdist_kernels.tensorized.tiled import (
-    Branch,
-    Turning,
-    branch_bwd,
-    branch_fwd,
-    coarsest_branch,
-    fine_branch,
-    hop_bwd,
-    hop_fwd,
-    merge_branch,
-    row_delta,
-)
+from lcdist_kernels.tensorized.tiled import Branch, Turning, coarsest_branch, fine_branch
 
-BUILT = ("auto", "torch", "reference")
+BUILT = ("auto", "triton", "torch", "reference")
 
 
 def tensorized_attention(
@@ -43,11 +34,11 @@ def tensorized_attention(
     softmax_scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """As `tensorized_reference`; impl: "auto", "torch" or "reference".
+    """As `tensorized_reference`; impl: one of `BUILT`.
 
     Any length is legal; a document must start at a multiple of the product of modes, except with
-    impl = "reference". Raises ValueError where one does not, where shapes do not fit, or `impl` is
-    not built.
+    impl = "reference". Raises ValueError where one does not, where shapes do not fit, `impl` is not
+    built, or "triton" does not take the tensors.
     """
     check_impl(impl, "tensorized", BUILT)
     if impl == "reference":
@@ -76,8 +67,7 @@ def tensorized_attention(
             softmax_scale=softmax_scale,
             impl=impl,
         )
-    if impl == "auto":
-        announce("tensorized attention: tiled torch, as no kernel is built yet")
+    operator = tensorized_operator(impl, q, "tensorized attention")
     seqlen = q.shape[1]
     padding = -seqlen % grid.block
     index = torch.arange(seqlen + padding)
@@ -91,7 +81,7 @@ def tensorized_attention(
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     bias = bias.to(q.device, wide_dtype(q.dtype))
     turning = Turning(grid, rotary, positions, scale)
-    out = TensorizedFunction.apply(q, k, v, bias, turning, index, starts)
+    out = TensorizedFunction.apply(q, k, v, bias, turning, index, starts, operator)
     return out[:, :seqlen]
 
 
@@ -106,31 +96,36 @@ class TensorizedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q, k, v, bias: Tensor, turning: Turning, index: Tensor, starts: Tensor
+        ctx: Any,
+        q,
+        k,
+        v,
+        bias: Tensor,
+        turning: Turning,
+        index: Tensor,
+        starts: Tensor,
+        operator: TensorizedOperator,
     ) -> Tensor:
         values, lambdas, done = [v], [], None
         for mode, branch in enumerate(branches(index, starts, turning.grid)):
-            q_mode, k_mode = turning.turn(q, mode), turning.turn(k, mode)
-            qku = (q_mode, k_mode, values[-1])
-            part = branch_fwd(qku, branch, turning.softmax_scale)
-            done = merge_branch(done, part, bias, mode)
-            if mode < len(turning.grid.modes):
-                u, lam = hop_fwd(q_mode, k_mode, values[-1], mode, turning)
+            qku = (turning.turn(q, mode), turning.turn(k, mode), values[-1])
+            done, u, lam = operator.mode_fwd(qku, branch, mode, turning, done, bias)
+            if u is not None:
                 values.append(u)
                 lambdas.append(lam)
         assert done is not None, "there is always a branch"
         out, lse = done.out.to(q.dtype), done.lse
         ctx.save_for_backward(q, k, out, lse, bias, *values, *lambdas)
-        ctx.turning, ctx.index, ctx.starts = turning, index, starts
+        ctx.turning, ctx.index, ctx.starts, ctx.operator = turning, index, starts, operator
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, out, lse, bias, *kept = ctx.saved_tensors
-        turning, scale = ctx.turning, ctx.turning.softmax_scale
+        turning, operator = ctx.turning, ctx.operator
         hops = len(turning.grid.modes)
         values, lambdas = kept[: hops + 1], kept[hops + 1 :]
-        delta = row_delta(dout, out)
+        delta = operator.row_delta(dout, out)
         dq, dk = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k))
         dbias, g = torch.zeros_like(bias), None
         for mode, branch in reversed(
@@ -138,18 +133,12 @@ class TensorizedFunction(torch.autograd.Function):
         ):
             qku = (turning.turn(q, mode), turning.turn(k, mode), values[mode])
             rows = (lse if mode == 0 else lse - bias[mode - 1, :, None], delta)
-            dq_mode, dk_mode, du, dlogits = branch_bwd(dout, qku, rows, branch, scale)
+            hopped = None if g is None else (g, values[mode + 1], lambdas[mode])
+            grads = operator.mode_bwd(dout, qku, rows, branch, hopped, mode, turning)
             if mode:
-                dbias[mode - 1] = dlogits.sum((0, 2))
-            if g is not None:
-                hopped = (values[mode + 1], lambdas[mode])
-                for total, more in zip(
-                    (dq_mode, dk_mode, du), hop_bwd(g, qku, hopped, mode, turning), strict=True
-                ):
-                    total += more
-            dq += turning.back(dq_mode, mode)
-            dk += turning.back(dk_mode, mode)
-            g = du
+                dbias[mode - 1] = grads.dlogits.sum((0, 2))
+            dq += turning.back(grads.dq, mode)
+            dk += turning.back(grads.dk, mode)
+            g = grads.du
         assert g is not None
-        grads = (dq.to(q.dtype), dk.to(k.dtype), g.to(q.dtype), dbias)
-        return *grads, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), g.to(q.dtype), dbias, None, None, None, None

@@ -313,3 +313,39 @@ def merge_branch(so_far: Partial | None, part: Partial, bias: Tensor, mode: int)
     lse = part.lse + bias[mode - 1, :, None]
     out, lse = merge(so_far.out, so_far.lse, part.out, lse)
     return Partial(out, lse)
+
+
+def mode_fwd(
+    qku: Sequence[Tensor],
+    branch: Branch,
+    mode: int,
+    turning: Turning,
+    so_far: Partial | None,
+    bias: Tensor,
+) -> tuple[Partial, Tensor | None, Tensor | None]:
+    """(branch `mode` merged into so_far, U_j, lambda_j), None after the coarsest mode.
+
+    qku: q and k rotated for the mode, U_{j-1}. so_far: its memory may be taken over.
+    """
+    done = merge_branch(so_far, branch_fwd(qku, branch, turning.softmax_scale), bias, mode)
+    if mode == len(turning.grid.modes):
+        return done, None, None
+    return done, *hop_fwd(qku[0], qku[1], qku[2], mode, turning)
+
+
+def mode_bwd(
+    dout: Tensor,
+    qku: Sequence[Tensor],
+    rows: tuple[Tensor, Tensor],
+    branch: Branch,
+    hopped: Sequence[Tensor] | None,
+    mode: int,
+    turning: Turning,
+) -> Grads:
+    """The gradients of a mode's branch, and of its hop. hopped: dU_j, U_j and lambda_j, if any."""
+    grads = branch_bwd(dout, qku, rows, branch, turning.softmax_scale)
+    if hopped is not None:
+        more = hop_bwd(hopped[0], qku, hopped[1:], mode, turning)
+        for total, one in zip(grads[:3], more, strict=True):
+            total += one
+    return grads

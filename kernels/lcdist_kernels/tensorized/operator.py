@@ -1,0 +1,66 @@
+"""What carries tensorized attention: tiled torch or the kernels, chosen once by name."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lcdist_kernels.common import announce
+from lcdist_kernels.tensorized import launchers, tiled
+from lcdist_kernels.tensorized.tiled import Grads, Partial
+from lcdist_kernels.triton_common import check_kernel, obstacle
+
+
+class TensorizedOperator(NamedTuple):
+    """Operators of one semantics, as `tiled` describes them.
+
+    lambda_j is laid out as the operator likes: its own backward takes it back.
+    """
+
+    mode_fwd: Callable[..., tuple[Partial, Tensor | None, Tensor | None]]
+    mode_bwd: Callable[..., Grads]
+    branch_fwd: Callable[..., Partial]
+    branch_bwd: Callable[..., Grads]
+    hop_fwd: Callable[..., tuple[Tensor, Tensor]]
+    hop_bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    row_delta: Callable[[Tensor, Tensor], Tensor]
+
+
+TILED = TensorizedOperator(
+    tiled.mode_fwd,
+    tiled.mode_bwd,
+    tiled.branch_fwd,
+    tiled.branch_bwd,
+    tiled.hop_fwd,
+    tiled.hop_bwd,
+    tiled.row_delta,
+)
+KERNEL = TensorizedOperator(
+    launchers.mode_fwd,
+    launchers.mode_bwd,
+    launchers.branch_fwd,
+    launchers.branch_bwd,
+    launchers.hop_fwd,
+    launchers.hop_bwd,
+    launchers.row_delta,
+)
+
+
+def tensorized_operator(impl: str, x: Tensor, what: str) -> TensorizedOperator:
+    """The operator that `impl`, "auto", "triton" or "torch", stands for with tensors like x.
+
+    x `[b, s, h, d]`; what: who asks, for the log. Raises ValueError for "triton" where no kernel
+    takes such tensors.
+    """
+    if impl == "triton":
+        check_kernel(x)
+        return KERNEL
+    if impl == "torch":
+        return TILED
+    # Interpreted kernels are for tests: many times slower than torch.
+    reason = obstacle(x) if x.is_cuda else f"kernels run on CUDA, the tensors are on {x.device}"
+    if reason is None:
+        announce(f"{what}: Triton kernels, as the tensors are {x.dtype} on CUDA")
+        return KERNEL
+    announce(f"{what}: tiled torch, as {reason}")
+    return TILED

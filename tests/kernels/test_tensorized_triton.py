@@ -1,0 +1,281 @@
+"""Tensorized attention's kernels: against the dense reference, over shards, and refused.
+
+Without a GPU they run in Triton's interpreter; tests marked `gpu` need one.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lcdist_kernels import Rotary, tensorized_attention, tensorized_reference
+from lcdist_kernels.tensorized import Grid, launchers, tensorized_operator
+from lcdist_kernels.tensorized.operator import KERNEL, TILED
+from lcdist_kernels.triton_common import Launch
+from tests.attention.body import Variant, make, on_virtual_ranks, whole
+from tests.kernels.test_full import with_grads
+from tests.kernels.test_full_triton import HERE, assert_close, in_nan, on_device, wide
+from tests.kernels.test_rotary import frequencies
+from tests.kernels.test_tensorized import aligned_borders, name
+from tests.tolerance import assert_as_good_as_eager
+
+# Several tiles a fibre, tiles cut off by its end, one block that sees three before it.
+GRIDS = [
+    Grid((40,), local_blocks=2),
+    Grid((70,), pe="global"),
+    Grid((9, 7), hop_heads="kv"),
+]
+CASES = [(grid, n, (2, 1), 16) for grid in GRIDS for n in (1, 63, 100, 257)]
+CASES += [(Grid((64,), local_blocks=2), 256, (2, 1), 16)]
+CASES += [(Grid((20,), local_blocks=4), 63, heads, 16) for heads in ((8, 8), (8, 4), (8, 1))]
+CASES += [(Grid((9, 2)), 63, (2, 1), 16), (Grid((2, 3, 4), hop_heads="kv"), 63, (4, 2), 16)]
+CASES += [(Grid((20,)), 70, (2, 1), head_dim) for head_dim in (18, 48, 80)]
+SMALL = [Launch(16, 16, 4, 1), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1)]
+
+
+def leaves_of(
+    grid: Grid, seqlen: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """One row of q, k and v, and a bias."""
+    bias = torch.randn(len(grid.modes), heads[0], device=HERE)
+    qkv = [x.detach()[:1].clone() for x in on_device(seqlen, heads, head_dim, dtype)]
+    return [x.requires_grad_() for x in (*qkv, bias)]
+
+
+def truth_of(leaves: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
+    doubles = wide(leaves)
+    out = tensorized_reference(*doubles[:3], branch_bias=doubles[3], **more)
+    return with_grads(out, doubles, dout.cpu().double())
+
+
+def by_kernels(leaves: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
+    out = tensorized_attention(*leaves[:3], branch_bias=leaves[3], **more, impl="triton")
+    return with_grads(out, leaves, dout)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "seqlen", "heads", "head_dim"),
+    CASES,
+    ids=[f"{name(case[0])}-{case[1]}-{case[2]}-{case[3]}".replace(" ", "") for case in CASES],
+)
+def test_equals_reference(
+    grid: Grid, seqlen: int, heads: tuple[int, int], head_dim: int, packed: bool
+) -> None:
+    leaves = leaves_of(grid, seqlen, heads, head_dim, torch.float32)
+    dout = torch.randn_like(leaves[0])
+    more = {
+        "grid": grid,
+        "rotary": Rotary(frequencies(head_dim), 1.1),
+        "cu_seqlens": aligned_borders(seqlen, grid.block) if packed else None,
+    }
+    got = by_kernels(leaves, dout, **more)
+    assert all(x.dtype == torch.float32 for x in got)
+    assert_close(got, truth_of(leaves, dout, **more))
+
+
+@pytest.mark.parametrize("launch", SMALL, ids=lambda launch: f"{launch.block_m}x{launch.block_n}")
+@pytest.mark.parametrize(
+    "grid", [Grid((40,), local_blocks=3), Grid((38,), hop_heads="kv"), Grid((2, 33))]
+)
+def test_any_tiles(grid: Grid, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "choose_launch", lambda table, x: launch)
+    leaves = leaves_of(grid, 190, (2, 1), 16, torch.float32)
+    dout, more = torch.randn_like(leaves[0]), {"grid": grid, "softmax_scale": 0.4}
+    more["cu_seqlens"] = aligned_borders(190, grid.block) if len(grid.modes) == 1 else None
+    assert_close(by_kernels(leaves, dout, **more), truth_of(leaves, dout, **more))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.5])
+def test_any_scale(scale: float) -> None:
+    grid = Grid((20,), local_blocks=2)
+    leaves = leaves_of(grid, 63, (2, 1), 16, torch.float32)
+    dout, more = torch.randn_like(leaves[0]), {"grid": grid, "softmax_scale": scale}
+    assert_close(by_kernels(leaves, dout, **more), truth_of(leaves, dout, **more))
+
+
+def test_large_logits_are_no_harm() -> None:
+    # Weights are 0 or 1 and most gradients nothing: what is left of them is rounding.
+    grid = Grid((20,), local_blocks=2)
+    leaves = leaves_of(grid, 63, (2, 1), 16, torch.float32)
+    dout, more = torch.randn_like(leaves[0]), {"grid": grid, "softmax_scale": 80.0}
+    got, truth = by_kernels(leaves, dout, **more), truth_of(leaves, dout, **more)
+    assert all(torch.isfinite(x).all() for x in got)
+    for place in (0, 3):
+        assert_close([got[place]], [truth[place]])
+
+
+def test_scores_far_below_zero_are_those_of_a_shift() -> None:
+    # A key that is not there has a score of 0, which must not count however low the others are.
+    leaves = leaves_of(Grid((20,)), 50, (2, 1), 16, torch.float32)
+    dout = torch.randn_like(leaves[0])
+    with torch.no_grad():
+        leaves[0][..., 0], leaves[1][..., 0] = 1.0, 0.0
+    truth = truth_of(leaves, dout, grid=Grid((20,)))
+    with torch.no_grad():
+        leaves[1][..., 0] = -1024.0
+    got = by_kernels(leaves, dout, grid=Grid((20,)))
+    # But for the feature that shifts, in dq.
+    got[1], truth[1] = got[1][..., 1:], truth[1][..., 1:]
+    assert_close(got, truth)
+
+
+def assert_accurate(
+    grid: Grid, seqlen: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
+) -> None:
+    leaves, rotary = leaves_of(grid, seqlen, heads, head_dim, dtype), Rotary(frequencies(head_dim))
+    dout = torch.randn_like(leaves[0])
+    more = {"grid": grid, "rotary": rotary}
+    got, truth = by_kernels(leaves, dout, **more), truth_of(leaves, dout, **more)
+    out = eager(leaves, grid, rotary)
+    plain = with_grads(out, leaves, dout)
+    for a, e, r, x in zip(got, plain, truth, [leaves[0], *leaves], strict=True):
+        assert a.dtype == x.dtype
+        assert_as_good_as_eager(a, e, r)
+
+
+def eager(leaves: list[Tensor], grid: Grid, rotary: Rotary) -> Tensor:
+    """Scores, weights and the U_j in the inputs' own dtype; one document."""
+    q, k, u, bias = leaves
+    group, place = q.shape[2] // k.shape[2], torch.arange(q.shape[1])
+    scale, logits, masks, values = q.shape[3] ** -0.5, [], [], []
+    u = u.repeat_interleave(group, 2)
+    for mode in range(len(grid.modes) + 1):
+        turned = [rotary.rotate(x, grid.angle(place, mode)) for x in (q, k)]
+        q_mode, k_mode = turned[0], turned[1].repeat_interleave(group, 2)
+        scores = torch.einsum("bshd,bthd->bhst", q_mode, k_mode) * scale
+        own = 0.0 if mode == 0 else bias[mode - 1].to(q.dtype)[:, None, None]
+        masks.append(grid.branch_mask(place, place, mode).to(q.device))
+        logits.append((scores + own).masked_fill(~masks[-1], -torch.inf))
+        values.append(u)
+        if mode == len(grid.modes):
+            break
+        if grid.hop_heads == "kv":
+            q_mode = q_mode.unflatten(2, (-1, group)).mean(3).repeat_interleave(group, 2)
+            scores = torch.einsum("bshd,bthd->bhst", q_mode, k_mode) * scale
+        fibre = grid.hop_mask(place, place, mode).to(q.device)
+        weights = scores.masked_fill(~fibre, -torch.inf).softmax(-1)
+        u = torch.einsum("bhst,bthd->bshd", weights, u)
+    weights = torch.cat(logits, -1).softmax(-1)
+    return torch.einsum("bhst,bthd->bshd", weights, torch.cat(values, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("grid", [Grid((20,), local_blocks=2), Grid((10, 5), hop_heads="kv")])
+def test_as_good_as_eager_in_half_precision(grid: Grid, dtype: torch.dtype) -> None:
+    assert_accurate(grid, 100, (4, 2), 48, dtype)
+
+
+def test_any_strides_are_taken_and_nothing_outside_is_read() -> None:
+    grid, rotary = Grid((10,), local_blocks=2), Rotary(frequencies(20))
+    leaves = leaves_of(grid, 70, (4, 2), 20, torch.float32)
+    dout, more = torch.randn_like(leaves[0]), {"grid": grid, "rotary": rotary}
+    truth = by_kernels(leaves, dout, **more)
+    strided = [*(in_nan(x.detach()) for x in leaves[:3]), leaves[3].detach()]
+    strided = [x.requires_grad_() for x in strided]
+    for actual, reference in zip(by_kernels(strided, in_nan(dout), **more), truth, strict=True):
+        assert torch.equal(actual, reference)
+
+
+@pytest.mark.parametrize(
+    ("words", "cp_size", "packed"),
+    [
+        ({"modes": (12,), "local_blocks": 2}, 2, True),
+        ({"modes": (12,), "local_blocks": 3}, 3, False),
+        ({"modes": (5, 3), "local_blocks": 1, "hop_heads": "kv"}, 2, True),
+        ({"modes": (24,), "local_blocks": 1, "hop_heads": "q"}, 3, True),
+        ({"modes": (), "local_blocks": 1}, 2, True),
+    ],
+)
+def test_shards_of_kernels_equal_those_of_torch(
+    words: dict[str, Any], cp_size: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Variant("tensorized", None).method.options(**words)
+    variant = Variant("tensorized", options)
+    problem = make(variant, "contiguous", cp_size, packed=packed, at_least=70, dtype=torch.float32)
+    problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
+    sent_by_torch = on_virtual_ranks(problem, "torch")[1]
+    # Tiled torch cannot stand in unseen.
+    monkeypatch.setattr("lcdist_kernels.tensorized.tiled.tiles_of_band", None)
+    monkeypatch.setattr("lcdist_kernels.tensorized.tiled.full_fwd", None)
+    got, sent = on_virtual_ranks(problem, "triton")
+    assert_close(got, whole(problem))
+    assert sent == sent_by_torch
+
+
+def test_what_is_kept_for_the_backward() -> None:
+    grid = Grid((4, 3))
+    q, k, v, bias = leaves_of(grid, 96, (4, 2), 16, torch.float16)
+    saved: dict[int, int] = {}
+
+    def count(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        tensorized_attention(q, k, v, grid=grid, branch_bias=bias, impl="triton")
+    # q, k, v, out and two U in half; lse, two lambda and the bias in fp32.
+    halves = 4 * q.numel() + k.numel() + v.numel()
+    assert sum(saved.values()) == 2 * halves + 4 * (3 * 4 * 96 + 2 * 4)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "says"),
+    [
+        (16, torch.float64, "bf16, fp16 and fp32, the tensors are torch.float64"),
+        (14, torch.float32, "even head_dim from 16 to 256, not 14"),
+    ],
+)
+def test_what_no_kernel_takes_is_refused(head_dim: int, dtype: torch.dtype, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        tensorized_attention(*on_device(4, (2, 1), head_dim, dtype), grid=Grid((2,)), impl="triton")
+    problem = make("tensorized", "contiguous", 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="the tensors are torch.float64"):
+        on_virtual_ranks(problem, "triton")
+
+
+def test_who_carries_it() -> None:
+    q = torch.zeros(1, 4, 2, 16)
+    assert tensorized_operator("triton", q, "test") is KERNEL
+    # Never interpreted unasked.
+    assert tensorized_operator("torch", q, "test") is TILED
+    assert tensorized_operator("auto", q, "test") is TILED
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grid", [Grid((128,), local_blocks=2), Grid((64, 4), hop_heads="kv")])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_as_good_as_eager_on_a_gpu(dtype: torch.dtype, head_dim: int, grid: Grid) -> None:
+    assert_accurate(grid, 1000, (8, 2), head_dim, dtype)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_twice() -> None:
+    grid = Grid((128,), local_blocks=2)
+    leaves = leaves_of(grid, 3000, (8, 2), 64, torch.bfloat16)
+    dout = torch.randn_like(leaves[0])
+    first, *others = (by_kernels(leaves, dout, grid=grid) for _ in range(5))
+    for again in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_tensors_of_more_than_2_to_the_31_elements() -> None:
+    # Tokens so far apart that the last blocks lie behind 2^31 elements.
+    grid, far = Grid((256,), local_blocks=2), 2**31 // 4096 + 64
+    leaves = leaves_of(grid, 5000, (2, 1), 64, torch.bfloat16)
+    dout = torch.randn_like(leaves[0])
+    truth = by_kernels(leaves, dout, grid=grid)
+    apart = []
+    for x in leaves[:3]:
+        home = torch.empty(1, 5120, 1, far, dtype=x.dtype, device=HERE)
+        view = home[:, :5000, 0, : x.shape[2] * 64].unflatten(2, (x.shape[2], 64))
+        apart.append(view.copy_(x.detach()).requires_grad_())
+        assert home.numel() > 2**31
+    got = by_kernels([*apart, leaves[3]], dout, grid=grid)
+    assert all(torch.equal(a, b) for a, b in zip(got, truth, strict=True))
