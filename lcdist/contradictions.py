@@ -6,6 +6,7 @@ Each check adds to `errors` one line a contradiction, with the values and the re
 from collections.abc import Sequence
 
 from lcdist.attention import HeadSlice
+from lcdist.config.rope import RopeLlama3, RopeYarn
 from lcdist.config.schema import Config
 from lcdist.layer_methods import LayerAttention, slots_of
 from lcdist.layout import ContextLayout
@@ -70,6 +71,30 @@ def check_batch(config: Config, dp_size: int, errors: list[str]) -> None:
             f"{train.global_batch_size // step} micro-batches a step: with parallel.vp_size > 1 "
             f"they must be a multiple of parallel.pp_size = {parallel.pp_size}; "
             "raise train.global_batch_size"
+        )
+
+
+def check_rope(config: Config, errors: list[str]) -> None:
+    """The bounds of a rotation's ramp against each other."""
+    rope = config.model.rope
+    for low, high, kind in (
+        ("low_freq_factor", "high_freq_factor", RopeLlama3),
+        ("beta_slow", "beta_fast", RopeYarn),
+    ):
+        if isinstance(rope, kind) and getattr(rope, low) >= getattr(rope, high):
+            errors.append(
+                f"model.rope.{low} = {getattr(rope, low)} must be less than model.rope.{high} = "
+                f"{getattr(rope, high)}"
+            )
+
+
+def check_loss(config: Config, errors: list[str]) -> None:
+    """The way of the loss against its chunk size."""
+    train = config.train
+    if train.loss == "whole" and train.loss_chunk:
+        errors.append(
+            f"train.loss_chunk = {train.loss_chunk} has no meaning with train.loss = 'whole'; "
+            "set it to 0 or use 'chunked'"
         )
 
 

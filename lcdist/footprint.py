@@ -10,7 +10,14 @@ from lcdist.layout import ContextLayout
 
 VOCAB_MULTIPLE = 128
 FP32_BYTES = 4
+INT64_BYTES = 8
 ITEMSIZE = {"fp32": 4, "bf16": 2}
+# Up to here the loss keeps whole logits: below, they are not what fills the memory.
+WHOLE_LOGITS_TOKENS = 16_384
+# A chunk of the loss: fp32 logits of this size, but so many tokens at least: with fewer, a matrix
+# product spends its time on fetching the weight.
+CHUNK_BYTES = 2**27
+CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -127,8 +134,14 @@ class Footprint:
         return local * (self.itemsize + FP32_BYTES) + share * (2 * FP32_BYTES + master)
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint, all ranks' files together: weights and AdamW's state."""
+        master = FP32_BYTES if self.itemsize < FP32_BYTES else 0
+        return self.num_parameters * (self.itemsize + 2 * FP32_BYTES + master)
+
+    @property
     def activation_bytes(self) -> int:
-        """What forward keeps for backward on the fullest rank, the loss's logits included.
+        """What forward keeps for backward on the fullest rank, with what the loss needs.
 
         Counted tensor by tensor for full attention as it runs on a CPU: within 2 % of what
         autograd saves there, on meshes without pipelining. Fused norms on a GPU would keep less;
@@ -145,9 +158,46 @@ class Footprint:
         kept = hidden if recompute else layer
         chunk = model.num_layers // (parallel.pp_size * parallel.vp_size)
         first, last = (chunk * kept * chunks for chunks in self._chunks_in_flight)
-        last += 3 * hidden + FP32_BYTES * self.padded_vocab_size // tp_size
-        tokens = self.config.train.micro_batch_size * self.layout.local_seqlen
-        return tokens * (max(first, last) + (layer if recompute else 0))
+        last += 3 * hidden
+        again = layer if recompute else 0
+        kept_by_loss, work = self.loss_bytes
+        # The loss has done its work when the first layer is computed again.
+        after = self.tokens * last + kept_by_loss + max(self.tokens * again, work)
+        return max(self.tokens * (first + again), after)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch on a rank."""
+        return self.config.train.micro_batch_size * self.layout.local_seqlen
+
+    def loss_chunk(self, tokens: int) -> int | None:
+        """How many of a rank's `tokens` get logits at once for the loss; None: all, and kept."""
+        train = self.config.train
+        if train.loss == "whole" or (train.loss == "auto" and tokens <= WHOLE_LOGITS_TOKENS):
+            return None
+        fitting = max(CHUNK_BYTES // (FP32_BYTES * self._local_vocab_size), CHUNK_TOKENS)
+        return min(train.loss_chunk or fitting, tokens)
+
+    @property
+    def loss_bytes(self) -> tuple[int, int]:
+        """(kept for backward, used while at work) by the loss of a micro-batch, hidden states and
+        the output weight's gradient left out."""
+        chunk = self.loss_chunk(self.tokens)
+        if chunk is None:
+            return self.whole_logits_bytes, 0
+        # Beside the chunk's fp32 logits, their gradient as the matrix products take it.
+        narrow = self.itemsize if self.itemsize < FP32_BYTES else 0
+        work = chunk * self._local_vocab_size * (FP32_BYTES + narrow)
+        return self.tokens * (FP32_BYTES + INT64_BYTES), work
+
+    @property
+    def whole_logits_bytes(self) -> int:
+        """Fp32 logits of a micro-batch's tokens, this rank's part of the vocabulary."""
+        return self.tokens * FP32_BYTES * self._local_vocab_size
+
+    @property
+    def _local_vocab_size(self) -> int:
+        return self.padded_vocab_size // self.config.parallel.tp_size
 
     @property
     def _recomputes(self) -> bool:

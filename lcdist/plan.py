@@ -15,8 +15,10 @@ from lcdist.config.schema import Config
 from lcdist.contradictions import (
     check_batch,
     check_layers,
+    check_loss,
     check_methods,
     check_model,
+    check_rope,
     check_schedule,
 )
 from lcdist.data.slots import Slots
@@ -144,6 +146,13 @@ class Plan(Footprint):
             return []
         return [("landmarks", f"token {slots.landmark}, the last of every {slots.block_size}")]
 
+    def _loss_row(self) -> tuple[str, str]:
+        whole, chunk = f"{self.whole_logits_bytes / 2**30:.3f} GiB", self.loss_chunk(self.tokens)
+        if chunk is None:
+            return "loss", f"whole logits, {whole} a rank"
+        held = f"{sum(self.loss_bytes) / 2**30:.3f} GiB a rank"
+        return "loss", f"logits of {chunk:,} tokens at a time, {held}; whole they take {whole}"
+
     def rows(self) -> list[tuple[str, str]]:
         """The plan as (what, how much), for people."""
         train, parallel = self.config.train, self.config.parallel
@@ -166,6 +175,8 @@ class Plan(Footprint):
             ("sent a layer", f"{forward:,} B forward, {backward:,} B backward"),
             ("sent a step", f"{self.exchange_bytes_per_step:,} B for attention"),
             ("weights and states", f"{self.state_bytes / 2**30:.3f} GiB a rank"),
+            ("checkpoint", f"{self.checkpoint_bytes / 2**30:.3f} GiB"),
+            self._loss_row(),
             ("activations", f"about {self.activation_bytes / 2**30:.3f} GiB a rank"),
         ]  # fmt: skip
 
@@ -182,6 +193,8 @@ def make_plan(config: Config, world_size: int) -> Plan:
     dp_size = _data_parallel_size(config, world_size, errors)
     check_model(config, errors)
     check_batch(config, dp_size, errors)
+    check_rope(config, errors)
+    check_loss(config, errors)
     check_schedule(config, errors)
     layers = layer_methods(config, errors)
     check_methods(config, layers, errors)

@@ -17,15 +17,13 @@ from hypothesis import strategies as st
 
 from lcdist.config import ConfigError, dump, load, parse
 from lcdist.config.load import build_options
+from lcdist.config.rope import RopeLlama3, RopeNTK, RopePI, RopePlain, RopeYarn
 from lcdist.config.schema import (
     OPTIONS,
     AttentionConfig,
     Config,
     FullOptions,
     RawOptions,
-    RopeNTK,
-    RopePI,
-    RopePlain,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -137,10 +135,10 @@ attention = {method = "lssar", coca = 3}
 attention = {layers = 3}
     attention.layers = 3: expected str, got int
 
-model.rope.scaling = "yarn"
-    model.rope.scaling = 'yarn': must be one of none, pi, ntk
+model.rope.scaling = "spiral"
+    model.rope.scaling = 'spiral': must be one of none, pi, ntk, yarn, llama3
 model.rope.scaling = ["pi"]
-    model.rope.scaling = ['pi']: must be one of none, pi, ntk
+    model.rope.scaling = ['pi']: must be one of none, pi, ntk, yarn, llama3
 model.rope = "pi"
     model.rope = 'pi': expected a table of keys, got str
 model.rope.factor = 2
@@ -163,13 +161,13 @@ def test_a_number_too_large_for_a_float_is_a_mistake() -> None:
 
 
 def test_all_mistakes_are_reported_together() -> None:
-    raw = table(train={"seqlen": "x", "steps": 0}, optm={}, model={"rope": {"scaling": "yarn"}})
+    raw = table(train={"seqlen": "x", "steps": 0}, optm={}, model={"rope": {"scaling": "spiral"}})
     del raw["log"]
     with pytest.raises(ConfigError) as caught:
         parse(raw, ["evaluate.lengths=no", "steps=3"])
     assert str(caught.value).splitlines() == [
         "override 'steps=3': expected section.key=value; did you mean 'train.steps'?",
-        "model.rope.scaling = 'yarn': must be one of none, pi, ntk",
+        "model.rope.scaling = 'spiral': must be one of none, pi, ntk, yarn, llama3",
         "train.seqlen = 'x': expected int, got str",
         "train.steps = 0: must be at least 1",
         "missing key 'log.folder': it has no default",
@@ -203,6 +201,8 @@ def test_integers_become_floats_and_lists_tuples() -> None:
         ({"base": 500000}, RopePlain(base=500000.0)),
         ({"scaling": "pi", "factor": 8}, RopePI(factor=8.0)),
         ({"scaling": "ntk", "factor": 4, "base": 7}, RopeNTK(factor=4.0, base=7.0)),
+        ({"scaling": "yarn", "original_seqlen": 9}, RopeYarn(original_seqlen=9)),
+        ({"scaling": "llama3", "factor": 32}, RopeLlama3(factor=32.0)),
     ],
 )
 def test_the_tag_chooses_the_member_of_a_union(rope: dict[str, Any], expected: Any) -> None:

@@ -14,12 +14,14 @@ from lcdist.config import ConfigError, load
 from lcdist.config.schema import CocaOptions
 from lcdist.exchange import traffic
 from lcdist.model.build import build_model
+from lcdist.model.output_loss import VocabShard, output_losses
 from lcdist.model.sequence import SequenceParams
 from lcdist.parallel import build_grid
 from lcdist.plan import Plan, make_plan, smallest_world
 from lcdist.run import make_trainer, open_dataset
 from lcdist.train.peak import Peak
 from tests.distributed import run_ranks
+from tests.live import LiveTensors
 
 DEBUG = Path(__file__).parent.parent / "configs" / "debug" / "full.toml"
 
@@ -67,6 +69,13 @@ CONTRADICTIONS = {
     "train.micro_batch_size=3":
         "train.global_batch_size = 4 is not a multiple of train.micro_batch_size x "
         "data-parallel size = 3 x 1 = 3",
+    "model.rope.scaling=llama3 model.rope.low_freq_factor=4":
+        "model.rope.low_freq_factor = 4.0 must be less than model.rope.high_freq_factor = 4.0",
+    "model.rope.scaling=yarn model.rope.original_seqlen=9 model.rope.beta_slow=40":
+        "model.rope.beta_slow = 40.0 must be less than model.rope.beta_fast = 32.0",
+    "train.loss=whole train.loss_chunk=5":
+        "train.loss_chunk = 5 has no meaning with train.loss = 'whole'; set it to 0 or use "
+        "'chunked'",
     "optim.min_lr=1":
         "optim.min_lr = 1.0 is greater than optim.lr = 0.003",
     "optim.beta2=1":
@@ -402,6 +411,76 @@ def test_pipelining_keeps_what_is_in_flight() -> None:
     assert chunks.activation_bytes == max(5 * layer, 3 * layer + logits)
     single = plan_of(*ODD, PP, "train.micro_batch_size=4")
     assert single.activation_bytes == 4 * max(2 * layer, 2 * layer + logits)
+
+
+CHUNKED = ("train.loss=chunked", "train.loss_chunk=50")
+
+
+@pytest.mark.parametrize("world_size", KEPT)
+def test_a_loss_by_chunks_keeps_no_logits(world_size: int) -> None:
+    cases = [(*overrides, *CHUNKED) for overrides in KEPT[world_size]]
+    ranks = run_ranks(kept, world_size, cases)
+    for overrides, *found in zip(cases, *ranks, strict=True):
+        plan = plan_of(*ODD, *overrides)
+        # The logits of 50 tokens, at work in backward and not kept.
+        work = 50 * 4 * 384 // plan.config.parallel.tp_size
+        assert plan.activation_bytes - work == pytest.approx(max(found), rel=0.02), overrides
+
+
+def peak_of_loss(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
+    """For each case: the bytes that live at most while the loss and its gradients are made."""
+    found = []
+    for overrides in cases:
+        plan = plan_of(*ODD, *overrides)
+        group = build_grid(plan.config.parallel, 0).tp_group
+        rows, width = plan.padded_vocab_size // group.size(), plan.config.model.hidden_size
+        dtype = torch.bfloat16 if plan.dtype == "bf16" else torch.float32
+        hidden = torch.randn(plan.tokens, 1, width).to(dtype).requires_grad_()
+        weight = torch.randn(rows, width).to(dtype)
+        targets = torch.zeros(plan.tokens, 1, dtype=torch.int64)
+        chunk = plan.loss_chunk(plan.tokens)
+        assert chunk is not None
+        shard = VocabShard(0, rows, group if group.size() > 1 else None)
+        with LiveTensors() as live:
+            output_losses(hidden, weight, targets, shard, chunk).sum().backward()
+        # Hidden states' gradient is counted with the activations.
+        found.append(live.peak - hidden.nbytes)
+    return found
+
+
+def test_the_work_of_a_loss_by_chunks_is_what_a_real_one_allocates() -> None:
+    wide = ("model.vocab_size=6000", "train.loss=chunked", "train.loss_chunk=40")
+    cases = [wide, (*wide, "train.dtype=bf16"), (*wide, "train.loss_chunk=1000")]
+    for cases_of_size in (cases, [(*case, TP) for case in cases]):
+        ranks = run_ranks(peak_of_loss, 2 if TP in cases_of_size[0] else 1, cases_of_size)
+        for overrides, *found in zip(cases_of_size, *ranks, strict=True):
+            assert sum(plan_of(*ODD, *overrides).loss_bytes) == pytest.approx(max(found), rel=0.05)
+
+
+def test_the_loss_goes_by_chunks_above_16k_tokens_a_rank() -> None:
+    sizes = ("model.vocab_size=32768", "train.seqlen=16384")
+    whole = plan_of(*sizes)
+    assert whole.loss_chunk(whole.tokens) is None
+    assert whole.loss_bytes == (16384 * 32768 * 4, 0)
+    assert dict(whole.rows())["loss"] == "whole logits, 2.000 GiB a rank"
+    two = plan_of(*sizes, TWO)
+    # 128 MiB are the fp32 logits of 1,024 tokens; two numbers of 4 and 8 bytes are kept of each.
+    assert two.loss_chunk(two.tokens) == 1024
+    assert two.loss_bytes == (32768 * 12, 1024 * 32768 * 4)
+    assert dict(two.rows())["loss"] == (
+        "logits of 1,024 tokens at a time, 0.125 GiB a rank; whole they take 4.000 GiB"
+    )
+    assert two.activation_bytes - plan_of(*sizes, TWO, "train.loss=whole").activation_bytes == (
+        sum(two.loss_bytes) - 32768 * 32768 * 4
+    )
+    # Halved by context parallelism; by tensor parallelism, twice the tokens fit.
+    assert plan_of(*sizes, TWO, CP).loss_chunk(16384) is None
+    assert plan_of(*sizes, TP).loss_chunk(16385) == 2048
+    # Never fewer than 1,024 of many, never more than there are.
+    assert plan_of("model.vocab_size=131072").loss_chunk(10**6) == 1024
+    assert plan_of("train.loss=chunked").loss_chunk(256) == 256
+    assert plan_of("train.loss_chunk=10").loss_chunk(256) is None
+    assert plan_of("train.loss=chunked", "train.loss_chunk=10").loss_chunk(256) == 10
 
 
 STEPS = [

@@ -8,53 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-def at_least(low: float, default: Any) -> Any:
-    """A field with a default and a lower bound that the loader checks."""
-    return field(default=default, metadata={"min": low})
-
-
-def above(low: float, default: Any) -> Any:
-    """A field with a default that must be greater than `low`."""
-    return field(default=default, metadata={"above": low})
-
-
-def required(low: float | None = None) -> Any:
-    """A field without a default, with an optional lower bound."""
-    return field(metadata={} if low is None else {"min": low})
-
-
-# --- rotary embedding: a union, told apart by `scaling` -------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopePlain:
-    """Rotary embedding as trained: frequencies base^(-2i/d) (arXiv:2104.09864)."""
-
-    scaling: Literal["none"] = "none"
-    base: float = above(1, 10000.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopePI:
-    """Position interpolation: every frequency divided by `factor` (arXiv:2306.15595)."""
-
-    scaling: Literal["pi"] = "pi"
-    base: float = above(1, 10000.0)
-    factor: float = at_least(1, 1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeNTK:
-    """NTK-aware scaling: base multiplied by factor^(d/(d-2))."""
-
-    scaling: Literal["ntk"] = "ntk"
-    base: float = above(1, 10000.0)
-    factor: float = at_least(1, 1.0)
-
-
-Rope = RopePlain | RopePI | RopeNTK
-
+from lcdist.config.fields import above, at_least, required
+from lcdist.config.rope import Rope, RopePlain
 
 # --- attention methods' options -------------------------------------------------------------------
 
@@ -187,6 +142,9 @@ class ParallelConfig:
     sequence_parallel: bool = False
     layout: Literal["auto", "contiguous", "zigzag", "striped"] = "auto"
     timeout: float = above(0, 600.0)  # seconds a collective may wait for a rank
+    # Seconds without progress after which the watchdog tells who waits for whom, and ends the run;
+    # a first step and a save may take as long as `timeout`, a step five times the longest before.
+    stall: float = above(0, 300.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +183,9 @@ class TrainConfig:
     seed: int = at_least(0, 0)
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     recompute: Literal["none", "full"] = "none"
+    # chunked: logits for some tokens at a time, twice; auto: above 16,384 tokens a rank
+    loss: Literal["auto", "whole", "chunked"] = "auto"
+    loss_chunk: int = at_least(0, 0)  # tokens at a time; 0: as many as fit 128 MiB, at least 1,024
     engine: Literal["megatron"] = "megatron"
 
 
@@ -234,6 +195,8 @@ class CheckpointConfig:
 
     every: int = at_least(0, 0)  # steps between saves; 0: only at the end or when told to stop
     keep_last: int = at_least(1, 2)
+    keep_every: int = at_least(0, 0)  # checkpoints of multiples of so many steps stay; 0: none
+    asynchronous: bool = False  # copy to the host's memory, and write while training goes on
     load: str = ""  # a checkpoint whose weights a new run starts from
 
 

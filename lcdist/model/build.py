@@ -1,5 +1,6 @@
 """Megatron's GPTModel with our norm and our attention in its slots."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from lcdist.data.slots import Slots
 from lcdist.model.core_attention import LongContextAttention
 from lcdist.model.init import initialise
 from lcdist.model.norm import RMSNorm
+from lcdist.model.output_loss import VocabShard, output_losses
 from lcdist.model.rotary import make_rotary
 from lcdist.model.transformer_config import transformer_config
 from lcdist.plan import Plan
@@ -40,11 +42,44 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class CausalLM(GPTModel):
     """GPTModel whose loss never sees the padding of the vocabulary.
 
-    slots: how the attention of its layers wants text laid out.
+    slots: how the attention of its layers wants text laid out. loss_chunk: of how many tokens on
+    this rank, how many get logits at once for the loss; None: all of them.
     """
 
     true_vocab_size: int
     slots: Slots
+    loss_chunk: Callable[[int], int | None]
+
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Tensor | None = None, **rest: Any
+    ) -> Tensor:
+        """Hidden states `[s, b, h]` to what the model returns: Megatron's step after the layers.
+
+        Drop when megatron-core lets a model bring an output layer that has the loss in it.
+        """
+        sequence = rest.get("packed_seq_params")
+        if self.post_process and labels is not None:
+            chunk = self.loss_chunk(labels.numel())
+            if chunk is not None:
+                return self._losses(hidden_states, labels, chunk)
+        elif self.post_process and sequence is not None and sequence.cache is not None:
+            # Decoding reads the last token's logits; those of a long prompt would be the largest
+            # thing in memory.
+            hidden_states = hidden_states[-1:]
+        return super()._postprocess(hidden_states, labels=labels, **rest)
+
+    def _losses(self, hidden: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        assert weight is not None
+        group = self.pg_collection.tp
+        shard = VocabShard(
+            first=group.rank() * len(weight),
+            real=real_rows(self.true_vocab_size, len(weight), group.rank()),
+            group=group if group.size() > 1 else None,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+        return output_losses(hidden, weight, labels.t(), shard, chunk).t()
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels `[b, s]` and this rank's logits `[s, b, vocab/tp]` to losses in nats `[b, s]`."""
@@ -61,11 +96,16 @@ class CausalLM(GPTModel):
 def hide_padding(logits: Tensor, vocab_size: int, tp_rank: int) -> Tensor:
     """Logits `[..., vocab/tp]` with -inf in the columns that stand for no token."""
     local = logits.shape[-1]
-    real = min(max(vocab_size - tp_rank * local, 0), local)
+    real = real_rows(vocab_size, local, tp_rank)
     if real == local:
         return logits
     padding = torch.arange(local, device=logits.device) >= real
     return logits.masked_fill(padding, float("-inf"))
+
+
+def real_rows(vocab_size: int, local: int, tp_rank: int) -> int:
+    """How many of a rank's `local` rows of the output weight stand for a token; they come first."""
+    return min(max(vocab_size - tp_rank * local, 0), local)
 
 
 def build_model(plan: Plan, device: torch.device) -> list[CausalLM]:
@@ -115,6 +155,7 @@ def _chunk(
     )
     model.true_vocab_size = plan.config.model.vocab_size
     model.slots = plan.slots
+    model.loss_chunk = plan.loss_chunk
     return model
 
 

@@ -31,8 +31,10 @@ MAY_CHANGE = (
     "train.steps",
     "train.micro_batch_size",
     "train.recompute",
+    "train.loss",
     "checkpoint.every",
-    "checkpoint.keep_last",
+    "checkpoint.keep_",
+    "checkpoint.asynchronous",
     "log.",
     "evaluate.",
 )

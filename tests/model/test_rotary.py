@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lcdist.config.schema import Rope, RopeNTK, RopePI, RopePlain
-from lcdist.model.rotary import inverse_frequencies, make_rotary
+from lcdist.config.rope import Rope, RopeLlama3, RopeNTK, RopePI, RopePlain, RopeYarn
+from lcdist.model.rotary import attention_factor, inverse_frequencies, make_rotary
 
 HEAD_DIM = 128
 
@@ -55,11 +55,73 @@ def test_ntk_changes_the_base(factor: float, base: float) -> None:
     assert float(theta[63]) == pytest.approx(float(plain[63]) / factor, rel=1e-12)
 
 
-@pytest.mark.parametrize("rope", [RopePlain(), RopePI(factor=1.0), RopeNTK(factor=1.0)])
+def at(theta: torch.Tensor, golden: dict[int, float]) -> None:
+    for place, value in golden.items():
+        assert float(theta[place]) == pytest.approx(value, rel=1e-8), place
+
+
+def test_yarn_by_golden_values() -> None:
+    rope = RopeYarn(factor=16.0, original_seqlen=4096)
+    golden = {0: 1.0, 20: 5.62341325e-2, 32: 5.67307692e-3, 40: 8.81788963e-4, 63: 7.21738740e-6}
+    at(inverse_frequencies(rope, HEAD_DIM), golden)
+    assert attention_factor(rope) == pytest.approx(1.277259, rel=1e-6)
+    twice = RopeYarn(factor=2.0, original_seqlen=4096)
+    golden = {32: 7.69230769e-3, 40: 1.94601702e-3, 63: 5.77390992e-5}
+    at(inverse_frequencies(twice, HEAD_DIM), golden)
+    assert attention_factor(twice) == pytest.approx(1.069315, rel=1e-6)
+
+
+def test_yarn_keeps_what_is_fast_and_interpolates_what_is_slow() -> None:
+    rope = RopeYarn(base=1e6, factor=4.0, original_seqlen=32768)
+    plain = inverse_frequencies(RopePlain(base=1e6), HEAD_DIM)
+    theta = inverse_frequencies(rope, HEAD_DIM)
+    # The ramp goes from feature 23 to 40.
+    assert torch.equal(theta[:24], plain[:24]) and theta[24] < plain[24]
+    torch.testing.assert_close(theta[40:], plain[40:] / 4, rtol=1e-15, atol=0)
+    assert theta[39] > plain[39] / 4
+    assert attention_factor(rope) == pytest.approx(1.138629, rel=1e-6)
+
+
+def test_yarn_without_rounded_ends_and_with_a_given_factor() -> None:
+    rope = RopeYarn(factor=16.0, original_seqlen=4096, truncate=False, attention_factor=1.5)
+    plain = inverse_frequencies(RopePlain(), HEAD_DIM)
+    # idx(32) = 20.9445 and idx(1) = 45.0269.
+    ramp = (32 - 20.9445) / (45.0269 - 20.9445)
+    expected = float(plain[32]) * (1 - ramp + ramp / 16)
+    assert float(inverse_frequencies(rope, HEAD_DIM)[32]) == pytest.approx(expected, rel=1e-5)
+    assert make_rotary(rope, HEAD_DIM).attention_factor == 1.5
+
+
+def test_a_ramp_of_no_length_is_a_step() -> None:
+    rope = RopeYarn(factor=4.0, original_seqlen=10**9, beta_fast=1.0, beta_slow=1.0)
+    theta = inverse_frequencies(rope, 4)
+    assert torch.isfinite(theta).all()
+
+
+def test_llama3_by_golden_values() -> None:
+    rope, plain = RopeLlama3(), inverse_frequencies(RopePlain(base=5e5), HEAD_DIM)
+    theta = inverse_frequencies(rope, HEAD_DIM)
+    golden = {28: 3.21144599e-3, 29: 2.16657076e-3, 32: 5.24846161e-4}
+    at(theta, golden | {35: 9.55621235e-5, 63: 3.06892599e-7})
+    assert torch.equal(theta[:29], plain[:29])
+    torch.testing.assert_close(theta[35:], plain[35:] / 8, rtol=1e-15, atol=0)
+    assert attention_factor(rope) == 1.0
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopePlain(),
+        RopePI(factor=1.0),
+        RopeNTK(factor=1.0),
+        RopeYarn(original_seqlen=4096),
+        RopeLlama3(base=10000.0, factor=1.0),
+    ],
+)
 def test_factor_one_is_plain(rope: Rope) -> None:
-    assert torch.equal(
-        inverse_frequencies(rope, HEAD_DIM), inverse_frequencies(RopePlain(), HEAD_DIM)
-    )
+    plain = inverse_frequencies(RopePlain(), HEAD_DIM)
+    torch.testing.assert_close(inverse_frequencies(rope, HEAD_DIM), plain, rtol=1e-15, atol=0)
+    assert attention_factor(rope) == 1.0
 
 
 def test_smallest_head_keeps_first_and_scales_last() -> None:

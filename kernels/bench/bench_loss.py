@@ -1,0 +1,190 @@
+"""The loss by chunks of tokens beside whole logits, on this machine's CPU (Linux): memory and time.
+
+    python kernels/bench/bench_loss.py [--quick]
+
+First the ways are compared in float64 at a sixteenth of the sizes, losses and both gradients; on
+red nothing is measured. Then one forward and backward of each in turn, fp32, on one core. Time is
+the processor's, so that a busy machine matters less; memory is what the process holds at most above
+its inputs, gradients included. Rows are added to results/loss.csv.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+
+import torch
+import torch.nn.functional as F
+from harness import Step, commit, machine, measure, write
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import lcdist.host  # noqa: F401
+from lcdist.config.schema import ParallelConfig
+from lcdist.footprint import CHUNK_BYTES, CHUNK_TOKENS, FP32_BYTES
+from lcdist.model.output_loss import VocabShard, output_losses
+from lcdist.parallel import build_grid, end_world, start_world
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+SIZES = [(32768, 32768, 1024)]  # tokens, vocabulary, hidden size
+QUICK = [(2048, 2048, 256)]
+GATE, SIXTEENTH = 1e-10, 16
+Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def torch_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """What torch alone makes of whole logits."""
+    return F.cross_entropy(hidden @ weight.t(), targets, reduction="none")
+
+
+def megatron_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Whole logits and Megatron's vocabulary-parallel loss: train.loss = "whole"."""
+    return vocab_parallel_cross_entropy(hidden @ weight.t(), targets)
+
+
+def chunked_losses(chunk: int) -> Losses:
+    """train.loss = "chunked" with `chunk` tokens at a time."""
+
+    def losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        shard = VocabShard(0, len(weight))
+        return output_losses(hidden[:, None], weight, targets[:, None], shard, chunk)[:, 0]
+
+    return losses
+
+
+def contenders(tokens: int, vocab: int) -> dict[str, tuple[Losses, int]]:
+    """Each way by name, with the tokens that have logits at once."""
+    planned = min(max(CHUNK_BYTES // (FP32_BYTES * vocab), CHUNK_TOKENS), tokens // 32)
+    found: dict[str, tuple[Losses, int]] = {
+        "torch, whole": (torch_losses, tokens),
+        "megatron, whole": (megatron_losses, tokens),
+    }
+    for chunk in sorted({planned, planned // 4}):
+        found[f"chunks of {chunk}"] = (chunked_losses(chunk), chunk)
+    return found
+
+
+def once(losses: Losses, inputs: list[Tensor]) -> Step:
+    """One forward and backward of a problem: losses, gradients of hidden states and weight."""
+    hidden, weight, targets, dlosses = inputs
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+
+    def run() -> list[Tensor]:
+        out = losses(hidden, weight, targets)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dlosses)]
+
+    return run
+
+
+def problem(tokens: int, vocab: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:
+    """Hidden states, weight, targets and a gradient of the losses."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, dlosses = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((tokens, hidden), (vocab, hidden), (tokens,))
+    )
+    # Logits of order one, as a trained model has them.
+    weight.mul_(hidden**-0.5)
+    return [x, weight, torch.randint(vocab, (tokens,), generator=generator), dlosses]
+
+
+def gate(tokens: int, vocab: int, hidden: int) -> str | None:
+    """How far a way is from torch's own in float64, where that is too far."""
+    tokens, vocab, hidden = tokens // SIXTEENTH + 1, vocab // SIXTEENTH + 3, hidden // SIXTEENTH
+    inputs = problem(tokens, vocab, hidden, torch.float64)
+    expected = once(torch_losses, inputs)()
+    # Megatron's loss is computed in fp32, whatever it is given.
+    ways = {"megatron": (megatron_losses, 1e-6), "chunked": (chunked_losses(100), GATE)}
+    for name, (losses, most) in ways.items():
+        found = once(losses, inputs)()
+        for actual, truth in zip(found, expected, strict=True):
+            error = float((actual - truth).norm() / truth.norm())
+            if not error < most:
+                return f"{name} is off by {error:.2g}"
+    return None
+
+
+def rows(tokens: int, vocab: int, hidden: int, runs: int) -> list[dict[str, object]]:
+    """A row for each way: the fastest of `runs`, and the most memory."""
+    inputs = problem(tokens, vocab, hidden, torch.float32)
+    ways = contenders(tokens, vocab)
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(runs):
+        for name, (losses, _) in ways.items():
+            run = once(losses, inputs)
+            begun = time.process_time()
+            _, mib = measure(run)
+            measured[name].append((time.process_time() - begun, mib))
+    base = min(seconds for seconds, _ in measured["megatron, whole"])
+    held = max(mib for _, mib in measured["megatron, whole"])
+    found = []
+    for name, (_, chunk) in ways.items():
+        seconds = min(seconds for seconds, _ in measured[name])
+        mib = max(mib for _, mib in measured[name])
+        found.append(
+            {
+                "date": date.today().isoformat(),
+                "commit": commit(),
+                "torch": torch.__version__,
+                "device": f"{machine()}, one core",
+                "dtype": "fp32",
+                "tokens": tokens,
+                "vocabulary": vocab,
+                "hidden_size": hidden,
+                "contender": name,
+                "chunk": chunk,
+                "runs": runs,
+                "cpu_ms": round(seconds * 1e3, 1),
+                "over_megatron": round(seconds / base, 3),
+                "extra_mib": round(mib, 1),
+                "of_megatron": round(mib / held, 4),
+            }
+        )
+    return found
+
+
+def show(found: list[dict[str, object]]) -> None:
+    """The rows as a table."""
+    keys = (
+        "tokens",
+        "vocabulary",
+        "contender",
+        "cpu_ms",
+        "over_megatron",
+        "extra_mib",
+        "of_megatron",
+    )
+    table = Table(*keys)
+    for row in found:
+        table.add_row(*(str(row[key]) for key in keys))
+    Console().print(table)
+
+
+def main() -> int:
+    """Gate, measure, write; status 1 on red."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, and no rows are written")
+    parser.add_argument("--runs", type=int, default=1, help="the fastest counts")
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    start_world(60)
+    build_grid(ParallelConfig(), 0)
+    for sizes in QUICK if words.quick else SIZES:
+        red = gate(*sizes)
+        if red:
+            print(f"gate: {red}")
+            return 1
+        found = rows(*sizes, words.runs)
+        show(found)
+        if not words.quick:
+            write("loss", found)
+    end_world()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

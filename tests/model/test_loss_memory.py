@@ -1,0 +1,187 @@
+"""The loss by chunks inside the model: one function on every mesh, and no tensor of all logits."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lcdist.host  # noqa: F401
+from lcdist.inference.generate import generate
+from lcdist.model.output_loss import VocabShard, output_losses
+from lcdist.parallel import build_grid
+from megatron.core import tensor_parallel
+from tests.distributed import run_ranks
+from tests.live import LiveTensors
+from tests.model.cases import Case, assert_same_gradients, run_cases
+from tests.model.small import Meshes, small, take_steps
+from tests.model.test_mesh import meshes
+
+# No size of a chunk divides the 35.5 to 192 tokens that a rank has of a micro-batch.
+HOW = ("train.loss=chunked", "train.loss_chunk=13")
+TP, PP, CP = (f"parallel.{axis}_size=2" for axis in ("tp", "pp", "cp"))
+SP = "parallel.sequence_parallel=true"
+
+
+def cases() -> list[Case]:
+    """Every mesh; tied or untied embeddings, packed or joined, an odd length, in turn."""
+    found = []
+    for number, (world_size, mesh) in enumerate(meshes()):
+        tied, packed = number % 2, number // 2 % 2
+        shape = (
+            f"model.tied_embeddings={'true' if tied else 'false'}",
+            f"data.documents={'pack' if packed else 'join'}",
+            f"train.seqlen={71 if number // 4 % 2 else 96}",
+        )
+        samples = 8 if "parallel.vp_size=2" in mesh else 4
+        pairs = ("train.micro_batch_size=2",) if number % 3 == 0 and samples == 8 else ()
+        found.append(Case(world_size, mesh, shape, (*HOW, *pairs), samples=samples))
+    # A table of which the second rank has padding alone, for both kinds of embeddings.
+    for tied in ("true", "false"):
+        shape = ("model.vocab_size=60", f"model.tied_embeddings={tied}", "train.seqlen=71")
+        found += [Case(2, mesh, shape, HOW) for mesh in ((TP,), (TP, SP))]
+    # Tied embeddings live on the first and on the last stage.
+    tied_stages = ("model.tied_embeddings=true", "train.seqlen=71")
+    found += [Case(4, (TP, PP), tied_stages, HOW), Case(2, (PP,), tied_stages, HOW)]
+    return list(dict.fromkeys(found))
+
+
+CASES = cases()
+
+
+@cache
+def results(world_size: int) -> dict[Case, list[Any]]:
+    """What every rank found; the references are one process with whole logits."""
+    chosen = {case for case in CASES if case.world_size == world_size}
+    if world_size == 1:
+        chosen |= {case.reference for case in CASES}
+    return run_cases(world_size, chosen)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_equal_those_of_whole_logits_in_one_process(case: Case) -> None:
+    assert_same_gradients(results(case.world_size)[case], results(1)[case.reference])
+
+
+Steps = tuple[list[tuple[float, float]], set[int], set[int]]
+
+
+def two_steps(rank: int, world_size: int, ways: list[tuple[str, ...]]) -> list[Steps]:
+    """Of each configuration: (loss, gradient norm) of two steps, how often weights' hooks ran in a
+    backward, and for how many tokens the model asked what to do."""
+    found, meshes = [], Meshes()
+    for words in ways:
+        trainer = meshes.trainer(small(*words))
+        asked: set[int] = set()
+        for chunk in trainer.engine.chunks:
+            choose = chunk.loss_chunk
+            chunk.loss_chunk = lambda n, asked=asked, choose=choose: asked.add(n) or choose(n)
+        numbers = take_steps(trainer, 2)
+        groups = [group for wrapped in trainer.engine.wrapped for group in wrapped.bucket_groups]
+        counts = {n for group in groups for n in group.golden_per_param_grad_ready_counts.values()}
+        found.append((numbers, counts, asked))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mesh", "tokens"),
+    [((), 2 * 64), ((CP,), 2 * 32), ((TP, SP), 2 * 64), ((PP,), 2 * 64)],
+    ids=["dp2", "cp2", "tp2-sp", "pp2"],
+)
+def test_steps_and_gradient_hooks_are_those_of_whole_logits(
+    mesh: tuple[str, ...], tokens: int
+) -> None:
+    words = (*mesh, "train.micro_batch_size=2")
+    tied = (*words, "model.tied_embeddings=true")
+    ranks = run_ranks(two_steps, 2, [(*words, *HOW), words, (*tied, *HOW), tied])
+    for rank, found in enumerate(ranks):
+        for (numbers, counts, asked), (whole, whole_counts, _) in zip(
+            found[::2], found[1::2], strict=True
+        ):
+            for step, of_whole in zip(numbers, whole, strict=True):
+                assert step == pytest.approx(of_whole, rel=1e-5)
+            # Ranks that hold the same weights start to sum gradients when every hook has run once.
+            assert counts == whole_counts == ({1} if mesh in ((), (CP,)) else set())
+            assert asked == ({tokens} if PP not in mesh or rank else set())
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+# A vocabulary that makes tokens x vocabulary greater than anything else of the model.
+VOCAB, TOKENS = 4096, 512
+WIDE = (f"model.vocab_size={VOCAB}", f"train.seqlen={TOKENS}")
+
+
+def largest_tensors(
+    rank: int, world_size: int, mesh: tuple[str, ...], how: tuple[str, ...]
+) -> tuple[int, int, int]:
+    """Elements of the largest tensor of a training step, of an evaluation, of generation."""
+    trainer = Meshes().trainer(small(*mesh, *WIDE, *how))
+    engine, layout = trainer.engine, trainer.plan.layout
+    with LiveTensors() as step:
+        engine.forward_backward(trainer.loader.next_step())
+        engine.update(1e-3)
+    with LiveTensors() as read:
+        engine.evaluate(trainer.loader.next_step(), layout)
+    with LiveTensors() as decoded:
+        if not any("pp_size" in word or word == SP or "cp_size" in word for word in mesh):
+            generate(engine.chunks[0], torch.arange(TOKENS), 1)
+    return step.largest, read.largest, decoded.largest
+
+
+@pytest.mark.parametrize(
+    "mesh", [(), (TP,), (TP, SP), (PP,), (CP,)], ids=["one", "tp2", "tp2-sp", "pp2", "cp2"]
+)
+def test_no_tensor_of_tokens_times_vocabulary_exists(mesh: tuple[str, ...]) -> None:
+    ranks = run_ranks(largest_tensors, 2 if mesh else 1, mesh, HOW)
+    logits = TOKENS * VOCAB // (2 if TP in mesh or CP in mesh else 1)
+    for largest in ranks:
+        # All gradients together, in one buffer, are less than two thirds of it.
+        assert max(largest) < logits, largest
+
+
+def test_whole_logits_are_seen() -> None:
+    [(step, read, _)] = run_ranks(largest_tensors, 1, (), ())
+    assert step == read == TOKENS * VOCAB
+
+
+# 32,768 tokens, 32,768 words and 1,024 hidden units, all by 16; so are the 1,024 of a chunk.
+SIXTEENTH = 2048, 2048, 64, 64
+
+
+def peaks(rank: int, world_size: int) -> tuple[int, int, list[Tensor], list[Tensor]]:
+    """Peak bytes of forward and backward by chunks and with whole logits, and the gradients."""
+    tokens, vocab, size, chunk = SIXTEENTH
+    group = build_grid(small().parallel, 0).tp_group
+    assert group.size() == 1
+    hidden, weight = torch.randn(tokens, 1, size), torch.randn(vocab, size)
+    targets = torch.randint(vocab, (tokens, 1))
+    shard = VocabShard(0, vocab)
+
+    def by_chunks(x: Tensor, w: Tensor) -> Tensor:
+        return output_losses(x, w, targets, shard, chunk)
+
+    def whole(x: Tensor, w: Tensor) -> Tensor:
+        return tensor_parallel.vocab_parallel_cross_entropy(x @ w.t(), targets)
+
+    found, gradients = [], []
+    for losses in (by_chunks, whole):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        with LiveTensors() as live:
+            losses(*leaves).sum().backward()
+        found.append(live.peak)
+        gradients.append([x.grad for x in leaves])
+    return found[0], found[1], *gradients
+
+
+def test_the_peak_is_less_than_an_eighth_of_that_with_whole_logits() -> None:
+    [(by_chunks, whole, found, expected)] = run_ranks(peaks, 1)
+    tokens, vocab, size, chunk = SIXTEENTH
+    assert whole >= 4 * tokens * vocab
+    assert by_chunks * 8 < whole, by_chunks / whole
+    # Both gradients, one chunk's logits, and little else.
+    expected_peak = 4 * (tokens * size + vocab * size + chunk * vocab)
+    assert by_chunks == pytest.approx(expected_peak, rel=0.1)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
