@@ -27,6 +27,7 @@ from lcdist.evaluate.session import evaluate_checkpoint, generate_text
 from lcdist.parallel import end_world
 from lcdist.plan import make_plan, smallest_world
 from lcdist.run import run
+from lcdist.train.status import describe
 
 COMPARED = ("before", "after")
 
@@ -118,6 +119,10 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--output", type=Path, help="text file to write")
     _overrides(generate)
     generate.set_defaults(action=_generate)
+
+    status = commands.add_parser("status", help="how a run stands: progress, speed, restarts")
+    status.add_argument("folder", type=Path, help="run folder")
+    status.set_defaults(action=_status)
 
     report = commands.add_parser("report", help="a run folder's report.html")
     report.add_argument("folder", type=Path)
@@ -216,6 +221,13 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.output:
         arguments.output.write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    table = Table(show_header=False, title=str(arguments.folder))
+    for row in describe(arguments.folder):
+        table.add_row(*row)
+    Console().print(table)
 
 
 def _report(arguments: argparse.Namespace) -> None:

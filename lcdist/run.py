@@ -1,8 +1,10 @@
 """The story of a training run, from a configuration to the last checkpoint."""
 
 import logging
+import time
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 
 from lcdist.config.schema import Config, ModelConfig
@@ -13,16 +15,16 @@ from lcdist.data.sample import Dataset
 from lcdist.data.slots import Apart, Joined, Slots
 from lcdist.data.synthetic import SyntheticDataset
 from lcdist.model.build import DTYPES, build_model
-from lcdist.parallel import Grid, build_grid, start_world, world_size
+from lcdist.parallel import Grid, board, build_grid, start_world, world_size
 from lcdist.plan import Plan, make_plan
 from lcdist.train.checkpoint import (
     Checkpoint,
-    Checkpointer,
     CheckpointError,
     latest_in,
     open_checkpoint,
     saved_config,
 )
+from lcdist.train.checks import check_start
 from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.folder import (
     check_same_run,
@@ -31,10 +33,21 @@ from lcdist.train.folder import (
     write_config,
     write_status,
 )
-from lcdist.train.header import RunHeader, device_name, record_start, versions
-from lcdist.train.metrics import open_metrics
+from lcdist.train.header import (
+    Lost,
+    RunHeader,
+    device_name,
+    lost_since,
+    record_first_step,
+    record_start,
+    versions,
+)
+from lcdist.train.marks import clear_marks, mark_done, mark_stopped
+from lcdist.train.metrics import METRICS_FILE, open_metrics
 from lcdist.train.peak import Peak, device_peak
+from lcdist.train.saving import Checkpointer
 from lcdist.train.trainer import Outcome, Trainer
+from lcdist.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +71,9 @@ def run(config: Config, console: Console | None = None) -> Outcome:
             reason = f"all {config.train.steps} steps were done before"
             outcome = Outcome("finished", checkpoint.step, reason)
             # A run killed right after its last save has not said so yet.
-            on_rank_0(lambda: write_status(folder, outcome.status, outcome.step, outcome.reason))
+            on_rank_0(lambda: _ended(folder, outcome))
             return outcome
+        check_start(folder, plan.checkpoint_bytes)
         peak = device_peak(grid.device, DTYPES[plan.dtype], config.log.peak_tflops)
         trainer = make_trainer(plan, grid, dataset, peak)
         begin(trainer, checkpoint)
@@ -101,7 +115,8 @@ def make_trainer(plan: Plan, grid: Grid, dataset: Dataset, peak: Peak) -> Traine
     )
     engine = MegatronEngine(plan, grid, build_model(plan, grid.device))
     folder = Path(plan.config.log.folder) / "checkpoints"
-    checkpointer = Checkpointer(folder, plan.config.checkpoint.keep_last)
+    kept = plan.config.checkpoint
+    checkpointer = Checkpointer(folder, kept.keep_last, kept.keep_every)
     return Trainer(plan, grid, engine, Loader(dataset, spec), checkpointer, peak)
 
 
@@ -151,6 +166,10 @@ def _train(trainer: Trainer, console: Console | None) -> Outcome:
     reason = "resumed" if trainer.step else "new run"
 
     def announce() -> str:
+        lost = lost_since(folder / METRICS_FILE, trainer.step) if trainer.step else Lost()
+        if lost.steps:
+            log.warning("%d steps, %.0f s of work, are done again", lost.steps, lost.seconds)
+        clear_marks(folder)
         write_config(folder, config)
         write_status(folder, "running", trainer.step, reason)
         header = RunHeader(
@@ -160,13 +179,51 @@ def _train(trainer: Trainer, console: Console | None) -> Outcome:
             world_size=grid.world_size,
             versions=versions(),
         )
-        return record_start(folder, header, trainer.step, reason)
+        return record_start(folder, header, trainer.step, reason, lost)
 
     run_id = on_rank_0(announce)
     metrics = open_metrics(
         config, rank=grid.rank, step=trainer.step, run_id=run_id, console=console
     )
-    with metrics:
-        outcome = trainer.train(metrics)
-    on_rank_0(lambda: write_status(folder, outcome.status, outcome.step, outcome.reason))
+    with metrics, make_watchdog(trainer) as watchdog:
+        outcome = trainer.train(metrics, watchdog, lambda: _note_first_step(folder, grid.rank))
+    on_rank_0(lambda: _ended(folder, outcome))
     return outcome
+
+
+def _note_first_step(folder: Path, rank: int) -> None:
+    if rank == 0:
+        record_first_step(folder, time.time() - psutil.Process().create_time())
+
+
+def make_watchdog(trainer: Trainer) -> Watchdog:
+    """Who tells, when the ranks of this run wait for one another in vain, which and where."""
+    parallel, grid = trainer.plan.config.parallel, trainer.grid
+    folder = Path(trainer.plan.config.log.folder)
+    methods = dict.fromkeys(layer.method for layer in trainer.plan.layers)
+
+    def tell(report: str) -> None:
+        for line in report.splitlines():
+            log.error("watchdog: %s", line)
+        write_status(folder, "stalled", trainer.step, report)
+
+    return Watchdog(
+        board("watchdog"),
+        grid.rank,
+        grid.world_size,
+        stall=parallel.stall,
+        patient=parallel.timeout,
+        step=trainer.step,
+        methods={method.attention.__module__: method.name for method in methods},
+        tell=tell,
+    )
+
+
+def _ended(folder: Path, outcome: Outcome) -> None:
+    write_status(folder, outcome.status, outcome.step, outcome.reason)
+    if outcome.status == "finished":
+        mark_done(folder, outcome.step)
+    else:
+        newest = latest_in(folder / "checkpoints")
+        assert newest is not None, "a stopped run has saved"
+        mark_stopped(folder, outcome.step, outcome.reason, newest)

@@ -5,6 +5,7 @@ returns, so that what is computed before the wait hides them. A group is a proce
 of a `VirtualGroup`, or None for a single process.
 """
 
+from lcdist.exchange.clock import Stopwatch
 from lcdist.exchange.gather import gather
 from lcdist.exchange.p2p import Group, group_rank, group_size
 from lcdist.exchange.pending import Pending
@@ -19,6 +20,7 @@ __all__ = [
     "HomeLap",
     "Interval",
     "Pending",
+    "Stopwatch",
     "Traffic",
     "VirtualGroup",
     "VirtualGroupAborted",

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lcdist.exchange.clock import Stopwatch
 from lcdist.exchange.debug import Label, compare, debugging
-from lcdist.exchange.traffic import count
+from lcdist.exchange.traffic import count, waited
 from lcdist.exchange.virtual import VirtualRank
 
 Group: TypeAlias = ProcessGroup | VirtualRank | None
@@ -64,8 +65,12 @@ class _Works:
     tensors: list[Tensor] = field(default_factory=list)
 
     def wait(self) -> None:
-        for work in self.works:
-            work.wait()
+        if self.works:
+            watch = Stopwatch(any(x.is_cuda for x in self.tensors))
+            for work in self.works:
+                work.wait()
+            watch.stop()
+            waited(watch)
         self.works, self.tensors = [], []
 
 

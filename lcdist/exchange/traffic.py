@@ -10,14 +10,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from lcdist.exchange.clock import Stopwatch
+
 VERBS = ("ring", "shift", "gather", "swap")
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What was sent while it was open. sent: bytes by verb, forward and backward together."""
+    """What was sent while it was open. sent: bytes by verb, forward and backward together.
+
+    waits: a stopwatch for every wait of a real rank for its peers.
+    """
 
     sent: Counter[str] = field(default_factory=Counter)
+    waits: list[Stopwatch] = field(default_factory=list)
+
+    @property
+    def seconds_waited(self) -> float:
+        """How long this rank waited for its peers."""
+        return sum(watch.seconds for watch in self.waits)
 
     @property
     def total(self) -> int:
@@ -54,6 +65,11 @@ class _OpenCounters:
                 if not virtual or opener in mine:
                     traffic.sent[verb] += sent
 
+    def add_wait(self, watch: Stopwatch) -> None:
+        with self._lock:
+            for traffic, _ in self._open:
+                traffic.waits.append(watch)
+
 
 _COUNTERS = _OpenCounters()
 
@@ -81,6 +97,11 @@ def count(verb: str, sent: int, virtual: bool) -> None:
     """Adds `sent` bytes of `verb` to every open counter that this thread's rank belongs to."""
     assert verb in VERBS, verb
     _COUNTERS.add(verb, sent, virtual)
+
+
+def waited(watch: Stopwatch) -> None:
+    """Adds a real rank's wait, now over, to every open counter."""
+    _COUNTERS.add_wait(watch)
 
 
 def lineage() -> tuple[threading.Thread, ...]:

@@ -1,16 +1,14 @@
-"""Sharded checkpoints that are whole or not there: Megatron's torch_dist format, made atomic.
+"""Sharded checkpoints as they are found and read: Megatron's torch_dist format, and a manifest.
 
 A checkpoint is a folder `step_00000020` with Megatron's files and a manifest, `lcdist.json`, that
 holds everything that is not a tensor: step, sample index, mesh, configuration, and the size of
-every file. It is written under another name and renamed when all of it is there, so a name that
-begins with `step_` always means a whole checkpoint. `latest` names the newest.
+every file. A name that begins with `step_` always means a whole checkpoint (`saving` sees to it).
+`latest` names the newest.
 """
 
 import json
 import logging
-import os
 import pickle
-import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,6 @@ import lcdist.host  # noqa: F401
 from lcdist.config import parse
 from lcdist.config.schema import Config
 from lcdist.model.init import EXTRAS
-from lcdist.train.writer import write_in_this_process
 from megatron.core import dist_checkpointing
 
 log = logging.getLogger(__name__)
@@ -145,51 +142,9 @@ def latest_in(folder: Path) -> Path | None:
     return steps[-1] if steps else None
 
 
-class Checkpointer:
-    """Writes checkpoints of one run into `folder`, keeping the last `keep_last`."""
-
-    def __init__(self, folder: Path, keep_last: int) -> None:
-        self.folder, self.keep_last = folder, keep_last
-        write_in_this_process()
-
-    def save(self, step: int, state: dict[str, Any], manifest: Mapping[str, Any]) -> Path:
-        """Write the sharded `state` and the manifest as `step_<step>`; all ranks call it.
-
-        Returns the folder's final name. Nothing carries that name before all of it is written.
-        """
-        final = self.folder / f"{PREFIX}{step:08d}"
-        half = self.folder / f"{HALF}{final.name}"
-        if dist.get_rank() == 0:
-            self.sweep()
-            half.mkdir(parents=True)
-        dist.barrier()
-        dist_checkpointing.save(state, str(half))
-        dist.barrier()
-        if dist.get_rank() == 0:
-            self._finish(half, final, step, manifest)
-        dist.barrier()
-        return final
-
-    def _finish(self, half: Path, final: Path, step: int, manifest: Mapping[str, Any]) -> None:
-        files = {p.name: p.stat().st_size for p in sorted(half.iterdir()) if p.is_file()}
-        content = {"format": FORMAT, "step": step, **manifest, "files": files}
-        _write_durably(half / MANIFEST, json.dumps(content, indent=1))
-        if final.exists():
-            # The same step again, after resuming from an older one: same content, newer name.
-            final.rename(self.folder / f"{HALF}old-{final.name}")
-        half.rename(final)
-        _write_durably(self.folder / f"{LATEST}.new", final.name + "\n")
-        (self.folder / f"{LATEST}.new").replace(self.folder / LATEST)
-        _sync(self.folder)
-        for old in sorted(self.folder.glob(f"{PREFIX}*"))[: -self.keep_last]:
-            if old != final:
-                old.rename(self.folder / f"{HALF}old-{old.name}")
-        self.sweep()
-
-    def sweep(self) -> None:
-        """Remove what an interrupted save left behind; rank 0 only."""
-        for half in self.folder.glob(f"{HALF}*"):
-            shutil.rmtree(half)
+def step_of(path: Path) -> int:
+    """Steps taken when the checkpoint of that name was written."""
+    return int(path.name.removeprefix(PREFIX))
 
 
 def load_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
@@ -242,18 +197,3 @@ class _Guard(pickle.Unpickler):
         if name in _PICKLED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
-
-
-def _write_durably(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lcdist.train.peak import Peak
-from lcdist.train.records import write_atomically
+from lcdist.train.records import read_records, write_atomically
 
 VERSIONED = ("lcdist", "torch", "megatron-core", "numpy", "sentencepiece", "triton")
 
@@ -34,7 +34,26 @@ class RunHeader:
     versions: Mapping[str, str]
 
 
-def record_start(folder: Path, header: RunHeader, step: int, reason: str) -> str:
+@dataclass(frozen=True)
+class Lost:
+    """What a start does again: steps that were taken after the checkpoint it goes on from."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+
+NOTHING_LOST = Lost()
+
+
+def lost_since(records: Path, step: int) -> Lost:
+    """What the metrics file at `records` tells of after `step`. Raises ValueError as it is read."""
+    times = [one.time.step for one in read_records(records) if one.step > step]
+    return Lost(len(times), sum(times))
+
+
+def record_start(
+    folder: Path, header: RunHeader, step: int, reason: str, lost: Lost = NOTHING_LOST
+) -> str:
     """Write or renew `folder`/run.json and note in it that the run starts after `step`.
 
     reason: why, in a few words ("new run", "resumed"). Returns the run's id, which stays the same
@@ -44,9 +63,18 @@ def record_start(folder: Path, header: RunHeader, step: int, reason: str) -> str
     before = read_header(path) if path.exists() else {"id": uuid.uuid4().hex[:12], "starts": []}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     start = {"step": step, "time": now, "reason": reason, "world_size": header.world_size}
+    start |= {"lost_steps": lost.steps, "lost_seconds": round(lost.seconds, 3)}
     table = {"id": before["id"], "starts": [*before["starts"], start], **asdict(header)}
     write_atomically(path, json.dumps(table, indent=2, allow_nan=False) + "\n")
     return before["id"]
+
+
+def record_first_step(folder: Path, seconds: float) -> None:
+    """Note in `folder`/run.json how long after its process began the last start took a step."""
+    path = folder / "run.json"
+    table = read_header(path)
+    table["starts"][-1]["first_step_seconds"] = round(seconds, 3)
+    write_atomically(path, json.dumps(table, indent=2, allow_nan=False) + "\n")
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,19 @@ class StepTime:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankTimes:
+    """Seconds of their own work in a step, of the rank that had least and of the one that had most.
+
+    Own: loading data, forward and backward, without the waits of exchanges and what comes after
+    the sum of gradients; what pipeline stages wait for one another is in it. slowest: a rank.
+    """
+
+    least: float
+    most: float
+    slowest: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """What is known of one optimizer step.
 
@@ -40,7 +53,8 @@ class StepRecord:
     mfu_full, mfu_causal: fraction of the peak FLOP/s of all devices, attention counted over the
     full square or over its causal half; None where the peak is unknown. memory_bytes: peak of the
     rank that used most. exchange_bytes: bytes sent by verb, of the rank that sent most. time:
-    seconds on rank 0. wall: seconds since 1970 (UTC) at the end of the step.
+    seconds on rank 0. wall: seconds since 1970 (UTC) at the end of the step. ranks: how evenly they
+    work.
     """
 
     step: int
@@ -56,6 +70,7 @@ class StepRecord:
     exchange_bytes: Mapping[str, int]
     time: StepTime
     wall: float
+    ranks: RankTimes | None = None
 
     def to_json(self) -> str:
         """The record as one line of JSON, without the newline."""
@@ -63,6 +78,8 @@ class StepRecord:
         table["exchange_bytes"] = dict(self.exchange_bytes)
         table["time"] = {f.name: getattr(self.time, f.name) for f in fields(self.time)}
         table["time"]["other"] = self.time.other
+        if self.ranks is not None:
+            table["ranks"] = asdict(self.ranks)
         return json.dumps(_finite(table), allow_nan=False)
 
     @classmethod
@@ -73,6 +90,8 @@ class StepRecord:
             raise ValueError(f"expected an object, got {type(table).__name__}")
         time = _value(table, "time", dict)
         sent = _value(table, "exchange_bytes", dict)
+        # Files of earlier versions do not tell of it.
+        ranks = _value(table, "ranks", dict) if table.get("ranks") is not None else None
         return cls(
             step=_value(table, "step", int),
             samples=_value(table, "samples", int),
@@ -87,6 +106,7 @@ class StepRecord:
             exchange_bytes={verb: _value(sent, verb, int) for verb in sent},
             time=StepTime(**{f.name: _number(time, f.name) for f in fields(StepTime)}),
             wall=_number(table, "wall"),
+            ranks=None if ranks is None else _rank_times(ranks),
         )
 
 
@@ -150,6 +170,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str, StepRecord]]:
         yield number, line, record
     if unterminated:
         log.warning("%s:%d: the last line was cut short and is left out", path, len(lines) + 1)
+
+
+def _rank_times(table: Mapping[str, Any]) -> RankTimes:
+    least, most = (_number(table, key) for key in ("least", "most"))
+    return RankTimes(least=least, most=most, slowest=_value(table, "slowest", int))
 
 
 def _finite(value: Any) -> Any:

@@ -1,19 +1,28 @@
-"""SIGTERM and SIGUSR1 ask a run to save and end; they are remembered, and obeyed between steps."""
+"""What asks a run to save and end: SIGTERM, SIGUSR1, or a file in the run folder.
+
+Requests are remembered and obeyed between steps. The file is for whoever cannot reach the ranks
+with a signal, as a batch script whose job step would be killed by it.
+"""
 
 import signal
+from pathlib import Path
 from types import FrameType, TracebackType
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class StopSignals:
-    """While entered, notes the first stop signal this process gets (`reason`) and goes on."""
+class StopRequests:
+    """While entered, notes the first request to stop (`reason`) and goes on.
 
-    def __init__(self) -> None:
+    file: its presence is a request, seen when `look` is called; None: signals alone.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
         self.reason: str | None = None
         self._before: list[object] = []
 
-    def __enter__(self) -> "StopSignals":
+    def __enter__(self) -> "StopRequests":
         self._before = [signal.signal(number, self._note) for number in STOPPING]
         return self
 
@@ -25,6 +34,12 @@ class StopSignals:
     ) -> None:
         for number, handler in zip(STOPPING, self._before, strict=True):
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def look(self) -> bool:
+        """Whether anything asked to stop, now or before."""
+        if self.reason is None and self.file is not None and self.file.exists():
+            self.reason = f"the file {self.file.name}"
+        return self.reason is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.reason is None:

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,21 +17,25 @@ from lcdist.parallel import Grid
 from lcdist.plan import Plan
 from lcdist.train.checkpoint import (
     Checkpoint,
-    Checkpointer,
     CheckpointError,
     load_state,
     load_weights,
+    step_of,
 )
 from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.header import versions
+from lcdist.train.marks import STOP
 from lcdist.train.metrics import Metrics
 from lcdist.train.peak import Peak, max_over_ranks, mfu, peak_memory
-from lcdist.train.records import StepRecord, StepTime
+from lcdist.train.records import RankTimes, StepRecord, StepTime
+from lcdist.train.saving import Checkpointer
 from lcdist.train.schedule import learning_rate
-from lcdist.train.signals import StopSignals
+from lcdist.train.signals import StopRequests
 from lcdist.train.state import load_random_states, random_states, sharded_random_states
+from lcdist.train.watchdog import Noted, Watchdog
 
 log = logging.getLogger(__name__)
+RANKS = 2**20
 VERBS = ("ring", "shift", "gather", "swap")
 
 
@@ -60,37 +65,51 @@ class Trainer:
         self.step = 0
         self.saved_step = 0
 
-    def train(self, metrics: Metrics) -> Outcome:
+    def train(
+        self, metrics: Metrics, watchdog: Watchdog, first_step: Callable[[], None]
+    ) -> Outcome:
         """Run until train.steps or until any rank is told to stop; saves before it returns.
 
-        Raises FloatingPointError where a gradient is not finite.
+        watchdog: hears of every part of a step. first_step: called after the first. Raises
+        FloatingPointError where a gradient is not finite.
         """
         steps, every = self.plan.config.train.steps, self.plan.config.checkpoint.every
+        asynchronous = self.plan.config.checkpoint.asynchronous
         reason = ""
-        with StopSignals() as signals:
+        with StopRequests(self._stop_file()) as requests:
             while self.step < steps and not reason:
-                record, asked = self._one_step(signals)
+                record, asked = self._one_step(requests, watchdog)
                 metrics.write(record)
+                first_step()
+                first_step = _nothing
                 if asked:
-                    reason = f"told to stop ({signals.reason or 'by another rank'})"
-                if reason or self.step == steps or (every and self.step % every == 0):
-                    self.save()
+                    reason = f"told to stop ({requests.reason or 'by another rank'})"
+                ends = bool(reason) or self.step == steps
+                if ends or (every and self.step % every == 0):
+                    watchdog.moved(self.step, "saving", patiently=True)
+                    self.save(wait=ends or not asynchronous)
         if self.step < steps:
             return Outcome("stopped", self.step, reason)
         return Outcome("finished", self.step, f"all {steps} steps done")
 
-    def _one_step(self, signals: StopSignals) -> tuple[StepRecord, bool]:
+    def _one_step(self, requests: StopRequests, watchdog: Watchdog) -> tuple[StepRecord, bool]:
         train, begun = self.plan.config.train, time.perf_counter()
+        watchdog.moved(self.step, "loading data")
         lr = learning_rate(self.plan.config.optim, self.step, train.steps)
         batches = [to_device(batch, self.grid.device) for batch in self.loader.next_step()]
         drawn = time.perf_counter()
+        noted = Noted(batches, lambda: watchdog.moved(self.step, "forward and backward"))
         with traffic() as sent:
-            loss, tokens = self.engine.forward_backward(batches)
+            loss, tokens = self.engine.forward_backward(noted)
         differentiated = time.perf_counter()
+        watchdog.moved(self.step, "optimizer")
         grad_norm = self.engine.update(lr)
         updated = time.perf_counter()
         self.step += 1
-        most = self._most(signals, sent.sent)
+        own = drawn - begun + self.engine.seconds_before_reduction - sent.seconds_waited
+        most = self._most(requests, sent.sent, own)
+        if self.checkpointer.unfinished and not most["writing"]:
+            self._named(self.checkpointer.finish())
         ended = time.perf_counter()
         rate = tokens / (ended - begun)
         record = StepRecord(
@@ -112,17 +131,37 @@ class Trainer:
                 optimizer=updated - differentiated,
             ),
             wall=time.time(),
+            ranks=RankTimes(
+                least=-most["fastest"] / 1e6,
+                most=most["slowest"] // RANKS / 1e6,
+                slowest=most["slowest"] % RANKS,
+            ),
         )
         return record, bool(most["stop"])
 
-    def _most(self, signals: StopSignals, sent: Mapping[str, int]) -> dict[str, int]:
-        """The maximum over ranks of what each saw: one message also carries the wish to stop."""
-        mine = {"stop": int(signals.reason is not None), "memory": peak_memory(self.grid.device)}
+    def _most(self, requests: StopRequests, sent: Mapping[str, int], own: float) -> dict[str, int]:
+        """The maximum over ranks of what each saw: one message also carries the wish to stop.
+
+        own: seconds of work. "slowest" becomes the slowest rank's, in its upper bits, and its
+        number; "fastest" the fastest's, negated; in microseconds.
+        """
+        micros = max(0, round(own * 1e6))
+        mine = {"stop": int(requests.look()), "memory": peak_memory(self.grid.device)}
+        mine |= {"slowest": micros * RANKS + self.grid.rank, "fastest": -micros}
+        mine["writing"] = int(self.checkpointer.writing)
         mine |= {verb: sent.get(verb, 0) for verb in VERBS}
         return max_over_ranks(mine, dist.group.WORLD, torch.device("cpu"))
 
-    def save(self) -> None:
-        """A checkpoint of everything at the current step; all ranks call it."""
+    def _stop_file(self) -> Path | None:
+        """Rank 0 alone looks for it; the others hear of it with the step's numbers."""
+        return Path(self.plan.config.log.folder) / STOP if self.grid.rank == 0 else None
+
+    def save(self, wait: bool = True) -> None:
+        """A checkpoint of everything at the current step; all ranks call it.
+
+        wait: until it is written; else it is finished after the first step that finds it written,
+        or before the next one begins.
+        """
         state = self.engine.sharded_state_dict()
         state["rng"] = sharded_random_states(self.grid.rank, self.grid.world_size)
         manifest = {
@@ -134,9 +173,17 @@ class Trainer:
             "random_states": sorted(state["rng"]),
             "versions": versions(),
         }
-        path = self.checkpointer.save(self.step, state, manifest)
-        self.saved_step = self.step
-        log.info("saved %s", path)
+        self._named(self.checkpointer.finish())
+        if wait:
+            self._named(self.checkpointer.save(self.step, state, manifest))
+        else:
+            self.checkpointer.begin(self.step, state, manifest)
+
+    def _named(self, path: Path | None) -> None:
+        """A checkpoint has got its name."""
+        if path is not None:
+            self.saved_step = step_of(path)
+            log.info("saved %s", path)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue exactly where `checkpoint` was written, on this mesh, whatever its own was.
@@ -167,6 +214,9 @@ class Trainer:
         """Begin a new run from the weights of `checkpoint` alone."""
         model = load_weights(checkpoint, self.engine.weights_state_dict()["model"])
         self.engine.load_state({"model": model}, 0)
+
+
+def _nothing() -> None: ...
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 import lcdist.host  # noqa: F401
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -39,6 +41,27 @@ def _write(
         return answer.get()[1]
 
     with ThreadPoolExecutor(len(buckets)) as pool:
-        outcomes = list(pool.map(write, range(len(buckets))))
-    errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-    results.put(errors[0] if errors else dict(enumerate(outcomes)))
+        writes = [pool.submit(write, number) for number in range(len(buckets))]
+    raised = [error for error in (one.exception() for one in writes) if error is not None]
+    # Megatron's own way to tell of an error is to return it.
+    told = raised or [one.result() for one in writes]
+    errors = [outcome for outcome in told if isinstance(outcome, BaseException)]
+    results.put(errors[0] if errors else dict(enumerate(told)))
+
+
+def staged(buckets: Sequence[Any], own: bool) -> list[Any]:
+    """Megatron's buckets with their tensors in the host's memory.
+
+    own: what lies there already is copied too, since it is the parameters themselves, which the
+    next step overwrites.
+    """
+
+    def on_host(x: torch.Tensor) -> torch.Tensor:
+        if not x.is_cpu:
+            return x.detach().to("cpu")
+        return x.detach().clone() if own else x
+
+    return [
+        (*names, (written, [(item, on_host(x)) for item, x in tensors]))
+        for *names, (written, tensors) in buckets
+    ]

@@ -38,10 +38,10 @@ def words(folder: Path) -> list[str]:
 class Start:
     """One start of the run under torchrun."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *more: str) -> None:
         self.folder = folder
         self.process = subprocess.Popen(
-            [*TORCHRUN, str(TRAIN), str(CONFIG), *words(folder)],
+            [*TORCHRUN, str(TRAIN), str(CONFIG), *words(folder), *more],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lcdist.train import checkpoint as room
-from lcdist.train.checkpoint import Checkpointer, latest_in, open_checkpoint
+from lcdist.train import saving as room
+from lcdist.train.checkpoint import latest_in, open_checkpoint
+from lcdist.train.saving import Checkpointer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
 from tests.model.whole import digest, gather_whole, weight
@@ -52,7 +53,7 @@ def dies_writing(share: float) -> Iterator[None]:
     """Stage: Megatron has written this share of every file, and not all files."""
     real = room.dist_checkpointing.save
 
-    def fake(state: dict[str, Any], folder: str) -> None:
+    def fake(state: dict[str, Any], folder: str, **words: Any) -> None:
         if share:
             real(state, folder)
             for number, file in enumerate(sorted(Path(folder).iterdir())):

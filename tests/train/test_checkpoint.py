@@ -14,12 +14,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from lcdist.run import open_fitting
 from lcdist.train import checkpoint as room
 from lcdist.train.checkpoint import (
-    Checkpointer,
     CheckpointError,
     latest_in,
     open_checkpoint,
     saved_config,
 )
+from lcdist.train.saving import Checkpointer
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps

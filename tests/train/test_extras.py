@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lcdist.model.init import EXTRAS
-from lcdist.train.checkpoint import Checkpointer, latest_in, open_checkpoint
+from lcdist.train.checkpoint import latest_in, open_checkpoint
+from lcdist.train.saving import Checkpointer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
 from tests.model.whole import gather_whole, weight

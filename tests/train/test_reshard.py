@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lcdist.config.schema import Config
-from lcdist.train.checkpoint import Checkpointer, open_checkpoint
+from lcdist.train.checkpoint import open_checkpoint
+from lcdist.train.saving import Checkpointer
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, mesh_name, small, take_steps

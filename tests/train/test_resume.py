@@ -23,7 +23,7 @@ from tests.train.stored import assert_same_tensors
 
 STEPS = 6
 # What differs between two runs of the same steps: all that a clock or a scale of memory says.
-MEASURED = {"time", "wall", "tokens_per_second", "mfu_full", "mfu_causal", "memory_bytes"}
+MEASURED = {"time", "wall", "tokens_per_second", "mfu_full", "mfu_causal", "memory_bytes", "ranks"}
 
 
 class Killed(BaseException):
@@ -44,7 +44,7 @@ def killed_after(config: Config, step: int, saved: bool) -> None:
     """The run up to the end of `step`, with or without the checkpoint that is due there."""
     real = Trainer.save
 
-    def save(self: Trainer) -> None:
+    def save(self: Trainer, wait: bool = True) -> None:
         if self.step == step:
             if saved:
                 real(self)
@@ -63,10 +63,10 @@ def signalled_at(config: Config, step: int, number: int, rank: int) -> Any:
     """The run, with one rank told to stop while it takes `step`."""
     real = Trainer._one_step
 
-    def one_step(self: Trainer, signals: Any) -> Any:
+    def one_step(self: Trainer, *more: Any) -> Any:
         if self.step == step - 1 and self.grid.rank == rank:
             os.kill(os.getpid(), number)
-        return real(self, signals)
+        return real(self, *more)
 
     Trainer._one_step = one_step  # type: ignore[method-assign]
     try:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lcdist.host  # noqa: F401
 from lcdist.data.loader import Batch
+from lcdist.exchange import Stopwatch
 from lcdist.layout import ContextLayout
 from lcdist.model.build import CausalLM
 from lcdist.model.sequence import SequenceParams
@@ -44,14 +45,27 @@ class MegatronEngine:
         ]
         no_sync = [chunk.no_sync for chunk in self.wrapped]
         self.megatron.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync  # type: ignore[assignment]
-        self.megatron.finalize_model_grads_func = finalize_model_grads
+        self.megatron.finalize_model_grads_func = self._finalize
+        self.watch: Stopwatch | None = None
         self.optimizer = ShardedAdamW(self.chunks, plan.config.optim, grid.dp_cp_group)
 
     def forward_backward(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Gradients of the step's global mean loss into every `main_grad`; (loss, tokens)."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
+        self.watch = Stopwatch(self.grid.device.type == "cuda")
         return self._run(batches, self.plan.layout, forward_only=False)
+
+    @property
+    def seconds_before_reduction(self) -> float:
+        """Of the last step's forward and backward, up to where gradients are summed over ranks."""
+        return self.watch.seconds if self.watch is not None else 0.0
+
+    def _finalize(self, *args: Any, **words: Any) -> None:
+        """From here on all ranks wait for one another."""
+        if self.watch is not None:
+            self.watch.stop()
+        finalize_model_grads(*args, **words)
 
     def update(self, lr: float) -> float:
         """One optimizer step at learning rate `lr`; the gradient norm before clipping.

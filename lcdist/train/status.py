@@ -1,0 +1,126 @@
+"""How a run stands, from its folder alone: for people, at any time, from any machine."""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lcdist.config import load
+from lcdist.train.checkpoint import CheckpointError, latest_in, step_of
+from lcdist.train.folder import CONFIG_FILE, read_status
+from lcdist.train.header import read_header
+from lcdist.train.marks import STOP
+from lcdist.train.metrics import METRICS_FILE
+from lcdist.train.records import StepRecord, read_records
+
+# Over how many of the last steps rates are taken.
+LAST = 20
+# A run that says it is running and has been silent for so many steps may be dead.
+SILENT = 20
+
+
+def describe(folder: Path, now: float | None = None) -> list[tuple[str, str]]:
+    """(what, how it is) of the run in `folder`. now: seconds since 1970; None: the clock's.
+
+    Raises FileNotFoundError where `folder` is no run's, ValueError where a file of it is damaged.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        stages = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+        hint = f"; its stages are {', '.join(stages)}: name one" if stages else ""
+        raise FileNotFoundError(f"{folder} is not the folder of a run: no {CONFIG_FILE}{hint}")
+    config = load(folder / CONFIG_FILE)
+    file, header = folder / METRICS_FILE, folder / "run.json"
+    records = read_records(file) if file.exists() else []
+    starts = read_header(header)["starts"] if header.exists() else []
+    status = read_status(folder) or {"status": "never started", "step": 0, "reason": ""}
+    now = time.time() if now is None else now
+    rows = [("state", _state(status, records, now))]
+    if (folder / STOP).exists():
+        rows.append(("asked to stop", f"by the file {STOP}, not obeyed yet"))
+    rows.append(("progress", _progress(status, records, config.train.steps)))
+    if records:
+        rows += _rates(records, config.train.steps, status["status"] == "running", now)
+    rows.append(("last checkpoint", _checkpoint(folder, records, now)))
+    return [*rows, *_starts(starts)]
+
+
+def _state(status: Mapping[str, Any], records: Sequence[StepRecord], now: float) -> str:
+    said = f"{status['status']}: {status['reason']}" if status["reason"] else status["status"]
+    if status["status"] != "running" or not records:
+        return said
+    silent = now - records[-1].wall
+    if silent > SILENT * max(1.0, _median([r.time.step for r in records[-LAST:]])):
+        said += f"; but its last step was {duration(silent)} ago: it may have died without a word"
+    return said
+
+
+def _progress(status: Mapping[str, Any], records: Sequence[StepRecord], steps: int) -> str:
+    done = records[-1].step if records else status["step"]
+    return f"step {done:,} of {steps:,} ({100 * done / steps:.1f} %)"
+
+
+def _rates(
+    records: Sequence[StepRecord], steps: int, running: bool, now: float
+) -> list[tuple[str, str]]:
+    last = records[-LAST:]
+    step, left = _median([r.time.step for r in last]), steps - records[-1].step
+    rows = [
+        ("loss", f"{records[-1].loss:.4f}"),
+        ("speed", f"{_median([r.tokens_per_second for r in last]):,.0f} tokens/s, "
+         f"{step:.3g} s a step"),
+    ]  # fmt: skip
+    if left > 0 and running:
+        end = datetime.fromtimestamp(now + left * step, UTC)
+        rows.append(("time left", f"{duration(left * step)}, until {end:%Y-%m-%d %H:%M} UTC"))
+    ranks = [r.ranks for r in last if r.ranks is not None and r.ranks.least > 0]
+    if ranks:
+        spread = _median([one.most / one.least for one in ranks])
+        slowest = statistics.mode(one.slowest for one in ranks)
+        rows.append(("slowest rank", f"{slowest}, with {spread:.2f} times the fastest's own work"))
+    return rows
+
+
+def _checkpoint(folder: Path, records: Sequence[StepRecord], now: float) -> str:
+    try:
+        newest = latest_in(folder / "checkpoints")
+    except CheckpointError as error:
+        return str(error)
+    if newest is None:
+        return "none yet"
+    at, said = step_of(newest), f"step {step_of(newest):,}"
+    walls = {record.step: record.wall for record in records}
+    if at in walls:
+        said += f", {duration(now - walls[at])} ago"
+    after = [record.time.step for record in records if record.step > at]
+    return said + (f"; {len(after)} steps, {duration(sum(after))}, since" if after else "")
+
+
+def _starts(starts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    if not starts:
+        return []
+    lost = sum(start.get("lost_seconds", 0.0) for start in starts)
+    steps = sum(start.get("lost_steps", 0) for start in starts)
+    rows = [("restarts", str(len(starts) - 1))]
+    if steps:
+        rows.append(("work done again", f"{steps:,} steps, {duration(lost)}"))
+    first = starts[-1].get("first_step_seconds")
+    if first is not None:
+        rows.append(("last start", f"{starts[-1]['time']}, first step after {duration(first)}"))
+    return rows
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "45 s", "12 min", "3 h 5 min", "2 d 4 h"."""
+    whole = max(0, round(seconds))
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min" if minutes else f"{whole} s"

@@ -1,0 +1,35 @@
+"""A frozen rank is named, with where the others wait for it, and the run ends."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from lcdist.train.folder import read_status
+from tests.launch.test_launch import Start, done
+
+
+def rank_of(pid: int) -> int:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(int(v.partition(b"=")[2]) for v in variables if v.startswith(b"RANK="))
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_is_named(frozen: int, tmp_path: Path) -> None:
+    started = Start(tmp_path / "run", "parallel.stall=2", "train.steps=5000", "checkpoint.every=0")
+    try:
+        started.wait_until(lambda: done(started.folder) > 3)
+        workers = {rank_of(worker.pid): worker for worker in started.workers()}
+        os.kill(workers[frozen].pid, signal.SIGSTOP)
+        started.wait_until(lambda: (read_status(started.folder) or {}).get("status") == "stalled")
+        # Not our child: the launcher hears of its exit status.
+        workers[1 - frozen].wait(20)
+    finally:
+        started.kill()
+    status = read_status(started.folder) or {}
+    first, arrived, missing = status["reason"].splitlines()
+    assert first.startswith(f"the run stands still in step {status['step'] + 1} since ")
+    assert "(attention: full)" in first
+    assert arrived.startswith(f"arrived: rank {1 - frozen} in "), arrived
+    assert missing.startswith(f"not arrived: rank {frozen} shows no sign of life"), missing

@@ -1,0 +1,110 @@
+"""`lcdist status`: how a run stands, from its folder alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lcdist.cli import main
+from lcdist.train.folder import write_config, write_status
+from lcdist.train.marks import mark_done, mark_stopped
+from lcdist.train.records import RankTimes, StepRecord, StepTime
+from lcdist.train.status import describe, duration
+from tests.model.small import small
+
+NOW = 1_700_000_000.0
+
+
+def record(step: int, ago: float, slowest: int = 2) -> str:
+    return StepRecord(
+        step=step,
+        samples=4 * step,
+        tokens=100,
+        loss=3.25,
+        grad_norm=1.0,
+        lr=1e-3,
+        tokens_per_second=50.0,
+        mfu_full=None,
+        mfu_causal=None,
+        memory_bytes=1,
+        exchange_bytes={},
+        time=StepTime(step=2.0, data=0.1, forward_backward=1.0, optimizer=0.5),
+        wall=NOW - ago,
+        ranks=RankTimes(least=1.0, most=1.5, slowest=slowest),
+    ).to_json()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_config(tmp_path, small(f"log.folder={tmp_path}", "train.steps=100"))
+    write_status(tmp_path, "running", 0, "resumed")
+    lines = [record(step, 2.0 * (40 - step)) for step in range(1, 41)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "checkpoints" / "step_00000030").mkdir(parents=True)
+    starts = [
+        {"step": 0, "time": "2023-11-14T20:00:00+00:00", "lost_steps": 0, "lost_seconds": 0.0},
+        {"step": 30, "time": "2023-11-14T22:00:00+00:00", "lost_steps": 7, "lost_seconds": 14.0,
+         "first_step_seconds": 61.0},
+    ]  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps({"id": "x", "starts": starts}))
+    return tmp_path
+
+
+def test_a_run_under_way(folder: Path) -> None:
+    assert dict(describe(folder, NOW)) == {
+        "state": "running: resumed",
+        "progress": "step 40 of 100 (40.0 %)",
+        "loss": "3.2500",
+        "speed": "50 tokens/s, 2 s a step",
+        "time left": "2 min, until 2023-11-14 22:15 UTC",
+        "slowest rank": "2, with 1.50 times the fastest's own work",
+        "last checkpoint": "step 30, 20 s ago; 10 steps, 20 s, since",
+        "restarts": "1",
+        "work done again": "7 steps, 14 s",
+        "last start": "2023-11-14T22:00:00+00:00, first step after 1 min",
+    }
+
+
+def test_a_run_that_fell_silent(folder: Path) -> None:
+    said = dict(describe(folder, NOW + 7200))["state"]
+    assert said == (
+        "running: resumed; but its last step was 2 h 0 min ago: it may have died without a word"
+    )
+
+
+def test_a_run_that_was_asked_to_stop_stopped_and_ended(folder: Path) -> None:
+    (folder / "stop").touch()
+    assert dict(describe(folder, NOW))["asked to stop"] == "by the file stop, not obeyed yet"
+    write_status(folder, "stopped", 40, "told to stop (SIGUSR1)")
+    mark_stopped(folder, 40, "told to stop (SIGUSR1)", folder / "checkpoints" / "step_00000040")
+    rows = dict(describe(folder, NOW))
+    assert rows["state"] == "stopped: told to stop (SIGUSR1)"
+    assert "asked to stop" not in rows and "time left" not in rows
+    mark_done(folder, 100)
+    assert json.loads((folder / "DONE").read_text()) == {"step": 100}
+
+
+def test_a_run_that_has_not_begun_and_a_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is not the folder of a run: no config\.toml"):
+        describe(tmp_path)
+    stage = tmp_path / "extend"
+    stage.mkdir()
+    write_config(stage, small(f"log.folder={stage}"))
+    rows = dict(describe(stage))
+    assert rows["state"] == "never started" and rows["last checkpoint"] == "none yet"
+    with pytest.raises(FileNotFoundError, match="its stages are extend: name one"):
+        describe(tmp_path)
+
+
+def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "step 40 of 100" in shown and "7 steps, 14 s" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (3900, "1 h 5 min"), (187200, "2 d 4 h")],
+)
+def test_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said

@@ -1,0 +1,271 @@
+"""What keeps a run alive where batch systems, disks and machines do what they like."""
+
+import errno
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lcdist.run import run
+from lcdist.train import checks, saving, writer
+from lcdist.train.checkpoint import CheckpointError, latest_in, open_checkpoint
+from lcdist.train.checks import check_start
+from lcdist.train.saving import Checkpointer
+from lcdist.train.trainer import Trainer
+from tests.distributed import run_ranks
+from tests.model.small import Meshes, small, take_steps
+from tests.train.stored import assert_same_tensors
+from tests.train.test_resume import STEPS, config_in, killed_after, launched, unmeasured
+
+# --- the file `stop`, and what a batch script reads -----------------------------------------------
+
+
+@contextmanager
+def asked_at(step: int, file: Path) -> Iterator[None]:
+    """Within, somebody makes the file while `step` is taken."""
+    real = Trainer._one_step
+
+    def one_step(self: Trainer, *more: Any) -> Any:
+        if self.step == step - 1 and self.grid.rank == 1:
+            file.touch()
+        return real(self, *more)
+
+    Trainer._one_step = one_step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Trainer._one_step = real  # type: ignore[method-assign]
+
+
+def stop_by_file(rank: int, world_size: int, folder: Path) -> list[Any]:
+    launched(world_size)
+    config, home = config_in(folder / "asked"), folder / "asked"
+    run(config_in(folder / "whole"))
+    with asked_at(3, home / "stop"):
+        stopped = run(config)
+    marks = [sorted(p.name for p in home.iterdir()), (home / "STOPPED").read_text()]
+    ended = run(config)
+    killed_after(config_in(folder / "lost"), 4, saved=False)
+    run(config_in(folder / "lost"))
+    return [stopped, marks, ended, sorted(p.name for p in home.iterdir())]
+
+
+@pytest.fixture(scope="module")
+def by_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    folder = tmp_path_factory.mktemp("stop")
+    return folder, run_ranks(stop_by_file, 2, folder)
+
+
+def test_a_file_stops_all_ranks_at_one_step(by_file: Any) -> None:
+    folder, of_ranks = by_file
+    for stopped, (names, mark), ended, left in of_ranks:
+        assert stopped.status == "stopped" and 3 <= stopped.step <= 4
+        assert "STOPPED" in names and "DONE" not in names and "stop" not in names
+        said = json.loads(mark)
+        assert said["step"] == stopped.step == of_ranks[0][0].step
+        assert Path(said["checkpoint"]).name == f"step_{stopped.step:08d}"
+        assert ended.status == "finished"
+        assert "DONE" in left and "STOPPED" not in left and "stop" not in left
+    assert of_ranks[0][0].reason == "told to stop (the file stop)"
+    assert unmeasured(folder / "asked") == unmeasured(folder / "whole")
+
+
+def test_work_that_is_done_again_is_told(by_file: Any) -> None:
+    starts = json.loads((by_file[0] / "lost" / "run.json").read_text())["starts"]
+    assert [start["lost_steps"] for start in starts] == [0, 2]
+    assert starts[1]["step"] == 2 and starts[1]["lost_seconds"] > 0
+    assert all(start["first_step_seconds"] > 0 for start in starts)
+
+
+# --- asynchronous saves ---------------------------------------------------------------------------
+
+
+class SlowWriter:
+    """Within, every write takes a while; counts how many are under way at once."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.most, self._now, self._lock = seconds, 0, 0, threading.Lock()
+
+    def __enter__(self) -> "SlowWriter":
+        self.real = writer.filesystem_async.FileSystemWriterAsync.write_preloaded_data
+        writer.filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        writer.filesystem_async.FileSystemWriterAsync.write_preloaded_data = self.real
+
+    def __call__(self, transforms: Any, number: int, *more: Any, **words: Any) -> Any:
+        with self._lock:
+            self._now += number == 0
+            self.most = max(self.most, self._now)
+        time.sleep(self.seconds)
+        result = self.real(transforms, number, *more, **words)
+        with self._lock:
+            self._now -= number == 0
+        return result
+
+
+def save_both_ways(rank: int, world_size: int, folder: Path) -> list[Any]:
+    launched(world_size)
+    run(config_in(folder / "waits", "checkpoint.keep_last=9"))
+    with SlowWriter(0.3) as slow:
+        words = ("checkpoint.asynchronous=true", "checkpoint.every=1", "checkpoint.keep_last=9")
+        run(config_in(folder / "goes on", *words))
+    return [slow.most]
+
+
+def test_what_is_written_meanwhile_is_the_state_of_its_step(tmp_path: Path) -> None:
+    most = run_ranks(save_both_ways, 2, tmp_path)
+    # One copy at a time: the next save waits for the one before.
+    assert most == [[1], [1]]
+    for step in (2, 4, 6):
+        found, expected = (
+            tmp_path / name / "checkpoints" / f"step_{step:08d}" for name in ("goes on", "waits")
+        )
+        assert open_checkpoint(found).step == step
+        assert_same_tensors(found, expected)
+
+
+def named_between(rank: int, world_size: int, folder: Path) -> Path | None:
+    """The newest checkpoint as the last save begins, where the one before was written in time."""
+    launched(world_size)
+    step, save, found = Trainer._one_step, Trainer.save, []
+
+    def one_step(self: Trainer, *more: Any) -> Any:
+        while self.checkpointer.writing:
+            time.sleep(0.01)
+        return step(self, *more)
+
+    def last_save(self: Trainer, wait: bool = True) -> None:
+        found.append(latest_in(self.checkpointer.folder))
+        save(self, wait)
+
+    Trainer._one_step, Trainer.save = one_step, last_save  # type: ignore[method-assign]
+    try:
+        run(config_in(folder, "checkpoint.asynchronous=true", "checkpoint.every=4"))
+    finally:
+        Trainer._one_step, Trainer.save = step, save  # type: ignore[method-assign]
+    return found[-1]
+
+
+def test_it_has_its_name_after_the_first_step_that_finds_it_written(tmp_path: Path) -> None:
+    found = run_ranks(named_between, 2, tmp_path)
+    assert found == [tmp_path / "checkpoints" / "step_00000004"] * 2
+
+
+def interrupted(rank: int, world_size: int, folder: Path) -> list[Any]:
+    trainer = Meshes().trainer(small("model.num_layers=1"))
+    trainer.checkpointer = Checkpointer(folder, keep_last=2)
+    take_steps(trainer, 1)
+    trainer.save()
+    take_steps(trainer, 1)
+    with SlowWriter(0.5):
+        trainer.save(wait=False)
+        before = (trainer.checkpointer.writing, trainer.saved_step, latest_in(folder))
+        half = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+        trainer._named(trainer.checkpointer.finish())
+    return [before, half, trainer.saved_step, latest_in(folder)]
+
+
+def test_it_has_no_name_before_it_is_whole(tmp_path: Path) -> None:
+    for before, half, saved, latest in run_ranks(interrupted, 2, tmp_path):
+        assert before == (True, 1, tmp_path / "step_00000001")
+        assert half == [".writing-step_00000002"]
+        assert (saved, latest) == (2, tmp_path / "step_00000002")
+
+
+# --- what is kept, and disks ----------------------------------------------------------------------
+
+
+def keep_some(rank: int, world_size: int, folder: Path) -> None:
+    launched(world_size)
+    words = ("checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=3")
+    run(config_in(folder, *words))
+
+
+def test_the_last_and_every_third_are_kept(tmp_path: Path) -> None:
+    run_ranks(keep_some, 1, tmp_path)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000003", "step_00000005", "step_00000006"] and STEPS == 6
+
+
+def disk_full(rank: int, world_size: int, folder: Path) -> list[str]:
+    """What each rank hears: one rank cannot write; the disk is full before anything is written."""
+    trainer = Meshes().trainer(small("model.num_layers=1"))
+    trainer.checkpointer = Checkpointer(folder, keep_last=2)
+    take_steps(trainer, 1)
+    trainer.save()
+    take_steps(trainer, 1)
+    home = writer.filesystem_async.FileSystemWriterAsync
+    real, heard = home.write_preloaded_data, []
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if rank == 1:
+        home.write_preloaded_data = staticmethod(full)
+    with pytest.raises(CheckpointError) as caught:
+        trainer.save()
+    heard.append(str(caught.value))
+    home.write_preloaded_data = real
+    disk_usage, saving.shutil.disk_usage = saving.shutil.disk_usage, lambda path: Room(1000)
+    with pytest.raises(CheckpointError) as caught:
+        trainer.save()
+    heard.append(str(caught.value))
+    with pytest.raises(ValueError, match="free there and one checkpoint takes 2.00 GiB") as start:
+        check_start(folder, 2**31)
+    heard.append(str(start.value))
+    saving.shutil.disk_usage = disk_usage
+    trainer.save()
+    return heard
+
+
+class Room:
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+
+def test_a_full_disk_is_told_by_all_ranks_and_nothing_is_lost(tmp_path: Path) -> None:
+    for rank, heard in enumerate(run_ranks(disk_full, 2, tmp_path)):
+        assert "step_00000002 could not be written" in heard[0], rank
+        assert "free space or mend the file system" in heard[0]
+        assert "no room for a checkpoint" in heard[1] and "free some space" in heard[1]
+        assert f"log.folder = '{tmp_path}'" in heard[2]
+        # Megatron tells the cause to rank 0 alone.
+        assert rank or "No space left on device" in heard[0]
+    assert open_checkpoint(tmp_path).step == 2
+
+
+# --- folders and clocks ---------------------------------------------------------------------------
+
+
+def apart(rank: int, world_size: int, folder: Path) -> list[Any]:
+    own = folder / str(rank)
+    own.mkdir()
+    with pytest.raises(ValueError, match="not the same folder on all machines") as caught:
+        check_start(own, 0, seen_within=0.3)
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    checks.log.addHandler(handler)
+    clock = time.time
+    if rank == 2:
+        checks.time.time = lambda: clock() + 100
+    try:
+        check_start(folder, 0)
+    finally:
+        checks.time.time = clock
+    return [str(caught.value), heard, sorted(path.name for path in folder.iterdir())]
+
+
+def test_folders_that_are_not_shared_and_clocks_that_differ(tmp_path: Path) -> None:
+    said = run_ranks(apart, 3, tmp_path)
+    assert all("choose a folder on a file system" in one[0] for one in said)
+    assert "+100 s off" in said[0][1][0] and len(said[0][1]) == 1
+    assert said[0][2] == ["0", "1", "2"], "nothing is left behind"
