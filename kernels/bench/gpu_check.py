@@ -1,12 +1,13 @@
 """All that only a GPU can show, in one command and without network, written down as it comes.
 
-    python kernels/bench/gpu_check.py [--out FOLDER] [--minutes 9]
+    python kernels/bench/gpu_check.py [--out FOLDER] [--minutes 8.5]
 
-1. tests.xml, tests.log: every kernel test on the GPU. 2. ranks.csv: rings of 2 to 64 virtual ranks
-in bf16, and how far they are from float64. 3. kernels.csv: time and memory of every method that has
-kernels, beside the libraries that are there. 4. training.csv: a few steps of each debug config,
-where megatron-core is importable. Steps 1 to 3 need torch, triton, numpy and pytest alone. A step
-that runs out of time keeps what it has. summary.json says what was run, what failed and what not.
+1. tests.csv, tests/: every kernel test on the GPU. 2. ranks.csv: every method on 1 to 64 virtual
+ranks in bf16, and how far it is from float64. 3. <method>.csv: what `bench_<method>.py` measures,
+the most telling rows first, and plots where matplotlib is importable. 4. training.csv: a few steps
+of each debug config, where megatron-core is importable. Steps 1 to 3 need torch, triton, numpy and
+pytest alone. A step that runs out of time keeps what it has, and what ends one process does not end
+the next. summary.json says what was run, what failed and what not, and which goals were met.
 
 Without a GPU the same lines run on the CPU, at sizes that take seconds, and say so.
 """
@@ -14,54 +15,59 @@ Without a GPU the same lines run on the CPU, at sizes that take seconds, and say
 import argparse
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+import bench_coca
+import bench_full
+import bench_landmark
+import bench_lssar
+import bench_scca
+import bench_tensorized
+import gpu_ranks
+from goals import goals, table
+from gpu_harness import FAILURES, Bench, Contender, Rows, Size, said, sizes
+from gpu_tests import test_rows
+from harness import write
+from place import HAS_GPU, ROOT, device_name
+from relay import relay, take_turns
+from torch import __version__ as torch_version
+from triton import __version__ as triton_version
 
-import torch  # noqa: E402
-
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-import triton  # noqa: E402
-from gpu_contenders import Contender, contenders, sizes  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from lcdist.attention import METHODS  # noqa: E402
-from lcdist.exchange import VirtualGroup, group_rank  # noqa: E402
-from lcdist.layout import ContextLayout  # noqa: E402
-from lcdist_kernels import full_reference  # noqa: E402
-
-DEVICE = "cuda" if HAS_GPU else "cpu"
+BENCHES = [
+    module.BENCH
+    for module in (
+        *(bench_full, bench_coca, bench_scca),
+        *(bench_tensorized, bench_landmark, bench_lssar),
+    )
+]
 NEEDED_TO_TRAIN = ("megatron.core", "psutil", "sentencepiece", "tensorboard", "rich", "matplotlib")
-# What a kernel or a library that meets a GPU for the first time may end in; the next step goes on.
-FAILURES = (
-    *(RuntimeError, ValueError, ArithmeticError, TypeError, AttributeError, LookupError),
-    *(ImportError, OSError, AssertionError, MemoryError, subprocess.SubprocessError),
-    triton.errors.TritonError,
-)
 # Shares of the time that is left when a step begins.
-SHARES = {"tests": 0.45, "ranks": 0.15, "kernels": 0.75, "training": 1.0}
+SHARES = {"tests": 0.35, "ranks": 0.22, "kernels": 0.85, "training": 1.0}
+# (seqlen, head_dim) in the order of what they tell.
+ORDER = [(32768, 128), (131072, 128), (32768, 64), (4096, 128), (16384, 128), (65536, 128)]
+ORDER += [(8192, 128), (131072, 64), (4096, 64), (16384, 64), (8192, 64), (65536, 64)]
+# FlexAttention compiles for long: it waits for so many sizes of the others.
+LATER = (0, 0, 2)
 
 
 class Check:
     """The folder of results and the clock."""
 
-    def __init__(self, folder: Path, minutes: float) -> None:
-        self.folder, self.end = folder, time.monotonic() + 60 * minutes
+    def __init__(self, folder: Path, minutes: float, at: str = "") -> None:
+        self.folder, self.end = folder.resolve(), time.monotonic() + 60 * minutes
+        self.commit = at
         self.summary: dict[str, Any] = {"device": device_name(), "steps": {}}
-        folder.mkdir(parents=True, exist_ok=True)
-        self.note("versions", {"torch": torch.__version__, "triton": triton.__version__})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.note("versions", {"torch": torch_version, "triton": triton_version})
 
     @property
     def left(self) -> float:
@@ -78,106 +84,132 @@ class Check:
         """Runs a step within its share of the time; a failure is noted and the next one begins."""
         begun, seconds = time.monotonic(), self.left * SHARES[name]
         try:
-            said = run(self, time.monotonic() + seconds)
+            told = run(self, time.monotonic() + seconds)
         except FAILURES:
-            said = f"failed: {traceback.format_exc()}"
+            told = f"failed: {traceback.format_exc()}"
         taken = round(time.monotonic() - begun, 1)
-        print(f"{name} ({taken} s): {said}", flush=True)
-        self.note("steps", self.summary["steps"] | {name: {"said": said, "seconds": taken}})
+        print(f"{name} ({taken} s): {told}", flush=True)
+        self.note("steps", self.summary["steps"] | {name: {"said": told, "seconds": taken}})
 
-    def rows(self, name: str, rows: Iterator[dict[str, Any]], end: float) -> str:
+    def rows(self, name: str, rows: Iterable[dict[str, Any]], end: float) -> str:
         """Writes rows to <name>.csv one by one until they are done or time is up."""
         count = 0
-        with (self.folder / f"{name}.csv").open("w", newline="") as file:
-            writer = None
-            for row in rows:
-                writer = writer or csv.DictWriter(file, list(row))
-                if not count:
-                    writer.writeheader()
-                writer.writerow(row)
-                file.flush()
-                count += 1
-                if time.monotonic() > end:
-                    return f"{count} rows, then time was up"
+        for count, row in enumerate(rows, 1):
+            write(name, [row], self.folder)
+            if time.monotonic() > end:
+                return f"{count} rows, then time was up"
         return f"{count} rows, complete"
 
-
-def device_name() -> str:
-    """The GPU's name; without one, says that nothing here was measured on a GPU."""
-    return torch.cuda.get_device_name() if HAS_GPU else "no GPU: a trial of the lines on a CPU"
+    def turns(self, name: str, lost: Callable[[int, str], None], end: float) -> str:
+        """Runs the items of `name` in children of this program."""
+        mark, log = self.folder / f"{name}.begun", self.folder / f"{name}.log"
+        words = [sys.executable, __file__, "--out", str(self.folder), "--child", name]
+        words += ["--commit", self.commit]
+        complete = relay(words, mark, log, end, lost)
+        mark.unlink(missing_ok=True)
+        return "complete" if complete else "then time was up"
 
 
 def kernel_tests(check: Check, end: float) -> str:
     """Every test of the kernels; on a CPU one quick file of them."""
-    chosen = ["tests/kernels"] if HAS_GPU else ["tests/kernels/test_bands.py"]
-    words = [sys.executable, "-m", "pytest", *chosen, "-p", "no:cacheprovider"]
-    words += [f"--junitxml={check.folder / 'tests.xml'}", "-m", "not multi_gpu"]
-    with (check.folder / "tests.log").open("w") as log:
-        seconds = max(10.0, end - time.monotonic())
-        done = subprocess.run(words, cwd=ROOT, stdout=log, stderr=log, timeout=seconds, check=False)
-    last = (check.folder / "tests.log").read_text().strip().splitlines()[-1:]
-    return f"exit status {done.returncode}; {' '.join(last)}"
+    check.rows("tests", test_rows(check.folder / "tests", end), math.inf)
+    rows = read_rows(check.folder / "tests.csv")
+    counts = {key: sum(int(row[key] or 0) for row in rows) for key in ("passed", "failed")}
+    left = sum(bool(row["note"]) for row in rows)
+    passed = f"{counts['passed']} passed, {counts['failed']} failed"
+    return ("failed: " if counts["failed"] else "") + f"{passed}, {left} batches cut off"
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """A CSV of this run."""
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
 def virtual_ranks(check: Check, end: float) -> str:
-    """Rings of virtual ranks against float64."""
-    return check.rows("ranks", ranks_rows(), end)
+    """Every method on virtual ranks against float64."""
+
+    def lost(number: int, why: str) -> None:
+        operator, (size, _) = gpu_ranks.OPERATORS[number], gpu_ranks.ranks_size()
+        write("ranks", [gpu_ranks.blank(operator, size, "", why)], check.folder)
+
+    told = check.turns("ranks", lost, end)
+    return counted(read_rows(check.folder / "ranks.csv"), told)
 
 
-def ranks_rows() -> Iterator[dict[str, Any]]:
-    """Relative errors of out and of dq for every method with kernels, per number of ranks."""
-    seqlen, head_dim = (8192, 64) if HAS_GPU else (512, 16)
-    dtype = torch.bfloat16 if HAS_GPU else torch.float32
-    made = torch.Generator().manual_seed(0)
-    whole = [torch.randn(1, seqlen, 4, head_dim, generator=made, dtype=dtype) for _ in range(4)]
-    q, k, v, dout = (x.to(DEVICE) for x in whole)
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    out = full_reference(*leaves)
-    truth = [out.detach(), torch.autograd.grad(out, leaves, dout.double())[0]]
-    for cp_size in (2, 8, 64) if HAS_GPU else (2, 4):
-        layout = ContextLayout("zigzag", seqlen, cp_size)
+def counted(rows: Sequence[dict[str, str]], told: str) -> str:
+    """What came of a step whose rows hold a note where something failed."""
+    failed = [row for row in rows if row["note"] and not row.get("fwd_ms") and not row.get("out")]
+    return f"{len(rows)} rows, {len(failed)} of them without figures, {told}"
 
-        def one(rank: Any, layout: ContextLayout = layout) -> list[Tensor]:
-            number = group_rank(rank)
-            mine = [layout.shard(x, number, 1).requires_grad_() for x in (q, k, v)]
-            options = METHODS["full"].options()
-            out = METHODS["full"].attention(
-                *mine, options=options, layout=layout, group=rank, impl="triton"
-            )
-            dq = torch.autograd.grad(out, mine, layout.shard(dout, number, 1))[0]
-            return [out.detach(), dq]
 
-        parts = zip(*VirtualGroup(cp_size).run(one), strict=True)
-        got = [layout.unshard(list(part), 1).double() for part in parts]
-        errors = [((g - t).norm() / t.norm()).item() for g, t in zip(got, truth, strict=True)]
-        row = {"method": "full", "cp_size": cp_size, "seqlen": seqlen, "dtype": str(dtype)}
-        yield row | {"out": f"{errors[0]:.3g}", "dq": f"{errors[1]:.3g}"}
+Item = tuple[Bench, Contender, Size]
+
+
+def kernel_items() -> list[Item]:
+    """All rows to make, in order; libraries for full attention run in that bench alone."""
+    wanted = sizes()
+    place = {shape: number for number, shape in enumerate(ORDER)}
+    items = [
+        (
+            place.get((size.seqlen, size.head_dim), 0) + LATER[contender.stage],
+            bench,
+            contender,
+            size,
+        )
+        for bench in BENCHES
+        for contender in bench.contenders
+        for size in wanted
+        if bench.name == "full" or contender.stage == 0 or contender.operator.method != "full"
+    ]
+    items.sort(key=lambda item: (item[0], item[2].stage))
+    return [item[1:] for item in items]
 
 
 def kernel_rates(check: Check, end: float) -> str:
     """Time and memory of kernels and libraries, the correctness gate first."""
-    return check.rows("kernels", kernel_rows(end), end)
+    items = kernel_items()
+
+    def lost(number: int, why: str) -> None:
+        bench, contender, size = items[number]
+        write(bench.name, [Rows(check.commit).blank(contender, size, why)], check.folder)
+
+    told = check.turns("kernels", lost, end)
+    rows = [row for bench in BENCHES for row in read_rows(check.folder / f"{bench.name}.csv")]
+    check.note("goals", [goal.facts() for goal in goals(check.folder, device_name())])
+    wrong = any(row["note"].startswith("not timed: ArithmeticError") for row in rows)
+    return ("failed: wrong results; " if wrong else "") + counted(rows, f"{told}; {plots(check)}")
 
 
-def kernel_rows(end: float) -> Iterator[dict[str, Any]]:
-    """A row per size and contender; what fails is a row that says why."""
-    for size in sizes(HAS_GPU):
-        for contender in contenders(size, DEVICE):
-            if time.monotonic() > end:
-                return
-            yield {"device": device_name(), **size.facts(), **rate_of(contender)}
-            if HAS_GPU:
-                torch.cuda.empty_cache()
+def plots(check: Check) -> str:
+    """Pictures of the rows, where they can be made."""
+    if find_spec("matplotlib") is None:
+        return "no plots: matplotlib is not importable"
+    words = [sys.executable, str(Path(__file__).parent / "plot.py"), str(check.folder)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    return "plots made" if done.returncode == 0 else f"no plots: {done.stderr.strip()[-200:]}"
 
 
-def rate_of(contender: Contender) -> dict[str, Any]:
-    """Its medians, or why there are none."""
-    row = {"contender": contender.name, "fwd_ms": "", "bwd_ms": "", "fwd_tflops": ""}
-    row |= {"bwd_tflops": "", "extra_mib": "", "note": ""}
-    try:
-        return row | contender.measure()
-    except FAILURES as error:
-        return row | {"note": f"{type(error).__name__}: {error}".replace("\n", " ")[:300]}
+def child(name: str, folder: Path, first: int, seconds: float, at: str = "") -> int:
+    """A child's part of a step: items from `first` on, until time is up. at: the commit."""
+    mark = folder / f"{name}.begun"
+    rows = Rows(at)
+
+    def ranks(operator: Any) -> None:
+        for row in gpu_ranks.rank_rows(operator, *gpu_ranks.ranks_size()):
+            write("ranks", [row], folder)
+            print(row, flush=True)
+
+    def rates(item: Item) -> None:
+        row = rows.row(*item[1:])
+        write(item[0].name, [row], folder)
+        print(said(row), flush=True)
+
+    if name == "ranks":
+        return take_turns(gpu_ranks.OPERATORS, ranks, first, mark, seconds)
+    return take_turns(kernel_items(), rates, first, mark, seconds)
 
 
 def trainings(check: Check, end: float) -> str:
@@ -189,7 +221,7 @@ def trainings(check: Check, end: float) -> str:
     return check.rows("training", training_rows(check, configs, end), end)
 
 
-def training_rows(check: Check, configs: list[Path], end: float) -> Iterator[dict[str, Any]]:
+def training_rows(check: Check, configs: list[Path], end: float) -> Iterable[dict[str, Any]]:
     """One row a configuration: the last loss, or the last line it said."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -198,36 +230,58 @@ def training_rows(check: Check, configs: list[Path], end: float) -> Iterator[dic
         words = [sys.executable, "-m", "lcdist", "train", str(config), f"log.folder={folder}"]
         words += ["train.steps=20" if HAS_GPU else "train.steps=5", "log.peak_tflops=1.0"]
         seconds = max(10.0, end - time.monotonic())
-        done = subprocess.run(
-            words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
-        )
+        try:
+            done = subprocess.run(
+                words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+            )
+            status, output = done.returncode, done.stdout + done.stderr
+        except subprocess.TimeoutExpired:
+            status, output = "", "time was up"
         metrics = folder / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         losses = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
-        said = (done.stdout + done.stderr).strip().splitlines()[-1:]
         yield {
             "config": config.stem,
-            "status": done.returncode,
+            "status": status,
             "first_loss": losses[0] if losses else "",
             "last_loss": losses[-1] if losses else "",
-            "said": "" if done.returncode == 0 else " ".join(said)[:300],
+            "said": "" if status == 0 else " ".join(output.strip().splitlines()[-1:])[:300],
         }
+
+
+STEPS = {
+    "tests": kernel_tests,
+    "ranks": virtual_ranks,
+    "kernels": kernel_rates,
+    "training": trainings,
+}
+
+
+def unused(folder: Path) -> Path:
+    """The folder, or the next that is not there yet: what was measured before is kept."""
+    names = [folder, *(folder.with_name(f"{folder.name}-{n}") for n in range(2, 1000))]
+    return next(name for name in names if not name.exists() or not any(name.iterdir()))
 
 
 def main() -> int:
     """All steps; 0 where none failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", default=str(ROOT / "gpu-check"), help="folder of results")
+    parser.add_argument("--out", type=Path, default=ROOT / "gpu-check", help="folder of results")
     parser.add_argument("--minutes", type=float, default=8.5, help="for everything")
-    arguments = parser.parse_args()
-    check = Check(Path(arguments.out), arguments.minutes)
+    parser.add_argument("--commit", default="", help="where this is no git repository")
+    parser.add_argument("--steps", nargs="*", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--child", choices=("ranks", "kernels"), help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.child:
+        return child(asked.child, asked.out, asked.first, asked.seconds, asked.commit)
+    check = Check(unused(asked.out), asked.minutes, asked.commit)
     print(f"{device_name()}; results in {check.folder}", flush=True)
-    steps = {"tests": kernel_tests, "ranks": virtual_ranks}
-    steps |= {"kernels": kernel_rates, "training": trainings}
-    for name, run in steps.items():
-        check.step(name, run)
-    said = [step["said"] for step in check.summary["steps"].values()]
-    return int(any(text.startswith(("failed", "exit status 1")) for text in said))
+    for name in asked.steps:
+        check.step(name, STEPS[name])
+    print(table(check.folder, device_name()))
+    return int(any(step["said"].startswith("failed") for step in check.summary["steps"].values()))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import torch
@@ -100,24 +101,36 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, marked where files other than results differ from it."""
+    """The checked-out commit, marked where files other than results differ from it.
+
+    "unknown" outside of a repository, or without git.
+    """
     head = _git("rev-parse", "--short=12", "HEAD")
-    dirty = _git("status", "--porcelain", "--", ":/", ":!/kernels/bench/results")
+    dirty = _git("status", "--porcelain", "--", ":/", ":!/kernels/bench/results", ":!/gpu-check*")
     return f"{head}{'-dirty' if dirty else ''}" if head else "unknown"
 
 
 def _git(*words: str) -> str:
+    if which("git") is None:
+        return ""
     command = ["git", "-C", str(Path(__file__).parent), *words]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def write(name: str, rows: list[dict[str, object]]) -> None:
-    """Adds rows to results/<name>.csv, with its header where the file is new."""
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.csv"
+def write(name: str, rows: list[dict[str, object]], folder: Path = RESULTS) -> None:
+    """Adds rows to <folder>/<name>.csv, with its header where the file is new.
+
+    Raises ValueError where the file has other columns.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file, columns = folder / f"{name}.csv", list(rows[0])
     new = not file.exists()
-    with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
+    with file.open("a+", newline="") as stream:
+        stream.seek(0)
+        found = next(csv.reader(stream), columns)
+        if found != columns:
+            raise ValueError(f"{file} has the columns {found}, new rows have {columns}: rename it")
+        writer = csv.DictWriter(stream, columns)
         if new:
             writer.writeheader()
         writer.writerows(rows)

@@ -1,0 +1,30 @@
+"""`make bench`: the kernels' benchmarks and their plots on a GPU; without one, those of a CPU.
+
+Each script is a process of its own; one that fails does not keep the next from running.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from goals import METHODS, table
+from harness import RESULTS
+from place import HAS_GPU, device_name
+
+ON_GPU = [*(f"bench_{method}.py" for method in METHODS), "plot.py"]
+ON_CPU = ["bench_methods.py", "bench_training.py", "bench_loss.py"]
+
+
+def main() -> int:
+    """The number of scripts that failed."""
+    here, failed = Path(__file__).parent, 0
+    for script in ON_GPU if HAS_GPU else ON_CPU:
+        print(f"--- {script}", flush=True)
+        failed += bool(subprocess.run([sys.executable, str(here / script)], check=False).returncode)
+    if HAS_GPU:
+        print(table(RESULTS, device_name()))
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,15 @@
+"""Full causal attention's kernels beside the libraries for it, on a GPU; rows to results/full.csv.
+
+python kernels/bench/bench_full.py [--out FOLDER] [--seqlen N ...] [--head-dim D ...] [--only WORD]
+"""
+
+import sys
+
+from gpu_harness import Bench, Operator, main, ours
+from gpu_rivals import causal_rivals
+
+PLAIN = Operator()
+BENCH = Bench("full", [ours(PLAIN), *causal_rivals(PLAIN)])
+
+if __name__ == "__main__":
+    sys.exit(main(BENCH))

@@ -1,0 +1,27 @@
+"""Landmark attention's kernels beside full attention's libraries; rows to results/landmark.csv.
+
+    python kernels/bench/bench_landmark.py [--out FOLDER] [--seqlen N ...] [--only WORD]
+
+A past block's share is a product of two softmaxes, so no library computes the operator.
+"""
+
+import sys
+
+from gpu_harness import Bench, Operator, main, ours
+from gpu_rivals import causal_rivals
+
+CHOSEN = {"top_k": 64}
+KINDS = [
+    Operator("landmark", trial={"block_size": 4}),
+    Operator(
+        "landmark",
+        CHOSEN,
+        gate={"top_k": 8, "select_tokens": 256},
+        trial={"block_size": 4, "top_k": 1, "select_tokens": 2},
+    ),
+]
+FULL = "plain causal full attention: FlexAttention cannot express a grouped softmax"
+BENCH = Bench("landmark", [*map(ours, KINDS), *causal_rivals(Operator(), FULL)])
+
+if __name__ == "__main__":
+    sys.exit(main(BENCH))

@@ -1,0 +1,378 @@
+"""What the scripts `bench_<method>.py` share: the gate, the clock, the rows of a CSV.
+
+A contender is first compared with its operator's dense reference in float64, out and gradients, at
+a length where that fits; what is off is a row that says so and holds no time. Then forward and
+backward are timed by CUDA events, the L2 cache flushed before each, inputs random. The time is that
+of a call: what Python takes to launch is in it where kernels are shorter.
+
+Columns: error: the gate's worst, relative norm. *_ms: medians; *_spread: (greatest - least) /
+median. *_tflops: the method's flops over the scores it touches, a backward 2.5 forwards: five
+products to two (arXiv:2307.08691). *_gbps: bytes of inputs and outputs over the time. peak_mib: the
+most that a forward and a backward held beyond their inputs (out and gradients included).
+"""
+
+import argparse
+import gc
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from harness import RESULTS, commit, write
+from place import DEVICE, HAS_GPU, device_name, lost_cuda
+from torch import Tensor
+from triton import __version__ as triton_version
+from triton.errors import TritonError
+
+from lcdist.attention import METHODS, Shape
+from lcdist.layout import ContextLayout
+from lcdist_kernels import Rotary
+
+BACKWARD = 2.5
+LENGTHS, HEAD_DIMS = (4096, 8192, 16384, 32768, 65536, 131072), (64, 128)
+# Interpreted, bf16 kernels are off by 1.6e-2 at most at 2,048 tokens; a wrong one by far more.
+ALLOWED = {"bfloat16": 5e-2, "float32": 1e-4}
+GATE_SEQLEN = 2048
+# More than any GPU's L2 cache.
+FLUSHED = 1 << 28
+MS_A_CONTENDER, REPETITIONS = 1000.0, (3, 30)
+# What a kernel or a library that meets a GPU for the first time may end in; the next one goes on.
+FAILURES = (
+    *(RuntimeError, ValueError, ArithmeticError, TypeError, AttributeError, LookupError, NameError),
+    *(ImportError, OSError, AssertionError, MemoryError, subprocess.SubprocessError),
+    TritonError,
+)
+FACTS = ["date", "commit", "gpu", "torch", "triton"]
+SHAPE = ["seqlen", "nheads", "nheads_kv", "head_dim", "dtype"]
+MEASURED = ["error", "runs", "fwd_ms", "fwd_spread", "bwd_ms", "bwd_spread"]
+MEASURED += ["fwd_tflops", "bwd_tflops", "fwd_gbps", "bwd_gbps", "peak_mib"]
+COLUMNS = [*FACTS, *SHAPE, "contender", *MEASURED, "note"]
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Size:
+    """One shape; dtype as torch names it."""
+
+    seqlen: int
+    nheads: int
+    nheads_kv: int
+    head_dim: int
+    dtype: str = "bfloat16"
+
+    def gate(self) -> "Size":
+        """The same at a length where dense scores in float64 fit, with half the heads."""
+        if not HAS_GPU:
+            return self
+        heads = self.nheads // 2, self.nheads_kv // 2
+        return Size(min(GATE_SEQLEN, self.seqlen), *heads, self.head_dim, self.dtype)
+
+    def inputs(self) -> list[Tensor]:
+        """q, k, v, dout, random."""
+        made = torch.Generator(DEVICE).manual_seed(0)
+        dtype = getattr(torch, self.dtype)
+        heads = (self.nheads, self.nheads_kv, self.nheads_kv, self.nheads)
+        shapes = [(1, self.seqlen, n, self.head_dim) for n in heads]
+        return [torch.randn(s, generator=made, dtype=dtype, device=DEVICE) for s in shapes]
+
+    def gigabytes(self) -> tuple[float, float]:
+        """Of inputs and outputs, forward and backward."""
+        row = self.seqlen * self.head_dim * getattr(torch, self.dtype).itemsize / 1e9
+        q, k = row * self.nheads, row * self.nheads_kv
+        # Read q, k, v, write out; read these and dout, write dq, dk, dv.
+        return 2 * q + 2 * k, 4 * q + 4 * k
+
+
+def sizes() -> list[Size]:
+    """Those of the issue; without a GPU one that takes seconds in the interpreter."""
+    if not HAS_GPU:
+        return [Size(8, 4, 2, 16, "float32")]
+    return [Size(n, 32, 8, d) for n in LENGTHS for d in HEAD_DIMS]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What is computed: a method, its options, and whether q and k are rotated by position.
+
+    gate, trial: options instead of these at the gate's length, and without a GPU.
+    """
+
+    method: str = "full"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, Any] = field(default_factory=dict)
+    trial: Mapping[str, Any] = field(default_factory=dict)
+    rotated: bool = False
+
+    def __str__(self) -> str:
+        words = [f"{key}={value}" for key, value in self.options.items()]
+        return " ".join([self.method, *words, *["rotated"] * self.rotated])
+
+    def options_at(self, gate: bool) -> Any:
+        """The method's options."""
+        words = {**self.options, **(self.gate if gate else {}), **({} if HAS_GPU else self.trial)}
+        return METHODS[self.method].options(**words)
+
+    def rotary(self, size: Size, dtype: torch.dtype) -> Rotary | None:
+        """The usual one, where there is any."""
+        if not self.rotated:
+            return None
+        steps = torch.arange(0, size.head_dim, 2, dtype=dtype)
+        return Rotary(10000.0 ** (-steps / size.head_dim))
+
+    def reference(self, size: Size, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """[out, dq, dk, dv] in float64, dense, at the gate's options."""
+        leaves = [x.double().requires_grad_() for x in inputs[:3]]
+        rotary = self.rotary(size, torch.float64)
+        options = self.options_at(gate=True)
+        out = METHODS[self.method].reference(*leaves, options=options, rotary=rotary)
+        return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3].double())]
+
+    def flops(self, size: Size) -> int:
+        """Of the forward."""
+        itemsize = getattr(torch, size.dtype).itemsize
+        heads = size.nheads, size.nheads_kv
+        shape = Shape(1, *heads, size.head_dim, itemsize, seqlen=size.seqlen)
+        return METHODS[self.method].flops(self.options_at(gate=False), shape)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Someone who computes an operator.
+
+    build(options, size) -> attend(q, k, v): what is made there, a block mask, is outside the time.
+    stage: 0 ours, 1 a library's, 2 what compiles for long. backward: whether it has one.
+    """
+
+    name: str
+    operator: Operator
+    build: Callable[[Any, Size], Attend]
+    stage: int = 1
+    backward: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Who competes over a method; name: the method's, and the CSV's."""
+
+    name: str
+    contenders: Sequence[Contender]
+
+
+def ours(operator: Operator) -> Contender:
+    """The method's one-process attention by its kernels."""
+    method = METHODS[operator.method]
+
+    def build(options: Any, size: Size) -> Attend:
+        layout = ContextLayout("contiguous", size.seqlen, 1)
+        rotary = operator.rotary(size, torch.float32)
+        more = {"options": options, "layout": layout, "rotary": rotary, "impl": "triton"}
+        return lambda q, k, v: method.attention(q, k, v, group=None, **more)
+
+    return Contender(f"lcdist {operator}", operator, build, stage=0)
+
+
+class Rows:
+    """Makes rows; remembers what passed the gate, contender by contender and head_dim.
+
+    at: the commit, where this is no repository that knows it.
+    """
+
+    def __init__(self, at: str = "") -> None:
+        self._gates: dict[tuple[str, int], str | float] = {}
+        self._facts = {
+            "date": date.today().isoformat(),
+            "commit": at or commit(),
+            "gpu": device_name(),
+            "torch": torch.__version__,
+            "triton": triton_version,
+        }
+
+    def blank(self, contender: Contender, size: Size, note: str) -> dict[str, Any]:
+        """A row without a figure, which says why."""
+        shape = {name: getattr(size, name) for name in SHAPE}
+        row = {**self._facts, **shape, "contender": contender.name}
+        return {**row, **dict.fromkeys(MEASURED, ""), "note": note}
+
+    def row(self, contender: Contender, size: Size) -> dict[str, Any]:
+        """Gate and figures, or why there are none."""
+        row = self.blank(contender, size, contender.note)
+        error = self._gate(contender, size)
+        if isinstance(error, str):
+            row["note"] = f"not timed: {error}"
+            return row
+        try:
+            return row | {"error": f"{error:.2g}"} | measure(contender, size)
+        except FAILURES as failure:
+            return row | {"note": said_by(failure)}
+        finally:
+            forget()
+
+    def _gate(self, contender: Contender, size: Size) -> str | float:
+        key = contender.name, size.head_dim
+        if key not in self._gates:
+            try:
+                self._gates[key] = gate(contender, size.gate())
+            except FAILURES as failure:
+                self._gates[key] = said_by(failure)
+            forget()
+        return self._gates[key]
+
+
+def said_by(failure: BaseException) -> str:
+    """One line of an error."""
+    return " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+
+
+def forget() -> None:
+    """Gives memory back, so that one contender's out of memory is not the next one's."""
+    if HAS_GPU:
+        gc.collect()
+        # After a kernel that read where it must not, every call raises until the process ends.
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
+def gate(contender: Contender, size: Size) -> float:
+    """The worst relative error of out and gradients. Raises ArithmeticError where it is too big."""
+    inputs = size.inputs()
+    attend = contender.build(contender.operator.options_at(gate=True), size)
+    leaves = [x.detach().requires_grad_(contender.backward) for x in inputs[:3]]
+    out = attend(*leaves)
+    got = [out.detach()]
+    if contender.backward:
+        got += torch.autograd.grad(out, leaves, inputs[3])
+    truth = contender.operator.reference(size, inputs)
+    errors = {}
+    for what, g, t in zip(("out", "dq", "dk", "dv"), got, truth, strict=False):
+        errors[what] = ((g.double() - t).norm() / t.norm()).item()
+        # Written so that NaN fails.
+        if not errors[what] <= ALLOWED[size.dtype]:
+            raise ArithmeticError(
+                f"{what} is off by {errors[what]:.3g} from the dense reference in float64 at "
+                f"{size.seqlen} tokens (allowed: {ALLOWED[size.dtype]:g})"
+            )
+    return max(errors.values())
+
+
+def measure(contender: Contender, size: Size) -> dict[str, Any]:
+    """The figures of one row."""
+    attend = contender.build(contender.operator.options_at(gate=False), size)
+    *qkv, dout = size.inputs()
+    leaves = [x.requires_grad_(contender.backward) for x in qkv]
+    trash = torch.empty(FLUSHED, dtype=torch.int8, device=DEVICE) if HAS_GPU else None
+
+    def once() -> list[Callable[[], float]]:
+        forward, out = timed(lambda: attend(*leaves), trash)
+        if not contender.backward:
+            return [forward]
+        backward, _ = timed(lambda: torch.autograd.grad(out, leaves, dout), trash)
+        return [forward, backward]
+
+    if HAS_GPU:
+        once()  # compiles
+    peak, taken = peak_mib(once)
+    least, most = REPETITIONS
+    again = int(min(most, max(least, MS_A_CONTENDER / sum(taken)))) if HAS_GPU else 0
+    clocks = [once() for _ in range(again)]
+    wait()
+    runs = [[read() for read in clock] for clock in clocks] or [taken]
+    times = list(zip(*runs, strict=True))
+    figures: dict[str, Any] = {"runs": len(runs), "peak_mib": peak}
+    flops = contender.operator.flops(size)
+    work = zip(("fwd", "bwd"), times, (flops, BACKWARD * flops), size.gigabytes(), strict=False)
+    for name, column, count, gigabytes in work:
+        ms = median(column)
+        figures[f"{name}_ms"] = round(ms, 4)
+        figures[f"{name}_spread"] = round((max(column) - min(column)) / ms, 3)
+        figures[f"{name}_tflops"] = round(count / ms / 1e9, 1 if HAS_GPU else 9)
+        figures[f"{name}_gbps"] = round(1e3 * gigabytes / ms, 1 if HAS_GPU else 9)
+    return figures
+
+
+def peak_mib(once: Callable[[], list[Callable[[], float]]]) -> tuple[float | str, list[float]]:
+    """MiB that a run holds beyond what there is (GPU alone), and its milliseconds."""
+    if not HAS_GPU:
+        return "", [read() for read in once()]
+    wait()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    clock = once()
+    wait()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return round(peak, 1), [read() for read in clock]
+
+
+def wait() -> None:
+    """Until the GPU has done all that it was told."""
+    if HAS_GPU:
+        torch.cuda.synchronize()
+
+
+def timed(run: Callable[[], Any], trash: Tensor | None) -> tuple[Callable[[], float], Any]:
+    """What says the milliseconds that `run` took, after `wait`, and what it gave."""
+    if trash is None:
+        begun = time.perf_counter()
+        result = run()
+        taken = 1e3 * (time.perf_counter() - begun)
+        return (lambda: taken), result
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    trash.zero_()
+    start.record()
+    result = run()
+    stop.record()
+    return (lambda: start.elapsed_time(stop)), result
+
+
+def said(row: Mapping[str, Any]) -> str:
+    """A row for a person."""
+    where = f"{row['seqlen']:>6} d {row['head_dim']:<3} {row['contender']:<44}"
+    if not row["fwd_ms"]:
+        return f"{where} {row['note']}"
+    names = [name for name in ("fwd", "bwd") if row[f"{name}_ms"]]
+    both = [f"{name} {row[f'{name}_ms']} ms {row[f'{name}_tflops']} TFLOP/s" for name in names]
+    return f"{where} {', '.join(both)}  {row['note']}"
+
+
+def rows_of(
+    bench: Bench, wanted: Sequence[Size], word: str = "", at: str = ""
+) -> Iterator[dict[str, Any]]:
+    """Size by size, all contenders whose name has `word` in it. at: see `Rows`."""
+    rows = Rows(at)
+    for size in wanted:
+        for contender in bench.contenders:
+            if word in contender.name:
+                yield rows.row(contender, size)
+
+
+def main(bench: Bench) -> int:
+    """A script's command line; 1 where a contender's results were wrong."""
+    parser = argparse.ArgumentParser(description=f"{bench.name} attention on a GPU")
+    folder = RESULTS if HAS_GPU else None
+    parser.add_argument("--out", type=Path, default=folder, help="folder of the CSV")
+    parser.add_argument("--seqlen", type=int, nargs="*", default=LENGTHS)
+    parser.add_argument("--head-dim", type=int, nargs="*", default=HEAD_DIMS)
+    parser.add_argument("--only", default="", help="contenders whose name contains this")
+    parser.add_argument("--commit", default="", help="where this is no git repository")
+    asked = parser.parse_args()
+    wanted = sizes()
+    if HAS_GPU:
+        wanted = [s for s in wanted if s.seqlen in asked.seqlen and s.head_dim in asked.head_dim]
+    print(f"{bench.name} attention: {device_name()}, torch {torch.__version__}", flush=True)
+    wrong = False
+    for row in rows_of(bench, wanted, asked.only, asked.commit):
+        if asked.out is not None:
+            write(bench.name, [row], asked.out)
+        print(said(row), flush=True)
+        wrong |= row["note"].startswith("not timed")
+        if lost_cuda():
+            print("CUDA is lost to this process: run the script again for the rest", flush=True)
+            return 1
+    return int(wrong)

@@ -1,0 +1,147 @@
+"""The kernels' tests on a GPU: dealt out over processes, the most telling first.
+
+Most of their time is the compiler's, which has one core a process; and a kernel that ruins CUDA
+ruins it for the tests of one process alone. Those with tensors of more than 2^31 elements need much
+memory, so these come one after another.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+from place import HAS_GPU, ROOT
+
+BIG = "2_to_the_31"
+MARKS = ("gpu", "not gpu and not multi_gpu")
+# Tests a process: few, so that processes end at about one time.
+AT_ONCE = {"gpu": 12, "other": 60}
+MOST_PROCESSES = 8
+COLUMNS = ["name", "passed", "failed", "skipped", "seconds", "note"]
+
+
+class Batch(NamedTuple):
+    """Tests that run one after another in one process; alone: not beside others of its kind."""
+
+    name: str
+    tests: tuple[str, ...]
+    alone: bool = False
+
+
+def collect(mark: str) -> list[str]:
+    """The names of the kernels' tests with a mark; without a GPU of one quick file."""
+    where = "tests/kernels" if HAS_GPU else "tests/kernels/test_bands.py"
+    words = ["-m", "pytest", where, "--collect-only", "-p", "no:cacheprovider", "-m", mark]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    # 5: there are none.
+    if done.returncode not in (0, 5):
+        raise RuntimeError(" ".join((done.stdout + done.stderr).split()[-60:]))
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def batches() -> list[Batch]:
+    """All tests: marked gpu first, then those that run kernels, then the rest."""
+    marked, others = (collect(mark) for mark in MARKS)
+    big = [Batch(f"big-{file_of(test).stem}", (test,), True) for test in marked if BIG in test]
+    marked = [test for test in marked if BIG not in test]
+    kernels = [test for test in others if "_triton.py" in test]
+    rest = [test for test in others if "_triton.py" not in test]
+    parts = (("gpu", marked), ("kernels", kernels), ("rest", rest))
+    return big + [batch for name, tests in parts for batch in dealt(name, tests)]
+
+
+def file_of(test: str) -> Path:
+    """Where it stands."""
+    return Path(test.partition("::")[0])
+
+
+def dealt(name: str, tests: list[str]) -> Iterator[Batch]:
+    """Tests of one file stay together, as they share kernels."""
+    size = AT_ONCE.get(name, AT_ONCE["other"])
+    for file in dict.fromkeys(map(file_of, tests)):
+        own = [test for test in tests if file_of(test) == file]
+        for n, start in enumerate(range(0, len(own), size)):
+            yield Batch(f"{name}-{file.stem}-{n}", tuple(own[start : start + size]))
+
+
+def test_rows(folder: Path, end: float) -> Iterator[dict[str, Any]]:
+    """A row a batch, as they end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = batches()
+    lines = [[batch for batch in todo if batch.alone]]
+    lines += [[batch] for batch in todo if not batch.alone]
+    workers = min(MOST_PROCESSES, max(1, (os.cpu_count() or 2) // 2))
+
+    rows: SimpleQueue[dict[str, Any]] = SimpleQueue()
+
+    def through(line: list[Batch]) -> None:
+        for batch in line:
+            try:
+                rows.put(run_batch(batch, folder, end))
+            except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
+                rows.put({**blank(batch), "note": f"{type(error).__name__}: {error}"})
+
+    with ThreadPoolExecutor(workers) as pool:
+        for line in lines:
+            pool.submit(through, line)
+        for _ in todo:
+            yield rows.get()
+
+
+def blank(batch: Batch) -> dict[str, Any]:
+    """A row without figures."""
+    return {**dict.fromkeys(COLUMNS, ""), "name": batch.name}
+
+
+def run_batch(batch: Batch, folder: Path, end: float) -> dict[str, Any]:
+    """Its row; what the tests said is in <folder>/<name>.log and .xml."""
+    row = blank(batch)
+    left = end - time.monotonic()
+    if left <= 0:
+        return row | {"note": f"not begun: {len(batch.tests)} tests"}
+    report = folder / f"{batch.name}.xml"
+    words = [sys.executable, "-m", "pytest", *batch.tests, "-p", "no:cacheprovider"]
+    with (folder / f"{batch.name}.log").open("w") as log:
+        process = subprocess.Popen(
+            [*words, f"--junitxml={report}"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+        )
+        note = waited(process, left)
+    return row | counted(report) | ({"note": note} if note else {})
+
+
+def waited(process: subprocess.Popen, seconds: float) -> str:
+    """Lets tests that take too long end with a report; what to note."""
+    for patience, knock in ((seconds, signal.SIGINT), (5.0, signal.SIGKILL), (None, None)):
+        try:
+            status = process.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
+            assert knock is not None
+            process.send_signal(knock)
+            continue
+        if patience != seconds:
+            return "time was up"
+        return f"the process ended with status {status}" if status not in (0, 1) else ""
+    raise AssertionError("a killed process ends")
+
+
+def counted(report: Path) -> dict[str, Any]:
+    """How many tests passed, failed (or broke) and were skipped, by a report in JUnit's XML."""
+    if not report.exists():
+        return {}
+    suite = next(ElementTree.parse(report).getroot().iter("testsuite")).attrib
+    failed = int(suite["failures"]) + int(suite["errors"])
+    skipped = int(suite["skipped"])
+    passed = int(suite["tests"]) - failed - skipped
+    return {
+        "passed": passed,
+        "failed": failed,
+        "skipped": skipped,
+        "seconds": round(float(suite["time"]), 1),
+    }

@@ -1,0 +1,35 @@
+"""Where the kernels' benchmarks run: imported before any kernel, as it decides how they are made.
+
+A bare GPU machine has torch, triton, numpy and pytest, and this repository is not installed there.
+Without a GPU kernels run in Triton's interpreter, which has to be known when Triton is imported:
+so nothing that stands above `from place import` may import it.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+DEVICE = "cuda" if HAS_GPU else "cpu"
+
+
+def device_name() -> str:
+    """The GPU's name; without one, says that nothing here was measured on a GPU."""
+    return torch.cuda.get_device_name() if HAS_GPU else "no GPU: a trial of the lines on a CPU"
+
+
+def lost_cuda() -> bool:
+    """Whether a kernel that read where it must not has ended CUDA for this process."""
+    if HAS_GPU:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+    return False
