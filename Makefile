@@ -7,7 +7,7 @@ DATA   ?= stdlib
 METHOD ?= full
 NAME   ?=
 
-.PHONY: extend test checks bench gpu-check install clean
+.PHONY: extend test slurm-test checks bench gpu-check install clean
 
 extend: install
 	$(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)"
@@ -15,14 +15,20 @@ extend: install
 test: $(VENV)/.dev checks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# A Slurm cluster on this machine, for the time of the tests. Needs root and Debian's packages, which it
+# installs.
+slurm-test: $(VENV)/.dev
+	tests/slurm/install.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
+
 checks: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# The kernels on a GPU where there is one, else the methods and a training step on the CPU.
 bench: $(VENV)/.dev
-	$(BIN)/python kernels/bench/bench_methods.py
-	$(BIN)/python kernels/bench/bench_training.py
+	$(BIN)/python kernels/bench/bench_all.py
 
 # Needs a GPU, torch, triton, numpy and pytest, and no network: nothing is installed.
 gpu-check:

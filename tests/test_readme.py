@@ -65,6 +65,12 @@ def test_a_command_can_be_given(command: str) -> None:
         script = words.index("launch/train.py")
         assert words[:script] == ["--nproc-per-node", words[script - 1]]
         check_lcdist(["train", *words[script + 1 :]])
+    elif name == "cp":
+        copied, _, *then = words
+        assert (ROOT / copied).is_file() and then == ["&&", "source", words[1]]
+    elif name == "sbatch":
+        script = next(word for word in words if word.endswith(".sh"))
+        assert (ROOT / script).is_file()
     else:
         assert name == "lcdist", f"no test knows the program of {command!r}"
         check_lcdist(words)

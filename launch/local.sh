@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Train on N processes of this machine, as on GPUs so on a CPU:
+#
+#   launch/local.sh N CONFIG [section.key=value ...]
+set -euo pipefail
+root=$(dirname "$(dirname "$(readlink -f "$0")")")
+
+if [[ ! ${1:-} =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
+  sed -n '2,4s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+python=${LCDIST_PYTHON:-$root/.venv/bin/python}
+[[ -x $python ]] || python=python3
+# Processes that share the cores do not each want all of them.
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
+exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$1" \
+  "$root/launch/train.py" "${@:2}"

@@ -1,0 +1,154 @@
+"""A job of the test cluster: submitted with the project's own script, watched, acted upon."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.slurm.cluster import Cluster
+
+# Far more than it takes: a start needs ten seconds of two idle cores, and they may be shared.
+SECONDS = 300.0
+STEPS = 100
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+# The configuration of the script, made small enough for a CPU; it saves when it is told to stop
+# and at the end.
+TINY = (
+    "model.vocab_size=320 model.num_layers=1 model.hidden_size=32 model.nheads=2 "
+    "model.ffn_hidden_size=64 parallel.tp_size=1 parallel.sequence_parallel=false "
+    f"parallel.timeout=60 train.seqlen=256 train.steps={STEPS} train.global_batch_size=2 "
+    "train.dtype=fp32 train.recompute=none optim.lr=1e-3 optim.warmup_steps=4 "
+    "checkpoint.load= checkpoint.every=0 log.tensorboard=false log.peak_tflops=1"
+).split()
+# What the tests' jobs have of their environment: one rank a node, and no settings of the machine's.
+ENVIRONMENT = {"LCDIST_PROCS_PER_NODE": "1", "LCDIST_SITE": "/dev/null"}
+
+
+class Job:
+    """One job; its run is `folder`/run, and what it prints lies beside that."""
+
+    def __init__(self, cluster: Cluster, folder: Path, number: str) -> None:
+        self.cluster, self.folder, self.number = cluster, folder, number
+        self.run = folder / "run"
+        self._hurried = 0
+
+    def fields(self) -> dict[str, str]:
+        """What Slurm knows of it."""
+        shown = self.cluster.call("scontrol", "show", "job", "-o", self.number)
+        return dict(word.partition("=")[::2] for word in shown.split())
+
+    @property
+    def state(self) -> str:
+        """Slurm's word for how it stands."""
+        return self.fields()["JobState"]
+
+    @property
+    def restarts(self) -> int:
+        """How often it was requeued and started again."""
+        return int(self.fields()["Restarts"])
+
+    @property
+    def output(self) -> str:
+        """What it has printed, in all its starts."""
+        return "".join(file.read_text() for file in self.folder.glob(f"*-{self.number}.out"))
+
+    def signal_batch(self, name: str) -> None:
+        """A signal to the batch shell alone, as Slurm sends it before the time limit."""
+        self.cluster.call("scancel", "--batch", f"--signal={name}", self.number)
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Sleep until the condition holds; fails where the job ends without it."""
+        self._wait(condition, what, others_than=())
+
+    def wait_for_steps(self, more: int) -> None:
+        """Until it has done `more` steps beyond those that the run has by now."""
+        begun = last_step(self.run)
+        self.wait_until(lambda: last_step(self.run) >= begun + more, f"{more} steps further")
+
+    def wait_for_end(self) -> str:
+        """Until it is over; returns Slurm's word for how."""
+        self._wait(lambda: False, "over", others_than=ENDED)
+        return self.state
+
+    def _hurry(self, fields: dict[str, str]) -> None:
+        """A requeued job is held back until its credentials expire; they are renewed sooner.
+
+        Not in the second in which the old ones were revoked: the new ones would count as such.
+        """
+        if fields["Reason"] == "BeginTime" and int(fields["Restarts"]) > self._hurried:
+            self._hurried = int(fields["Restarts"])
+            number = f"jobid={self.number}"
+            self.cluster.call("scontrol", "update", number, "starttime=now+2seconds")
+
+    def _wait(self, condition: Callable[[], bool], what: str, others_than: Sequence[str]) -> None:
+        now = time.monotonic()
+        deadline, look = now + SECONDS, now
+        while not condition():
+            time.sleep(0.05)
+            now = time.monotonic()
+            # Seldom: every question costs the cores a little that the job runs on.
+            if now < look:
+                continue
+            look, fields = now + 0.5, self.fields()
+            if fields["JobState"] in others_than:
+                return
+            if fields["JobState"] in ENDED and not condition() or now > deadline:
+                raise AssertionError(f"never {what}: {fields}\n{self.output}")
+            self._hurry(fields)
+
+
+def submit(
+    cluster: Cluster,
+    folder: Path,
+    tokens: Path,
+    *words: str,
+    options: str = "",
+    **variables: str,
+) -> Job:
+    """`sbatch` of slurm/extend_128k.sh on two nodes with a tiny model, on CPUs, with gloo.
+
+    words: overrides. options: of sbatch. variables: of the environment.
+    """
+    shared = ["parallel.cp_size=2", f"data.path={tokens}", f"log.folder={folder}/run"]
+    script = ["slurm/extend_128k.sh", *TINY, *shared, *words]
+    number = submit_script(cluster, folder, *options.split(), *script, **variables)
+    return Job(cluster, folder, number)
+
+
+def submit_script(cluster: Cluster, folder: Path, *words: str, **variables: str) -> str:
+    """`sbatch` with its words; what the job prints goes to `folder`. Returns the job's number."""
+    output = f"--output={folder}/%x-%j.out"
+    printed = cluster.call("sbatch", output, *words, **(ENVIRONMENT | variables))
+    number = re.fullmatch(r"Submitted batch job (\d+)\n", printed)
+    assert number, printed
+    return number[1]
+
+
+def losses(run: Path) -> list[tuple[int, int, float, float]]:
+    """(step, samples so far, loss, norm of the gradient) of every step in a run's metrics."""
+    file = run / "metrics.jsonl"
+    # A line that is being written has no end yet.
+    lines = file.read_text().rpartition("\n")[0].splitlines() if file.exists() else []
+    keys = ("step", "samples", "loss", "grad_norm")
+    return [tuple(json.loads(line)[key] for key in keys) for line in lines]
+
+
+def last_step(run: Path) -> int:
+    """The last step that a run's metrics tell of; 0 before the first."""
+    return max((step for step, *_ in losses(run)), default=0)
+
+
+def starts(run: Path) -> list[int]:
+    """The steps at which a run was started."""
+    return [start["step"] for start in _noted_starts(run)]
+
+
+def lost_steps(run: Path) -> int:
+    """Steps that had been done and were not saved, over all starts."""
+    return sum(start["lost_steps"] for start in _noted_starts(run))
+
+
+def _noted_starts(run: Path) -> list[dict[str, int]]:
+    file = run / "run.json"
+    return json.loads(file.read_text())["starts"] if file.exists() else []

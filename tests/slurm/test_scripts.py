@@ -1,0 +1,91 @@
+"""The batch scripts: Slurm and a linter accept them, and a mistake is named and not requeued."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.slurm.job import Job, losses, starts, submit, submit_script
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+SHELL = [*SCRIPTS, *sorted((ROOT / "launch").glob("*.sh")), ROOT / "tests/slurm/install.sh"]
+
+
+def named(path: Path) -> str:
+    return path.name
+
+
+@pytest.mark.parametrize("script", SHELL, ids=named)
+def test_bash_and_shellcheck_find_nothing(script: Path, cluster: Cluster) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    words = ["shellcheck", "--external-sources", "--source-path=.", str(script.relative_to(ROOT))]
+    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=named)
+def test_slurm_would_run_it(script: Path, cluster: Cluster) -> None:
+    cluster.call("sbatch", "--test-only", str(script))
+
+
+@pytest.mark.parametrize("script", SHELL, ids=named)
+def test_the_configurations_it_names_are_there(script: Path) -> None:
+    for name in re.findall(r"configs/[\w/.-]+\.toml", script.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists()
+
+
+def test_the_local_launcher_says_how_it_is_used() -> None:
+    words = [str(ROOT / "launch" / "local.sh"), "configs/debug/full.toml"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "launch/local.sh N CONFIG" in done.stderr
+
+
+def test_a_misspelt_key_ends_the_job_before_its_nodes_work(
+    free: Cluster, tokens: Path, tmp_path: Path
+) -> None:
+    job = submit(free, tmp_path, tokens, "train.step=5")
+    assert job.wait_for_end() == "FAILED" and job.restarts == 0
+    assert "unknown key 'train.step'; did you mean 'train.steps'?" in job.output
+    assert "Traceback" not in job.output and not job.run.exists()
+
+
+def test_a_mesh_larger_than_the_job_ends_it(free: Cluster, tokens: Path, tmp_path: Path) -> None:
+    job = submit(free, tmp_path, tokens, "parallel.cp_size=4")
+    assert job.wait_for_end() == "FAILED" and job.restarts == 0
+    assert "1 x 1 x 4 = 4 ranks" in job.output and "2 nodes x 1 = 2" in job.output
+    assert "Traceback" not in job.output and not job.run.exists()
+
+
+def test_a_rank_that_dies_is_requeued_as_often_as_asked(
+    free: Cluster, tokens: Path, tmp_path: Path
+) -> None:
+    # Nothing is saved in between: the second failure in a row is one too many.
+    job = submit(free, tmp_path, tokens, LCDIST_MAX_FAILURES="1")
+    for number in (0, 1):
+        job.wait_until(lambda: len(starts(job.run)) > number, "training")  # noqa: B023
+        free.rank_of(job.run, 1).kill()
+    assert job.wait_for_end() == "FAILED" and job.restarts == 1, job.output
+    assert "failed 2 times since the start: not requeued" in job.output
+    assert starts(job.run) == [0, 0]
+
+
+def test_evaluation_of_a_run(free: Cluster, whole: Job, tmp_path: Path) -> None:
+    words = ["--nodes=2", "slurm/evaluate.sh", str(whole.run), "evaluate.lengths=[64,256]"]
+    job = Job(free, tmp_path, submit_script(free, tmp_path, *words, "evaluate.tokens=2048"))
+    assert job.wait_for_end() == "COMPLETED", job.output
+    result = json.loads((whole.run / "evaluation.json").read_text())
+    assert result["lengths"] == [64, 256] and None not in result["perplexity"]
+
+
+def test_the_smoke_test(free: Cluster, tmp_path: Path) -> None:
+    words = ["slurm/smoke.sh", f"log.folder={tmp_path}/run", "log.peak_tflops=1"]
+    job = Job(free, tmp_path, submit_script(free, tmp_path, *words))
+    assert job.wait_for_end() == "COMPLETED", job.output
+    assert len(losses(job.run)) == 10
+    sent = re.search(r"measured ([\d,]+), planned ([\d,]+)", job.output)
+    assert sent and sent[1] == sent[2] != "0", job.output
+    assert len(re.findall(r"2 ranks, gloo: \d+\.\d\d GB/s", job.output)) == 2
