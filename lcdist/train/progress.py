@@ -37,7 +37,7 @@ class BarProgress:
 class LineProgress:
     """A plain line for the first step, the last, and every `seconds` between; for files, pipes."""
 
-    def __init__(self, console: Console, name: str, steps: int, seconds: float = 5.0):
+    def __init__(self, console: Console, name: str, steps: int, seconds: float = 1.0):
         self._console = console
         self._name = name
         self._steps = steps
