@@ -16,8 +16,9 @@ if [[ $EUID != 0 ]] || ! command -v apt-get >/dev/null; then
   exit
 fi
 export DEBIAN_FRONTEND=noninteractive
+log=$(mktemp)
 if ! { apt-get update -qq && apt-get install -qq --no-install-recommends "${packages[@]}"; } \
-  >/tmp/lcdist-apt.log 2>&1; then
-  tail -n 5 /tmp/lcdist-apt.log >&2
+  >"$log" 2>&1; then
+  tail -n 5 "$log" >&2
   echo "not installed: ${missing[*]}" >&2
 fi

@@ -2,7 +2,9 @@
 
 import json
 import re
+import socket
 import subprocess
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,28 @@ def test_the_local_launcher_says_how_it_is_used() -> None:
     words = [str(ROOT / "launch" / "local.sh"), "configs/debug/full.toml"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "launch/local.sh N CONFIG" in done.stderr
+
+
+def test_the_first_port_that_is_free_is_taken_and_none_is_refused() -> None:
+    text = (ROOT / "slurm" / "job.sh").read_text(encoding="utf-8")
+    found = re.search(r"^free_port\(\) \{.*?^\}", text, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    script = f'refuse() {{ echo "$*" >&2; exit 2; }}\nSLURM_JOB_ID=177\n{found[0]}\nfree_port'
+    with ExitStack() as listening:
+
+        def take(port: int) -> None:
+            # Where somebody else listens, that will do.
+            with suppress(OSError):
+                listening.enter_context(socket.create_server(("127.0.0.1", port)))
+
+        take(27700)
+        chosen = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        assert 27701 <= int(chosen.stdout) < 27800
+        for port in range(27701, 27800):
+            take(port)
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no free port from 27700 to 27799" in done.stderr and "set LCDIST_PORT" in done.stderr
 
 
 def test_a_misspelt_key_ends_the_job_before_its_nodes_work(
