@@ -394,7 +394,7 @@ def test_initial_bias_is_log_strides() -> None:
     [
         ({"k": torch.ones(2, 8, 3, 16)}, "of one shape"),
         ({"q": torch.ones(2, 7, 4, 16)}, "q has 7 tokens"),
-        ({"impl": "cuda"}, "not built .* auto, triton, torch, reference"),
+        ({"impl": "cuda"}, "is unknown: .* auto, triton, torch, reference"),
         ({"branch_bias": torch.zeros(1, 2)}, r"branch_bias of shape \(1, 2\): expected \[1, 4\]"),
         (
             {"cu_seqlens": torch.tensor([0, 4, 7], dtype=torch.int32)},
