@@ -14,7 +14,7 @@ from lcdist.config.schema import TensorizedOptions
 from lcdist.exchange import VirtualGroup, group_rank, traffic
 from lcdist.layout import ContextLayout
 from lcdist_kernels import full_reference
-from lcdist_kernels.tensorized import Grid
+from lcdist_kernels.tensorized import Grid, operator
 from tests.attention.body import (
     Problem,
     Variant,
@@ -173,21 +173,24 @@ def test_evaluation_sends_as_much_as_training_sends_forward() -> None:
 def test_what_can_leave_early_does(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, events = problem_of(TensorizedOptions(modes=(3,)), 2), []
 
-    def watched(where: Any, verb: str) -> None:
-        plain: Callable[..., Any] = getattr(where, verb)
-
+    def noted(verb: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **words: Any) -> Any:
             events.append(verb)
             return plain(*args, **words)
 
-        monkeypatch.setattr(where, verb, call)
+        return call
 
-    for where, verbs in (
-        (tensorized_units, ("swap", "shift")),
-        (tensorized_units.ops, ("hop_fwd", "branch_fwd", "branch_bwd", "hop_bwd")),
-    ):
-        for verb in verbs:
-            watched(where, verb)
+    def watched(where: Any, verb: str) -> None:
+        monkeypatch.setattr(where, verb, noted(verb, getattr(where, verb)))
+
+    for verb in ("swap", "shift"):
+        watched(tensorized_units, verb)
+    tiled = operator.TILED
+    own: dict[str, Callable[..., Any]] = {
+        verb: noted(verb, getattr(tiled, verb))
+        for verb in ("hop_fwd", "branch_fwd", "branch_bwd", "hop_bwd")
+    }
+    monkeypatch.setattr(operator, "TILED", tiled._replace(**own))
     on_virtual_ranks(problem, "torch")
     # Of two ranks, so each event twice; between exchanges nobody waits for the other's events.
     forward = ["swap", "shift", "hop_fwd", "swap", "branch_fwd", "branch_fwd", "swap", "swap"]

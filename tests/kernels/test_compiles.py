@@ -98,20 +98,18 @@ assert len(made) == 16
 PROGRAMS = {"full": FULL, "rotary": ROTARY, "tensorized": TENSORIZED, "coca": COCA}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_kernels_compile(name: str, capability: int, tmp_path: Path) -> None:
+def compiles(program: str, capability: int, cache: Path) -> None:
+    """Fails unless the program, which compiles kernels for sm_CAPABILITY, ends well."""
     roots = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": roots, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment |= {"PYTHONPATH": roots, "TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
         [
             sys.executable,
             "-W",
             "ignore",
             "-c",
-            PROGRAMS[name].replace("CAPABILITY", str(capability)),
+            program.replace("CAPABILITY", str(capability)),
         ],
         env=environment,
         capture_output=True,
@@ -119,3 +117,10 @@ def test_kernels_compile(name: str, capability: int, tmp_path: Path) -> None:
         timeout=300,
     )
     assert not done.returncode, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kernels_compile(name: str, capability: int, tmp_path: Path) -> None:
+    compiles(PROGRAMS[name], capability, tmp_path)

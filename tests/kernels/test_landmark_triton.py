@@ -424,7 +424,7 @@ for head_dim, dtype, size in (
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
-    test_compiles.test_kernels_compile(PROGRAM, capability, tmp_path)
+    test_compiles.compiles(PROGRAM, capability, tmp_path)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

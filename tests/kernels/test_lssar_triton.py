@@ -29,7 +29,7 @@ from lcdist_kernels.lssar import (
 )
 from lcdist_kernels.triton_common import Launch, interpreting
 from tests.attention.body import make, on_virtual_ranks
-from tests.kernels.test_compiles import test_kernels_compile as compiles
+from tests.kernels.test_compiles import compiles
 from tests.kernels.test_full import borders, tiled_starts, with_grads
 from tests.kernels.test_full_triton import FP32, HERE, SMALL, assert_close, cuts, in_nan, on_device
 from tests.kernels.test_full_triton import wide as in_double
