@@ -9,12 +9,16 @@ and all end, since a collective that one rank never joins cannot be left in any 
 import json
 import logging
 import os
+import signal
+import socket
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
+
+import psutil
 
 from lcdist.train.whereabouts import Whereabouts, whereabouts
 
@@ -28,13 +32,17 @@ PATIENCE = 5.0
 
 @dataclass(frozen=True)
 class Beat:
-    """One rank's entry on the board. idle: seconds since it last moved."""
+    """One rank's entry on the board. idle: seconds since it last moved; host, pid, parent: of its
+    process."""
 
     count: int
     step: int
     doing: str
     idle: float
     where: Whereabouts
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    parent: int = field(default_factory=os.getppid)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -148,6 +156,9 @@ class Watchdog:
         else:
             # The launcher ends everybody when the first one ends: the one that tells.
             self._over.wait(6 * self.interval)
+        for rank, beat in enumerate(after):
+            if beat is not None and rank not in alive:
+                end_sibling(beat)
         os._exit(EXIT_STATUS)
 
     def _rest(self) -> None:
@@ -155,6 +166,22 @@ class Watchdog:
         for _ in range(3):
             self._over.wait(self.interval)
             self._beat()
+
+
+def end_sibling(beat: Beat) -> bool:
+    """Kill the process of `beat` where this process's launcher started it; whether it did.
+
+    A frozen rank does not hear its launcher, which would wait for it long after all others ended.
+    """
+    if beat.host != socket.gethostname() or beat.parent != os.getppid():
+        return False
+    try:
+        if psutil.Process(beat.pid).ppid() != beat.parent:
+            return False  # gone, and its number is another's
+        os.kill(beat.pid, signal.SIGKILL)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return False
+    return True
 
 
 class Noted(Sequence[T]):

@@ -52,8 +52,12 @@ class Start:
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Sleep until the condition holds; fails when the run ends before it does."""
         deadline = time.monotonic() + SECONDS
-        while not condition():
-            assert self.process.poll() is None, self.process.communicate()[0]
+        while True:
+            # Asked first: what it did last must not be missed.
+            over = self.process.poll() is not None
+            if condition():
+                return
+            assert not over, self.process.communicate()[0]
             assert time.monotonic() < deadline, "the run does not get there"
             time.sleep(0.01)
 

@@ -25,8 +25,11 @@ def test_a_frozen_rank_is_named(frozen: int, tmp_path: Path) -> None:
         started.wait_until(lambda: (read_status(started.folder) or {}).get("status") == "stalled")
         # Not our child: the launcher hears of its exit status.
         workers[1 - frozen].wait(20)
+        # The frozen one is ended too: its launcher does not wait for it.
+        started.process.wait(20)
     finally:
-        started.kill()
+        if started.process.poll() is None:
+            started.kill()
     status = read_status(started.folder) or {}
     first, arrived, missing = status["reason"].splitlines()
     assert first.startswith(f"the run stands still in step {status['step'] + 1} since ")

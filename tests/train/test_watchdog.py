@@ -1,13 +1,19 @@
 """The watchdog's report, and where a thread is found to be."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from lcdist.exchange import VirtualGroup, group_rank, ring
-from lcdist.train.watchdog import Beat, Noted, Watchdog, report
+from lcdist.train.watchdog import Beat, Noted, Watchdog, end_sibling, report
 from lcdist.train.whereabouts import Whereabouts, whereabouts
 
 METHODS = {"lcdist.attention.scca": "scca"}
@@ -113,3 +119,41 @@ def test_draws_are_noted_in_order() -> None:
     noted = Noted([1, 2, 3], lambda: seen.append(len(seen)))
     assert (len(noted), noted[1], seen) == (3, 2, [])
     assert [*noted] == [1, 2, 3] and seen == [0, 1, 2]
+
+
+SIBLING = """
+import sys
+from tests.train.test_watchdog import beat
+from dataclasses import replace
+from lcdist.train.watchdog import end_sibling
+words = {key: type(getattr(beat(), key))(value) for key, value in
+         (word.split("=") for word in sys.argv[2:])}
+sys.exit(end_sibling(replace(beat(), pid=int(sys.argv[1]), **words)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "ended"),
+    [((), True), (("host=elsewhere",), False), (("parent=1",), False)],
+    ids=["ours", "another host's", "another launcher's"],
+)
+def test_a_frozen_rank_of_the_same_launcher_is_ended(words: tuple[str, ...], ended: bool) -> None:
+    # Both are children of this process, as ranks are of their launcher.
+    with subprocess.Popen(["sleep", "60"]) as frozen:
+        os.kill(frozen.pid, signal.SIGSTOP)
+        try:
+            told = subprocess.run(
+                [sys.executable, "-c", SIBLING, str(frozen.pid), *words], check=False, timeout=60
+            )
+            assert bool(told.returncode) is ended
+            assert (frozen.wait(10) == -signal.SIGKILL) if ended else frozen.poll() is None
+        finally:
+            frozen.kill()
+
+
+def test_a_process_that_took_the_number_of_a_rank_is_left_alone() -> None:
+    # This process is not its parent's child under the number of another, nor is one long gone.
+    assert not end_sibling(replace(beat(), pid=1))
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    assert not end_sibling(replace(beat(), pid=gone.pid))
