@@ -14,20 +14,31 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from lcdist.attention import METHODS
 from lcdist.attention.table import method_table
-from lcdist.config import ConfigError, load
+from lcdist.config import ConfigError
+from lcdist.config.stages import load_stages
+from lcdist.convert.commands import add_commands as add_convert
+from lcdist.curriculum import run_stages
 from lcdist.data.corpus import SUFFIXES, Source, standard_library
-from lcdist.data.prepare import Settings, prepare
+from lcdist.data.huggingface import Specials
+from lcdist.data.prepare import described, prepare
+from lcdist.data.settings import Settings
 from lcdist.evaluate.report import write_report
 from lcdist.evaluate.session import evaluate_checkpoint, generate_text
 from lcdist.parallel import end_world
 from lcdist.plan import make_plan, smallest_world
-from lcdist.run import run
-from lcdist.train.status import describe
+from lcdist.train.status import describe, stage_folders
 
 COMPARED = ("before", "after")
 
@@ -85,18 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", help="the attention methods, as the README shows them")
     methods.set_defaults(action=_methods)
 
-    tokenize = commands.add_parser("tokenize", help="text to a folder of tokens")
-    tokenize.add_argument("source", help="folder, file or JSONL; 'stdlib' for Python's own sources")
-    tokenize.add_argument("folder", help="where the tokens go")
-    tokenize.add_argument("--vocab-size", type=int, help="pieces of a tokenizer to train")
-    tokenize.add_argument("--tokenizer", help="a sentencepiece .model to use")
-    tokenize.add_argument("--valid-fraction", type=float, default=0.05, help="documents held out")
-    tokenize.add_argument("--suffix", action="append", help="file names to take, as .txt")
-    tokenize.add_argument("--seed", type=int, default=0, help="of the split")
-    tokenize.add_argument("--on-error", choices=["refuse", "skip"], default="refuse")
-    tokenize.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    tokenize.add_argument("--overwrite", action="store_true")
-    tokenize.set_defaults(action=_tokenize)
+    _tokenize_words(commands.add_parser("tokenize", help="text to a folder of tokens"))
 
     train = commands.add_parser("train", help="train as a configuration says")
     train.add_argument("config", help="TOML file")
@@ -120,6 +120,8 @@ def make_parser() -> argparse.ArgumentParser:
     _overrides(generate)
     generate.set_defaults(action=_generate)
 
+    add_convert(commands)
+
     status = commands.add_parser("status", help="how a run stands: progress, speed, restarts")
     status.add_argument("folder", type=Path, help="run folder")
     status.set_defaults(action=_status)
@@ -130,18 +132,44 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _tokenize_words(tokenize: argparse.ArgumentParser) -> None:
+    tokenize.add_argument(
+        "source",
+        help="folder or file: text, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; 'stdlib' for Python's",
+    )
+    tokenize.add_argument("folder", help="where the tokens go")
+    tokenize.add_argument("--vocab-size", type=int, help="pieces of a tokenizer to train")
+    tokenize.add_argument(
+        "--tokenizer", help="a sentencepiece .model, a tokenizer.json, a model's folder, or 'bytes'"
+    )
+    tokenize.add_argument("--bos-token", help="for a tokenizer.json that does not say")
+    tokenize.add_argument("--eos-token", help="the same, of the token that ends a document")
+    tokenize.add_argument(
+        "--add-bos", action=argparse.BooleanOptionalAction, help="begin documents with bos"
+    )
+    tokenize.add_argument("--valid-fraction", type=float, default=0.05, help="documents held out")
+    tokenize.add_argument("--suffix", action="append", help="file names to take, as .txt")
+    tokenize.add_argument("--field", default="text", help="of a JSON record or parquet column")
+    tokenize.add_argument("--document-bytes", type=int, help="cut plain text there; 1 MiB")
+    tokenize.add_argument("--seed", type=int, default=0, help="of the split")
+    tokenize.add_argument("--on-error", choices=["refuse", "skip"], default="refuse")
+    tokenize.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    tokenize.add_argument("--overwrite", action="store_true")
+    tokenize.set_defaults(action=_tokenize)
+
+
 def _overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    config = load(arguments.config, arguments.overrides)
-    asked = arguments.world_size
-    plan = make_plan(config, smallest_world(config) if asked is None else asked)
-    table = Table("what", "how much", title=arguments.config)
-    for row in plan.rows():
-        table.add_row(*row)
-    Console().print(table)
+    for stage in load_stages(arguments.config, arguments.overrides):
+        asked, title = arguments.world_size, arguments.config
+        plan = make_plan(stage.config, smallest_world(stage.config) if asked is None else asked)
+        table = Table("what", "how much", title=f"{title}: {stage.name}" if stage.name else title)
+        for row in plan.rows():
+            table.add_row(*row)
+        Console().print(table)
 
 
 def _methods(arguments: argparse.Namespace) -> None:
@@ -162,29 +190,31 @@ def _tokenize(arguments: argparse.Namespace) -> None:
         valid_fraction=arguments.valid_fraction,
         seed=arguments.seed,
         on_error=arguments.on_error,
-        threads=arguments.threads,
+        field=arguments.field,
+        document_bytes=arguments.document_bytes,
+        specials=Specials(arguments.bos_token, arguments.eos_token, arguments.add_bos),
+        workers=arguments.workers,
     )
-    columns = (TextColumn("tokenizing"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, TimeElapsedColumn()) as bar:
-        task = bar.add_task("tokenizing", total=None)
+    share = TextColumn("{task.percentage:>3.0f}%")
+    columns = (TextColumn("{task.description}"), BarColumn(), share, DownloadColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("reading", total=None)
         prepared = prepare(
             source,
             arguments.folder,
             settings,
             tokenizer=arguments.tokenizer,
             overwrite=arguments.overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            ),
         )
-    meta = prepared.meta
-    counts = ", ".join(f"{n:,} tokens for {split}" for split, n in meta.tokens.items())
-    state = "wrote" if prepared.fresh else "already done:"
-    print(f"{state} {prepared.folder}: {counts}, vocabulary of {meta.vocab_size}")
-    if meta.skipped:
-        print(f"skipped {len(meta.skipped)} unreadable pieces, listed in meta.json")
+    for line in described(prepared):
+        print(line)
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    outcome = run(load(arguments.config, arguments.overrides))
+    outcome = run_stages(load_stages(arguments.config, arguments.overrides))
     logging.getLogger(__name__).info("%s: %s", outcome.status, outcome.reason)
 
 
@@ -224,10 +254,11 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    table = Table(show_header=False, title=str(arguments.folder))
-    for row in describe(arguments.folder):
-        table.add_row(*row)
-    Console().print(table)
+    for folder in stage_folders(arguments.folder) or [arguments.folder]:
+        table = Table(show_header=False, title=str(folder))
+        for row in describe(folder):
+            table.add_row(*row)
+        Console().print(table)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -4,10 +4,13 @@ Each check adds to `errors` one line a contradiction, with the values and the re
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from lcdist.attention import HeadSlice
+from lcdist.config.lora import LoraConfig
 from lcdist.config.rope import RopeLlama3, RopeYarn
 from lcdist.config.schema import Config
+from lcdist.data.opening import data_errors
 from lcdist.layer_methods import LayerAttention, slots_of
 from lcdist.layout import ContextLayout
 
@@ -75,8 +78,15 @@ def check_batch(config: Config, dp_size: int, errors: list[str]) -> None:
 
 
 def check_rope(config: Config, errors: list[str]) -> None:
-    """The bounds of a rotation's ramp against each other."""
-    rope = config.model.rope
+    """The bounds of a rotation's ramp against each other, its factors against the heads."""
+    model, rope = config.model, config.model.rope
+    features = (model.head_dim or model.hidden_size // model.nheads) // 2
+    for key in ("short_factors", "long_factors"):
+        given = getattr(rope, key, None)
+        if given is not None and len(given) != features:
+            errors.append(
+                f"model.rope.{key} has {len(given)} numbers; it needs head_dim / 2 = {features}"
+            )
     for low, high, kind in (
         ("low_freq_factor", "high_freq_factor", RopeLlama3),
         ("beta_slow", "beta_fast", RopeYarn),
@@ -95,6 +105,50 @@ def check_loss(config: Config, errors: list[str]) -> None:
         errors.append(
             f"train.loss_chunk = {train.loss_chunk} has no meaning with train.loss = 'whole'; "
             "set it to 0 or use 'chunked'"
+        )
+
+
+def check_memory(config: Config, errors: list[str]) -> None:
+    """What is kept for backward against what that leaves to be moved or cut."""
+    train = config.train
+    if train.mlp == "whole" and train.mlp_chunk:
+        errors.append(
+            f"train.mlp_chunk = {train.mlp_chunk} has no meaning with train.mlp = 'whole'; "
+            "set it to 0 or use 'tiled'"
+        )
+    if train.offload == "host" and train.recompute in ("none", "selective"):
+        errors.append(
+            "train.offload = 'host' moves the inputs that full recompute keeps, and "
+            f"train.recompute = '{train.recompute}'; use 'full' or 'auto', or offload = 'none'"
+        )
+
+
+def check_lora(config: Config, errors: list[str]) -> None:
+    """What is trained with LoRA against whether there is any, and against the model."""
+    lora, off = config.lora, LoraConfig()
+    given = [f.name for f in fields(lora) if getattr(lora, f.name) != getattr(off, f.name)]
+    if not lora.rank:
+        errors.extend(
+            f"lora.{key} = {getattr(lora, key)!r} has no meaning with lora.rank = 0; "
+            "set lora.rank to 1 or more, or leave the key out"
+            for key in given
+        )
+        return
+    if not lora.targets:
+        errors.append(
+            "lora.targets is empty: name some of q, k, v, o, gate, up, down, or set lora.rank = 0"
+        )
+    if len(set(lora.targets)) < len(lora.targets):
+        errors.append(f"lora.targets = {', '.join(lora.targets)}: name every target once")
+    if lora.head and config.model.tied_embeddings and not lora.embeddings:
+        errors.append(
+            "lora.head = true: with model.tied_embeddings = true the output layer is the "
+            "embedding; set lora.embeddings = true as well, or lora.head = false"
+        )
+    if lora.load and not config.checkpoint.load:
+        errors.append(
+            f"lora.load = '{lora.load}': an adapter means something to the weights it was trained "
+            "on alone; name them in checkpoint.load"
         )
 
 
@@ -120,13 +174,7 @@ def check_schedule(config: Config, errors: list[str]) -> None:
             f"optim.decay_steps = {optim.decay_steps} has no meaning with optim.schedule = "
             f"'{optim.schedule}'; set it to 0 or use 'wsd'"
         )
-    if data.source == "tokens" and not data.path:
-        errors.append(
-            "data.path is empty: name a folder made by 'lcdist tokenize', or set "
-            "data.source = 'synthetic'"
-        )
-    if data.source == "synthetic" and data.path:
-        errors.append(f"data.path = '{data.path}' has no meaning with data.source = 'synthetic'")
+    errors.extend(data_errors(data))
     if any(length < 2 for length in config.evaluate.lengths):
         errors.append(f"evaluate.lengths = {config.evaluate.lengths}: each must be at least 2")
 

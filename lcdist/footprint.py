@@ -1,9 +1,10 @@
-"""What a rank holds of a run: its share of parameters, optimizer state and activations."""
+"""What a rank holds of a run for as long as it runs: its share of parameters and their states."""
 
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm, prod
 
+from lcdist.config.lora_sizes import adapter_tensors
 from lcdist.config.schema import Config
 from lcdist.layer_methods import LayerAttention
 from lcdist.layout import ContextLayout
@@ -12,10 +13,8 @@ VOCAB_MULTIPLE = 128
 FP32_BYTES = 4
 INT64_BYTES = 8
 ITEMSIZE = {"fp32": 4, "bf16": 2}
-# Up to here the loss keeps whole logits: below, they are not what fills the memory.
-WHOLE_LOGITS_TOKENS = 16_384
-# A chunk of the loss: fp32 logits of this size, but so many tokens at least: with fewer, a matrix
-# product spends its time on fetching the weight.
+# A chunk of the loss or the MLP: logits, or gate and up, of this size, but so many tokens at least:
+# with fewer, a matrix product spends its time on fetching the weight.
 CHUNK_BYTES = 2**27
 CHUNK_TOKENS = 1024
 
@@ -91,33 +90,73 @@ class Footprint:
         """Parameters of one layer, learnable extras of its attention left out."""
         model = self.config.model
         width = self.head_dim * (2 * model.nheads + 2 * self.nheads_kv)
-        return model.hidden_size * (width + 3 * model.ffn_hidden_size + 2)
+        return model.hidden_size * (width + 3 * model.ffn_hidden_size + 2) + self.layer_biases
+
+    @property
+    def layer_biases(self) -> int:
+        """Elements of one layer's biases: of its queries, keys and values, where it has them."""
+        model = self.config.model
+        return self.head_dim * (model.nheads + 2 * self.nheads_kv) if model.qkv_bias else 0
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the whole model, padding of the vocabulary included."""
+        """Parameters of the whole model, adapters and padding of the vocabulary included."""
         model = self.config.model
         tables = 1 if model.tied_embeddings else 2
         outside = (tables * self.padded_vocab_size + 1) * model.hidden_size
         extras = sum(map(self.learnable_extras, range(model.num_layers)))
-        return outside + model.num_layers * self.layer_parameters + extras
+        layer = self.layer_parameters + self.layer_adapters(1)
+        return outside + model.num_layers * layer + extras
+
+    def layer_adapters(self, tp_size: int) -> int:
+        """Parameters of one layer's adapters on a rank of `tp_size`."""
+        return sum(adapter_tensors(self.config, tp_size).values())
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters of the whole model that are trained: with LoRA not all."""
+        model, lora = self.config.model, self.config.lora
+        if not lora.rank:
+            return self.num_parameters
+        tables = lora.embeddings + (lora.head and not model.tied_embeddings)
+        norms = lora.norms * (2 * model.num_layers + 1)
+        extras = sum(map(self.learnable_extras, range(model.num_layers)))
+        outside = (tables * self.padded_vocab_size + norms) * model.hidden_size
+        return outside + model.num_layers * self.layer_adapters(1) + extras
 
     @property
     def stage_parameters(self) -> tuple[int, int]:
         """Parameters one rank holds on the (first, last) pipeline stage; one stage is both."""
-        model, parallel = self.config.model, self.config.parallel
+        model, tp_size = self.config.model, self.config.parallel.tp_size
         norms = 2 * model.hidden_size
-        layer = (self.layer_parameters - norms) // parallel.tp_size + norms
+        layer = (self.layer_parameters - norms) // tp_size + norms + self.layer_adapters(tp_size)
+        return self._on_stages(layer, embeddings=True, head=True, norms=True)
+
+    @property
+    def stage_trained(self) -> tuple[int, int]:
+        """Of `stage_parameters`, those that are trained and so have a gradient."""
+        model, lora = self.config.model, self.config.lora
+        if not lora.rank:
+            return self.stage_parameters
+        layer = self.layer_adapters(self.config.parallel.tp_size)
+        layer += lora.norms * 2 * model.hidden_size
+        return self._on_stages(layer, lora.embeddings, lora.head, lora.norms)
+
+    def _on_stages(self, layer: int, embeddings: bool, head: bool, norms: bool) -> tuple[int, int]:
+        """Of `layer` parameters a layer with its extras, and of what is asked for beside layers."""
+        model, parallel = self.config.model, self.config.parallel
         first, last = (
             sum(layer + self.learnable_extras(n) // parallel.tp_size for n in stage)
             for stage in (self.stage_layers[0], self.stage_layers[-1])
         )
         table = self.padded_vocab_size // parallel.tp_size * model.hidden_size
+        # With tied embeddings the head is the embedding, of which the last stage has a copy.
+        output = embeddings if model.tied_embeddings else head
+        last += norms * model.hidden_size
         if parallel.pp_size == 1:
-            whole = first + (1 if model.tied_embeddings else 2) * table + model.hidden_size
+            whole = last + (embeddings + (output and not model.tied_embeddings)) * table
             return whole, whole
-        # Tied embeddings are held twice: the last stage has a copy.
-        return first + table, last + table + model.hidden_size
+        return first + embeddings * table, last + output * table
 
     @property
     def state_bytes(self) -> int:
@@ -126,91 +165,29 @@ class Footprint:
         The optimizer shares out whole tensors, so its part is taken as an even share, or as the
         largest tensor where that is more; the fullest rank holds at most both together.
         """
-        model, parallel = self.config.model, self.config.parallel
-        local = max(self.stage_parameters)
-        rows = max(self.padded_vocab_size, 2 * model.ffn_hidden_size) // parallel.tp_size
-        share = max(-(-local // (self.dp_size * parallel.cp_size)), rows * model.hidden_size)
+        parallel, trained = self.config.parallel, max(self.stage_trained)
+        share = max(-(-trained // (self.dp_size * parallel.cp_size)), self._largest_trained)
         master = FP32_BYTES if self.itemsize < FP32_BYTES else 0
-        return local * (self.itemsize + FP32_BYTES) + share * (2 * FP32_BYTES + master)
+        held = max(
+            weights * self.itemsize + gradients * FP32_BYTES
+            for weights, gradients in zip(self.stage_parameters, self.stage_trained, strict=True)
+        )
+        return held + share * (2 * FP32_BYTES + master)
+
+    @property
+    def _largest_trained(self) -> int:
+        """Elements of the largest trained tensor on a rank."""
+        model, lora, tp_size = self.config.model, self.config.lora, self.config.parallel.tp_size
+        rows = self.padded_vocab_size
+        if not lora.rank:
+            rows = max(rows, 2 * model.ffn_hidden_size)
+        elif not (lora.embeddings or lora.head):
+            return max(adapter_tensors(self.config, tp_size).values())
+        return rows // tp_size * model.hidden_size
 
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint, all ranks' files together: weights and AdamW's state."""
         master = FP32_BYTES if self.itemsize < FP32_BYTES else 0
-        return self.num_parameters * (self.itemsize + 2 * FP32_BYTES + master)
-
-    @property
-    def activation_bytes(self) -> int:
-        """What forward keeps for backward on the fullest rank, with what the loss needs.
-
-        Counted tensor by tensor for full attention as it runs on a CPU: within 2 % of what
-        autograd saves there, on meshes without pipelining. Fused norms on a GPU would keep less;
-        `attention.impl = "reference"` keeps dense scores on top. The working memory of backward
-        itself is not in it, but for the one layer that full recompute computes again.
-        """
-        model, parallel, recompute = self.config.model, self.config.parallel, self._recomputes
-        tp_size, hidden = parallel.tp_size, self.itemsize * model.hidden_size
-        hidden //= tp_size if parallel.sequence_parallel else 1
-        # On one rank the values are a view that keeps the whole q, k, v projection alive.
-        heads = (3 if parallel.cp_size == 1 else 2) * (model.nheads + self.nheads_kv)
-        width = heads * self.head_dim + 5 * model.ffn_hidden_size
-        layer = 6 * hidden + (width * self.itemsize + FP32_BYTES * model.nheads) // tp_size
-        kept = hidden if recompute else layer
-        chunk = model.num_layers // (parallel.pp_size * parallel.vp_size)
-        first, last = (chunk * kept * chunks for chunks in self._chunks_in_flight)
-        last += 3 * hidden
-        again = layer if recompute else 0
-        kept_by_loss, work = self.loss_bytes
-        # The loss has done its work when the first layer is computed again.
-        after = self.tokens * last + kept_by_loss + max(self.tokens * again, work)
-        return max(self.tokens * (first + again), after)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one micro-batch on a rank."""
-        return self.config.train.micro_batch_size * self.layout.local_seqlen
-
-    def loss_chunk(self, tokens: int) -> int | None:
-        """How many of a rank's `tokens` get logits at once for the loss; None: all, and kept."""
-        train = self.config.train
-        if train.loss == "whole" or (train.loss == "auto" and tokens <= WHOLE_LOGITS_TOKENS):
-            return None
-        fitting = max(CHUNK_BYTES // (FP32_BYTES * self._local_vocab_size), CHUNK_TOKENS)
-        return min(train.loss_chunk or fitting, tokens)
-
-    @property
-    def loss_bytes(self) -> tuple[int, int]:
-        """(kept for backward, used while at work) by the loss of a micro-batch, hidden states and
-        the output weight's gradient left out."""
-        chunk = self.loss_chunk(self.tokens)
-        if chunk is None:
-            return self.whole_logits_bytes, 0
-        # Beside the chunk's fp32 logits, their gradient as the matrix products take it.
-        narrow = self.itemsize if self.itemsize < FP32_BYTES else 0
-        work = chunk * self._local_vocab_size * (FP32_BYTES + narrow)
-        return self.tokens * (FP32_BYTES + INT64_BYTES), work
-
-    @property
-    def whole_logits_bytes(self) -> int:
-        """Fp32 logits of a micro-batch's tokens, this rank's part of the vocabulary."""
-        return self.tokens * FP32_BYTES * self._local_vocab_size
-
-    @property
-    def _local_vocab_size(self) -> int:
-        return self.padded_vocab_size // self.config.parallel.tp_size
-
-    @property
-    def _recomputes(self) -> bool:
-        return self.config.train.recompute == "full"
-
-    @property
-    def _chunks_in_flight(self) -> tuple[int, int]:
-        """Forward passes of model chunks whose backward waits, on the (first, last) stage.
-
-        1F1B and its interleaved form (arXiv:2104.04473).
-        """
-        pp_size, vp_size = self.config.parallel.pp_size, self.config.parallel.vp_size
-        if vp_size == 1:
-            return min(pp_size, self.num_micro_batches), 1
-        most, last = self.num_micro_batches * vp_size, (vp_size - 1) * pp_size + 1
-        return min(most, last + 2 * (pp_size - 1)), min(most, last)
+        states = self.trained_parameters * (2 * FP32_BYTES + master)
+        return self.num_parameters * self.itemsize + states

@@ -138,6 +138,15 @@ def board(name: str) -> Any:
     return distributed_c10d.PrefixStore(name, store)
 
 
+def end_grid() -> None:
+    """Forget the grid, and close its process groups; the world goes on."""
+    # Groups that every rank of the world made, in one order, and the world itself as None.
+    made = parallel_state._global_process_group_list or []
+    parallel_state.destroy_model_parallel()
+    for group in {id(one): one for one in made if one is not None}.values():
+        dist.destroy_process_group(group)
+
+
 def end_world() -> None:
     """Leave the world: forget the grid and close the process groups."""
     if parallel_state.model_parallel_is_initialized():

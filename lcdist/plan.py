@@ -9,13 +9,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm
 
+from lcdist.activations import Activations
 from lcdist.attention import HeadSlice, Shape
 from lcdist.config import ConfigError
 from lcdist.config.schema import Config
 from lcdist.contradictions import (
     check_batch,
     check_layers,
+    check_lora,
     check_loss,
+    check_memory,
     check_methods,
     check_model,
     check_rope,
@@ -23,7 +26,6 @@ from lcdist.contradictions import (
 )
 from lcdist.data.slots import Slots
 from lcdist.device import has_cuda
-from lcdist.footprint import Footprint
 from lcdist.layer_methods import (
     LayerAttention,
     common_layouts,
@@ -38,15 +40,27 @@ PASSES = 3
 
 
 @dataclass(frozen=True)
-class Plan(Footprint):
+class Plan(Activations):
     """Every number of a run. Lengths are in tokens, memory and traffic in bytes per rank."""
 
     @property
     def product_flops_per_token(self) -> int:
         """Forward operations per token of the products with weights, all layers and the output."""
         model = self.config.model
-        weights = model.num_layers * (self.layer_parameters - 2 * model.hidden_size)
-        return 2 * (weights + self.padded_vocab_size * model.hidden_size)
+        beside = 2 * model.hidden_size + self.layer_biases
+        layer = self.layer_parameters - beside + self.layer_adapters(1)
+        return 2 * (model.num_layers * layer + self.padded_vocab_size * model.hidden_size)
+
+    @property
+    def frozen_flops_per_token(self) -> int:
+        """Of `product_flops_per_token`, those with weights that get no gradient of their own."""
+        model, lora = self.config.model, self.config.lora
+        if not lora.rank:
+            return 0
+        trained = model.num_layers * self.layer_adapters(1)
+        if lora.embeddings if model.tied_embeddings else lora.head:
+            trained += self.padded_vocab_size * model.hidden_size
+        return self.product_flops_per_token - 2 * trained
 
     @property
     def slots(self) -> Slots:
@@ -77,7 +91,8 @@ class Plan(Footprint):
     @property
     def flops_per_token(self) -> float:
         """Operations to train on one token, attention counted over the area it touches."""
-        return PASSES * (self.product_flops_per_token + self.attention_flops_per_token)
+        flops = self.product_flops_per_token + self.attention_flops_per_token
+        return PASSES * flops - self.frozen_flops_per_token
 
     @property
     def flops_per_token_square(self) -> float:
@@ -85,7 +100,7 @@ class Plan(Footprint):
         masked."""
         model = self.config.model
         square = 4 * self.seqlen * model.nheads * self.head_dim * model.num_layers
-        return PASSES * (self.product_flops_per_token + square)
+        return PASSES * (self.product_flops_per_token + square) - self.frozen_flops_per_token
 
     @cached_property
     def _sent(self) -> dict[LayerAttention, list[tuple[int, int]]]:
@@ -112,7 +127,7 @@ class Plan(Footprint):
         """Bytes the busiest rank sends for attention in one step, recomputation included."""
         if not self._sent:
             return 0
-        passes = 2 if self._recomputes else 1
+        passes = 2 if self.recompute == "full" else 1
         sums = []
         for stage in self.stage_layers:
             layers = [self._sent[self.layers[number]] for number in stage]
@@ -153,6 +168,15 @@ class Plan(Footprint):
         held = f"{sum(self.loss_bytes) / 2**30:.3f} GiB a rank"
         return "loss", f"logits of {chunk:,} tokens at a time, {held}; whole they take {whole}"
 
+    def _lora_row(self) -> list[tuple[str, str]]:
+        lora = self.config.lora
+        if not lora.rank:
+            return []
+        beside = [key for key in ("embeddings", "norms", "head") if getattr(lora, key)]
+        what = f"LoRA of rank {lora.rank} on {', '.join([*lora.targets, *beside])}"
+        share = self.trained_parameters / self.num_parameters
+        return [("trained", f"{self.trained_parameters:,} ({share:.3%}): {what}")]
+
     def rows(self) -> list[tuple[str, str]]:
         """The plan as (what, how much), for people."""
         train, parallel = self.config.train, self.config.parallel
@@ -169,6 +193,7 @@ class Plan(Footprint):
             ("batch", f"{train.global_batch_size} samples, {self.num_micro_batches} micro-batches"),
             ("tokens a step", f"{train.global_batch_size * train.seqlen:,}"),
             ("parameters", f"{self.num_parameters:,} in {self.dtype}"),
+            *self._lora_row(),
             ("vocabulary", f"{self.config.model.vocab_size} (padded to {self.padded_vocab_size})"),
             ("FLOPs a token", f"{self.flops_per_token:.3g} (whole square: "
              f"{self.flops_per_token_square:.3g})"),
@@ -177,6 +202,7 @@ class Plan(Footprint):
             ("weights and states", f"{self.state_bytes / 2**30:.3f} GiB a rank"),
             ("checkpoint", f"{self.checkpoint_bytes / 2**30:.3f} GiB"),
             self._loss_row(),
+            *self.memory_rows,
             ("activations", f"about {self.activation_bytes / 2**30:.3f} GiB a rank"),
         ]  # fmt: skip
 
@@ -195,6 +221,8 @@ def make_plan(config: Config, world_size: int) -> Plan:
     check_batch(config, dp_size, errors)
     check_rope(config, errors)
     check_loss(config, errors)
+    check_memory(config, errors)
+    check_lora(config, errors)
     check_schedule(config, errors)
     layers = layer_methods(config, errors)
     check_methods(config, layers, errors)
@@ -206,7 +234,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     dtype = config.train.dtype
     if dtype == "auto":
         dtype = "bf16" if has_cuda() else "fp32"
-    return Plan(config, world_size, dp_size, layers, layout, dtype)
+    return Plan(config, world_size, dp_size, layers, layout, dtype, may_offload=has_cuda())
 
 
 def _data_parallel_size(config: Config, world_size: int, errors: list[str]) -> int:

@@ -7,10 +7,12 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
+from lcdist.config.lora import LoraConfig
 from lcdist.config.schema import Config, ModelConfig
-from lcdist.data.dataset import TokenDataset
+from lcdist.convert.adapter import check_adapter, import_adapter
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.meta import check_vocabulary
+from lcdist.data.opening import accounts, open_samples
 from lcdist.data.sample import Dataset
 from lcdist.data.slots import Apart, Joined, Slots
 from lcdist.data.synthetic import SyntheticDataset
@@ -18,13 +20,14 @@ from lcdist.model.build import DTYPES, build_model
 from lcdist.parallel import Grid, board, build_grid, start_world, world_size
 from lcdist.plan import Plan, make_plan
 from lcdist.train.checkpoint import (
+    MERGE,
     Checkpoint,
     CheckpointError,
     latest_in,
     open_checkpoint,
     saved_config,
 )
-from lcdist.train.checks import check_start
+from lcdist.train.checks import check_host_memory, check_start
 from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.folder import (
     check_same_run,
@@ -52,10 +55,11 @@ from lcdist.train.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, console: Console | None = None) -> Outcome:
+def run(config: Config, console: Console | None = None, also_stop: Path | None = None) -> Outcome:
     """Train as `config` says, in the world the launcher made; resumes what its folder holds.
 
-    console: where rank 0 shows progress; None: standard output. Raises ConfigError, ValueError or
+    console: where rank 0 shows progress; None: standard output. also_stop: a file whose presence
+    asks to save and stop, beside the one in its folder. Raises ConfigError, ValueError or
     CheckpointError for the user's mistakes, before anything is overwritten.
     """
     plan = make_plan(config, world_size())
@@ -74,8 +78,10 @@ def run(config: Config, console: Console | None = None) -> Outcome:
             on_rank_0(lambda: _ended(folder, outcome))
             return outcome
         check_start(folder, plan.checkpoint_bytes)
+        plan = check_host_memory(plan)
         peak = device_peak(grid.device, DTYPES[plan.dtype], config.log.peak_tflops)
         trainer = make_trainer(plan, grid, dataset, peak)
+        trainer.also_stop = [also_stop] if also_stop is not None else []
         begin(trainer, checkpoint)
         outcome = _train(trainer, console)
     return outcome
@@ -95,8 +101,10 @@ def open_dataset(plan: Plan) -> Dataset:
         if pack and not slots.plain:
             return Apart(made_up, slots)
         return Joined(made_up, slots, train.seqlen) if landmarks and not pack else made_up
-    dataset = TokenDataset(data.path, "train", seqlen, train.seed, slots if pack else Slots())
+    dataset = open_samples(data, seqlen, train.seed, slots if pack else Slots())
     check_vocabulary(dataset.meta, plan.config.model.vocab_size, reserved=landmarks)
+    for line in accounts(dataset, train.steps * train.global_batch_size):
+        log.info(line)
     return Joined(dataset, slots, train.seqlen) if landmarks and not pack else dataset
 
 
@@ -112,6 +120,7 @@ def make_trainer(plan: Plan, grid: Grid, dataset: Dataset, peak: Peak) -> Traine
         global_batch_size=train.global_batch_size,
         documents=plan.config.data.documents,
         slots=plan.slots,
+        balance=plan.config.data.balance,
     )
     engine = MegatronEngine(plan, grid, build_model(plan, grid.device))
     folder = Path(plan.config.log.folder) / "checkpoints"
@@ -128,13 +137,20 @@ def begin(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
         log.info("resumed %s at step %d", config.log.folder, trainer.step)
     elif config.checkpoint.load:
         source = Path(config.checkpoint.load)
-        trainer.start_from(on_rank_0(lambda: open_fitting(source, config.model)))
+        trainer.start_from(on_rank_0(lambda: open_fitting(source, config)))
+        if config.lora.load:
+            import_adapter(Path(config.lora.load), config, trainer.engine.chunks)
+            trainer.engine.optimizer.refresh_masters()
 
 
-def open_fitting(path: Path, model: ModelConfig) -> Checkpoint:
-    """The checkpoint at `path`. Raises CheckpointError where its model has another architecture."""
-    checkpoint = open_checkpoint(path)
-    saved = saved_config(checkpoint).model
+def open_fitting(path: Path, config: Config) -> Checkpoint:
+    """The checkpoint at `path`.
+
+    Raises CheckpointError where its model has another architecture or other adapters.
+    """
+    checkpoint, model = open_checkpoint(path), config.model
+    there = saved_config(checkpoint)
+    saved = there.model
     # What scales the rotation or draws initial values does not change the shape of any weight.
     free = {"rope", "init_std", "norm_eps"}
     differing = [
@@ -146,7 +162,20 @@ def open_fitting(path: Path, model: ModelConfig) -> Checkpoint:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} is of another architecture: {'; '.join(differing)}"
         )
+    _check_same_adapters(checkpoint, there.lora, config.lora)
     return checkpoint
+
+
+def _check_same_adapters(checkpoint: Checkpoint, there: LoraConfig, here: LoraConfig) -> None:
+    if not there.rank:
+        return
+    keys = {"rank": (there.rank, here.rank), "alpha": (there.alpha, here.alpha)}
+    keys["targets"] = (", ".join(sorted(there.targets)), ", ".join(sorted(here.targets)))
+    others = [f"lora.{k} is {a} there and {b} here" for k, (a, b) in keys.items() if a != b]
+    if others:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} has other LoRA adapters: {'; '.join(others)}; {MERGE}"
+        )
 
 
 def _what_is_there(folder: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:
@@ -154,9 +183,22 @@ def _what_is_there(folder: Path, config: Config) -> tuple[Checkpoint | None, lis
     changes = check_same_run(folder, config)
     newest = latest_in(folder / "checkpoints")
     if newest is not None:
-        return open_fitting(newest, config.model), changes
+        checkpoint = open_fitting(newest, config)
+        if "imported" in checkpoint.manifest:
+            raise CheckpointError(
+                f"log.folder = '{folder}' holds an imported model, which has no run to go on with: "
+                f"start from it with checkpoint.load={folder} and another log.folder"
+            )
+        return checkpoint, changes
     if config.checkpoint.load:
-        open_fitting(Path(config.checkpoint.load), config.model)
+        base = open_fitting(Path(config.checkpoint.load), config)
+        if config.lora.load and saved_config(base).lora.rank:
+            raise ValueError(
+                f"lora.load = '{config.lora.load}': checkpoint.load has adapters already "
+                f"({base.path}); leave one of them out"
+            )
+    if config.lora.load:
+        check_adapter(Path(config.lora.load), config)
     return None, changes
 
 

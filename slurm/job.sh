@@ -117,11 +117,13 @@ give_up() {
   exit "$1"
 }
 
+# A run of stages has them, and what belongs to each, in folders of its own.
 newest_checkpoint() {
-  find "$run" -path "$run/checkpoints/step_*" -prune | sort | tail -n 1
+  find "$run" -path "$run/checkpoints/step_*" -prune -o -path "$run/*/checkpoints/step_*" -prune |
+    sort -V | tail -n 1
 }
 
-starts() { cksum "$run/run.json" 2>/dev/null || true; }
+starts() { cat "$run/run.json" "$run"/*/run.json 2>/dev/null | cksum || true; }
 
 # Exits as the head of this file says. $1: srun's status; $2: what `starts` said before.
 conclude() {

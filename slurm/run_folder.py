@@ -4,9 +4,10 @@ Needs no torch: a mistake is known, once and not from every rank, before any lau
 """
 
 import sys
+from pathlib import Path
 
-from lcdist.config import load
 from lcdist.config.schema import Config
+from lcdist.config.stages import load_stages
 
 
 def folder_of(config: Config, nodes: int, procs: int) -> str:
@@ -27,7 +28,10 @@ def main() -> str | None:
     """What is wrong, if anything is."""
     nodes, procs, path, *overrides = sys.argv[1:]
     try:
-        sys.stdout.write(folder_of(load(path, overrides), int(nodes), int(procs)))
+        stages = load_stages(path, overrides)
+        folders = [folder_of(stage.config, int(nodes), int(procs)) for stage in stages]
+        # Stages lie in the folder of the whole.
+        sys.stdout.write(str(Path(folders[0]).parent) if stages[0].name else folders[0])
     except (ValueError, FileNotFoundError) as error:
         return "\n".join(f"configuration error: {line}" for line in str(error).splitlines())
     return None

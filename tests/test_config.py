@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 
 from lcdist.config import ConfigError, dump, load, parse
 from lcdist.config.load import build_options
-from lcdist.config.rope import RopeLlama3, RopeNTK, RopePI, RopePlain, RopeYarn
+from lcdist.config.rope import (
+    RopeDynamic,
+    RopeLlama3,
+    RopeLong,
+    RopeNTK,
+    RopePI,
+    RopePlain,
+    RopeYarn,
+)
 from lcdist.config.schema import (
     OPTIONS,
     AttentionConfig,
@@ -69,8 +77,8 @@ model.seqlen = 8
     unknown key 'model.seqlen'; did you mean 'train.seqlen'?
 optim.steps = 8
     unknown key 'optim.steps'; did you mean 'train.steps'?
-data.zzz = 1
-    unknown key 'data.zzz'; known keys: source, path, documents
+evaluate.zzz = 1
+    unknown key 'evaluate.zzz'; known keys: attention, lengths, tokens
 attention.chunk = 1
     unknown key 'attention.chunk'; known keys: method, layers, impl
 attention.metod = "full"
@@ -100,6 +108,18 @@ data.path = 2026-01-02
     data.path = datetime.date(2026, 1, 2): expected str, got date
 evaluate.lengths = 512
     evaluate.lengths = 512: expected a list, got int
+data.mixture = ["a", "b"]
+    data.mixture = ['a', 'b']: expected a table of tables, got list
+data.mixture.code = "a"
+    data.mixture.code = 'a': expected a table of keys, got str
+data.mixture.code.weight = 2.0
+    missing key 'data.mixture.code.path': it has no default
+data.mixture.code = {path = "a", weigth = 1.0}
+    unknown key 'data.mixture.code.weigth'; did you mean 'data.mixture.code.weight'?
+data.mixture.code = {path = "a", weight = 0}
+    data.mixture.code.weight = 0.0: must be greater than 0
+data.long_factor = [2.0, 0.0]
+    data.long_factor[1] = 0.0: must be greater than 0
 evaluate.lengths = [512, "1k"]
     evaluate.lengths[1] = '1k': expected int, got str
 attention.method = ["full"]
@@ -136,9 +156,9 @@ attention = {layers = 3}
     attention.layers = 3: expected str, got int
 
 model.rope.scaling = "spiral"
-    model.rope.scaling = 'spiral': must be one of none, pi, ntk, yarn, llama3
+    model.rope.scaling = 'spiral': must be one of none, pi, ntk, yarn, llama3, dynamic, longrope
 model.rope.scaling = ["pi"]
-    model.rope.scaling = ['pi']: must be one of none, pi, ntk, yarn, llama3
+    model.rope.scaling = ['pi']: must be one of none, pi, ntk, yarn, llama3, dynamic, longrope
 model.rope = "pi"
     model.rope = 'pi': expected a table of keys, got str
 model.rope.factor = 2
@@ -147,6 +167,10 @@ model.rope = {scaling = "pi", factr = 2}
     unknown key 'model.rope.factr'; did you mean 'model.rope.factor'?
 model.rope = {scaling = "ntk", factor = 0.5}
     model.rope.factor = 0.5: must be at least 1
+model.rope = {scaling = "dynamic"}
+    missing key 'model.rope.original_seqlen': it has no default
+model.rope = {scaling = "longrope", original_seqlen = 4, short_factors = [0], long_factors = [1]}
+    model.rope.short_factors[0] = 0.0: must be greater than 0
 """
 
 
@@ -167,7 +191,8 @@ def test_all_mistakes_are_reported_together() -> None:
         parse(raw, ["evaluate.lengths=no", "steps=3"])
     assert str(caught.value).splitlines() == [
         "override 'steps=3': expected section.key=value; did you mean 'train.steps'?",
-        "model.rope.scaling = 'spiral': must be one of none, pi, ntk, yarn, llama3",
+        "model.rope.scaling = 'spiral': must be one of none, pi, ntk, yarn, llama3, dynamic, "
+        "longrope",
         "train.seqlen = 'x': expected int, got str",
         "train.steps = 0: must be at least 1",
         "missing key 'log.folder': it has no default",
@@ -203,6 +228,16 @@ def test_integers_become_floats_and_lists_tuples() -> None:
         ({"scaling": "ntk", "factor": 4, "base": 7}, RopeNTK(factor=4.0, base=7.0)),
         ({"scaling": "yarn", "original_seqlen": 9}, RopeYarn(original_seqlen=9)),
         ({"scaling": "llama3", "factor": 32}, RopeLlama3(factor=32.0)),
+        ({"scaling": "dynamic", "original_seqlen": 9}, RopeDynamic(original_seqlen=9)),
+        (
+            {
+                "scaling": "longrope",
+                "original_seqlen": 9,
+                "short_factors": [1, 2],
+                "long_factors": [3, 4.5],
+            },
+            RopeLong(original_seqlen=9, short_factors=(1.0, 2.0), long_factors=(3.0, 4.5)),
+        ),
     ],
 )
 def test_the_tag_chooses_the_member_of_a_union(rope: dict[str, Any], expected: Any) -> None:
@@ -365,6 +400,9 @@ def values_of(hint: Any, metadata: Mapping[str, Any]) -> st.SearchStrategy[Any]:
         return st.sampled_from(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return st.lists(values_of(typing.get_args(hint)[0], metadata), max_size=4).map(tuple)
+    if typing.get_origin(hint) is Mapping:
+        inner = values_of(typing.get_args(hint)[1], {})
+        return st.dictionaries(TEXT, inner, max_size=3)
     if hint is int:
         return st.integers(min_value=low)
     if hint is float:

@@ -21,11 +21,13 @@ FLOORS = (
     {"lcdist.attention", "lcdist.parallel", "lcdist.data"},
     {"lcdist.layer_methods"},
     {"lcdist.contradictions", "lcdist.footprint"},
+    {"lcdist.activations"},
     {"lcdist.plan"},
     {"lcdist.model"},
     {"lcdist.train", "lcdist.inference"},
     {"lcdist.evaluate", "lcdist.verify", "lcdist.convert"},
     {"lcdist.run"},
+    {"lcdist.curriculum"},
     {"lcdist.cli"},
     {"lcdist.__main__"},
 )

@@ -458,7 +458,8 @@ def test_the_work_of_a_loss_by_chunks_is_what_a_real_one_allocates() -> None:
 
 
 def test_the_loss_goes_by_chunks_above_16k_tokens_a_rank() -> None:
-    sizes = ("model.vocab_size=32768", "train.seqlen=16384")
+    kept = ("train.recompute=none", "train.mlp=whole")
+    sizes = ("model.vocab_size=32768", "train.seqlen=16384", *kept)
     whole = plan_of(*sizes)
     assert whole.loss_chunk(whole.tokens) is None
     assert whole.loss_bytes == (16384 * 32768 * 4, 0)

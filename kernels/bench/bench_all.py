@@ -12,7 +12,7 @@ from harness import RESULTS
 from place import HAS_GPU, device_name
 
 ON_GPU = [*(f"bench_{method}.py" for method in METHODS), "plot.py"]
-ON_CPU = ["bench_methods.py", "bench_training.py", "bench_loss.py"]
+ON_CPU = ["bench_methods.py", "bench_training.py", "bench_loss.py", "bench_memory.py"]
 
 
 def main() -> int:

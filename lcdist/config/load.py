@@ -36,6 +36,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError naming the file where it cannot be read, and every mistake otherwise.
     """
+    return parse(read_table(path), overrides)
+
+
+def read_table(path: str | Path) -> dict[str, Any]:
+    """The TOML file `path`. Raises ConfigError naming the file where it cannot be read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -43,11 +48,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except UnicodeDecodeError as error:
         raise ConfigError([f"cannot read configuration {path}: not UTF-8 ({error})"]) from error
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except ValueError as error:
         # Not TOMLDecodeError alone: an endless integer is a plain ValueError.
         raise ConfigError([f"cannot read configuration {path}: not TOML ({error})"]) from error
-    return parse(table, overrides)
 
 
 def parse(table: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -202,8 +206,15 @@ def _value(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
             return value
         item = typing.get_args(hint)[0]
         return tuple(_value(item, v, f"{path}[{i}]", errors) for i, v in enumerate(value))
+    if origin is Mapping:
+        return _named(typing.get_args(hint)[1], value, path, errors)
     if origin in (types.UnionType, typing.Union):
         return _union(typing.get_args(hint), value, path, errors)
+    return _one(hint, value, path, errors)
+
+
+def _one(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
+    """A value that is not made of others, or a table of the schema."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, path, errors)
     if hint is float and type(value) is int:
@@ -215,6 +226,14 @@ def _value(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
         expected = _NAMES.get(hint, str(hint))
         errors.append(f"{path} = {value!r}: expected {expected}, got {_kind(value)}")
     return value
+
+
+def _named(item: Any, value: Any, path: str, errors: list[str]) -> Any:
+    """Tables under names that the user chooses."""
+    if not isinstance(value, Mapping):
+        errors.append(f"{path} = {value!r}: expected a table of tables, got {_kind(value)}")
+        return value
+    return {name: _value(item, each, _join(path, name), errors) for name, each in value.items()}
 
 
 def _union(members: Sequence[type], value: Any, path: str, errors: list[str]) -> Any:

@@ -3,7 +3,7 @@
 The frequencies that follow from it are made by `lcdist.model.rotary`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lcdist.config.fields import above, at_least, required
@@ -69,4 +69,37 @@ class RopeLlama3:
     original_seqlen: int = at_least(1, 8192)
 
 
-Rope = RopePlain | RopePI | RopeNTK | RopeYarn | RopeLlama3
+@dataclass(frozen=True, kw_only=True)
+class RopeDynamic:
+    """Dynamic NTK: NTK-aware scaling that grows with the length of the sequence that is read.
+
+    Up to original_seqlen tokens nothing is scaled; at s of them, base is multiplied by
+    (factor s / original_seqlen - (factor - 1))^(d/(d-2)).
+    """
+
+    scaling: Literal["dynamic"] = "dynamic"
+    base: float = above(1, 10000.0)
+    factor: float = at_least(1, 1.0)
+    original_seqlen: int = required(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeLong:
+    """LongRoPE (arXiv:2402.13753): every frequency divided by a searched number of its own.
+
+    short_factors, long_factors: these numbers, head_dim / 2 of them, for sequences of at most
+    original_seqlen tokens and for longer ones. factor: how many times original_seqlen the model is
+    extended to. attention_factor: multiplies cos and sin; None: sqrt(1 + ln factor / ln
+    original_seqlen).
+    """
+
+    scaling: Literal["longrope"] = "longrope"
+    base: float = above(1, 10000.0)
+    factor: float = at_least(1, 1.0)
+    original_seqlen: int = required(2)
+    short_factors: tuple[float, ...] = field(metadata={"above": 0})
+    long_factors: tuple[float, ...] = field(metadata={"above": 0})
+    attention_factor: float | None = above(0, None)
+
+
+Rope = RopePlain | RopePI | RopeNTK | RopeYarn | RopeLlama3 | RopeDynamic | RopeLong

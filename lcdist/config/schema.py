@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lcdist.config.fields import above, at_least, required
+from lcdist.config.lora import LoraConfig
 from lcdist.config.rope import Rope, RopePlain
 
 # --- attention methods' options -------------------------------------------------------------------
@@ -111,6 +112,7 @@ class ModelConfig:
     ffn_hidden_size: int = required(1)
     norm_eps: float = above(0, 1e-5)
     tied_embeddings: bool = False
+    qkv_bias: bool = False  # a bias on the projections to queries, keys and values, as Qwen2 has
     init_std: float = above(0, 0.02)
     rope: Rope = field(default_factory=RopePlain)
 
@@ -148,12 +150,34 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixtureSource:
+    """One folder of a mixture; its share of the tokens is its weight over all weights."""
+
+    path: str = required()  # folder written by `lcdist tokenize`
+    weight: float = above(0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where tokens come from: a folder made by `lcdist tokenize`, or made-up ones."""
+    """Where tokens come from: folders made by `lcdist tokenize`, or made-up ones.
+
+    mixture: several folders, each a table `[data.mixture.<name>]`; `path` is then the one that is
+    evaluated on and generated with, by default the first. long_from, long_factor: in every folder,
+    documents of at least long_from[i] tokens, and fewer than long_from[i + 1], are drawn
+    long_factor[i] times as often as shorter ones (arXiv:2402.10171).
+    """
 
     source: Literal["tokens", "synthetic"] = "tokens"
     path: str = ""  # folder written by `lcdist tokenize`
+    mixture: Mapping[str, MixtureSource] = field(default_factory=dict)
+    long_from: tuple[int, ...] = at_least(1, ())
+    long_factor: tuple[float, ...] = above(0, ())
     documents: Literal["join", "pack"] = "join"  # pack: attention never crosses a document's end
+    # How packed documents fill rows: one after another, cut where a row ends; or each whole where
+    # it fits best, with padding (arXiv:2404.10830), so that only those longer than a row are cut.
+    packing: Literal["cut", "best_fit"] = "cut"
+    # Deal a step's packed samples to data-parallel ranks by the work of their attention.
+    balance: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +206,16 @@ class TrainConfig:
     global_batch_size: int = at_least(1, 1)  # samples a step, over all ranks
     seed: int = at_least(0, 0)
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    recompute: Literal["none", "full"] = "none"
+    # What backward computes again: nothing; norms and the MLP's activation; whole layers, of which
+    # the input is kept. auto: whole layers above 16,384 tokens a rank, else nothing.
+    recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    # host: the inputs wait for backward in the host's memory. auto: on a GPU, above 16,384 tokens
+    # a rank, where they fit there.
+    offload: Literal["auto", "none", "host"] = "auto"
+    # tiled: some tokens at a time, once more in backward; auto: above 16,384 tokens a rank
+    mlp: Literal["auto", "whole", "tiled"] = "auto"
+    # tokens at a time; 0: as many as have gate and up in 128 MiB, at least 1,024
+    mlp_chunk: int = at_least(0, 0)
     # chunked: logits for some tokens at a time, twice; auto: above 16,384 tokens a rank
     loss: Literal["auto", "whole", "chunked"] = "auto"
     loss_chunk: int = at_least(0, 0)  # tokens at a time; 0: as many as fit 128 MiB, at least 1,024
@@ -237,4 +270,5 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -5,7 +5,9 @@ the .idx is a header of 34 bytes, then for every sequence its length in tokens (
 byte offset (int64), then the sequence number at which each document starts (int64).
 """
 
+import shutil
 import struct
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +28,7 @@ class IndexedWriter:
         self._dtype = np.uint16 if vocab_size < 65500 else np.int32
         self._index_path = Path(f"{prefix}.idx")
         self._bin = open(f"{prefix}.bin", "wb")  # noqa: SIM115
-        self._lengths: list[int] = []
+        self._lengths = array("i")
         self.tokens = 0
 
     @property
@@ -39,6 +41,17 @@ class IndexedWriter:
         self._bin.write(np.asarray(tokens, self._dtype).tobytes())
         self._lengths.append(len(tokens))
         self.tokens += len(tokens)
+
+    def add_all(self, prefix: str | Path) -> None:
+        """Append the documents of another such pair of files, written for the same vocab_size."""
+        with open(f"{prefix}.bin", "rb") as tokens:
+            shutil.copyfileobj(tokens, self._bin, 2**22)
+        with open(f"{prefix}.idx", "rb") as index:
+            head = index.read(len(_MAGIC) + 25)
+            (count,) = struct.unpack_from("<Q", head, len(_MAGIC) + 9)
+            lengths = np.frombuffer(index.read(4 * count), np.int32)
+        self._lengths.frombytes(lengths.tobytes())
+        self.tokens += int(lengths.sum(dtype=np.int64))
 
     def __enter__(self) -> "IndexedWriter":
         return self

@@ -2,10 +2,11 @@
 
 A step takes samples [n, n + global_batch_size). Micro-batch m of data-parallel rank d takes the
 micro_batch_size samples from n + (m dp_size + d) micro_batch_size on; every tp, pp and cp rank of
-d draws the same ones. So the state is n alone, and n means the same at any dp_size.
+d draws the same ones. So the state is n alone, and n means the same at any dp_size. With `balance`
+the same samples are dealt to the ranks by their work (balance.py); the state stays what it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lcdist.data.balance import attention_work, deal, table_of
 from lcdist.data.sample import Dataset, Sample
 from lcdist.data.slots import Slots
 from lcdist.layout import ContextLayout
@@ -41,8 +43,9 @@ class LoaderSpec:
     layout: cuts rows of layout.seqlen tokens, which may be more than the data set's seqlen.
     micro_batch_size: samples a data-parallel rank runs at once. global_batch_size: samples a
     step, over all ranks. documents: "join" reads a row as one text; "pack" keeps the documents
-    apart. slots: how the data set laid out its samples. Raises ValueError where global_batch_size
-    does not divide.
+    apart. slots: how the data set laid out its samples. balance: whether a step's samples are dealt
+    to the data-parallel ranks by the work of their attention. Raises ValueError where
+    global_batch_size does not divide.
     """
 
     layout: ContextLayout
@@ -53,6 +56,7 @@ class LoaderSpec:
     global_batch_size: int
     documents: Literal["join", "pack"] = "join"
     slots: Slots = field(default_factory=Slots)
+    balance: bool = False
 
     def __post_init__(self) -> None:
         assert 0 <= self.dp_rank < self.dp_size and 0 <= self.cp_rank < self.layout.cp_size
@@ -97,6 +101,11 @@ class Loader:
     def step_at(self, sample: int) -> list[Batch]:
         """The micro-batches of the step that starts with sample number `sample`."""
         size, spec = self.spec.micro_batch_size, self.spec
+        if spec.balance and spec.dp_size > 1:
+            every = range(sample, sample + spec.global_batch_size)
+            works = [attention_work(table_of(self.dataset, index)) for index in every]
+            mine = [sample + place for place in deal(works, spec.dp_size)[spec.dp_rank]]
+            return [self._batch(mine[first : first + size]) for first in range(0, len(mine), size)]
         firsts = [
             sample + (micro * spec.dp_size + spec.dp_rank) * size
             for micro in range(spec.num_micro_batches)
@@ -116,7 +125,7 @@ class Loader:
             )
         self.sample = int(state["sample"])
 
-    def _batch(self, indices: range) -> Batch:
+    def _batch(self, indices: Sequence[int]) -> Batch:
         pack = self.spec.documents == "pack"
         samples = [self.dataset.sample(index) for index in indices]
         targets = [_targets(sample, self.spec.slots, pack) for sample in samples]

@@ -17,9 +17,11 @@ class Meta:
     format: version of the folder's format. digest: sha256 over inputs and settings. vocab_size,
     eos_id, fingerprint (sha256 of the model file): of the tokenizer. documents, tokens: numbers
     by split. source: where the text came from, with the number of files, their bytes, and the
-    digest of names, sizes and contents. settings: what else the tokens depend on. empty: number
-    of documents without a character, left out. skipped: what could not be read, each as {"file",
-    "offset" (bytes), "reason"}. files: sizes of the folder's other files in bytes.
+    digest of names, sizes and contents, and how many files of other endings were there
+    ("left_out"). settings: what else the tokens depend on. empty: number of documents without a
+    character, left out. skipped: what could not be read, each as {"file",
+    "offset" (bytes), "reason"} and the "line" or "row". files: sizes of the folder's other files in
+    bytes. kind: of the tokenizer; sentencepiece where an older folder does not say.
     """
 
     format: int
@@ -34,6 +36,7 @@ class Meta:
     empty: int
     skipped: list[dict]
     files: dict[str, int]
+    kind: str = "sentencepiece"
 
 
 def write_meta(folder: str | Path, meta: Meta) -> None:
@@ -64,9 +67,10 @@ def read_meta(folder: str | Path) -> Meta:
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         found = table.get("format") if isinstance(table, dict) else None
         raise ValueError(f"{path}: format {found!r}, this version reads {FORMAT}; {remedy}")
-    names = {field.name for field in dataclasses.fields(Meta)}
-    if set(table) != names:
-        odd = ", ".join(sorted(names ^ set(table)))
+    names = {field.name: field.default for field in dataclasses.fields(Meta)}
+    optional = {name for name, default in names.items() if default is not dataclasses.MISSING}
+    if set(table) | optional != set(names):
+        odd = ", ".join(sorted(set(names) ^ (set(table) | optional)))
         raise ValueError(f"{path}: missing or unknown keys: {odd}; {remedy}")
     meta = Meta(**table)
     for name, size in meta.files.items():
@@ -79,15 +83,21 @@ def read_meta(folder: str | Path) -> Meta:
 
 
 def check_vocabulary(meta: Meta, vocab_size: int, reserved: int = 0) -> None:
-    """Raise ValueError unless the model's `vocab_size` is that of the tokens.
+    """Raise ValueError unless the tokens fit the model's `vocab_size`.
 
-    reserved: tokens that the model has on top, after those of the text: landmarks.
+    reserved: tokens that the model has on top, after those of the text: landmarks. The sizes must
+    be the same, but with a Hugging Face tokenizer the model's may be larger: published ones pad it.
     """
     wanted = meta.vocab_size + reserved
-    if wanted != vocab_size:
+    padded = meta.kind == "huggingface" and wanted < vocab_size
+    if wanted != vocab_size and not padded:
         more = f" and {reserved} for landmarks" if reserved else ""
+        retrain = (
+            f", or tokenize again with vocab_size = {vocab_size - reserved}"
+            if meta.kind == "sentencepiece"
+            else ", or tokenize again with the model's own tokenizer"
+        )
         raise ValueError(
             f"model.vocab_size = {vocab_size}, but the data was made with a tokenizer of "
-            f"{meta.vocab_size} pieces{more}: set model.vocab_size = {wanted}, or tokenize "
-            f"again with vocab_size = {vocab_size - reserved}"
+            f"{meta.vocab_size} pieces{more}: set model.vocab_size = {wanted}{retrain}"
         )

@@ -1,56 +1,28 @@
 """From text to a folder of tokens: tokenizer, train and valid split in Megatron's indexed format.
 
 The folder is built beside its place and renamed when it is whole, so a folder with its name is a
-whole one. What comes out depends on texts, names and settings alone, not on machine or threads.
+whole one. What comes out depends on texts, names and settings alone, not on machine or processes.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcdist.data.corpus import (
-    Document,
-    OnError,
-    Part,
-    Source,
-    SourceFile,
-    cut,
-    digest_files,
-    documents,
-    list_files,
-    share,
-)
-from lcdist.data.indexed import IndexedWriter
-from lcdist.data.meta import FORMAT, META, TOKENIZER, Meta, read_meta, write_meta
-from lcdist.data.tokenizer import Tokenizer, train_tokenizer
+from lcdist.data.building import Building, building, is_whole
+from lcdist.data.corpus import Source, SourceFile, digest_files, list_files, share, walk
+from lcdist.data.meta import FORMAT, META, Meta, read_meta, write_meta
+from lcdist.data.parts import PART_BYTES, Part, Reading, Tally, cut
+from lcdist.data.pool import tokenize_all
+from lcdist.data.settings import Settings, check_settings
+from lcdist.data.shards import SHARD_BYTES, Work, drawn_documents, join, shards_of
+from lcdist.data.tokenizer import MODEL_FILE, train_tokenizer
+from lcdist.data.tokenizer_files import TextTokenizer, open_tokenizer
 
-# Called with the bytes of text done and the bytes there are.
-Progress = Callable[[int, int], None]
-_BATCH_CHARS = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a token folder depends on besides its text.
-
-    vocab_size: pieces of the tokenizer (None: as many as the given tokenizer has).
-    valid_fraction: share of documents, in [0, 1), that are kept out of training. seed: of the
-    split. on_error: "refuse" or "skip" what cannot be read. threads: used for tokenizing; they do
-    not change the result.
-    """
-
-    vocab_size: int | None
-    valid_fraction: float
-    seed: int
-    on_error: OnError
-    threads: int
+# Called with what is being done, the bytes of input done and the bytes there are.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -62,33 +34,6 @@ class Prepared:
     fresh: bool
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The parts of a corpus and which split each belongs to (None: decided by document)."""
-
-    parts: list[Part]
-    splits: list[str | None]
-    settings: Settings
-
-    def documents(self, number: int, skipped: list[dict]) -> Iterator[tuple[str, Document]]:
-        """The documents of part `number`, each with its split."""
-        for document in documents(self.parts[number], self.settings.on_error, skipped):
-            yield self.splits[number] or self._drawn(document.name), document
-
-    def _drawn(self, name: str) -> str:
-        settings = self.settings
-        return "valid" if share(settings.seed, name) < settings.valid_fraction else "train"
-
-    def training_texts(self) -> Iterator[str]:
-        """Texts of the train split, part after part in an order drawn from the names."""
-        order = range(len(self.parts))
-        name = [f"{part.file.name}@{part.start}" for part in self.parts]
-        for number in sorted(order, key=lambda i: share(self.settings.seed + 1, name[i])):
-            for split, document in self.documents(number, []):
-                if split == "train":
-                    yield document.text
-
-
 def prepare(
     source: Source,
     out_folder: str | Path,
@@ -97,59 +42,57 @@ def prepare(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Tokenize `source` into `out_folder`: {train,valid}.{bin,idx}, tokenizer.model, meta.json.
+    """Tokenize `source` into `out_folder`: {train,valid}.{bin,idx}, the tokenizer, meta.json.
 
-    tokenizer: a sentencepiece .model to use; None trains one on the train split. Every document
-    ends with eos. Where the folder already holds the same text under the same settings nothing is
-    done. Raises ValueError on bad input, where the folder holds anything else and `overwrite` is
-    False, where it is no token folder at all, and where another process is making it.
+    tokenizer: what `open_tokenizer` opens; None trains one on the train split. Every document ends
+    with eos. Where the folder already holds the same text under the same settings nothing is done;
+    where an earlier call was interrupted, it goes on. Raises ValueError on bad input, where the
+    folder holds anything else and `overwrite` is False, where it is no token folder at all, and
+    where another process is making it.
     """
-    given = None if tokenizer is None else Tokenizer(tokenizer)
-    _check(settings, given, tokenizer)
+    given = None if tokenizer is None else open_tokenizer(tokenizer, settings.specials)
+    check_settings(settings, given, tokenizer)
     files = list_files(source)
+    total = sum(file.size for file in files)
     described = {
         "path": str(source.path),
         "files": len(files),
-        "bytes": sum(file.size for file in files),
-        "digest": digest_files(files),
+        "bytes": total,
+        "digest": digest_files(files, _counter("reading", total, progress)),
+        "left_out": walk(source)[1],
     }
-    recorded = dataclasses.asdict(settings)
-    del recorded["threads"]
-    recorded["tokenizer"] = given and given.fingerprint
-    inputs = json.dumps([FORMAT, described["digest"], recorded], sort_keys=True)
-    digest = hashlib.sha256(inputs.encode()).hexdigest()
+    recorded = settings.recorded(given)
+    digest = _digest([FORMAT, described["digest"], recorded])
+    # What is skipped and what is refused gives the same tokens as far as it goes.
+    basis = {key: value for key, value in recorded.items() if key != "on_error"}
+    key = _digest([FORMAT, described["digest"], basis, PART_BYTES, SHARD_BYTES])
     out = Path(out_folder)
     if _taken(out, digest, overwrite):
         return Prepared(out, read_meta(out), fresh=False)
-    with _building(out) as partial:
-        plan = _plan(files, settings)
-        model = (
-            train_tokenizer(plan.training_texts(), settings.vocab_size or 0)
-            if tokenizer is None
-            else Path(tokenizer).read_bytes()
-        )
-        (partial / TOKENIZER).write_bytes(model)
-        meta = _tokenize(plan, partial, progress)
-        meta = dataclasses.replace(meta, digest=digest, source=described, settings=recorded)
-        write_meta(partial, meta)
+    with building(out, key, digest) as at:
+        if not is_whole(at.folder, digest):
+            plan = _plan(files, settings)
+            opened = _tokenizer(at, plan, settings, given)
+            meta = _tokenize(at, plan, opened, settings, progress)
+            meta = dataclasses.replace(meta, digest=digest, source=described, settings=recorded)
+            write_meta(at.folder, meta)
     return Prepared(out, read_meta(out), fresh=True)
 
 
-def _check(settings: Settings, given: Tokenizer | None, tokenizer: str | Path | None) -> None:
-    if given is None and settings.vocab_size is None:
-        raise ValueError("give a vocab_size to train a tokenizer, or a trained tokenizer")
-    if given is not None and settings.vocab_size not in (None, given.vocab_size):
-        raise ValueError(
-            f"vocab_size = {settings.vocab_size}, but the tokenizer {tokenizer} has "
-            f"{given.vocab_size} pieces: leave vocab_size out, or leave the tokenizer out to "
-            "train one"
-        )
-    if not 0 <= settings.valid_fraction < 1:
-        raise ValueError(f"valid_fraction = {settings.valid_fraction}: must be in [0, 1)")
-    if settings.threads < 1:
-        raise ValueError(f"threads = {settings.threads}: must be at least 1")
-    if settings.on_error not in ("refuse", "skip"):
-        raise ValueError(f"on_error = {settings.on_error!r}: must be 'refuse' or 'skip'")
+def _digest(inputs: list) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _counter(stage: str, total: int, progress: Progress | None) -> Callable[[int], None]:
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(stage, done, total)
+
+    return count
 
 
 def _taken(out: Path, digest: str, overwrite: bool) -> bool:
@@ -175,117 +118,129 @@ def _taken(out: Path, digest: str, overwrite: bool) -> bool:
     )
 
 
-@contextlib.contextmanager
-def _building(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end, and is removed on an error.
-
-    A killed process leaves it behind, without meta.json until it is whole; the next one, which
-    can lock it then, empties it.
-    """
-    partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not partial.exists() or os.fstat(lock).st_ino != partial.stat().st_ino:
-            raise BlockingIOError
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(
-            f"{out}: another process is making it; wait for that one, or give another folder"
-        ) from None
-    try:
-        for old in partial.iterdir():
-            old.unlink()
-        yield partial
-        replaced = out.with_name(f".{out.name}.replaced")
-        if out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            out.rename(replaced)
-        partial.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
-
-
-def _plan(files: Sequence[SourceFile], settings: Settings) -> _Plan:
-    """Parts and splits: text files by the hash of their names, lines of JSONL by theirs.
+def _plan(files: Sequence[SourceFile], settings: Settings) -> list[tuple[Part, str | None]]:
+    """Parts and their splits: text files by the hash of their names, records by theirs (None).
 
     A lone text file is cut in two at a line end, its last part for validation; of several, the
     one drawn first goes there if chance would send none.
     """
-    fraction, seed = settings.valid_fraction, settings.seed
+    fraction, seed, size = settings.valid_fraction, settings.seed, settings.document_bytes or 0
     full = [file for file in files if file.size]
-    text = [file for file in full if file.path.suffix != ".jsonl"]
+    text = [file for file in full if not file.kind]
     if fraction and len(full) == len(text) == 1:
         border = int(text[0].size * (1 - fraction))
-        parts = [part for file in files for part in cut(file, [border])]
-        return _Plan(
-            parts, ["valid" if part.start >= border else "train" for part in parts], settings
-        )
+        parts = [part for file in files for part in cut(file, [border], size)]
+        return [(part, "valid" if part.start >= border else "train") for part in parts]
     valid = {file.name for file in text if share(seed, file.name) < fraction}
     if fraction and len(text) == len(full) > 1 and not valid:
         valid = {min(text, key=lambda file: share(seed, file.name)).name}
-    parts = [part for file in files for part in cut(file)]
-    named = ["valid" if part.file.name in valid else "train" for part in parts]
-    splits = [None if part.is_jsonl else name for part, name in zip(parts, named, strict=True)]
-    return _Plan(parts, splits, settings)
+    return [
+        (part, None if file.kind else "valid" if file.name in valid else "train")
+        for file in files
+        for part in cut(file, part_bytes=size)
+    ]
 
 
-def _batches(plan: _Plan, skipped: list[dict]) -> Iterator[tuple[int, list[tuple[str, str]]]]:
-    """Documents as (split, text) in lots of about `_BATCH_CHARS`, with the bytes read so far."""
-    lot, held, read = [], 0, 0
-    for number, part in enumerate(plan.parts):
-        for split, document in plan.documents(number, skipped):
-            lot.append((split, document.text))
-            held += len(document.text)
-        read += part.stop - part.start
-        if held >= _BATCH_CHARS:
-            yield read, lot
-            lot, held = [], 0
-    yield read, lot
+def _tokenizer(
+    at: Building,
+    plan: list[tuple[Part, str | None]],
+    settings: Settings,
+    given: TextTokenizer | None,
+) -> TextTokenizer:
+    """The tokenizer, its files in the folder being built; a trained one is trained once."""
+    if given is not None:
+        for name, content in given.files.items():
+            (at.folder / name).write_bytes(content)
+        return given
+    file = at.folder / MODEL_FILE
+    if not file.is_file():
+        work = _work(at, settings, add_bos=False)
+        partial = file.with_suffix(".partial")
+        texts = _training_texts(work, plan, settings.seed + 1)
+        partial.write_bytes(train_tokenizer(texts, settings.vocab_size or 0))
+        partial.rename(file)
+    return open_tokenizer(file)
 
 
-def _tokenize(plan: _Plan, folder: Path, progress: Progress | None) -> Meta:
-    tokenizer = Tokenizer(folder / TOKENIZER)
-    total = sum(part.stop - part.start for part in plan.parts)
-    names = ("train", "valid") if plan.settings.valid_fraction else ("train",)
-    skipped: list[dict] = []
-    empty = 0
-    with contextlib.ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(IndexedWriter(folder / name, tokenizer.vocab_size))
-            for name in names
-        }
-        for read, lot in _batches(plan, skipped):
-            full = [(split, text) for split, text in lot if text]
-            empty += len(lot) - len(full)
-            encoded = tokenizer.encode_batch([text for _, text in full], plan.settings.threads)
-            for (split, _), tokens in zip(full, encoded, strict=True):
-                writers[split].add([*tokens, tokenizer.eos_id])
-            if progress is not None:
-                progress(read, total)
-        for name, writer in writers.items():
-            if not writer.documents:
-                raise ValueError(
-                    f"the {name} split holds no document ({len(skipped)} skipped, {empty} empty): "
-                    f"give more documents, or another valid_fraction than "
-                    f"{plan.settings.valid_fraction}"
-                )
+def _training_texts(work: Work, plan: list[tuple[Part, str | None]], seed: int) -> Iterator[str]:
+    """Texts of the train split, part after part in an order drawn from the names."""
+    for part, split in sorted(plan, key=lambda one: share(seed, _part_name(one[0]))):
+        for drawn, document in drawn_documents(work, part, split, Tally()):
+            if drawn == "train":
+                yield document.text
+
+
+def _part_name(part: Part) -> str:
+    return f"{part.file.name}@{part.start}"
+
+
+def _work(at: Building, settings: Settings, add_bos: bool) -> Work:
+    return Work(
+        folder=str(at.shards),
+        splits=("train", "valid") if settings.valid_fraction else ("train",),
+        valid_fraction=settings.valid_fraction,
+        seed=settings.seed,
+        add_bos=add_bos,
+        reading=Reading(settings.on_error, settings.field),
+    )
+
+
+def _tokenize(
+    at: Building,
+    plan: list[tuple[Part, str | None]],
+    tokenizer: TextTokenizer,
+    settings: Settings,
+    progress: Progress | None,
+) -> Meta:
+    work, shards = _work(at, settings, tokenizer.begins), shards_of(plan)
+    total = sum(shard.size for shard in shards)
+    count = _counter("tokenizing", total, progress)
+    tokenize_all(work, shards, at.folder, settings.workers, count)
+    done = join(work, shards, at.folder, tokenizer.vocab_size, _counter("joining", total, progress))
+    if done.skipped and settings.on_error == "refuse":
+        # Shards of an earlier try that was told to skip.
+        raise ValueError(f"{done.skipped[0]}: mend the file, take it out, or use --on-error skip")
+    for name, documents in done.documents.items():
+        if not documents:
+            raise ValueError(
+                f"the {name} split holds no document ({len(done.skipped)} skipped, {done.empty} "
+                f"empty): give more documents, or another valid_fraction than "
+                f"{settings.valid_fraction}{_first(done.skipped)}"
+            )
     return Meta(
         format=FORMAT,
         digest="",
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         fingerprint=tokenizer.fingerprint,
-        documents={name: writer.documents for name, writer in writers.items()},
-        tokens={name: writer.tokens for name, writer in writers.items()},
+        documents=done.documents,
+        tokens=done.tokens,
         source={},
         settings={},
-        empty=empty,
-        skipped=skipped,
-        files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        empty=done.empty,
+        skipped=done.skipped,
+        files=at.sizes(),
+        kind=tokenizer.kind,
     )
+
+
+def _first(skipped: list[dict]) -> str:
+    return f"; the first that was skipped: {skipped[0]}" if skipped else ""
+
+
+def described(prepared: Prepared) -> list[str]:
+    """What was made and what was left out, a line each, for people."""
+    meta = prepared.meta
+    counts = ", ".join(f"{n:,} tokens for {split}" for split, n in meta.tokens.items())
+    state = "wrote" if prepared.fresh else "already done:"
+    lines = [f"{state} {prepared.folder}: {counts}, vocabulary of {meta.vocab_size}"]
+    left = meta.source.get("left_out") or {}
+    if left:
+        named = ", ".join(f"{n} {ending or 'without ending'}" for ending, n in left.items())
+        lines.append(f"left out files of other endings: {named}")
+    if meta.skipped:
+        lines.append(f"skipped {len(meta.skipped)} unreadable pieces, listed in {META}; the first:")
+    for entry in meta.skipped[:3]:
+        unit = next((f", {u} {entry[u]}" for u in ("line", "row") if entry.get(u)), "")
+        lines.append(f"  {entry['file']}{unit}: {entry['reason']}")
+    return lines

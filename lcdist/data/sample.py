@@ -1,7 +1,7 @@
 """A sample of tokens, and what a data set has to offer: any sample by its number."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -31,6 +31,15 @@ class Dataset(Protocol):
 
     def sample(self, index: int) -> Sample:
         """The sample with number `index`."""
+        ...
+
+
+@runtime_checkable
+class HasTable(Protocol):
+    """A data set that can say where a sample's documents are without reading its tokens."""
+
+    def table(self, index: int) -> Tensor:
+        """`cu_seqlens` of the sample with number `index`."""
         ...
 
 

@@ -5,11 +5,12 @@ Byte-pair encoding after arXiv:1508.07909, as sentencepiece implements it (arXiv
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
 
+MODEL_FILE = "tokenizer.model"
 # Bounds the time and memory of training; 16 MiB of code take about two seconds.
 TRAIN_BYTES = 16 * 2**20
 # The trainer counts words per sentence; its own limit of 4,192 bytes would drop longer ones.
@@ -83,13 +84,16 @@ class Tokenizer:
     """A trained sentencepiece model.
 
     For models of `train_tokenizer`, `decode(encode(text)) == text` for every text that UTF-8 can
-    hold. Raises ValueError where the file is missing, is no sentencepiece model, or has no eos.
+    hold. begins: whether documents begin with bos. Raises ValueError where the file is missing, is
+    no sentencepiece model, has no eos, or has no bos where one is asked for.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    kind = "sentencepiece"
+
+    def __init__(self, path: str | Path, begins: bool = False) -> None:
         if not Path(path).is_file():
             raise ValueError(f"tokenizer {path}: no such file; give a sentencepiece .model")
-        model = Path(path).read_bytes()
+        model = self._bytes = Path(path).read_bytes()
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(model)
@@ -103,8 +107,18 @@ class Tokenizer:
                 f"tokenizer {path}: has no end-of-sentence piece to part documents with; "
                 "train it with eos_id >= 0"
             )
+        bos_id = self._model.bos_id()
+        self.bos_id: int | None = bos_id if bos_id >= 0 else None
+        self.begins = begins
+        if begins and self.bos_id is None:
+            raise ValueError(f"tokenizer {path}: has no piece that begins a text; no --add-bos")
         mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         self._mark: list[int] = mark if all(map(self._model.is_byte, mark)) else []
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """What a token folder keeps of it."""
+        return {MODEL_FILE: self._bytes}
 
     def encode(self, text: str) -> list[int]:
         """The token numbers of `text`, no eos. Raises ValueError on a lone surrogate."""
@@ -113,12 +127,6 @@ class Tokenizer:
             return self._model.encode(text)
         first, *rest = (self._model.encode(part) for part in text.split(_SPACE_MARK))
         return first + [token for part in rest for token in (*self._mark, *part)]
-
-    def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
-        """`encode` of every text, in order, on `threads` threads; the same for any number."""
-        plain = [text for text in texts if _SPACE_MARK not in text]
-        done = iter(self._model.encode(plain, num_threads=threads)) if plain else iter(())
-        return [self.encode(text) if _SPACE_MARK in text else next(done) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`; eos has none. Raises ValueError on a number without a piece."""

@@ -109,7 +109,7 @@ def perplexity_by_length(
         total, tokens = 0.0, 0
         for _ in range(windows.count // grid.dp_size):
             batches = [to_device(batch, grid.device) for batch in loader.next_step()]
-            loss, count = engine.evaluate(batches, layout)
+            loss, count = engine.evaluate(batches, layout, row)
             total, tokens = total + loss * count, tokens + count
         scores.append(Score(length, tokens, total / max(1, tokens)))
     return scores

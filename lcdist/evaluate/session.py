@@ -9,8 +9,9 @@ import torch
 
 from lcdist.config.schema import Config
 from lcdist.data.dataset import TokenSplit
-from lcdist.data.meta import TOKENIZER, check_vocabulary
-from lcdist.data.tokenizer import Tokenizer
+from lcdist.data.meta import check_vocabulary
+from lcdist.data.opening import held_out_folder
+from lcdist.data.tokenizer_files import beginning, open_tokenizer
 from lcdist.evaluate.perplexity import held_out_text, perplexity_by_length
 from lcdist.inference.generate import generate
 from lcdist.layer_methods import dense_where_meant
@@ -72,9 +73,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """
     session = open_session(path, overrides, [f"parallel.cp_size={world_size()}"])
     config, grid = session.plan.config, session.grid
-    if config.data.source != "tokens":
-        raise ValueError("data.source = 'synthetic' has no valid split: set data.path to a folder")
-    split = TokenSplit(config.data.path, "valid")
+    split = TokenSplit(held_out_folder(config.data), "valid")
     vocab_size = config.model.vocab_size
     check_vocabulary(split.meta, vocab_size, reserved=vocab_size - session.plan.text_vocab_size)
     lengths = tuple(sorted(config.evaluate.lengths))
@@ -107,8 +106,9 @@ def generate_text(
     for layer in session.plan.layers:
         if "decode" not in layer.method.supports:
             raise ValueError(f"attention method '{layer.method.name}' cannot generate text")
-    tokenizer = Tokenizer(Path(session.plan.config.data.path, TOKENIZER))
-    tokens = torch.tensor(tokenizer.encode(prompt), dtype=torch.int64, device=session.grid.device)
+    tokenizer = open_tokenizer(held_out_folder(session.plan.config.data))
+    read = [*beginning(tokenizer), *tokenizer.encode(prompt)]
+    tokens = torch.tensor(read, dtype=torch.int64, device=session.grid.device)
     out = generate(
         session.chunks[0], tokens, max_new_tokens, temperature, seed, stop=tokenizer.eos_id
     )

@@ -1,4 +1,8 @@
-"""Text from a trained model: the prompt is read once, then one token a step against the cache."""
+"""Text from a trained model: the prompt is read once, then one token a step against the cache.
+
+Where the rotation depends on the length (dynamic NTK, and LongRoPE where it changes its factors),
+all of the text is read again when it changes: each token is what a pass over all before it says.
+"""
 
 import torch
 from torch import Tensor
@@ -53,7 +57,13 @@ def generate(
             if stop is not None and int(token) == stop:
                 break
             # A landmark before the token is read together with it.
-            new = slots.lay(token, slots.slots_for(count), slots.slots_for(count + 1), count + 1)
+            read, grown = slots.slots_for(count), slots.slots_for(count + 1)
+            if model.rotary(grown) is model.rotary(read):
+                new = slots.lay(token, read, grown, count + 1)
+            else:
+                # What lies in the cache was computed from tokens that were rotated otherwise.
+                cache = KVCache(cache.max_seqlen)
+                new = slots.lay(tokens.cpu(), 0, grown, count + 1)
     return tokens
 
 

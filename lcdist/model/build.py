@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 
 import lcdist.host  # noqa: F401
+from lcdist.config.lora import LoraConfig
 from lcdist.data.slots import Slots
 from lcdist.model.core_attention import LongContextAttention
 from lcdist.model.init import initialise
+from lcdist.model.lora import adapted, freeze
 from lcdist.model.norm import RMSNorm
+from lcdist.model.offload import HostStore
 from lcdist.model.output_loss import VocabShard, output_losses
-from lcdist.model.rotary import make_rotary
+from lcdist.model.recompute_layer import Keeping, Layer
+from lcdist.model.rotary import rotary_by_length
 from lcdist.model.transformer_config import transformer_config
 from lcdist.plan import Plan
+from lcdist_kernels import Rotary
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -31,10 +36,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,12 +44,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class CausalLM(GPTModel):
     """GPTModel whose loss never sees the padding of the vocabulary.
 
-    slots: how the attention of its layers wants text laid out. loss_chunk: of how many tokens on
+    slots: how the attention of its layers wants text laid out. rotary: from the length of a
+    sequence in tokens to its rotation. loss_chunk: of how many tokens on
     this rank, how many get logits at once for the loss; None: all of them.
     """
 
     true_vocab_size: int
     slots: Slots
+    rotary: Callable[[int], Rotary]
     loss_chunk: Callable[[int], int | None]
 
     def _postprocess(
@@ -122,13 +126,14 @@ def build_model(plan: Plan, device: torch.device) -> list[CausalLM]:
             "layers": plan.layers,
             "impl": config.attention.impl,
             "layout": plan.layout,
-            "rotary": make_rotary(config.model.rope, plan.head_dim),
+            "rotary": rotary_by_length(config.model.rope, plan.head_dim),
         },
     )
     chunks = []
     for stage in range(config.parallel.vp_size):
         chunk = _chunk(plan, megatron, core, stage if config.parallel.vp_size > 1 else None)
         initialise(chunk, megatron, config.train.seed, config.model.init_std)
+        freeze(chunk, config.lora)
         chunks.append(chunk.to(device))
     return chunks
 
@@ -137,8 +142,10 @@ def _chunk(
     plan: Plan, megatron: TransformerConfig, core: ModuleSpec, vp_stage: int | None
 ) -> CausalLM:
     num_layers = get_num_layers_to_build(megatron, vp_stage)
+    store = HostStore() if plan.offloads else None
+    keeping = Keeping(plan.recompute, plan.mlp_chunk, store)
     spec = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(core)] * num_layers,
+        layer_specs=[_layer_spec(core, keeping, plan.config.lora)] * num_layers,
         layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
     )
     where: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
@@ -155,18 +162,19 @@ def _chunk(
     )
     model.true_vocab_size = plan.config.model.vocab_size
     model.slots = plan.slots
+    model.rotary = core.params["rotary"]
     model.loss_chunk = plan.loss_chunk
     return model
 
 
-def _layer_spec(core: ModuleSpec) -> ModuleSpec:
+def _layer_spec(core: ModuleSpec, keeping: Keeping, lora: LoraConfig) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=adapted(ColumnParallelLinear, lora, "q", "k", "v"),
             core_attention=core,
-            linear_proj=RowParallelLinear,
+            linear_proj=adapted(RowParallelLinear, lora, "o"),
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,
         ),
@@ -175,10 +183,14 @@ def _layer_spec(core: ModuleSpec) -> ModuleSpec:
     add: Any = get_bias_dropout_add
     mlp = ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(
+            linear_fc1=adapted(ColumnParallelLinear, lora, "gate", "up"),
+            linear_fc2=adapted(RowParallelLinear, lora, "down"),
+        ),
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
+        params={"keeping": keeping},
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,

@@ -4,7 +4,7 @@ Megatron hands over q, k and v as `[s_local, b, heads, head_dim]`, un-rotated; t
 `[b, s_local, heads, head_dim]`. The turn is a view, made here and nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ class LongContextAttention(MegatronModule):
     """One layer's attention by its method, exact under context and tensor parallelism.
 
     layers: the attention of every layer of the model, as the plan resolved it; impl: as asked for.
-    layout: the cut of the training sequences. rotary: the rotation the method applies. The other
-    arguments are Megatron's. What a method learns beside the projections are parameters here,
-    `extras`, cut over tensor-parallel ranks by query heads, their last dim.
+    layout: the cut of the training sequences. rotary: from the length of a sequence in tokens to
+    the rotation the method applies. The other arguments are Megatron's. What a method learns beside
+    the projections are parameters here, `extras`, cut over tensor-parallel ranks by query heads,
+    their last dim.
     """
 
     def __init__(  # noqa: PLR0913
@@ -41,7 +42,7 @@ class LongContextAttention(MegatronModule):
         layers: Sequence[LayerAttention],
         impl: str,
         layout: ContextLayout,
-        rotary: Rotary,
+        rotary: Callable[[int], Rotary],
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         **unused: Any,
@@ -108,14 +109,15 @@ class LongContextAttention(MegatronModule):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceParams, table: Tensor | None
     ) -> Tensor:
+        layout = sequence.layout or self.layout
         return self.method.attention(
             q,
             k,
             v,
             options=self.options,
-            layout=sequence.layout or self.layout,
+            layout=layout,
             group=self.cp_group,
-            rotary=self.rotary,
+            rotary=self.rotary(sequence.seqlen or layout.seqlen),
             cu_seqlens=table,
             softmax_scale=self.softmax_scale,
             params=dict(self.extras) or None,
@@ -135,7 +137,7 @@ class LongContextAttention(MegatronModule):
             v_full,
             options=self.options,
             positions=torch.arange(read - q.shape[1], read),
-            rotary=self.rotary,
+            rotary=self.rotary(read),
             softmax_scale=self.softmax_scale,
             params=dict(self.extras) or None,
             heads=self.heads,

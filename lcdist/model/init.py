@@ -17,14 +17,19 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 # In the name of every parameter that an attention method learns beside the projections.
 EXTRAS = ".core_attention.extras."
+# In the name of every factor of a LoRA adapter, before its target: `.lora.q.A`.
+LORA = ".lora."
+# The two tables of the vocabulary; with tied embeddings there is only the first.
+TABLES = {"embeddings": "embedding.word_embeddings.weight", "head": "output_layer.weight"}
 
 
 def initialise(model: nn.Module, config: TransformerConfig, seed: int, std: float) -> None:
     """Fill the parameters of one model chunk in place.
 
-    Norms are 1; learnable extras of the attention keep what they have; all other weights are
+    Norms are 1; biases 0; learnable extras of the attention keep what they have; all other weights are
     normal with deviation `std`, the projections that write to the residual stream with
-    std / sqrt(2 num_layers) (GPT-2's rule).
+    std / sqrt(2 num_layers) (GPT-2's rule). Of an adapter, A is uniform up to 1 / sqrt(in)
+    (Kaiming's with a = sqrt 5, as PEFT draws it) and B is 0.
     """
     tp_size = config.tensor_model_parallel_size
     tp_rank = _tp_rank(model)
@@ -36,7 +41,7 @@ def initialise(model: nn.Module, config: TransformerConfig, seed: int, std: floa
             if EXTRAS in name:
                 continue  # the attention method gave their values
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             writes = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             is_gated = name.endswith("linear_fc1.weight")
@@ -46,14 +51,26 @@ def initialise(model: nn.Module, config: TransformerConfig, seed: int, std: floa
             shape = list(parameter.shape)
             if cut:
                 shape[dim] *= tp_size
-            whole = _draw(name, shape, seed, residual_std if writes else std)
+            if LORA in name:
+                whole = _adapter(name, shape, seed)
+            else:
+                whole = _draw(name, shape, seed, residual_std if writes else std)
             parameter.copy_(_cut(whole, dim, parts, tp_rank, tp_size) if cut else whole)
 
 
 def _draw(name: str, shape: list[int], seed: int, std: float) -> Tensor:
+    return torch.randn(shape, generator=_generator(name, seed)) * std
+
+
+def _adapter(name: str, shape: list[int], seed: int) -> Tensor:
+    if name.endswith(".B"):
+        return torch.zeros(shape)
+    return (2 * torch.rand(shape, generator=_generator(name, seed)) - 1) / math.sqrt(shape[1])
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randn(shape, generator=generator) * std
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _cut(whole: Tensor, dim: int, parts: int, tp_rank: int, tp_size: int) -> Tensor:
@@ -84,6 +101,6 @@ def whole_model_names(model: nn.Module) -> dict[str, str]:
             if name.startswith(local):
                 whole = number + name.removeprefix(local)
         if tied and whole == "output_layer.weight":
-            whole = "embedding.word_embeddings.weight"
+            whole = TABLES["embeddings"]
         names[name] = whole
     return names

@@ -12,22 +12,40 @@ With D = head_dim, i = 0 .. D/2 - 1 and s = factor, L = original_seqlen:
           as in the authors' code, not in the number of rotations. cos and sin times 0.1 ln s + 1
 - llama3: (1 - u_i) theta_i / s + u_i theta_i, u_i rising from 0 to 1 as L theta_i / 2 pi goes from
           low_freq_factor to high_freq_factor (Llama 3.1's published configuration)
+- dynamic: base * (s n / L - (s - 1))^(D / (D - 2)) for a sequence of n > L tokens (dynamic NTK, as
+          transformers has it); up to L tokens, theta_i
+- longrope: theta_i / short_i for sequences of at most L tokens and theta_i / long_i for longer ones
+          (LongRoPE, arXiv:2402.13753). cos and sin times sqrt(1 + ln s / ln L)
+
+The last two depend on the length n of the sequence: all that a model reads at once, in training and
+evaluation; what it has read so far, in generation.
 """
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lcdist.config.rope import Rope, RopeLlama3, RopeNTK, RopePI, RopeYarn
+from lcdist.config.rope import (
+    Rope,
+    RopeDynamic,
+    RopeLlama3,
+    RopeLong,
+    RopeNTK,
+    RopePI,
+    RopeYarn,
+)
 from lcdist_kernels import Rotary
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """theta_i in radians per token, float64 `[head_dim / 2]`, on the CPU."""
-    base = rope.base
-    if isinstance(rope, RopeNTK):
-        base *= rope.factor ** (head_dim / (head_dim - 2))
+def inverse_frequencies(rope: Rope, head_dim: int, seqlen: int = 1) -> Tensor:
+    """theta_i in radians per token, float64 `[head_dim / 2]`, on the CPU.
+
+    seqlen: tokens of the sequence, for the rules that depend on it.
+    """
+    base = rope.base * _growth(rope, seqlen) ** (head_dim / (head_dim - 2))
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     theta = base**-exponents
     if isinstance(rope, RopePI):
@@ -40,21 +58,50 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
         low, high = rope.low_freq_factor, rope.high_freq_factor
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return theta / rope.factor * (1 - kept) + theta * kept
+    if isinstance(rope, RopeLong):
+        extended = seqlen > rope.original_seqlen
+        divisors = rope.long_factors if extended else rope.short_factors
+        return theta / torch.tensor(divisors, dtype=torch.float64)
     return theta
 
 
 def attention_factor(rope: Rope) -> float:
     """What cos and sin are multiplied by; logits are by its square."""
-    if not isinstance(rope, RopeYarn):
+    if not isinstance(rope, RopeYarn | RopeLong):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if isinstance(rope, RopeLong):
+        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_seqlen))
     return 0.1 * math.log(rope.factor) + 1.0
 
 
-def make_rotary(rope: Rope, head_dim: int) -> Rotary:
-    """The rotation that every attention method applies to q and k from their positions."""
-    return Rotary(inverse_frequencies(rope, head_dim), attention_factor(rope))
+def make_rotary(rope: Rope, head_dim: int, seqlen: int = 1) -> Rotary:
+    """The rotation that every attention method applies to q and k from their positions.
+
+    seqlen: as `inverse_frequencies` takes it.
+    """
+    return Rotary(inverse_frequencies(rope, head_dim, seqlen), attention_factor(rope))
+
+
+def rotary_by_length(rope: Rope, head_dim: int) -> Callable[[int], Rotary]:
+    """From a sequence's length in tokens to its rotation: one object for lengths that share it."""
+    # Every layer asks for the same few.
+    made = lru_cache(maxsize=8)(lambda seqlen: make_rotary(rope, head_dim, seqlen))
+    if isinstance(rope, RopeDynamic):
+        return lambda seqlen: made(max(seqlen, rope.original_seqlen))
+    if isinstance(rope, RopeLong):
+        return lambda seqlen: made(rope.original_seqlen + (seqlen > rope.original_seqlen))
+    return lambda seqlen: made(1)
+
+
+def _growth(rope: Rope, seqlen: int) -> float:
+    """How much more the base must reach: to the power D / (D - 2), what it is multiplied by."""
+    if isinstance(rope, RopeNTK):
+        return rope.factor
+    if isinstance(rope, RopeDynamic) and seqlen > rope.original_seqlen:
+        return rope.factor * seqlen / rope.original_seqlen - (rope.factor - 1)
+    return 1.0
 
 
 def _yarn_ramp(rope: RopeYarn, head_dim: int) -> Tensor:

@@ -19,10 +19,12 @@ class SequenceParams(PackedSeqParams):
     """layout: the cut of this batch's sequences, where it is not the run's own (evaluation).
 
     cu_seqlens: one global int32 table a batch row where documents are packed, else None.
+    seqlen: tokens of the sequences without padding, where they are not the layout's.
     cache: where decoding keeps keys and values, else None.
     """
 
     qkv_format: str = "sbhd"  # type: ignore[assignment]
     layout: ContextLayout | None = None
+    seqlen: int | None = None
     cu_seqlens: tuple[Tensor, ...] | None = None
     cache: Any = None

@@ -19,7 +19,6 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
     values are not Megatron's (see `init.py`).
     """
     model, parallel = config.model, config.parallel
-    full = config.train.recompute == "full"
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -32,6 +31,7 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -65,7 +65,4 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         # one batch of messages they would be taken for each other, silently.
         overlap_p2p_comm=parallel.vp_size > 1,
         batch_p2p_comm=parallel.vp_size == 1,
-        recompute_granularity="full" if full else None,
-        recompute_method="uniform" if full else None,
-        recompute_num_layers=1 if full else None,
     )

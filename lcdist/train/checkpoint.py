@@ -20,7 +20,7 @@ import torch.distributed as dist
 import lcdist.host  # noqa: F401
 from lcdist.config import parse
 from lcdist.config.schema import Config
-from lcdist.model.init import EXTRAS
+from lcdist.model.init import EXTRAS, LORA
 from megatron.core import dist_checkpointing
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,9 @@ _DAMAGED = (
     *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError),
     *(ArithmeticError, MemoryError, RuntimeError),
 )
+
+
+MERGE = "set [lora] as it was there, or merge them into the weights first: 'lcdist convert merge'"
 
 
 class CheckpointError(ValueError):
@@ -157,28 +160,53 @@ def load_weights(checkpoint: Checkpoint, model: dict[str, Any]) -> dict[str, Any
     """The weights of `checkpoint` for the chunks' sharded state `model`; all ranks call it.
 
     What an attention method learns beside its projections may be on one side alone: absent, it
-    keeps its present value; not asked for, it is left out. Either is logged.
+    keeps its present value; not asked for, it is left out. Either is logged. Adapters keep their
+    initial values where the checkpoint has none; raises CheckpointError where it has others.
     """
-    saved = set(dist_checkpointing.load_tensors_metadata(str(checkpoint.path)))
-    extras = {e.key for chunk in model.values() for e in chunk.values() if EXTRAS in e.key}
+    shapes: Any = dist_checkpointing.load_tensors_metadata(str(checkpoint.path))
+    saved = {key: tuple(tensor.global_shape) for key, tensor in shapes.items()}
+    optional = {
+        e.key: tuple(e.global_shape)
+        for chunk in model.values()
+        for e in chunk.values()
+        if EXTRAS in e.key or LORA in e.key
+    }
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, extras)
-    asked = set().union(*everywhere)
+    dist.all_gather_object(everywhere, optional)
+    asked = {key: shape for mine in everywhere for key, shape in mine.items()}
+    _check_adapters(checkpoint, saved, asked)
     here = {
-        name: {key: entry for key, entry in chunk.items() if entry.key not in asked - saved}
+        name: {k: entry for k, entry in chunk.items() if entry.key not in asked.keys() - saved}
         for name, chunk in model.items()
     }
     loaded = load_state(checkpoint, here)
     for name, chunk in model.items():
         kept = {key: entry.data for key, entry in chunk.items() if key not in here[name]}
         loaded[name].update(kept)
-    unread = {key for key in saved if EXTRAS in key and not key.startswith("optimizer.")} - asked
+    unread = {key for key in saved if EXTRAS in key and not key.startswith("optimizer.")}
     if dist.get_rank() == 0:
-        for key in sorted(asked - saved):
+        for key in sorted(key for key in asked.keys() - saved if EXTRAS in key):
             log.warning("%s has no %s: it keeps its initial value", checkpoint.path, key)
-        for key in sorted(unread):
+        for key in sorted(unread - asked.keys()):
             log.warning("%s: %s is left out: nothing here learns it", checkpoint.path, key)
     return loaded
+
+
+def _check_adapters(
+    checkpoint: Checkpoint, saved: Mapping[str, tuple], asked: Mapping[str, tuple]
+) -> None:
+    """Adapters there are those asked for here, or there are none there."""
+    there = {k: s for k, s in saved.items() if LORA in k and not k.startswith("optimizer.")}
+    here = {k: s for k, s in asked.items() if LORA in k}
+    if not there or there == here:
+        return
+    differing = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
+    key = differing[0]
+    what = [f"of shape {side[key]}" if key in side else "absent" for side in (there, here)]
+    raise CheckpointError(
+        f"{checkpoint.path} has LoRA adapters, other than lora asks for: {key} is {what[0]} there "
+        f"and {what[1]} here ({len(differing)} differ); {MERGE}"
+    )
 
 
 def refuse_foreign_pickle(file: Path) -> None:

@@ -1,4 +1,5 @@
-"""What is looked at before the first step: one folder for all ranks, room to save in, clocks.
+"""What is looked at before the first step: one folder for all ranks, room to save in and to
+offload to, clocks.
 
 A run folder on a disk of one machine, or a full one, would show at the first save, hours in.
 """
@@ -8,10 +9,16 @@ import shutil
 import socket
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch.distributed as dist
+
+from lcdist.device import has_cuda
+from lcdist.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -84,3 +91,55 @@ def _check_room(folder: Path, checkpoint_bytes: int) -> None:
             f"takes {checkpoint_bytes / 2**30:.2f} GiB; free some space, lower "
             "checkpoint.keep_last, or choose another log.folder"
         )
+
+
+def check_host_memory(plan: Plan, available: int | None = None) -> Plan:
+    """The plan, without offload where `train.offload = "auto"` and a host has too little memory.
+
+    All ranks call it. available: bytes on this rank's host; None: as found. Raises ValueError on
+    every rank where memory is short for `train.offload = "host"`.
+    """
+    if not plan.offloads:
+        return plan
+    mine = (socket.gethostname(), host_memory() if available is None else available)
+    everyone: list[tuple[str, int]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    ranks, free = Counter(host for host, _ in everyone), {}
+    for host, found in everyone:
+        free[host] = min(found, free.get(host, found))
+    short = [
+        f"{host} has {free[host] / 2**30:.2f} GiB of memory left and its {count} ranks would fill "
+        f"{count * plan.host_bytes / 2**30:.2f} GiB with inputs of layers"
+        for host, count in sorted(ranks.items())
+        if count * plan.host_bytes > free[host]
+    ]
+    if not has_cuda() and dist.get_rank() == 0:
+        log.warning("train.offload = 'host' on a CPU copies within one memory and saves nothing")
+    if not short:
+        return plan
+    if plan.config.train.offload == "host":
+        raise ValueError(
+            f"train.offload = 'host': {'; '.join(short)}; use train.offload = 'none', fewer "
+            "ranks on a host, or a greater parallel.cp_size"
+        )
+    if dist.get_rank() == 0:
+        log.warning("train.offload = 'auto' keeps activations on the device: %s", "; ".join(short))
+    return replace(plan, may_offload=False)
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes that this host can still give to this process: what is free, and what a limit leaves.
+
+    root: where /proc and /sys are. Batch systems limit a job by the control group it runs in, of
+    version 2, or by one above it.
+    """
+    found, mounted = psutil.virtual_memory().available, root / "sys/fs/cgroup"
+    mine = root / "proc/self/cgroup"
+    for line in mine.read_text().splitlines() if mine.exists() else []:
+        group = mounted / line.removeprefix("0::/")
+        while line.startswith("0::/") and group.is_relative_to(mounted):
+            limit, used = group / "memory.max", group / "memory.current"
+            if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+                found = min(found, max(0, int(limit.read_text()) - int(used.read_text())))
+            group = group.parent
+    return found

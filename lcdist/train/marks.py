@@ -19,6 +19,12 @@ def clear_marks(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def steps_done(folder: Path) -> int | None:
+    """After how many steps the run in `folder` was done; None where it is not."""
+    file = folder / DONE
+    return json.loads(file.read_text(encoding="utf-8"))["step"] if file.exists() else None
+
+
 def mark_done(folder: Path, step: int) -> None:
     """All steps are done."""
     write_atomically(folder / DONE, json.dumps({"step": step}) + "\n")

@@ -19,7 +19,7 @@ from torch import nn
 
 import lcdist.host  # noqa: F401
 from lcdist.config.schema import OptimConfig
-from lcdist.model.init import EXTRAS, whole_model_names
+from lcdist.model.init import EXTRAS, LORA, whole_model_names
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
@@ -42,10 +42,15 @@ class ShardedAdamW:
 
     Gradients are read from each parameter's fp32 `main_grad`, already reduced over `group`.
     Matrices decay; norms and what an attention method learns beside its projections do not.
+    lr_ratio: the learning rate of LoRA's B over that of everything else (LoRA+, arXiv:2402.12354).
     """
 
     def __init__(
-        self, chunks: Sequence[nn.Module], config: OptimConfig, group: dist.ProcessGroup
+        self,
+        chunks: Sequence[nn.Module],
+        config: OptimConfig,
+        group: dist.ProcessGroup,
+        lr_ratio: float = 1.0,
     ) -> None:
         self.config, self.group = config, group
         self.parameters = [
@@ -64,20 +69,28 @@ class ShardedAdamW:
         self.decays = [
             m.ndim > 1 and id(p) not in extras for p, m in zip(self.mine, self.masters, strict=True)
         ]
+        names = {id(parameter): name for name, parameter in self.parameters}
+        self.lr_ratios = [
+            lr_ratio if LORA in names[id(p)] and names[id(p)].endswith(".B") else 1.0
+            for p in self.mine
+        ]
         self.adamw = self._make_adamw() if self.mine else None
 
     def _make_adamw(self) -> torch.optim.AdamW:
-        pairs = list(zip(self.masters, self.decays, strict=True))
-        groups = [
-            {"params": [m for m, decays in pairs if decays]},
-            {"params": [m for m, decays in pairs if not decays], "weight_decay": 0.0},
+        kinds = list(zip(self.decays, self.lr_ratios, strict=True))
+        groups: list[dict[str, Any]] = [
+            {
+                "params": [m for m, k in zip(self.masters, kinds, strict=True) if k == kind],
+                "weight_decay": self.config.weight_decay if kind[0] else 0.0,
+                "lr_ratio": kind[1],
+            }
+            for kind in dict.fromkeys(kinds)
         ]
         adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            groups,
             lr=self.config.lr,
             betas=(self.config.beta1, self.config.beta2),
             eps=self.config.eps,
-            weight_decay=self.config.weight_decay,
             fused=True,
         )
         for master in self.masters:
@@ -105,7 +118,7 @@ class ShardedAdamW:
             master.grad = gradient.mul_(scale) if scale != 1.0 else gradient
         if self.adamw is not None:
             for group in self.adamw.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_ratio"]
             self.adamw.step()
         for parameter, master in zip(self.mine, self.masters, strict=True):
             master.grad = None

@@ -5,6 +5,7 @@ with a signal, as a batch script whose job step would be killed by it.
 """
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -14,11 +15,11 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 class StopRequests:
     """While entered, notes the first request to stop (`reason`) and goes on.
 
-    file: its presence is a request, seen when `look` is called; None: signals alone.
+    files: the presence of one is a request, seen when `look` is called.
     """
 
-    def __init__(self, file: Path | None = None) -> None:
-        self.file = file
+    def __init__(self, files: Sequence[Path] = ()) -> None:
+        self.files = files
         self.reason: str | None = None
         self._before: list[object] = []
 
@@ -37,8 +38,9 @@ class StopRequests:
 
     def look(self) -> bool:
         """Whether anything asked to stop, now or before."""
-        if self.reason is None and self.file is not None and self.file.exists():
-            self.reason = f"the file {self.file.name}"
+        for file in self.files if self.reason is None else ():
+            if file.exists():
+                self.reason = f"the file {file.name}"
         return self.reason is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -27,9 +27,7 @@ def describe(folder: Path, now: float | None = None) -> list[tuple[str, str]]:
     Raises FileNotFoundError where `folder` is no run's, ValueError where a file of it is damaged.
     """
     if not (folder / CONFIG_FILE).exists():
-        stages = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
-        hint = f"; its stages are {', '.join(stages)}: name one" if stages else ""
-        raise FileNotFoundError(f"{folder} is not the folder of a run: no {CONFIG_FILE}{hint}")
+        raise FileNotFoundError(f"{folder} is not the folder of a run: no {CONFIG_FILE}")
     config = load(folder / CONFIG_FILE)
     file, header = folder / METRICS_FILE, folder / "run.json"
     records = read_records(file) if file.exists() else []
@@ -44,6 +42,14 @@ def describe(folder: Path, now: float | None = None) -> list[tuple[str, str]]:
         rows += _rates(records, config.train.steps, status["status"] == "running", now)
     rows.append(("last checkpoint", _checkpoint(folder, records, now)))
     return [*rows, *_starts(starts)]
+
+
+def stage_folders(folder: Path) -> list[Path]:
+    """The run folders of a run of stages, in order; none where `folder` is one itself."""
+    if (folder / CONFIG_FILE).exists():
+        return []
+    found = [file.parent for file in folder.glob(f"*/{CONFIG_FILE}")]
+    return sorted(found, key=lambda stage: (len(stage.name.partition("-")[0]), stage.name))
 
 
 def _state(status: Mapping[str, Any], records: Sequence[StepRecord], now: float) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Trainer:
     ) -> None:
         self.plan, self.grid, self.engine = plan, grid, engine
         self.loader, self.checkpointer, self.peak = loader, checkpointer, peak
+        self.also_stop: Sequence[Path] = ()
         self.step = 0
         self.saved_step = 0
 
@@ -76,7 +77,7 @@ class Trainer:
         steps, every = self.plan.config.train.steps, self.plan.config.checkpoint.every
         asynchronous = self.plan.config.checkpoint.asynchronous
         reason = ""
-        with StopRequests(self._stop_file()) as requests:
+        with StopRequests(self._stop_files()) as requests:
             while self.step < steps and not reason:
                 record, asked = self._one_step(requests, watchdog)
                 metrics.write(record)
@@ -152,9 +153,10 @@ class Trainer:
         mine |= {verb: sent.get(verb, 0) for verb in VERBS}
         return max_over_ranks(mine, dist.group.WORLD, torch.device("cpu"))
 
-    def _stop_file(self) -> Path | None:
-        """Rank 0 alone looks for it; the others hear of it with the step's numbers."""
-        return Path(self.plan.config.log.folder) / STOP if self.grid.rank == 0 else None
+    def _stop_files(self) -> Sequence[Path]:
+        """Rank 0 alone looks for them; the others hear of it with the step's numbers."""
+        own = Path(self.plan.config.log.folder) / STOP
+        return (own, *self.also_stop) if self.grid.rank == 0 else ()
 
     def save(self, wait: bool = True) -> None:
         """A checkpoint of everything at the current step; all ranks call it.

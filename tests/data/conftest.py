@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from lcdist.data.corpus import Source
-from lcdist.data.prepare import Prepared, Settings, prepare
+from lcdist.data.prepare import Prepared, prepare
+from lcdist.data.settings import Settings
 
-SETTINGS = Settings(vocab_size=320, valid_fraction=0.2, seed=0, on_error="refuse", threads=1)
+SETTINGS = Settings(vocab_size=320, valid_fraction=0.2, seed=0, on_error="refuse")
 
 
 def write_corpus(folder: Path, documents: int = 40) -> Path:

@@ -5,18 +5,23 @@ from pathlib import Path
 
 import pytest
 
-from lcdist.data import corpus
-from lcdist.data.corpus import Source, SourceFile, cut, documents, list_files, standard_library
+from lcdist.data import parts
+from lcdist.data.corpus import Source, SourceFile, list_files, standard_library
+from lcdist.data.parts import OnError, Reading, Tally, cut, documents, number_lines
 
 
-def read(folder: Path, on_error: corpus.OnError = "refuse", **options) -> tuple[list, list]:
-    skipped: list[dict] = []
-    found = [
-        (document.name, document.text)
-        for file in list_files(Source(folder, **options))
-        for part in cut(file)
-        for document in documents(part, on_error, skipped)
-    ]
+def read(
+    folder: Path, on_error: OnError = "refuse", field: str = "text", **options
+) -> tuple[list, list]:
+    """(name, text) of all documents, and what was skipped."""
+    how, found, skipped = Reading(on_error, field), [], []
+    for file in list_files(Source(folder, **options)):
+        lines = 0
+        for part in cut(file):
+            tally = Tally()
+            found += [(document.name, document.text) for document in documents(part, how, tally)]
+            skipped += number_lines(tally.skipped, lines)
+            lines += tally.lines
     return found, skipped
 
 
@@ -53,13 +58,14 @@ def test_missing_empty_and_foreign_folders_are_named(tmp_path: Path) -> None:
 def test_parts_tile_a_file_without_breaking_a_character(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "PART_BYTES", 500)
+    monkeypatch.setattr(parts, "PART_BYTES", 500)
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
-    parts = cut(SourceFile(path, "a.txt", path.stat().st_size), [77, 1300])
-    assert "".join(d.text for part in parts for d in documents(part, "refuse", [])) == text
-    assert len(parts) == 1 or max(part.stop - part.start for part in parts) < 600
-    names = [d.name for part in parts for d in documents(part, "refuse", [])]
+    found = cut(SourceFile(path, "a.txt", path.stat().st_size), [77, 1300])
+    read_in = [d for part in found for d in documents(part, Reading("refuse"), Tally())]
+    assert "".join(document.text for document in read_in) == text
+    assert len(found) == 1 or max(part.stop - part.start for part in found) < 600
+    names = [document.name for document in read_in]
     assert names[0] == "a.txt" and len(set(names)) == len(names)
 
 
@@ -93,7 +99,7 @@ BAD = {
 def test_jsonl_names_the_bad_line(
     line: bytes, part_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(parts, "PART_BYTES", part_bytes)
     path = tmp_path / "a.jsonl"
     head = f"{GOOD[0]}\n\n".encode()
     path.write_bytes(head + line + f"\n{GOOD[1]}\n{GOOD[2]}".encode())
@@ -105,7 +111,7 @@ def test_jsonl_names_the_bad_line(
     found, skipped = read(path, "skip")
     assert [text for _, text in found] == [json.loads(good)["text"] for good in GOOD]
     assert len({name for name, _ in found}) == 3
-    assert len(skipped) == 1 and skipped[0]["reason"].endswith("line 3")
+    assert len(skipped) == 1 and skipped[0]["line"] == 3
 
 
 def test_the_standard_library_is_clean_code() -> None:

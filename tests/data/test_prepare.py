@@ -1,9 +1,7 @@
 """A token folder is Megatron's format, the same everywhere, and whole or not there."""
 
 import dataclasses
-import multiprocessing
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +11,13 @@ import torch
 import lcdist.host  # noqa: F401  # isort: skip
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # isort: skip
 
-from lcdist.data import corpus as corpus_module
-from lcdist.data import prepare as prepare_module
+from lcdist.data import parts as parts_module
+from lcdist.data import shards as shards_module
 from lcdist.data.corpus import Source
 from lcdist.data.indexed import IndexedWriter
-from lcdist.data.meta import check_vocabulary, read_meta
-from lcdist.data.prepare import Prepared, Settings, prepare
+from lcdist.data.meta import check_vocabulary
+from lcdist.data.prepare import Prepared, prepare
+from lcdist.data.settings import Settings
 from lcdist.data.tokenizer import Tokenizer
 from tests.data.conftest import SETTINGS, write_corpus
 
@@ -70,12 +69,12 @@ def test_every_document_is_there_once_with_its_eos(corpus: Path, prepared: Prepa
     assert prepared.meta.fingerprint == tokenizer.fingerprint
 
 
-def test_threads_lots_and_place_change_no_byte(
+def test_processes_shards_and_place_change_no_byte(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_corpus(tmp_path / "elsewhere")
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARS", 100)
-    again = prepare(Source(tmp_path / "elsewhere"), tmp_path / "out", change(threads=3))
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", 4000)
+    again = prepare(Source(tmp_path / "elsewhere"), tmp_path / "out", change(workers=3))
     ours, theirs = contents(again.folder), contents(prepared.folder)
     assert again.meta.digest == prepared.meta.digest
     assert ours.pop("meta.json") and theirs.pop("meta.json") and ours == theirs
@@ -122,7 +121,7 @@ def test_jsonl_is_split_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     first = prepare(Source(path), tmp_path / "a", SETTINGS)
     assert sum(first.meta.documents.values()) == 200 and 20 < first.meta.documents["valid"] < 60
-    monkeypatch.setattr(corpus_module, "PART_BYTES", 64)
+    monkeypatch.setattr(parts_module, "PART_BYTES", 64)
     second = prepare(Source(path), tmp_path / "b", SETTINGS, first.folder / "tokenizer.model")
     assert contents(second.folder)["valid.bin"] == contents(first.folder)["valid.bin"]
 
@@ -131,7 +130,7 @@ def test_again_is_done_and_anything_else_is_refused(corpus: Path, tmp_path: Path
     out = tmp_path / "out"
     first = prepare(Source(corpus), out, SETTINGS)
     before = contents(out)
-    again = prepare(Source(corpus), out, change(threads=2))
+    again = prepare(Source(corpus), out, change(workers=2))
     assert (first.fresh, again.fresh, again.meta) == (True, False, first.meta)
     with pytest.raises(ValueError, match="out: already holds tokens of other text or of other"):
         prepare(Source(corpus), out, change(seed=1))
@@ -153,50 +152,30 @@ def test_foreign_and_half_written_folders_are_left_alone(corpus: Path, tmp_path:
     assert os.listdir(tmp_path) == ["train.bin"]
 
 
-def _killed(corpus: Path, out: Path) -> None:
-    def stop(_done: int, _total: int) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    prepare(Source(corpus), out, SETTINGS, progress=stop)
-
-
-def test_a_killed_run_leaves_nothing_that_loads(corpus: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    process = multiprocessing.get_context("forkserver").Process(target=_killed, args=(corpus, out))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    assert left != out and (left / "train.bin").exists()
-    with pytest.raises(ValueError, match="half-written"):
-        read_meta(left)
-    assert prepare(Source(corpus), out, SETTINGS).fresh
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_an_error_half_way_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
-    def stop(_done: int, _total: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(Source(corpus), tmp_path / "out", SETTINGS, progress=stop)
-    assert os.listdir(tmp_path) == []
-
-
 def test_two_at_a_time_are_refused(corpus: Path, tmp_path: Path) -> None:
-    def other(_done: int, _total: int) -> None:
-        with pytest.raises(ValueError, match="out: another process is making it"):
-            prepare(Source(corpus), tmp_path / "out", SETTINGS)
+    refused: list[str] = []
+
+    def other(what: str, _done: int, _total: int) -> None:
+        if what == "tokenizing":
+            with pytest.raises(ValueError, match="out: another process is making it"):
+                prepare(Source(corpus), tmp_path / "out", SETTINGS)
+            refused.append(what)
 
     assert prepare(Source(corpus), tmp_path / "out", SETTINGS, progress=other).fresh
+    assert refused
 
 
 def test_progress_counts_all_bytes(corpus: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    made = prepare(
-        Source(corpus), tmp_path / "out", SETTINGS, progress=lambda *now: seen.append(now)
-    )
-    assert seen[-1] == (made.meta.source["bytes"],) * 2
+    seen: list[tuple[str, int, int]] = []
+    for workers in (1, 2):
+        seen.clear()
+        out, settings = tmp_path / f"out{workers}", change(workers=workers)
+        made = prepare(Source(corpus), out, settings, progress=lambda *now: seen.append(now))
+        total = made.meta.source["bytes"]
+        for stage in ("reading", "tokenizing", "joining"):
+            done = [now[1] for now in seen if now[0] == stage]
+            assert done == sorted(done) and done[-1] == total
+        assert {now[2] for now in seen} == {total}
 
 
 def test_skipped_documents_are_listed_in_meta(tmp_path: Path) -> None:
@@ -216,7 +195,7 @@ def test_settings_that_cannot_be_are_named(
     model = prepared.folder / "tokenizer.model"
     cases = [
         (change(valid_fraction=1.0), None, r"valid_fraction = 1.0: must be in \[0, 1\)"),
-        (change(threads=0), None, "threads = 0"),
+        (change(workers=0), None, "workers = 0"),
         (change(vocab_size=None), None, "give a vocab_size"),
         (change(vocab_size=512), model, "vocab_size = 512, but .* has 320 pieces"),
         (change(on_error="ignore"), None, "on_error = 'ignore'"),

@@ -37,6 +37,23 @@ METHOD_WORDS = [
     ),
     ("attention.layers=coca@1 tensorized@2 lssar@-1", "attention.tensorized.modes=[5]"),
     ("attention.method=landmark", "attention.block_size=4", "attention.layers=full@::2"),
+    # Rotations that change as the text grows past the eleventh token.
+    ('model.rope={scaling="dynamic",factor=4,original_seqlen=11}',),
+    ("attention.method=coca", 'model.rope={scaling="dynamic",factor=4,original_seqlen=11}'),
+    (
+        "attention.method=tensorized",
+        "attention.modes=[5]",
+        'model.rope={scaling="dynamic",factor=4,original_seqlen=11}',
+    ),
+    (
+        "attention.method=landmark",
+        "attention.block_size=4",
+        'model.rope={scaling="dynamic",factor=4,original_seqlen=11}',
+    ),
+    (
+        'model.rope={scaling="longrope",factor=4,original_seqlen=11,short_factors=[1,1,1,2,1,1,1,1],'
+        "long_factors=[1,2,4,1,9,3,3,3]}",
+    ),
 ]
 
 
@@ -51,7 +68,8 @@ def greedy_by_full_passes(model: CausalLM, prompt: Tensor, count: int) -> Tensor
             row = slots.slots_for(len(tokens))
             padded = -(-row // slots.step) * slots.step
             laid = slots.lay(tokens, 0, padded, len(tokens)).clamp(min=0)
-            how = SequenceParams(layout=ContextLayout("contiguous", padded, 1))
+            layout = ContextLayout("contiguous", padded, 1)
+            how = SequenceParams(layout=layout, seqlen=row)
             logits = model(laid[None], None, None, packed_seq_params=how)
             whole = model.whole_logits(logits[:, row - 1])
             if slots.landmark is not None:

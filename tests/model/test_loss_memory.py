@@ -123,7 +123,7 @@ def largest_tensors(
         engine.forward_backward(trainer.loader.next_step())
         engine.update(1e-3)
     with LiveTensors() as read:
-        engine.evaluate(trainer.loader.next_step(), layout)
+        engine.evaluate(trainer.loader.next_step(), layout, layout.seqlen)
     with LiveTensors() as decoded:
         if not any("pp_size" in word or word == SP or "cp_size" in word for word in mesh):
             generate(engine.chunks[0], torch.arange(TOKENS), 1)

@@ -74,6 +74,9 @@ def cases() -> list[Case]:
         found.append(Case(2, (cp,), shape, contiguous, text=30))
         found.append(Case(4, (tp, cp, sp), shape, contiguous, text=30))
         found.append(Case(4, (cp,), shape, contiguous, text=30, holes=True))
+        # The padding of the layout is no part of the length that the rotation depends on.
+        grown = 'model.rope={scaling="dynamic",factor=4,original_seqlen=16}'
+        found.append(Case(4, (cp, pp), (shape[0], "train.seqlen=71", grown)))
         # Every other sample has no loss: all samples of the second dp rank.
         found.append(Case(2, (), shape, holes=True))
         found.append(Case(4, (pp,), shape, holes=True))

@@ -1,12 +1,27 @@
 """The frequencies of every scaling rule, by golden values."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lcdist.config.rope import Rope, RopeLlama3, RopeNTK, RopePI, RopePlain, RopeYarn
-from lcdist.model.rotary import attention_factor, inverse_frequencies, make_rotary
+from lcdist.config.rope import (
+    Rope,
+    RopeDynamic,
+    RopeLlama3,
+    RopeLong,
+    RopeNTK,
+    RopePI,
+    RopePlain,
+    RopeYarn,
+)
+from lcdist.model.rotary import (
+    attention_factor,
+    inverse_frequencies,
+    make_rotary,
+    rotary_by_length,
+)
 
 HEAD_DIM = 128
 
@@ -108,10 +123,58 @@ def test_llama3_by_golden_values() -> None:
     assert attention_factor(rope) == 1.0
 
 
+def test_dynamic_grows_with_the_sequence_by_golden_values() -> None:
+    rope, plain = (
+        RopeDynamic(factor=2.0, original_seqlen=4096),
+        inverse_frequencies(RopePlain(), HEAD_DIM),
+    )
+    for seqlen in (1, 4095, 4096):
+        assert torch.equal(inverse_frequencies(rope, HEAD_DIM, seqlen), plain), seqlen
+    theta = inverse_frequencies(rope, HEAD_DIM, 12288)
+    assert float(theta[1]) ** -64 == pytest.approx(51293.7873, rel=1e-8)
+    # 2 x 12288 / 4096 - 1 = 5: the last frequency is divided by it.
+    assert float(theta[63]) == pytest.approx(float(plain[63]) / 5, rel=1e-12)
+    assert attention_factor(rope) == 1.0
+
+
+LONG = RopeLong(
+    factor=16.0,
+    original_seqlen=4096,
+    short_factors=tuple(1.0 + i / 64 for i in range(64)),
+    long_factors=tuple(1.0 + i / 4 for i in range(64)),
+)
+
+
+def test_longrope_has_factors_for_short_and_for_long_sequences() -> None:
+    plain = inverse_frequencies(RopePlain(), HEAD_DIM)
+    for seqlen, last in ((4096, 1 + 63 / 64), (4097, 1 + 63 / 4)):
+        theta = inverse_frequencies(LONG, HEAD_DIM, seqlen)
+        assert float(theta[0]) == 1.0
+        assert float(theta[63]) == pytest.approx(float(plain[63]) / last, rel=1e-12), seqlen
+    assert attention_factor(LONG) == pytest.approx(1.1547005, rel=1e-7)
+    assert attention_factor(replace(LONG, attention_factor=1.25)) == 1.25
+    assert attention_factor(replace(LONG, factor=1.0)) == 1.0
+
+
+def test_only_what_depends_on_the_length_is_made_for_each() -> None:
+    fixed = rotary_by_length(RopePI(factor=2.0), HEAD_DIM)
+    assert fixed(5) is fixed(50_000)
+    grown = rotary_by_length(RopeDynamic(factor=2.0, original_seqlen=10), HEAD_DIM)
+    assert torch.equal(grown(10).inv_freq, inverse_frequencies(RopePlain(), HEAD_DIM))
+    assert grown(3) is grown(10) and grown(11) is grown(11)
+    assert not torch.equal(grown(11).inv_freq, grown(10).inv_freq) and grown(12) is not grown(11)
+    two = rotary_by_length(LONG, HEAD_DIM)
+    assert two(1) is two(4096) and two(4097) is two(9000) and two(4096) is not two(4097)
+    for seqlen in (4096, 4097):
+        assert torch.equal(two(seqlen).inv_freq, inverse_frequencies(LONG, HEAD_DIM, seqlen))
+
+
 @pytest.mark.parametrize(
     "rope",
     [
         RopePlain(),
+        RopeDynamic(factor=9.0, original_seqlen=4),
+        replace(LONG, short_factors=(1.0,) * 64, factor=1.0),
         RopePI(factor=1.0),
         RopeNTK(factor=1.0),
         RopeYarn(original_seqlen=4096),

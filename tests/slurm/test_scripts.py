@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import socket
 import subprocess
 from contextlib import ExitStack, suppress
@@ -95,6 +96,25 @@ def test_a_rank_that_dies_is_requeued_as_often_as_asked(
     assert job.wait_for_end() == "FAILED" and job.restarts == 1, job.output
     assert "failed 2 times since the start: not requeued" in job.output
     assert starts(job.run) == [0, 0]
+
+
+def test_a_rank_that_stands_still_is_named_and_the_job_requeued_as_often_as_asked(
+    free: Cluster, tokens: Path, tmp_path: Path
+) -> None:
+    words = ["parallel.stall=3", "train.steps=100000"]
+    variables = {"LCDIST_MAX_FAILURES": "1", "LCDIST_PROCS_PER_NODE": "2"}
+    job = submit(free, tmp_path, tokens, *words, options="--nodes=1", **variables)
+    for number in (0, 1):
+        job.wait_until(lambda: len(starts(job.run)) > number, "training")  # noqa: B023
+        job.wait_for_steps(3)
+        free.rank_of(job.run, 1).send_signal(signal.SIGSTOP)
+        # Named in what rank 0 prints, within what the watchdog needs: the launcher's own limit for
+        # ranks that do not hear it is ten minutes.
+        job.wait_until(lambda: job.output.count("no sign of life") > number, "named")  # noqa: B023
+    assert job.wait_for_end() == "FAILED" and job.restarts == 1, job.output
+    assert "not arrived: rank 1 shows no sign of life" in job.output
+    assert re.search("arrived: rank 0 in .*, attention method full", job.output), job.output
+    assert "failed 2 times since the start: not requeued" in job.output
 
 
 def test_evaluation_of_a_run(free: Cluster, whole: Job, tmp_path: Path) -> None:

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.job import STEPS, Job, last_step, losses, lost_steps, starts, submit
+from tests.slurm.job import (
+    STEPS,
+    TINY,
+    Job,
+    last_step,
+    losses,
+    lost_steps,
+    starts,
+    submit,
+    submit_script,
+)
 
 # Every interruption comes after so many steps, and long before the last.
 SOME = 10
@@ -63,6 +73,24 @@ def test_told_before_the_time_limit_and_preempted_with_grace(
     assert "SIGTERM" in job.output and f"job {job.number}: SIGTERM" not in job.output
     # Nothing is left that could stop a later start.
     assert not (job.run / "stop").exists() and not (job.run / "STOPPED").exists()
+
+
+def test_a_job_of_stages_is_requeued_into_the_stage_where_it_was(
+    free: Cluster, tokens: Path, tmp_path: Path
+) -> None:
+    stages, run = tmp_path / "stages.toml", tmp_path / "run"
+    stages.write_text('[[stages]]\nname = "short"\n[[stages]]\nname = "long"\n')
+    words = [*TINY, "parallel.cp_size=2", f"data.path={tokens}", f"log.folder={run}"]
+    words += ["stages.short.train.steps=5", "stages.long.train.seqlen=512"]
+    words = ["slurm/extend_128k.sh", str(stages), *words]
+    job = Job(free, tmp_path, submit_script(free, tmp_path, *words))
+    job.wait_until(lambda: last_step(run / "2-long") >= SOME, "in the second stage")
+    job.signal_batch("USR1")
+    assert job.wait_for_end() == "COMPLETED" and job.restarts == 1, job.output
+    assert "stage long: told to stop" in job.output and "all steps are done" in job.output
+    assert starts(run / "1-short") == [0] and last_step(run / "1-short") == 5
+    assert starts(run / "2-long")[0] == 0 and starts(run / "2-long")[1] >= SOME
+    assert last_step(run / "2-long") == STEPS and lost_steps(run / "2-long") == 0
 
 
 def test_preempted_without_grace_and_a_node_dies(

@@ -169,8 +169,8 @@ def test_no_other_file_is_unpickled_freely(copied: Path, tmp_path: Path) -> None
 
 
 def test_another_architecture_is_refused_key_by_key(original: Path) -> None:
-    open_fitting(original, small("model.num_layers=1", "model.rope.scaling=pi").model)
-    other = small("model.num_layers=2", "model.tied_embeddings=true", "model.rope.base=5e5").model
+    open_fitting(original, small("model.num_layers=1", "model.rope.scaling=pi"))
+    other = small("model.num_layers=2", "model.tied_embeddings=true", "model.rope.base=5e5")
     with pytest.raises(CheckpointError) as caught:
         open_fitting(original, other)
     message = str(caught.value)

@@ -9,7 +9,7 @@ from lcdist.cli import main
 from lcdist.train.folder import write_config, write_status
 from lcdist.train.marks import mark_done, mark_stopped
 from lcdist.train.records import RankTimes, StepRecord, StepTime
-from lcdist.train.status import describe, duration
+from lcdist.train.status import describe, duration, stage_folders
 from tests.model.small import small
 
 NOW = 1_700_000_000.0
@@ -92,8 +92,20 @@ def test_a_run_that_has_not_begun_and_a_folder_that_is_none(tmp_path: Path) -> N
     write_config(stage, small(f"log.folder={stage}"))
     rows = dict(describe(stage))
     assert rows["state"] == "never started" and rows["last checkpoint"] == "none yet"
-    with pytest.raises(FileNotFoundError, match="its stages are extend: name one"):
-        describe(tmp_path)
+
+
+def test_the_stages_of_a_run_are_shown_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("10-last", "2-long", "1-short"):
+        stage = tmp_path / name
+        stage.mkdir()
+        write_config(stage, small(f"log.folder={stage}"))
+    names = [stage.name for stage in stage_folders(tmp_path)]
+    assert names == ["1-short", "2-long", "10-last"] and stage_folders(stage) == []
+    assert main(["status", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("never started") == 3
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,14 +47,17 @@ class MegatronEngine:
         self.megatron.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync  # type: ignore[assignment]
         self.megatron.finalize_model_grads_func = self._finalize
         self.watch: Stopwatch | None = None
-        self.optimizer = ShardedAdamW(self.chunks, plan.config.optim, grid.dp_cp_group)
+        self.optimizer = ShardedAdamW(
+            self.chunks, plan.config.optim, grid.dp_cp_group, plan.config.lora.lr_ratio
+        )
 
     def forward_backward(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Gradients of the step's global mean loss into every `main_grad`; (loss, tokens)."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.watch = Stopwatch(self.grid.device.type == "cuda")
-        return self._run(batches, self.plan.layout, forward_only=False)
+        seqlen = self.plan.config.train.seqlen
+        return self._run(batches, self.plan.layout, seqlen, forward_only=False)
 
     @property
     def seconds_before_reduction(self) -> float:
@@ -74,24 +77,29 @@ class MegatronEngine:
         """
         return self.optimizer.step(lr)
 
-    def evaluate(self, batches: Sequence[Batch], layout: ContextLayout) -> tuple[float, int]:
-        """(mean loss in nats, tokens) of all ranks' batches, cut by `layout`; no gradients."""
+    def evaluate(
+        self, batches: Sequence[Batch], layout: ContextLayout, seqlen: int
+    ) -> tuple[float, int]:
+        """(mean loss in nats, tokens) of all ranks' batches, cut by `layout`; no gradients.
+
+        seqlen: tokens of their sequences without the layout's padding.
+        """
         for chunk in self.wrapped:
             chunk.eval()
         with torch.no_grad():
-            result = self._run(batches, layout, forward_only=True)
+            result = self._run(batches, layout, seqlen, forward_only=True)
         for chunk in self.wrapped:
             chunk.train()
         return result
 
     def _run(
-        self, batches: Sequence[Batch], layout: ContextLayout, forward_only: bool
+        self, batches: Sequence[Batch], layout: ContextLayout, seqlen: int, forward_only: bool
     ) -> tuple[float, int]:
         # One iterator a chunk: with interleaving each chunk draws all micro-batches itself.
         iterators: Any = [iter(batches) for _ in self.wrapped]
         single = len(self.wrapped) == 1
         losses = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, layout),
+            forward_step_func=partial(_forward_step, layout, seqlen),
             data_iterator=iterators[0] if single else iterators,
             model=self.wrapped[0] if single else [*self.wrapped],
             num_microbatches=len(batches),
@@ -128,14 +136,17 @@ class MegatronEngine:
             self.optimizer.refresh_masters()
 
 
-def _forward_step(layout: ContextLayout, iterator: Any, model: Any) -> tuple[Tensor, Any]:
+def _forward_step(
+    layout: ContextLayout, seqlen: int, iterator: Any, model: Any
+) -> tuple[Tensor, Any]:
     batch: Batch = next(iterator)
+    sequence = SequenceParams(layout=layout, seqlen=seqlen, cu_seqlens=batch.cu_seqlens)
     # Positions are the attention's business; Megatron asks for the argument all the same.
     losses = model(
         batch.tokens,
         None,
         None,
         labels=batch.labels,
-        packed_seq_params=SequenceParams(layout=layout, cu_seqlens=batch.cu_seqlens),
+        packed_seq_params=sequence,
     )
     return losses, lambda output: loss_sum(output, batch.loss_mask)

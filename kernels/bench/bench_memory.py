@@ -1,0 +1,183 @@
+"""The tiled MLP beside the whole one, on this machine's CPU (Linux): memory and time.
+
+    python kernels/bench/bench_memory.py [--quick]
+
+One layer's norm, MLP and residual, forward and backward. First the ways are compared in float64 at
+a sixteenth of the sizes, outputs and all gradients; on red nothing is measured. Then they take
+turns, fp32, on one core. Time is the processor's, so that a busy machine matters less; memory is
+what the process holds at most above inputs and weights, gradients included. Rows are added to
+results/memory.csv.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from harness import Step, commit, machine, measure, write
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import lcdist.host  # noqa: F401
+from lcdist.config import parse
+from lcdist.config.schema import Config
+from lcdist.model.build import build_model
+from lcdist.model.recompute import recomputed, trained
+from lcdist.model.tiled import SecondHalf, tiled
+from lcdist.parallel import build_grid, end_world, start_world
+from lcdist.plan import make_plan
+
+SIZES = [(32768, 1024, 2816)]  # tokens, hidden size, ffn hidden size
+QUICK = [(2048, 256, 704)]
+GATE, SIXTEENTH = 1e-10, 16
+Way = Callable[[Tensor], Tensor]
+
+
+def config(tokens: int, hidden: int, ffn: int) -> Config:
+    """A model of one layer of these sizes, by default tiled above 16,384 tokens."""
+    return parse(
+        {
+            "model": {
+                "vocab_size": 128,
+                "num_layers": 1,
+                "hidden_size": hidden,
+                "nheads": 4,
+                "ffn_hidden_size": ffn,
+            },
+            "data": {"source": "synthetic"},
+            "train": {"seqlen": tokens, "steps": 1, "dtype": "fp32", "mlp": "tiled"},
+            "log": {"folder": "unused"},
+        }
+    )
+
+
+def second_half(tokens: int, hidden: int, ffn: int) -> tuple[SecondHalf, int]:
+    """A layer's second half with random weights, and the plan's tokens of a tile."""
+    plan = make_plan(config(tokens, hidden, ffn), 1)
+    [model] = build_model(plan, build_grid(plan.config.parallel, 0).device)
+    layer: Any = model.decoder.layers[0]
+    chunk = plan.mlp_chunk(tokens)
+    assert chunk is not None
+    return SecondHalf(layer.pre_mlp_layernorm, layer.mlp), chunk
+
+
+def contenders(half: SecondHalf, tokens: int, chunk: int) -> dict[str, tuple[Way, int]]:
+    """Each way by name, with its tokens at once."""
+
+    def whole(x: Tensor) -> Tensor:
+        return x + half.mlp(half.norm(x))[0]
+
+    def again(x: Tensor) -> Tensor:
+        return recomputed(whole, x, trained(half.norm, half.mlp))
+
+    found: dict[str, tuple[Way, int]] = {"whole": (whole, tokens), "whole, twice": (again, tokens)}
+    for size in sorted({max(1, chunk), max(1, chunk // 4)}):
+        found[f"tiles of {size}"] = (lambda x, size=size: tiled(half, x, size), size)
+    return found
+
+
+def once(way: Way, half: SecondHalf, x: Tensor, dout: Tensor) -> Step:
+    """One forward and backward: the output, gradients of x and of all weights."""
+    leaves = [x.requires_grad_(), *trained(half.norm, half.mlp)]
+
+    def run() -> list[Tensor]:
+        out = way(x)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+    return run
+
+
+def gate(tokens: int, hidden: int, ffn: int) -> str | None:
+    """How far a way is from the whole in float64, where that is too far."""
+    tokens, hidden, ffn = tokens // SIXTEENTH + 1, hidden // SIXTEENTH * 2, ffn // SIXTEENTH
+    half, _ = second_half(tokens, hidden, ffn)
+    for module in (half.norm, half.mlp):
+        module.double()
+    x, dout = (torch.randn(tokens, 1, hidden, dtype=torch.float64) for _ in range(2))
+    ways = contenders(half, tokens, 100)
+    expected = once(ways["whole"][0], half, x, dout)()
+    for name, (way, _) in ways.items():
+        for actual, truth in zip(once(way, half, x, dout)(), expected, strict=True):
+            error = float((actual - truth).norm() / truth.norm())
+            if not error < GATE:
+                return f"{name} is off by {error:.2g}"
+    return None
+
+
+def rows(tokens: int, hidden: int, ffn: int, runs: int) -> list[dict[str, object]]:
+    """A row for each way: the fastest of `runs`, and the most memory."""
+    half, chunk = second_half(tokens, hidden, ffn)
+    x, dout = (torch.randn(tokens, 1, hidden) for _ in range(2))
+    ways = contenders(half, tokens, min(chunk, tokens // 8))
+    measured = {name: SimpleNamespace(seconds=float("inf"), mib=0.0) for name in ways}
+    for _ in range(runs):
+        for name, (way, _) in ways.items():
+            run = once(way, half, x, dout)
+            begun = time.process_time()
+            _, mib = measure(run)
+            best = measured[name]
+            best.seconds = min(best.seconds, time.process_time() - begun)
+            best.mib = max(best.mib, mib)
+    base = measured["whole"]
+    return [
+        {
+            "date": date.today().isoformat(),
+            "commit": commit(),
+            "torch": torch.__version__,
+            "device": f"{machine()}, one core",
+            "dtype": "fp32",
+            "tokens": tokens,
+            "hidden_size": hidden,
+            "ffn_hidden_size": ffn,
+            "contender": name,
+            "chunk": size,
+            "runs": runs,
+            "cpu_ms": round(measured[name].seconds * 1e3, 1),
+            "over_whole": round(measured[name].seconds / base.seconds, 3),
+            "extra_mib": round(measured[name].mib, 1),
+            "of_whole": round(measured[name].mib / base.mib, 4),
+        }
+        for name, (_, size) in ways.items()
+    ]
+
+
+def show(found: list[dict[str, object]]) -> None:
+    """The rows as a table."""
+    keys = ("tokens", "contender", "cpu_ms", "over_whole", "extra_mib", "of_whole")
+    table = Table(*keys)
+    for row in found:
+        table.add_row(*(str(row[key]) for key in keys))
+    Console().print(table)
+
+
+def main() -> int:
+    """Gate, measure, write; status 1 on red."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, and no rows are written")
+    parser.add_argument("--runs", type=int, default=1, help="the fastest counts")
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    start_world(60)
+    for sizes in QUICK if words.quick else SIZES:
+        red = gate(*sizes)
+        if red:
+            print(f"gate: {red}")
+            return 1
+        found = rows(*sizes, words.runs)
+        show(found)
+        if not words.quick:
+            write("memory", found)
+    end_world()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""A Hugging Face folder to a folder like a run's: one checkpoint that any mesh loads.
+
+Nothing is written before config, index, header and shape of everything have been checked; then one
+piece of a tensor at a time is read and written, and what was written is read back and compared.
+Weights keep their dtype (fp16 ones become fp32, which holds each of them exactly).
+"""
+
+import json
+import math
+import shutil
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import lcdist.host  # noqa: F401
+from lcdist.config import dump, parse
+from lcdist.config.schema import Config, DataConfig, LogConfig, TrainConfig
+from lcdist.convert.compare import Difference, compare
+from lcdist.convert.folder import Weights, open_weights
+from lcdist.convert.hf_config import CONFIG, HFModel, check_shapes, read_config
+from lcdist.convert.landing import check_free, landing
+from lcdist.convert.layerwise import check_alone
+from lcdist.convert.names import (
+    EMBEDDING,
+    HF_EMBEDDING,
+    HF_OUTPUT,
+    OUTPUT,
+    Ours,
+    correspondence,
+    hf_shapes,
+)
+from lcdist.convert.stored import Stored, Tensors, write_tensors
+from lcdist.convert.tokenizers import check_tokenizer, copy_tokenizer
+from lcdist.parallel import start_world
+from lcdist.plan import Plan, make_plan, smallest_world
+from lcdist.train.checkpoint import FORMAT, LATEST, MANIFEST, PREFIX, open_checkpoint
+from lcdist.train.header import versions
+from lcdist.train.records import write_atomically
+
+NAME = f"{PREFIX}{0:08d}"
+# Made from the config by whoever runs the model; older folders hold them all the same.
+_DERIVED = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A checkpoint that was made: where, of how many parameters, and how it compares."""
+
+    out: Path
+    num_parameters: int
+    difference: Difference
+
+
+def import_model(source: Path, out: Path, overrides: Sequence[str] = ()) -> Imported:
+    """Make `out` from the Hugging Face folder `source`.
+
+    overrides: `section.key=value`, over a configuration that has the model's sections alone; of the
+    model they may raise vocab_size: new rows are the mean of the old ones. Raises ValueError for
+    everything that is wrong with the source, before anything is written; ConversionError where
+    what was written does not compute what was read.
+    """
+    check_alone()
+    hf, weights = open_model(source)
+    config = _config(hf, out, overrides)
+    plan = make_plan(config, smallest_world(config))
+    check_free(out, weights.nbytes)
+    start_world(config.parallel.timeout)
+    with landing(out) as half:
+        folder = half / "checkpoints" / NAME
+        folder.mkdir(parents=True)
+        write_tensors(folder, _tensors(hf, weights, plan))
+        _finish(folder, plan, source)
+        copy_tokenizer([source], half)
+        # For whoever exports what was trained from here: the numbers of special tokens.
+        shutil.copyfile(source / CONFIG, half / CONFIG)
+        stored = Stored(open_checkpoint(half))
+        difference = compare(hf, weights, config, stored)
+    return Imported(
+        out, sum(math.prod(shape) for shape in hf_shapes(hf.model).values()), difference
+    )
+
+
+def open_model(folder: Path) -> tuple[HFModel, Weights]:
+    """A Hugging Face folder whose config, weights and tokenizer fit each other.
+
+    Raises ValueError naming all that does not.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give one with {CONFIG} and .safetensors files")
+    hf, weights = read_config(folder), open_weights(folder)
+    want = hf_shapes(hf.model)
+    derived = {name for name in weights.entries if name.endswith(_DERIVED)}
+    shapes = {name: entry.shape for name, entry in weights.entries.items() if name not in derived}
+    if hf.model.tied_embeddings and shapes.get(HF_OUTPUT) == want[HF_EMBEDDING]:
+        _check_tied(weights)
+        del shapes[HF_OUTPUT]
+    check_shapes(folder, shapes, want)
+    check_tokenizer(folder, hf.model.vocab_size)
+    needed = {name: weights.entries[name] for name in want}
+    return hf, Weights(folder, needed)
+
+
+def _check_tied(weights: Weights) -> None:
+    """Raise ValueError unless a second copy of tied embeddings is one."""
+    count, _ = weights.shape(HF_OUTPUT)
+    for first in range(0, count, 1024):
+        stop = min(first + 1024, count)
+        if not torch.equal(
+            weights.rows(HF_OUTPUT, first, stop), weights.rows(HF_EMBEDDING, first, stop)
+        ):
+            raise ValueError(
+                f"{weights.folder}: {HF_OUTPUT} differs from {HF_EMBEDDING}, which {CONFIG} says "
+                "is tied to it: set tie_word_embeddings to false, or remove the tensor"
+            )
+
+
+def _config(hf: HFModel, out: Path, overrides: Sequence[str]) -> Config:
+    """The configuration that the checkpoint carries. Raises ValueError, or ConfigError."""
+    bare = Config(
+        model=hf.model,
+        train=TrainConfig(seqlen=hf.seqlen, steps=1),
+        data=DataConfig(path=str(out)),
+        log=LogConfig(folder=str(out)),
+    )
+    config = parse(tomllib.loads(dump(bare)), overrides)
+    names = [field.name for field in fields(config.model)]
+    for name in names:
+        theirs, ours = getattr(hf.model, name), getattr(config.model, name)
+        if name not in ("vocab_size", "init_std") and theirs != ours:
+            raise ValueError(
+                f"model.{name} = {ours!r}: {CONFIG} says {theirs!r}, and an import keeps the model "
+                "as it is; change it in the configuration of the run that starts from it"
+            )
+    if config.model.vocab_size < hf.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {config.model.vocab_size}: the model has {hf.model.vocab_size} "
+            "tokens, of which none can be left out"
+        )
+    return config
+
+
+def _tensors(hf: HFModel, weights: Weights, plan: Plan) -> list[Tensors]:
+    return [
+        _of_vocabulary(ours, weights, plan)
+        if ours.key in (EMBEDDING, OUTPUT)
+        else Tensors(
+            ours.key,
+            (ours.count, *ours.rest),
+            _dtype(ours, weights),
+            lambda first, stop, ours=ours: _rows(ours, weights, first, stop),
+        )
+        for ours in correspondence(hf.model)
+    ]
+
+
+def _rows(ours: Ours, weights: Weights, first: int, stop: int) -> Tensor:
+    dtype = _dtype(ours, weights)
+    parts = [
+        weights.rows(part.name, part.first, part.first + part.count).to(dtype)
+        for part in ours.slices(first, stop)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _dtype(ours: Ours, weights: Weights) -> torch.dtype:
+    """Of tensors that become one, fp32 where they differ: it holds what the others hold."""
+    found = {weights.dtype(part.name) for part in ours.parts}
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def _of_vocabulary(ours: Ours, weights: Weights, plan: Plan) -> Tensors:
+    """A table by tokens: the model's rows, the mean of them for new tokens, zeros for padding."""
+    known, asked, dtype = ours.count, plan.config.model.vocab_size, _dtype(ours, weights)
+    mean = _mean(ours, weights).to(dtype) if asked > known else None
+
+    def rows(first: int, stop: int) -> Tensor:
+        if stop <= known:
+            return _rows(ours, weights, first, stop)
+        out = torch.zeros(stop - first, *ours.rest, dtype=dtype)
+        old = max(0, min(stop, known) - first)
+        if old:
+            out[:old] = _rows(ours, weights, first, first + old)
+        if mean is not None:
+            out[max(0, known - first) : max(0, asked - first)] = mean
+        return out
+
+    return Tensors(ours.key, (plan.padded_vocab_size, *ours.rest), dtype, rows)
+
+
+def _mean(ours: Ours, weights: Weights) -> Tensor:
+    total = torch.zeros(ours.rest, dtype=torch.float64)
+    for first in range(0, ours.count, 1024):
+        total += _rows(ours, weights, first, min(first + 1024, ours.count)).double().sum(0)
+    return total / ours.count
+
+
+def _finish(folder: Path, plan: Plan, source: Path) -> None:
+    """The manifest, as a run's checkpoints have it, and what names the checkpoint."""
+    content = {
+        "format": FORMAT,
+        "step": 0,
+        "config": dump(plan.config),
+        "plan": dict(plan.rows()),
+        "dtype": plan.dtype,
+        "world_size": plan.world_size,
+        "loader": {},
+        "random_states": [],
+        "imported": source.resolve().name,
+        "versions": versions(),
+        "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()},
+    }
+    write_atomically(folder / MANIFEST, json.dumps(content, indent=1))
+    write_atomically(folder.parent / LATEST, folder.name + "\n")

@@ -1,0 +1,175 @@
+"""LLaMA's forward as Hugging Face's files mean it: plain torch, tensor by tensor, in float64.
+
+One side of the comparison that ends every conversion. It knows nothing of our layout: it reads the
+names of a Hugging Face folder, and makes the frequencies from its config.json by formulas of its
+own (RoFormer, arXiv:2104.09864; PI, arXiv:2306.15595; YaRN, arXiv:2309.00071; LongRoPE,
+arXiv:2402.13753), for a sequence of the length in hand. No tensor is ever held whole.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lcdist.convert.folder import Weights
+from lcdist.convert.names import HF_EMBEDDING, HF_FINAL_NORM, HF_OUTPUT, hf_prefix
+from lcdist.convert.rope import DEFAULT_BASE, ORIGINAL, block_of, type_of
+
+# Of a weight, how many elements are held at once.
+HELD_ELEMENTS = 2**20
+_Linear = Callable[[str, Tensor], Tensor]
+
+
+def hf_logits(table: Mapping[str, Any], weights: Weights, tokens: Tensor) -> Tensor:
+    """tokens int64 `[s]` to logits float64 `[s, vocab_size]`, every weight read from disk.
+
+    table: the folder's config.json, which is read here a second time, apart from `hf_config`.
+    """
+    eps, width = table.get("rms_norm_eps", 1e-6), _width(table)
+    x = torch.stack([weights.rows(HF_EMBEDDING, t, t + 1)[0] for t in tokens.tolist()]).double()
+    cos, sin = _rotation(table, width, len(tokens))
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        out = by_rows(x, lambda a, b: weights.rows(weight, a, b), weights.shape(weight)[0])
+        return out + weights.rows(bias) if bias in weights.entries else out
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        scale = weights.rows(name).double()
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * scale
+
+    for layer in range(table["num_hidden_layers"]):
+        theirs = hf_prefix(layer)
+        attended = norm(f"{theirs}input_layernorm.weight", x)
+        x = x + _attention(table, linear, f"{theirs}self_attn.", attended, (cos, sin))
+        inner = norm(f"{theirs}post_attention_layernorm.weight", x)
+        gate = F.silu(linear(f"{theirs}mlp.gate_proj", inner))
+        x = x + linear(f"{theirs}mlp.down_proj", gate * linear(f"{theirs}mlp.up_proj", inner))
+    head = HF_EMBEDDING if table.get("tie_word_embeddings") else HF_OUTPUT
+    return by_rows(
+        norm(HF_FINAL_NORM, x), lambda a, b: weights.rows(head, a, b), table["vocab_size"]
+    )
+
+
+def by_rows(x: Tensor, rows: Callable[[int, int], Tensor], count: int) -> Tensor:
+    """x `[s, n]` float64 times a weight `[count, n]`, whose rows are asked for some at a time."""
+    out = x.new_empty(len(x), count)
+    step = max(1, HELD_ELEMENTS // x.shape[-1])
+    for first in range(0, count, step):
+        stop = min(first + step, count)
+        torch.mm(x, rows(first, stop).to(x).T, out=out[:, first:stop])
+    return out
+
+
+def _attention(
+    table: Mapping[str, Any],
+    linear: _Linear,
+    names: str,
+    x: Tensor,
+    rotation: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Causal attention of `[s, hidden]`, every key head serving nheads / nheads_kv neighbours."""
+    width, nheads = _width(table), table["num_attention_heads"]
+    times = nheads // (table.get("num_key_value_heads") or nheads)
+    q, k, v = (
+        linear(f"{names}{one}_proj", x).unflatten(-1, (-1, width)).transpose(0, 1) for one in "qkv"
+    )  # [heads, s, d]
+    q, k = _rotate(q, *rotation), _rotate(k, *rotation)
+    k, v = k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)
+    scores = q @ k.transpose(1, 2) / math.sqrt(width)
+    future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+    out = scores.masked_fill(future, -math.inf).softmax(-1) @ v
+    return linear(f"{names}o_proj", out.transpose(0, 1).flatten(1))
+
+
+def _width(table: Mapping[str, Any]) -> int:
+    return table.get("head_dim") or table["hidden_size"] // table["num_attention_heads"]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs half a head apart: (a, b) to (a cos - b sin, b cos + a sin)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def _rotation(table: Mapping[str, Any], width: int, seqlen: int) -> tuple[Tensor, Tensor]:
+    theta, factor = hf_frequencies(table, width, seqlen)
+    angles = torch.arange(seqlen, dtype=torch.float64)[:, None] * theta
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def hf_frequencies(table: Mapping[str, Any], width: int, seqlen: int) -> tuple[Tensor, float]:
+    """(theta float64 `[width / 2]`, what cos and sin are multiplied by) of a config.json.
+
+    seqlen: tokens of the sequence in hand, for the types that look at it.
+    """
+    block, where = block_of(table)
+    kind, context = type_of(block, where), table["max_position_embeddings"]
+    base = block.get("rope_theta") or DEFAULT_BASE
+    if kind == "dynamic":
+        stretch = max(seqlen, context) / context
+        base *= (block["factor"] * stretch - block["factor"] + 1) ** (width / (width - 2))
+    theta = torch.tensor([1 / base ** (i / width) for i in range(0, width, 2)], dtype=torch.float64)
+    original = block.get(ORIGINAL) or context
+    if kind == "linear":
+        return theta / block["factor"], 1.0
+    if kind == "llama3":
+        return _llama3(block, theta, original), 1.0
+    factor = block.get("factor") or context / original
+    if kind == "yarn":
+        return _yarn(block, theta, (base, factor, original))
+    if kind == "longrope":
+        divisors = block["long_factor" if seqlen > original else "short_factor"]
+        scale = block.get("attention_factor")
+        if scale is None:
+            scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        return theta / torch.tensor(divisors, dtype=torch.float64), scale
+    return theta, 1.0
+
+
+def _llama3(block: Mapping[str, Any], theta: Tensor, original: int) -> Tensor:
+    """By wavelength, in three branches: short ones kept, long ones divided, blended between."""
+    low, high, factor = block["low_freq_factor"], block["high_freq_factor"], block["factor"]
+    scaled = []
+    for one in theta.tolist():
+        wavelength = 2 * math.pi / one
+        if wavelength < original / high:
+            scaled.append(one)
+        elif wavelength > original / low:
+            scaled.append(one / factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            scaled.append((1 - smooth) * one / factor + smooth * one)
+    return torch.tensor(scaled, dtype=torch.float64)
+
+
+def _yarn(
+    block: Mapping[str, Any], theta: Tensor, sizes: tuple[float, float, int]
+) -> tuple[Tensor, float]:
+    """The ramp runs over the number of the feature, between the two that rotate fast and slow."""
+    base, factor, original = sizes
+    width = 2 * len(theta)
+    ends = [
+        width
+        * math.log(original / (2 * math.pi * (block.get(key) or default)))
+        / math.log(base)
+        / 2
+        for key, default in (("beta_fast", 32), ("beta_slow", 1))
+    ]
+    if block.get("truncate", True):
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    first, last = max(ends[0], 0), min(ends[1], width - 1)
+    last += 0.001 if first == last else 0
+    scaled = []
+    for i, one in enumerate(theta.tolist()):
+        slow = min(max((i - first) / (last - first), 0), 1)
+        scaled.append(slow * one / factor + (1 - slow) * one)
+    scale, wanted = block.get("attention_factor"), ("mscale", "mscale_all_dim")
+    if scale is None:
+        above, below = (block.get(key) for key in wanted)
+        above, below = (above, below) if above and below else (1, 0)
+        scale = (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
+    return torch.tensor(scaled, dtype=torch.float64), scale

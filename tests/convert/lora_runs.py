@@ -1,0 +1,115 @@
+"""What ranks do in the tests of adapters: train, save, load, merge. No transformers in here."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lcdist.convert.merging import merge, unmerge
+from lcdist.data.loader import Batch
+from lcdist.evaluate.session import open_session
+from lcdist.layout import ContextLayout
+from lcdist.model.sequence import SequenceParams
+from lcdist.run import begin, open_fitting
+from lcdist.train.checkpoint import CheckpointError, load_weights, open_checkpoint
+from lcdist.train.saving import Checkpointer
+from lcdist.train.state import model_state
+from tests.model.lora_cases import gradient, some_b
+from tests.model.small import Meshes, small, take_steps
+from tests.model.whole import gather_whole, weight
+from tests.train.stored import stored_tensors
+
+TEXT = torch.arange(60).mul(37).remainder(250)
+
+
+def trained(rank: int, world_size: int, folder: Path, words: tuple[str, ...]) -> dict[str, Any]:
+    """First step's batch, loss and gradients; then steps, and a checkpoint in `folder`."""
+    with some_b():
+        trainer = Meshes().trainer(small(*words))
+    begin(trainer, None)
+    engine = trainer.engine
+    initial = gather_whole(engine.chunks, weight)
+    loss, _ = engine.forward_backward(trainer.loader.next_step())
+    gradients = gather_whole(engine.chunks, gradient)
+    norms = [engine.update(1e-2), *(norm for _, norm in take_steps(trainer, 2, 1e-2))]
+    trainer.checkpointer = Checkpointer(folder / "checkpoints", keep_last=1)
+    trainer.save()
+    last = gather_whole(engine.chunks, weight)
+    return {"loss": loss, "initial": initial, "gradients": gradients, "norms": norms, "last": last}
+
+
+def bare(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The same run without adapters."""
+    return tuple(word for word in words if not word.startswith("lora."))
+
+
+def save_base(rank: int, world_size: int, folder: Path, words: tuple[str, ...]) -> None:
+    """The initial weights of a run, which do not depend on whether it has adapters."""
+    trainer = Meshes().trainer(small(*words))
+    trainer.checkpointer = Checkpointer(folder / "checkpoints", keep_last=1)
+    trainer.save()
+
+
+def batches(rank: int, world_size: int, words: tuple[str, ...]) -> list[Batch]:
+    """The first step's, whole."""
+    return Meshes().trainer(small(*words)).loader.next_step()
+
+
+def started(rank: int, world_size: int, words: tuple[str, ...]) -> tuple[float, dict[str, Tensor]]:
+    """(loss of the first step, weights before it) of a run that starts as `words` say."""
+    trainer = Meshes().trainer(small(*words))
+    begin(trainer, None)
+    weights = gather_whole(trainer.engine.chunks, weight)
+    optimizer = trainer.engine.optimizer
+    for parameter, master in zip(optimizer.mine, optimizer.masters, strict=True):
+        assert torch.equal(master.to(parameter.dtype), parameter)
+    return trainer.engine.forward_backward(trainer.loader.next_step())[0], weights
+
+
+def resumed(
+    rank: int, world_size: int, folder: Path, words: tuple[str, ...]
+) -> tuple[dict[str, Tensor], list[float]]:
+    """(weights of the checkpoint in `folder`, losses of two more steps) on this mesh."""
+    trainer = Meshes().trainer(small(*words))
+    trainer.resume(open_fitting(folder, small(*words)))
+    weights = gather_whole(trainer.engine.chunks, weight)
+    return weights, [loss for loss, _ in take_steps(trainer, 2)]
+
+
+def logits(rank: int, world_size: int, folders: list[Path], words: list[str]) -> list[Tensor]:
+    """By folder, `[60, 250]` after each token of TEXT, as evaluation and generation see them."""
+    os.environ["WORLD_SIZE"] = str(world_size)
+    found = []
+    for folder in folders:
+        session = open_session(folder, [], words)
+        how = SequenceParams(layout=ContextLayout("contiguous", len(TEXT), 1))
+        [model] = session.chunks
+        with torch.no_grad():
+            out = model(TEXT[None], None, None, packed_seq_params=how)
+        found.append(model.whole_logits(out.float())[0, :, :250])
+    return found
+
+
+def weights_at(folder: Path) -> dict[str, Tensor]:
+    """All that the latest checkpoint in `folder` holds."""
+    return stored_tensors(open_checkpoint(folder).path)
+
+
+def merged(rank: int, world_size: int, folder: Path, out: Path) -> list[Tensor]:
+    merge(folder, out)
+    return logits(rank, world_size, [folder, out], [])
+
+
+def merged_and_back(rank: int, world_size: int, folder: Path, out: Path) -> None:
+    merge(folder, out / "merged")
+    unmerge(out / "merged", folder, out / "base")
+
+
+def read_without(rank: int, world_size: int, folder: Path, words: tuple[str, ...]) -> str:
+    chunks = Meshes().trainer(small(*words)).engine.chunks
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(open_checkpoint(folder), {"chunk0": model_state(chunks)["chunk0"]})
+    return str(caught.value)

@@ -1,0 +1,83 @@
+"""Our model's logits on a mesh, through Megatron's schedules, from a checkpoint or a seed."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lcdist.config.schema import Config
+from lcdist.layout import ContextLayout
+from lcdist.model.build import build_model
+from lcdist.model.sequence import SequenceParams
+from lcdist.parallel import build_grid
+from lcdist.plan import make_plan
+from lcdist.train.checkpoint import load_weights, open_checkpoint, saved_config
+from lcdist.train.state import load_model_state, model_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+
+def on_mesh(config: Config, mesh: Sequence[str]) -> Config:
+    """`config` with `key=value` of its section parallel."""
+    words = (word.split("=") for word in mesh)
+    sizes: dict[str, Any] = {key: value == "true" or int(value) for key, value in words}
+    parallel = replace(config.parallel, **sizes)
+    train = replace(config.train, global_batch_size=dist.get_world_size() * 2, dtype="fp32")
+    return replace(config, parallel=parallel, train=train)
+
+
+def logits_on(
+    rank: int, world_size: int, jobs: Sequence[tuple[Path, Sequence[str], Tensor]]
+) -> Any:
+    """For each (checkpoint, mesh, tokens `[b, s]`): whole logits `[b, s, vocab]` on rank 0.
+
+    For run_ranks. Jobs come sorted by mesh, so that each mesh is built once.
+    """
+    answers, built = [], None
+    for path, mesh, x in jobs:
+        checkpoint = open_checkpoint(path)
+        config = on_mesh(saved_config(checkpoint), mesh)
+        plan = make_plan(config, world_size)
+        if built is None or built[0] != config.parallel:
+            built = config.parallel, build_grid(config.parallel, 1)
+        chunks = build_model(plan, built[1].device)
+        load_model_state(chunks, load_weights(checkpoint, model_state(chunks)))
+        answers.append(whole_logits(chunks, built[1], plan, x))
+    return answers
+
+
+def whole_logits(chunks: Any, grid: Any, plan: Any, x: Tensor) -> Tensor | None:
+    """Logits of all rows and tokens on rank 0, None on others; every data-parallel rank's alike."""
+    layout = ContextLayout(plan.layout.kind, x.shape[1], grid.cp_size)
+    mine = layout.shard(x, grid.cp_rank, 1)
+    single = len(chunks) == 1
+
+    def forward(iterator: Any, model: Any) -> Any:
+        row = next(iterator)
+        out = model(row, None, None, packed_seq_params=SequenceParams(layout=layout))
+        return out, lambda logits, **_: model.whole_logits(logits)
+
+    iterators = [iter(mine.split(1)) for _ in chunks]
+    with torch.no_grad():
+        found = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iterators[0] if single else iterators,
+            model=chunks[0] if single else list(chunks),
+            num_microbatches=len(x),
+            seq_length=x.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    local = torch.cat(found) if grid.is_last_stage else None
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    shown = local if grid.tp_rank == 0 and grid.dp_rank == 0 else None
+    dist.all_gather_object(everywhere, (grid.cp_rank, shown))
+    if grid.rank:
+        return None
+    shards = dict(pair for pair in everywhere if pair[1] is not None)
+    whole = layout.unshard([shards[rank] for rank in range(grid.cp_size)], 1)
+    return whole[..., : plan.config.model.vocab_size]

@@ -1,0 +1,103 @@
+"""`lcdist convert` at the door, and what one does with what it makes: generate, train, export."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lcdist.cli import main
+from lcdist.config import dump
+from lcdist.convert.commands import size
+from lcdist.data.tokenizer import train_tokenizer
+from lcdist.train.checkpoint import open_checkpoint, saved_config
+from tests.convert.hf import logits_of, make_model, save, tokens
+from tests.model.small import small
+from tests.tolerance import assert_matches
+
+VOCAB = 320
+TEXT = "the quick brown fox jumps over the lazy dog and the small cat sat on a mat, again\n" * 40
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with the files of a tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("source")
+    save(make_model(num_hidden_layers=2, vocab_size=VOCAB, eos_token_id=1), folder)
+    (folder / "tokenizer.model").write_bytes(train_tokenizer([TEXT], VOCAB))
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 40}')
+    return folder
+
+
+def test_a_model_comes_in_is_trained_and_leaves(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Import, generate, two training steps on longer text by another rotation, export."""
+    ours, run, back = tmp_path / "ours", tmp_path / "run", tmp_path / "back"
+    assert main(["convert", "import", str(source), str(ours), "train.seqlen=24"]) == 0
+    said = capsys.readouterr().out
+    assert f"wrote {ours}" in said and "greatest difference of logits" in said
+    assert (ours / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+    config = saved_config(open_checkpoint(ours))
+    assert config.train.seqlen == 24 and config.model.nheads_kv == 2
+
+    prompt = ["--prompt", "the quick", "--max-new-tokens", "4", "--temperature", "0"]
+    assert main(["generate", str(ours), *prompt]) == 0
+    assert capsys.readouterr().out.startswith("the quick")
+
+    words = tomllib.loads(dump(config))["model"]
+    model = [f"model.{key}={json.dumps(value)}" for key, value in words.items() if key != "rope"]
+    rope = ["model.rope.scaling=pi", "model.rope.base=500000.0", "model.rope.factor=2.0"]
+    own = [*model, *rope, f"checkpoint.load={ours}", f"log.folder={run}", "train.steps=2"]
+    (tmp_path / "extend.toml").write_text(dump(small(*own, "train.seqlen=80")))
+    assert main(["train", str(tmp_path / "extend.toml")]) == 0
+
+    assert main(["convert", "export", str(run), str(back), "--shard-size", "50KB"]) == 0
+    assert "weights in " in capsys.readouterr().out
+    table = json.loads((back / "config.json").read_text())
+    assert table["max_position_embeddings"] == 80 and table["eos_token_id"] == 1
+    assert table["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 2.0}
+    assert table["lcdist"]["step"] == 2
+    assert (back / "tokenizer.model").exists() and (back / "tokenizer_config.json").exists()
+    # Two steps at a small learning rate: another model, and not by much.
+    before, after = logits_of(source, tokens(6)), logits_of(back, tokens(6))
+    assert (before - after).abs().max() > 1e-4 and before.shape == after.shape
+    # What comes back in is what was trained.
+    assert main(["convert", "import", str(back), str(tmp_path / "again")]) == 0
+    again = saved_config(open_checkpoint(tmp_path / "again"))
+    assert again.train.seqlen == 80 and again.model.rope.scaling == "pi"
+
+
+def test_mistakes_end_with_a_line_and_status_2(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", "import", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+    assert "none: no such folder; give one with config.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["convert", "export", "a", "b", "--shard-size", "many"])
+    assert "expected a size such as 5GB" in capsys.readouterr().err
+
+
+def test_sizes_are_read() -> None:
+    assert size("5GB") == 5 * 10**9 and size("512MiB") == 2**29
+    assert size("1.5 kb") == 1500 and size("77") == 77
+
+
+def test_logits_matter(source: Path) -> None:
+    """The random models of these tests tell texts apart: no comparison is of constants."""
+    logits = logits_of(source, tokens(6))
+    with pytest.raises(AssertionError):
+        assert_matches(logits[0, 1], logits[0, 2], 0.1)
+
+
+def test_an_imported_model_is_not_a_run_to_go_on_with(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = tmp_path / "ours"
+    assert main(["convert", "import", str(source), str(ours)]) == 0
+    words = tomllib.loads(dump(saved_config(open_checkpoint(ours))))["model"]
+    model = [f"model.{key}={json.dumps(value)}" for key, value in words.items() if key != "rope"]
+    (tmp_path / "train.toml").write_text(dump(small(*model, f"log.folder={ours}")))
+    assert main(["train", str(tmp_path / "train.toml")]) == 2
+    said = capsys.readouterr().err
+    assert "holds an imported model" in said and f"checkpoint.load={ours}" in said

@@ -1,0 +1,65 @@
+"""An import computes what transformers does, on every mesh, and one import serves them all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.convert.hf import FAMILIES, import_all, logits_of, make_model, save, tokens
+from tests.convert.ours import logits_on
+from tests.distributed import run_ranks
+from tests.tolerance import assert_matches
+
+MESHES = {
+    2: [
+        (),
+        ("tp_size=2",),
+        ("tp_size=2", "sequence_parallel=true"),
+        ("pp_size=2",),
+        ("pp_size=2", "vp_size=2"),
+        ("cp_size=2",),
+    ],
+    4: [
+        ("tp_size=2", "pp_size=2", "sequence_parallel=true"),
+        ("tp_size=2", "cp_size=2"),
+        ("pp_size=2", "cp_size=2"),
+        ("tp_size=4",),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
+    """Each family's import, from one file or from shards, and transformers' logits."""
+    folder = tmp_path_factory.mktemp("models")
+    jobs, expected = [], {}
+    for number, family in enumerate(FAMILIES):
+        source = folder / f"hf-{family}"
+        model = save_and_keep(family, source, "50GB" if number % 2 else "60KB")
+        expected[family] = (folder / family, logits_of(model, tokens()))
+        jobs.append((source, folder / family, ()))
+    # Stored in bf16, trained in fp32.
+    source = save(make_model("qwen2", seed=1).to(torch.bfloat16), folder / "hf-bf16")
+    expected["bf16"] = (folder / "bf16", logits_of(source, tokens()))
+    jobs.append((source, folder / "bf16", ()))
+    run_ranks(import_all, 1, jobs)
+    return expected
+
+
+def save_and_keep(family: str, source: Path, shards: str) -> object:
+    model = make_model(family)
+    save(model, source, shards)
+    return model
+
+
+@pytest.mark.parametrize("world_size", MESHES)
+def test_logits_are_those_of_transformers(world_size: int, imported: dict) -> None:
+    """At TP, PP, interleaved PP, CP, SP, DP and mixtures, with key heads fewer than TP ranks."""
+    cases = [(mesh, family) for mesh in MESHES[world_size] for family in imported]
+    jobs = [(imported[family][0], mesh, tokens()) for mesh, family in cases]
+    found = run_ranks(logits_on, world_size, jobs, timeout=240)[0]
+    for (mesh, family), ours in zip(cases, found, strict=True):
+        try:
+            assert_matches(ours, imported[family][1], 1e-5)
+        except AssertionError as error:
+            raise AssertionError(f"{family} on {mesh}") from error

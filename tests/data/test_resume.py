@@ -1,0 +1,214 @@
+"""Tokenizing killed anywhere, and started again with any number of processes, is the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lcdist.data import shards as shards_module
+from lcdist.data.corpus import Source
+from lcdist.data.meta import read_meta
+from lcdist.data.parts import Part
+from lcdist.data.pool import tokenize_all
+from lcdist.data.prepare import Prepared, prepare
+from lcdist.data.settings import Settings
+from tests.data.test_prepare import SETTINGS, change, contents
+
+ROOT = Path(__file__).parents[2]
+SHARD = 4000  # as in killed.py
+
+
+def kill(corpus: Path, out: Path, settings: Settings, when: tuple[str, int]) -> None:
+    """prepare, killed at the `when[1]`-th word about `when[0]`."""
+    given = {key: value for key, value in vars(settings).items() if key != "specials"}
+    words = [str(corpus), str(out), json.dumps(given), when[0], str(when[1])]
+    program = [sys.executable, "-m", "tests.data.killed", *words]
+    done = subprocess.run(program, cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def without_meta(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if name != "meta.json"}
+
+
+@pytest.mark.parametrize(
+    ("workers", "when"),
+    [(1, ("tokenizing", 1)), (1, ("tokenizing", 25)), (2, ("tokenizing", 25)), (1, ("joining", 3))],
+)
+def test_killed_and_started_again_is_the_same_bytes(
+    corpus: Path,
+    prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    when: tuple[str, int],
+) -> None:
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", SHARD)
+    out = tmp_path / "out"
+    kill(corpus, out, change(workers=workers), when)
+    (left,) = tmp_path.iterdir()
+    assert left != out
+    with pytest.raises(ValueError, match="half-written"):
+        read_meta(left)
+    done = {path for path in left.glob("shards/*/??????") if (path / "shard.json").is_file()}
+    assert bool(done) == (when[1] > 1)
+    inodes = {path.stat().st_ino for path in done}
+    seen: list[set[int]] = []
+
+    def look(what: str, _done: int, _total: int) -> None:
+        if what == "joining" and not seen:
+            seen.append({path.stat().st_ino for path in left.glob("shards/*/??????")})
+
+    again = prepare(Source(corpus), out, change(workers=3 - workers), progress=look)
+    assert again.fresh and os.listdir(tmp_path) == ["out"]
+    # What was done is not done again, and what comes out is what nothing had happened to.
+    assert inodes <= seen[0]
+    assert without_meta(out) == without_meta(prepared.folder)
+    assert again.meta.digest == prepared.meta.digest
+
+
+def interrupted(
+    corpus: Path, out: Path, settings: Settings, after: int, error: type[BaseException]
+) -> None:
+    said: list[str] = []
+
+    def stop(what: str, _done: int, _total: int) -> None:
+        said.append(what)
+        if said.count("tokenizing") == after:
+            raise error
+
+    with pytest.raises(error):
+        prepare(Source(corpus), out, settings, progress=stop)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_interrupted_keeps_what_is_done_for_the_same_work_alone(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", SHARD)
+    out = tmp_path / "out"
+    interrupted(corpus, out, change(workers=workers), 25, KeyboardInterrupt)
+    (left,) = tmp_path.iterdir()
+    kept = [path for path in left.glob("shards/*/*") if path.suffix == ""]
+    assert kept
+    # Another seed is other work: nothing of the first may be in it.
+    made = prepare(Source(corpus), out, change(seed=5))
+    fresh = prepare(Source(corpus), tmp_path / "fresh", change(seed=5))
+    assert without_meta(made.folder) == without_meta(fresh.folder)
+    assert sorted(os.listdir(tmp_path)) == ["fresh", "out"]
+
+
+def test_interrupted_before_anything_is_done_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
+    interrupted(corpus, tmp_path / "out", SETTINGS, 1, KeyboardInterrupt)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_damaged_shard_is_made_again(
+    corpus: Path, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", SHARD)
+    out = tmp_path / "out"
+    interrupted(corpus, out, SETTINGS, 25, KeyboardInterrupt)
+    (first, *_) = sorted(tmp_path.glob(".out.partial/shards/*/000000"))
+    (first / "train.bin").write_bytes((first / "train.bin").read_bytes()[:-2])
+    prepare(Source(corpus), out, SETTINGS)
+    assert without_meta(out) == without_meta(prepared.folder)
+
+
+def test_whole_but_not_yet_named_is_named(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    made = prepare(Source(corpus), out, SETTINGS)
+    out.rename(tmp_path / ".out.partial")
+    again = prepare(Source(corpus), out, SETTINGS)
+    assert again.meta == made.meta and os.listdir(tmp_path) == ["out"]
+    # The same place and another seed: nothing of it may be taken.
+    out.rename(tmp_path / ".out.partial")
+    other = prepare(Source(corpus), out, change(seed=3))
+    assert other.meta.settings["seed"] == 3 and other.meta.tokens != made.meta.tokens
+
+
+def bad_lines(folder: Path, lines: int, bad: set[int]) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "a.jsonl"
+    text = [
+        "{broken" if n in bad else f'{{"text": "line {n} of many words, {n * n} of them"}}'
+        for n in range(1, lines + 1)
+    ]
+    path.write_text("\n".join(text) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_first_bad_line_is_the_one_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", 600)
+    monkeypatch.setattr("lcdist.data.parts.PART_BYTES", 300)
+    source = Source(bad_lines(tmp_path, 200, {140, 171, 199}))
+    first = prepare_bytes(source, tmp_path / "first", change(workers=workers, on_error="skip"))
+    assert [(e["line"], e["file"]) for e in first.meta.skipped] == [
+        (n, "a.jsonl") for n in (140, 171, 199)
+    ]
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 140, byte .*on_error = .skip"):
+        prepare_bytes(source, tmp_path / "out", change(workers=workers))
+    hopeless = Source(bad_lines(tmp_path / "all", 200, set(range(1, 201))))
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1, byte"):
+        prepare_bytes(hopeless, tmp_path / "none", change(workers=workers))
+    # What was done before it is kept, and skipping goes on from there to the same bytes.
+    assert list(tmp_path.glob(".out.partial/shards/*/000000"))
+    made = prepare_bytes(source, tmp_path / "out", change(workers=workers, on_error="skip"))
+    assert contents(made.folder)["train.bin"] == contents(first.folder)["train.bin"]
+    assert made.meta.skipped == first.meta.skipped
+
+
+def test_what_a_try_skipped_is_refused_by_the_next_that_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "SHARD_BYTES", 600)
+    monkeypatch.setattr("lcdist.data.parts.PART_BYTES", 300)
+    source, out = Source(bad_lines(tmp_path, 200, {3})), tmp_path / "out"
+
+    def stop(what: str, done: int, _total: int) -> None:
+        if what == "tokenizing" and done > 3000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_bytes(source, out, change(on_error="skip"), progress=stop)
+    with pytest.raises(ValueError, match="'line': 3"):
+        prepare_bytes(source, out, change())
+
+
+def prepare_bytes(
+    source: Source, out: Path, settings: Settings, progress: Callable | None = None
+) -> Prepared:
+    return prepare(
+        source,
+        out,
+        change(**{**vars(settings), "vocab_size": None}),
+        "bytes",
+        progress=progress,
+    )
+
+
+def test_a_process_that_dies_is_named_and_nobody_waits(corpus: Path, tmp_path: Path) -> None:
+    work = shards_module.Work(
+        str(tmp_path), ("train",), 0.0, 0, False, shards_module.Reading("skip")
+    )
+    files = sorted(corpus.rglob("*.txt"))[:4]
+    parts = [
+        (Part(shards_module.SourceFile(path, path.name, 9), 0, 9, 9), "train") for path in files
+    ]
+    shards = [shards_module.Shard(i, (part,)) for i, part in enumerate(parts)]
+    begun = time.monotonic()
+    # No such tokenizer: both processes end before they have answered.
+    with pytest.raises(ValueError, match=r"process ended with status 1 .*--workers"):
+        tokenize_all(work, shards, tmp_path / "nowhere", 2, lambda size: None)
+    assert time.monotonic() - begun < 60

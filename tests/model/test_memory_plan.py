@@ -1,0 +1,256 @@
+"""The plan's numbers for what is kept, cut and sent away: those of real layers; and refusals."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import lcdist.host  # noqa: F401
+from lcdist.config import ConfigError
+from lcdist.model.build import build_model
+from lcdist.model.recompute_layer import Layer
+from lcdist.model.sequence import SequenceParams
+from lcdist.parallel import build_grid
+from lcdist.plan import Plan, make_plan
+from lcdist.train import checks
+from lcdist.train.checks import check_host_memory, host_memory
+from tests.distributed import run_ranks
+from tests.live import LiveTensors
+from tests.model.small import small
+
+TP, CP, PP = (f"parallel.{axis}_size=2" for axis in ("tp", "cp", "pp"))
+SP = "parallel.sequence_parallel=true"
+TILED = ("train.mlp=tiled", "train.mlp_chunk=256")
+SELECTIVE, FULL, HOST = "train.recompute=selective", "train.recompute=full", "train.offload=host"
+WAYS = [
+    (),
+    (SELECTIVE,),
+    TILED,
+    (SELECTIVE, *TILED),
+    (FULL,),
+    (FULL, *TILED),
+    (HOST,),
+    (HOST, *TILED),
+]
+
+
+def plan_of(*words: str, world_size: int = 1) -> Plan:
+    return make_plan(small(*words), world_size)
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+TOKENS = 2048
+LONG = (f"train.seqlen={TOKENS}", "train.loss=chunked", "train.loss_chunk=64")
+
+
+def held(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[tuple[int, int, int]]:
+    """Bytes that live after forward, at most, and of the host's store, of a model of each case."""
+    found = []
+    for words in cases:
+        plan = make_plan(small(*words), world_size)
+        [model] = build_model(plan, build_grid(plan.config.parallel, 0).device)
+        tokens = torch.zeros(1, plan.layout.local_seqlen, dtype=torch.int64)
+        sequence = SequenceParams(layout=plan.layout)
+        with LiveTensors() as live:
+            losses = model(tokens, None, None, labels=tokens, packed_seq_params=sequence)
+            kept = live.now
+            losses.sum().backward()
+        found.append((kept, live.peak, plan.host_bytes))
+    return found
+
+
+def of_a_layer(mesh: tuple[str, ...], way: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Two and one layers: what one has is their difference."""
+    return [(*LONG, *mesh, *way, f"model.num_layers={n}") for n in (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "ways"),
+    [((), WAYS), ((TP,), WAYS[:4]), ((TP, SP), WAYS[1:6]), ((CP,), WAYS[1:6:2])],
+    ids=["one", "tp2", "tp2-sp", "cp2"],
+)
+def test_a_layer_keeps_what_the_plan_says(
+    mesh: tuple[str, ...], ways: list[tuple[str, ...]]
+) -> None:
+    world_size = 2 if mesh else 1
+    cases = [words for way in ways for words in of_a_layer(mesh, way)]
+    for found in run_ranks(held, world_size, cases, timeout=120):
+        for number, way in enumerate(ways):
+            (two, _, host), (one, _, _) = found[2 * number : 2 * number + 2]
+            plan = plan_of(*cases[2 * number], world_size=world_size)
+            # The host's copies are in the same memory here, rounded up on a GPU alone.
+            inputs = host // 2
+            assert bool(inputs) == (HOST in way)
+            expected = plan.layer_bytes + inputs
+            # Random generators' states, and small tables of the attention.
+            assert two - one == pytest.approx(expected, rel=0.01, abs=2**14), way
+
+
+def test_recomputation_and_tiles_lower_the_peak_as_the_plan_says() -> None:
+    layers = "model.num_layers=6"
+    cases = [(*LONG, layers, *way) for way in WAYS]
+    [found] = run_ranks(held, 1, cases, timeout=120)
+    peaks = {way: peak - host for way, (_, peak, host) in zip(WAYS, found, strict=True)}
+    plans = {way: plan_of(*words) for way, words in zip(WAYS, cases, strict=True)}
+    for way, peak in peaks.items():
+        # Beyond what is counted, backward has gradients of what one layer has: less than of all.
+        layer = plans[()].layer_bytes
+        counted = plans[way].activation_bytes
+        assert 0.9 * counted < peak < counted + layer, way
+    order = [(), (SELECTIVE,), (SELECTIVE, *TILED), (FULL, *TILED), (HOST, *TILED)]
+    values = [peaks[way] for way in order]
+    assert values == sorted(values, reverse=True)
+    assert peaks[(HOST, *TILED)] * 3 < peaks[()]
+
+
+# --- choices --------------------------------------------------------------------------------------
+
+
+def test_all_of_it_is_on_above_16k_tokens_a_rank() -> None:
+    below, above = plan_of("train.seqlen=16384"), plan_of("train.seqlen=16385")
+    assert (below.recompute, below.mlp_chunk(16384), below.offloads) == ("none", None, False)
+    assert (above.recompute, above.offloads) == ("full", False)
+    # 128 MiB would hold gate and up of 174,762 tokens.
+    assert above.mlp_chunk(16385) == 16385
+    wide = ("train.seqlen=32768", "model.ffn_hidden_size=16384")
+    assert plan_of(*wide).mlp_chunk(32768) == 1024
+    assert plan_of(*wide, TP, world_size=2).mlp_chunk(32768) == 2048
+    assert plan_of(*wide, "train.mlp_chunk=5").mlp_chunk(32768) == 5
+    # Halved by context parallelism, doubled by the micro-batch.
+    assert plan_of("train.seqlen=32768", CP, world_size=2).recompute == "none"
+    assert plan_of("train.seqlen=16384", "train.micro_batch_size=2").recompute == "full"
+    for way in ("none", "selective"):
+        assert plan_of("train.seqlen=32768", f"train.recompute={way}").recompute == way
+    assert plan_of("train.seqlen=32768", "train.mlp=whole").mlp_chunk(32768) is None
+    assert plan_of(HOST).recompute == "full"
+
+
+def test_auto_offloads_on_a_gpu_alone() -> None:
+    long = plan_of("train.seqlen=16385")
+    assert not long.offloads and long.host_bytes == 0
+    gpu = replace(long, may_offload=True)
+    # Four inputs of 16,385 x 64 fp32, each rounded up to a power of two.
+    assert gpu.offloads and gpu.host_bytes == 4 * 2**23
+    assert gpu.layer_bytes == 0 and long.layer_bytes == 16385 * 64 * 4
+    assert not replace(plan_of("train.seqlen=16384"), may_offload=True).offloads
+    for word in ("train.offload=none", "train.recompute=none", SELECTIVE):
+        assert not replace(plan_of("train.seqlen=16385", word), may_offload=True).offloads
+    # On the first stage two micro-batches of two layers are in flight.
+    stages = plan_of("train.seqlen=16384", HOST, PP, world_size=2)
+    assert stages.host_bytes == 2 * 2 * 2**22
+
+
+def test_the_plan_tells_people() -> None:
+    rows = dict(plan_of("train.seqlen=16384").rows())
+    assert rows["MLP"] == "whole" and rows["offload"] == "none"
+    assert rows["recompute"] == "none; kept for backward: 0.071 GiB a layer"
+    rows = dict(plan_of("train.seqlen=16384", HOST, *TILED).rows())
+    assert rows["MLP"] == "256 tokens at a time"
+    assert rows["recompute"] == "full; kept for backward: 0.000 GiB a layer"
+    assert rows["offload"] == "inputs of layers to 0.016 GiB of host memory a rank"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("train.mlp=whole", "train.mlp_chunk=5"),
+            "train.mlp_chunk = 5 has no meaning with train.mlp = 'whole'; set it to 0 or use",
+        ),
+        ((HOST, SELECTIVE), "train.recompute = 'selective'; use 'full' or 'auto', or offload"),
+        ((HOST, "train.recompute=none"), "train.offload = 'host' moves the inputs that full"),
+        (("train.mlp_chunk=-1",), "train.mlp_chunk"),
+        (("train.recompute=some",), "train.recompute"),
+    ],
+)
+def test_contradictions_are_refused(words: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ConfigError, match="train") as caught:
+        plan_of(*words)
+    assert says in str(caught.value)
+
+
+def choices(rank: int, world_size: int, mesh: tuple[str, ...]) -> list[Any]:
+    """What layers were told, for how many tokens they ask, and which layer's input went away."""
+    found = []
+    for words in ((), (SELECTIVE,), (HOST, *TILED)):
+        plan = make_plan(small(*mesh, *words), world_size)
+        [model] = build_model(plan, build_grid(plan.config.parallel, 0).device)
+        layer: Any = model.decoder.layers[1]
+        assert isinstance(layer, Layer)
+        keeping, asked = layer.keeping, list[int]()
+        layer.keeping = replace(keeping, mlp_chunk=lambda n, asked=asked: asked.append(n))
+        layer(hidden_states=torch.randn(64 // world_size, 1, 64, requires_grad=True))
+        away = keeping.store._last[0] if keeping.store is not None else None
+        found.append((keeping.recompute, keeping.mlp_chunk(999), away, asked))
+    return found
+
+
+@pytest.mark.parametrize("mesh", [(), (TP, SP)], ids=["one", "tp2-sp"])
+def test_layers_do_what_the_plan_says(mesh: tuple[str, ...]) -> None:
+    for found in run_ranks(choices, 2 if mesh else 1, mesh):
+        # A tile's tokens are those of all ranks that share a layer.
+        assert found == [
+            ("none", None, None, [64]),
+            ("selective", None, None, [64]),
+            ("full", 256, 2, [64]),
+        ]
+
+
+# --- the host's memory ----------------------------------------------------------------------------
+
+
+def looked(rank: int, world_size: int, word: str, free: list[int]) -> tuple[Any, list[str]]:
+    """Whether the plan still offloads, or what was refused, and what was logged."""
+    plan = replace(plan_of("train.seqlen=16385", word, world_size=2), may_offload=True)
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    checks.log.addHandler(handler)
+    try:
+        return check_host_memory(plan, free[rank]).offloads, records
+    except ValueError as error:
+        return str(error), records
+
+
+# Four inputs of 8 MiB a rank, two ranks on this host.
+NEEDED = 2 * 4 * 2**23
+
+
+def test_offload_starts_where_all_ranks_of_a_host_fit() -> None:
+    for word in (HOST, "train.offload=auto"):
+        for free in ([NEEDED, NEEDED], [NEEDED, 2 * NEEDED]):
+            assert [found for found, _ in run_ranks(looked, 2, word, free)] == [True, True]
+
+
+def test_too_little_memory_is_refused_with_numbers() -> None:
+    for found, _ in run_ranks(looked, 2, HOST, [NEEDED, NEEDED - 1]):
+        assert "has 0.06 GiB of memory left and its 2 ranks would fill 0.06 GiB" in found
+        assert "use train.offload = 'none', fewer ranks on a host, or a greater" in found
+
+
+def test_with_too_little_memory_auto_stays_on_the_device_and_says_so() -> None:
+    ranks = run_ranks(looked, 2, "train.offload=auto", [NEEDED // 2, NEEDED])
+    assert [found for found, _ in ranks] == [False, False]
+    said = [line for _, lines in ranks for line in lines if "keeps activations" in line]
+    [line] = said
+    assert "has 0.03 GiB of memory left" in line
+
+
+def test_a_jobs_limit_is_seen(tmp_path: Path) -> None:
+    free = psutil.virtual_memory().available
+    assert 0 < host_memory(tmp_path) <= 2 * free
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/old\n0::/slurm/job_7/step_0\n")
+    step = tmp_path / "sys/fs/cgroup/slurm/job_7/step_0"
+    step.mkdir(parents=True)
+    for group, most, used in ((step, "max", 5), (step.parent, "1000", 300), (tmp_path, "9", 1)):
+        (group / "memory.max").write_text(f"{most}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+    assert host_memory(tmp_path) == 700
+    (step.parent / "memory.current").write_text("2000\n")
+    assert host_memory(tmp_path) == 0
