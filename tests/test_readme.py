@@ -13,7 +13,7 @@ from lcdist.attention import METHODS, AttentionMethod
 from lcdist.attention.registry import BUILT_IN, GROUP
 from lcdist.attention.table import method_table
 from lcdist.cli import parse_words
-from lcdist.config import load
+from lcdist.config.stages import load_stages
 from lcdist.plan import make_plan, smallest_world
 
 ROOT = Path(__file__).parent.parent
@@ -49,9 +49,9 @@ def test_methods_that_are_not_there_are_not_in_the_table() -> None:
 def check_lcdist(words: list[str]) -> None:
     arguments = parse_words(words)
     if hasattr(arguments, "config"):
-        config = load(ROOT / arguments.config, arguments.overrides)
         asked = getattr(arguments, "world_size", None)
-        make_plan(config, smallest_world(config) if asked is None else asked)
+        for stage in load_stages(ROOT / arguments.config, arguments.overrides):
+            make_plan(stage.config, smallest_world(stage.config) if asked is None else asked)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
