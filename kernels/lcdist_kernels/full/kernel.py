@@ -342,12 +342,14 @@ def full_fwd(
     softmax_scale: float,
     *,
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over a block of k, v.
 
     As the tiled `full_fwd`, in bf16, fp16 or fp32, head_dim even and from 16 to 256; lse fp32, out
-    in out_dtype (default fp32). launch: other tiles than those chosen. Raises as `check_kernel`.
+    in out_dtype (default fp32), or written to `out`, of any strides but the last. launch: other
+    tiles than those chosen. Raises as `check_kernel`.
     """
     check_qkv(q, k, v)
     check_kernel(q)
@@ -355,7 +357,9 @@ def full_fwd(
         q, softmax_scale = -q, -softmax_scale
     q, k, v = rows(q), rows(k), rows(v)
     batch, seqlen, nheads, head_dim = q.shape
-    out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)
+    assert out.shape == q.shape and out.stride(3) == 1
     lse = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)
     if not q.numel() or not k.numel():
         return out.zero_(), lse.fill_(-torch.inf)
@@ -400,19 +404,22 @@ def full_bwd(
     softmax_scale: float,
     *,
     grad_dtype: torch.dtype | None = None,
+    dq: Tensor | None = None,
     launches: tuple[Launch, Launch] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The share of (dq, dk, dv) that passes through this block, in grad_dtype (default fp32).
 
-    As the tiled `full_bwd`: out and lse over all keys the queries see. launches: tiles for dq and
-    for dk, dv. Raises as `full_fwd`.
+    As the tiled `full_bwd`: out and lse over all keys the queries see. dq: where to write its
+    share, of any strides but the last. launches: tiles for dq and for dk, dv. Raises as `full_fwd`.
     """
     check_qkv(q, k, v)
     check_kernel(q)
     q, k, v, out, dout = rows(q), rows(k), rows(v), rows(out), rows(dout.to(q.dtype))
     batch, seqlen, nheads, head_dim = q.shape
     grads = {"dtype": grad_dtype or torch.float32, "device": q.device}
-    dq, dk, dv = (torch.empty(x.shape, **grads) for x in (q, k, v))
+    dq = torch.empty(q.shape, **grads) if dq is None else dq
+    assert dq.shape == q.shape and dq.stride(3) == 1
+    dk, dv = (torch.empty(x.shape, **grads) for x in (k, v))
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     for_dq, for_dkv = launches or (choose_launch(BWD_DQ, q), choose_launch(BWD_DKV, q))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lcdist_kernels.common import check_impl, check_qkv, check_self, document_starts
 from lcdist_kernels.full import BlockOperator, block_operator, full_fwd
+from lcdist_kernels.full.operator import KERNEL
 from lcdist_kernels.rotary import Rotary
 from lcdist_kernels.scca.reference import check_rules, scca_reference
 from lcdist_kernels.scca.rules import Rule, head_groups
@@ -27,7 +28,9 @@ class BandedFunction(torch.autograd.Function):
     def forward(
         ctx: Any, q, k, v, parts: Sequence[Part], scale: float, operator: BlockOperator
     ) -> Tensor:
-        out, lse = banded_fwd(q, k, v, parts, scale, operator=operator)
+        # No query is in two parts: kernels write the result itself.
+        dtype = q.dtype if operator is KERNEL else None
+        out, lse = banded_fwd(q, k, v, parts, scale, operator=operator, out_dtype=dtype)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.parts, ctx.scale, ctx.operator = parts, scale, operator
@@ -36,9 +39,10 @@ class BandedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *row = ctx.saved_tensors
-        dq = torch.zeros(q.shape, dtype=row[1].dtype, device=q.device)
+        dtype = q.dtype if ctx.operator is KERNEL else row[1].dtype
+        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         dk, dv = banded_bwd(
-            dout, q, k, v, tuple(row), ctx.parts, dq, ctx.scale, operator=ctx.operator
+            dout, q, k, v, tuple(row), ctx.parts, dq, ctx.scale, operator=ctx.operator, fresh=True
         )
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 

@@ -189,25 +189,31 @@ def banded_fwd(
     before: Partial | None = None,
     *,
     operator: BlockOperator = TILED,
+    out_dtype: torch.dtype | None = None,
 ) -> Partial:
     """The partial (out like q, lse `[b, h_kv, h / h_kv, s_q]`) of q over the parts' keys.
 
     q `[b, s_q, h_kv, h / h_kv, d]`, rotated; no query and head may be in two of `parts`. before: a
     partial over other keys, into which this one is merged in place. In the wider of fp32 and
-    q.dtype; what sees nothing has out = 0, lse = -inf.
+    q.dtype, or out in out_dtype where nothing is merged; what sees nothing has out = 0, lse = -inf.
     """
     if before is None:
-        out = torch.zeros(q.shape, dtype=wide_dtype(q.dtype), device=q.device)
-        lse = out.new_full((q.shape[0], *q.shape[2:4], q.shape[1]), -torch.inf)
+        wide = wide_dtype(q.dtype)
+        out = torch.zeros(q.shape, dtype=out_dtype or wide, device=q.device)
+        lse = out.new_full((q.shape[0], *q.shape[2:4], q.shape[1]), -torch.inf, dtype=wide)
     else:
         out, lse = before
-    for part in _pieces(parts, operator, k, q):
+    direct = operator is KERNEL and before is None
+    for part in _pieces(parts, operator, k, q, out):
         own = (slice(None), part.keys, part.held)
-        done = operator.fwd(part.queries(q), k[own], v[own], *part.band, softmax_scale)
+        # Kernels write where the result belongs: in `apart`'s parts that is a view.
+        there = {"out": part.queries(out)} if direct else {}
+        done = operator.fwd(part.queries(q), k[own], v[own], *part.band, softmax_scale, **there)
         if before is not None:
             done = merge(part.queries(out), part.row_numbers(lse), *done)
-        heads = out[:, part.rows, part.kv, part.members]
-        heads.copy_(done[0].view(heads.shape))
+        if not direct:
+            heads = out[:, part.rows, part.kv, part.members]
+            heads.copy_(done[0].view(heads.shape))
         rows = lse[:, part.kv, part.members, part.rows]
         rows.copy_(done[1].view(rows.shape))
     return out, lse
@@ -224,15 +230,20 @@ def banded_bwd(
     softmax_scale: float,
     *,
     operator: BlockOperator = TILED,
+    fresh: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The share of (dk, dv) that passes through the parts; that of dq is added to `dq`.
 
-    dout, q, dq: as q in `banded_fwd`; row: (out, lse) over all keys that the queries see. dq and
-    the result in the wider of fp32 and q.dtype.
+    dout, q, dq: as q in `banded_fwd`; row: (out, lse) over all keys that the queries see. fresh: dq
+    holds nothing yet, and these are all the parts. In the wider of fp32 and q.dtype, as is dq
+    unless it is fresh.
     """
-    dk, dv = (torch.zeros(x.shape, dtype=dq.dtype, device=x.device) for x in (k, v))
+    wide = wide_dtype(q.dtype)
+    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
     out, lse = row
-    for part in _pieces(parts, operator, k, q, dout, out):
+    direct = operator is KERNEL and fresh
+    for part in _pieces(parts, operator, k, q, dout, out, dq):
+        there = {"dq": part.queries(dq)} if direct else {}
         own = (slice(None), part.keys, part.held)
         shares = operator.bwd(
             part.queries(dout),
@@ -243,9 +254,11 @@ def banded_bwd(
             part.row_numbers(lse),
             *part.band,
             softmax_scale,
+            **there,
         )
-        heads = dq[:, part.rows, part.kv, part.members]
-        heads.add_(shares[0].view(heads.shape))
+        if not direct:
+            heads = dq[:, part.rows, part.kv, part.members]
+            heads.add_(shares[0].view(heads.shape))
         dk[own].add_(shares[1])
         dv[own].add_(shares[2])
     return dk, dv
