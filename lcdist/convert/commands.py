@@ -6,8 +6,10 @@ from typing import Any
 
 from rich.console import Console
 
+from lcdist.convert.adapter import export_adapter
 from lcdist.convert.exporting import SHARD_BYTES, export_model
 from lcdist.convert.importing import import_model
+from lcdist.convert.merging import merge, unmerge
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -21,6 +23,12 @@ def add_commands(commands: Any) -> None:
     inward.add_argument("source", type=Path, metavar="HF_FOLDER", help="with safetensors files")
     inward.add_argument("out", type=Path, metavar="OUT", help="folder to make, like a run's")
     inward.add_argument("overrides", nargs="*", metavar="section.key=value")
+    inward.add_argument(
+        "--extra-tokens",
+        type=int,
+        default=0,
+        help="new tokens, 1 for landmark attention; their rows are the mean of the others",
+    )
     inward.set_defaults(action=_import)
 
     outward = directions.add_parser("export", help="a checkpoint to a Hugging Face folder")
@@ -30,6 +38,22 @@ def add_commands(commands: Any) -> None:
         "--shard-size", type=size, default=SHARD_BYTES, help="of a file at most: 5GB by default"
     )
     outward.set_defaults(action=_export)
+    _add_adapters(directions)
+
+
+def _add_adapters(directions: Any) -> None:
+    adapter = directions.add_parser("adapter", help="a run's LoRA adapters to a PEFT folder")
+    adapter.set_defaults(action=_adapter)
+    merging = directions.add_parser("merge", help="LoRA adapters into the weights, a checkpoint")
+    merging.set_defaults(action=_merge)
+    back = directions.add_parser("unmerge", help="LoRA adapters out of merged weights")
+    back.add_argument("merged", type=Path, help="what 'merge' made, or a run that started there")
+    back.set_defaults(action=_unmerge)
+    for parser in (adapter, merging, back):
+        parser.add_argument(
+            "adapted", type=Path, metavar="RUN", help="run, or checkpoint of one, with adapters"
+        )
+        parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
 
 
 def size(text: str) -> int:
@@ -50,11 +74,32 @@ def _say(text: str) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    done = import_model(arguments.source, arguments.out, arguments.overrides)
-    _say(f"wrote {done.out}: {done.num_parameters:,} parameters; {done.difference}")
+    words = arguments.overrides, arguments.extra_tokens
+    done = import_model(arguments.source, arguments.out, *words)
+    new = done.new_tokens
+    grown = f"vocabulary grown by {new}, new rows the mean of the others; " if new else ""
+    _say(f"wrote {done.out}: {done.num_parameters:,} parameters; {grown}{done.difference}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
     done = export_model(arguments.checkpoint, arguments.out, arguments.shard_size)
     files = f"{len(done.shards)} file{'s' * (len(done.shards) > 1)}"
     _say(f"wrote {done.out}: weights in {files}; {done.difference}")
+
+
+def _adapter(arguments: argparse.Namespace) -> None:
+    export_adapter(arguments.adapted, arguments.out)
+    _say(
+        f"wrote {arguments.out}, in PEFT's format: it belongs on the weights the run started from, "
+        "with the run's rotation"
+    )
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    merge(arguments.adapted, arguments.out)
+    _say(f"wrote {arguments.out}: a checkpoint without adapters, for 'lcdist convert export'")
+
+
+def _unmerge(arguments: argparse.Namespace) -> None:
+    unmerge(arguments.merged, arguments.adapted, arguments.out)
+    _say(f"wrote {arguments.out}: the weights that the adapters were trained on, to rounding")

@@ -10,8 +10,10 @@ from lcdist.convert.folder import Weights
 from lcdist.convert.hf_config import HFModel
 from lcdist.convert.layerwise import our_logits
 from lcdist.convert.names import head_dim
+from lcdist.convert.own_methods import reading, shrunk, tables
 from lcdist.convert.reference import hf_frequencies, hf_logits
 from lcdist.convert.stored import Stored
+from lcdist.layer_methods import slots_of
 from lcdist.model.rotary import attention_factor, inverse_frequencies
 
 # Both sides compute in float64 from the same numbers: what remains is rounding.
@@ -41,14 +43,18 @@ class ConversionError(ValueError):
 def compare(hf: HFModel, weights: Weights, config: Config, stored: Stored) -> Difference:
     """Compare a Hugging Face folder with a checkpoint. Raises ConversionError beyond rounding.
 
-    A checkpoint may have tokens that the folder lacks: these are left out.
+    A checkpoint may have tokens that the folder lacks: these are left out. Methods are compared
+    with short blocks, landmarks put in, so that the tokens reach across several.
     """
     compare_rotation(hf, config)
     vocab_size = min(hf.model.vocab_size, config.model.vocab_size)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab_size, (TOKENS,), generator=generator)
-    theirs = hf_logits(hf.table, weights, tokens)[:, :vocab_size]
-    ours = our_logits(config, stored, tokens)[:, :vocab_size]
+    layers = shrunk(reading(hf.model, hf.attention))
+    slots = slots_of(layers, vocab_size)
+    tokens = slots.lay(tokens, 0, slots.slots_for(TOKENS), TOKENS)
+    theirs = hf_logits(hf.table, weights, tokens, tables(layers))[:, :vocab_size]
+    ours = our_logits(config, stored, tokens, layers)[:, :vocab_size]
     found = Difference(_greatest(theirs - ours), _greatest(theirs), TOKENS)
     # Not "greater than": a number that is none has to fail.
     if not found.greatest <= TOLERANCE * max(1.0, found.logit):

@@ -1,7 +1,8 @@
 """A checkpoint to a Hugging Face folder: config.json, safetensors shards, the tokenizer's files.
 
-Weights are read and written tensor by tensor, in the dtype they are stored in. At the end what was
-written is read back, its config included, and compared with the checkpoint.
+Where attention is not a plain LLaMA's, the code for `transformers` goes along. Weights are read and
+written tensor by tensor, in the dtype they are stored in. At the end what was written is read back,
+its config included, and compared with the checkpoint.
 """
 
 import json
@@ -22,8 +23,8 @@ from lcdist.convert.hf_config import CONFIG, config_table
 from lcdist.convert.importing import open_model
 from lcdist.convert.landing import check_free, landing, sync
 from lcdist.convert.layerwise import check_alone
-from lcdist.convert.names import EMBEDDING, OUTPUT, correspondence, hf_shapes
-from lcdist.convert.plain import about, modelling
+from lcdist.convert.names import EMBEDDING, OUTPUT, Ours, correspondence, hf_shapes
+from lcdist.convert.own_methods import about, learned, modelling, reading
 from lcdist.convert.safetensors_file import Source, write_file
 from lcdist.convert.stored import Stored
 from lcdist.convert.tokenizers import copy_tokenizer
@@ -61,17 +62,20 @@ def export_model(path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Expor
     check_alone()
     checkpoint = open_checkpoint(path)
     config = saved_config(checkpoint)
-    beside = modelling(config)
+    layers = reading(config.model, config.attention)
+    extras, (files, keys) = learned(config.model, layers), modelling(layers)
     stored = Stored(checkpoint)
-    _check(checkpoint, config, stored)
-    sources = _sources(config.model, stored)
+    _check(checkpoint, config, stored, extras)
+    sources = _sources(config.model, stored, extras)
     folders = _tokenizer_folders(checkpoint, config)
-    table = {**_table(checkpoint, config, stored, folders), **beside.keys}
+    table = {**_table(checkpoint, config, stored, folders), **keys}
     check_free(out, sum(source.nbytes for source in sources))
     start_world(config.parallel.timeout)
     with landing(out) as half:
         names = _write_shards(half, sources, shard_bytes)
         write_atomically(half / CONFIG, json.dumps(table, indent=2) + "\n")
+        for name, text in files.items():
+            write_atomically(half / name, text)
         if not copy_tokenizer(folders, half):
             log.warning("no tokenizer was found: %s has none", out)
         hf, weights = open_model(half)
@@ -79,7 +83,7 @@ def export_model(path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Expor
     return Exported(out, names, difference)
 
 
-def _check(checkpoint: Checkpoint, config: Config, stored: Stored) -> None:
+def _check(checkpoint: Checkpoint, config: Config, stored: Stored, extras: Sequence[Ours]) -> None:
     """Raise CheckpointError naming the weights that are not those of the configuration's model."""
     if any(LORA in key for key in stored.names):
         raise CheckpointError(
@@ -92,7 +96,7 @@ def _check(checkpoint: Checkpoint, config: Config, stored: Stored) -> None:
             f"model.hidden_size = {model.hidden_size} is not a multiple of model.nheads = "
             f"{model.nheads}: transformers reads no such model"
         )
-    wanted = {ours.key: ours for ours in correspondence(config.model)}
+    wanted = {ours.key: ours for ours in (*correspondence(config.model), *extras)}
     errors = [f"{key} is missing" for key in wanted if key not in stored.names]
     errors += [
         f"{key} {list(stored.shape(key))} is not of a plain model, and cannot be exported"
@@ -112,10 +116,10 @@ def _check(checkpoint: Checkpoint, config: Config, stored: Stored) -> None:
         raise CheckpointError("\n".join(f"{checkpoint.path}: {error}" for error in errors[:20]))
 
 
-def _sources(model: ModelConfig, stored: Stored) -> list[Source]:
+def _sources(model: ModelConfig, stored: Stored, extras: Sequence[Ours]) -> list[Source]:
     """Every Hugging Face tensor, made from ours when it is written."""
-    shapes, held, sources = hf_shapes(model), _Last(stored), []
-    for ours in correspondence(model):
+    shapes, held, sources = hf_shapes(model, extras), _Last(stored), []
+    for ours in (*correspondence(model), *extras):
         for name in dict.fromkeys(part.name for part in ours.parts):
             if len(ours.parts) == 1:
                 spans = stored.pieces(ours.key, ours.count)

@@ -1,6 +1,7 @@
 """A Hugging Face config.json to our model, and back; what changes the maths is refused by name.
 
-Known families: LlamaForCausalLM, MistralForCausalLM whose window hides nothing, Qwen2ForCausalLM.
+Known families: LlamaForCausalLM, MistralForCausalLM whose window hides nothing, Qwen2ForCausalLM,
+and LcdistForCausalLM, which is what we export where attention is not a plain LLaMA's.
 """
 
 import json
@@ -9,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcdist.config.schema import ModelConfig
+from lcdist.config.schema import AttentionConfig, ModelConfig
 from lcdist.convert.names import head_dim
+from lcdist.convert.own_methods import AUTO_MAP, FAMILY, KIND, attention_of
 from lcdist.convert.rope import ORIGINAL, from_hf, to_hf
 
 CONFIG = "config.json"
 # What our exports say of themselves.
 BLOCK = "lcdist"
 LLAMA, MISTRAL, QWEN2 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
-_TYPES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}
+_TYPES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, KIND: FAMILY}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _SIZES += ("num_attention_heads", "max_position_embeddings")
 _READ = {*_SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"}
@@ -50,11 +52,15 @@ _ONLY: Mapping[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class HFModel:
-    """A config.json that has been checked. seqlen: tokens the model is meant to read."""
+    """A config.json that has been checked.
+
+    seqlen: tokens the model is meant to read. attention: how, where not as a plain LLaMA.
+    """
 
     table: Mapping[str, Any]
     model: ModelConfig
     seqlen: int
+    attention: AttentionConfig = AttentionConfig()
 
 
 def read_config(folder: Path) -> HFModel:
@@ -92,17 +98,25 @@ def read_config(folder: Path) -> HFModel:
         ffn_hidden_size=table["intermediate_size"],
         norm_eps=float(table.get("rms_norm_eps", 1e-6)),
         tied_embeddings=bool(table.get("tie_word_embeddings", False)),
-        qkv_bias=_family(table) == QWEN2,
+        qkv_bias=_family(table) == QWEN2 or (_is_own(table) and table[BLOCK]["qkv_bias"]),
         rope=rope,
     )
-    return HFModel(
-        table, model, table.get(BLOCK, {}).get("seqlen", table["max_position_embeddings"])
-    )
+    seqlen = table.get(BLOCK, {}).get("seqlen", table["max_position_embeddings"])
+    if not _is_own(table):
+        return HFModel(table, model, seqlen)
+    try:
+        return HFModel(table, model, seqlen, attention_of(table[BLOCK], model))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _family(table: Mapping[str, Any]) -> str | None:
     named = table.get("architectures") or [_TYPES.get(str(table.get("model_type")))]
     return named[0] if isinstance(named, list) and len(named) == 1 else None
+
+
+def _is_own(table: Mapping[str, Any]) -> bool:
+    return _family(table) == FAMILY
 
 
 def _wrong_family(table: Mapping[str, Any]) -> list[str]:
@@ -143,7 +157,11 @@ def _wrong_sizes(table: Mapping[str, Any]) -> list[str]:
 def _unknown(table: Mapping[str, Any]) -> list[str]:
     errors = []
     for key, value in table.items():
-        if key in _ONLY:
+        if key == "auto_map" and _is_own(table):
+            # The code is that of whoever installed lcdist, never that of the folder.
+            if value != AUTO_MAP:
+                errors.append(f"auto_map = {value!r}: an export of ours has {AUTO_MAP!r}")
+        elif key in _ONLY:
             ours, meaning = _ONLY[key]
             if value is not None and value != ours:
                 errors.append(f"{key} = {value!r}: {meaning}, which is not known here")
@@ -175,9 +193,14 @@ def _method(table: Mapping[str, Any]) -> list[str]:
     block = table.get(BLOCK, {})
     if not isinstance(block, Mapping):
         return [f"{BLOCK} = {block!r}: expected a table"]
-    method = block.get("method", "full")
-    if method not in ("full", "scca"):
-        return [f"{BLOCK}.method = {method!r}: weights of that method are not read back yet"]
+    if _is_own(table):
+        if type(block.get("qkv_bias")) is not bool:
+            return [f"{BLOCK}.qkv_bias = {block.get('qkv_bias')!r}: expected true or false"]
+    elif "attention" in block or block.get("method", "full") not in ("full", "scca"):
+        return [
+            f"{BLOCK}.method = {block.get('method')!r}: a plain {_family(table)} computes "
+            f"something else; its architectures should be {FAMILY}"
+        ]
     seqlen = block.get("seqlen", 1)
     if type(seqlen) is not int or seqlen < 1:
         return [f"{BLOCK}.seqlen = {seqlen!r}: expected a whole number above 0"]

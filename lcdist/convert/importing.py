@@ -10,7 +10,7 @@ import math
 import shutil
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lcdist.host  # noqa: F401
 from lcdist.config import dump, parse
-from lcdist.config.schema import Config, DataConfig, LogConfig, TrainConfig
+from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig, TrainConfig
 from lcdist.convert.compare import Difference, compare
 from lcdist.convert.folder import Weights, open_weights
 from lcdist.convert.hf_config import CONFIG, HFModel, check_shapes, read_config
@@ -33,6 +33,7 @@ from lcdist.convert.names import (
     correspondence,
     hf_shapes,
 )
+from lcdist.convert.own_methods import learned, reading
 from lcdist.convert.stored import Stored, Tensors, write_tensors
 from lcdist.convert.tokenizers import check_tokenizer, copy_tokenizer
 from lcdist.parallel import start_world
@@ -48,24 +49,31 @@ _DERIVED = ".rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class Imported:
-    """A checkpoint that was made: where, of how many parameters, and how it compares."""
+    """A checkpoint that was made: where, of how many parameters, and how it compares.
+
+    new_tokens: by how many the vocabulary grew.
+    """
 
     out: Path
     num_parameters: int
     difference: Difference
+    new_tokens: int = 0
 
 
-def import_model(source: Path, out: Path, overrides: Sequence[str] = ()) -> Imported:
+def import_model(
+    source: Path, out: Path, overrides: Sequence[str] = (), extra_tokens: int = 0
+) -> Imported:
     """Make `out` from the Hugging Face folder `source`.
 
     overrides: `section.key=value`, over a configuration that has the model's sections alone; of the
-    model they may raise vocab_size: new rows are the mean of the old ones. Raises ValueError for
-    everything that is wrong with the source, before anything is written; ConversionError where
+    model they may raise vocab_size. extra_tokens: by how many to raise it (landmark attention needs
+    one). The rows of new tokens, which come last, are the mean of the old ones. Raises ValueError
+    for everything that is wrong with the source, before anything is written; ConversionError where
     what was written does not compute what was read.
     """
     check_alone()
     hf, weights = open_model(source)
-    config = _config(hf, out, overrides)
+    config = _config(hf, out, [*overrides, *_grown(hf, overrides, extra_tokens)])
     plan = make_plan(config, smallest_world(config))
     check_free(out, weights.nbytes)
     start_world(config.parallel.timeout)
@@ -79,9 +87,9 @@ def import_model(source: Path, out: Path, overrides: Sequence[str] = ()) -> Impo
         shutil.copyfile(source / CONFIG, half / CONFIG)
         stored = Stored(open_checkpoint(half))
         difference = compare(hf, weights, config, stored)
-    return Imported(
-        out, sum(math.prod(shape) for shape in hf_shapes(hf.model).values()), difference
-    )
+    shapes = hf_shapes(config.model, _extras(hf)).values()
+    new_tokens = config.model.vocab_size - hf.model.vocab_size
+    return Imported(out, sum(math.prod(shape) for shape in shapes), difference, new_tokens)
 
 
 def open_model(folder: Path) -> tuple[HFModel, Weights]:
@@ -92,7 +100,7 @@ def open_model(folder: Path) -> tuple[HFModel, Weights]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give one with {CONFIG} and .safetensors files")
     hf, weights = read_config(folder), open_weights(folder)
-    want = hf_shapes(hf.model)
+    want = hf_shapes(hf.model, _extras(hf))
     derived = {name for name in weights.entries if name.endswith(_DERIVED)}
     shapes = {name: entry.shape for name, entry in weights.entries.items() if name not in derived}
     if hf.model.tied_embeddings and shapes.get(HF_OUTPUT) == want[HF_EMBEDDING]:
@@ -118,10 +126,23 @@ def _check_tied(weights: Weights) -> None:
             )
 
 
+def _grown(hf: HFModel, overrides: Sequence[str], extra_tokens: int) -> list[str]:
+    """The override of vocab_size that `extra_tokens` means. Raises ValueError for two of them."""
+    if extra_tokens < 0:
+        raise ValueError(f"--extra-tokens {extra_tokens}: must be at least 0")
+    if extra_tokens and any(word.startswith("model.vocab_size=") for word in overrides):
+        raise ValueError(
+            f"--extra-tokens {extra_tokens} and model.vocab_size both say how many tokens the "
+            "model is to have: leave one out"
+        )
+    return [f"model.vocab_size={hf.model.vocab_size + extra_tokens}"] if extra_tokens else []
+
+
 def _config(hf: HFModel, out: Path, overrides: Sequence[str]) -> Config:
     """The configuration that the checkpoint carries. Raises ValueError, or ConfigError."""
     bare = Config(
         model=hf.model,
+        attention=hf.attention,
         train=TrainConfig(seqlen=hf.seqlen, steps=1),
         data=DataConfig(path=str(out)),
         log=LogConfig(folder=str(out)),
@@ -135,6 +156,21 @@ def _config(hf: HFModel, out: Path, overrides: Sequence[str]) -> Config:
                 f"model.{name} = {ours!r}: {CONFIG} says {theirs!r}, and an import keeps the model "
                 "as it is; change it in the configuration of the run that starts from it"
             )
+    asked = replace(config.attention, impl=hf.attention.impl)
+    if hf.attention != AttentionConfig() and asked != hf.attention:
+        raise ValueError(
+            f"attention.method = '{asked.method}', attention.layers = '{asked.layers}': {CONFIG} "
+            "says how the model attends, and an import keeps it; change it in the configuration of "
+            "the run that starts from it"
+        )
+    landmarks = any(
+        "landmarks" in layer.method.supports for layer in reading(hf.model, hf.attention)
+    )
+    if landmarks and config.model.vocab_size > hf.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {config.model.vocab_size}: the last of the model's "
+            f"{hf.model.vocab_size} tokens is its landmark, and would not be the last any more"
+        )
     if config.model.vocab_size < hf.model.vocab_size:
         raise ValueError(
             f"model.vocab_size = {config.model.vocab_size}: the model has {hf.model.vocab_size} "
@@ -153,8 +189,12 @@ def _tensors(hf: HFModel, weights: Weights, plan: Plan) -> list[Tensors]:
             _dtype(ours, weights),
             lambda first, stop, ours=ours: _rows(ours, weights, first, stop),
         )
-        for ours in correspondence(hf.model)
+        for ours in (*correspondence(hf.model), *_extras(hf))
     ]
+
+
+def _extras(hf: HFModel) -> list[Ours]:
+    return learned(hf.model, reading(hf.model, hf.attention))
 
 
 def _rows(ours: Ours, weights: Weights, first: int, stop: int) -> Tensor:

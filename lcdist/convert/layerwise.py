@@ -2,10 +2,11 @@
 
 The other side of the comparison that ends every conversion. The layer, with its fused projections
 and its rotation, is the one that `lcdist.model.build` makes; its weights are read from a checkpoint
-one layer after another, so that a model larger than the memory runs. In float64, with full
-attention, which is what the weights of every method that is converted here also mean.
+one layer after another, so that a model larger than the memory runs. In float64; layers of one
+method share one.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,10 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lcdist.host  # noqa: F401
-from lcdist.config.schema import AttentionConfig, Config, DataConfig, TrainConfig
+from lcdist.config.schema import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from lcdist.convert.names import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
 from lcdist.convert.reference import by_rows
 from lcdist.convert.stored import Stored
+from lcdist.layer_methods import LayerAttention
 from lcdist.layout import ContextLayout
 from lcdist.model.build import build_model
 from lcdist.model.sequence import SequenceParams
@@ -33,19 +41,24 @@ def check_alone() -> None:
         )
 
 
-def our_logits(config: Config, stored: Stored, tokens: Tensor) -> Tensor:
-    """tokens int64 `[s]` to logits float64 `[s, vocab_size]`; a world of one has been started."""
-    layer = _one_layer(config, len(tokens))
+def our_logits(
+    config: Config, stored: Stored, tokens: Tensor, layers: Sequence[LayerAttention]
+) -> Tensor:
+    """tokens int64 `[s]` to logits float64 `[s, vocab_size]`; a world of one has been started.
+
+    layers: how each attends. Landmarks are among the tokens.
+    """
+    grid = build_grid(ParallelConfig(), config.train.seed)
+    made = {one: _one_layer(config, len(tokens), one, grid.device) for one in set(layers)}
     x = torch.empty(len(tokens), config.model.hidden_size, dtype=torch.float64)
     for place in tokens.argsort().tolist():  # from top to bottom, as pieces are kept
         x[place] = stored.rows(EMBEDDING, int(tokens[place]), int(tokens[place]) + 1)[0]
     layout = ContextLayout("contiguous", len(tokens), cp_size=1)
     sequence = SequenceParams(layout=layout)
-    # Not every parameter stands here: norms at the ends are applied by hand.
-    device = next(layer.parameters()).device
-    x = x[:, None].to(device)  # [s, b, h]
+    x = x[:, None].to(grid.device)  # [s, b, h]
     with torch.no_grad():
         for number in range(config.model.num_layers):
+            layer = made[layers[number]]
             _fill(layer, stored, layer_prefix(number))
             x, _ = layer(hidden_states=x, attention_mask=None, packed_seq_params=sequence)
     scale = stored.rows(FINAL_NORM).double()
@@ -54,25 +67,27 @@ def our_logits(config: Config, stored: Stored, tokens: Tensor) -> Tensor:
     return by_rows(x, lambda a, b: stored.rows(head, a, b), config.model.vocab_size)
 
 
-def _one_layer(config: Config, seqlen: int) -> nn.Module:
+def _one_layer(
+    config: Config, seqlen: int, attention: LayerAttention, device: torch.device
+) -> nn.Module:
     """The training model's layer in float64, its weights not those of any model yet."""
     # The smallest vocabulary: embedding and output are read row by row, beside the layer.
-    model = replace(config.model, num_layers=1, vocab_size=2)
+    model = replace(config.model, num_layers=1, vocab_size=3)
+    method = attention.method.name
     train = TrainConfig(seqlen=seqlen, steps=1, dtype="fp32", recompute="none")
     one = Config(
         model=model,
-        attention=AttentionConfig(impl="torch"),
+        attention=AttentionConfig(method=method, impl="torch", options=attention.options),
         train=replace(train, mlp="whole", offload="none"),
         data=DataConfig(source="synthetic"),
         log=config.log,
     )
-    grid = build_grid(one.parallel, one.train.seed)
-    [chunk] = build_model(make_plan(one, 1), grid.device)
+    [chunk] = build_model(make_plan(one, 1), device)
     layer: nn.Module = chunk.decoder.layers[0]  # type: ignore[union-attr,index,assignment]
     for parameter in layer.parameters():
         # Not `double()`: that would hold both for a moment.
-        shape, parameter.data = parameter.shape, torch.empty(0, device=grid.device)
-        parameter.data = torch.empty(shape, dtype=torch.float64, device=grid.device)
+        shape, parameter.data = parameter.shape, torch.empty(0, device=device)
+        parameter.data = torch.empty(shape, dtype=torch.float64, device=device)
     return layer.eval()
 
 

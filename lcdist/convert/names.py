@@ -5,7 +5,7 @@ each group of heads that share a key, the queries' rows, then the key's, then th
 up are one, gate first. Both sides rotate pairs half a head apart, so no row moves within a head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lcdist.config.schema import ModelConfig
@@ -129,10 +129,13 @@ def _fused(model: ModelConfig, layer: int, kind: str, rest: tuple[int, ...]) -> 
     return Ours(f"{layer_prefix(layer)}self_attention.linear_qkv.{kind}", tuple(parts), rest)
 
 
-def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every Hugging Face tensor of the model, in the order of `correspondence`."""
+def hf_shapes(model: ModelConfig, extras: Sequence[Ours] = ()) -> dict[str, tuple[int, ...]]:
+    """The shape of every Hugging Face tensor of the model, in the order of `correspondence`.
+
+    extras: tensors beside those.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
-    for ours in correspondence(model):
+    for ours in (*correspondence(model), *extras):
         for part in ours.parts:
             rows = part.first + part.count
             shapes[part.name] = (max(rows, shapes.get(part.name, (0,))[0]), *ours.rest)

@@ -3,17 +3,19 @@
 One side of the comparison that ends every conversion. It knows nothing of our layout: it reads the
 names of a Hugging Face folder, and makes the frequencies from its config.json by formulas of its
 own (RoFormer, arXiv:2104.09864; PI, arXiv:2306.15595; YaRN, arXiv:2309.00071; LongRoPE,
-arXiv:2402.13753), for a sequence of the length in hand. No tensor is ever held whole.
+arXiv:2402.13753), for a sequence of the length in hand. Attention that is not LLaMA's is that of
+the file that an export carries, `attention_lcdist`. No tensor is ever held whole.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lcdist.convert.attention_lcdist import attend, rotation
 from lcdist.convert.folder import Weights
 from lcdist.convert.names import HF_EMBEDDING, HF_FINAL_NORM, HF_OUTPUT, hf_prefix
 from lcdist.convert.rope import DEFAULT_BASE, ORIGINAL, block_of, type_of
@@ -23,10 +25,17 @@ HELD_ELEMENTS = 2**20
 _Linear = Callable[[str, Tensor], Tensor]
 
 
-def hf_logits(table: Mapping[str, Any], weights: Weights, tokens: Tensor) -> Tensor:
+def hf_logits(
+    table: Mapping[str, Any],
+    weights: Weights,
+    tokens: Tensor,
+    layers: Sequence[Mapping[str, Any]] = (),
+) -> Tensor:
     """tokens int64 `[s]` to logits float64 `[s, vocab_size]`, every weight read from disk.
 
     table: the folder's config.json, which is read here a second time, apart from `hf_config`.
+    layers: how each attends, method and options; none: all as in a plain LLaMA. Landmarks are
+    among the tokens.
     """
     eps, width = table.get("rms_norm_eps", 1e-6), _width(table)
     x = torch.stack([weights.rows(HF_EMBEDDING, t, t + 1)[0] for t in tokens.tolist()]).double()
@@ -44,7 +53,12 @@ def hf_logits(table: Mapping[str, Any], weights: Weights, tokens: Tensor) -> Ten
     for layer in range(table["num_hidden_layers"]):
         theirs = hf_prefix(layer)
         attended = norm(f"{theirs}input_layernorm.weight", x)
-        x = x + _attention(table, linear, f"{theirs}self_attn.", attended, (cos, sin))
+        names = f"{theirs}self_attn."
+        if layers and layers[layer]["method"] != "full":
+            bias = weights.rows(f"{names}branch_bias") if layers[layer].get("modes") else None
+            x = x + _own_attention(table, linear, names, attended, (layers[layer], bias))
+        else:
+            x = x + _attention(table, linear, names, attended, (cos, sin))
         inner = norm(f"{theirs}post_attention_layernorm.weight", x)
         gate = F.silu(linear(f"{theirs}mlp.gate_proj", inner))
         x = x + linear(f"{theirs}mlp.down_proj", gate * linear(f"{theirs}mlp.up_proj", inner))
@@ -83,6 +97,21 @@ def _attention(
     future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
     out = scores.masked_fill(future, -math.inf).softmax(-1) @ v
     return linear(f"{names}o_proj", out.transpose(0, 1).flatten(1))
+
+
+def _own_attention(
+    table: Mapping[str, Any],
+    linear: _Linear,
+    names: str,
+    x: Tensor,
+    asked: tuple[Mapping[str, Any], Tensor | None],
+) -> Tensor:
+    """Attention by another method, as the exported file has it. asked: which, and its bias."""
+    width = _width(table)
+    q, k, v = (linear(f"{names}{one}_proj", x).unflatten(-1, (-1, width))[None] for one in "qkv")
+    rotate = rotation(block_of(table)[0], width, table["max_position_embeddings"], len(x))
+    out = attend(asked[0], (q, k, v), rotate, asked[1])
+    return linear(f"{names}o_proj", out[0].flatten(1))
 
 
 def _width(table: Mapping[str, Any]) -> int:

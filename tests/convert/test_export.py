@@ -169,7 +169,6 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
 
 
 ODD = {
-    "coca": ("attention.method=coca",),
     "heads": ("model.nheads=6", "model.head_dim=16"),
     "lora": ("lora.rank=2",),
 }
@@ -183,8 +182,6 @@ def save_odd(rank: int, world_size: int, folder: Path) -> None:
 
 def test_what_is_no_plain_model_is_refused_by_name(tmp_path: Path) -> None:
     run_ranks(save_odd, 1, tmp_path)
-    with pytest.raises(ValueError, match=r"attention.method = 'coca': .* cannot be exported yet"):
-        export_model(tmp_path / "coca", tmp_path / "hf")
     with pytest.raises(ValueError, match=r"has LoRA adapters: .*\(lcdist convert merge\)"):
         export_model(tmp_path / "lora", tmp_path / "hf")
     with pytest.raises(ValueError, match="nheads = 6: transformers reads no such model"):
