@@ -6,11 +6,17 @@ BIN    := $(VENV)/bin
 DATA   ?= stdlib
 METHOD ?= full
 NAME   ?=
+# A Hugging Face folder to extend in the place of a model trained here, the rank of LoRA adapters (0:
+# none), and settings over configs/quickstart/extend.toml, as in WITH="optim.lr=2e-5 train.steps=500".
+MODEL  ?=
+LORA   ?= 0
+WITH   ?=
 
 .PHONY: extend test slurm-test checks bench gpu-check install clean
 
 extend: install
-	$(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)"
+	$(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
+		--model "$(MODEL)" --lora "$(LORA)" $(WITH)
 
 test: $(VENV)/.dev checks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

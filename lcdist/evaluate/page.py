@@ -87,6 +87,21 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
+def conversion(found: Mapping[str, Any]) -> list[str]:
+    """Where the model came from, what was changed, and how each conversion compared."""
+    before, after = found["rotation"]
+    said = {
+        "model": f"{found['source']}, made for {found['seqlen']:,} tokens",
+        "rotation": f"{before} \N{RIGHTWARDS ARROW} {after}",
+        "trained": found["trained"],
+        "import": found.get("model"),
+        "import, with a row for landmarks": found.get("grown"),
+        "export": found.get("exported"),
+    }
+    rows = [(what, str(value)) for what, value in said.items() if value]
+    return ["<h2>Where it came from and went to</h2>", table(("", "what"), rows)]
+
+
 def figure(svg: str, caption: str) -> str:
     """A figure (an `<svg>` element) over its caption (text)."""
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"

@@ -34,6 +34,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     body = [
         *_opening(run, facts),
         *_learned(run, facts),
+        *(page.conversion(run.conversion) if run.conversion else []),
         *_cost(run, facts),
         *_made_of(run, facts),
     ]
@@ -86,7 +87,9 @@ def _what_was_done(run: RunFolder, facts: dict[str, Any]) -> str:
             f"{verb} {preposition} {stage.seqlen:,} tokens for {fact['steps']:,} steps "
             f"({amount(fact['tokens'])} tokens)"
         )
-    return f"A model was {', then '.join(told)}."
+    source = run.conversion and escape(run.conversion["source"])
+    model = f"The model <b>{source}</b>" if source else "A model"
+    return f"{model} was {', then '.join(told)}."
 
 
 def _learned(run: RunFolder, facts: dict[str, Any]) -> list[str]:

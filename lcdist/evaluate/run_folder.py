@@ -1,7 +1,8 @@
 """What a run's folder holds, read and checked, and the part of it that no clock can change.
 
 A folder is one run (metrics.jsonl, run.json, config.toml), or it holds several runs as stages,
-one after the other, and what was measured over them (evaluation.json, sample.txt).
+one after the other, what was measured over them (evaluation.json, sample.txt), and where the model
+came from and went to (conversion.json).
 """
 
 import json
@@ -37,12 +38,13 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """A folder's stages in order, and the evaluation and the sample where there are any."""
+    """A folder's stages in order; evaluation, sample and conversion where there are any."""
 
     name: str
     stages: tuple[Stage, ...]
     evaluation: Mapping[str, Any] | None
     sample: str | None
+    conversion: Mapping[str, Any] | None = None
 
 
 def read_run_folder(folder: Path) -> RunFolder:
@@ -68,12 +70,13 @@ def read_run_folder(folder: Path) -> RunFolder:
             f"is this the folder of a run?"
         )
     evaluation = folder / "evaluation.json"
-    sample = folder / "sample.txt"
+    sample, conversion = folder / "sample.txt", folder / "conversion.json"
     return RunFolder(
         name=folder.resolve().name,
         stages=tuple(stages),
         evaluation=_read_evaluation(evaluation) if evaluation.exists() else None,
         sample=_read_text(sample) if sample.exists() else None,
+        conversion=_read_conversion(conversion) if conversion.exists() else None,
     )
 
 
@@ -94,6 +97,7 @@ def facts_of(run: RunFolder) -> dict[str, Any]:
         "stages": [_stage_facts(stage) for stage in run.stages],
         "evaluation": None if run.evaluation is None else dict(run.evaluation),
         "sample": run.sample,
+        "conversion": None if run.conversion is None else dict(run.conversion),
     }
 
 
@@ -149,6 +153,18 @@ def _read_stage(folder: Path, name: str) -> Stage:
     except KeyError as error:
         raise ValueError(f"{folder / 'config.toml'}: key train.seqlen is missing") from error
     return Stage(name=name, seqlen=seqlen, records=tuple(records), header=header, config=config)
+
+
+def _read_conversion(path: Path) -> dict[str, Any]:
+    """What a conversion said, by its name. Raises ValueError naming the file and what is wrong."""
+    try:
+        table = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+    missing = [key for key in ("source", "seqlen", "rotation", "trained") if key not in table]
+    if missing:
+        raise ValueError(f"{path}:1: key {missing[0]!r} is missing")
+    return table
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """The main job on a small scale: its report does not tell whether it was ever interrupted."""
 
+import contextlib
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lcdist.evaluate.report import report_facts
@@ -69,9 +70,11 @@ def test_report_of_an_interrupted_job_equals_that_of_a_whole_one(
     while not metrics.exists() or metrics.read_text().count("\n") < 6:
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.05)
-    os.killpg(job.pid, signal.SIGKILL)
-    # torchrun's workers are sessions of their own and end when they notice that it is gone.
-    subprocess.run(["pkill", "-9", "-f", str(broken)], check=False)
+    launcher = psutil.Process(job.pid)
+    # torchrun's workers are sessions of their own.
+    for process in [launcher, *launcher.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     job.wait()
     assert not (broken / "runs/job/report.html").exists()
     finish(text, broken)

@@ -1,0 +1,91 @@
+"""A tiny LLaMA in Hugging Face's format, and the main job run on it in this process."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lcdist.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tests" / "launch" / "tiny"
+Start = Callable[..., int]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred kilobytes with something to learn, in which names come again far away."""
+    words = random.Random(0)
+    names = ["".join(words.choices("abcdefghij", k=5)) for _ in range(60)]
+    file = tmp_path_factory.mktemp("text") / "part.jsonl"
+    rows = []
+    for number in range(24):
+        lines = [f"{a} = {words.choice(names)}({number})" for a in words.choices(names, k=220)]
+        rows.append(json.dumps({"text": "\n".join(lines)}))
+    file.write_text("\n".join(rows))
+    return file
+
+
+@pytest.fixture(scope="session")
+def llama(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA that was trained at 64 tokens, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("llama")
+    data, run, out = folder / "data", folder / "run", folder / "tiny-llama"
+    own = [f"data.path={data}", f"log.folder={run}", "log.peak_tflops=1", "checkpoint.every=0"]
+    for words in (
+        ["tokenize", str(text), str(data), "--vocab-size", "400", "--workers", "1"],
+        ["train", str(TINY / "pretrain.toml"), "model.nheads_kv=1", *own, "train.steps=20"],
+        ["convert", "export", str(run), str(out)],
+    ):
+        assert main(words) == 0
+    assert (out / "tokenizer.model").is_file()
+    return out
+
+
+def at_home(words: Sequence[str]) -> None:
+    """What the launcher would start, in this process and a world of one."""
+    if "lcdist" in words:
+        asked = list(words[words.index("lcdist") + 1 :])
+    else:
+        asked = ["train", *words[words.index(str(ROOT / "launch/train.py")) + 1 :]]
+    if asked[0] == "tokenize":
+        asked += ["--workers", "1"]
+    status = main(asked)
+    if status:
+        raise subprocess.CalledProcessError(status, list(words))
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """launch/extend.py, which starts nothing outside this process."""
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    monkeypatch.chdir(tmp_path)
+    extend = import_module("extend")
+    monkeypatch.setattr(import_module("stages"), "call", at_home)
+    monkeypatch.setattr(extend, "_ranks", lambda: 1)
+    return extend
+
+
+@pytest.fixture
+def start(
+    program: ModuleType,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Start:
+    """Run the program on a model, the tiny one unless told, for two steps; its exit status."""
+
+    def run(*words: str, model: Path | None = None) -> int:
+        source = model or request.getfixturevalue("llama")
+        given = ["--model", str(source), "--data", str(text), "--configs", str(TINY)]
+        short = ["train.steps=2", "evaluate.tokens=512", "log.peak_tflops=1"]
+        monkeypatch.setattr(sys, "argv", ["extend.py", *given, "--name", "job", *short, *words])
+        return program.main()
+
+    return run

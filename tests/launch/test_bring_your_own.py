@@ -1,0 +1,163 @@
+"""A Hugging Face model goes the whole way: imported, extended, exported, and read again."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from lcdist.cli import main
+from lcdist.config import load
+from lcdist.config.rope import RopePI
+from lcdist.convert.extending import for_own_model, open_own_model
+from lcdist.evaluate.report import report_facts
+from tests.convert.lora_runs import TEXT, logits, weights_at
+from tests.distributed import run_ranks
+from tests.launch.conftest import ROOT, TINY, Start, at_home
+from tests.tolerance import assert_matches
+
+
+def read_again(job: Path) -> list[float]:
+    """Perplexity by length of the exported folder, imported anew."""
+    again, found = job / "again", job / "again.json"
+    assert main(["convert", "import", str(job / "exported"), str(again)]) == 0
+    told = json.loads((job / "evaluation.json").read_text())
+    settings = [f"evaluate.lengths={told['lengths']}", f"evaluate.tokens={told['tokens']}"]
+    settings.append(f"data.path={job / 'data'}")
+    assert main(["evaluate", str(again), "--output", str(found), *settings]) == 0
+    return json.loads(found.read_text())["perplexity"]
+
+
+def theirs(folder: Path, **how: bool) -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
+
+
+def test_the_whole_way_on_two_ranks(llama: Path, text: Path, tmp_path: Path) -> None:
+    """SCCA + position interpolation + LoRA: extended, merged, exported, loaded by transformers."""
+    words = ["--model", str(llama), "--data", str(text), "--name", "job", "--configs", str(TINY)]
+    words += ["--method", "scca", "--lora", "4", "log.peak_tflops=1", "train.steps=12"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "extend.py"), *words],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = tmp_path / "runs/job"
+    facts = report_facts(job)
+    headline, [stage] = facts["headline"], facts["stages"]
+    assert headline["length"] == 256 and headline["after"] < headline["before"]
+    assert f"{headline['before']:.2f} before, {headline['after']:.2f} after" in done.stdout
+    assert stage["plan"]["world"].startswith("2 = dp 1 x pp 1 x cp 2")
+    assert "LoRA of rank 4 on q, k, v, o, embeddings, norms" in stage["plan"]["trained"]
+
+    page = (job / "report.html").read_text()
+    assert "LoRA of rank 4 on q, k, v, o, merged at the end; embeddings and norms whole" in page
+    assert "tiny-llama as it came, made for 64 tokens" in page
+    assert "none, base 10000 \N{RIGHTWARDS ARROW} pi, base 10000, factor 4" in page
+    for value in (headline["before"], headline["after"]):
+        assert f"<b>{value:.3g}</b>" in page
+
+    table = json.loads((job / "exported/config.json").read_text())
+    assert table["max_position_embeddings"] == 256 and table["model_type"] == "llama"
+    assert table["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 4.0}
+    with_adapters, before = run_ranks(logits, 1, [job / "extend", job / "model"], [])[0]
+    with torch.no_grad():
+        merged = theirs(job / "exported")(TEXT[None], use_cache=False).logits[0, :, :250]
+        original = theirs(llama)(TEXT[None], use_cache=False).logits[0, :, :250]
+    assert_matches(merged, with_adapters, 1e-5)
+    assert_matches(original, before, 1e-5)
+    assert (merged - original).abs().max() > 0.1
+    assert not (job / "merged").exists()
+    assert read_again(job) == pytest.approx(facts["evaluation"]["after"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["coca", "lssar", "tensorized", "landmark"])
+def test_every_method_goes_the_whole_way(start: Start, tmp_path: Path, method: str) -> None:
+    assert start("--method", method) == 0
+    job = tmp_path / "runs/job"
+    facts = report_facts(job)
+    assert facts["headline"]["length"] == 256 and facts["stages"][0]["steps"] == 2
+    assert 1 < facts["headline"]["before"] < 400 and 1 < facts["headline"]["after"] < 400
+    assert method in (job / "report.html").read_text()
+    assert read_again(job) == pytest.approx(facts["evaluation"]["after"], rel=1e-5)
+    model = theirs(job / "exported", trust_remote_code=True)
+    with torch.no_grad():
+        found = model(TEXT[None]).logits
+    assert found.shape[:2] == (1, len(TEXT)) and found[..., :400].isfinite().all()
+    assert (job / "grown").exists() == (method == "landmark")
+    # And on from there: with its own method, by its own rule, with the landmark that it has.
+    hf, on = open_own_model(job / "exported"), ["train.seqlen=512"]
+    with pytest.raises(ValueError, match=f"extend it with METHOD={method}"):
+        for_own_model(load(TINY / "extend.toml", on), hf, [], 1)
+    again = load(TINY / "extend.toml", [*on, f"attention.method={method}"])
+    further = replace(hf.model, rope=RopePI(factor=8.0))
+    assert for_own_model(again, hf, [], 1).model == further
+
+
+def test_stages_are_done_once_and_an_interrupted_one_again(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    job, stages, seen = tmp_path / "runs/job", import_module("stages"), list[str]()
+
+    def call(words: Sequence[str], broken: str) -> None:
+        kind = next((w for w in ("tokenize", "evaluate") if w in words), "train")
+        if kind == broken:
+            raise subprocess.CalledProcessError(1, list(words))
+        seen.append(kind)
+        at_home(words)
+
+    monkeypatch.setattr(stages, "call", lambda words: call(words, "evaluate"))
+    assert start() == 1 and seen == ["tokenize", "train"]
+    assert not (job / "report.html").exists()
+    # As if the import had been killed after its folder got its name and before that was noted.
+    told = json.loads((job / "conversion.json").read_text())
+    (job / "conversion.json").unlink()
+    monkeypatch.setattr(stages, "call", lambda words: call(words, ""))
+    assert start() == 0 and seen == ["tokenize", "train", "evaluate"]
+    assert json.loads((job / "conversion.json").read_text())["model"] == told["model"]
+    shown = (job / "report.html").read_text()
+    assert told["model"] in shown and "Where it came from and went to" in shown
+    capsys.readouterr()
+    assert start() == 0 and len(seen) == 3
+    assert "all was done before" in capsys.readouterr().out
+    assert (job / "report.html").read_text() == shown
+    assert start("train.seqlen=128") == 2
+    assert "holds a job with other settings" in capsys.readouterr().out
+
+
+def test_adapters_out_into_the_weights_and_out_of_them(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """`lcdist convert adapter`, `merge` and `unmerge` on the run of a job."""
+    assert start("--lora", "2", "lora.embeddings=false", "lora.norms=false") == 0
+    job = tmp_path / "runs/job"
+    run = str(job / "extend")
+    adapter, merged, base = (str(tmp_path / name) for name in ("adapter", "merged", "base"))
+    capsys.readouterr()
+    for words in (
+        ["adapter", run, adapter],
+        ["merge", run, merged],
+        ["unmerge", merged, run, base],
+    ):
+        assert main(["convert", *words]) == 0
+        assert f"wrote {words[-1]}" in capsys.readouterr().out
+    peft = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    assert (peft["peft_type"], peft["r"], peft["lora_alpha"]) == ("LORA", 2, 4)
+    with_adapters, without = run_ranks(logits, 1, [job / "extend", Path(merged)], [])[0]
+    assert_matches(without, with_adapters, 1e-5)
+    before, again, changed = (weights_at(Path(p)) for p in (job / "model", base, merged))
+    key = "decoder.layers.1.self_attention.linear_qkv.weight"
+    assert_matches(again[key], before[key], 1e-6)
+    assert (changed[key] - before[key]).abs().max() > 1e-5
+    assert main(["convert", "merge", str(job / "model"), str(tmp_path / "no")]) == 2
+    assert "has no LoRA adapters" in capsys.readouterr().err
