@@ -26,8 +26,8 @@ TABLES = {"embeddings": "embedding.word_embeddings.weight", "head": "output_laye
 def initialise(model: nn.Module, config: TransformerConfig, seed: int, std: float) -> None:
     """Fill the parameters of one model chunk in place.
 
-    Norms are 1; biases 0; learnable extras of the attention keep what they have; all other weights are
-    normal with deviation `std`, the projections that write to the residual stream with
+    Norms are 1; biases 0; learnable extras of the attention keep what they have; all other weights
+    are normal with deviation `std`, the projections that write to the residual stream with
     std / sqrt(2 num_layers) (GPT-2's rule). Of an adapter, A is uniform up to 1 / sqrt(in)
     (Kaiming's with a = sqrt 5, as PEFT draws it) and B is 0.
     """
