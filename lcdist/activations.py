@@ -1,6 +1,6 @@
 """What a rank keeps between forward and backward: how the run chooses it, and how many bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lcdist.footprint import CHUNK_BYTES, CHUNK_TOKENS, FP32_BYTES, INT64_BYTES, Footprint
 
@@ -135,8 +135,21 @@ class Activations(Footprint):
             ("MLP", "whole" if chunk is None else f"{chunk:,} tokens at a time"),
             ("recompute", f"{self.recompute}; kept for backward: {layer}"),
         ]
-        host = f"inputs of layers to {self.host_bytes / 2**30:.3f} GiB of host memory a rank"
-        return [*rows, ("offload", host if self.offloads else "none")]
+        return [*rows, ("offload", self._offload_said)]
+
+    @property
+    def _offload_said(self) -> str:
+        host = "inputs of layers to {:.3f} GiB of host memory a rank"
+        if self.offloads:
+            return host.format(self.host_bytes / 2**30)
+        elsewhere = replace(self, may_offload=True)
+        if not elsewhere.offloads:
+            return "none"
+        there = host.format(elsewhere.host_bytes / 2**30)
+        return (
+            f"none; on a GPU whose host has the room, {there}, and "
+            f"{elsewhere.activation_bytes / 2**30:.3f} GiB of activations"
+        )
 
     def _kept(self, selective: bool) -> int:
         """What a layer keeps that is not computed again as a whole."""
