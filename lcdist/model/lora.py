@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lcdist.host  # noqa: F401
@@ -111,7 +110,7 @@ class LoraColumn(ColumnParallelLinear):
     def forward(self, input_: Tensor, *args: Any, **words: Any) -> Any:
         """input_ `[s, b, in]`, this rank's tokens under sequence parallelism; out as Megatron's."""
         out, bias = super().forward(input_, *args, **words)
-        low = F.linear(input_, torch.cat([adapter.A for adapter in self.lora.values()]))
+        low = _low(input_, torch.cat([adapter.A for adapter in self.lora.values()]))
         if self.sequence_parallel:
             low = gather_from_sequence_parallel_region(low, group=self.tp_group)
         elif self.tp_group.size() > 1:
@@ -159,7 +158,7 @@ class LoraRow(RowParallelLinear):
         """input_ `[s, b, in / tp]`; out as Megatron's."""
         out, bias = super().forward(input_)
         adapter = self.lora[self.target]
-        low = F.linear(input_, adapter.A)
+        low = _low(input_, adapter.A)
         if self.sequence_parallel:
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:
@@ -172,6 +171,14 @@ class LoraRow(RowParallelLinear):
         """Megatron's, and both factors whole under one name on any mesh."""
         axes = {"weight": 1, f"lora.{self.target}.A": 1}
         return _sharded(self, axes, prefix, sharded_offsets, metadata)
+
+
+def _low(x: Tensor, A: Tensor) -> Tensor:
+    """x A^T `[s, b, r]`, the same bits with gradients and without, as recomputation has it.
+
+    F.linear takes another matrix product for three dimensions where no gradient is asked for.
+    """
+    return torch.mm(x.flatten(0, -2), A.t()).view(*x.shape[:-1], len(A))
 
 
 def _add_product(out: Tensor, low: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -200,3 +200,12 @@ def test_factors_begin_within_bounds_and_the_same_on_every_mesh() -> None:
             # Kaiming's uniform with a = sqrt 5: up to 1 / sqrt(in), on both sides of 0.
             bound = one[key].shape[1] ** -0.5
             assert 0.9 * bound < one[key].max() <= bound and -bound <= one[key].min() < -0.9 * bound
+
+
+def test_recomputation_gives_the_same_bits() -> None:
+    words = (*LORA, *WHOLE)
+    ways = [(*words, f"train.recompute={how}") for how in ("full", "none")]
+    [[full, none]] = run_ranks(steps, 1, ways)
+    assert full.numbers == none.numbers
+    of_full = full.gradients
+    assert [n for n, value in none.gradients.items() if not torch.equal(of_full[n], value)] == []
