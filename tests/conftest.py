@@ -6,6 +6,7 @@ Without a GPU, Triton kernels run in its interpreter, and tests marked `gpu` are
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def fixed_seed() -> None:
     """The same random numbers in a test whether it runs alone or after others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where transformers copies the code of models, for all tests of this process.
+
+    One folder, as Python looks nowhere else once it has imported from it; and not the user's.
+    """
+    folder = tmp_path_factory.mktemp("modules")
+    vars(import_module("transformers.dynamic_module_utils"))["HF_MODULES_CACHE"] = str(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, dynamic_module_utils
+from transformers import AutoModelForCausalLM
 
 from tests.convert.hf import export_all, import_all
 from tests.convert.own_runs import CASES, LENGTHS, NEW, PROMPT, SILENT, VOCAB, run_all, text
@@ -24,18 +23,14 @@ KINDS = ["slack", "lssar", "fold", "marks-units", "mixed"]
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
-    """The folder of the exports, one a case, and what our model says, by case.
-
-    What transformers copies of the exports' code goes to a folder of these tests.
-    """
+def exported(
+    modules_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of the exports, one a case, and what our model says, by case."""
     folder = tmp_path_factory.mktemp("runs")
     answers = run_ranks(run_all, 2, folder, timeout=200)[0]
     run_ranks(export_all, 1, [(folder / name, folder / "hf" / name, 60_000) for name in CASES])
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(folder / "modules")
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
-        yield folder / "hf", answers
+    return folder / "hf", answers
 
 
 def load(folder: Path, **words: Any) -> Any:

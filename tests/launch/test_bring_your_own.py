@@ -82,7 +82,9 @@ def test_the_whole_way_on_two_ranks(llama: Path, text: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("method", ["coca", "lssar", "tensorized", "landmark"])
-def test_every_method_goes_the_whole_way(start: Start, tmp_path: Path, method: str) -> None:
+def test_every_method_goes_the_whole_way(
+    start: Start, modules_cache: Path, tmp_path: Path, method: str
+) -> None:
     assert start("--method", method) == 0
     job = tmp_path / "runs/job"
     facts = report_facts(job)
