@@ -3,6 +3,7 @@
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -150,13 +151,11 @@ def open_fitting(path: Path, config: Config) -> Checkpoint:
     """
     checkpoint, model = open_checkpoint(path), config.model
     there = saved_config(checkpoint)
-    saved = there.model
-    # What scales the rotation or draws initial values does not change the shape of any weight.
-    free = {"rope", "init_std", "norm_eps"}
+    saved, asked = _architecture(there.model), _architecture(model)
     differing = [
-        f"model.{key} is {getattr(saved, key)!r} there and {getattr(model, key)!r} here"
-        for key in ModelConfig.__dataclass_fields__
-        if key not in free and getattr(saved, key) != getattr(model, key)
+        f"model.{key} is {saved[key]!r} there and {asked[key]!r} here"
+        for key in asked
+        if saved[key] != asked[key]
     ]
     if differing:
         raise CheckpointError(
@@ -164,6 +163,18 @@ def open_fitting(path: Path, config: Config) -> Checkpoint:
         )
     _check_same_adapters(checkpoint, there.lora, config.lora)
     return checkpoint
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    """The keys of `[model]` that decide the shapes of weights, with what is left out filled in."""
+    # What scales the rotation or draws initial values does not change the shape of any weight.
+    free = {"rope", "init_std", "norm_eps"}
+    shape = {
+        key: getattr(model, key) for key in ModelConfig.__dataclass_fields__ if key not in free
+    }
+    shape["nheads_kv"] = model.nheads_kv or model.nheads
+    shape["head_dim"] = model.head_dim or model.hidden_size // model.nheads
+    return shape
 
 
 def _check_same_adapters(checkpoint: Checkpoint, there: LoraConfig, here: LoraConfig) -> None:

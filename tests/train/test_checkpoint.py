@@ -179,6 +179,19 @@ def test_another_architecture_is_refused_key_by_key(original: Path) -> None:
     assert "model.tied_embeddings is False there and True here" in message
 
 
+def test_what_is_left_out_of_a_shape_is_what_it_stands_for(
+    original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A model that comes from elsewhere names all its sizes; a configuration may leave two out.
+    named = small("model.num_layers=1", "model.nheads_kv=4", "model.head_dim=16")
+    monkeypatch.setattr("lcdist.run.saved_config", lambda checkpoint: named)
+    open_fitting(original, small("model.num_layers=1", "model.nheads_kv=0"))
+    with pytest.raises(CheckpointError) as caught:
+        open_fitting(original, small("model.num_layers=1", "model.head_dim=8"))
+    message = str(caught.value)
+    assert "nheads_kv is 4 there and 2 here; model.head_dim is 16 there and 8 here" in message
+
+
 def in_bf16(rank: int, world_size: int, checkpoint: Path) -> dict[str, torch.Tensor]:
     meshes = Meshes()
     config = small("model.num_layers=1", "train.dtype=bf16")
