@@ -73,6 +73,12 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """
     session = open_session(path, overrides, [f"parallel.cp_size={world_size()}"])
     config, grid = session.plan.config, session.grid
+    checkpoint = session.checkpoint
+    if "imported" in checkpoint.manifest and config.data == saved_config(checkpoint).data:
+        raise ValueError(
+            f"{path} is an imported model, which has no text of its own: say what to read with "
+            "data.path=FOLDER, a folder made by 'lcdist tokenize'"
+        )
     split = TokenSplit(held_out_folder(config.data), "valid")
     vocab_size = config.model.vocab_size
     check_vocabulary(split.meta, vocab_size, reserved=vocab_size - session.plan.text_vocab_size)

@@ -95,6 +95,9 @@ def test_an_imported_model_is_not_a_run_to_go_on_with(
 ) -> None:
     ours = tmp_path / "ours"
     assert main(["convert", "import", str(source), str(ours)]) == 0
+    assert main(["evaluate", str(ours)]) == 2
+    said = capsys.readouterr().err
+    assert "is an imported model, which has no text" in said and "data.path=FOLDER" in said
     words = tomllib.loads(dump(saved_config(open_checkpoint(ours))))["model"]
     model = [f"model.{key}={json.dumps(value)}" for key, value in words.items() if key != "rope"]
     (tmp_path / "train.toml").write_text(dump(small(*model, f"log.folder={ours}")))
