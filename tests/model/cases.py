@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -77,6 +78,16 @@ def differentiate(case: Case, meshes: Meshes) -> tuple[float, int, str, dict[str
 def differentiate_all(rank: int, world_size: int, cases: list[Case]) -> list[Any]:
     meshes = Meshes()
     return [differentiate(case, meshes) for case in sorted(cases, key=lambda case: case.mesh)]
+
+
+@cache
+def results(cases: tuple[Case, ...], world_size: int) -> dict[Case, list[Any]]:
+    """What every rank found in each of `cases` of this world size; in one process, in the
+    references of all of them too."""
+    chosen = {case for case in cases if case.world_size == world_size}
+    if world_size == 1:
+        chosen |= {case.reference for case in cases}
+    return run_cases(world_size, chosen)
 
 
 def run_cases(world_size: int, cases: Iterable[Case]) -> dict[Case, list[Any]]:

@@ -1,8 +1,5 @@
 """The loss by chunks inside the model: one function on every mesh, and no tensor of all logits."""
 
-from functools import cache
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +11,7 @@ from lcdist.parallel import build_grid
 from megatron.core import tensor_parallel
 from tests.distributed import run_ranks
 from tests.live import LiveTensors
-from tests.model.cases import Case, assert_same_gradients, run_cases
+from tests.model.cases import Case, assert_same_gradients, results
 from tests.model.small import Meshes, small, take_steps
 from tests.model.test_mesh import meshes
 
@@ -47,21 +44,12 @@ def cases() -> list[Case]:
     return list(dict.fromkeys(found))
 
 
-CASES = cases()
-
-
-@cache
-def results(world_size: int) -> dict[Case, list[Any]]:
-    """What every rank found; the references are one process with whole logits."""
-    chosen = {case for case in CASES if case.world_size == world_size}
-    if world_size == 1:
-        chosen |= {case.reference for case in CASES}
-    return run_cases(world_size, chosen)
+CASES = tuple(cases())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_equal_those_of_whole_logits_in_one_process(case: Case) -> None:
-    assert_same_gradients(results(case.world_size)[case], results(1)[case.reference])
+    assert_same_gradients(results(CASES, case.world_size)[case], results(CASES, 1)[case.reference])
 
 
 Steps = tuple[list[tuple[float, float]], set[int], set[int]]

@@ -1,6 +1,5 @@
 """Kept for backward, computed again, cut into tiles or sent to the host: one function always."""
 
-from functools import cache
 from itertools import cycle
 from typing import Any
 
@@ -17,7 +16,7 @@ from lcdist.parallel import build_grid
 from lcdist.plan import make_plan
 from tests.distributed import run_ranks
 from tests.live import LiveTensors
-from tests.model.cases import Case, assert_same_gradients, run_cases
+from tests.model.cases import Case, assert_same_gradients, results
 from tests.model.small import Meshes, mesh_name, small, take_steps
 from tests.tolerance import assert_matches
 
@@ -61,21 +60,12 @@ def cases() -> list[Case]:
     return found
 
 
-CASES = cases()
-
-
-@cache
-def results(world_size: int) -> dict[Case, list[Any]]:
-    """What every rank found; the references are one process that keeps everything."""
-    chosen = {case for case in CASES if case.world_size == world_size}
-    if world_size == 1:
-        chosen |= {case.reference for case in CASES}
-    return run_cases(world_size, chosen)
+CASES = tuple(cases())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_equal_those_of_one_process_that_keeps_everything(case: Case) -> None:
-    found, reference = results(case.world_size)[case], results(1)[case.reference]
+    found, reference = results(CASES, case.world_size)[case], results(CASES, 1)[case.reference]
     assert_same_gradients(found, reference)
     if not case.mesh and case.how in ((FULL,), (HOST,)):
         # Nothing is added up in another order.

@@ -1,12 +1,10 @@
 """One function on every mesh: loss, gradients and initial weights equal those of one process."""
 
-from functools import cache
 from itertools import product
-from typing import Any
 
 import pytest
 
-from tests.model.cases import Case, assert_same_gradients, run_cases, shows_weights
+from tests.model.cases import Case, assert_same_gradients, results, shows_weights
 
 
 def meshes() -> list[tuple[int, tuple[str, ...]]]:
@@ -83,24 +81,15 @@ def cases() -> list[Case]:
     return found
 
 
-CASES = cases()
-
-
-@cache
-def results(world_size: int) -> dict[Case, list[Any]]:
-    """What every rank found in each case of this world size."""
-    chosen = {case for case in CASES if case.world_size == world_size}
-    if world_size == 1:
-        chosen |= {case.reference for case in CASES}
-    return run_cases(world_size, chosen)
+CASES = tuple(cases())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_equal_those_of_one_process(case: Case) -> None:
-    assert_same_gradients(results(case.world_size)[case], results(1)[case.reference])
+    assert_same_gradients(results(CASES, case.world_size)[case], results(CASES, 1)[case.reference])
 
 
 @pytest.mark.parametrize("case", [*filter(shows_weights, CASES)], ids=str)
 def test_initial_weights_are_the_same_bits(case: Case) -> None:
-    [(_, _, expected, _)] = results(1)[case.reference]
-    assert results(case.world_size)[case][0][2] == expected
+    [(_, _, expected, _)] = results(CASES, 1)[case.reference]
+    assert results(CASES, case.world_size)[case][0][2] == expected
