@@ -14,7 +14,14 @@ from lcdist_kernels import Rotary, coca_attention, coca_reference
 from lcdist_kernels.coca import KERNEL, TILED, VARIANTS, angles, coca_operator, coca_tau
 from tests.attention.body import make, on_virtual_ranks, whole
 from tests.kernels.test_full import borders, with_grads
-from tests.kernels.test_full_triton import HERE, assert_close, in_nan, on_device, wide
+from tests.kernels.test_full_triton import (
+    HERE,
+    assert_close,
+    in_nan,
+    on_device,
+    on_its_device,
+    wide,
+)
 from tests.kernels.test_rotary import frequencies
 from tests.tolerance import assert_as_good_as_eager
 
@@ -112,7 +119,7 @@ def test_a_ring_of_kernels_equals_one_of_torch(
 ) -> None:
     problem = make("coca", kind, cp_size, packed=packed, at_least=48, dtype=torch.float32)
     problem = dataclasses.replace(problem, options=CocaOptions(variant=variant))  # pyright: ignore[reportArgumentType]
-    problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
+    on_its_device(problem)
     sent_by_torch = on_virtual_ranks(problem, "torch")[1]
     # Tiled torch cannot stand in unseen.
     monkeypatch.setattr("lcdist_kernels.full.tiled.tiles_of_band", None)
@@ -124,7 +131,7 @@ def test_a_ring_of_kernels_equals_one_of_torch(
 @pytest.mark.parametrize("cp_size", [1, 2])
 def test_a_ring_in_half_precision_is_as_good_as_torch(cp_size: int) -> None:
     problem = make("coca", "zigzag", cp_size, at_least=48, dtype=torch.float16)
-    problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
+    on_its_device(problem)
     got = on_virtual_ranks(problem, "triton")[0]
     assert all(x.dtype == torch.float16 for x in got)
     # q' and k' are rounded to half, and what is multiplied with it is too.
@@ -157,7 +164,7 @@ def test_what_no_kernel_takes_is_refused(head_dim: int, dtype: torch.dtype, says
         coca_attention(*on_device(4, (2, 1), head_dim, dtype), impl="triton")
     problem = make("coca", "contiguous", 2, dtype=torch.float64)
     with pytest.raises(ValueError, match="the tensors are torch.float64"):
-        on_virtual_ranks(problem, "triton")
+        on_virtual_ranks(on_its_device(problem), "triton")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -182,10 +189,11 @@ def test_maps_are_those_of_torch(head_dim: int, variant: str) -> None:
 
 
 def test_who_carries_it() -> None:
-    q = torch.zeros(1, 4, 2, 16)
+    q = torch.zeros(1, 4, 2, 16, device=HERE)
     assert coca_operator("triton", q, "test") is KERNEL
+    assert coca_operator("torch", q, "test") is TILED
     # Never interpreted unasked.
-    assert coca_operator("torch", q, "test") is coca_operator("auto", q, "test") is TILED
+    assert coca_operator("auto", q, "test") is (KERNEL if q.is_cuda else TILED)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 from lcdist_kernels import Rotary, full_attention, full_reference, triton_common
 from lcdist_kernels.full import KERNEL, TILED, block_operator, full_partial, library, merge, visible
 from lcdist_kernels.triton_common import Launch
-from tests.attention.body import make, on_virtual_ranks
+from tests.attention.body import Problem, make, on_virtual_ranks
 from tests.kernels.test_full import borders, inputs, tiled_starts, with_grads
 from tests.kernels.test_rotary import frequencies
 from tests.tolerance import assert_as_good_as_eager, assert_matches
@@ -23,6 +23,12 @@ from tests.tolerance import assert_as_good_as_eager, assert_matches
 FP32 = 1e-4
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = [Launch(16, 16, 4, 1), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1)]
+
+
+def on_its_device(problem: Problem) -> Problem:
+    """The problem with the first row of its batch alone, where kernels run."""
+    problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
+    return problem
 
 
 def on_device(seqlen: int, *more: Any, **words: Any) -> list[Tensor]:
@@ -210,7 +216,7 @@ def test_any_scale(scale: float) -> None:
 )
 def test_a_ring_of_kernels_equals_one_of_torch(kind: str, cp_size: int, packed: bool) -> None:
     problem = make("full", kind, cp_size, packed=packed, at_least=48, dtype=torch.float32)
-    problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
+    on_its_device(problem)
     got, sent = on_virtual_ranks(problem, "triton")
     expected, sent_by_torch = on_virtual_ranks(problem, "torch")
     assert_close(got, expected)
@@ -255,11 +261,11 @@ def test_a_cpu_without_the_interpreter_is_refused_by_name(monkeypatch: pytest.Mo
 
 
 def test_who_carries_it() -> None:
-    x = inputs(4, dtype=torch.float32)[0]
+    x = inputs(4, dtype=torch.float32)[0].to(HERE)
     assert block_operator("triton", x, "test") is KERNEL
     assert block_operator("torch", x, "test") is TILED
     # Never interpreted unasked.
-    assert block_operator("auto", x, "test") is TILED
+    assert block_operator("auto", x, "test") is (KERNEL if x.is_cuda else TILED)
 
 
 FLASH_3 = "def flash_attn_func(q, k, v, softmax_scale, causal): return q + softmax_scale, causal"

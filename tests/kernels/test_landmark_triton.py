@@ -34,6 +34,7 @@ from tests.kernels.test_full_triton import (
     assert_close,
     in_nan,
     on_device,
+    on_its_device,
     wide,
 )
 from tests.kernels.test_rotary import frequencies
@@ -340,7 +341,7 @@ def test_ranks_of_kernels_equal_ranks_of_torch(
 ) -> None:
     variant = Variant("landmark", options)
     problem = make(variant, kind, cp_size, packed=packed, at_least=48, dtype=torch.float32)
-    problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
+    on_its_device(problem)
     got, sent = on_virtual_ranks(problem, "triton")
     expected, sent_by_torch = on_virtual_ranks(problem, "torch")
     assert_close(got, expected)

@@ -31,7 +31,16 @@ from lcdist_kernels.triton_common import Launch, interpreting
 from tests.attention.body import make, on_virtual_ranks
 from tests.kernels.test_compiles import compiles
 from tests.kernels.test_full import borders, tiled_starts, with_grads
-from tests.kernels.test_full_triton import FP32, HERE, SMALL, assert_close, cuts, in_nan, on_device
+from tests.kernels.test_full_triton import (
+    FP32,
+    HERE,
+    SMALL,
+    assert_close,
+    cuts,
+    in_nan,
+    on_device,
+    on_its_device,
+)
 from tests.kernels.test_full_triton import wide as in_double
 from tests.kernels.test_lssar import one_match
 from tests.kernels.test_rotary import frequencies
@@ -355,7 +364,7 @@ def test_a_ring_of_kernels_equals_one_of_torch(
 ) -> None:
     problem = make("lssar", kind, cp_size, packed=packed, at_least=48, dtype=FLOAT)
     problem = dataclasses.replace(problem, options=options)
-    problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
+    on_its_device(problem)
     got, sent = on_virtual_ranks(problem, "triton")
     expected, sent_by_torch = on_virtual_ranks(problem, "torch")
     assert_close(got, expected)
@@ -366,7 +375,7 @@ def test_a_ring_of_kernels_equals_one_of_torch(
 
 def test_a_ring_in_half_precision_is_as_good_as_one_process() -> None:
     problem = make("lssar", "zigzag", 2, at_least=48, dtype=torch.float16)
-    problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
+    on_its_device(problem)
     got, _ = on_virtual_ranks(problem, "triton")
     leaves = [x.detach().requires_grad_() for x in problem.qkv]
     more = {"rotary": problem.asked()["rotary"], "softmax_scale": problem.softmax_scale}
@@ -420,8 +429,8 @@ def test_a_cpu_without_the_interpreter_is_refused_by_name(monkeypatch: pytest.Mo
 
 def test_who_carries_it(caplog: pytest.LogCaptureFixture) -> None:
     x = torch.zeros(1, 4, 2, 16)
-    assert lssar_operator("triton", x, "test") is KERNEL
-    assert lssar_operator("torch", x, "test") is TILED
+    assert lssar_operator("triton", x.to(HERE), "test") is KERNEL
+    assert lssar_operator("torch", x.to(HERE), "test") is TILED
     # Never interpreted unasked.
     with caplog.at_level("INFO", "lcdist_kernels"):
         for _ in range(2):

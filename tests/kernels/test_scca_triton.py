@@ -16,7 +16,14 @@ from lcdist_kernels.full import KERNEL, TILED, BlockOperator
 from lcdist_kernels.scca import Rule, dense_mask, head_groups, op, self_parts, tiled
 from tests.attention.body import Variant, make, on_virtual_ranks, whole
 from tests.kernels.test_full import borders, with_grads
-from tests.kernels.test_full_triton import HERE, assert_close, in_nan, on_device, wide
+from tests.kernels.test_full_triton import (
+    HERE,
+    assert_close,
+    in_nan,
+    on_device,
+    on_its_device,
+    wide,
+)
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.test_scca import MIXED
 from tests.tolerance import assert_as_good_as_eager
@@ -188,7 +195,7 @@ def test_exchanges_with_kernels_equal_those_with_torch(
     heads = (8, 4) if words.get("dilation") == 2 else (4, 2)
     more = {"packed": packed, "heads": heads, "dtype": torch.float32}
     problem = make(variant, kind, cp_size, at_least=48, **more)
-    problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
+    on_its_device(problem)
     sent_by_torch = on_virtual_ranks(problem, "torch")[1]
     # Tiled torch cannot stand in unseen.
     monkeypatch.setattr("lcdist_kernels.full.tiled.tiles_of_band", None)
@@ -206,7 +213,7 @@ def test_what_no_kernel_takes_is_refused() -> None:
             scca_attention(*on_device(4, (4, 2), head_dim, dtype), rules=FEW, impl="triton")
     problem = make(Variant("scca", SccaOptions(chunk_size=7)), "contiguous", 2)
     with pytest.raises(ValueError, match="the tensors are torch.float64"):
-        on_virtual_ranks(problem, "triton")
+        on_virtual_ranks(on_its_device(problem), "triton")
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

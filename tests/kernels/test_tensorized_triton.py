@@ -15,7 +15,14 @@ from lcdist_kernels.tensorized.operator import KERNEL, TILED
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import Variant, make, on_virtual_ranks, whole
 from tests.kernels.test_full import with_grads
-from tests.kernels.test_full_triton import HERE, assert_close, in_nan, on_device, wide
+from tests.kernels.test_full_triton import (
+    HERE,
+    assert_close,
+    in_nan,
+    on_device,
+    on_its_device,
+    wide,
+)
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.test_tensorized import aligned_borders, name
 from tests.tolerance import assert_as_good_as_eager
@@ -200,7 +207,7 @@ def test_shards_of_kernels_equal_those_of_torch(
     options = Variant("tensorized", None).method.options(**words)
     variant = Variant("tensorized", options)
     problem = make(variant, "contiguous", cp_size, packed=packed, at_least=70, dtype=torch.float32)
-    problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
+    on_its_device(problem)
     sent_by_torch = on_virtual_ranks(problem, "torch")[1]
     # Tiled torch cannot stand in unseen.
     monkeypatch.setattr("lcdist_kernels.tensorized.tiled.tiles_of_band", None)
@@ -238,15 +245,15 @@ def test_what_no_kernel_takes_is_refused(head_dim: int, dtype: torch.dtype, says
         tensorized_attention(*on_device(4, (2, 1), head_dim, dtype), grid=Grid((2,)), impl="triton")
     problem = make("tensorized", "contiguous", 2, dtype=torch.float64)
     with pytest.raises(ValueError, match="the tensors are torch.float64"):
-        on_virtual_ranks(problem, "triton")
+        on_virtual_ranks(on_its_device(problem), "triton")
 
 
 def test_who_carries_it() -> None:
-    q = torch.zeros(1, 4, 2, 16)
+    q = torch.zeros(1, 4, 2, 16, device=HERE)
     assert tensorized_operator("triton", q, "test") is KERNEL
-    # Never interpreted unasked.
     assert tensorized_operator("torch", q, "test") is TILED
-    assert tensorized_operator("auto", q, "test") is TILED
+    # Never interpreted unasked.
+    assert tensorized_operator("auto", q, "test") is (KERNEL if q.is_cuda else TILED)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""Every method and variant, forward and backward, on a device that is not there: a line each.
+
+    python -m tests.stand_in.attention RANK
+
+One process, and rank RANK of four. What is wrong ends it.
+"""
+
+import sys
+from math import lcm
+
+import torch
+
+from tests.stand_in.cuda import StandIn, install, leave
+
+RANKS = 4
+STAND_IN = install(int(sys.argv[1]), RANKS)
+
+from lcdist.layout import ContextLayout, pieces_needed  # noqa: E402
+from lcdist_kernels import Rotary  # noqa: E402
+from tests.attention.body import Variant, variants  # noqa: E402
+
+
+def attend(variant: Variant, kind: str, cp_size: int, packed: bool, impl: str) -> None:
+    method, options, head_dim = variant.method, variant.options, 64
+    own = method.multiple_of(options, cp_size, kind)
+    step = lcm(pieces_needed(kind, cp_size), own)
+    layout = ContextLayout(kind, -(-512 // step) * step, cp_size, own)
+    document = method.multiple_of(options, 1)
+    half = layout.seqlen // document // 2 * document
+    borders = torch.tensor([0, half, layout.seqlen], dtype=torch.int32) if packed else None
+    leaves = [
+        torch.randn(1, layout.local_seqlen, nheads, head_dim, dtype=torch.bfloat16, device="cuda")
+        for nheads in (4, 2, 2)
+    ]
+    params = {name: x.to("cuda") for name, x in method.initial(options, 4).items()}
+    leaves = [x.requires_grad_() for x in (*leaves, *params.values())]
+    out = method.attention(
+        *leaves[:3],
+        options=options,
+        layout=layout,
+        group=torch.distributed.group.WORLD if cp_size > 1 else None,
+        rotary=Rotary(10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)),
+        cu_seqlens=borders,
+        params=dict(zip(params, leaves[3:], strict=True)) or None,
+        impl=impl,
+    )
+    got = [out, *torch.autograd.grad(out, leaves, torch.randn_like(out))]
+    assert all(x.is_cuda and x.shape == y.shape for x, y in zip(got, [leaves[0], *leaves]))  # noqa: B905
+    assert out.dtype == torch.bfloat16
+
+
+def main(stand_in: StandIn) -> None:
+    with stand_in:
+        for variant in variants():
+            # Which blocks are fetched is in the data, and the host must know it.
+            if getattr(variant.options, "top_k", None) is not None:
+                continue
+            for kind in variant.kinds:
+                for cp_size in (1, RANKS) if kind == variant.kinds[0] else (RANKS,):
+                    for packed in (False, True):
+                        for impl in ("triton", "torch"):
+                            stand_in.launches.clear()
+                            attend(variant, kind, cp_size, packed, impl)
+                            kernels = sum(n for k, n in stand_in.launches.items() if "rot" not in k)
+                            print(variant, kind, cp_size, packed, impl, kernels, sep="|")
+    print("waits", dict(stand_in.waits), sep="|")
+
+
+main(STAND_IN)
+leave()

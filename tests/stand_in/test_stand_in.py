@@ -1,0 +1,99 @@
+"""The way of a GPU without one: what kernels are given, and where the host waits for the device."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.stand_in.cuda import TORCH, compiled
+
+ROOT = Path(__file__).parent.parent.parent
+DEBUG = "configs/debug"
+METHODS = ("full", "coca", "scca", "tensorized", "landmark", "lssar")
+# Megatron reads the number of tokens, the optimizer whether the norm is finite and what it is.
+WAITS = {"finalize_model_grads.py: finalize_model_grads", "optimizer.py: _gradient_norm"}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        torch.cuda.is_available() or torch.version.cuda is not None,
+        reason="this build of torch has CUDA itself",
+    ),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(
+        tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+        reason="stands in for the functions of torch 2.13",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("device"))
+
+
+def run(library: Path, module: str, *words: str) -> list[str]:
+    """The lines that the program said."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "LD_LIBRARY_PATH": str(TORCH / "lib"),
+        "LD_PRELOAD": str(library),
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.stand_in.{module}", *words]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert not done.returncode, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_attention(library: Path, rank: int) -> None:
+    *lines, last = run(library, "attention", str(rank))
+    assert {line.split("-")[0].split("|")[0] for line in lines} == set(METHODS)
+    for line in lines:
+        *_, impl, kernels = line.split("|")
+        assert (int(kernels) > 0) == (impl == "triton"), line
+    # A forward and a backward never wait for the device.
+    assert last == "waits|{}"
+
+
+MESHES = (
+    ("parallel.tp_size=2", "parallel.cp_size=2", "parallel.sequence_parallel=true"),
+    ("parallel.cp_size=4",),
+    (),
+)
+MORE = (
+    "lora.rank=4",
+    "train.recompute=full train.offload=host train.mlp=tiled train.mlp_chunk=64 lora.rank=4",
+    "train.recompute=selective train.loss=chunked model.tied_embeddings=true",
+    "data.documents=pack attention.impl=torch",
+    "parallel.pp_size=2 parallel.tp_size=2 model.vocab_size=250 train.loss=whole",
+    "parallel.pp_size=2 parallel.vp_size=2",
+)
+
+
+def trained(library: Path, rank: int, cases: list[str]) -> None:
+    lines = [json.loads(line) for line in run(library, "training", str(rank), "4", *cases)]
+    assert [line["of"] for line in lines] == cases
+    for line in lines:
+        assert set(line["waits"]) <= WAITS, line
+        assert sum(line["launches"].values()), line
+
+
+def test_training(library: Path) -> None:
+    names = (f"{DEBUG}/{name}.toml" for name in METHODS)
+    trained(library, 1, [" ".join((name, *mesh)) for name in names for mesh in MESHES])
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_training_with_more(library: Path, rank: int) -> None:
+    trained(library, rank, [f"{DEBUG}/full.toml {words}" for words in MORE])
