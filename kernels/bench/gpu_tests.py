@@ -23,7 +23,7 @@ BIG = "2_to_the_31"
 MARKS = ("gpu", "not gpu and not multi_gpu")
 # Tests a process: few, so that processes end at about one time.
 AT_ONCE = {"gpu": 12, "other": 60}
-MOST_PROCESSES = 8
+MOST_PROCESSES = 14
 COLUMNS = ["name", "passed", "failed", "skipped", "seconds", "note"]
 
 
@@ -77,7 +77,7 @@ def test_rows(folder: Path, end: float) -> Iterator[dict[str, Any]]:
     todo = batches()
     lines = [[batch for batch in todo if batch.alone]]
     lines += [[batch] for batch in todo if not batch.alone]
-    workers = min(MOST_PROCESSES, max(1, (os.cpu_count() or 2) // 2))
+    workers = min(MOST_PROCESSES, max(1, (os.cpu_count() or 2) - 2))
 
     rows: SimpleQueue[dict[str, Any]] = SimpleQueue()
 
