@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 DATA   ?= stdlib
 METHOD ?= full
 NAME   ?=
+ONE_PROCESS := tests/attention tests/data tests/kernels tests/stand_in
 # A Hugging Face folder to extend in the place of a model trained here, the rank of LoRA adapters (0:
 # none), and settings over configs/quickstart/extend.toml, as in WITH="optim.lr=2e-5 train.steps=500".
 MODEL  ?=
@@ -18,8 +19,13 @@ extend: install
 	$(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
 		--model "$(MODEL)" --lora "$(LORA)" $(WITH)
 
+# Tests of one process beside those of many, which wait for one another half of the time; what the
+# first say comes last.
 test: $(VENV)/.dev checks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@export OMP_NUM_THREADS=1; \
+	$(BIN)/python -m pytest $(ONE_PROCESS) > $(VENV)/one-process.log 2>&1 & one=$$!; \
+	$(BIN)/python -m pytest $(ONE_PROCESS:%=--ignore=%); rest=$$?; \
+	wait $$one; one=$$?; cat $(VENV)/one-process.log; exit $$((one | rest))
 
 # A Slurm cluster on this machine, for the time of the tests. Needs root and Debian's packages, which it
 # installs.
