@@ -45,7 +45,8 @@ def attend(variant: Variant, kind: str, cp_size: int, packed: bool, impl: str) -
         impl=impl,
     )
     got = [out, *torch.autograd.grad(out, leaves, torch.randn_like(out))]
-    assert all(x.is_cuda and x.shape == y.shape for x, y in zip(got, [leaves[0], *leaves]))  # noqa: B905
+    like = [leaves[0], *leaves]
+    assert all(x.is_cuda and x.shape == y.shape for x, y in zip(got, like, strict=True))
     assert out.dtype == torch.bfloat16
 
 
