@@ -87,6 +87,7 @@ def trained(library: Path, rank: int, cases: list[str]) -> None:
     for line in lines:
         assert set(line["waits"]) <= WAITS, line
         assert sum(line["launches"].values()), line
+        assert not line["waits in use"], line
 
 
 def test_training(library: Path) -> None:

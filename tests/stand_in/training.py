@@ -1,4 +1,6 @@
-"""Two training steps of configurations on a device that is not there: a line each, as JSON.
+"""Configurations on a device that is not there: two training steps, an evaluation, some words.
+
+A line each, as JSON.
 
     python -m tests.stand_in.training RANK WORLD_SIZE "CONFIG [SECTION.KEY=VALUE ...]" ...
 
@@ -8,11 +10,14 @@ What is wrong ends it.
 import json
 import sys
 
+import torch
+
 from tests.stand_in.cuda import StandIn, install, leave
 
 STAND_IN = install(*map(int, sys.argv[1:3]))
 
 from lcdist.config import load  # noqa: E402
+from lcdist.inference.generate import generate  # noqa: E402
 from lcdist.parallel import build_grid  # noqa: E402
 from lcdist.plan import make_plan  # noqa: E402
 from lcdist.run import make_trainer, open_dataset  # noqa: E402
@@ -32,10 +37,18 @@ def train(words: str, stand_in: StandIn) -> None:
         stand_in.waits.clear()
         engine.forward_backward([to_device(b, grid.device) for b in trainer.loader.next_step()])
         engine.update(1e-3)
+    said = {"launches": dict(stand_in.launches), "waits": dict(stand_in.waits)}
+    stand_in.waits.clear()
+    batches = [to_device(batch, grid.device) for batch in trainer.loader.next_step()]
+    engine.evaluate(batches, plan.layout, config.train.seqlen)
+    parallel = config.parallel
+    if parallel.cp_size == parallel.pp_size == 1 and not parallel.sequence_parallel:
+        prompt = torch.randint(plan.text_vocab_size, (37,), device=grid.device)
+        assert generate(engine.chunks[0], prompt, 5).shape == (42,)
+    said["waits in use"] = dict(stand_in.waits)
     for chunk in engine.chunks:
         assert all(x.is_cuda for x in (*chunk.parameters(), *chunk.buffers()))
     assert plan.dtype == "bf16" and grid.device.type == "cuda"
-    said = {"launches": stand_in.launches, "waits": stand_in.waits}
     print(json.dumps({"of": words, **said}), flush=True)
 
 
