@@ -6,6 +6,8 @@ One process, and rank RANK of four. What is wrong ends it.
 """
 
 import sys
+from collections.abc import Iterator
+from itertools import product
 from math import lcm
 
 import torch
@@ -50,20 +52,28 @@ def attend(variant: Variant, kind: str, cp_size: int, packed: bool, impl: str) -
     assert out.dtype == torch.bfloat16
 
 
+def cases(variant: Variant) -> Iterator[tuple[str, int, bool, str]]:
+    """(layout kind, cp_size, packed, impl)."""
+    sparse = getattr(variant.options, "top_k", None) is not None
+    for kind, cp_size, packed, impl in product(
+        variant.kinds, (1, RANKS), (False, True), ("triton", "torch")
+    ):
+        if cp_size == 1 and kind != variant.kinds[0]:
+            continue
+        # Whose blocks are fetched, and what tiled torch gathers, is in the data.
+        if sparse and (cp_size > 1 or impl == "torch"):
+            continue
+        yield kind, cp_size, packed, impl
+
+
 def main(stand_in: StandIn) -> None:
     with stand_in:
         for variant in variants():
-            # Which blocks are fetched is in the data, and the host must know it.
-            if getattr(variant.options, "top_k", None) is not None:
-                continue
-            for kind in variant.kinds:
-                for cp_size in (1, RANKS) if kind == variant.kinds[0] else (RANKS,):
-                    for packed in (False, True):
-                        for impl in ("triton", "torch"):
-                            stand_in.launches.clear()
-                            attend(variant, kind, cp_size, packed, impl)
-                            kernels = sum(n for k, n in stand_in.launches.items() if "rot" not in k)
-                            print(variant, kind, cp_size, packed, impl, kernels, sep="|")
+            for case in cases(variant):
+                stand_in.launches.clear()
+                attend(variant, *case)
+                kernels = sum(n for k, n in stand_in.launches.items() if "rotate" not in k)
+                print(variant, *case, kernels, sep="|")
     print("waits", dict(stand_in.waits), sep="|")
 
 
