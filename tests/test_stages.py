@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from lcdist.config import ConfigError
 from lcdist.config.rope import RopePI, RopeYarn
@@ -153,20 +154,21 @@ def test_a_mistake_is_named_with_its_stage(
     assert line.startswith(expected)
 
 
+NAMES = ("whole", "stopped", "apart")
+
+
 def train(rank: int, world_size: int, folder: Path) -> list[Any]:
     launched(world_size)
-    for name in ("whole", "stopped", "apart"):
-        (folder / name).mkdir(exist_ok=True)
-    # The ranks write the same bytes.
-    [whole, stopped, apart] = [
-        load_stages(written(folder / name)) for name in ("whole", "stopped", "apart")
-    ]
+    [whole, stopped, apart] = [load_stages(folder / name / "stages.toml") for name in NAMES]
     found: list[Any] = [run_stages(whole)]
     home = folder / "stopped" / "run"
     with asked_at(5, home / "stop"):
         found.append(run_stages(stopped))
     marks = sorted(path.name for path in home.iterdir())
-    found += [marks, json.loads((home / "STOPPED").read_text()), run_stages(stopped)]
+    found += [marks, json.loads((home / "STOPPED").read_text())]
+    # The next start takes the marks away, which the other rank may not have read yet.
+    dist.barrier()
+    found.append(run_stages(stopped))
     found += [run_stages(stopped), sorted(path.name for path in home.iterdir())]
     for stage in apart:
         run(stage.config)
@@ -181,6 +183,9 @@ def curve(folder: Path) -> list[tuple[float, ...]]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("stages")
+    for name in NAMES:
+        (folder / name).mkdir()
+        written(folder / name)
     return folder, run_ranks(train, 2, folder)[0]
 
 
@@ -211,13 +216,14 @@ def test_a_stopped_stage_goes_on(trained: Any) -> None:
 
 def wrong(rank: int, world_size: int, folder: Path) -> str:
     launched(world_size)
-    stages = load_stages(written(folder), ["stages.long.parallel.cp_size=3"])
+    stages = load_stages(folder / "stages.toml", ["stages.long.parallel.cp_size=3"])
     with pytest.raises(ConfigError) as caught:
         run_stages(stages)
     return str(caught.value)
 
 
 def test_what_is_wrong_with_a_later_stage_is_said_before_the_first(tmp_path: Path) -> None:
+    written(tmp_path)
     [said, _] = run_ranks(wrong, 2, tmp_path)
     assert said.startswith("stage 'long': ") and "cp_size" in said
     assert not (tmp_path / "run").exists()

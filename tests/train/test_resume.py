@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from lcdist.config import ConfigError
 from lcdist.config.schema import Config
@@ -212,7 +213,10 @@ def refused(rank: int, world_size: int, folder: Path) -> list[str]:
         with pytest.raises(ValueError) as caught:
             run(config)
         messages.append(str(caught.value))
-    (folder / "first" / "config.toml").write_text("[modle]\n")
+    if rank == 0:
+        (folder / "first" / "config.toml").write_text("[modle]\n")
+    # Neither may read what the other is still writing.
+    dist.barrier()
     with pytest.raises(ConfigError) as caught:
         run(config_in(folder / "first", "train.steps=2"))
     messages.append(str(caught.value))

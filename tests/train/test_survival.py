@@ -5,7 +5,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,10 @@ def test_work_that_is_done_again_is_told(by_file: Any) -> None:
 
 
 class SlowWriter:
-    """Within, every write takes a while; counts how many are under way at once."""
+    """Within, every write waits first; counts how many are under way at once."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.most, self._now, self._lock = seconds, 0, 0, threading.Lock()
+    def __init__(self, wait: Callable[[], Any]) -> None:
+        self.wait, self.most, self._now, self._lock = wait, 0, 0, threading.Lock()
 
     def __enter__(self) -> "SlowWriter":
         self.real = writer.filesystem_async.FileSystemWriterAsync.write_preloaded_data
@@ -104,7 +104,7 @@ class SlowWriter:
         with self._lock:
             self._now += number == 0
             self.most = max(self.most, self._now)
-        time.sleep(self.seconds)
+        self.wait()
         result = self.real(transforms, number, *more, **words)
         with self._lock:
             self._now -= number == 0
@@ -114,7 +114,7 @@ class SlowWriter:
 def save_both_ways(rank: int, world_size: int, folder: Path) -> list[Any]:
     launched(world_size)
     run(config_in(folder / "waits", "checkpoint.keep_last=9"))
-    with SlowWriter(0.3) as slow:
+    with SlowWriter(lambda: time.sleep(0.3)) as slow:
         words = ("checkpoint.asynchronous=true", "checkpoint.every=1", "checkpoint.keep_last=9")
         run(config_in(folder / "goes on", *words))
     return [slow.most]
@@ -165,10 +165,12 @@ def interrupted(rank: int, world_size: int, folder: Path) -> list[Any]:
     take_steps(trainer, 1)
     trainer.save()
     take_steps(trainer, 1)
-    with SlowWriter(0.5):
+    looked = threading.Event()
+    with SlowWriter(looked.wait):
         trainer.save(wait=False)
         before = (trainer.checkpointer.writing, trainer.saved_step, latest_in(folder))
         half = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+        looked.set()
         trainer._named(trainer.checkpointer.finish())
     return [before, half, trainer.saved_step, latest_in(folder)]
 
