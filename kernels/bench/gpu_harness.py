@@ -187,7 +187,7 @@ class Rows:
 
     def __init__(self, at: str = "") -> None:
         self._gates: dict[tuple[str, int], str | float] = {}
-        self._facts = {
+        self.facts = {
             "date": date.today().isoformat(),
             "commit": at or commit(),
             "gpu": device_name(),
@@ -198,7 +198,7 @@ class Rows:
     def blank(self, contender: Contender, size: Size, note: str) -> dict[str, Any]:
         """A row without a figure, which says why."""
         shape = {name: getattr(size, name) for name in SHAPE}
-        row = {**self._facts, **shape, "contender": contender.name}
+        row = {**self.facts, **shape, "contender": contender.name}
         return {**row, **dict.fromkeys(MEASURED, ""), "note": note}
 
     def row(self, contender: Contender, size: Size) -> dict[str, Any]:
