@@ -1,6 +1,10 @@
 """Without a GPU, Triton kernels run as Python on CPU tensors: to be asked for before any import."""
 
 import os
+from functools import wraps
+from importlib import import_module
+from types import FunctionType
+from typing import Any
 
 import torch
 
@@ -9,3 +13,26 @@ def interpret_without_gpu() -> None:
     """Sets TRITON_INTERPRET=1 unless there is a GPU or it is set; child processes inherit it."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _patch_the_language_once()
+
+
+def _patch_the_language_once() -> None:
+    """Triton 3.9 patches its language again in each function a kernel calls: a third of its time.
+
+    What a launch patched stays so until its end, so patching it again changes nothing.
+    """
+    interpreter, language = map(import_module, ("triton.runtime.interpreter", "triton.language"))
+    patch: Any = interpreter._patch_lang
+    if not hasattr(interpreter, "_LangPatchScope") or hasattr(patch, "__wrapped__"):
+        return
+
+    @wraps(patch)
+    def once(fn: FunctionType) -> Any:
+        seen = fn.__globals__.values()
+        used = [lang for lang in (language, language.core) if any(x is lang for x in seen)]
+        if used and not any(language.core.is_builtin(lang.load) for lang in used):
+            return interpreter._LangPatchScope()
+        return patch(fn)
+
+    interpreter._patch_lang = once
