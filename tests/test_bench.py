@@ -5,8 +5,6 @@ Without a GPU kernels run in Triton's interpreter; times mean nothing then, line
 
 import csv
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -34,7 +32,7 @@ sys.path.append(str(ROOT / "kernels" / "bench"))
 harness, gpu_harness, place = map(import_module, ("harness", "gpu_harness", "place"))
 gpu_check, gpu_ranks, gpu_rivals = map(import_module, ("gpu_check", "gpu_ranks", "gpu_rivals"))
 gpu_tests, relay, goals = map(import_module, ("gpu_tests", "relay", "goals"))
-plot, bench_all = map(import_module, ("plot", "bench_all"))
+plot, bench_all, bench_lssar = map(import_module, ("plot", "bench_all", "bench_lssar"))
 
 HAS_GPU = place.HAS_GPU
 TINY = gpu_harness.Size(2048, 8, 4, 64) if HAS_GPU else gpu_harness.sizes()[0]
@@ -117,7 +115,11 @@ def test_the_gate_looks_at_a_rival_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_work_is_counted_by_hand() -> None:
     size = gpu_harness.Size(1024, 32, 8, 128)
     pairs = 1024 * 1025 // 2
-    assert gpu_harness.Operator().flops(size) == 4 * 32 * 128 * pairs
+    assert gpu_harness.Operator().flops(size) == (4 * 32 * 128 * pairs, 10 * 32 * 128 * pairs)
+    # Three products forward, five backward.
+    [lssar, lssa] = [bench_lssar.KINDS[n].flops(size) for n in (0, 1)]
+    assert lssar == (6 * 32 * 128 * pairs, 10 * 32 * 128 * pairs)
+    assert lssa == (4 * 32 * 128 * pairs, 10 * 32 * 128 * pairs)
     q, k = 1024 * 128 * 32 * 2, 1024 * 128 * 8 * 2
     forward, backward = size.gigabytes()
     assert round(1e9 * forward) == 2 * q + 2 * k and round(1e9 * backward) == 4 * q + 4 * k
@@ -259,6 +261,14 @@ def test_a_child_that_hangs_is_ended(tmp_path: Path) -> None:
     end = time.monotonic() + 3
     assert not relay.relay(words, mark, tmp_path / "log", end, lambda *what: lost.append(what))
     assert lost == [(0, "time was up")]
+
+
+def test_after_an_interrupt_no_child_follows(tmp_path: Path) -> None:
+    code = "import os, signal; signal.signal(2, signal.SIG_DFL); os.kill(os.getpid(), 2)"
+    words, mark, lost = [sys.executable, "-S", "-c", code], tmp_path / "begun", []
+    end = time.monotonic() + 60
+    assert not relay.relay(words, mark, tmp_path / "log", end, lambda *what: lost.append(what))
+    assert lost == []
 
 
 def test_a_child_that_begins_nothing_is_an_error(tmp_path: Path) -> None:
@@ -408,77 +418,6 @@ def test_one_thread_at_a_time_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         for thread in threads:
             thread.join()
     assert most == [1] and gpu_ranks.JITFunction.run is run
-
-
-# --- tests in processes ---------------------------------------------------------------------------
-
-
-TESTS = """
-def test_one(): pass
-def test_two(): assert 0
-"""
-
-
-def test_a_batch_of_tests_is_counted(tmp_path: Path) -> None:
-    file = tmp_path / "test_some.py"
-    file.write_text(TESTS)
-    batch = gpu_tests.Batch("some", (f"{file}::test_one", str(file)))
-    row = gpu_tests.run_batch(batch, tmp_path, time.monotonic() + 60)
-    assert list(row) == gpu_tests.COLUMNS
-    assert (row["passed"], row["failed"], row["skipped"], row["note"]) == (1, 1, 0, "")
-    assert "test_two" in (tmp_path / "some.log").read_text()
-    late = gpu_tests.run_batch(batch, tmp_path, time.monotonic() - 1)
-    assert late["note"] == "not begun: 2 tests" and late["passed"] == ""
-
-
-@pytest.mark.parametrize("deaf", [0, 1, 2])
-def test_tests_that_take_too_long_may_write_their_report(deaf: int) -> None:
-    """deaf: how many times the process does not end when it is waited for."""
-
-    class Process:
-        knocks: list[int] = []
-
-        def wait(self, timeout: float | None) -> int:
-            if len(self.knocks) < deaf:
-                assert timeout is not None
-                raise subprocess.TimeoutExpired("pytest", timeout)
-            return 2
-
-        def send_signal(self, number: int) -> None:
-            self.knocks.append(number)
-
-    process = Process()
-    process.knocks = []
-    note = gpu_tests.waited(process, 1.0)
-    assert process.knocks == [signal.SIGINT, signal.SIGKILL][:deaf]
-    assert note == ("time was up" if deaf else "the process ended with status 2")
-
-
-def test_tests_are_dealt_out_by_file_and_every_row_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    marked = [f"tests/kernels/test_{name}_triton.py::test[{n}]" for name in "ab" for n in range(20)]
-    marked.append("tests/kernels/test_b_triton.py::test_tensors_of_more_than_2_to_the_31_elements")
-    others = ["tests/kernels/test_c.py::test", "tests/kernels/test_a_triton.py::test_quick"]
-    monkeypatch.setattr(gpu_tests, "collect", lambda mark: marked if mark == "gpu" else others)
-    batches = gpu_tests.batches()
-    assert [batch.name for batch in batches] == [
-        "big-test_b_triton",
-        *("gpu-test_a_triton-0", "gpu-test_a_triton-1"),
-        *("gpu-test_b_triton-0", "gpu-test_b_triton-1"),
-        *("kernels-test_a_triton-0", "rest-test_c-0"),
-    ]
-    assert sorted(test for batch in batches for test in batch.tests) == sorted(marked + others)
-
-    def run(batch: Any, folder: Path, end: float) -> dict[str, Any]:
-        if batch.name == "big-test_b_triton":
-            raise OSError("no memory")
-        return gpu_tests.blank(batch)
-
-    monkeypatch.setattr(gpu_tests, "run_batch", run)
-    rows = {row["name"]: row for row in gpu_tests.test_rows(tmp_path, time.monotonic() + 60)}
-    assert set(rows) == {batch.name for batch in batches}
-    assert rows["big-test_b_triton"]["note"] == "OSError: no memory"
 
 
 # --- pictures, and make bench ---------------------------------------------------------------------

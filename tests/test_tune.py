@@ -129,7 +129,8 @@ def test_what_is_faster_by_more_than_noise_is_told(tmp_path: Path) -> None:
     add(9.9, 0, 3)
     add("", 0, 4)
     add(5.0, 0, 5, gpu="another")
-    assert tune.faster(file, {"gpu": "made up"}) == []
+    assert tune.faster(file, {"gpu": "made up"}) == ["the tables' own are best"]
+    assert tune.faster(file, {"gpu": "none of them"}) == ["nothing was timed"]
     add(7.5, 0, 1)
     assert tune.faster(file, {"gpu": "made up"}) == [
         "full.BWD_DKV d 128: Launch(64, 64, 8, 1) takes 0.75 of the time"

@@ -10,20 +10,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from queue import SimpleQueue
+from threading import Event, Lock
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from place import HAS_GPU, ROOT
+from relay import TIME_WAS_UP
 
 BIG = "2_to_the_31"
 MARKS = ("gpu", "not gpu and not multi_gpu")
 # Tests a process: few, so that processes end at about one time.
 AT_ONCE = {"gpu": 12, "other": 60}
 MOST_PROCESSES = 14
+# Seconds between looks at whether to stop.
+GLANCE = 0.5
+NOT_BEGUN = "not begun"
 COLUMNS = ["name", "passed", "failed", "skipped", "seconds", "note"]
 
 
@@ -39,6 +43,8 @@ def collect(mark: str) -> list[str]:
     """The names of the kernels' tests with a mark; without a GPU of one quick file."""
     where = "tests/kernels" if HAS_GPU else "tests/kernels/test_bands.py"
     words = ["-m", "pytest", where, "--collect-only", "-p", "no:cacheprovider", "-m", mark]
+    # Those that only compile need no GPU, and much of the time.
+    words += ["-k", "not compile"]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     # 5: there are none.
     if done.returncode not in (0, 5):
@@ -71,28 +77,33 @@ def dealt(name: str, tests: list[str]) -> Iterator[Batch]:
             yield Batch(f"{name}-{file.stem}-{n}", tuple(own[start : start + size]))
 
 
-def test_rows(folder: Path, end: float) -> Iterator[dict[str, Any]]:
-    """A row a batch, as they end."""
+def run_tests(folder: Path, end: float, write: Callable[[dict[str, Any]], None]) -> None:
+    """A row a batch, written as they end; interrupted, those that run end with what they have."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = batches()
     lines = [[batch for batch in todo if batch.alone]]
     lines += [[batch] for batch in todo if not batch.alone]
     workers = min(MOST_PROCESSES, max(1, (os.cpu_count() or 2) - 2))
-
-    rows: SimpleQueue[dict[str, Any]] = SimpleQueue()
+    stopped, one_writes = Event(), Lock()
 
     def through(line: list[Batch]) -> None:
         for batch in line:
+            if stopped.is_set():
+                return
             try:
-                rows.put(run_batch(batch, folder, end))
-            except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
-                rows.put({**blank(batch), "note": f"{type(error).__name__}: {error}"})
+                row = run_batch(batch, folder, end, stopped)
+            except Exception as error:
+                row = {**blank(batch), "note": f"{type(error).__name__}: {error}"}
+            with one_writes:
+                write(row)
 
-    with ThreadPoolExecutor(workers) as pool:
-        for line in lines:
-            pool.submit(through, line)
-        for _ in todo:
-            yield rows.get()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for future in wait([pool.submit(through, line) for line in lines]).done:
+            future.result()
+    finally:
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def blank(batch: Batch) -> dict[str, Any]:
@@ -100,35 +111,46 @@ def blank(batch: Batch) -> dict[str, Any]:
     return {**dict.fromkeys(COLUMNS, ""), "name": batch.name}
 
 
-def run_batch(batch: Batch, folder: Path, end: float) -> dict[str, Any]:
+def run_batch(batch: Batch, folder: Path, end: float, stopped: Event) -> dict[str, Any]:
     """Its row; what the tests said is in <folder>/<name>.log and .xml."""
     row = blank(batch)
-    left = end - time.monotonic()
-    if left <= 0:
-        return row | {"note": f"not begun: {len(batch.tests)} tests"}
+    if time.monotonic() >= end:
+        return row | {"note": f"{NOT_BEGUN}: {len(batch.tests)} tests"}
     report = folder / f"{batch.name}.xml"
     words = [sys.executable, "-m", "pytest", *batch.tests, "-p", "no:cacheprovider"]
     with (folder / f"{batch.name}.log").open("w") as log:
         process = subprocess.Popen(
             [*words, f"--junitxml={report}"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
         )
-        note = waited(process, left)
+        note = waited(process, end, stopped)
     return row | counted(report) | ({"note": note} if note else {})
 
 
-def waited(process: subprocess.Popen, seconds: float) -> str:
+def waited(process: subprocess.Popen, end: float, stopped: Event) -> str:
     """Lets tests that take too long end with a report; what to note."""
-    for patience, knock in ((seconds, signal.SIGINT), (5.0, signal.SIGKILL), (None, None)):
-        try:
-            status = process.wait(timeout=patience)
-        except subprocess.TimeoutExpired:
-            assert knock is not None
-            process.send_signal(knock)
-            continue
-        if patience != seconds:
-            return "time was up"
+    status = None
+    while status is None and time.monotonic() < end and not stopped.is_set():
+        status = status_within(process, min(GLANCE, max(0.0, end - time.monotonic())))
+    if status is not None:
         return f"the process ended with status {status}" if status not in (0, 1) else ""
-    raise AssertionError("a killed process ends")
+    process.send_signal(signal.SIGINT)
+    if status_within(process, 5.0) is None:
+        process.kill()
+        process.wait()
+    return "interrupted" if stopped.is_set() else TIME_WAS_UP
+
+
+def status_within(process: subprocess.Popen, seconds: float) -> int | None:
+    """None where it runs on."""
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def cut_off(note: str) -> bool:
+    """Whether a note says no more than that there was no time."""
+    return note in (TIME_WAS_UP, "interrupted") or note.startswith(NOT_BEGUN)
 
 
 def counted(report: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ so nothing that stands above `from place import` may import it.
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,6 +19,25 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 DEVICE = "cuda" if HAS_GPU else "cpu"
+
+
+def find_cache(home: Path) -> None:
+    """Where nothing can be written at home, Triton's compiler gets another folder for its cache."""
+    if "TRITON_CACHE_DIR" in os.environ:
+        return
+    usual = home / ".triton"
+    try:
+        usual.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=usual):
+            return
+    except OSError:
+        other = Path(tempfile.gettempdir()) / f"lcdist-triton-{os.getuid()}"
+        os.environ["TRITON_CACHE_DIR"] = str(other)
+
+
+# Children inherit it.
+if HAS_GPU:
+    find_cache(Path.home())
 
 
 def device_name() -> str:

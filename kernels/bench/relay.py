@@ -4,6 +4,7 @@ A kernel that reads where it must not takes CUDA away from its whole process, an
 all the time there is. So the child notes what it begins, and its parent what was lost.
 """
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from place import lost_cuda
 T = TypeVar("T")
 # Statuses of a child that noted its failure itself and can do no more, and of one out of time.
 HURT, LATE = 3, 4
+TIME_WAS_UP = "time was up"
 
 
 def take_turns(
@@ -53,12 +55,13 @@ def relay(
             if status is None:
                 process.kill()
                 process.wait()
-        if status in (0, LATE):
+        # A terminal's interrupt reaches parent and child, which must not be followed by the next.
+        if status in (0, LATE, -signal.SIGINT):
             return status == 0
         number = int(mark.read_text(encoding="utf-8")) if mark.exists() else None
         if status is None:
             if number is not None:
-                lost(number, "time was up")
+                lost(number, TIME_WAS_UP)
             return False
         if number is None:
             tail = " ".join(log.read_text(encoding="utf-8").split()[-40:])

@@ -14,9 +14,10 @@ lines run in the interpreter, which has no tiles to choose.
 import argparse
 import csv
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -159,26 +160,31 @@ def measured(item: Item) -> dict[str, Any]:
     try:
         with part.using(size, launch):
             error = gate(contender, size.gate())
-            return {"error": f"{error:.2g}"} | clock(part, size)
+            return {"error": f"{error:.2g}"} | clock(once_of(part, size))
     except FAILURES as failure:
         return {"note": said_by(failure)}
     finally:
         forget()
 
 
-def clock(part: Part, size: Size) -> dict[str, Any]:
-    """Median and spread of the kernels' way, forward or backward."""
+def once_of(part: Part, size: Size) -> Callable[[], Callable[[], float]]:
+    """What runs the part's kernels once, forward or backward, and gives its clock."""
     attend = ours(part.operator).build(part.operator.options_at(gate=False), size)
     *qkv, dout = size.inputs()
     leaves = [x.requires_grad_() for x in qkv]
     trash = torch.empty(FLUSHED, dtype=torch.int8, device=DEVICE) if HAS_GPU else None
 
-    def once() -> Any:
+    def once() -> Callable[[], float]:
         if not part.backward:
             return timed(lambda: attend(*leaves), trash)[0]
         out = attend(*leaves)
         return timed(lambda: torch.autograd.grad(out, leaves, dout), trash)[0]
 
+    return once
+
+
+def clock(once: Callable[[], Callable[[], float]]) -> dict[str, Any]:
+    """Median and spread."""
     once()
     clocks = [once() for _ in range(REPETITIONS)]
     wait()
@@ -188,10 +194,11 @@ def clock(part: Part, size: Size) -> dict[str, Any]:
 
 
 def passes(item: Item) -> None:
-    """The gate alone; what comes of it is said where it is timed."""
+    """The gate and one run, to compile; what comes of it is said where it is timed."""
     part, size, launch = item
     with suppress(*FAILURES), part.using(size, launch):
         gate(ours(part.operator), size.gate())
+        once_of(part, size)()
     forget()
 
 
@@ -205,15 +212,18 @@ def compiled(todo: Sequence[Item], child: list[str], folder: Path, end: float) -
         relay(words, mark, log, end, lambda *_: None)
         mark.unlink(missing_ok=True)
 
-    with ThreadPoolExecutor(count) as pool:
+    pool = ThreadPoolExecutor(count)
+    try:
         list(pool.map(line, range(count)))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def faster(file: Path, facts: dict[str, Any]) -> list[str]:
     """For a person: what is worth to be written into which table, by the rows with these facts."""
     with file.open(newline="", encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if row["ms"] and facts.items() <= row.items()]
-    lines = []
+    lines = [] if rows else ["nothing was timed"]
     for table, head_dim in dict.fromkeys((row["table"], row["head_dim"]) for row in rows):
         tried = [row for row in rows if (row["table"], row["head_dim"]) == (table, head_dim)]
         own = [float(row["ms"]) for row in tried if row["own"] == "1"]
@@ -222,7 +232,7 @@ def faster(file: Path, facts: dict[str, Any]) -> list[str]:
             launch = ", ".join(best[name] for name in Launch._fields)
             share = float(best["ms"]) / own[-1]
             lines.append(f"{table} d {head_dim}: Launch({launch}) takes {share:.2f} of the time")
-    return lines
+    return lines or ["the tables' own are best"]
 
 
 def main() -> int:
@@ -256,7 +266,7 @@ def main() -> int:
         number, count = asked.part
         mark = notes / f"compile{number}.begun"
         return take_turns(todo[number::count], passes, asked.first, mark, asked.seconds)
-    child = [sys.executable, __file__, "--out", str(asked.out), "--commit", asked.commit]
+    child = [sys.executable, __file__, "--out", str(asked.out), "--commit", facts["commit"]]
     child += ["--only", *asked.only, "--head-dim", *map(str, asked.head_dim)]
     print(f"{device_name()}: {len(todo)} candidates; rows in {asked.out}/tuning.csv", flush=True)
     compiled(todo, child, notes, begun + 60 * COMPILING * asked.minutes)
@@ -270,10 +280,12 @@ def main() -> int:
     whole = relay(words, notes / "time.begun", notes / "time.log", end, lost)
     (notes / "time.begun").unlink(missing_ok=True)
     lines = faster(asked.out / "tuning.csv", facts) if HAS_GPU else ["a trial: no choice"]
-    print("\n".join(lines) or "the tables' own are best")
+    print("\n".join(lines))
     print("all were timed" if whole else "time was up: go on with --only", flush=True)
     return 0
 
 
 if __name__ == "__main__":
+    # Started in a shell's background it would be ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
