@@ -152,6 +152,8 @@ attention = {layers = "coca@0", coca = {variant = 3}}
     attention.coca.variant = 3: must be one of slack, strict
 attention = {method = "lssar", coca = 3}
     unknown key 'attention.coca'; known keys: method, layers, impl, exempt_rows, power, reweight
+attention = {method = "lssar", power = 0.9}
+    attention.power = 0.9: must be at least 1
 attention = {layers = 3}
     attention.layers = 3: expected str, got int
 

@@ -84,8 +84,8 @@ def attention(
     and on every rank; positions and row numbers restart per document; tokens after the last border
     form one of their own. softmax_scale: in the place of ln(head_dim). impl: one of `METHOD.impls`.
 
-    Raises ValueError where shapes, layout and group do not fit, `impl` is not built, or "triton"
-    does not take the tensors.
+    Raises ValueError where shapes, layout and group do not fit, `impl` is not built, "triton" does
+    not take the tensors, or the power is below 1 in half precision.
     """
     check_impl(impl, "lssar", ops.BUILT)
     check_qkv(q, k, v)
@@ -104,7 +104,7 @@ def attention(
             impl=impl,
         )
     what = "lssar attention under context parallelism"
-    operator = TILED if impl == "reference" else ops.lssar_operator(impl, q, what)
+    operator = TILED if impl == "reference" else ops.lssar_operator(impl, q, what, reweight)
     around, rank = _Ring(layout, group, cu_seqlens, rotary, reweight, operator), group_rank(group)
     queries = around.directions(q, rank)
     queries = queries * ops.logit_scales(around.rows().counts, softmax_scale, queries)

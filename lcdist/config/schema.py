@@ -74,7 +74,7 @@ class LandmarkOptions:
 class LssarOptions:
     """Length-scaled softplus attention with re-weighting; reweight False is LSSA."""
 
-    power: float = above(0, 15.0)
+    power: float = at_least(1, 15.0)  # below 1 gradients are unbounded at a row's mean
     reweight: bool = True
     exempt_rows: int = at_least(0, 3)
 

@@ -78,6 +78,16 @@ def test_equals_reference(
     assert_close(got, truth_of(qkv, dout, **more))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["auto", "triton", "torch"])
+def test_powers_below_1_are_refused_in_half_precision(impl: str, dtype: torch.dtype) -> None:
+    qkv = on_device(10, (2, 1), 16, dtype)
+    said = rf"power = 0.5 with {dtype}: .* use a power of at least 1, or float32"
+    with pytest.raises(ValueError, match=said):
+        lssar_attention(*qkv, reweight=Reweight(power=0.5), impl=impl)
+    lssar_attention(*qkv, reweight=Reweight(power=1.0), impl="torch")
+
+
 @pytest.mark.parametrize("power", [0.5, 1.0, 1.5, 2.0, 3.0, 6.0, 40.0, 100.0])
 @pytest.mark.parametrize("exempt_rows", [0, 3, 200])
 def test_powers_and_exempt_rows(power: float, exempt_rows: int) -> None:

@@ -86,9 +86,10 @@ def coca_attention(
 ) -> Tensor:
     """Attention of q `[b, s, h, d]` over t, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
-    t: what the projection in the key's place gives, before averaging and relu. impl: one of
-    `BUILT`. The rest, and what raises ValueError, as in `coca_reference`; also an `impl` that is
-    not built, and "triton" where it does not take the tensors.
+    t: what the projection in the key's place gives, before averaging and relu. q' grows as the
+    square of q: the kernels' is in q's dtype, so in float16 it is infinite from |q| = 181 on.
+    impl: one of `BUILT`. The rest, and what raises ValueError, as in `coca_reference`; also an
+    `impl` that is not built, and "triton" where it does not take the tensors.
     """
     check_impl(impl, "coca", BUILT)
     if impl == "reference":

@@ -34,7 +34,8 @@ def lssar_attention(
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
     impl: one of `BUILT`. The rest, and what raises ValueError, as in `lssar_reference`; also an
-    `impl` that is not built, and "triton" where it does not take the tensors.
+    `impl` that is not built, "triton" where it does not take the tensors, and a power below 1 in
+    half precision.
     """
     check_impl(impl, "lssar", BUILT)
     if impl == "reference":
@@ -49,7 +50,7 @@ def lssar_attention(
             softmax_scale=softmax_scale,
         )
     check_self(q, k, v)
-    operator = lssar_operator(impl, q, "lssar attention")
+    operator = lssar_operator(impl, q, "lssar attention", reweight)
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
     positions = index - starts if positions is None else positions

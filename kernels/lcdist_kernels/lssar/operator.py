@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lcdist_kernels.common import announce
 from lcdist_kernels.lssar import finish, launchers, tiled
-from lcdist_kernels.lssar.rows import Finished
+from lcdist_kernels.lssar.rows import Finished, Reweight
 from lcdist_kernels.lssar.tiled import Saved, Sums
 from lcdist_kernels.triton_common import check_kernel, obstacle
 
@@ -48,12 +48,22 @@ KERNEL = LssarOperator(
 )
 
 
-def lssar_operator(impl: str, x: Tensor, what: str) -> LssarOperator:
+def lssar_operator(
+    impl: str, x: Tensor, what: str, reweight: Reweight | None = None
+) -> LssarOperator:
     """The operator that `impl`, "auto", "triton" or "torch", stands for with tensors like x.
 
     x `[b, s, h, d]`; what: who asks, for the log. Raises ValueError for "triton" where no kernel
-    takes such tensors.
+    takes such tensors, and for a power below 1 in half precision.
     """
+    if reweight is not None and reweight.power < 1 and x.element_size() < 4:
+        # y^(p - 1) is unbounded at the threshold: directions rounded to half precision give dq, dk
+        # off by a tenth at p = 0.5, and it leaves fp16's range at 0.3.
+        raise ValueError(
+            f"power = {reweight.power:g} with {x.dtype}: below 1 the gradient is unbounded where a "
+            "score meets its row's mean, which half precision cannot hold; use a power of at least "
+            "1, or float32"
+        )
     if impl == "triton":
         check_kernel(x)
         return KERNEL

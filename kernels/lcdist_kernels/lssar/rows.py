@@ -29,7 +29,8 @@ FLAT_ULPS = 64
 class Reweight:
     """The sharpening that makes LSSA into LSSAR.
 
-    power: p > 0 of relu(f - mu)^p. exempt_rows: the first rows of a document, whose mu is 0.
+    power: p > 0 of relu(f - mu)^p; below 1 the gradient is unbounded at mu. exempt_rows: the first
+    rows of a document, whose mu is 0.
     """
 
     power: float = 15.0
