@@ -103,6 +103,13 @@ def test_tests_are_dealt_out_by_file_and_every_row_is_written(
     assert rows["big-test_b_triton"]["note"] == "StopIteration: no suite"
 
 
+def test_what_only_compiles_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_tests, "HAS_GPU", True)
+    names = [name for mark in gpu_tests.MARKS for name in gpu_tests.collect(mark)]
+    assert len(names) > 1900 and "test_equals_reference" in "".join(names)
+    assert not [name for name in names if "compile" in name]
+
+
 def test_an_interrupt_ends_what_runs_and_keeps_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

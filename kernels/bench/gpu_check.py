@@ -2,12 +2,13 @@
 
     python kernels/bench/gpu_check.py [--out FOLDER] [--minutes 8.5]
 
-1. tests.csv, tests/: every kernel test on the GPU. 2. ranks.csv: every method on 1 to 64 virtual
-ranks in bf16, and how far it is from float64. 3. <method>.csv: what `bench_<method>.py` measures,
-the most telling rows first, and plots where matplotlib is importable. 4. training.csv: a few steps
-of each debug config, where megatron-core is importable. Steps 1 to 3 need torch, triton, numpy and
-pytest alone. A step that runs out of time keeps what it has, and what ends one process does not end
-the next. summary.json says what was run, what failed and what not, and which goals were met.
+1. tests.csv, tests/: every kernel test on the GPU, but those that only compile. 2. ranks.csv: every
+method on 1 to 64 virtual ranks in bf16, and how far it is from float64. 3. <method>.csv: what
+`bench_<method>.py` measures, the most telling rows first, and plots where matplotlib is importable.
+4. training.csv: a few steps of each debug config, where megatron-core is importable. Steps 1 to 3
+need torch, triton, numpy and pytest alone. A step that runs out of time keeps what it has, and what
+ends one process does not end the next. summary.json says what was run, what failed and what not,
+and which goals were met.
 
 Without a GPU the same lines run on the CPU, at sizes that take seconds, and say so.
 """
@@ -120,7 +121,7 @@ class Check:
 
 
 def kernel_tests(check: Check, end: float) -> str:
-    """Every test of the kernels; on a CPU one quick file of them."""
+    """The tests of the kernels; on a CPU one quick file of them."""
     run_tests(check.folder / "tests", end, lambda row: write("tests", [row], check.folder))
     rows = read_rows(check.folder / "tests.csv")
     counts = {key: sum(int(row[key] or 0) for row in rows) for key in ("passed", "failed")}

@@ -7,8 +7,9 @@ of a call: what Python takes to launch is in it where kernels are shorter.
 
 Columns: error: the gate's worst, relative norm. *_ms: medians; *_spread: (greatest - least) /
 median. *_tflops: the method's flops over the scores it touches, a backward 2.5 forwards: five
-products to two (arXiv:2307.08691). *_gbps: bytes of inputs and outputs over the time. peak_mib: the
-most that a forward and a backward held beyond their inputs (out and gradients included).
+products to two (arXiv:2307.08691), or as `Operator.backward_as` says. *_gbps: bytes of inputs and
+outputs over the time. peak_mib: the most that a forward and a backward held beyond their inputs
+(out and gradients included).
 """
 
 import argparse
