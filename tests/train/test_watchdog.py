@@ -60,9 +60,12 @@ def test_a_thread_that_waits_in_an_exchange_is_found() -> None:
             for _ in ring(torch.zeros(1, 4, 1, 2), rank):
                 pass
         else:
-            time.sleep(0.5)
-            found.append(whereabouts(METHODS))
-
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline:
+                found[:] = [whereabouts(METHODS)]
+                if found[0].collective.startswith("ring ("):
+                    break
+                time.sleep(0.01)
             for _ in ring(torch.zeros(1, 4, 1, 2), rank):
                 pass
 
@@ -80,10 +83,12 @@ def test_who_moves_is_left_alone(monkeypatch: Any) -> None:
     ended: list[int] = []
     monkeypatch.setattr("lcdist.train.watchdog.os._exit", ended.append)
     told: list[str] = []
-    with watchdog(dist.HashStore(), told) as dog:  # pyright: ignore[reportPrivateImportUsage]
-        for step in range(12):
+    # Ten times what a step sleeps: this process may be kept from moving for a while.
+    more = {"stall": 2.0, "patient": 2.0}
+    with watchdog(dist.HashStore(), told, **more) as dog:  # pyright: ignore[reportPrivateImportUsage]
+        for step in range(15):
             dog.moved(step, "forward and backward")
-            time.sleep(0.1)
+            time.sleep(0.2)
     assert told == [] and ended == []
 
 
