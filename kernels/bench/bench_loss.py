@@ -8,7 +8,6 @@ the processor's, so that a busy machine matters less; memory is what the process
 its inputs, gradients included. Rows are added to results/loss.csv.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -16,20 +15,20 @@ from datetime import date
 
 import torch
 import torch.nn.functional as F
-from harness import Step, commit, machine, measure, write
-from rich.console import Console
-from rich.table import Table
+from harness import Step, commit, machine, measure
+from one_core import OneCore
 from torch import Tensor
 
 import lcdist.host  # noqa: F401
 from lcdist.config.schema import ParallelConfig
 from lcdist.footprint import CHUNK_BYTES, CHUNK_TOKENS, FP32_BYTES
 from lcdist.model.output_loss import VocabShard, output_losses
-from lcdist.parallel import build_grid, end_world, start_world
+from lcdist.parallel import build_grid
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 SIZES = [(32768, 32768, 1024)]  # tokens, vocabulary, hidden size
 QUICK = [(2048, 2048, 256)]
+SHOWN = ["tokens", "vocabulary", "contender", "cpu_ms", "over_megatron", "extra_mib", "of_megatron"]
 GATE, SIXTEENTH = 1e-10, 16
 Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -93,6 +92,7 @@ def problem(tokens: int, vocab: int, hidden: int, dtype: torch.dtype) -> list[Te
 def gate(tokens: int, vocab: int, hidden: int) -> str | None:
     """How far a way is from torch's own in float64, where that is too far."""
     tokens, vocab, hidden = tokens // SIXTEENTH + 1, vocab // SIXTEENTH + 3, hidden // SIXTEENTH
+    build_grid(ParallelConfig(), 0)  # whose groups Megatron's loss asks for
     inputs = problem(tokens, vocab, hidden, torch.float64)
     expected = once(torch_losses, inputs)()
     # Megatron's loss is computed in fp32, whatever it is given.
@@ -145,46 +145,7 @@ def rows(tokens: int, vocab: int, hidden: int, runs: int) -> list[dict[str, obje
     return found
 
 
-def show(found: list[dict[str, object]]) -> None:
-    """The rows as a table."""
-    keys = (
-        "tokens",
-        "vocabulary",
-        "contender",
-        "cpu_ms",
-        "over_megatron",
-        "extra_mib",
-        "of_megatron",
-    )
-    table = Table(*keys)
-    for row in found:
-        table.add_row(*(str(row[key]) for key in keys))
-    Console().print(table)
-
-
-def main() -> int:
-    """Gate, measure, write; status 1 on red."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="small sizes, and no rows are written")
-    parser.add_argument("--runs", type=int, default=1, help="the fastest counts")
-    words = parser.parse_args()
-    torch.set_num_threads(1)
-    start_world(60)
-    build_grid(ParallelConfig(), 0)
-    for sizes in QUICK if words.quick else SIZES:
-        red = gate(*sizes)
-        if red:
-            print(f"gate: {red}")
-            return 1
-        found = rows(*sizes, words.runs)
-        show(found)
-        if not words.quick:
-            write("loss", found)
-    end_world()
-    return 0
-
+BENCH = OneCore("loss", __doc__, SIZES, QUICK, SHOWN, gate, rows)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCH.main())

@@ -9,7 +9,6 @@ what the process holds at most above inputs and weights, gradients included. Row
 results/memory.csv.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -18,9 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from harness import Step, commit, machine, measure, write
-from rich.console import Console
-from rich.table import Table
+from harness import Step, commit, machine, measure
+from one_core import OneCore
 from torch import Tensor
 
 import lcdist.host  # noqa: F401
@@ -29,11 +27,12 @@ from lcdist.config.schema import Config
 from lcdist.model.build import build_model
 from lcdist.model.recompute import recomputed, trained
 from lcdist.model.tiled import SecondHalf, tiled
-from lcdist.parallel import build_grid, end_world, start_world
+from lcdist.parallel import build_grid
 from lcdist.plan import make_plan
 
 SIZES = [(32768, 1024, 2816)]  # tokens, hidden size, ffn hidden size
 QUICK = [(2048, 256, 704)]
+SHOWN = ["tokens", "contender", "cpu_ms", "over_whole", "extra_mib", "of_whole"]
 GATE, SIXTEENTH = 1e-10, 16
 Way = Callable[[Tensor], Tensor]
 
@@ -146,38 +145,7 @@ def rows(tokens: int, hidden: int, ffn: int, runs: int) -> list[dict[str, object
     ]
 
 
-def show(found: list[dict[str, object]]) -> None:
-    """The rows as a table."""
-    keys = ("tokens", "contender", "cpu_ms", "over_whole", "extra_mib", "of_whole")
-    table = Table(*keys)
-    for row in found:
-        table.add_row(*(str(row[key]) for key in keys))
-    Console().print(table)
-
-
-def main() -> int:
-    """Gate, measure, write; status 1 on red."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="small sizes, and no rows are written")
-    parser.add_argument("--runs", type=int, default=1, help="the fastest counts")
-    words = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    start_world(60)
-    for sizes in QUICK if words.quick else SIZES:
-        red = gate(*sizes)
-        if red:
-            print(f"gate: {red}")
-            return 1
-        found = rows(*sizes, words.runs)
-        show(found)
-        if not words.quick:
-            write("memory", found)
-    end_world()
-    return 0
-
+BENCH = OneCore("memory", __doc__, SIZES, QUICK, SHOWN, gate, rows)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCH.main())
