@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 DATA   ?= stdlib
 METHOD ?= full
 NAME   ?=
-ONE_PROCESS := tests/attention tests/data tests/kernels tests/stand_in
+BESIDE := tests/attention tests/convert tests/data tests/kernels tests/stand_in
 # A Hugging Face folder to extend in the place of a model trained here, the rank of LoRA adapters (0:
 # none), and settings over configs/quickstart/extend.toml, as in WITH="optim.lr=2e-5 train.steps=500".
 MODEL  ?=
@@ -19,13 +19,13 @@ extend: install
 	$(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
 		--model "$(MODEL)" --lora "$(LORA)" $(WITH)
 
-# Tests of one process beside those of many, which wait for one another half of the time; what the
-# first say comes last.
+# Two halves side by side, of about the same length: mostly tests of one process, and tests of many, which
+# wait for one another half of the time. What the first half says comes last.
 test: $(VENV)/.dev checks
 	@export OMP_NUM_THREADS=1; \
-	$(BIN)/python -m pytest $(ONE_PROCESS) > $(VENV)/one-process.log 2>&1 & one=$$!; \
-	$(BIN)/python -m pytest $(ONE_PROCESS:%=--ignore=%); rest=$$?; \
-	wait $$one; one=$$?; cat $(VENV)/one-process.log; exit $$((one | rest))
+	$(BIN)/python -m pytest $(BESIDE) > $(VENV)/beside.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest $(BESIDE:%=--ignore=%); rest=$$?; \
+	wait $$beside; beside=$$?; cat $(VENV)/beside.log; exit $$((beside | rest))
 
 # A Slurm cluster on this machine, for the time of the tests. Needs root and Debian's packages, which it
 # installs.
