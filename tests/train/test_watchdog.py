@@ -83,12 +83,13 @@ def test_who_moves_is_left_alone(monkeypatch: Any) -> None:
     ended: list[int] = []
     monkeypatch.setattr("lcdist.train.watchdog.os._exit", ended.append)
     told: list[str] = []
-    # Ten times what a step sleeps: this process may be kept from moving for a while.
-    more = {"stall": 2.0, "patient": 2.0}
+    # Five times what a step sleeps: this process may be kept from moving for a while. One that does
+    # not move would have ended after the limit and six rests of a quarter of it, in 1.25 s.
+    more = {"stall": 0.5, "patient": 0.5}
     with watchdog(dist.HashStore(), told, **more) as dog:  # pyright: ignore[reportPrivateImportUsage]
-        for step in range(15):
+        for step in range(30):
             dog.moved(step, "forward and backward")
-            time.sleep(0.2)
+            time.sleep(0.1)
     assert told == [] and ended == []
 
 
