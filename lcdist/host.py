@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from lcdist.device import has_cuda
+from lcdist.hardware.device import has_cuda
 
 CPU = torch.device("cpu")
 _FACTORIES = (

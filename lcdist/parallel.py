@@ -14,7 +14,7 @@ from torch.distributed import distributed_c10d
 
 import lcdist.host  # noqa: F401
 from lcdist.config.schema import ParallelConfig
-from lcdist.device import backend, device
+from lcdist.hardware.device import backend, device
 from megatron.core import parallel_state, tensor_parallel
 
 

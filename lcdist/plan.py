@@ -25,7 +25,7 @@ from lcdist.contradictions import (
     check_schedule,
 )
 from lcdist.data.slots import Slots
-from lcdist.device import has_cuda
+from lcdist.hardware.device import has_cuda
 from lcdist.layer_methods import (
     LayerAttention,
     common_layouts,

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from lcdist.config import load
 from lcdist.config.schema import Config
-from lcdist.device import device
 from lcdist.exchange import ring
+from lcdist.hardware.device import device
 from lcdist.parallel import end_world, local_rank, world_size
 from lcdist.plan import make_plan
 from lcdist.run import run

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    {"lcdist", "lcdist.device"},
+    {"lcdist", "lcdist.hardware.device"},
     {"lcdist.exchange", "lcdist.layout", "lcdist.host", "lcdist.config", "lcdist_kernels"},
     {"lcdist.attention", "lcdist.parallel", "lcdist.data"},
     {"lcdist.layer_methods"},

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-from lcdist.device import has_cuda
+from lcdist.hardware.device import has_cuda
 from lcdist.plan import Plan
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lcdist.host  # noqa: F401
-from lcdist.device import has_cuda
+from lcdist.hardware.device import has_cuda
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
