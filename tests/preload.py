@@ -1,6 +1,6 @@
 """What the fork server imports once, so that starting a rank costs a tenth of a second.
 
-`lcdist.host` must come before Megatron-core: it is what lets Megatron-core run without CUDA.
+`lcdist.hardware.megatron_on_cpu` must come before Megatron-core: it is what lets Megatron-core run without CUDA.
 """
 
 from importlib import import_module
@@ -14,8 +14,8 @@ from tests.interpreter import interpret_without_gpu
 torch.set_num_threads(1)
 interpret_without_gpu()
 
-if find_spec("lcdist.host") is not None:
-    import_module("lcdist.host")
+if find_spec("lcdist.hardware.megatron_on_cpu") is not None:
+    import_module("lcdist.hardware.megatron_on_cpu")
     import_module("megatron.core")
     # What test modules import: each of these costs a rank half a second on a busy machine.
     for module in ("lcdist.run", "lcdist.evaluate.session", "pytest", "hypothesis.strategies"):

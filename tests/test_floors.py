@@ -17,7 +17,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     {"lcdist", "lcdist.hardware.device"},
-    {"lcdist.exchange", "lcdist.layout", "lcdist.host", "lcdist.config", "lcdist_kernels"},
+    {
+        "lcdist.exchange",
+        "lcdist.layout",
+        "lcdist.hardware.megatron_on_cpu",
+        "lcdist.config",
+        "lcdist_kernels",
+    },
     {"lcdist.attention", "lcdist.parallel", "lcdist.data"},
     {"lcdist.layer_methods"},
     {"lcdist.contradictions", "lcdist.footprint"},
@@ -54,7 +60,7 @@ ATTENTION_HIGH = ("registry", "__init__")
 MEETS_MEGATRON = ("lcdist.parallel", "lcdist.model", "lcdist.train", "lcdist.convert")
 READS_MEGATRON = "lcdist.data.dataset"
 # The shim itself: it imports Megatron with torch.compile put aside, which takes a function.
-SHIM = "lcdist.host"
+SHIM = "lcdist.hardware.megatron_on_cpu"
 # May read the environment: the launcher's ranks at the door, one debugging switch.
 READS_ENVIRONMENT = {"lcdist.cli", "lcdist.parallel", "lcdist.exchange.debug"}
 
@@ -215,9 +221,13 @@ def test_only_the_rooms_that_meet_megatron_import_it_and_behind_the_host() -> No
             continue
         if name != READS_MEGATRON and not any(is_in(name, room) for room in MEETS_MEGATRON):
             wrong.append(where(path, megatron[0]))
-        hosts = [found.line for found in imports_of(path) if found.module == "lcdist.host"]
+        hosts = [
+            found.line
+            for found in imports_of(path)
+            if found.module == "lcdist.hardware.megatron_on_cpu"
+        ]
         if not hosts or hosts[0] > megatron[0].line:
-            wrong.append(f"{where(path, megatron[0])} before lcdist.host")
+            wrong.append(f"{where(path, megatron[0])} before lcdist.hardware.megatron_on_cpu")
     assert not wrong, "\n".join(wrong)
 
 

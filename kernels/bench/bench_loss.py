@@ -19,7 +19,7 @@ from harness import Step, commit, machine, measure
 from one_core import OneCore
 from torch import Tensor
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.schema import ParallelConfig
 from lcdist.footprint import CHUNK_BYTES, CHUNK_TOKENS, FP32_BYTES
 from lcdist.model.output_loss import VocabShard, output_losses

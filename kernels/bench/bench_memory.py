@@ -21,7 +21,7 @@ from harness import Step, commit, machine, measure
 from one_core import OneCore
 from torch import Tensor
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config import parse
 from lcdist.config.schema import Config
 from lcdist.model.build import build_model

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.lora import Target
 from lcdist.config.lora_sizes import target_shapes
 from lcdist.config.schema import Config

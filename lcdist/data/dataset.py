@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.data.long_documents import LongDocuments
 from lcdist.data.meta import read_meta
 from lcdist.data.sample import Sample, check_seed, raw_numbers

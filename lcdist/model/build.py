@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.lora import LoraConfig
 from lcdist.data.slots import Slots
 from lcdist.model.core_attention import LongContextAttention

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.attention import HeadSlice
 from lcdist.layer_methods import LayerAttention
 from lcdist.layout import ContextLayout

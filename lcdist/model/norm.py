@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from megatron.core.transformer import TransformerConfig
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.model.offload import HostStore
 from lcdist.model.recompute import Cheap, recomputed, trained
 from lcdist.model.sequence import SequenceParams

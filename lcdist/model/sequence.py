@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.layout import ContextLayout
 from megatron.core.packed_seq_params import PackedSeqParams
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.schema import Config
 from megatron.core.transformer import TransformerConfig
 

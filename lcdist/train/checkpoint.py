@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config import parse
 from lcdist.config.schema import Config
 from lcdist.model.init import EXTRAS, LORA

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.schema import OptimConfig
 from lcdist.model.init import EXTRAS, LORA, whole_model_names
 from megatron.core.dist_checkpointing.dict_utils import nested_values

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.train.checkpoint import (
     FORMAT,
     HALF,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 

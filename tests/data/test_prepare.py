@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import lcdist.host  # noqa: F401  # isort: skip
+import lcdist.hardware.megatron_on_cpu  # noqa: F401  # isort: skip
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # isort: skip
 
 from lcdist.data import parts as parts_module

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.inference.generate import generate
 from lcdist.model.output_loss import VocabShard, output_losses
 from lcdist.parallel import build_grid

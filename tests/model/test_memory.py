@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.model.build import build_model
 from lcdist.model.offload import HostStore
 from lcdist.model.recompute import Cheap, recomputed

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from tests.distributed import run_ranks
 
 sys.path.append(str(Path(__file__).parents[2] / "kernels" / "bench"))

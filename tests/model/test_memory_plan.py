@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config import ConfigError
 from lcdist.model.build import build_model
 from lcdist.model.recompute_layer import Layer

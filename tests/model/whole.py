@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.state import model_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import lcdist.host  # noqa: F401
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.data.loader import Batch
 from lcdist.exchange import Stopwatch
 from lcdist.layout import ContextLayout

@@ -174,7 +174,7 @@ def _install() -> None:
     if has_cuda():
         return
     if any(name.startswith("megatron.core") for name in sys.modules):
-        raise ImportError("import lcdist.host before megatron")
+        raise ImportError("import lcdist.hardware.megatron_on_cpu before megatron")
     sys.meta_path.insert(0, _Finder(_torch_without_cuda()))  # type: ignore[arg-type]
     compile_ = torch.compile
     identity: Any = lambda fn=None, **kwargs: fn if fn is not None else (lambda inner: inner)  # noqa: E731
