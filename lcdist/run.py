@@ -17,6 +17,7 @@ from lcdist.data.opening import accounts, open_samples
 from lcdist.data.sample import Dataset
 from lcdist.data.slots import Apart, Joined, Slots
 from lcdist.data.synthetic import SyntheticDataset
+from lcdist.hardware.peak import Peak, device_peak
 from lcdist.model.build import DTYPES, build_model
 from lcdist.parallel import Grid, board, build_grid, start_world, world_size
 from lcdist.plan import Plan, make_plan
@@ -48,7 +49,6 @@ from lcdist.train.header import (
 )
 from lcdist.train.marks import clear_marks, mark_done, mark_stopped
 from lcdist.train.metrics import METRICS_FILE, open_metrics
-from lcdist.train.peak import Peak, device_peak
 from lcdist.train.saving import Checkpointer
 from lcdist.train.trainer import Outcome, Trainer
 from lcdist.train.watchdog import Watchdog

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lcdist.config import dump
 from lcdist.data.loader import Batch, Loader
 from lcdist.exchange import traffic
+from lcdist.hardware.peak import Peak, max_over_ranks, mfu, peak_memory
 from lcdist.parallel import Grid
 from lcdist.plan import Plan
 from lcdist.train.checkpoint import (
@@ -26,7 +27,6 @@ from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.header import versions
 from lcdist.train.marks import STOP
 from lcdist.train.metrics import Metrics
-from lcdist.train.peak import Peak, max_over_ranks, mfu, peak_memory
 from lcdist.train.records import RankTimes, StepRecord, StepTime
 from lcdist.train.saving import Checkpointer
 from lcdist.train.schedule import learning_rate

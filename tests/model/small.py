@@ -8,10 +8,10 @@ from lcdist.config import parse
 from lcdist.config.schema import Config
 from lcdist.data.sample import Dataset, Sample
 from lcdist.data.synthetic import SyntheticDataset
+from lcdist.hardware.peak import Peak
 from lcdist.parallel import Grid, build_grid
 from lcdist.plan import make_plan
 from lcdist.run import make_trainer, open_dataset
-from lcdist.train.peak import Peak
 from lcdist.train.trainer import Trainer
 
 # 250 is no multiple of 128, so that the vocabulary is padded.

@@ -16,9 +16,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lcdist.config.schema import Config, LogConfig, ModelConfig, TrainConfig
-from lcdist.train.header import RunHeader, device_name, read_header, record_start, versions
-from lcdist.train.metrics import open_metrics, scalars
-from lcdist.train.peak import (
+from lcdist.hardware.peak import (
     Peak,
     data_sheet_tflops,
     device_peak,
@@ -26,6 +24,8 @@ from lcdist.train.peak import (
     mfu,
     peak_memory,
 )
+from lcdist.train.header import RunHeader, device_name, read_header, record_start, versions
+from lcdist.train.metrics import open_metrics, scalars
 from lcdist.train.records import StepRecord, StepTime, cut_records, read_records
 from tests.distributed import run_ranks
 
