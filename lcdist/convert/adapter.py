@@ -20,7 +20,6 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.lora import Target
 from lcdist.config.lora_sizes import target_shapes
 from lcdist.config.schema import Config
-from lcdist.convert.landing import check_free, landing, sync
 from lcdist.convert.names import (
     EMBEDDING,
     FINAL_NORM,
@@ -36,6 +35,7 @@ from lcdist.convert.stored import Stored
 from lcdist.model.init import EXTRAS, LORA, whole_model_names
 from lcdist.train.checkpoint import Checkpoint, CheckpointError, open_checkpoint, saved_config
 from lcdist.train.records import write_atomically
+from lcdist.utils.atomic import check_free, landing, sync
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -21,7 +21,6 @@ from lcdist.convert.compare import Difference, compare
 from lcdist.convert.folder import INDEX, SINGLE
 from lcdist.convert.hf_config import CONFIG, config_table
 from lcdist.convert.importing import open_model
-from lcdist.convert.landing import check_free, landing, sync
 from lcdist.convert.layerwise import check_alone
 from lcdist.convert.names import EMBEDDING, OUTPUT, Ours, correspondence, hf_shapes
 from lcdist.convert.own_methods import about, learned, modelling, reading
@@ -33,6 +32,7 @@ from lcdist.model.init import LORA
 from lcdist.parallel import start_world
 from lcdist.train.checkpoint import Checkpoint, CheckpointError, open_checkpoint, saved_config
 from lcdist.train.records import write_atomically
+from lcdist.utils.atomic import check_free, landing, sync
 
 log = logging.getLogger(__name__)
 

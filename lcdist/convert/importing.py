@@ -22,7 +22,6 @@ from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig,
 from lcdist.convert.compare import Difference, compare
 from lcdist.convert.folder import Weights, open_weights
 from lcdist.convert.hf_config import CONFIG, HFModel, check_shapes, read_config
-from lcdist.convert.landing import check_free, landing
 from lcdist.convert.layerwise import check_alone
 from lcdist.convert.names import (
     EMBEDDING,
@@ -41,6 +40,7 @@ from lcdist.plan import Plan, make_plan, smallest_world
 from lcdist.train.checkpoint import FORMAT, LATEST, MANIFEST, PREFIX, open_checkpoint
 from lcdist.train.header import versions
 from lcdist.train.records import write_atomically
+from lcdist.utils.atomic import check_free, landing
 
 NAME = f"{PREFIX}{0:08d}"
 # Made from the config by whoever runs the model; older folders hold them all the same.

@@ -17,7 +17,6 @@ from lcdist.config import dump
 from lcdist.config.lora import LoraConfig, Target
 from lcdist.config.schema import Config
 from lcdist.convert.adapter import MODULES, open_adapted
-from lcdist.convert.landing import check_free, landing
 from lcdist.convert.layerwise import check_alone
 from lcdist.convert.names import Ours, correspondence
 from lcdist.convert.stored import Stored, Tensors, write_tensors
@@ -34,6 +33,7 @@ from lcdist.train.checkpoint import (
     saved_config,
 )
 from lcdist.train.records import write_atomically
+from lcdist.utils.atomic import check_free, landing
 
 _TARGETS: Mapping[str, Target] = {theirs: target for target, (_, theirs) in MODULES.items()}
 
