@@ -19,7 +19,7 @@ from lcdist.convert.exporting import export_model
 from lcdist.convert.extending import for_own_model, open_own_model
 from lcdist.convert.importing import import_model
 from lcdist.convert.merging import merge
-from lcdist.parallel import end_world
+from lcdist.distributed.mesh import end_world
 from lcdist.plan import make_plan
 from lcdist.train.records import write_atomically
 

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from lcdist.config.schema import Config
 from lcdist.data.dataset import TokenSplit
+from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.perplexity import held_out_text
 from lcdist.evaluate.report import write_report
 from lcdist.evaluate.session import generate_text
-from lcdist.parallel import end_world
 from lcdist.train.folder import read_status
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,9 +34,9 @@ from lcdist.data.corpus import SUFFIXES, Source, standard_library
 from lcdist.data.huggingface import Specials
 from lcdist.data.prepare import described, prepare
 from lcdist.data.settings import Settings
+from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.report import write_report
 from lcdist.evaluate.session import evaluate_checkpoint, generate_text
-from lcdist.parallel import end_world
 from lcdist.plan import make_plan, smallest_world
 from lcdist.train.status import describe, stage_folders
 

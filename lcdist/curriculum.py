@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lcdist.config import ConfigError
 from lcdist.config.stages import Stage
-from lcdist.parallel import end_grid, start_world, world_size
+from lcdist.distributed.mesh import end_grid, start_world, world_size
 from lcdist.plan import make_plan
 from lcdist.run import run
 from lcdist.train.checkpoint import latest_in

@@ -17,9 +17,9 @@ from lcdist.data.opening import accounts, open_samples
 from lcdist.data.sample import Dataset
 from lcdist.data.slots import Apart, Joined, Slots
 from lcdist.data.synthetic import SyntheticDataset
+from lcdist.distributed.mesh import Grid, board, build_grid, start_world, world_size
 from lcdist.hardware.peak import Peak, device_peak
 from lcdist.model.build import DTYPES, build_model
-from lcdist.parallel import Grid, board, build_grid, start_world, world_size
 from lcdist.plan import Plan, make_plan
 from lcdist.train.checkpoint import (
     MERGE,

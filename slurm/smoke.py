@@ -15,9 +15,9 @@ from rich.console import Console
 
 from lcdist.config import load
 from lcdist.config.schema import Config
+from lcdist.distributed.mesh import end_world, local_rank, world_size
 from lcdist.exchange import ring
 from lcdist.hardware.device import device
-from lcdist.parallel import end_world, local_rank, world_size
 from lcdist.plan import make_plan
 from lcdist.run import run
 

@@ -24,7 +24,7 @@ FLOORS = (
         "lcdist.config",
         "lcdist_kernels",
     },
-    {"lcdist.attention", "lcdist.parallel", "lcdist.data"},
+    {"lcdist.attention", "lcdist.distributed.mesh", "lcdist.data"},
     {"lcdist.layer_methods"},
     {"lcdist.contradictions", "lcdist.footprint"},
     {"lcdist.activations"},
@@ -57,12 +57,12 @@ ATTENTION_LOW = (
     "tensorized_reference",
 )
 ATTENTION_HIGH = ("registry", "__init__")
-MEETS_MEGATRON = ("lcdist.parallel", "lcdist.model", "lcdist.train", "lcdist.convert")
+MEETS_MEGATRON = ("lcdist.distributed.mesh", "lcdist.model", "lcdist.train", "lcdist.convert")
 READS_MEGATRON = "lcdist.data.dataset"
 # The shim itself: it imports Megatron with torch.compile put aside, which takes a function.
 SHIM = "lcdist.hardware.megatron_on_cpu"
 # May read the environment: the launcher's ranks at the door, one debugging switch.
-READS_ENVIRONMENT = {"lcdist.cli", "lcdist.parallel", "lcdist.exchange.debug"}
+READS_ENVIRONMENT = {"lcdist.cli", "lcdist.distributed.mesh", "lcdist.exchange.debug"}
 
 
 @dataclass(frozen=True)

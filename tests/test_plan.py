@@ -12,12 +12,12 @@ from lcdist.attention import METHODS, HeadSlice, Shape
 from lcdist.cli import main
 from lcdist.config import ConfigError, load
 from lcdist.config.schema import CocaOptions
+from lcdist.distributed.mesh import build_grid
 from lcdist.exchange import traffic
 from lcdist.hardware.peak import Peak
 from lcdist.model.build import build_model
 from lcdist.model.output_loss import VocabShard, output_losses
 from lcdist.model.sequence import SequenceParams
-from lcdist.parallel import build_grid
 from lcdist.plan import Plan, make_plan, smallest_world
 from lcdist.run import make_trainer, open_dataset
 from tests.distributed import run_ranks

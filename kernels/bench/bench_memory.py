@@ -24,10 +24,10 @@ from torch import Tensor
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config import parse
 from lcdist.config.schema import Config
+from lcdist.distributed.mesh import build_grid
 from lcdist.model.build import build_model
 from lcdist.model.recompute import recomputed, trained
 from lcdist.model.tiled import SecondHalf, tiled
-from lcdist.parallel import build_grid
 from lcdist.plan import make_plan
 
 SIZES = [(32768, 1024, 2816)]  # tokens, hidden size, ffn hidden size

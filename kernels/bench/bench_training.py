@@ -28,9 +28,9 @@ from rich.table import Table
 
 from lcdist.config import load
 from lcdist.config.schema import Config
+from lcdist.distributed.mesh import build_grid, end_world, start_world
 from lcdist.hardware.peak import Peak, peak_memory
 from lcdist.model.rotary import make_rotary
-from lcdist.parallel import build_grid, end_world, start_world
 from lcdist.plan import make_plan
 from lcdist.run import make_trainer, open_dataset
 from lcdist.train.trainer import Trainer

@@ -9,7 +9,7 @@ from harness import write
 from rich.console import Console
 from rich.table import Table
 
-from lcdist.parallel import end_world, start_world
+from lcdist.distributed.mesh import end_world, start_world
 
 
 def show(rows: Sequence[dict[str, object]], columns: Sequence[str]) -> None:

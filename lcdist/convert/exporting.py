@@ -28,8 +28,8 @@ from lcdist.convert.safetensors_file import Source, write_file
 from lcdist.convert.stored import Stored
 from lcdist.convert.tokenizers import copy_tokenizer
 from lcdist.data.opening import held_out_folder
+from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
-from lcdist.parallel import start_world
 from lcdist.train.checkpoint import Checkpoint, CheckpointError, open_checkpoint, saved_config
 from lcdist.train.records import write_atomically
 from lcdist.utils.atomic import check_free, landing, sync

@@ -35,7 +35,7 @@ from lcdist.convert.names import (
 from lcdist.convert.own_methods import learned, reading
 from lcdist.convert.stored import Stored, Tensors, write_tensors
 from lcdist.convert.tokenizers import check_tokenizer, copy_tokenizer
-from lcdist.parallel import start_world
+from lcdist.distributed.mesh import start_world
 from lcdist.plan import Plan, make_plan, smallest_world
 from lcdist.train.checkpoint import FORMAT, LATEST, MANIFEST, PREFIX, open_checkpoint
 from lcdist.train.header import versions

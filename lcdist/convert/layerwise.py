@@ -24,11 +24,11 @@ from lcdist.config.schema import (
 from lcdist.convert.names import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
 from lcdist.convert.reference import by_rows
 from lcdist.convert.stored import Stored
+from lcdist.distributed.mesh import build_grid, world_size
 from lcdist.layer_methods import LayerAttention
 from lcdist.layout import ContextLayout
 from lcdist.model.build import build_model
 from lcdist.model.sequence import SequenceParams
-from lcdist.parallel import build_grid, world_size
 from lcdist.plan import make_plan
 
 

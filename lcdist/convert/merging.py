@@ -20,8 +20,8 @@ from lcdist.convert.adapter import MODULES, open_adapted
 from lcdist.convert.layerwise import check_alone
 from lcdist.convert.names import Ours, correspondence
 from lcdist.convert.stored import Stored, Tensors, write_tensors
+from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
-from lcdist.parallel import start_world
 from lcdist.train.checkpoint import (
     FORMAT,
     LATEST,

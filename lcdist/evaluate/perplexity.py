@@ -15,8 +15,8 @@ from lcdist.data.dataset import TokenSplit
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.sample import Sample
 from lcdist.data.slots import Joined
+from lcdist.distributed.mesh import Grid
 from lcdist.layout import ContextLayout
-from lcdist.parallel import Grid
 from lcdist.plan import Plan
 from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.trainer import to_device

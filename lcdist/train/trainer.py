@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from lcdist.config import dump
 from lcdist.data.loader import Batch, Loader
+from lcdist.distributed.mesh import Grid
 from lcdist.exchange import traffic
 from lcdist.hardware.peak import Peak, max_over_ranks, mfu, peak_memory
-from lcdist.parallel import Grid
 from lcdist.plan import Plan
 from lcdist.train.checkpoint import (
     Checkpoint,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lcdist.config import load
-from lcdist.parallel import end_world, start_world
+from lcdist.distributed.mesh import end_world, start_world
 from lcdist.train.schedule import learning_rate
 from tests.model.small import Meshes
 

@@ -8,8 +8,8 @@ from lcdist.config import parse
 from lcdist.config.schema import Config
 from lcdist.data.sample import Dataset, Sample
 from lcdist.data.synthetic import SyntheticDataset
+from lcdist.distributed.mesh import Grid, build_grid
 from lcdist.hardware.peak import Peak
-from lcdist.parallel import Grid, build_grid
 from lcdist.plan import make_plan
 from lcdist.run import make_trainer, open_dataset
 from lcdist.train.trainer import Trainer

@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lcdist.config.lora import LoraConfig
+from lcdist.distributed.mesh import build_grid
 from lcdist.model.lora import LoraColumn, LoraRow
 from lcdist.model.transformer_config import transformer_config
-from lcdist.parallel import build_grid
 from tests.distributed import run_ranks
 from tests.model.lora_cases import SP, TP
 from tests.model.small import small

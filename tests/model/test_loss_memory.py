@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.distributed.mesh import build_grid
 from lcdist.inference.generate import generate
 from lcdist.model.output_loss import VocabShard, output_losses
-from lcdist.parallel import build_grid
 from megatron.core import tensor_parallel
 from tests.distributed import run_ranks
 from tests.live import LiveTensors

@@ -11,10 +11,10 @@ import torch
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config import ConfigError
+from lcdist.distributed.mesh import build_grid
 from lcdist.model.build import build_model
 from lcdist.model.recompute_layer import Layer
 from lcdist.model.sequence import SequenceParams
-from lcdist.parallel import build_grid
 from lcdist.plan import Plan, make_plan
 from lcdist.train import checks
 from lcdist.train.checks import check_host_memory, host_memory

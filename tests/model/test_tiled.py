@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.distributed.mesh import build_grid
 from lcdist.model.build import build_model
 from lcdist.model.recompute import recomputed
 from lcdist.model.tiled import SecondHalf, swiglu, tiled
-from lcdist.parallel import build_grid
 from lcdist.plan import make_plan
 from tests.distributed import run_ranks
 from tests.live import LiveTensors

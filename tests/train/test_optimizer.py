@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lcdist.config.schema import Config, OptimConfig
+from lcdist.distributed.mesh import build_grid
 from lcdist.model.build import build_model
 from lcdist.model.init import whole_model_names
 from lcdist.model.sequence import SequenceParams
-from lcdist.parallel import build_grid
 from lcdist.train import optimizer as room
 from lcdist.train.optimizer import ShardedAdamW, assign_owners
 from lcdist.train.trainer import Trainer

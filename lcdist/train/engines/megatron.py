@@ -10,11 +10,11 @@ from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.data.loader import Batch
+from lcdist.distributed.mesh import Grid
 from lcdist.exchange import Stopwatch
 from lcdist.layout import ContextLayout
 from lcdist.model.build import CausalLM
 from lcdist.model.sequence import SequenceParams
-from lcdist.parallel import Grid
 from lcdist.plan import Plan
 from lcdist.train.loss import loss_sum
 from lcdist.train.optimizer import ShardedAdamW
