@@ -18,6 +18,7 @@ from lcdist.data.sample import Dataset
 from lcdist.data.slots import Apart, Joined, Slots
 from lcdist.data.synthetic import SyntheticDataset
 from lcdist.distributed.mesh import Grid, board, build_grid, start_world, world_size
+from lcdist.distributed.watchdog import Watchdog
 from lcdist.hardware.peak import Peak, device_peak
 from lcdist.model.build import DTYPES, build_model
 from lcdist.plan import Plan, make_plan
@@ -51,7 +52,6 @@ from lcdist.train.marks import clear_marks, mark_done, mark_stopped
 from lcdist.train.metrics import METRICS_FILE, open_metrics
 from lcdist.train.saving import Checkpointer
 from lcdist.train.trainer import Outcome, Trainer
-from lcdist.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lcdist.config import dump
 from lcdist.data.loader import Batch, Loader
 from lcdist.distributed.mesh import Grid
+from lcdist.distributed.watchdog import Noted, Watchdog
 from lcdist.exchange import traffic
 from lcdist.hardware.peak import Peak, max_over_ranks, mfu, peak_memory
 from lcdist.plan import Plan
@@ -32,7 +33,6 @@ from lcdist.train.saving import Checkpointer
 from lcdist.train.schedule import learning_rate
 from lcdist.train.signals import StopRequests
 from lcdist.train.state import load_random_states, random_states, sharded_random_states
-from lcdist.train.watchdog import Noted, Watchdog
 
 log = logging.getLogger(__name__)
 RANKS = 2**20

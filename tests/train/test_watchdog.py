@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lcdist.distributed.watchdog import Beat, Noted, Watchdog, end_sibling, report
 from lcdist.exchange import VirtualGroup, group_rank, ring
-from lcdist.train.watchdog import Beat, Noted, Watchdog, end_sibling, report
 from lcdist.train.whereabouts import Whereabouts, whereabouts
 
 METHODS = {"lcdist.attention.scca": "scca"}
@@ -81,7 +81,7 @@ def watchdog(board: Any, told: list[str], **words: Any) -> Watchdog:
 
 def test_who_moves_is_left_alone(monkeypatch: Any) -> None:
     ended: list[int] = []
-    monkeypatch.setattr("lcdist.train.watchdog.os._exit", ended.append)
+    monkeypatch.setattr("lcdist.distributed.watchdog.os._exit", ended.append)
     told: list[str] = []
     # Five times what a step sleeps: this process may be kept from moving for a while. One that does
     # not move would have ended after the limit and six rests of a quarter of it, in 1.25 s.
@@ -95,7 +95,7 @@ def test_who_moves_is_left_alone(monkeypatch: Any) -> None:
 
 def test_who_stands_still_ends(monkeypatch: Any) -> None:
     ended: list[int] = []
-    monkeypatch.setattr("lcdist.train.watchdog.os._exit", ended.append)
+    monkeypatch.setattr("lcdist.distributed.watchdog.os._exit", ended.append)
     told: list[str] = []
     with watchdog(dist.HashStore(), told) as dog:  # pyright: ignore[reportPrivateImportUsage]
         dog.moved(1, "forward and backward")
@@ -131,7 +131,7 @@ SIBLING = """
 import sys
 from tests.train.test_watchdog import beat
 from dataclasses import replace
-from lcdist.train.watchdog import end_sibling
+from lcdist.distributed.watchdog import end_sibling
 words = {key: type(getattr(beat(), key))(value) for key, value in
          (word.split("=") for word in sys.argv[2:])}
 sys.exit(end_sibling(replace(beat(), pid=int(sys.argv[1]), **words)))
