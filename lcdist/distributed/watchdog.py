@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from lcdist.train.whereabouts import Whereabouts, whereabouts
+from lcdist.distributed.stack_probe import Whereabouts, whereabouts
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lcdist.distributed.stack_probe import Whereabouts, whereabouts
 from lcdist.distributed.watchdog import Beat, Noted, Watchdog, end_sibling, report
 from lcdist.exchange import VirtualGroup, group_rank, ring
-from lcdist.train.whereabouts import Whereabouts, whereabouts
 
 METHODS = {"lcdist.attention.scca": "scca"}
 
