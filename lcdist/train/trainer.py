@@ -31,8 +31,8 @@ from lcdist.train.metrics import Metrics
 from lcdist.train.records import RankTimes, StepRecord, StepTime
 from lcdist.train.saving import Checkpointer
 from lcdist.train.schedule import learning_rate
-from lcdist.train.signals import StopRequests
 from lcdist.train.state import load_random_states, random_states, sharded_random_states
+from lcdist.train.stop_requests import StopRequests
 
 log = logging.getLogger(__name__)
 RANKS = 2**20
