@@ -22,6 +22,7 @@ from lcdist.distributed.watchdog import Watchdog
 from lcdist.hardware.peak import Peak, device_peak
 from lcdist.model.build import DTYPES, build_model
 from lcdist.plan import Plan, make_plan
+from lcdist.rundir.signals import clear_marks, mark_done, mark_stopped
 from lcdist.train.checkpoint import (
     MERGE,
     Checkpoint,
@@ -48,7 +49,6 @@ from lcdist.train.header import (
     record_start,
     versions,
 )
-from lcdist.train.marks import clear_marks, mark_done, mark_stopped
 from lcdist.train.metrics import METRICS_FILE, open_metrics
 from lcdist.train.saving import Checkpointer
 from lcdist.train.trainer import Outcome, Trainer
