@@ -21,7 +21,7 @@ from lcdist.convert.importing import import_model
 from lcdist.convert.merging import merge
 from lcdist.distributed.mesh import end_world
 from lcdist.plan import make_plan
-from lcdist.train.records import write_atomically
+from lcdist.rundir.records import write_atomically
 
 MODEL_SECTION = "model."
 

@@ -12,7 +12,7 @@ from lcdist.config.rope import RopePI, RopeYarn
 from lcdist.config.stages import load_stages
 from lcdist.curriculum import run_stages
 from lcdist.run import run
-from lcdist.train.records import read_records
+from lcdist.rundir.records import read_records
 from tests.distributed import run_ranks
 from tests.train.stored import assert_same_tensors
 from tests.train.test_resume import launched

@@ -33,8 +33,8 @@ from lcdist.convert.names import (
 from lcdist.convert.safetensors_file import Entry, Source, read_header, write_file
 from lcdist.convert.stored import Stored
 from lcdist.model.init import EXTRAS, LORA, whole_model_names
+from lcdist.rundir.records import write_atomically
 from lcdist.train.checkpoint import Checkpoint, CheckpointError, open_checkpoint, saved_config
-from lcdist.train.records import write_atomically
 from lcdist.utils.atomic import check_free, landing, sync
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"

@@ -30,8 +30,8 @@ from lcdist.convert.tokenizers import copy_tokenizer
 from lcdist.data.opening import held_out_folder
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
+from lcdist.rundir.records import write_atomically
 from lcdist.train.checkpoint import Checkpoint, CheckpointError, open_checkpoint, saved_config
-from lcdist.train.records import write_atomically
 from lcdist.utils.atomic import check_free, landing, sync
 
 log = logging.getLogger(__name__)

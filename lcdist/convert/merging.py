@@ -22,6 +22,7 @@ from lcdist.convert.names import Ours, correspondence
 from lcdist.convert.stored import Stored, Tensors, write_tensors
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
+from lcdist.rundir.records import write_atomically
 from lcdist.train.checkpoint import (
     FORMAT,
     LATEST,
@@ -32,7 +33,6 @@ from lcdist.train.checkpoint import (
     open_checkpoint,
     saved_config,
 )
-from lcdist.train.records import write_atomically
 from lcdist.utils.atomic import check_free, landing
 
 _TARGETS: Mapping[str, Target] = {theirs: target for target, (_, theirs) in MODULES.items()}

@@ -16,7 +16,7 @@ from lcdist.evaluate import page
 from lcdist.evaluate.figures import Curve, Looks, over_tokens, perplexity
 from lcdist.evaluate.page import amount, duration, number, size
 from lcdist.evaluate.run_folder import RunFolder, Stage, facts_of, read_run_folder, report_facts
-from lcdist.train.records import StepRecord, write_atomically
+from lcdist.rundir.records import StepRecord, write_atomically
 
 __all__ = ["report_facts", "write_report"]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcdist.rundir.records import StepRecord, read_records
 from lcdist.train.header import read_header
-from lcdist.train.records import StepRecord, read_records
 
 FIRST_STAGES = ("pretrain", "extend")
 

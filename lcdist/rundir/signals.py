@@ -8,7 +8,7 @@ failed. `stop` is the other direction: whoever makes it asks the run to save and
 import json
 from pathlib import Path
 
-from lcdist.train.records import write_atomically
+from lcdist.rundir.records import write_atomically
 
 DONE, STOPPED, STOP = "DONE", "STOPPED", "stop"
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from lcdist.config import dump, load
 from lcdist.config.schema import Config
-from lcdist.train.records import write_atomically
+from lcdist.rundir.records import write_atomically
 
 CONFIG_FILE = "config.toml"
 STATUS_FILE = "status.json"

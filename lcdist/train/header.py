@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lcdist.hardware.peak import Peak
-from lcdist.train.records import read_records, write_atomically
+from lcdist.rundir.records import read_records, write_atomically
 
 VERSIONED = ("lcdist", "torch", "megatron-core", "numpy", "sentencepiece", "triton")
 

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from lcdist.config.schema import Config
+from lcdist.rundir.records import StepRecord, cut_records
 from lcdist.train.progress import BarProgress, LineProgress
-from lcdist.train.records import StepRecord, cut_records
 
 METRICS_FILE = "metrics.jsonl"
 

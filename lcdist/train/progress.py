@@ -5,7 +5,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lcdist.train.records import StepRecord
+from lcdist.rundir.records import StepRecord
 
 
 class BarProgress:

@@ -12,7 +12,7 @@ from lcdist.data.indexed import IndexedWriter
 from lcdist.data.meta import Meta, write_meta
 from lcdist.evaluate.session import evaluate_checkpoint
 from lcdist.run import run
-from lcdist.train.records import read_records
+from lcdist.rundir.records import read_records
 from tests.distributed import run_ranks
 from tests.train.test_resume import config_in, launched, signalled_at
 

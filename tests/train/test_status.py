@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from lcdist.cli import main
+from lcdist.rundir.records import RankTimes, StepRecord, StepTime
 from lcdist.rundir.signals import mark_done, mark_stopped
 from lcdist.train.folder import write_config, write_status
-from lcdist.train.records import RankTimes, StepRecord, StepTime
 from lcdist.train.status import describe, duration, stage_folders
 from tests.model.small import small
 
