@@ -38,7 +38,7 @@ from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.report import write_report
 from lcdist.evaluate.session import evaluate_checkpoint, generate_text
 from lcdist.plan import make_plan, smallest_world
-from lcdist.train.status import describe, stage_folders
+from lcdist.rundir.status import describe, stage_folders
 
 COMPARED = ("before", "after")
 
