@@ -22,6 +22,15 @@ from lcdist.distributed.watchdog import Watchdog
 from lcdist.hardware.peak import Peak, device_peak
 from lcdist.model.build import DTYPES, build_model
 from lcdist.plan import Plan, make_plan
+from lcdist.rundir.header import (
+    Lost,
+    RunHeader,
+    device_name,
+    lost_since,
+    record_first_step,
+    record_start,
+    versions,
+)
 from lcdist.rundir.signals import clear_marks, mark_done, mark_stopped
 from lcdist.train.checkpoint import (
     MERGE,
@@ -39,15 +48,6 @@ from lcdist.train.folder import (
     on_rank_0,
     write_config,
     write_status,
-)
-from lcdist.train.header import (
-    Lost,
-    RunHeader,
-    device_name,
-    lost_since,
-    record_first_step,
-    record_start,
-    versions,
 )
 from lcdist.train.metrics import METRICS_FILE, open_metrics
 from lcdist.train.saving import Checkpointer

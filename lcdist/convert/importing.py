@@ -37,9 +37,9 @@ from lcdist.convert.stored import Stored, Tensors, write_tensors
 from lcdist.convert.tokenizers import check_tokenizer, copy_tokenizer
 from lcdist.distributed.mesh import start_world
 from lcdist.plan import Plan, make_plan, smallest_world
+from lcdist.rundir.header import versions
 from lcdist.rundir.records import write_atomically
 from lcdist.train.checkpoint import FORMAT, LATEST, MANIFEST, PREFIX, open_checkpoint
-from lcdist.train.header import versions
 from lcdist.utils.atomic import check_free, landing
 
 NAME = f"{PREFIX}{0:08d}"

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcdist.rundir.header import read_header
 from lcdist.rundir.records import StepRecord, read_records
-from lcdist.train.header import read_header
 
 FIRST_STAGES = ("pretrain", "extend")
 

@@ -17,6 +17,7 @@ from lcdist.distributed.watchdog import Noted, Watchdog
 from lcdist.exchange import traffic
 from lcdist.hardware.peak import Peak, max_over_ranks, mfu, peak_memory
 from lcdist.plan import Plan
+from lcdist.rundir.header import versions
 from lcdist.rundir.records import RankTimes, StepRecord, StepTime
 from lcdist.rundir.signals import STOP
 from lcdist.train.checkpoint import (
@@ -27,7 +28,6 @@ from lcdist.train.checkpoint import (
     step_of,
 )
 from lcdist.train.engines.megatron import MegatronEngine
-from lcdist.train.header import versions
 from lcdist.train.metrics import Metrics
 from lcdist.train.saving import Checkpointer
 from lcdist.train.schedule import learning_rate

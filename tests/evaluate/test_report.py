@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lcdist.evaluate.report import report_facts, write_report
+from lcdist.rundir.header import RunHeader, record_start
 from lcdist.rundir.records import StepRecord, StepTime
-from lcdist.train.header import RunHeader, record_start
 
 SAMPLE = 'print("a < b") & <script>alert(1)</script>'
 EVALUATION = {

@@ -24,8 +24,8 @@ from lcdist.hardware.peak import (
     mfu,
     peak_memory,
 )
+from lcdist.rundir.header import RunHeader, device_name, read_header, record_start, versions
 from lcdist.rundir.records import StepRecord, StepTime, cut_records, read_records
-from lcdist.train.header import RunHeader, device_name, read_header, record_start, versions
 from lcdist.train.metrics import open_metrics, scalars
 from tests.distributed import run_ranks
 
