@@ -19,7 +19,7 @@ from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.perplexity import held_out_text
 from lcdist.evaluate.report import write_report
 from lcdist.evaluate.session import generate_text
-from lcdist.train.folder import read_status
+from lcdist.rundir.lock import read_status
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "def parse_header(line):\n"

@@ -31,6 +31,13 @@ from lcdist.rundir.header import (
     record_start,
     versions,
 )
+from lcdist.rundir.lock import (
+    check_same_run,
+    claimed,
+    on_rank_0,
+    write_config,
+    write_status,
+)
 from lcdist.rundir.signals import clear_marks, mark_done, mark_stopped
 from lcdist.train.checkpoint import (
     MERGE,
@@ -42,13 +49,6 @@ from lcdist.train.checkpoint import (
 )
 from lcdist.train.checks import check_host_memory, check_start
 from lcdist.train.engines.megatron import MegatronEngine
-from lcdist.train.folder import (
-    check_same_run,
-    claimed,
-    on_rank_0,
-    write_config,
-    write_status,
-)
 from lcdist.train.metrics import METRICS_FILE, open_metrics
 from lcdist.train.saving import Checkpointer
 from lcdist.train.trainer import Outcome, Trainer

@@ -18,9 +18,9 @@ from lcdist.inference.generate import generate
 from lcdist.layer_methods import dense_where_meant
 from lcdist.model.build import CausalLM, build_model
 from lcdist.plan import Plan, make_plan
+from lcdist.rundir.lock import on_rank_0
 from lcdist.train.checkpoint import Checkpoint, load_weights, open_checkpoint, saved_config
 from lcdist.train.engines.megatron import MegatronEngine
-from lcdist.train.folder import on_rank_0
 from lcdist.train.state import load_model_state, model_state
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.rundir.lock import on_rank_0
 from lcdist.train.checkpoint import (
     FORMAT,
     HALF,
@@ -29,7 +30,6 @@ from lcdist.train.checkpoint import (
     latest_in,
     step_of,
 )
-from lcdist.train.folder import on_rank_0
 from lcdist.train.writer import staged, write_in_this_process
 from megatron.core import dist_checkpointing
 

@@ -15,8 +15,8 @@ import pytest
 
 from lcdist.config import load
 from lcdist.run import run
+from lcdist.rundir.lock import read_status
 from lcdist.train.checkpoint import latest_in
-from lcdist.train.folder import read_status
 from tests.distributed import run_ranks
 from tests.train.stored import assert_same_tensors
 

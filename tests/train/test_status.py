@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from lcdist.cli import main
+from lcdist.rundir.lock import write_config, write_status
 from lcdist.rundir.records import RankTimes, StepRecord, StepTime
 from lcdist.rundir.signals import mark_done, mark_stopped
 from lcdist.rundir.status import describe, duration, stage_folders
-from lcdist.train.folder import write_config, write_status
 from tests.model.small import small
 
 NOW = 1_700_000_000.0
