@@ -8,6 +8,14 @@ from typing import Any
 import psutil
 from rich.console import Console
 
+from lcdist.checkpoint.read import (
+    MERGE,
+    Checkpoint,
+    CheckpointError,
+    latest_in,
+    open_checkpoint,
+    saved_config,
+)
 from lcdist.config.lora import LoraConfig
 from lcdist.config.schema import Config, ModelConfig
 from lcdist.convert.adapter import check_adapter, import_adapter
@@ -39,14 +47,6 @@ from lcdist.rundir.lock import (
     write_status,
 )
 from lcdist.rundir.signals import clear_marks, mark_done, mark_stopped
-from lcdist.train.checkpoint import (
-    MERGE,
-    Checkpoint,
-    CheckpointError,
-    latest_in,
-    open_checkpoint,
-    saved_config,
-)
 from lcdist.train.checks import check_host_memory, check_start
 from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.metrics import METRICS_FILE, open_metrics

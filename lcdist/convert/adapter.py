@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.checkpoint.read import Checkpoint, CheckpointError, open_checkpoint, saved_config
 from lcdist.config.lora import Target
 from lcdist.config.lora_sizes import target_shapes
 from lcdist.config.schema import Config
@@ -34,7 +35,6 @@ from lcdist.convert.safetensors_file import Entry, Source, read_header, write_fi
 from lcdist.convert.stored import Stored
 from lcdist.model.init import EXTRAS, LORA, whole_model_names
 from lcdist.rundir.records import write_atomically
-from lcdist.train.checkpoint import Checkpoint, CheckpointError, open_checkpoint, saved_config
 from lcdist.utils.atomic import check_free, landing, sync
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"

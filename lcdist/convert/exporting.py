@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcdist.checkpoint.read import Checkpoint, CheckpointError, open_checkpoint, saved_config
 from lcdist.config.schema import Config, ModelConfig
 from lcdist.convert.compare import Difference, compare
 from lcdist.convert.folder import INDEX, SINGLE
@@ -31,7 +32,6 @@ from lcdist.data.opening import held_out_folder
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
 from lcdist.rundir.records import write_atomically
-from lcdist.train.checkpoint import Checkpoint, CheckpointError, open_checkpoint, saved_config
 from lcdist.utils.atomic import check_free, landing, sync
 
 log = logging.getLogger(__name__)

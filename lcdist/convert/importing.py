@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.checkpoint.read import FORMAT, LATEST, MANIFEST, PREFIX, open_checkpoint
 from lcdist.config import dump, parse
 from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig, TrainConfig
 from lcdist.convert.compare import Difference, compare
@@ -39,7 +40,6 @@ from lcdist.distributed.mesh import start_world
 from lcdist.plan import Plan, make_plan, smallest_world
 from lcdist.rundir.header import versions
 from lcdist.rundir.records import write_atomically
-from lcdist.train.checkpoint import FORMAT, LATEST, MANIFEST, PREFIX, open_checkpoint
 from lcdist.utils.atomic import check_free, landing
 
 NAME = f"{PREFIX}{0:08d}"

@@ -13,6 +13,16 @@ import torch
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.checkpoint.read import (
+    FORMAT,
+    LATEST,
+    MANIFEST,
+    PREFIX,
+    Checkpoint,
+    CheckpointError,
+    open_checkpoint,
+    saved_config,
+)
 from lcdist.config import dump
 from lcdist.config.lora import LoraConfig, Target
 from lcdist.config.schema import Config
@@ -23,16 +33,6 @@ from lcdist.convert.stored import Stored, Tensors, write_tensors
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
 from lcdist.rundir.records import write_atomically
-from lcdist.train.checkpoint import (
-    FORMAT,
-    LATEST,
-    MANIFEST,
-    PREFIX,
-    Checkpoint,
-    CheckpointError,
-    open_checkpoint,
-    saved_config,
-)
 from lcdist.utils.atomic import check_free, landing
 
 _TARGETS: Mapping[str, Target] = {theirs: target for target, (_, theirs) in MODULES.items()}

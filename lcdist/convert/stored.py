@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.train.checkpoint import Checkpoint
+from lcdist.checkpoint.read import Checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lcdist.checkpoint.read import Checkpoint, load_weights, open_checkpoint, saved_config
 from lcdist.config.schema import Config
 from lcdist.data.dataset import TokenSplit
 from lcdist.data.meta import check_vocabulary
@@ -19,7 +20,6 @@ from lcdist.layer_methods import dense_where_meant
 from lcdist.model.build import CausalLM, build_model
 from lcdist.plan import Plan, make_plan
 from lcdist.rundir.lock import on_rank_0
-from lcdist.train.checkpoint import Checkpoint, load_weights, open_checkpoint, saved_config
 from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.state import load_model_state, model_state
 

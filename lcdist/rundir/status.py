@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lcdist.checkpoint.read import CheckpointError, latest_in, step_of
 from lcdist.config import load
 from lcdist.rundir.header import read_header
 from lcdist.rundir.lock import CONFIG_FILE, read_status
 from lcdist.rundir.records import StepRecord, read_records
 from lcdist.rundir.signals import STOP
-from lcdist.train.checkpoint import CheckpointError, latest_in, step_of
 from lcdist.train.metrics import METRICS_FILE
 
 # Over how many of the last steps rates are taken.

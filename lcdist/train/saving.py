@@ -19,8 +19,7 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.rundir.lock import on_rank_0
-from lcdist.train.checkpoint import (
+from lcdist.checkpoint.read import (
     FORMAT,
     HALF,
     LATEST,
@@ -30,6 +29,7 @@ from lcdist.train.checkpoint import (
     latest_in,
     step_of,
 )
+from lcdist.rundir.lock import on_rank_0
 from lcdist.train.writer import staged, write_in_this_process
 from megatron.core import dist_checkpointing
 

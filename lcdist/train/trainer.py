@@ -10,6 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lcdist.checkpoint.read import (
+    Checkpoint,
+    CheckpointError,
+    load_state,
+    load_weights,
+    step_of,
+)
 from lcdist.config import dump
 from lcdist.data.loader import Batch, Loader
 from lcdist.distributed.mesh import Grid
@@ -20,13 +27,6 @@ from lcdist.plan import Plan
 from lcdist.rundir.header import versions
 from lcdist.rundir.records import RankTimes, StepRecord, StepTime
 from lcdist.rundir.signals import STOP
-from lcdist.train.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    load_state,
-    load_weights,
-    step_of,
-)
 from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.metrics import Metrics
 from lcdist.train.saving import Checkpointer

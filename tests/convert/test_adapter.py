@@ -12,10 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lcdist.checkpoint.read import CheckpointError
 from lcdist.convert.adapter import check_adapter, export_adapter
 from lcdist.convert.merging import unmerge
 from lcdist.run import open_fitting
-from lcdist.train.checkpoint import CheckpointError
 from tests.convert.lora_hf import factors, llama, peft_llama
 from tests.convert.lora_runs import (
     TEXT,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from lcdist.checkpoint.read import open_checkpoint, saved_config
 from lcdist.cli import main
 from lcdist.config import dump
 from lcdist.convert.commands import size
 from lcdist.data.tokenizer import train_tokenizer
-from lcdist.train.checkpoint import open_checkpoint, saved_config
 from tests.convert.hf import logits_of, make_model, save, tokens
 from tests.model.small import small
 from tests.tolerance import assert_matches

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lcdist.checkpoint.read import latest_in
 from lcdist.config import load
 from lcdist.run import run
 from lcdist.rundir.lock import read_status
-from lcdist.train.checkpoint import latest_in
 from tests.distributed import run_ranks
 from tests.train.stored import assert_same_tensors
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from lcdist.checkpoint.read import latest_in, open_checkpoint
 from lcdist.train import saving as room
-from lcdist.train.checkpoint import latest_in, open_checkpoint
 from lcdist.train.saving import Checkpointer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from lcdist.run import open_fitting
-from lcdist.train import checkpoint as room
-from lcdist.train.checkpoint import (
+from lcdist.checkpoint import read as room
+from lcdist.checkpoint.read import (
     CheckpointError,
     latest_in,
     open_checkpoint,
     saved_config,
 )
+from lcdist.run import open_fitting
 from lcdist.train.saving import Checkpointer
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks

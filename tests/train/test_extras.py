@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lcdist.checkpoint.read import latest_in, open_checkpoint
 from lcdist.model.init import EXTRAS
-from lcdist.train.checkpoint import latest_in, open_checkpoint
 from lcdist.train.saving import Checkpointer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps

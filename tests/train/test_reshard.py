@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lcdist.checkpoint.read import open_checkpoint
 from lcdist.config.schema import Config
-from lcdist.train.checkpoint import open_checkpoint
 from lcdist.train.saving import Checkpointer
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from lcdist.checkpoint.read import latest_in
 from lcdist.config import ConfigError
 from lcdist.config.schema import Config
 from lcdist.run import run
 from lcdist.rundir.lock import check_same_run, claimed, read_status, write_config, write_status
 from lcdist.rundir.records import StepRecord, read_records
-from lcdist.train.checkpoint import latest_in
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.model.small import small

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from lcdist.checkpoint.read import CheckpointError, latest_in, open_checkpoint
 from lcdist.run import run
 from lcdist.train import checks, saving, writer
-from lcdist.train.checkpoint import CheckpointError, latest_in, open_checkpoint
 from lcdist.train.checks import check_start
 from lcdist.train.saving import Checkpointer
 from lcdist.train.trainer import Trainer
