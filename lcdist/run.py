@@ -16,6 +16,7 @@ from lcdist.checkpoint.read import (
     open_checkpoint,
     saved_config,
 )
+from lcdist.checkpoint.save import Checkpointer
 from lcdist.config.lora import LoraConfig
 from lcdist.config.schema import Config, ModelConfig
 from lcdist.convert.adapter import check_adapter, import_adapter
@@ -50,7 +51,6 @@ from lcdist.rundir.signals import clear_marks, mark_done, mark_stopped
 from lcdist.train.checks import check_host_memory, check_start
 from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.metrics import METRICS_FILE, open_metrics
-from lcdist.train.saving import Checkpointer
 from lcdist.train.trainer import Outcome, Trainer
 
 log = logging.getLogger(__name__)

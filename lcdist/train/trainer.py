@@ -17,6 +17,7 @@ from lcdist.checkpoint.read import (
     load_weights,
     step_of,
 )
+from lcdist.checkpoint.save import Checkpointer
 from lcdist.config import dump
 from lcdist.data.loader import Batch, Loader
 from lcdist.distributed.mesh import Grid
@@ -29,7 +30,6 @@ from lcdist.rundir.records import RankTimes, StepRecord, StepTime
 from lcdist.rundir.signals import STOP
 from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.metrics import Metrics
-from lcdist.train.saving import Checkpointer
 from lcdist.train.schedule import learning_rate
 from lcdist.train.state import load_random_states, random_states, sharded_random_states
 from lcdist.train.stop_requests import StopRequests

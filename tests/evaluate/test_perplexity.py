@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lcdist.checkpoint.save import Checkpointer
 from lcdist.data.dataset import TokenSplit
 from lcdist.data.indexed import IndexedWriter
 from lcdist.data.meta import Meta, write_meta
@@ -17,7 +18,6 @@ from lcdist.evaluate.session import evaluate_checkpoint
 from lcdist.layout import ContextLayout
 from lcdist.model.build import CausalLM
 from lcdist.model.sequence import SequenceParams
-from lcdist.train.saving import Checkpointer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from lcdist.checkpoint import save as room
 from lcdist.checkpoint.read import latest_in, open_checkpoint
-from lcdist.train import saving as room
-from lcdist.train.saving import Checkpointer
+from lcdist.checkpoint.save import Checkpointer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
 from tests.model.whole import digest, gather_whole, weight

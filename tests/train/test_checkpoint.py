@@ -18,8 +18,8 @@ from lcdist.checkpoint.read import (
     open_checkpoint,
     saved_config,
 )
+from lcdist.checkpoint.save import Checkpointer
 from lcdist.run import open_fitting
-from lcdist.train.saving import Checkpointer
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lcdist.checkpoint.read import latest_in, open_checkpoint
+from lcdist.checkpoint.save import Checkpointer
 from lcdist.model.init import EXTRAS
-from lcdist.train.saving import Checkpointer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
 from tests.model.whole import gather_whole, weight

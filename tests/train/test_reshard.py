@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lcdist.checkpoint.read import open_checkpoint
+from lcdist.checkpoint.save import Checkpointer
 from lcdist.config.schema import Config
-from lcdist.train.saving import Checkpointer
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, mesh_name, small, take_steps

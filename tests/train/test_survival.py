@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from lcdist.checkpoint.read import CheckpointError, latest_in, open_checkpoint
+from lcdist.checkpoint.save import Checkpointer
 from lcdist.run import run
 from lcdist.train import checks, saving, writer
 from lcdist.train.checks import check_start
-from lcdist.train.saving import Checkpointer
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
