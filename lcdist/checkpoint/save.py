@@ -29,8 +29,8 @@ from lcdist.checkpoint.read import (
     latest_in,
     step_of,
 )
+from lcdist.checkpoint.writer import staged, write_in_this_process
 from lcdist.rundir.lock import on_rank_0
-from lcdist.train.writer import staged, write_in_this_process
 from megatron.core import dist_checkpointing
 
 log = logging.getLogger(__name__)
