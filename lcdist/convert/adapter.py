@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.checkpoint.read import Checkpoint, CheckpointError, open_checkpoint, saved_config
+from lcdist.checkpoint.tensors import Stored
 from lcdist.config.lora import Target
 from lcdist.config.lora_sizes import target_shapes
 from lcdist.config.schema import Config
@@ -32,7 +33,6 @@ from lcdist.convert.names import (
     layer_prefix,
 )
 from lcdist.convert.safetensors_file import Entry, Source, read_header, write_file
-from lcdist.convert.stored import Stored
 from lcdist.model.init import EXTRAS, LORA, whole_model_names
 from lcdist.rundir.records import write_atomically
 from lcdist.utils.atomic import check_free, landing, sync

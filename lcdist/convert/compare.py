@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lcdist.checkpoint.tensors import Stored
 from lcdist.config.schema import Config
 from lcdist.convert.folder import Weights
 from lcdist.convert.hf_config import HFModel
@@ -12,7 +13,6 @@ from lcdist.convert.layerwise import our_logits
 from lcdist.convert.names import head_dim
 from lcdist.convert.own_methods import reading, shrunk, tables
 from lcdist.convert.reference import hf_frequencies, hf_logits
-from lcdist.convert.stored import Stored
 from lcdist.layer_methods import slots_of
 from lcdist.model.rotary import attention_factor, inverse_frequencies
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lcdist.checkpoint.read import Checkpoint, CheckpointError, open_checkpoint, saved_config
+from lcdist.checkpoint.tensors import Stored
 from lcdist.config.schema import Config, ModelConfig
 from lcdist.convert.compare import Difference, compare
 from lcdist.convert.folder import INDEX, SINGLE
@@ -26,7 +27,6 @@ from lcdist.convert.layerwise import check_alone
 from lcdist.convert.names import EMBEDDING, OUTPUT, Ours, correspondence, hf_shapes
 from lcdist.convert.own_methods import about, learned, modelling, reading
 from lcdist.convert.safetensors_file import Source, write_file
-from lcdist.convert.stored import Stored
 from lcdist.convert.tokenizers import copy_tokenizer
 from lcdist.data.opening import held_out_folder
 from lcdist.distributed.mesh import start_world

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.checkpoint.read import FORMAT, LATEST, MANIFEST, PREFIX, open_checkpoint
+from lcdist.checkpoint.tensors import Stored, Tensors, write_tensors
 from lcdist.config import dump, parse
 from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig, TrainConfig
 from lcdist.convert.compare import Difference, compare
@@ -34,7 +35,6 @@ from lcdist.convert.names import (
     hf_shapes,
 )
 from lcdist.convert.own_methods import learned, reading
-from lcdist.convert.stored import Stored, Tensors, write_tensors
 from lcdist.convert.tokenizers import check_tokenizer, copy_tokenizer
 from lcdist.distributed.mesh import start_world
 from lcdist.plan import Plan, make_plan, smallest_world

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.checkpoint.tensors import Stored
 from lcdist.config.schema import (
     AttentionConfig,
     Config,
@@ -23,7 +24,6 @@ from lcdist.config.schema import (
 )
 from lcdist.convert.names import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
 from lcdist.convert.reference import by_rows
-from lcdist.convert.stored import Stored
 from lcdist.distributed.mesh import build_grid, world_size
 from lcdist.layer_methods import LayerAttention
 from lcdist.layout import ContextLayout

@@ -23,13 +23,13 @@ from lcdist.checkpoint.read import (
     open_checkpoint,
     saved_config,
 )
+from lcdist.checkpoint.tensors import Stored, Tensors, write_tensors
 from lcdist.config import dump
 from lcdist.config.lora import LoraConfig, Target
 from lcdist.config.schema import Config
 from lcdist.convert.adapter import MODULES, open_adapted
 from lcdist.convert.layerwise import check_alone
 from lcdist.convert.names import Ours, correspondence
-from lcdist.convert.stored import Stored, Tensors, write_tensors
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
 from lcdist.rundir.records import write_atomically

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lcdist.checkpoint.read import open_checkpoint, saved_config
+from lcdist.checkpoint.tensors import Stored
 from lcdist.cli import main
 from lcdist.convert import attention_lcdist, reference
 from lcdist.convert.compare import ConversionError
 from lcdist.convert.exporting import export_model
 from lcdist.convert.importing import import_model
-from lcdist.convert.stored import Stored
 from tests.convert.hf import export_all, import_all, make_model, save
 from tests.convert.own_runs import CASES
 from tests.convert.test_export import read_all
