@@ -28,6 +28,7 @@ from lcdist.data.slots import Apart, Joined, Slots
 from lcdist.data.synthetic import SyntheticDataset
 from lcdist.distributed.mesh import Grid, board, build_grid, start_world, world_size
 from lcdist.distributed.watchdog import Watchdog
+from lcdist.engines.megatron import MegatronEngine
 from lcdist.hardware.peak import Peak, device_peak
 from lcdist.model.build import DTYPES, build_model
 from lcdist.plan import Plan, make_plan
@@ -49,7 +50,6 @@ from lcdist.rundir.lock import (
 )
 from lcdist.rundir.signals import clear_marks, mark_done, mark_stopped
 from lcdist.train.checks import check_host_memory, check_start
-from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.metrics import METRICS_FILE, open_metrics
 from lcdist.train.trainer import Outcome, Trainer
 

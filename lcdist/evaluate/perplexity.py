@@ -16,9 +16,9 @@ from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.sample import Sample
 from lcdist.data.slots import Joined
 from lcdist.distributed.mesh import Grid
+from lcdist.engines.megatron import MegatronEngine
 from lcdist.layout import ContextLayout
 from lcdist.plan import Plan
-from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.trainer import to_device
 
 

@@ -22,13 +22,13 @@ from lcdist.config import dump
 from lcdist.data.loader import Batch, Loader
 from lcdist.distributed.mesh import Grid
 from lcdist.distributed.watchdog import Noted, Watchdog
+from lcdist.engines.megatron import MegatronEngine
 from lcdist.exchange import traffic
 from lcdist.hardware.peak import Peak, max_over_ranks, mfu, peak_memory
 from lcdist.plan import Plan
 from lcdist.rundir.header import versions
 from lcdist.rundir.records import RankTimes, StepRecord, StepTime
 from lcdist.rundir.signals import STOP
-from lcdist.train.engines.megatron import MegatronEngine
 from lcdist.train.metrics import Metrics
 from lcdist.train.schedule import learning_rate
 from lcdist.train.state import load_random_states, random_states, sharded_random_states

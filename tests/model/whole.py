@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.train.engines.megatron import MegatronEngine
+from lcdist.engines.megatron import MegatronEngine
 from lcdist.train.state import model_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
