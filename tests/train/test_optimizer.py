@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lcdist.config.schema import Config, OptimConfig
 from lcdist.distributed.mesh import build_grid
+from lcdist.engines import optimizer as room
+from lcdist.engines.optimizer import ShardedAdamW, assign_owners
 from lcdist.model.build import build_model
 from lcdist.model.init import whole_model_names
 from lcdist.model.sequence import SequenceParams
-from lcdist.train import optimizer as room
-from lcdist.train.optimizer import ShardedAdamW, assign_owners
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
