@@ -11,13 +11,13 @@ from torch import Tensor
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.data.loader import Batch
 from lcdist.distributed.mesh import Grid
+from lcdist.engines.loss import loss_sum
 from lcdist.engines.optimizer import ShardedAdamW
 from lcdist.exchange import Stopwatch
 from lcdist.layout import ContextLayout
 from lcdist.model.build import CausalLM
 from lcdist.model.sequence import SequenceParams
 from lcdist.plan import Plan
-from lcdist.train.loss import loss_sum
 from lcdist.train.state import load_model_state, model_state
 from megatron.core.distributed import (
     DistributedDataParallel,
