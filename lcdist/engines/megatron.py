@@ -13,12 +13,12 @@ from lcdist.data.loader import Batch
 from lcdist.distributed.mesh import Grid
 from lcdist.engines.loss import loss_sum
 from lcdist.engines.optimizer import ShardedAdamW
+from lcdist.engines.state import load_model_state, model_state
 from lcdist.exchange import Stopwatch
 from lcdist.layout import ContextLayout
 from lcdist.model.build import CausalLM
 from lcdist.model.sequence import SequenceParams
 from lcdist.plan import Plan
-from lcdist.train.state import load_model_state, model_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,

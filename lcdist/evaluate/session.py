@@ -15,13 +15,13 @@ from lcdist.data.opening import held_out_folder
 from lcdist.data.tokenizer_files import beginning, open_tokenizer
 from lcdist.distributed.mesh import Grid, build_grid, start_world, world_size
 from lcdist.engines.megatron import MegatronEngine
+from lcdist.engines.state import load_model_state, model_state
 from lcdist.evaluate.perplexity import held_out_text, perplexity_by_length
 from lcdist.inference.generate import generate
 from lcdist.layer_methods import dense_where_meant
 from lcdist.model.build import CausalLM, build_model
 from lcdist.plan import Plan, make_plan
 from lcdist.rundir.lock import on_rank_0
-from lcdist.train.state import load_model_state, model_state
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lcdist.data.loader import Batch, Loader
 from lcdist.distributed.mesh import Grid
 from lcdist.distributed.watchdog import Noted, Watchdog
 from lcdist.engines.megatron import MegatronEngine
+from lcdist.engines.state import load_random_states, random_states, sharded_random_states
 from lcdist.exchange import traffic
 from lcdist.hardware.peak import Peak, max_over_ranks, mfu, peak_memory
 from lcdist.plan import Plan
@@ -31,7 +32,6 @@ from lcdist.rundir.records import RankTimes, StepRecord, StepTime
 from lcdist.rundir.signals import STOP
 from lcdist.train.metrics import Metrics
 from lcdist.train.schedule import learning_rate
-from lcdist.train.state import load_random_states, random_states, sharded_random_states
 from lcdist.train.stop_requests import StopRequests
 
 log = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ from lcdist.checkpoint.read import CheckpointError, load_weights, open_checkpoin
 from lcdist.checkpoint.save import Checkpointer
 from lcdist.convert.merging import merge, unmerge
 from lcdist.data.loader import Batch
+from lcdist.engines.state import model_state
 from lcdist.evaluate.session import open_session
 from lcdist.layout import ContextLayout
 from lcdist.model.sequence import SequenceParams
 from lcdist.run import begin, open_fitting
-from lcdist.train.state import model_state
 from tests.model.lora_cases import gradient, some_b
 from tests.model.small import Meshes, small, take_steps
 from tests.model.whole import gather_whole, weight

@@ -12,11 +12,11 @@ from torch import Tensor
 from lcdist.checkpoint.read import load_weights, open_checkpoint, saved_config
 from lcdist.config.schema import Config
 from lcdist.distributed.mesh import build_grid
+from lcdist.engines.state import load_model_state, model_state
 from lcdist.layout import ContextLayout
 from lcdist.model.build import build_model
 from lcdist.model.sequence import SequenceParams
 from lcdist.plan import make_plan
-from lcdist.train.state import load_model_state, model_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 
