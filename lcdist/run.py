@@ -49,9 +49,9 @@ from lcdist.rundir.lock import (
     write_status,
 )
 from lcdist.rundir.signals import clear_marks, mark_done, mark_stopped
-from lcdist.train.checks import check_host_memory, check_start
 from lcdist.train.metrics import METRICS_FILE, open_metrics
 from lcdist.train.trainer import Outcome, Trainer
+from lcdist.verify.preflight import check_host_memory, check_start
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from lcdist.model.build import build_model
 from lcdist.model.recompute_layer import Layer
 from lcdist.model.sequence import SequenceParams
 from lcdist.plan import Plan, make_plan
-from lcdist.train import checks
-from lcdist.train.checks import check_host_memory, host_memory
+from lcdist.verify import preflight as checks
+from lcdist.verify.preflight import check_host_memory, host_memory
 from tests.distributed import run_ranks
 from tests.live import LiveTensors
 from tests.model.small import small

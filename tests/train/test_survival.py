@@ -16,8 +16,8 @@ from lcdist.checkpoint.read import CheckpointError, latest_in, open_checkpoint
 from lcdist.checkpoint.save import Checkpointer
 from lcdist.run import run
 from lcdist.train import checks, saving, writer
-from lcdist.train.checks import check_start
 from lcdist.train.trainer import Trainer
+from lcdist.verify.preflight import check_start
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
 from tests.train.stored import assert_same_tensors
