@@ -13,7 +13,7 @@ from lcdist.checkpoint.save import Checkpointer
 from lcdist.convert.merging import merge, unmerge
 from lcdist.data.loader import Batch
 from lcdist.engines.state import model_state
-from lcdist.evaluate.session import open_session
+from lcdist.evaluate.loaded_model import open_session
 from lcdist.layout import ContextLayout
 from lcdist.model.sequence import SequenceParams
 from lcdist.run import begin, open_fitting

@@ -13,8 +13,8 @@ from lcdist.checkpoint.save import Checkpointer
 from lcdist.data.dataset import TokenSplit
 from lcdist.data.indexed import IndexedWriter
 from lcdist.data.meta import Meta, write_meta
+from lcdist.evaluate.loaded_model import evaluate_checkpoint
 from lcdist.evaluate.perplexity import Score, Windows, held_out_text
-from lcdist.evaluate.session import evaluate_checkpoint
 from lcdist.layout import ContextLayout
 from lcdist.model.build import CausalLM
 from lcdist.model.sequence import SequenceParams

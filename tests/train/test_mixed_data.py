@@ -10,7 +10,7 @@ import torch
 from lcdist.config.schema import Config
 from lcdist.data.indexed import IndexedWriter
 from lcdist.data.meta import Meta, write_meta
-from lcdist.evaluate.session import evaluate_checkpoint
+from lcdist.evaluate.loaded_model import evaluate_checkpoint
 from lcdist.run import run
 from lcdist.rundir.records import read_records
 from tests.distributed import run_ranks
