@@ -23,8 +23,8 @@ from stages import ROOT, Job, console
 
 from lcdist.attention import METHODS
 from lcdist.config import dump, load
-from lcdist.evaluate.report import report_facts
 from lcdist.plan import make_plan
+from lcdist.report.sections import report_facts
 
 # What `lcdist` ends with when something asked of it cannot be done.
 USER_ERROR = 2

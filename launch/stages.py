@@ -18,7 +18,7 @@ from lcdist.data.dataset import TokenSplit
 from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.loaded_model import generate_text
 from lcdist.evaluate.perplexity import held_out_text
-from lcdist.evaluate.report import write_report
+from lcdist.report.sections import write_report
 from lcdist.rundir.lock import read_status
 
 ROOT = Path(__file__).resolve().parent.parent

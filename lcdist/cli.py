@@ -36,8 +36,8 @@ from lcdist.data.prepare import described, prepare
 from lcdist.data.settings import Settings
 from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.loaded_model import evaluate_checkpoint, generate_text
-from lcdist.evaluate.report import write_report
 from lcdist.plan import make_plan, smallest_world
+from lcdist.report.sections import write_report
 from lcdist.rundir.status import describe, stage_folders
 
 COMPARED = ("before", "after")

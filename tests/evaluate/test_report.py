@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lcdist.evaluate.report import report_facts, write_report
+from lcdist.report.sections import report_facts, write_report
 from lcdist.rundir.header import RunHeader, record_start
 from lcdist.rundir.records import StepRecord, StepTime
 

@@ -17,7 +17,7 @@ from lcdist.cli import main
 from lcdist.config import load
 from lcdist.config.rope import RopePI
 from lcdist.convert.extending import for_own_model, open_own_model
-from lcdist.evaluate.report import report_facts
+from lcdist.report.sections import report_facts
 from tests.convert.lora_runs import TEXT, logits, weights_at
 from tests.distributed import run_ranks
 from tests.launch.conftest import ROOT, TINY, Start, at_home

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lcdist.evaluate.report import report_facts
+from lcdist.report.sections import report_facts
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "launch" / "tiny"
