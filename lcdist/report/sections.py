@@ -12,10 +12,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from lcdist.evaluate.figures import Curve, Looks, over_tokens, perplexity
 from lcdist.evaluate.run_folder import RunFolder, Stage, facts_of, read_run_folder, report_facts
 from lcdist.report import html as page
 from lcdist.report.html import amount, duration, number, size
+from lcdist.report.svg import Curve, Looks, over_tokens, perplexity
 from lcdist.rundir.records import StepRecord, write_atomically
 
 __all__ = ["report_facts", "write_report"]
