@@ -12,9 +12,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from lcdist.evaluate.run_folder import RunFolder, Stage, facts_of, read_run_folder, report_facts
 from lcdist.report import html as page
 from lcdist.report.html import amount, duration, number, size
+from lcdist.report.run_facts import RunFolder, Stage, facts_of, read_run_folder, report_facts
 from lcdist.report.svg import Curve, Looks, over_tokens, perplexity
 from lcdist.rundir.records import StepRecord, write_atomically
 
