@@ -8,7 +8,7 @@ from torch import Tensor
 from lcdist.checkpoint.tensors import Stored
 from lcdist.config.schema import Config
 from lcdist.convert.folder import Weights
-from lcdist.convert.hf_config import HFModel
+from lcdist.convert.huggingface.config import HFModel
 from lcdist.convert.layerwise import our_logits
 from lcdist.convert.names import head_dim
 from lcdist.convert.own_methods import reading, shrunk, tables

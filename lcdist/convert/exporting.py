@@ -21,7 +21,7 @@ from lcdist.checkpoint.tensors import Stored
 from lcdist.config.schema import Config, ModelConfig
 from lcdist.convert.compare import Difference, compare
 from lcdist.convert.folder import INDEX, SINGLE
-from lcdist.convert.hf_config import CONFIG, config_table
+from lcdist.convert.huggingface.config import CONFIG, config_table
 from lcdist.convert.importing import open_model
 from lcdist.convert.layerwise import check_alone
 from lcdist.convert.names import EMBEDDING, OUTPUT, Ours, correspondence, hf_shapes

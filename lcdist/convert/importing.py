@@ -23,7 +23,7 @@ from lcdist.config import dump, parse
 from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig, TrainConfig
 from lcdist.convert.compare import Difference, compare
 from lcdist.convert.folder import Weights, open_weights
-from lcdist.convert.hf_config import CONFIG, HFModel, check_shapes, read_config
+from lcdist.convert.huggingface.config import CONFIG, HFModel, check_shapes, read_config
 from lcdist.convert.layerwise import check_alone
 from lcdist.convert.names import (
     EMBEDDING,

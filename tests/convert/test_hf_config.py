@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lcdist.config.rope import RopeLlama3, RopePlain
-from lcdist.convert.hf_config import read_config
+from lcdist.convert.huggingface.config import read_config
 from lcdist.convert.names import hf_shapes
 
 COMMON: dict[str, Any] = {
