@@ -29,7 +29,7 @@ from lcdist.config.schema import (
 )
 from lcdist.convert import attention_lcdist
 from lcdist.convert.attention_lcdist import attend, frequencies, rotation
-from lcdist.convert.rope import block_of, to_hf
+from lcdist.convert.huggingface.rope import block_of, to_hf
 from lcdist.model.rotary import attention_factor, inverse_frequencies, make_rotary
 from tests.tolerance import assert_matches
 

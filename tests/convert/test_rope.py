@@ -16,8 +16,8 @@ from lcdist.config.rope import (
     RopePlain,
     RopeYarn,
 )
+from lcdist.convert.huggingface.rope import from_hf, to_hf
 from lcdist.convert.reference import hf_frequencies
-from lcdist.convert.rope import from_hf, to_hf
 from lcdist.model.rotary import attention_factor, inverse_frequencies
 from tests.tolerance import assert_matches
 
