@@ -22,7 +22,7 @@ from lcdist.checkpoint.tensors import Stored
 from lcdist.config.lora import Target
 from lcdist.config.lora_sizes import target_shapes
 from lcdist.config.schema import Config
-from lcdist.convert.names import (
+from lcdist.convert.huggingface.names import (
     EMBEDDING,
     FINAL_NORM,
     HF_EMBEDDING,

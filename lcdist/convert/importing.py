@@ -24,8 +24,7 @@ from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig,
 from lcdist.convert.compare import Difference, compare
 from lcdist.convert.folder import Weights, open_weights
 from lcdist.convert.huggingface.config import CONFIG, HFModel, check_shapes, read_config
-from lcdist.convert.layerwise import check_alone
-from lcdist.convert.names import (
+from lcdist.convert.huggingface.names import (
     EMBEDDING,
     HF_EMBEDDING,
     HF_OUTPUT,
@@ -34,6 +33,7 @@ from lcdist.convert.names import (
     correspondence,
     hf_shapes,
 )
+from lcdist.convert.layerwise import check_alone
 from lcdist.convert.own_methods import learned, reading
 from lcdist.convert.tokenizers import check_tokenizer, copy_tokenizer
 from lcdist.distributed.mesh import start_world

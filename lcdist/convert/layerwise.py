@@ -22,7 +22,7 @@ from lcdist.config.schema import (
     ParallelConfig,
     TrainConfig,
 )
-from lcdist.convert.names import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
+from lcdist.convert.huggingface.names import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
 from lcdist.convert.reference import by_rows
 from lcdist.distributed.mesh import build_grid, world_size
 from lcdist.layer_methods import LayerAttention

@@ -28,8 +28,8 @@ from lcdist.config import dump
 from lcdist.config.lora import LoraConfig, Target
 from lcdist.config.schema import Config
 from lcdist.convert.adapter import MODULES, open_adapted
+from lcdist.convert.huggingface.names import Ours, correspondence
 from lcdist.convert.layerwise import check_alone
-from lcdist.convert.names import Ours, correspondence
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
 from lcdist.rundir.records import write_atomically

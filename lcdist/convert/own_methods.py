@@ -21,7 +21,7 @@ from lcdist.config.schema import (
     RawOptions,
     TrainConfig,
 )
-from lcdist.convert.names import Ours, Part, hf_prefix, layer_prefix
+from lcdist.convert.huggingface.names import Ours, Part, hf_prefix, layer_prefix
 from lcdist.layer_methods import LayerAttention, dense_where_meant, layer_methods
 from lcdist.model.init import EXTRAS
 

@@ -9,7 +9,7 @@ import pytest
 
 from lcdist.config.rope import RopeLlama3, RopePlain
 from lcdist.convert.huggingface.config import read_config
-from lcdist.convert.names import hf_shapes
+from lcdist.convert.huggingface.names import hf_shapes
 
 COMMON: dict[str, Any] = {
     "attention_dropout": 0.0,
