@@ -32,7 +32,7 @@ from lcdist.convert.huggingface.names import (
     hf_prefix,
     layer_prefix,
 )
-from lcdist.convert.safetensors_file import Entry, Source, read_header, write_file
+from lcdist.convert.huggingface.safetensors import Entry, Source, read_header, write_file
 from lcdist.model.init import EXTRAS, LORA, whole_model_names
 from lcdist.rundir.records import write_atomically
 from lcdist.utils.atomic import check_free, landing, sync

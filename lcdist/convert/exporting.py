@@ -23,10 +23,10 @@ from lcdist.convert.compare import Difference, compare
 from lcdist.convert.folder import INDEX, SINGLE
 from lcdist.convert.huggingface.config import CONFIG, config_table
 from lcdist.convert.huggingface.names import EMBEDDING, OUTPUT, Ours, correspondence, hf_shapes
+from lcdist.convert.huggingface.safetensors import Source, write_file
 from lcdist.convert.importing import open_model
 from lcdist.convert.layerwise import check_alone
 from lcdist.convert.own_methods import about, learned, modelling, reading
-from lcdist.convert.safetensors_file import Source, write_file
 from lcdist.convert.tokenizers import copy_tokenizer
 from lcdist.data.opening import held_out_folder
 from lcdist.distributed.mesh import start_world

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lcdist.convert.safetensors_file import DTYPES, Entry, read_header
+from lcdist.convert.huggingface.safetensors import DTYPES, Entry, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

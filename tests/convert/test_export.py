@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from lcdist.convert.exporting import export_model
-from lcdist.convert.safetensors_file import read_header
+from lcdist.convert.huggingface.safetensors import read_header
 from tests.convert.hf import (
     FAMILIES,
     export_all,
