@@ -17,7 +17,7 @@ from lcdist.config.rope import Rope
 from lcdist.config.schema import Config
 from lcdist.convert.exporting import export_model
 from lcdist.convert.extending import for_own_model, open_own_model
-from lcdist.convert.importing import import_model
+from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.merging import merge
 from lcdist.distributed.mesh import end_world
 from lcdist.plan import make_plan

@@ -22,9 +22,9 @@ from lcdist.config.schema import Config, ModelConfig
 from lcdist.convert.compare import Difference, compare
 from lcdist.convert.folder import INDEX, SINGLE
 from lcdist.convert.huggingface.config import CONFIG, config_table
+from lcdist.convert.huggingface.import_model import open_model
 from lcdist.convert.huggingface.names import EMBEDDING, OUTPUT, Ours, correspondence, hf_shapes
 from lcdist.convert.huggingface.safetensors import Source, write_file
-from lcdist.convert.importing import open_model
 from lcdist.convert.layerwise import check_alone
 from lcdist.convert.own_methods import about, learned, modelling, reading
 from lcdist.convert.tokenizers import copy_tokenizer

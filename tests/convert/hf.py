@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from lcdist.convert import reference, stored
 from lcdist.convert.exporting import export_model
-from lcdist.convert.importing import import_model
+from lcdist.convert.huggingface.import_model import import_model
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()

@@ -13,8 +13,8 @@ import torch
 from lcdist.config.rope import RopeLlama3
 from lcdist.convert import exporting, importing, names
 from lcdist.convert.compare import ConversionError
+from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.huggingface.names import EMBEDDING, OUTPUT, Ours, Part
-from lcdist.convert.importing import import_model
 from tests.convert.hf import make_model, save
 from tests.distributed import run_ranks
 from tests.train.stored import stored_tensors

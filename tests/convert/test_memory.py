@@ -31,7 +31,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import torch
-from lcdist.convert.importing import import_model
+from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.exporting import export_model
 
 def resident(key):

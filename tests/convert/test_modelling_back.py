@@ -14,7 +14,7 @@ from lcdist.cli import main
 from lcdist.convert import attention_lcdist, reference
 from lcdist.convert.compare import ConversionError
 from lcdist.convert.exporting import export_model
-from lcdist.convert.importing import import_model
+from lcdist.convert.huggingface.import_model import import_model
 from tests.convert.hf import export_all, import_all, make_model, save
 from tests.convert.own_runs import CASES
 from tests.convert.test_export import read_all

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcdist.convert.exporting import export_model
-from lcdist.convert.importing import import_model
+from lcdist.convert.huggingface.import_model import import_model
 from tests.convert.hf import make_model, save
 
 INDEX = "model.safetensors.index.json"
