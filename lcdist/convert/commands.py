@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from lcdist.convert.adapter import export_adapter
-from lcdist.convert.exporting import SHARD_BYTES, export_model
+from lcdist.convert.huggingface.export_model import SHARD_BYTES, export_model
 from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.merging import merge, unmerge
 

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lcdist.convert import reference, stored
-from lcdist.convert.exporting import export_model
+from lcdist.convert.huggingface.export_model import export_model
 from lcdist.convert.huggingface.import_model import import_model
 
 logging.disable_progress_bar()

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from lcdist.convert.exporting import export_model
+from lcdist.convert.huggingface.export_model import export_model
 from lcdist.convert.huggingface.safetensors import read_header
 from tests.convert.hf import (
     FAMILIES,

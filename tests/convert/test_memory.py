@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 import torch
 from lcdist.convert.huggingface.import_model import import_model
-from lcdist.convert.exporting import export_model
+from lcdist.convert.huggingface.export_model import export_model
 
 def resident(key):
     for line in Path("/proc/self/status").read_text().splitlines():
