@@ -15,8 +15,8 @@ from lcdist.config.rope import Rope, RopeDynamic, RopeLong, RopePI, RopePlain, R
 from lcdist.config.schema import AttentionConfig, Config, ModelConfig
 from lcdist.convert.huggingface.config import HFModel
 from lcdist.convert.huggingface.import_model import open_model
+from lcdist.convert.huggingface.tokenizer import JSON, SENTENCEPIECE
 from lcdist.convert.own_methods import reading
-from lcdist.convert.tokenizers import JSON, SENTENCEPIECE
 from lcdist.data.tokenizer_files import open_tokenizer
 from lcdist.plan import make_plan
 

@@ -25,9 +25,9 @@ from lcdist.convert.huggingface.config import CONFIG, config_table
 from lcdist.convert.huggingface.import_model import open_model
 from lcdist.convert.huggingface.names import EMBEDDING, OUTPUT, Ours, correspondence, hf_shapes
 from lcdist.convert.huggingface.safetensors import Source, write_file
+from lcdist.convert.huggingface.tokenizer import copy_tokenizer
 from lcdist.convert.layerwise import check_alone
 from lcdist.convert.own_methods import about, learned, modelling, reading
-from lcdist.convert.tokenizers import copy_tokenizer
 from lcdist.data.opening import held_out_folder
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA

@@ -33,9 +33,9 @@ from lcdist.convert.huggingface.names import (
     correspondence,
     hf_shapes,
 )
+from lcdist.convert.huggingface.tokenizer import check_tokenizer, copy_tokenizer
 from lcdist.convert.layerwise import check_alone
 from lcdist.convert.own_methods import learned, reading
-from lcdist.convert.tokenizers import check_tokenizer, copy_tokenizer
 from lcdist.distributed.mesh import start_world
 from lcdist.plan import Plan, make_plan, smallest_world
 from lcdist.rundir.header import versions
