@@ -22,7 +22,6 @@ from lcdist.checkpoint.tensors import Stored, Tensors, write_tensors
 from lcdist.config import dump, parse
 from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig, TrainConfig
 from lcdist.convert.compare import Difference, compare
-from lcdist.convert.folder import Weights, open_weights
 from lcdist.convert.huggingface.config import CONFIG, HFModel, check_shapes, read_config
 from lcdist.convert.huggingface.names import (
     EMBEDDING,
@@ -34,6 +33,7 @@ from lcdist.convert.huggingface.names import (
     hf_shapes,
 )
 from lcdist.convert.huggingface.tokenizer import check_tokenizer, copy_tokenizer
+from lcdist.convert.huggingface.weights import Weights, open_weights
 from lcdist.convert.layerwise import check_alone
 from lcdist.convert.own_methods import learned, reading
 from lcdist.distributed.mesh import start_world
