@@ -8,10 +8,10 @@ from torch import Tensor
 from lcdist.checkpoint.tensors import Stored
 from lcdist.config.schema import Config
 from lcdist.convert.huggingface.config import HFModel
+from lcdist.convert.huggingface.custom_attention import reading, shrunk, tables
 from lcdist.convert.huggingface.names import head_dim
 from lcdist.convert.huggingface.weights import Weights
 from lcdist.convert.layerwise import our_logits
-from lcdist.convert.own_methods import reading, shrunk, tables
 from lcdist.convert.reference import hf_frequencies, hf_logits
 from lcdist.layer_methods import slots_of
 from lcdist.model.rotary import attention_factor, inverse_frequencies

@@ -14,9 +14,9 @@ from lcdist.config import dump, parse
 from lcdist.config.rope import Rope, RopeDynamic, RopeLong, RopePI, RopePlain, RopeYarn
 from lcdist.config.schema import AttentionConfig, Config, ModelConfig
 from lcdist.convert.huggingface.config import HFModel
+from lcdist.convert.huggingface.custom_attention import reading
 from lcdist.convert.huggingface.import_model import open_model
 from lcdist.convert.huggingface.tokenizer import JSON, SENTENCEPIECE
-from lcdist.convert.own_methods import reading
 from lcdist.data.tokenizer_files import open_tokenizer
 from lcdist.plan import make_plan
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lcdist.config.schema import AttentionConfig, ModelConfig
+from lcdist.convert.huggingface.custom_attention import AUTO_MAP, FAMILY, KIND, attention_of
 from lcdist.convert.huggingface.names import head_dim
 from lcdist.convert.huggingface.rope import ORIGINAL, from_hf, to_hf
-from lcdist.convert.own_methods import AUTO_MAP, FAMILY, KIND, attention_of
 
 CONFIG = "config.json"
 # What our exports say of themselves.

@@ -21,13 +21,13 @@ from lcdist.checkpoint.tensors import Stored
 from lcdist.config.schema import Config, ModelConfig
 from lcdist.convert.compare import Difference, compare
 from lcdist.convert.huggingface.config import CONFIG, config_table
+from lcdist.convert.huggingface.custom_attention import about, learned, modelling, reading
 from lcdist.convert.huggingface.import_model import open_model
 from lcdist.convert.huggingface.names import EMBEDDING, OUTPUT, Ours, correspondence, hf_shapes
 from lcdist.convert.huggingface.safetensors import Source, write_file
 from lcdist.convert.huggingface.tokenizer import copy_tokenizer
 from lcdist.convert.huggingface.weights import INDEX, SINGLE
 from lcdist.convert.layerwise import check_alone
-from lcdist.convert.own_methods import about, learned, modelling, reading
 from lcdist.data.opening import held_out_folder
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA

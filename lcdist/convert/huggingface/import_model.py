@@ -23,6 +23,7 @@ from lcdist.config import dump, parse
 from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig, TrainConfig
 from lcdist.convert.compare import Difference, compare
 from lcdist.convert.huggingface.config import CONFIG, HFModel, check_shapes, read_config
+from lcdist.convert.huggingface.custom_attention import learned, reading
 from lcdist.convert.huggingface.names import (
     EMBEDDING,
     HF_EMBEDDING,
@@ -35,7 +36,6 @@ from lcdist.convert.huggingface.names import (
 from lcdist.convert.huggingface.tokenizer import check_tokenizer, copy_tokenizer
 from lcdist.convert.huggingface.weights import Weights, open_weights
 from lcdist.convert.layerwise import check_alone
-from lcdist.convert.own_methods import learned, reading
 from lcdist.distributed.mesh import start_world
 from lcdist.plan import Plan, make_plan, smallest_world
 from lcdist.rundir.header import versions
