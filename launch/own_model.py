@@ -15,8 +15,8 @@ from stages import Job, console
 from lcdist.config import dump, load
 from lcdist.config.rope import Rope
 from lcdist.config.schema import Config
-from lcdist.convert.extending import for_own_model, open_own_model
 from lcdist.convert.huggingface.export_model import export_model
+from lcdist.convert.huggingface.fit_config import for_own_model, open_own_model
 from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.merging import merge
 from lcdist.distributed.mesh import end_world

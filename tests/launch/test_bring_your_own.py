@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from lcdist.cli import main
 from lcdist.config import load
 from lcdist.config.rope import RopePI
-from lcdist.convert.extending import for_own_model, open_own_model
+from lcdist.convert.huggingface.fit_config import for_own_model, open_own_model
 from lcdist.report.sections import report_facts
 from tests.convert.lora_runs import TEXT, logits, weights_at
 from tests.distributed import run_ranks

@@ -19,7 +19,7 @@ from lcdist.config.rope import (
     RopePlain,
     RopeYarn,
 )
-from lcdist.convert.extending import for_own_model, open_own_model, stretched
+from lcdist.convert.huggingface.fit_config import for_own_model, open_own_model, stretched
 from lcdist.data.tokenizer import train_tokenizer
 from tests.convert.hf import make_model, save
 from tests.launch.conftest import TINY, Start
