@@ -29,7 +29,7 @@ from lcdist.config.lora import LoraConfig, Target
 from lcdist.config.schema import Config
 from lcdist.convert.adapter import MODULES, open_adapted
 from lcdist.convert.huggingface.names import Ours, correspondence
-from lcdist.convert.layerwise import check_alone
+from lcdist.convert.streamed_forward import check_alone
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
 from lcdist.rundir.records import write_atomically

@@ -27,7 +27,7 @@ from lcdist.convert.huggingface.names import EMBEDDING, OUTPUT, Ours, correspond
 from lcdist.convert.huggingface.safetensors import Source, write_file
 from lcdist.convert.huggingface.tokenizer import copy_tokenizer
 from lcdist.convert.huggingface.weights import INDEX, SINGLE
-from lcdist.convert.layerwise import check_alone
+from lcdist.convert.streamed_forward import check_alone
 from lcdist.data.opening import held_out_folder
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA

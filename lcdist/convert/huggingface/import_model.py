@@ -35,7 +35,7 @@ from lcdist.convert.huggingface.names import (
 )
 from lcdist.convert.huggingface.tokenizer import check_tokenizer, copy_tokenizer
 from lcdist.convert.huggingface.weights import Weights, open_weights
-from lcdist.convert.layerwise import check_alone
+from lcdist.convert.streamed_forward import check_alone
 from lcdist.distributed.mesh import start_world
 from lcdist.plan import Plan, make_plan, smallest_world
 from lcdist.rundir.header import versions
