@@ -11,7 +11,7 @@ from lcdist.convert.huggingface.config import HFModel
 from lcdist.convert.huggingface.custom_attention import reading, shrunk, tables
 from lcdist.convert.huggingface.names import head_dim
 from lcdist.convert.huggingface.weights import Weights
-from lcdist.convert.reference import hf_frequencies, hf_logits
+from lcdist.convert.reference_forward import hf_frequencies, hf_logits
 from lcdist.convert.streamed_forward import our_logits
 from lcdist.layer_methods import slots_of
 from lcdist.model.rotary import attention_factor, inverse_frequencies

@@ -23,7 +23,7 @@ from lcdist.config.schema import (
     TrainConfig,
 )
 from lcdist.convert.huggingface.names import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
-from lcdist.convert.reference import by_rows
+from lcdist.convert.reference_forward import by_rows
 from lcdist.distributed.mesh import build_grid, world_size
 from lcdist.layer_methods import LayerAttention
 from lcdist.layout import ContextLayout

@@ -17,7 +17,7 @@ from lcdist.config.rope import (
     RopeYarn,
 )
 from lcdist.convert.huggingface.rope import from_hf, to_hf
-from lcdist.convert.reference import hf_frequencies
+from lcdist.convert.reference_forward import hf_frequencies
 from lcdist.model.rotary import attention_factor, inverse_frequencies
 from tests.tolerance import assert_matches
 
