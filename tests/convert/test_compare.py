@@ -12,7 +12,7 @@ import torch
 
 from lcdist.config.rope import RopeLlama3
 from lcdist.convert import exporting, importing, names
-from lcdist.convert.compare import ConversionError
+from lcdist.convert.check import ConversionError
 from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.huggingface.names import EMBEDDING, OUTPUT, Ours, Part
 from tests.convert.hf import make_model, save

@@ -12,7 +12,7 @@ from lcdist.checkpoint.read import open_checkpoint, saved_config
 from lcdist.checkpoint.tensors import Stored
 from lcdist.cli import main
 from lcdist.convert import attention_lcdist, reference
-from lcdist.convert.compare import ConversionError
+from lcdist.convert.check import ConversionError
 from lcdist.convert.huggingface.export_model import export_model
 from lcdist.convert.huggingface.import_model import import_model
 from tests.convert.hf import export_all, import_all, make_model, save

@@ -19,7 +19,7 @@ from torch import Tensor
 from lcdist.checkpoint.read import Checkpoint, CheckpointError, open_checkpoint, saved_config
 from lcdist.checkpoint.tensors import Stored
 from lcdist.config.schema import Config, ModelConfig
-from lcdist.convert.compare import Difference, compare
+from lcdist.convert.check import Difference, compare
 from lcdist.convert.huggingface.config import CONFIG, config_table
 from lcdist.convert.huggingface.custom_attention import about, learned, modelling, reading
 from lcdist.convert.huggingface.import_model import open_model

@@ -21,7 +21,7 @@ from lcdist.checkpoint.read import FORMAT, LATEST, MANIFEST, PREFIX, open_checkp
 from lcdist.checkpoint.tensors import Stored, Tensors, write_tensors
 from lcdist.config import dump, parse
 from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig, TrainConfig
-from lcdist.convert.compare import Difference, compare
+from lcdist.convert.check import Difference, compare
 from lcdist.convert.huggingface.config import CONFIG, HFModel, check_shapes, read_config
 from lcdist.convert.huggingface.custom_attention import learned, reading
 from lcdist.convert.huggingface.names import (
