@@ -19,7 +19,7 @@ from lcdist.checkpoint.read import (
 from lcdist.checkpoint.save import Checkpointer
 from lcdist.config.lora import LoraConfig
 from lcdist.config.schema import Config, ModelConfig
-from lcdist.convert.adapter import check_adapter, import_adapter
+from lcdist.convert.lora.adapter import check_adapter, import_adapter
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.meta import check_vocabulary
 from lcdist.data.opening import accounts, open_samples

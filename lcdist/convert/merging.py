@@ -27,8 +27,8 @@ from lcdist.checkpoint.tensors import Stored, Tensors, write_tensors
 from lcdist.config import dump
 from lcdist.config.lora import LoraConfig, Target
 from lcdist.config.schema import Config
-from lcdist.convert.adapter import MODULES, open_adapted
 from lcdist.convert.huggingface.names import Ours, correspondence
+from lcdist.convert.lora.adapter import MODULES, open_adapted
 from lcdist.convert.streamed_forward import check_alone
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
