@@ -18,7 +18,7 @@ from lcdist.config.schema import Config
 from lcdist.convert.huggingface.export_model import export_model
 from lcdist.convert.huggingface.fit_config import for_own_model, open_own_model
 from lcdist.convert.huggingface.import_model import import_model
-from lcdist.convert.merging import merge
+from lcdist.convert.lora.merge import merge
 from lcdist.distributed.mesh import end_world
 from lcdist.plan import make_plan
 from lcdist.rundir.records import write_atomically

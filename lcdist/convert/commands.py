@@ -9,7 +9,7 @@ from rich.console import Console
 from lcdist.convert.huggingface.export_model import SHARD_BYTES, export_model
 from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.lora.adapter import export_adapter
-from lcdist.convert.merging import merge, unmerge
+from lcdist.convert.lora.merge import merge, unmerge
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

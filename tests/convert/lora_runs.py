@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lcdist.checkpoint.read import CheckpointError, load_weights, open_checkpoint
 from lcdist.checkpoint.save import Checkpointer
-from lcdist.convert.merging import merge, unmerge
+from lcdist.convert.lora.merge import merge, unmerge
 from lcdist.data.loader import Batch
 from lcdist.engines.state import model_state
 from lcdist.evaluate.loaded_model import open_session

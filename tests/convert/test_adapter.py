@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcdist.checkpoint.read import CheckpointError
 from lcdist.convert.lora.adapter import check_adapter, export_adapter
-from lcdist.convert.merging import unmerge
+from lcdist.convert.lora.merge import unmerge
 from lcdist.run import open_fitting
 from tests.convert.lora_hf import factors, llama, peft_llama
 from tests.convert.lora_runs import (
