@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lcdist.convert.attention_lcdist import attend, rotation
 from lcdist.convert.huggingface.names import HF_EMBEDDING, HF_FINAL_NORM, HF_OUTPUT, hf_prefix
 from lcdist.convert.huggingface.rope import DEFAULT_BASE, ORIGINAL, block_of, type_of
 from lcdist.convert.huggingface.weights import Weights
+from lcdist.convert.remote_code.attention_lcdist import attend, rotation
 
 # Of a weight, how many elements are held at once.
 HELD_ELEMENTS = 2**20

@@ -27,9 +27,9 @@ from lcdist.config.schema import (
     LssarOptions,
     TensorizedOptions,
 )
-from lcdist.convert import attention_lcdist
-from lcdist.convert.attention_lcdist import attend, frequencies, rotation
 from lcdist.convert.huggingface.rope import block_of, to_hf
+from lcdist.convert.remote_code import attention_lcdist
+from lcdist.convert.remote_code.attention_lcdist import attend, frequencies, rotation
 from lcdist.model.rotary import attention_factor, inverse_frequencies, make_rotary
 from tests.tolerance import assert_matches
 
