@@ -26,9 +26,9 @@ from rich.table import Table
 
 from lcdist.attention import METHODS
 from lcdist.attention.table import method_table
+from lcdist.commands.convert import add_commands as add_convert
 from lcdist.config import ConfigError
 from lcdist.config.stages import load_stages
-from lcdist.convert.commands import add_commands as add_convert
 from lcdist.curriculum import run_stages
 from lcdist.data.corpus import SUFFIXES, Source, standard_library
 from lcdist.data.huggingface import Specials

@@ -8,8 +8,8 @@ import pytest
 
 from lcdist.checkpoint.read import open_checkpoint, saved_config
 from lcdist.cli import main
+from lcdist.commands.convert import size
 from lcdist.config import dump
-from lcdist.convert.commands import size
 from lcdist.data.tokenizer import train_tokenizer
 from tests.convert.hf import logits_of, make_model, save, tokens
 from tests.model.small import small
