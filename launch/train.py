@@ -7,7 +7,7 @@ Alone, without torchrun, it is a world of one. The same as `lcdist train`.
 
 import sys
 
-from lcdist.cli import main
+from lcdist.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from lcdist.cli import main
+from lcdist.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

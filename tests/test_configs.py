@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lcdist.cli import parse_words
+from lcdist.commands.main import parse_words
 from lcdist.config import load
 from lcdist.config.rope import RopePlain
 from lcdist.config.schema import Config, ModelConfig

@@ -34,7 +34,7 @@ FLOORS = (
     {"lcdist.evaluate", "lcdist.verify", "lcdist.convert"},
     {"lcdist.run"},
     {"lcdist.curriculum"},
-    {"lcdist.cli"},
+    {"lcdist.commands.main"},
     {"lcdist.__main__"},
 )
 # Within attention/: the contract, what reads it or is shared, the methods, then their registry.
@@ -62,7 +62,7 @@ READS_MEGATRON = "lcdist.data.dataset"
 # The shim itself: it imports Megatron with torch.compile put aside, which takes a function.
 SHIM = "lcdist.hardware.megatron_on_cpu"
 # May read the environment: the launcher's ranks at the door, one debugging switch.
-READS_ENVIRONMENT = {"lcdist.cli", "lcdist.distributed.mesh", "lcdist.exchange.debug"}
+READS_ENVIRONMENT = {"lcdist.commands.main", "lcdist.distributed.mesh", "lcdist.exchange.debug"}
 
 
 @dataclass(frozen=True)

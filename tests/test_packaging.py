@@ -84,9 +84,9 @@ def test_the_wheel_works_where_there_is_nothing_else(built: Path, tmp_path: Path
     words = ("install", "--quiet", "--no-deps", "--no-index", "--target", str(place), str(wheel))
     run("-m", "pip", *words, cwd=empty)
     program = (
-        "import lcdist.cli, lcdist_kernels\n"
+        "import lcdist.commands.main, lcdist_kernels\n"
         "print(lcdist.__file__, lcdist_kernels.__file__)\n"
-        "lcdist.cli.main(['methods'])"
+        "lcdist.commands.main.main(['methods'])"
     )
     shown = run("-c", program, cwd=empty, PYTHONPATH=str(place)).splitlines()
     assert shown[0] == f"{place}/lcdist/__init__.py {place}/lcdist_kernels/__init__.py"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lcdist.attention import METHODS, HeadSlice, Shape
-from lcdist.cli import main
+from lcdist.commands.main import main
 from lcdist.config import ConfigError, load
 from lcdist.config.schema import CocaOptions
 from lcdist.distributed.mesh import build_grid

@@ -12,7 +12,7 @@ import pytest
 from lcdist.attention import METHODS, AttentionMethod
 from lcdist.attention.registry import BUILT_IN, GROUP
 from lcdist.attention.table import method_table
-from lcdist.cli import parse_words
+from lcdist.commands.main import parse_words
 from lcdist.config.stages import load_stages
 from lcdist.plan import make_plan, smallest_world
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lcdist.checkpoint.read import open_checkpoint, saved_config
-from lcdist.cli import main
 from lcdist.commands.convert import size
+from lcdist.commands.main import main
 from lcdist.config import dump
 from lcdist.data.tokenizer import train_tokenizer
 from tests.convert.hf import logits_of, make_model, save, tokens

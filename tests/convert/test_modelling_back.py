@@ -10,7 +10,7 @@ import torch
 
 from lcdist.checkpoint.read import open_checkpoint, saved_config
 from lcdist.checkpoint.tensors import Stored
-from lcdist.cli import main
+from lcdist.commands.main import main
 from lcdist.convert import attention_lcdist, reference
 from lcdist.convert.check import ConversionError
 from lcdist.convert.huggingface.export_model import export_model

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lcdist.cli import main
+from lcdist.commands.main import main
 from lcdist.data.meta import read_meta
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from lcdist.cli import main
+from lcdist.commands.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "launch" / "tiny"

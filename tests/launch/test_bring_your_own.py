@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from lcdist.cli import main
+from lcdist.commands.main import main
 from lcdist.config import load
 from lcdist.config.rope import RopePI
 from lcdist.convert.huggingface.fit_config import for_own_model, open_own_model

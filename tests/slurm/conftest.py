@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lcdist.cli import main
+from lcdist.commands.main import main
 from tests.slurm.cluster import Cluster, what_is_missing
 from tests.slurm.job import Job, submit
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lcdist.cli import main
+from lcdist.commands.main import main
 from lcdist.rundir.lock import write_config, write_status
 from lcdist.rundir.records import RankTimes, StepRecord, StepTime
 from lcdist.rundir.signals import mark_done, mark_stopped
