@@ -13,11 +13,11 @@ from pathlib import Path
 from rich.console import Console
 
 from lcdist.checkpoint.read import latest_in
+from lcdist.commands.train import run
 from lcdist.config import ConfigError
 from lcdist.config.stages import Stage
 from lcdist.distributed.mesh import end_grid, start_world, world_size
 from lcdist.plan import make_plan
-from lcdist.run import run
 from lcdist.rundir.lock import on_rank_0
 from lcdist.rundir.signals import STOP, clear_marks, mark_done, mark_stopped, steps_done
 from lcdist.train.trainer import Outcome

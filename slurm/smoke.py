@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from lcdist.commands.train import run
 from lcdist.config import load
 from lcdist.config.schema import Config
 from lcdist.distributed.mesh import end_world, local_rank, world_size
 from lcdist.exchange import ring
 from lcdist.hardware.device import device
 from lcdist.plan import make_plan
-from lcdist.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 10

@@ -18,5 +18,10 @@ if find_spec("lcdist.hardware.megatron_on_cpu") is not None:
     import_module("lcdist.hardware.megatron_on_cpu")
     import_module("megatron.core")
     # What test modules import: each of these costs a rank half a second on a busy machine.
-    for module in ("lcdist.run", "lcdist.evaluate.loaded_model", "pytest", "hypothesis.strategies"):
+    for module in (
+        "lcdist.commands.train",
+        "lcdist.evaluate.loaded_model",
+        "pytest",
+        "hypothesis.strategies",
+    ):
         import_module(module)

@@ -32,7 +32,7 @@ FLOORS = (
     {"lcdist.model"},
     {"lcdist.train", "lcdist.inference"},
     {"lcdist.evaluate", "lcdist.verify", "lcdist.convert"},
-    {"lcdist.run"},
+    {"lcdist.commands.train"},
     {"lcdist.curriculum"},
     {"lcdist.commands.main"},
     {"lcdist.__main__"},

@@ -10,6 +10,7 @@ import torch
 
 from lcdist.attention import METHODS, HeadSlice, Shape
 from lcdist.commands.main import main
+from lcdist.commands.train import make_trainer, open_dataset
 from lcdist.config import ConfigError, load
 from lcdist.config.schema import CocaOptions
 from lcdist.distributed.mesh import build_grid
@@ -19,7 +20,6 @@ from lcdist.model.build import build_model
 from lcdist.model.output_loss import VocabShard, output_losses
 from lcdist.model.sequence import SequenceParams
 from lcdist.plan import Plan, make_plan, smallest_world
-from lcdist.run import make_trainer, open_dataset
 from tests.distributed import run_ranks
 from tests.live import LiveTensors
 

@@ -26,13 +26,13 @@ from plain_llama import PlainLlama
 from rich.console import Console
 from rich.table import Table
 
+from lcdist.commands.train import make_trainer, open_dataset
 from lcdist.config import load
 from lcdist.config.schema import Config
 from lcdist.distributed.mesh import build_grid, end_world, start_world
 from lcdist.hardware.peak import Peak, peak_memory
 from lcdist.model.rotary import make_rotary
 from lcdist.plan import make_plan
-from lcdist.run import make_trainer, open_dataset
 from lcdist.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lcdist.checkpoint.read import CheckpointError, load_weights, open_checkpoint
 from lcdist.checkpoint.save import Checkpointer
+from lcdist.commands.train import begin, open_fitting
 from lcdist.convert.lora.merge import merge, unmerge
 from lcdist.data.loader import Batch
 from lcdist.engines.state import model_state
 from lcdist.evaluate.loaded_model import open_session
 from lcdist.layout import ContextLayout
 from lcdist.model.sequence import SequenceParams
-from lcdist.run import begin, open_fitting
 from tests.model.lora_cases import gradient, some_b
 from tests.model.small import Meshes, small, take_steps
 from tests.model.whole import gather_whole, weight

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from lcdist.checkpoint.read import latest_in
+from lcdist.commands.train import run
 from lcdist.config import load
-from lcdist.run import run
 from lcdist.rundir.lock import read_status
 from tests.distributed import run_ranks
 from tests.train.stored import assert_same_tensors

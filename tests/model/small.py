@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
+from lcdist.commands.train import make_trainer, open_dataset
 from lcdist.config import parse
 from lcdist.config.schema import Config
 from lcdist.data.sample import Dataset, Sample
@@ -11,7 +12,6 @@ from lcdist.data.synthetic import SyntheticDataset
 from lcdist.distributed.mesh import Grid, build_grid
 from lcdist.hardware.peak import Peak
 from lcdist.plan import make_plan
-from lcdist.run import make_trainer, open_dataset
 from lcdist.train.trainer import Trainer
 
 # 250 is no multiple of 128, so that the vocabulary is padded.

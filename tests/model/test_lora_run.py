@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lcdist.run import run
+from lcdist.commands.train import run
 from tests.distributed import run_ranks
 from tests.model.lora_cases import LORA
 from tests.model.small import small

@@ -16,12 +16,12 @@ from tests.stand_in.cuda import StandIn, install, leave
 
 STAND_IN = install(*map(int, sys.argv[1:3]))
 
+from lcdist.commands.train import make_trainer, open_dataset  # noqa: E402
 from lcdist.config import load  # noqa: E402
 from lcdist.distributed.mesh import build_grid  # noqa: E402
 from lcdist.hardware.peak import Peak  # noqa: E402
 from lcdist.inference.generate import generate  # noqa: E402
 from lcdist.plan import make_plan  # noqa: E402
-from lcdist.run import make_trainer, open_dataset  # noqa: E402
 from lcdist.train.trainer import to_device  # noqa: E402
 
 

@@ -19,7 +19,7 @@ from lcdist.checkpoint.read import (
     saved_config,
 )
 from lcdist.checkpoint.save import Checkpointer
-from lcdist.run import open_fitting
+from lcdist.commands.train import open_fitting
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
@@ -184,7 +184,7 @@ def test_what_is_left_out_of_a_shape_is_what_it_stands_for(
 ) -> None:
     # A model that comes from elsewhere names all its sizes; a configuration may leave two out.
     named = small("model.num_layers=1", "model.nheads_kv=4", "model.head_dim=16")
-    monkeypatch.setattr("lcdist.run.saved_config", lambda checkpoint: named)
+    monkeypatch.setattr("lcdist.commands.train.saved_config", lambda checkpoint: named)
     open_fitting(original, small("model.num_layers=1", "model.nheads_kv=0"))
     with pytest.raises(CheckpointError) as caught:
         open_fitting(original, small("model.num_layers=1", "model.head_dim=8"))

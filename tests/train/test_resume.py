@@ -12,9 +12,9 @@ import pytest
 import torch.distributed as dist
 
 from lcdist.checkpoint.read import latest_in
+from lcdist.commands.train import run
 from lcdist.config import ConfigError
 from lcdist.config.schema import Config
-from lcdist.run import run
 from lcdist.rundir.lock import check_same_run, claimed, read_status, write_config, write_status
 from lcdist.rundir.records import StepRecord, read_records
 from lcdist.train.trainer import Trainer

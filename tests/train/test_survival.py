@@ -14,7 +14,7 @@ import pytest
 
 from lcdist.checkpoint.read import CheckpointError, latest_in, open_checkpoint
 from lcdist.checkpoint.save import Checkpointer
-from lcdist.run import run
+from lcdist.commands.train import run
 from lcdist.train import checks, saving, writer
 from lcdist.train.trainer import Trainer
 from lcdist.verify.preflight import check_start
