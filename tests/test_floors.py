@@ -33,7 +33,7 @@ FLOORS = (
     {"lcdist.train", "lcdist.inference"},
     {"lcdist.evaluate", "lcdist.verify", "lcdist.convert"},
     {"lcdist.commands.train"},
-    {"lcdist.curriculum"},
+    {"lcdist.commands.stages"},
     {"lcdist.commands.main"},
     {"lcdist.__main__"},
 )

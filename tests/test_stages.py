@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from lcdist.commands.stages import run_stages
 from lcdist.commands.train import run
 from lcdist.config import ConfigError
 from lcdist.config.rope import RopePI, RopeYarn
 from lcdist.config.stages import load_stages
-from lcdist.curriculum import run_stages
 from lcdist.rundir.records import read_records
 from tests.distributed import run_ranks
 from tests.train.stored import assert_same_tensors

@@ -27,9 +27,9 @@ from rich.table import Table
 from lcdist.attention import METHODS
 from lcdist.attention.table import method_table
 from lcdist.commands.convert import add_commands as add_convert
+from lcdist.commands.stages import run_stages
 from lcdist.config import ConfigError
 from lcdist.config.stages import load_stages
-from lcdist.curriculum import run_stages
 from lcdist.data.corpus import SUFFIXES, Source, standard_library
 from lcdist.data.huggingface import Specials
 from lcdist.data.prepare import described, prepare
