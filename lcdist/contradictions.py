@@ -11,8 +11,8 @@ from lcdist.config.lora import LoraConfig
 from lcdist.config.rope import RopeLlama3, RopeYarn
 from lcdist.config.schema import Config
 from lcdist.data.opening import data_errors
-from lcdist.layer_methods import LayerAttention, slots_of
 from lcdist.layout import ContextLayout
+from lcdist.plan.resolve import LayerAttention, slots_of
 
 
 def check_model(config: Config, errors: list[str]) -> None:

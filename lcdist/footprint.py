@@ -6,8 +6,8 @@ from math import lcm, prod
 
 from lcdist.config.lora_sizes import adapter_tensors
 from lcdist.config.schema import Config
-from lcdist.layer_methods import LayerAttention
 from lcdist.layout import ContextLayout
+from lcdist.plan.resolve import LayerAttention
 
 VOCAB_MULTIPLE = 128
 FP32_BYTES = 4

@@ -26,14 +26,14 @@ from lcdist.contradictions import (
 )
 from lcdist.data.slots import Slots
 from lcdist.hardware.device import has_cuda
-from lcdist.layer_methods import (
+from lcdist.layout import ContextLayout, pieces_needed
+from lcdist.plan.resolve import (
     LayerAttention,
     common_layouts,
     common_multiple,
     layer_methods,
     slots_of,
 )
-from lcdist.layout import ContextLayout, pieces_needed
 
 # Training runs every matrix product once forward and twice backward.
 PASSES = 3

@@ -25,7 +25,7 @@ FLOORS = (
         "lcdist_kernels",
     },
     {"lcdist.attention", "lcdist.distributed.mesh", "lcdist.data"},
-    {"lcdist.layer_methods"},
+    {"lcdist.plan.resolve"},
     {"lcdist.contradictions", "lcdist.footprint"},
     {"lcdist.activations"},
     {"lcdist.plan"},

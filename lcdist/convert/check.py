@@ -13,8 +13,8 @@ from lcdist.convert.huggingface.names import head_dim
 from lcdist.convert.huggingface.weights import Weights
 from lcdist.convert.reference_forward import hf_frequencies, hf_logits
 from lcdist.convert.streamed_forward import our_logits
-from lcdist.layer_methods import slots_of
 from lcdist.model.rotary import attention_factor, inverse_frequencies
+from lcdist.plan.resolve import slots_of
 
 # Both sides compute in float64 from the same numbers: what remains is rounding.
 TOLERANCE = 1e-8

@@ -25,11 +25,11 @@ from lcdist.config.schema import (
 from lcdist.convert.huggingface.names import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
 from lcdist.convert.reference_forward import by_rows
 from lcdist.distributed.mesh import build_grid, world_size
-from lcdist.layer_methods import LayerAttention
 from lcdist.layout import ContextLayout
 from lcdist.model.build import build_model
 from lcdist.model.sequence import SequenceParams
 from lcdist.plan import make_plan
+from lcdist.plan.resolve import LayerAttention
 
 
 def check_alone() -> None:

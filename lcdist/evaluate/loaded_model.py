@@ -18,9 +18,9 @@ from lcdist.engines.megatron import MegatronEngine
 from lcdist.engines.state import load_model_state, model_state
 from lcdist.evaluate.perplexity import held_out_text, perplexity_by_length
 from lcdist.inference.generate import generate
-from lcdist.layer_methods import dense_where_meant
 from lcdist.model.build import CausalLM, build_model
 from lcdist.plan import Plan, make_plan
+from lcdist.plan.resolve import dense_where_meant
 from lcdist.rundir.lock import on_rank_0
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.attention import HeadSlice
-from lcdist.layer_methods import LayerAttention
 from lcdist.layout import ContextLayout
 from lcdist.model.sequence import SequenceParams
+from lcdist.plan.resolve import LayerAttention
 from lcdist_kernels import Rotary
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lcdist.inference.generate import generate
-from lcdist.layer_methods import dense_where_meant
+from lcdist.plan.resolve import dense_where_meant
 from lcdist.train.trainer import Trainer
 from tests.convert.hf import tokens
 from tests.convert.ours import whole_logits

@@ -22,8 +22,8 @@ from lcdist.config.schema import (
     TrainConfig,
 )
 from lcdist.convert.huggingface.names import Ours, Part, hf_prefix, layer_prefix
-from lcdist.layer_methods import LayerAttention, dense_where_meant, layer_methods
 from lcdist.model.init import EXTRAS
+from lcdist.plan.resolve import LayerAttention, dense_where_meant, layer_methods
 
 FAMILY, KIND = "LcdistForCausalLM", "lcdist"
 AUTO_MAP = {
