@@ -13,7 +13,10 @@ from lcdist.activations import Activations
 from lcdist.attention import HeadSlice, Shape
 from lcdist.config import ConfigError
 from lcdist.config.schema import Config
-from lcdist.contradictions import (
+from lcdist.data.slots import Slots
+from lcdist.hardware.device import has_cuda
+from lcdist.layout import ContextLayout, pieces_needed
+from lcdist.plan.checks import (
     check_batch,
     check_layers,
     check_lora,
@@ -24,9 +27,6 @@ from lcdist.contradictions import (
     check_rope,
     check_schedule,
 )
-from lcdist.data.slots import Slots
-from lcdist.hardware.device import has_cuda
-from lcdist.layout import ContextLayout, pieces_needed
 from lcdist.plan.resolve import (
     LayerAttention,
     common_layouts,

@@ -26,7 +26,7 @@ FLOORS = (
     },
     {"lcdist.attention", "lcdist.distributed.mesh", "lcdist.data"},
     {"lcdist.plan.resolve"},
-    {"lcdist.contradictions", "lcdist.footprint"},
+    {"lcdist.plan.checks", "lcdist.footprint"},
     {"lcdist.activations"},
     {"lcdist.plan"},
     {"lcdist.model"},
