@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from lcdist.footprint import CHUNK_BYTES, CHUNK_TOKENS, FP32_BYTES, INT64_BYTES, Footprint
+from lcdist.plan.memory import CHUNK_BYTES, CHUNK_TOKENS, FP32_BYTES, INT64_BYTES, Footprint
 
 # Up to here a rank keeps what it computes: above, activations are what fills its memory.
 MANY_TOKENS = 16_384

@@ -26,7 +26,7 @@ FLOORS = (
     },
     {"lcdist.attention", "lcdist.distributed.mesh", "lcdist.data"},
     {"lcdist.plan.resolve"},
-    {"lcdist.plan.checks", "lcdist.footprint"},
+    {"lcdist.plan.checks", "lcdist.plan.memory"},
     {"lcdist.activations"},
     {"lcdist.plan"},
     {"lcdist.model"},

@@ -22,8 +22,8 @@ from torch import Tensor
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.schema import ParallelConfig
 from lcdist.distributed.mesh import build_grid
-from lcdist.footprint import CHUNK_BYTES, CHUNK_TOKENS, FP32_BYTES
 from lcdist.model.output_loss import VocabShard, output_losses
+from lcdist.plan.memory import CHUNK_BYTES, CHUNK_TOKENS, FP32_BYTES
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 SIZES = [(32768, 32768, 1024)]  # tokens, vocabulary, hidden size
