@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm
 
-from lcdist.activations import Activations
 from lcdist.attention import HeadSlice, Shape
 from lcdist.config import ConfigError
 from lcdist.config.schema import Config
 from lcdist.data.slots import Slots
 from lcdist.hardware.device import has_cuda
 from lcdist.layout import ContextLayout, pieces_needed
+from lcdist.plan.activations import Activations
 from lcdist.plan.checks import (
     check_batch,
     check_layers,

@@ -27,7 +27,7 @@ FLOORS = (
     {"lcdist.attention", "lcdist.distributed.mesh", "lcdist.data"},
     {"lcdist.plan.resolve"},
     {"lcdist.plan.checks", "lcdist.plan.memory"},
-    {"lcdist.activations"},
+    {"lcdist.plan.activations"},
     {"lcdist.plan"},
     {"lcdist.model"},
     {"lcdist.train", "lcdist.inference"},
