@@ -24,12 +24,12 @@ from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.meta import check_vocabulary
 from lcdist.data.opening import accounts, open_samples
 from lcdist.data.sample import Dataset
-from lcdist.data.slots import Apart, Joined, Slots
 from lcdist.data.synthetic import SyntheticDataset
 from lcdist.distributed.mesh import Grid, board, build_grid, start_world, world_size
 from lcdist.distributed.watchdog import Watchdog
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.hardware.peak import Peak, device_peak
+from lcdist.layout.documents import Apart, Joined, Slots
 from lcdist.model.build import DTYPES, build_model
 from lcdist.plan import Plan, make_plan
 from lcdist.rundir.header import (

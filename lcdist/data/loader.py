@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 
 from lcdist.data.balance import attention_work, deal, table_of
 from lcdist.data.sample import Dataset, Sample
-from lcdist.data.slots import Slots
 from lcdist.layout import ContextLayout
+from lcdist.layout.documents import Slots
 
 
 @dataclass(frozen=True)

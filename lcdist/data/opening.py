@@ -10,7 +10,7 @@ from lcdist.data.dataset import TokenDataset
 from lcdist.data.long_documents import LongDocuments
 from lcdist.data.mixture import Folder, Mixture, round_tokens, source_seed
 from lcdist.data.packed import PackedDataset
-from lcdist.data.slots import Slots
+from lcdist.layout.documents import Slots
 
 
 def data_errors(data: DataConfig) -> Iterator[str]:

@@ -18,7 +18,7 @@ from lcdist.data.best_fit import best_fit
 from lcdist.data.dataset import Span, TokenSplit, check_rows, permutation
 from lcdist.data.long_documents import LongDocuments
 from lcdist.data.sample import Sample, check_seed
-from lcdist.data.slots import PADDING, Slots
+from lcdist.layout.documents import PADDING, Slots
 
 # Beside those that dataset.py draws with the same key.
 _ROWS, _PACKING = 1, 2

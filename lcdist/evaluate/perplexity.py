@@ -14,10 +14,10 @@ from torch import Tensor
 from lcdist.data.dataset import TokenSplit
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.sample import Sample
-from lcdist.data.slots import Joined
 from lcdist.distributed.mesh import Grid
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.layout import ContextLayout
+from lcdist.layout.documents import Joined
 from lcdist.plan import Plan
 from lcdist.train.trainer import to_device
 

@@ -12,9 +12,9 @@ from math import lcm
 from lcdist.attention import HeadSlice, Shape
 from lcdist.config import ConfigError
 from lcdist.config.schema import Config
-from lcdist.data.slots import Slots
 from lcdist.hardware.device import has_cuda
 from lcdist.layout import ContextLayout, pieces_needed
+from lcdist.layout.documents import Slots
 from lcdist.plan.activations import Activations
 from lcdist.plan.checks import (
     check_batch,

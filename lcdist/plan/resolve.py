@@ -14,7 +14,7 @@ from lcdist.attention import METHODS, AttentionMethod
 from lcdist.config import ConfigError
 from lcdist.config.load import build_options
 from lcdist.config.schema import OPTIONS, Config, RawOptions
-from lcdist.data.slots import Slots
+from lcdist.layout.documents import Slots
 
 
 @dataclass(frozen=True)

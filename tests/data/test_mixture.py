@@ -14,8 +14,8 @@ from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.long_documents import LongDocuments
 from lcdist.data.mixture import Mixture, round_tokens
 from lcdist.data.opening import accounts, held_out_folder, open_samples
-from lcdist.data.slots import PADDING, Slots
 from lcdist.layout import ContextLayout
+from lcdist.layout.documents import PADDING, Slots
 from lcdist.plan import make_plan
 from tests.data.folders import token_folder
 from tests.test_config import table

@@ -16,8 +16,8 @@ from lcdist.data.dataset import TokenDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.long_documents import LongDocuments
 from lcdist.data.packed import PackedDataset
-from lcdist.data.slots import PADDING, Slots
 from lcdist.layout import ContextLayout
+from lcdist.layout.documents import PADDING, Slots
 from tests.data.folders import token_folder
 from tests.data.test_slots import BLOCKS, BOTH, LANDMARKS
 

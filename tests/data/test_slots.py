@@ -11,9 +11,9 @@ from lcdist.data.dataset import TokenDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.prepare import Prepared
 from lcdist.data.sample import Sample
-from lcdist.data.slots import PADDING, Apart, Joined, Slots
 from lcdist.data.synthetic import SyntheticDataset
 from lcdist.layout import ContextLayout
+from lcdist.layout.documents import PADDING, Apart, Joined, Slots
 
 MARK = 999
 LANDMARKS = Slots(multiple=4, block_size=4, landmark=MARK)
