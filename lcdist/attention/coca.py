@@ -22,7 +22,7 @@ from lcdist.attention.common import (
     check_shard,
     decode_rows,
 )
-from lcdist.attention.method import AttentionMethod, HeadSlice, Shape, Traffic
+from lcdist.attention.interface import AttentionMethod, HeadSlice, Shape, Traffic
 from lcdist.attention.ring_softmax import Lap, RingSoftmax, reference_ring, ring_bytes
 from lcdist.config.schema import CocaOptions
 from lcdist.exchange import Group

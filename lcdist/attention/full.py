@@ -17,7 +17,7 @@ from lcdist.attention.common import (
     decode_rows,
     tokens,
 )
-from lcdist.attention.method import AttentionMethod, HeadSlice, Shape, Traffic
+from lcdist.attention.interface import AttentionMethod, HeadSlice, Shape, Traffic
 from lcdist.attention.ring_softmax import Lap, RingSoftmax, reference_ring, ring_bytes
 from lcdist.config.schema import FullOptions
 from lcdist.exchange import Group, group_rank

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.common import check_shard, decode_rows, tokens
+from lcdist.attention.interface import AttentionMethod, HeadSlice
 from lcdist.attention.landmark_fetch import Fetch
 from lcdist.attention.landmark_plan import (
     LAYOUTS,
@@ -30,7 +31,6 @@ from lcdist.attention.landmark_plan import (
     traffic,
 )
 from lcdist.attention.landmark_ring import Ring, reference_ring, ring_by_hand
-from lcdist.attention.method import AttentionMethod, HeadSlice
 from lcdist.config.schema import LandmarkOptions
 from lcdist.exchange import Group, group_rank
 from lcdist.layout import ContextLayout

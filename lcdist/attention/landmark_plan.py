@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.common import check_plain
-from lcdist.attention.method import HeadSlice, Shape, Traffic
+from lcdist.attention.interface import HeadSlice, Shape, Traffic
 from lcdist.attention.ring_softmax import ring_bytes
 from lcdist.config.schema import LandmarkOptions
 from lcdist.layout import ContextLayout, pieces_needed

@@ -25,7 +25,7 @@ from lcdist.attention.common import (
     decode_rows,
     tokens,
 )
-from lcdist.attention.method import AttentionMethod, HeadSlice, Shape, Traffic
+from lcdist.attention.interface import AttentionMethod, HeadSlice, Shape, Traffic
 from lcdist.config.schema import LssarOptions
 from lcdist.exchange import Group, group_rank, ring, ring_home
 from lcdist.layout import KINDS, ContextLayout, pieces_needed

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 
 from lcdist.attention import coca, full, landmark, lssar, scca, tensorized
-from lcdist.attention.method import AttentionMethod
+from lcdist.attention.interface import AttentionMethod
 
 GROUP = "lcdist.attention_methods"
 BUILT_IN = (full.METHOD, coca.METHOD, scca.METHOD, tensorized.METHOD, landmark.METHOD, lssar.METHOD)

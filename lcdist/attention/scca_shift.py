@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.common import tokens
-from lcdist.attention.method import Shape, Traffic
+from lcdist.attention.interface import Shape, Traffic
 from lcdist.attention.scca_plan import Moves, borders_of, moves
 from lcdist.exchange import Group, Pending, group_rank, shift
 from lcdist.layout import ContextLayout

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcdist.attention.method import Shape, Traffic
+from lcdist.attention.interface import Shape, Traffic
 from lcdist.attention.scca_units import Units, dilated_heads
 from lcdist.exchange import Group, Pending, group_rank, swap
 from lcdist.layout import ContextLayout

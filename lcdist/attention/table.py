@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 
-from lcdist.attention.method import AttentionMethod
+from lcdist.attention.interface import AttentionMethod
 
 COLUMNS = ("method", "paper", "options", "layouts", "exchange", "supports")
 
