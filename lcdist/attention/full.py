@@ -10,15 +10,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lcdist.attention.common import (
+from lcdist.attention.interface import AttentionMethod, HeadSlice, Shape, Traffic
+from lcdist.attention.ring_softmax import Lap, RingSoftmax, reference_ring, ring_bytes
+from lcdist.attention.shared.checks import (
     causal_flops,
     check_plain,
     check_shard,
     decode_rows,
     tokens,
 )
-from lcdist.attention.interface import AttentionMethod, HeadSlice, Shape, Traffic
-from lcdist.attention.ring_softmax import Lap, RingSoftmax, reference_ring, ring_bytes
 from lcdist.config.schema import FullOptions
 from lcdist.exchange import Group, group_rank
 from lcdist.layout import KINDS, ContextLayout, pieces_needed

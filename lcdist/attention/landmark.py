@@ -16,7 +16,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lcdist.attention.common import check_shard, decode_rows, tokens
 from lcdist.attention.interface import AttentionMethod, HeadSlice
 from lcdist.attention.landmark_fetch import Fetch
 from lcdist.attention.landmark_plan import (
@@ -31,6 +30,7 @@ from lcdist.attention.landmark_plan import (
     traffic,
 )
 from lcdist.attention.landmark_ring import Ring, reference_ring, ring_by_hand
+from lcdist.attention.shared.checks import check_shard, decode_rows, tokens
 from lcdist.config.schema import LandmarkOptions
 from lcdist.exchange import Group, group_rank
 from lcdist.layout import ContextLayout

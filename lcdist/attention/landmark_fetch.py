@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lcdist.attention.common import tokens
+from lcdist.attention.shared.checks import tokens
 from lcdist.config.schema import LandmarkOptions
 from lcdist.exchange import Group, Pending, gather, group_rank
 from lcdist.layout import ContextLayout

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist.attention.common import tokens
+from lcdist.attention.shared.checks import tokens
 from lcdist.exchange import Group, group_rank, ring, ring_home
 from lcdist.layout import ContextLayout
 from lcdist_kernels.landmark import TILED, LandmarkOperator, Rows, landmark_partial, sees_any

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist.attention.common import (
+from lcdist.attention.interface import AttentionMethod, HeadSlice, Shape, Traffic
+from lcdist.attention.shared.checks import (
     causal_flops,
     check_plain,
     check_shard,
     decode_rows,
     tokens,
 )
-from lcdist.attention.interface import AttentionMethod, HeadSlice, Shape, Traffic
 from lcdist.config.schema import LssarOptions
 from lcdist.exchange import Group, group_rank, ring, ring_home
 from lcdist.layout import KINDS, ContextLayout, pieces_needed

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lcdist.attention.common import tokens
 from lcdist.attention.interface import Shape, Traffic
+from lcdist.attention.shared.checks import tokens
 from lcdist.exchange import Group, group_rank, ring, ring_home
 from lcdist.layout import ContextLayout
 from lcdist_kernels.full import TILED, BlockOperator, full_partial, merge, reaches, visible

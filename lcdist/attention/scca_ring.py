@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcdist.attention.common import tokens
 from lcdist.attention.interface import Shape, Traffic
+from lcdist.attention.shared.checks import tokens
 from lcdist.exchange import Group, group_rank, ring, ring_home
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import wide_dtype

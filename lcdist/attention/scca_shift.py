@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist.attention.common import tokens
 from lcdist.attention.interface import Shape, Traffic
 from lcdist.attention.scca_plan import Moves, borders_of, moves
+from lcdist.attention.shared.checks import tokens
 from lcdist.exchange import Group, Pending, group_rank, shift
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import document_starts
