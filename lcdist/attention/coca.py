@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.interface import AttentionMethod, HeadSlice, Shape, Traffic
-from lcdist.attention.ring_softmax import Lap, RingSoftmax, reference_ring, ring_bytes
 from lcdist.attention.shared.checks import (
     causal_flops,
     check_plain,
     check_shard,
     decode_rows,
 )
+from lcdist.attention.shared.ring_softmax import Lap, RingSoftmax, reference_ring, ring_bytes
 from lcdist.config.schema import CocaOptions
 from lcdist.exchange import Group
 from lcdist.layout import KINDS, ContextLayout, pieces_needed

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.interface import AttentionMethod, HeadSlice, Shape, Traffic
-from lcdist.attention.ring_softmax import Lap, RingSoftmax, reference_ring, ring_bytes
 from lcdist.attention.shared.checks import (
     causal_flops,
     check_plain,
@@ -19,6 +18,7 @@ from lcdist.attention.shared.checks import (
     decode_rows,
     tokens,
 )
+from lcdist.attention.shared.ring_softmax import Lap, RingSoftmax, reference_ring, ring_bytes
 from lcdist.config.schema import FullOptions
 from lcdist.exchange import Group, group_rank
 from lcdist.layout import KINDS, ContextLayout, pieces_needed

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.interface import HeadSlice, Shape, Traffic
-from lcdist.attention.ring_softmax import ring_bytes
 from lcdist.attention.shared.checks import check_plain
+from lcdist.attention.shared.ring_softmax import ring_bytes
 from lcdist.config.schema import LandmarkOptions
 from lcdist.layout import ContextLayout, pieces_needed
 from lcdist_kernels.common import document_starts
