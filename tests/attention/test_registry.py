@@ -24,7 +24,10 @@ def test_a_method_of_a_package_joins_the_built_in_ones() -> None:
 @pytest.mark.parametrize(
     ("points", "says"),
     [
-        ([point("full", "METHOD", "lcdist.attention.full")], "'full'.*taken by lcdist itself"),
+        (
+            [point("full", "METHOD", "lcdist.attention.full.attention")],
+            "'full'.*taken by lcdist itself",
+        ),
         ([point("mine", "MINE"), point("mine", "MINE")], "taken by an unnamed distribution"),
         ([point("mine", "NOT_A_METHOD")], "is a str, expected an AttentionMethod"),
         ([point("yours", "MINE")], "calls itself 'mine'"),
