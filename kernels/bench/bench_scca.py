@@ -12,7 +12,7 @@ from typing import Any
 from gpu_harness import Attend, Bench, Contender, Operator, Size, main, ours
 from gpu_rivals import causal_rivals, flex_contender, flexed, mask_of_rules
 
-from lcdist.attention.scca_pattern import model_rules
+from lcdist.attention.scca.pattern import model_rules
 
 
 def pattern(**options: Any) -> Operator:
