@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.interface import Shape, Traffic
-from lcdist.attention.scca_plan import Moves, borders_of, moves
+from lcdist.attention.scca.shift_plan import Moves, borders_of, moves
 from lcdist.attention.shared.checks import tokens
 from lcdist.exchange import Group, Pending, group_rank, shift
 from lcdist.layout import ContextLayout
