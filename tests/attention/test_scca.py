@@ -11,7 +11,7 @@ from torch import Tensor
 from lcdist.attention import METHODS, HeadSlice, Shape, scca_ring, scca_shift, scca_swap
 from lcdist.attention.scca.pattern import check_documents, longmixed_units, model_rules
 from lcdist.attention.scca.shift_plan import Borders, moves, needed
-from lcdist.attention.scca_units import DilatedHeads, Units
+from lcdist.attention.scca.units import DilatedHeads, Units
 from lcdist.config.schema import SccaOptions
 from lcdist.exchange import Pending, VirtualGroup, group_rank, traffic
 from lcdist.layout import ContextLayout
