@@ -16,7 +16,7 @@ from lcdist.distributed.stack_probe import Whereabouts, whereabouts
 from lcdist.distributed.watchdog import Beat, Noted, Watchdog, end_sibling, report
 from lcdist.exchange import VirtualGroup, group_rank, ring
 
-METHODS = {"lcdist.attention.scca": "scca"}
+METHODS = {"lcdist.attention.scca.attention": "scca"}
 
 
 def beat(count: int = 9, collective: str = "", place: str = "", method: str = "") -> Beat:
