@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.interface import AttentionMethod, HeadSlice
-from lcdist.attention.landmark_fetch import Fetch
+from lcdist.attention.landmark.gather import Fetch
 from lcdist.attention.landmark_plan import (
     LAYOUTS,
     check,
