@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lcdist.attention.interface import AttentionMethod, HeadSlice
 from lcdist.attention.landmark.gather import Fetch
-from lcdist.attention.landmark_plan import (
+from lcdist.attention.landmark.plan import (
     LAYOUTS,
     check,
     check_documents,
