@@ -29,7 +29,7 @@ from lcdist.attention.landmark.plan import (
     multiple_of,
     traffic,
 )
-from lcdist.attention.landmark_ring import Ring, reference_ring, ring_by_hand
+from lcdist.attention.landmark.ring import Ring, reference_ring, ring_by_hand
 from lcdist.attention.shared.checks import check_shard, decode_rows, tokens
 from lcdist.config.schema import LandmarkOptions
 from lcdist.exchange import Group, group_rank
