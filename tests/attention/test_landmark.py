@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention import METHODS, HeadSlice, Shape, Traffic
-from lcdist.attention import landmark as landmark_module
+from lcdist.attention.landmark import attention as landmark_module
 from lcdist.config.schema import LandmarkOptions
 from lcdist.exchange import VirtualGroup
 from lcdist.layout import ContextLayout
