@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist.attention.tensorized_plan import halo_plan, halo_tokens, plan_home, unit_sizes
+from lcdist.attention.tensorized.plan import halo_plan, halo_tokens, plan_home, unit_sizes
 from lcdist.exchange import Group, Interval, Pending, group_rank, shift, swap
 from lcdist.layout import ContextLayout
 from lcdist_kernels import tensorized as ops

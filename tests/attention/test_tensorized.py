@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention import METHODS, HeadSlice, Shape, Traffic, tensorized_units
-from lcdist.attention.tensorized_plan import halo_plan, halo_tokens, plan_home, unit_sizes
+from lcdist.attention.tensorized.plan import halo_plan, halo_tokens, plan_home, unit_sizes
 from lcdist.config.schema import TensorizedOptions
 from lcdist.exchange import VirtualGroup, group_rank, traffic
 from lcdist.layout import ContextLayout
