@@ -21,7 +21,7 @@ from torch import Tensor
 from lcdist.attention.interface import AttentionMethod, HeadSlice, Shape
 from lcdist.attention.shared.checks import check_shard, held_heads
 from lcdist.attention.tensorized.plan import grid_of, traffic
-from lcdist.attention.tensorized_reference import reference_units
+from lcdist.attention.tensorized.reference import reference_units
 from lcdist.attention.tensorized_units import Sharded, ShardedTensorized
 from lcdist.config.schema import TensorizedOptions
 from lcdist.exchange import Group, group_rank
