@@ -22,7 +22,7 @@ from lcdist.attention.interface import AttentionMethod, HeadSlice, Shape
 from lcdist.attention.shared.checks import check_shard, held_heads
 from lcdist.attention.tensorized.plan import grid_of, traffic
 from lcdist.attention.tensorized.reference import reference_units
-from lcdist.attention.tensorized_units import Sharded, ShardedTensorized
+from lcdist.attention.tensorized.units import Sharded, ShardedTensorized
 from lcdist.config.schema import TensorizedOptions
 from lcdist.exchange import Group, group_rank
 from lcdist.layout import ContextLayout, pieces_needed

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lcdist.attention.tensorized_units import Sharded, rows_away, unit_heads, units
+from lcdist.attention.tensorized.units import Sharded, rows_away, unit_heads, units
 from lcdist_kernels import tensorized as ops
 from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.full import full_partial
