@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lcdist.data.corpus import SourceFile
+from lcdist.data.prepare.corpus import SourceFile
 from lcdist.data.records import (
     Text,
     Unreadable,

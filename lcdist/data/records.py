@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcdist.data.corpus import SourceFile
+from lcdist.data.prepare.corpus import SourceFile
 
 # Rows decoded at once: a row group may have a million.
 _ROWS = 64

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from lcdist.data import shards
-from lcdist.data.corpus import Source
 from lcdist.data.prepare import prepare
+from lcdist.data.prepare.corpus import Source
 from lcdist.data.settings import Settings
 
 

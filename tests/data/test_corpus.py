@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from lcdist.data import parts
-from lcdist.data.corpus import Source, SourceFile, list_files, standard_library
 from lcdist.data.parts import OnError, Reading, Tally, cut, documents, number_lines
+from lcdist.data.prepare.corpus import Source, SourceFile, list_files, standard_library
 
 
 def read(

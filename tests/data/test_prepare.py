@@ -13,10 +13,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from lcdist.data import parts as parts_module
 from lcdist.data import shards as shards_module
-from lcdist.data.corpus import Source
 from lcdist.data.indexed import IndexedWriter
 from lcdist.data.meta import check_vocabulary
 from lcdist.data.prepare import Prepared, prepare
+from lcdist.data.prepare.corpus import Source
 from lcdist.data.settings import Settings
 from lcdist.data.tokenizer import Tokenizer
 from tests.data.conftest import SETTINGS, write_corpus

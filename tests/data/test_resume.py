@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from lcdist.data import shards as shards_module
-from lcdist.data.corpus import Source
 from lcdist.data.meta import read_meta
 from lcdist.data.parts import Part
 from lcdist.data.pool import tokenize_all
 from lcdist.data.prepare import Prepared, prepare
+from lcdist.data.prepare.corpus import Source
 from lcdist.data.settings import Settings
 from tests.data.test_prepare import SETTINGS, change, contents
 
