@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from lcdist.data.prepare.corpus import SourceFile
-from lcdist.data.records import (
+from lcdist.data.prepare.readers import (
     Text,
     Unreadable,
     json_lines,

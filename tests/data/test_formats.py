@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lcdist.data import records
 from lcdist.data.prepare import prepare
+from lcdist.data.prepare import readers as records
 from lcdist.data.prepare.corpus import Source, list_files, walk
 from tests.data.test_corpus import read
 from tests.data.test_prepare import SETTINGS, change, contents
