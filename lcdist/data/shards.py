@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcdist.data.indexed import IndexedWriter
-from lcdist.data.parts import Document, Part, Reading, Tally, documents, number_lines
+from lcdist.data.prepare.chunks import Document, Part, Reading, Tally, documents, number_lines
 from lcdist.data.prepare.corpus import SourceFile, share
 from lcdist.data.tokenizer_files import TextTokenizer, beginning
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lcdist.data import parts
-from lcdist.data.parts import OnError, Reading, Tally, cut, documents, number_lines
+from lcdist.data.prepare import chunks as parts
+from lcdist.data.prepare.chunks import OnError, Reading, Tally, cut, documents, number_lines
 from lcdist.data.prepare.corpus import Source, SourceFile, list_files, standard_library
 
 

@@ -46,7 +46,7 @@ def test_packed_lines_are_the_lines(ending: str, tmp_path: Path) -> None:
 def test_bad_lines_of_packed_files_are_named(
     ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lcdist.data.parts.PART_BYTES", 200)
+    monkeypatch.setattr("lcdist.data.prepare.chunks.PART_BYTES", 200)
     lines = [line.encode() for line in LINES]
     lines[7], lines[30], lines[31] = b"{", b'{"text": 3, "id": 4}', b'{"text": "\xff"}'
     path = pack(tmp_path / f"a.jsonl{ending}", b"\n".join(lines))

@@ -13,9 +13,9 @@ import pytest
 
 from lcdist.data import shards as shards_module
 from lcdist.data.meta import read_meta
-from lcdist.data.parts import Part
 from lcdist.data.pool import tokenize_all
 from lcdist.data.prepare import Prepared, prepare
+from lcdist.data.prepare.chunks import Part
 from lcdist.data.prepare.corpus import Source
 from lcdist.data.settings import Settings
 from tests.data.test_prepare import SETTINGS, change, contents
@@ -151,7 +151,7 @@ def test_the_first_bad_line_is_the_one_that_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 600)
-    monkeypatch.setattr("lcdist.data.parts.PART_BYTES", 300)
+    monkeypatch.setattr("lcdist.data.prepare.chunks.PART_BYTES", 300)
     source = Source(bad_lines(tmp_path, 200, {140, 171, 199}))
     first = prepare_bytes(source, tmp_path / "first", change(workers=workers, on_error="skip"))
     assert [(e["line"], e["file"]) for e in first.meta.skipped] == [
@@ -173,7 +173,7 @@ def test_what_a_try_skipped_is_refused_by_the_next_that_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 600)
-    monkeypatch.setattr("lcdist.data.parts.PART_BYTES", 300)
+    monkeypatch.setattr("lcdist.data.prepare.chunks.PART_BYTES", 300)
     source, out = Source(bad_lines(tmp_path, 200, {3})), tmp_path / "out"
 
     def stop(what: str, done: int, _total: int) -> None:
