@@ -13,10 +13,10 @@ import pytest
 
 from lcdist.data import shards as shards_module
 from lcdist.data.meta import read_meta
-from lcdist.data.pool import tokenize_all
 from lcdist.data.prepare import Prepared, prepare
 from lcdist.data.prepare.chunks import Part
 from lcdist.data.prepare.corpus import Source
+from lcdist.data.prepare.workers import tokenize_all
 from lcdist.data.settings import Settings
 from tests.data.test_prepare import SETTINGS, change, contents
 

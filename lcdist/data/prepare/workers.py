@@ -31,7 +31,7 @@ from lcdist.data.tokenizer_files import TextTokenizer, open_tokenizer
 _PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from lcdist.data.pool import serve
+from lcdist.data.prepare.workers import serve
 serve()
 """
 _Answer = tuple[int, str, object]
