@@ -9,8 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from lcdist.data import shards
-from lcdist.data.prepare import prepare
+from lcdist.data.prepare import prepare, shards
 from lcdist.data.prepare.corpus import Source
 from lcdist.data.settings import Settings
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lcdist.data import shards as shards_module
 from lcdist.data.meta import read_meta
 from lcdist.data.prepare import Prepared, prepare
+from lcdist.data.prepare import shards as shards_module
 from lcdist.data.prepare.chunks import Part
 from lcdist.data.prepare.corpus import Source
 from lcdist.data.prepare.workers import tokenize_all

@@ -105,7 +105,7 @@ def test_bytes_are_bytes() -> None:
 def test_a_token_folder_opens_as_its_own_tokenizer(
     kind: str, workers: int, corpus: Path, prepared: Prepared, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("lcdist.data.shards.SHARD_BYTES", 4000)
+    monkeypatch.setattr("lcdist.data.prepare.shards.SHARD_BYTES", 4000)
     made_with = {
         "huggingface": make(tmp_path / "hf", True, bos_token="<|begin|>", eos_token="<|end|>"),
         "bytes": "bytes",

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lcdist.data.huggingface import Specials
-from lcdist.data.shards import (
+from lcdist.data.prepare.shards import (
     Read,
     Shard,
     Work,
