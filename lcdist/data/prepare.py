@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcdist.data.building import Building, building, is_whole
 from lcdist.data.meta import FORMAT, META, Meta, read_meta, write_meta
 from lcdist.data.prepare.chunks import PART_BYTES, Part, Reading, Tally, cut
 from lcdist.data.prepare.corpus import Source, SourceFile, digest_files, list_files, share, walk
+from lcdist.data.prepare.folder_build import Building, building, is_whole
 from lcdist.data.prepare.shards import SHARD_BYTES, Work, drawn_documents, join, shards_of
 from lcdist.data.prepare.workers import tokenize_all
 from lcdist.data.settings import Settings, check_settings
