@@ -33,7 +33,7 @@ from lcdist.config.stages import load_stages
 from lcdist.data.huggingface import Specials
 from lcdist.data.prepare import described, prepare
 from lcdist.data.prepare.corpus import SUFFIXES, Source, standard_library
-from lcdist.data.settings import Settings
+from lcdist.data.prepare.settings import Settings
 from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.loaded_model import evaluate_checkpoint, generate_text
 from lcdist.plan import make_plan, smallest_world

@@ -15,9 +15,9 @@ from lcdist.data.meta import FORMAT, META, Meta, read_meta, write_meta
 from lcdist.data.prepare.chunks import PART_BYTES, Part, Reading, Tally, cut
 from lcdist.data.prepare.corpus import Source, SourceFile, digest_files, list_files, share, walk
 from lcdist.data.prepare.folder_build import Building, building, is_whole
+from lcdist.data.prepare.settings import Settings, check_settings
 from lcdist.data.prepare.shards import SHARD_BYTES, Work, drawn_documents, join, shards_of
 from lcdist.data.prepare.workers import tokenize_all
-from lcdist.data.settings import Settings, check_settings
 from lcdist.data.tokenizer import MODEL_FILE, train_tokenizer
 from lcdist.data.tokenizer_files import TextTokenizer, open_tokenizer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lcdist.data.prepare import prepare, shards
 from lcdist.data.prepare.corpus import Source
-from lcdist.data.settings import Settings
+from lcdist.data.prepare.settings import Settings
 
 
 def main(corpus: str, out: str, settings: str, stage: str, when: str) -> None:

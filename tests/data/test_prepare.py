@@ -17,7 +17,7 @@ from lcdist.data.prepare import Prepared, prepare
 from lcdist.data.prepare import chunks as parts_module
 from lcdist.data.prepare import shards as shards_module
 from lcdist.data.prepare.corpus import Source
-from lcdist.data.settings import Settings
+from lcdist.data.prepare.settings import Settings
 from lcdist.data.tokenizer import Tokenizer
 from tests.data.conftest import SETTINGS, write_corpus
 

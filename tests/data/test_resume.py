@@ -16,8 +16,8 @@ from lcdist.data.prepare import Prepared, prepare
 from lcdist.data.prepare import shards as shards_module
 from lcdist.data.prepare.chunks import Part
 from lcdist.data.prepare.corpus import Source
+from lcdist.data.prepare.settings import Settings
 from lcdist.data.prepare.workers import tokenize_all
-from lcdist.data.settings import Settings
 from tests.data.test_prepare import SETTINGS, change, contents
 
 ROOT = Path(__file__).parents[2]
