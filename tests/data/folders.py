@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lcdist.data.indexed import IndexedWriter
 from lcdist.data.meta import Meta, write_meta
+from lcdist.data.prepare.indexed import IndexedWriter
 
 VOCAB = 60000
 

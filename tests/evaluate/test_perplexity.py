@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lcdist.checkpoint.save import Checkpointer
 from lcdist.data.dataset import TokenSplit
-from lcdist.data.indexed import IndexedWriter
 from lcdist.data.meta import Meta, write_meta
+from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.evaluate.loaded_model import evaluate_checkpoint
 from lcdist.evaluate.perplexity import Score, Windows, held_out_text
 from lcdist.layout import ContextLayout

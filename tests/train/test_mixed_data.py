@@ -9,8 +9,8 @@ import torch
 
 from lcdist.commands.train import run
 from lcdist.config.schema import Config
-from lcdist.data.indexed import IndexedWriter
 from lcdist.data.meta import Meta, write_meta
+from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.evaluate.loaded_model import evaluate_checkpoint
 from lcdist.rundir.records import read_records
 from tests.distributed import run_ranks

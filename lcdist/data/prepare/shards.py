@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcdist.data.indexed import IndexedWriter
 from lcdist.data.prepare.chunks import Document, Part, Reading, Tally, documents, number_lines
 from lcdist.data.prepare.corpus import SourceFile, share
+from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.data.tokenizer_files import TextTokenizer, beginning
 
 # Bytes of input: a few seconds of work, which is what an interruption costs a process.
