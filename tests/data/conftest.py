@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lcdist.data.prepare import Prepared, prepare
 from lcdist.data.prepare.corpus import Source
+from lcdist.data.prepare.prepare import Prepared, prepare
 from lcdist.data.prepare.settings import Settings
 
 SETTINGS = Settings(vocab_size=320, valid_fraction=0.2, seed=0, on_error="refuse")

@@ -9,8 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
-from lcdist.data.prepare import prepare, shards
 from lcdist.data.prepare.corpus import Source
+from lcdist.data.prepare.prepare import prepare, shards
 from lcdist.data.prepare.settings import Settings
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lcdist.data.prepare import chunks as parts
 from lcdist.data.prepare.chunks import OnError, Reading, Tally, cut, documents, number_lines
 from lcdist.data.prepare.corpus import Source, SourceFile, list_files, standard_library
+from lcdist.data.prepare.prepare import chunks as parts
 
 
 def read(

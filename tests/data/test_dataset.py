@@ -11,8 +11,8 @@ import torch
 
 from lcdist.data.dataset import TokenDataset, TokenSplit
 from lcdist.data.meta import read_meta, write_meta
-from lcdist.data.prepare import Prepared
 from lcdist.data.prepare.indexed import IndexedWriter
+from lcdist.data.prepare.prepare import Prepared
 from lcdist.data.synthetic import SyntheticDataset
 
 LENGTHS = (7, 1, 30, 2, 19, 44)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lcdist.data.dataset import TokenDataset
 from lcdist.data.loader import Loader, LoaderSpec
-from lcdist.data.prepare import Prepared
+from lcdist.data.prepare.prepare import Prepared
 from lcdist.data.sample import Sample
 from lcdist.data.synthetic import SyntheticDataset
 from lcdist.layout import ContextLayout

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lcdist.data.prepare import Prepared
+from lcdist.data.prepare.prepare import Prepared
 from lcdist.data.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["def f(x):\n\treturn x + 1\n" * 20, "  the quick brown fox jumps over dogs  \n\n" * 20]
