@@ -10,7 +10,7 @@ from lcdist.checkpoint.read import open_checkpoint, saved_config
 from lcdist.commands.convert import size
 from lcdist.commands.main import main
 from lcdist.config import dump
-from lcdist.data.tokenizer import train_tokenizer
+from lcdist.data.tokenizers.sentencepiece_bpe import train_tokenizer
 from tests.convert.hf import logits_of, make_model, save, tokens
 from tests.model.small import small
 from tests.tolerance import assert_matches

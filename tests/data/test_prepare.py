@@ -18,7 +18,7 @@ from lcdist.data.prepare.prepare import Prepared, prepare
 from lcdist.data.prepare.prepare import chunks as parts_module
 from lcdist.data.prepare.prepare import shards as shards_module
 from lcdist.data.prepare.settings import Settings
-from lcdist.data.tokenizer import Tokenizer
+from lcdist.data.tokenizers.sentencepiece_bpe import Tokenizer
 from tests.data.conftest import SETTINGS, write_corpus
 
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lcdist.data.prepare.prepare import Prepared
-from lcdist.data.tokenizer import Tokenizer, train_tokenizer
+from lcdist.data.tokenizers.sentencepiece_bpe import Tokenizer, train_tokenizer
 
 TEXTS = ["def f(x):\n\treturn x + 1\n" * 20, "  the quick brown fox jumps over dogs  \n\n" * 20]
 ODD = [" ", "\t", "\n", "\r\n", "▁", "a▁ b", "é", "<s>", "</s>", "<0x41>", "\0", "😀", "  x", " ⁇ "]
@@ -39,7 +39,7 @@ def test_training_is_repeatable_and_silent(capfd: pytest.CaptureFixture[str]) ->
 
 
 def test_training_reads_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcdist.data.tokenizer.TRAIN_BYTES", 5000)
+    monkeypatch.setattr("lcdist.data.tokenizers.sentencepiece_bpe.TRAIN_BYTES", 5000)
     assert train_tokenizer(itertools.chain(TEXTS, itertools.repeat("and so on")), 300)
 
 

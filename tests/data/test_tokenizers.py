@@ -13,8 +13,8 @@ from lcdist.data.huggingface import HuggingFaceTokenizer, Specials
 from lcdist.data.meta import Meta, check_vocabulary
 from lcdist.data.prepare.corpus import Source
 from lcdist.data.prepare.prepare import Prepared, prepare
-from lcdist.data.tokenizer import Tokenizer
 from lcdist.data.tokenizer_files import beginning, open_tokenizer
+from lcdist.data.tokenizers.sentencepiece_bpe import Tokenizer
 from tests.data.test_prepare import change
 
 TEXT = "alpha <|end|> beta é\n\t= 3"

@@ -20,7 +20,7 @@ from lcdist.config.rope import (
     RopeYarn,
 )
 from lcdist.convert.huggingface.fit_config import for_own_model, open_own_model, stretched
-from lcdist.data.tokenizer import train_tokenizer
+from lcdist.data.tokenizers.sentencepiece_bpe import train_tokenizer
 from tests.convert.hf import make_model, save
 from tests.launch.conftest import TINY, Start
 
