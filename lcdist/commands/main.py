@@ -30,10 +30,10 @@ from lcdist.commands.convert import add_commands as add_convert
 from lcdist.commands.stages import run_stages
 from lcdist.config import ConfigError
 from lcdist.config.stages import load_stages
-from lcdist.data.huggingface import Specials
 from lcdist.data.prepare.corpus import SUFFIXES, Source, standard_library
 from lcdist.data.prepare.prepare import described, prepare
 from lcdist.data.prepare.settings import Settings
+from lcdist.data.tokenizers.huggingface import Specials
 from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.loaded_model import evaluate_checkpoint, generate_text
 from lcdist.plan import make_plan, smallest_world

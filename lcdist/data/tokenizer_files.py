@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from lcdist.data.huggingface import HF_FILE, HuggingFaceTokenizer, Specials
 from lcdist.data.meta import META
 from lcdist.data.tokenizers.byte_tokenizer import BYTES_FILE, ByteTokenizer
+from lcdist.data.tokenizers.huggingface import HF_FILE, HuggingFaceTokenizer, Specials
 from lcdist.data.tokenizers.sentencepiece_bpe import MODEL_FILE, Tokenizer
 
 BYTES = "bytes"

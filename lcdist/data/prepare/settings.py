@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcdist.data.huggingface import Specials
 from lcdist.data.prepare.chunks import OnError, Reading
 from lcdist.data.tokenizer_files import TextTokenizer
+from lcdist.data.tokenizers.huggingface import Specials
 
 
 @dataclass(frozen=True)

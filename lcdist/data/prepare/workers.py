@@ -15,7 +15,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lcdist.data.huggingface import Specials
 from lcdist.data.prepare.shards import (
     Read,
     Shard,
@@ -27,6 +26,7 @@ from lcdist.data.prepare.shards import (
     work_from,
 )
 from lcdist.data.tokenizer_files import TextTokenizer, open_tokenizer
+from lcdist.data.tokenizers.huggingface import Specials
 
 _PROGRAM = """
 import json, sys
