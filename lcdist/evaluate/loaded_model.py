@@ -12,7 +12,7 @@ from lcdist.config.schema import Config
 from lcdist.data.dataset import TokenSplit
 from lcdist.data.meta import check_vocabulary
 from lcdist.data.opening import held_out_folder
-from lcdist.data.tokenizer_files import beginning, open_tokenizer
+from lcdist.data.tokenizers.files import beginning, open_tokenizer
 from lcdist.distributed.mesh import Grid, build_grid, start_world, world_size
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.engines.state import load_model_state, model_state

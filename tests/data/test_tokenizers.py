@@ -11,8 +11,8 @@ from lcdist.data.dataset import TokenSplit
 from lcdist.data.meta import Meta, check_vocabulary
 from lcdist.data.prepare.corpus import Source
 from lcdist.data.prepare.prepare import Prepared, prepare
-from lcdist.data.tokenizer_files import beginning, open_tokenizer
 from lcdist.data.tokenizers.byte_tokenizer import ByteTokenizer
+from lcdist.data.tokenizers.files import beginning, open_tokenizer
 from lcdist.data.tokenizers.huggingface import HuggingFaceTokenizer, Specials
 from lcdist.data.tokenizers.sentencepiece_bpe import Tokenizer
 from tests.data.test_prepare import change

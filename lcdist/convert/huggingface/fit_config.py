@@ -17,7 +17,7 @@ from lcdist.convert.huggingface.config import HFModel
 from lcdist.convert.huggingface.custom_attention import reading
 from lcdist.convert.huggingface.import_model import open_model
 from lcdist.convert.huggingface.tokenizer import JSON, SENTENCEPIECE
-from lcdist.data.tokenizer_files import open_tokenizer
+from lcdist.data.tokenizers.files import open_tokenizer
 from lcdist.plan import make_plan
 
 

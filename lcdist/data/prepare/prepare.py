@@ -18,7 +18,7 @@ from lcdist.data.prepare.folder_build import Building, building, is_whole
 from lcdist.data.prepare.settings import Settings, check_settings
 from lcdist.data.prepare.shards import SHARD_BYTES, Work, drawn_documents, join, shards_of
 from lcdist.data.prepare.workers import tokenize_all
-from lcdist.data.tokenizer_files import TextTokenizer, open_tokenizer
+from lcdist.data.tokenizers.files import TextTokenizer, open_tokenizer
 from lcdist.data.tokenizers.sentencepiece_bpe import MODEL_FILE, train_tokenizer
 
 # Called with what is being done, the bytes of input done and the bytes there are.

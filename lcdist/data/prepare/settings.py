@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcdist.data.prepare.chunks import OnError, Reading
-from lcdist.data.tokenizer_files import TextTokenizer
+from lcdist.data.tokenizers.files import TextTokenizer
 from lcdist.data.tokenizers.huggingface import Specials
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from lcdist.data.prepare.chunks import Document, Part, Reading, Tally, documents, number_lines
 from lcdist.data.prepare.corpus import SourceFile, share
 from lcdist.data.prepare.indexed import IndexedWriter
-from lcdist.data.tokenizer_files import TextTokenizer, beginning
+from lcdist.data.tokenizers.files import TextTokenizer, beginning
 
 # Bytes of input: a few seconds of work, which is what an interruption costs a process.
 SHARD_BYTES = 8 * 2**20

@@ -25,7 +25,7 @@ from lcdist.data.prepare.shards import (
     tokenize_shard,
     work_from,
 )
-from lcdist.data.tokenizer_files import TextTokenizer, open_tokenizer
+from lcdist.data.tokenizers.files import TextTokenizer, open_tokenizer
 from lcdist.data.tokenizers.huggingface import Specials
 
 _PROGRAM = """
