@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lcdist.data.sample import Dataset, HasTable
+from lcdist.data.datasets.sample import Dataset, HasTable
 
 
 def attention_work(cu_seqlens: Tensor) -> int:

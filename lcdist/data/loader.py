@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lcdist.data.balance import attention_work, deal, table_of
-from lcdist.data.sample import Dataset, Sample
+from lcdist.data.datasets.sample import Dataset, Sample
 from lcdist.layout import ContextLayout
 from lcdist.layout.documents import Slots
 

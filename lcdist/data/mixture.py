@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from lcdist.data.dataset import TokenDataset
+from lcdist.data.datasets.sample import Sample
 from lcdist.data.packed import PackedDataset
-from lcdist.data.sample import Sample
 
 Folder = TokenDataset | PackedDataset
 # The longest cycle; shares that need a longer one are rounded to parts of it.

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lcdist.data.best_fit import best_fit
 from lcdist.data.dataset import Span, TokenSplit, check_rows, permutation
+from lcdist.data.datasets.sample import Sample, check_seed
 from lcdist.data.long_documents import LongDocuments
-from lcdist.data.sample import Sample, check_seed
 from lcdist.layout.documents import PADDING, Slots
 
 # Beside those that dataset.py draws with the same key.

@@ -8,7 +8,7 @@ in the induction task of arXiv:2209.11895.
 import numpy as np
 import torch
 
-from lcdist.data.sample import Sample, check_seed, raw_numbers
+from lcdist.data.datasets.sample import Sample, check_seed, raw_numbers
 
 # In sixteenths: how often the chain goes to each of a token's four successors.
 _ODDS = (9, 4, 2, 1)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lcdist.data.dataset import TokenSplit
+from lcdist.data.datasets.sample import Sample
 from lcdist.data.loader import Loader, LoaderSpec
-from lcdist.data.sample import Sample
 from lcdist.distributed.mesh import Grid
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.layout import ContextLayout

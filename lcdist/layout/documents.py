@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcdist.data.sample import Dataset, Sample
+from lcdist.data.datasets.sample import Dataset, Sample
 
 PADDING = -1
 

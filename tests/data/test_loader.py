@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lcdist.data.datasets.sample import Sample
 from lcdist.data.loader import Batch, Loader, LoaderSpec
-from lcdist.data.sample import Sample
 from lcdist.data.synthetic import SyntheticDataset
 from lcdist.layout import KINDS, ContextLayout
 

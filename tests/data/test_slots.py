@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lcdist.data.dataset import TokenDataset
+from lcdist.data.datasets.sample import Sample
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.prepare.prepare import Prepared
-from lcdist.data.sample import Sample
 from lcdist.data.synthetic import SyntheticDataset
 from lcdist.layout import ContextLayout
 from lcdist.layout.documents import PADDING, Apart, Joined, Slots

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from lcdist.commands.train import make_trainer, open_dataset
 from lcdist.config import parse
 from lcdist.config.schema import Config
-from lcdist.data.sample import Dataset, Sample
+from lcdist.data.datasets.sample import Dataset, Sample
 from lcdist.data.synthetic import SyntheticDataset
 from lcdist.distributed.mesh import Grid, build_grid
 from lcdist.hardware.peak import Peak
