@@ -58,7 +58,7 @@ ATTENTION_LOW = (
 )
 ATTENTION_HIGH = ("registry", "__init__")
 MEETS_MEGATRON = ("lcdist.distributed.mesh", "lcdist.model", "lcdist.train", "lcdist.convert")
-READS_MEGATRON = "lcdist.data.dataset"
+READS_MEGATRON = "lcdist.data.datasets.tokens"
 # The shim itself: it imports Megatron with torch.compile put aside, which takes a function.
 SHIM = "lcdist.hardware.megatron_on_cpu"
 # May read the environment: the launcher's ranks at the door, one debugging switch.

@@ -13,8 +13,8 @@ from math import lcm
 import numpy as np
 from torch import Tensor
 
-from lcdist.data.dataset import TokenDataset
 from lcdist.data.datasets.sample import Sample
+from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.data.packed import PackedDataset
 
 Folder = TokenDataset | PackedDataset

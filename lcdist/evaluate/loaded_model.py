@@ -9,7 +9,7 @@ import torch
 
 from lcdist.checkpoint.read import Checkpoint, load_weights, open_checkpoint, saved_config
 from lcdist.config.schema import Config
-from lcdist.data.dataset import TokenSplit
+from lcdist.data.datasets.tokens import TokenSplit
 from lcdist.data.meta import check_vocabulary
 from lcdist.data.opening import held_out_folder
 from lcdist.data.tokenizers.files import beginning, open_tokenizer

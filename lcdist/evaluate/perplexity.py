@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lcdist.data.dataset import TokenSplit
 from lcdist.data.datasets.sample import Sample
+from lcdist.data.datasets.tokens import TokenSplit
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.distributed.mesh import Grid
 from lcdist.engines.megatron import MegatronEngine

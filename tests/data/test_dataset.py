@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcdist.data.dataset import TokenDataset, TokenSplit
+from lcdist.data.datasets.tokens import TokenDataset, TokenSplit
 from lcdist.data.meta import read_meta, write_meta
 from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.data.prepare.prepare import Prepared

@@ -9,7 +9,7 @@ import torch
 
 from lcdist.config import ConfigError, parse
 from lcdist.config.schema import DataConfig, MixtureSource
-from lcdist.data.dataset import TokenDataset, TokenSplit
+from lcdist.data.datasets.tokens import TokenDataset, TokenSplit
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.long_documents import LongDocuments
 from lcdist.data.mixture import Mixture, round_tokens

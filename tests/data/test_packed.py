@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcdist.data.best_fit import best_fit
-from lcdist.data.dataset import TokenDataset
+from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.long_documents import LongDocuments
 from lcdist.data.packed import PackedDataset

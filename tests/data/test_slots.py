@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcdist.data.dataset import TokenDataset
 from lcdist.data.datasets.sample import Sample
+from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.prepare.prepare import Prepared
 from lcdist.data.synthetic import SyntheticDataset

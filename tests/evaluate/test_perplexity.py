@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lcdist.checkpoint.save import Checkpointer
-from lcdist.data.dataset import TokenSplit
+from lcdist.data.datasets.tokens import TokenSplit
 from lcdist.data.meta import Meta, write_meta
 from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.evaluate.loaded_model import evaluate_checkpoint
