@@ -13,9 +13,9 @@ from math import lcm
 import numpy as np
 from torch import Tensor
 
+from lcdist.data.datasets.packed import PackedDataset
 from lcdist.data.datasets.sample import Sample
 from lcdist.data.datasets.tokens import TokenDataset
-from lcdist.data.packed import PackedDataset
 
 Folder = TokenDataset | PackedDataset
 # The longest cycle; shares that need a longer one are rounded to parts of it.
