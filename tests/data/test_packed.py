@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcdist.data.best_fit import best_fit
+from lcdist.data.datasets.best_fit import best_fit
 from lcdist.data.datasets.packed import PackedDataset
 from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.data.loader import Loader, LoaderSpec

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcdist.data.best_fit import best_fit
+from lcdist.data.datasets.best_fit import best_fit
 from lcdist.data.datasets.sample import Sample, check_seed
 from lcdist.data.datasets.tokens import Span, TokenSplit, check_rows, permutation
 from lcdist.data.long_documents import LongDocuments
