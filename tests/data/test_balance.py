@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from lcdist.data.balance import attention_work, deal, table_of
 from lcdist.data.datasets.packed import PackedDataset
+from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.data.loader import Batch, Loader, LoaderSpec
-from lcdist.data.synthetic import SyntheticDataset
 from lcdist.layout import ContextLayout
 from tests.data.folders import token_folder
 

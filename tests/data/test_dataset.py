@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.datasets.tokens import TokenDataset, TokenSplit
 from lcdist.data.meta import read_meta, write_meta
 from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.data.prepare.prepare import Prepared
-from lcdist.data.synthetic import SyntheticDataset
 
 LENGTHS = (7, 1, 30, 2, 19, 44)
 TOTAL = sum(LENGTHS)

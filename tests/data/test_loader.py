@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lcdist.data.datasets.sample import Sample
+from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.loader import Batch, Loader, LoaderSpec
-from lcdist.data.synthetic import SyntheticDataset
 from lcdist.layout import KINDS, ContextLayout
 
 

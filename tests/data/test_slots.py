@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lcdist.data.datasets.sample import Sample
+from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.prepare.prepare import Prepared
-from lcdist.data.synthetic import SyntheticDataset
 from lcdist.layout import ContextLayout
 from lcdist.layout.documents import PADDING, Apart, Joined, Slots
 

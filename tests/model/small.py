@@ -8,7 +8,7 @@ from lcdist.commands.train import make_trainer, open_dataset
 from lcdist.config import parse
 from lcdist.config.schema import Config
 from lcdist.data.datasets.sample import Dataset, Sample
-from lcdist.data.synthetic import SyntheticDataset
+from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.distributed.mesh import Grid, build_grid
 from lcdist.hardware.peak import Peak
 from lcdist.plan import make_plan
