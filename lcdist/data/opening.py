@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from lcdist.config.schema import DataConfig
+from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.data.datasets.mixture import Folder, Mixture, round_tokens, source_seed
 from lcdist.data.datasets.packed import PackedDataset
 from lcdist.data.datasets.tokens import TokenDataset
-from lcdist.data.long_documents import LongDocuments
 from lcdist.layout.documents import Slots
 
 

@@ -9,10 +9,10 @@ import torch
 
 from lcdist.config import ConfigError, parse
 from lcdist.config.schema import DataConfig, MixtureSource
+from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.data.datasets.mixture import Mixture, round_tokens
 from lcdist.data.datasets.tokens import TokenDataset, TokenSplit
 from lcdist.data.loader import Loader, LoaderSpec
-from lcdist.data.long_documents import LongDocuments
 from lcdist.data.opening import accounts, held_out_folder, open_samples
 from lcdist.layout import ContextLayout
 from lcdist.layout.documents import PADDING, Slots

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcdist.data.datasets.best_fit import best_fit
+from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.data.datasets.packed import PackedDataset
 from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.data.loader import Loader, LoaderSpec
-from lcdist.data.long_documents import LongDocuments
 from lcdist.layout import ContextLayout
 from lcdist.layout.documents import PADDING, Slots
 from tests.data.folders import token_folder

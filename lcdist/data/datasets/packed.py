@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lcdist.data.datasets.best_fit import best_fit
+from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.data.datasets.sample import Sample, check_seed
 from lcdist.data.datasets.tokens import Span, TokenSplit, check_rows, permutation
-from lcdist.data.long_documents import LongDocuments
 from lcdist.layout.documents import PADDING, Slots
 
 # Beside those that dataset.py draws with the same key.

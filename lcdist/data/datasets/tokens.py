@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.data.datasets.sample import Sample, check_seed, raw_numbers
-from lcdist.data.long_documents import LongDocuments
 from lcdist.data.meta import read_meta
 from lcdist.layout.documents import Slots
 from megatron.core.datasets.indexed_dataset import IndexedDataset
