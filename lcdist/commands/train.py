@@ -20,11 +20,11 @@ from lcdist.checkpoint.save import Checkpointer
 from lcdist.config.lora import LoraConfig
 from lcdist.config.schema import Config, ModelConfig
 from lcdist.convert.lora.adapter import check_adapter, import_adapter
+from lcdist.data.datasets.build import accounts, open_samples
 from lcdist.data.datasets.sample import Dataset
 from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.meta import check_vocabulary
-from lcdist.data.opening import accounts, open_samples
 from lcdist.distributed.mesh import Grid, board, build_grid, start_world, world_size
 from lcdist.distributed.watchdog import Watchdog
 from lcdist.engines.megatron import MegatronEngine

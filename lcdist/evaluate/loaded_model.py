@@ -9,9 +9,9 @@ import torch
 
 from lcdist.checkpoint.read import Checkpoint, load_weights, open_checkpoint, saved_config
 from lcdist.config.schema import Config
+from lcdist.data.datasets.build import held_out_folder
 from lcdist.data.datasets.tokens import TokenSplit
 from lcdist.data.meta import check_vocabulary
-from lcdist.data.opening import held_out_folder
 from lcdist.data.tokenizers.files import beginning, open_tokenizer
 from lcdist.distributed.mesh import Grid, build_grid, start_world, world_size
 from lcdist.engines.megatron import MegatronEngine

@@ -10,7 +10,7 @@ from lcdist.attention import HeadSlice
 from lcdist.config.lora import LoraConfig
 from lcdist.config.rope import RopeLlama3, RopeYarn
 from lcdist.config.schema import Config
-from lcdist.data.opening import data_errors
+from lcdist.data.datasets.build import data_errors
 from lcdist.layout import ContextLayout
 from lcdist.plan.resolve import LayerAttention, slots_of
 

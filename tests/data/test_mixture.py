@@ -9,11 +9,11 @@ import torch
 
 from lcdist.config import ConfigError, parse
 from lcdist.config.schema import DataConfig, MixtureSource
+from lcdist.data.datasets.build import accounts, held_out_folder, open_samples
 from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.data.datasets.mixture import Mixture, round_tokens
 from lcdist.data.datasets.tokens import TokenDataset, TokenSplit
 from lcdist.data.loader import Loader, LoaderSpec
-from lcdist.data.opening import accounts, held_out_folder, open_samples
 from lcdist.layout import ContextLayout
 from lcdist.layout.documents import PADDING, Slots
 from lcdist.plan import make_plan

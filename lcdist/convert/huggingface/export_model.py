@@ -28,7 +28,7 @@ from lcdist.convert.huggingface.safetensors import Source, write_file
 from lcdist.convert.huggingface.tokenizer import copy_tokenizer
 from lcdist.convert.huggingface.weights import INDEX, SINGLE
 from lcdist.convert.streamed_forward import check_alone
-from lcdist.data.opening import held_out_folder
+from lcdist.data.datasets.build import held_out_folder
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
 from lcdist.rundir.records import write_atomically
