@@ -26,7 +26,7 @@ from lcdist.config import parse
 from lcdist.config.schema import Config
 from lcdist.distributed.mesh import build_grid
 from lcdist.model.build import build_model
-from lcdist.model.recompute import recomputed, trained
+from lcdist.model.memory.recompute import recomputed, trained
 from lcdist.model.tiled import SecondHalf, tiled
 from lcdist.plan import make_plan
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.model.memory.recompute import Cheap, recomputed, trained
 from lcdist.model.offload import HostStore
-from lcdist.model.recompute import Cheap, recomputed, trained
 from lcdist.model.sequence import SequenceParams
 from lcdist.model.tiled import SecondHalf, swiglu, tiled
 from megatron.core.transformer import TransformerConfig

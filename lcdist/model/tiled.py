@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.model.recompute import gradients, randomness, repeating, trained
+from lcdist.model.memory.recompute import gradients, randomness, repeating, trained
 from megatron.core.tensor_parallel import RowParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.mlp import MLP
 

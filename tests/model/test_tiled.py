@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.distributed.mesh import build_grid
 from lcdist.model.build import build_model
-from lcdist.model.recompute import recomputed
+from lcdist.model.memory.recompute import recomputed
 from lcdist.model.tiled import SecondHalf, swiglu, tiled
 from lcdist.plan import make_plan
 from tests.distributed import run_ranks
