@@ -12,10 +12,10 @@ from lcdist.layout.documents import Slots
 from lcdist.model.core_attention import LongContextAttention
 from lcdist.model.init import initialise
 from lcdist.model.lora import adapted, freeze
+from lcdist.model.memory.layer import Keeping, Layer
 from lcdist.model.norm import RMSNorm
 from lcdist.model.offload import HostStore
 from lcdist.model.output_loss import VocabShard, output_losses
-from lcdist.model.recompute_layer import Keeping, Layer
 from lcdist.model.rotary import rotary_by_length
 from lcdist.model.transformer_config import transformer_config
 from lcdist.plan import Plan

@@ -13,7 +13,7 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config import ConfigError
 from lcdist.distributed.mesh import build_grid
 from lcdist.model.build import build_model
-from lcdist.model.recompute_layer import Layer
+from lcdist.model.memory.layer import Layer
 from lcdist.model.sequence import SequenceParams
 from lcdist.plan import Plan, make_plan
 from lcdist.verify import preflight as checks
