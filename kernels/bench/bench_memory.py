@@ -27,7 +27,7 @@ from lcdist.config.schema import Config
 from lcdist.distributed.mesh import build_grid
 from lcdist.model.build import build_model
 from lcdist.model.memory.recompute import recomputed, trained
-from lcdist.model.tiled import SecondHalf, tiled
+from lcdist.model.memory.tiled_mlp import SecondHalf, tiled
 from lcdist.plan import make_plan
 
 SIZES = [(32768, 1024, 2816)]  # tokens, hidden size, ffn hidden size

@@ -12,7 +12,7 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.distributed.mesh import build_grid
 from lcdist.model.build import build_model
 from lcdist.model.memory.recompute import recomputed
-from lcdist.model.tiled import SecondHalf, swiglu, tiled
+from lcdist.model.memory.tiled_mlp import SecondHalf, swiglu, tiled
 from lcdist.plan import make_plan
 from tests.distributed import run_ranks
 from tests.live import LiveTensors

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.model.memory.recompute import Cheap, recomputed, trained
+from lcdist.model.memory.tiled_mlp import SecondHalf, swiglu, tiled
 from lcdist.model.offload import HostStore
 from lcdist.model.sequence import SequenceParams
-from lcdist.model.tiled import SecondHalf, swiglu, tiled
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
