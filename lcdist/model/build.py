@@ -13,8 +13,8 @@ from lcdist.model.core_attention import LongContextAttention
 from lcdist.model.init import initialise
 from lcdist.model.lora import adapted, freeze
 from lcdist.model.memory.layer import Keeping, Layer
+from lcdist.model.memory.offload import HostStore
 from lcdist.model.norm import RMSNorm
-from lcdist.model.offload import HostStore
 from lcdist.model.output_loss import VocabShard, output_losses
 from lcdist.model.rotary import rotary_by_length
 from lcdist.model.transformer_config import transformer_config

@@ -11,8 +11,8 @@ from torch import Tensor
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.distributed.mesh import build_grid
 from lcdist.model.build import build_model
+from lcdist.model.memory.offload import HostStore
 from lcdist.model.memory.recompute import Cheap, recomputed
-from lcdist.model.offload import HostStore
 from lcdist.plan import make_plan
 from tests.distributed import run_ranks
 from tests.live import LiveTensors

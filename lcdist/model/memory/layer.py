@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.model.memory.offload import HostStore
 from lcdist.model.memory.recompute import Cheap, recomputed, trained
 from lcdist.model.memory.tiled_mlp import SecondHalf, swiglu, tiled
-from lcdist.model.offload import HostStore
 from lcdist.model.sequence import SequenceParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import (

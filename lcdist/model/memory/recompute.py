@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.model.offload import Away
+from lcdist.model.memory.offload import Away
 from megatron.core.tensor_parallel import random
 
 
