@@ -16,7 +16,7 @@ WITH   ?=
 .PHONY: extend test slurm-test checks bench gpu-check install clean
 
 extend: install
-	$(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
+	$(BIN)/python lcdist/commands/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
 		--model "$(MODEL)" --lora "$(LORA)" $(WITH)
 
 # Two halves side by side, of about the same length: mostly tests of one process, and tests of many, which

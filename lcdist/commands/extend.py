@@ -1,6 +1,6 @@
 """The main job: a model that reads short texts learns to read 4096 tokens.
 
-    python launch/extend.py [--data DIR_OR_FILE] [--name NAME] [--method METHOD] [--lora RANK]
+    python lcdist/commands/extend.py [--data DIR_OR_FILE] [--name NAME] [--method METHOD] [--lora RANK]
         [--configs DIR] [--model HF_FOLDER [section.key=value ...]]
 
 Without --model a small model is trained at 512 tokens first; with it, a Hugging Face folder of your
