@@ -1,6 +1,6 @@
 """Ten steps of a small model over all ranks; then bytes sent beside the plan's, and bandwidth.
 
-torchrun slurm/smoke.py FOLDER [section.key=value ...], as slurm/smoke.sh does on two nodes.
+torchrun lcdist/commands/smoke.py FOLDER [section.key=value ...], as slurm/smoke.sh does on two nodes.
 """
 
 import json
