@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcdist_kernels.bands import Indices, on_device, place_of
+from lcdist_kernels.tile_ranges import Indices, on_device, place_of
 from lcdist_kernels.triton_common import launching, rows
 
 BLOCK_S = 16

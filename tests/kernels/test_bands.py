@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcdist_kernels.bands import (
+from lcdist_kernels.full import visible
+from lcdist_kernels.tile_ranges import (
     LARGEST,
     Indices,
     band_of,
@@ -14,7 +15,6 @@ from lcdist_kernels.bands import (
     place_of,
     query_ranges,
 )
-from lcdist_kernels.full import visible
 from tests.kernels.test_full import borders, tiled_starts
 
 HERE = place_of(torch.empty(0))

@@ -19,7 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcdist_kernels.bands import (
+from lcdist_kernels.common import check_qkv
+from lcdist_kernels.full.launches import BWD_DKV, BWD_DQ, FWD, FWD_HOPPER
+from lcdist_kernels.softmax_steps import dq_step, fwd_step, nth_masked, ranges_of, seen
+from lcdist_kernels.tile_ranges import (
     band_of,
     bounded_below,
     key_ranges,
@@ -27,9 +30,6 @@ from lcdist_kernels.bands import (
     place_of,
     query_ranges,
 )
-from lcdist_kernels.common import check_qkv
-from lcdist_kernels.full.launches import BWD_DKV, BWD_DQ, FWD, FWD_HOPPER
-from lcdist_kernels.softmax_steps import dq_step, fwd_step, nth_masked, ranges_of, seen
 from lcdist_kernels.triton_common import (
     LN2,
     LOG2E,

@@ -12,16 +12,6 @@ import torch
 import triton
 from torch import Tensor
 
-from lcdist_kernels.bands import (
-    Band,
-    Place,
-    band_of,
-    bounded_below,
-    key_ranges,
-    on_device,
-    place_of,
-    query_ranges,
-)
 from lcdist_kernels.common import check_qkv
 from lcdist_kernels.full import kernel as full
 from lcdist_kernels.landmark.blocks import Rows, slots_of
@@ -39,6 +29,16 @@ from lcdist_kernels.landmark.launches import (
     FWD_LARGE,
 )
 from lcdist_kernels.landmark.steps import launch_for, tiling_of
+from lcdist_kernels.tile_ranges import (
+    Band,
+    Place,
+    band_of,
+    bounded_below,
+    key_ranges,
+    on_device,
+    place_of,
+    query_ranges,
+)
 from lcdist_kernels.triton_common import (
     LOG2E,
     Launch,

@@ -6,7 +6,6 @@ import torch
 import triton
 from torch import Tensor
 
-from lcdist_kernels.bands import Indices, on_device, place_of
 from lcdist_kernels.landmark.blocks import Rows
 from lcdist_kernels.landmark.launches import (
     BWD_DKV,
@@ -23,6 +22,7 @@ from lcdist_kernels.landmark.listed_kernel import (
     _listed_fwd_kernel,
 )
 from lcdist_kernels.landmark.steps import Tiling, launch_for, tiling_of
+from lcdist_kernels.tile_ranges import Indices, on_device, place_of
 from lcdist_kernels.triton_common import LOG2E, Launch, check_kernel, launching, padded, rows
 
 

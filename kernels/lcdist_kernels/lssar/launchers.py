@@ -12,14 +12,6 @@ import torch
 import triton
 from torch import Tensor
 
-from lcdist_kernels.bands import (
-    band_of,
-    bounded_below,
-    key_ranges,
-    on_device,
-    place_of,
-    query_ranges,
-)
 from lcdist_kernels.common import check_qkv
 from lcdist_kernels.lssar.kernel import (
     _lssar_bwd_dkv_kernel,
@@ -39,6 +31,14 @@ from lcdist_kernels.lssar.launches import (
 from lcdist_kernels.lssar.rows import Band, Finished, Reweight, Threshold, exponent
 from lcdist_kernels.lssar.steps import POWER_BITS
 from lcdist_kernels.lssar.tiled import Saved, Sums
+from lcdist_kernels.tile_ranges import (
+    band_of,
+    bounded_below,
+    key_ranges,
+    on_device,
+    place_of,
+    query_ranges,
+)
 from lcdist_kernels.triton_common import (
     Launch,
     check_kernel,

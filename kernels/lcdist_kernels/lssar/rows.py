@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lcdist_kernels.bands import Indices, on_device, place_of
 from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.rotary import Rotary
+from lcdist_kernels.tile_ranges import Indices, on_device, place_of
 
 # Of a squared norm. The paper says nothing of zero vectors; here they stay zero.
 LEAST_SQUARE = 1e-12

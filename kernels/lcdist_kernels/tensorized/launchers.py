@@ -9,16 +9,6 @@ import torch
 import triton
 from torch import Tensor
 
-from lcdist_kernels.bands import (
-    Indices,
-    Place,
-    band_of,
-    bounded_below,
-    key_ranges,
-    on_device,
-    place_of,
-    query_ranges,
-)
 from lcdist_kernels.tensorized.bwd_kernel import (
     _tensorized_bwd_dkv_kernel,
     _tensorized_bwd_dq_kernel,
@@ -35,6 +25,16 @@ from lcdist_kernels.tensorized.tiled import (
     hop_queries,
     hop_queries_bwd,
     past_band,
+)
+from lcdist_kernels.tile_ranges import (
+    Indices,
+    Place,
+    band_of,
+    bounded_below,
+    key_ranges,
+    on_device,
+    place_of,
+    query_ranges,
 )
 from lcdist_kernels.triton_common import (
     LOG2E,
