@@ -44,7 +44,7 @@ from harness import RESULTS, write
 from place import DEVICE, HAS_GPU, device_name
 from relay import relay, take_turns
 
-from lcdist_kernels.full import launches as full
+from lcdist_kernels.full import tile_configs as full
 from lcdist_kernels.landmark import launches as landmark
 from lcdist_kernels.lssar import launches as lssar
 from lcdist_kernels.tensorized import launches as tensorized

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lcdist_kernels.common import check_qkv
-from lcdist_kernels.full.launches import BWD_DKV, BWD_DQ, FWD, FWD_HOPPER
+from lcdist_kernels.full.tile_configs import BWD_DKV, BWD_DQ, FWD, FWD_HOPPER
 from lcdist_kernels.softmax_steps import dq_step, fwd_step, nth_masked, ranges_of, seen
 from lcdist_kernels.tile_ranges import (
     band_of,
