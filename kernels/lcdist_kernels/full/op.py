@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels.common import check_impl, check_self, document_starts
+from lcdist_kernels.full.impl import BlockOperator, block_operator
 from lcdist_kernels.full.library import library_for
-from lcdist_kernels.full.operator import BlockOperator, block_operator
 from lcdist_kernels.full.reference import full_reference
 from lcdist_kernels.rotary import Rotary
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lcdist_kernels.common import check_impl, check_qkv, check_self, document_starts
 from lcdist_kernels.full import BlockOperator, block_operator, full_fwd
-from lcdist_kernels.full.operator import KERNEL
+from lcdist_kernels.full.impl import KERNEL
 from lcdist_kernels.rotary import Rotary
 from lcdist_kernels.scca.reference import check_rules, scca_reference
 from lcdist_kernels.scca.rules import Rule, head_groups

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lcdist_kernels import tiles
 from lcdist_kernels.common import wide_dtype
-from lcdist_kernels.full.operator import KERNEL, TILED, BlockOperator
+from lcdist_kernels.full.impl import KERNEL, TILED, BlockOperator
 from lcdist_kernels.partial import merge
 from lcdist_kernels.scca.rules import HeadGroup, Rule
 
