@@ -1,7 +1,7 @@
 """Collinear constrained attention (CoCA): keys whose rotated pairs share one coefficient."""
 
+from lcdist_kernels.coca.impl import KERNEL, TILED, CoCAOperator, coca_operator
 from lcdist_kernels.coca.op import BUILT, coca_attention
-from lcdist_kernels.coca.operator import KERNEL, TILED, CoCAOperator, coca_operator
 from lcdist_kernels.coca.reference import coca_keys, coca_queries, coca_reference, coca_tau
 from lcdist_kernels.coca.transform import (
     VARIANTS,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcdist_kernels.coca.operator import CoCAOperator, coca_operator
+from lcdist_kernels.coca.impl import CoCAOperator, coca_operator
 from lcdist_kernels.coca.reference import coca_reference
 from lcdist_kernels.coca.transform import (
     Angles,
