@@ -9,6 +9,7 @@ from lcdist_kernels.landmark.blocks import (
     unit_lengths,
 )
 from lcdist_kernels.landmark.choose import choose_blocks
+from lcdist_kernels.landmark.impl import KERNEL, TILED, LandmarkOperator, landmark_operator
 from lcdist_kernels.landmark.listed import Lists, listed_bwd, listed_fwd
 from lcdist_kernels.landmark.op import (
     BUILT,
@@ -19,7 +20,6 @@ from lcdist_kernels.landmark.op import (
     landmark_cached,
     table_of,
 )
-from lcdist_kernels.landmark.operator import KERNEL, TILED, LandmarkOperator, landmark_operator
 from lcdist_kernels.landmark.reference import landmark_partial, landmark_reference, listed_partial
 from lcdist_kernels.landmark.tiled import landmark_bwd, landmark_fwd, sees_any
 

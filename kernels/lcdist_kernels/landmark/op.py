@@ -18,8 +18,8 @@ from lcdist_kernels.landmark.blocks import (
     unit_lengths,
 )
 from lcdist_kernels.landmark.choose import choose_blocks
+from lcdist_kernels.landmark.impl import TILED, LandmarkOperator, landmark_operator
 from lcdist_kernels.landmark.listed import Lists
-from lcdist_kernels.landmark.operator import TILED, LandmarkOperator, landmark_operator
 from lcdist_kernels.landmark.reference import check_sizes, landmark_reference
 from lcdist_kernels.partial import merge
 from lcdist_kernels.rotary import Rotary
