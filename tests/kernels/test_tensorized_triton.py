@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lcdist_kernels import Rotary, tensorized_attention, tensorized_reference
 from lcdist_kernels.tensorized import Grid, launchers, tensorized_operator
-from lcdist_kernels.tensorized.operator import KERNEL, TILED
+from lcdist_kernels.tensorized.impl import KERNEL, TILED
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import Variant, make, on_virtual_ranks, whole
 from tests.kernels.test_full import with_grads

@@ -8,8 +8,8 @@ from lcdist_kernels.tensorized.grid import (
     check_documents,
     initial_bias,
 )
+from lcdist_kernels.tensorized.impl import TensorizedOperator, tensorized_operator
 from lcdist_kernels.tensorized.op import BUILT, tensorized_attention
-from lcdist_kernels.tensorized.operator import TensorizedOperator, tensorized_operator
 from lcdist_kernels.tensorized.reference import dense_hop, tensorized_reference
 from lcdist_kernels.tensorized.tiled import (
     Branch,

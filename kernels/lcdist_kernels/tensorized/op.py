@@ -14,7 +14,7 @@ from lcdist_kernels.common import check_impl, check_self, document_starts, wide_
 from lcdist_kernels.full import full_attention
 from lcdist_kernels.rotary import Rotary
 from lcdist_kernels.tensorized.grid import Grid, check_bias, check_documents, initial_bias
-from lcdist_kernels.tensorized.operator import TensorizedOperator, tensorized_operator
+from lcdist_kernels.tensorized.impl import TensorizedOperator, tensorized_operator
 from lcdist_kernels.tensorized.reference import tensorized_reference
 from lcdist_kernels.tensorized.tiled import Branch, Turning, coarsest_branch, fine_branch
 
