@@ -20,7 +20,8 @@ from lcdist_kernels.landmark.kernel import (
     _landmark_bwd_dq_kernel,
     _landmark_fwd_kernel,
 )
-from lcdist_kernels.landmark.launches import (
+from lcdist_kernels.landmark.steps import launch_for, tiling_of
+from lcdist_kernels.landmark.tile_configs import (
     BWD_DKV,
     BWD_DKV_LARGE,
     BWD_DQ,
@@ -28,7 +29,6 @@ from lcdist_kernels.landmark.launches import (
     FWD,
     FWD_LARGE,
 )
-from lcdist_kernels.landmark.steps import launch_for, tiling_of
 from lcdist_kernels.tile_ranges import (
     Band,
     Place,

@@ -7,14 +7,6 @@ import triton
 from torch import Tensor
 
 from lcdist_kernels.landmark.blocks import Rows
-from lcdist_kernels.landmark.launches import (
-    BWD_DKV,
-    BWD_DKV_LARGE,
-    BWD_DQ,
-    BWD_DQ_LARGE,
-    FWD,
-    FWD_LARGE,
-)
 from lcdist_kernels.landmark.listed import Lists
 from lcdist_kernels.landmark.listed_kernel import (
     _listed_bwd_dq_kernel,
@@ -22,6 +14,14 @@ from lcdist_kernels.landmark.listed_kernel import (
     _listed_fwd_kernel,
 )
 from lcdist_kernels.landmark.steps import Tiling, launch_for, tiling_of
+from lcdist_kernels.landmark.tile_configs import (
+    BWD_DKV,
+    BWD_DKV_LARGE,
+    BWD_DQ,
+    BWD_DQ_LARGE,
+    FWD,
+    FWD_LARGE,
+)
 from lcdist_kernels.tile_ranges import Indices, on_device, place_of
 from lcdist_kernels.triton_common import LOG2E, Launch, check_kernel, launching, padded, rows
 
