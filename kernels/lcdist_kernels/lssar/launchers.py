@@ -20,7 +20,9 @@ from lcdist_kernels.lssar.kernel import (
     _lssar_rows_kernel,
     _lssar_sums_kernel,
 )
-from lcdist_kernels.lssar.launches import (
+from lcdist_kernels.lssar.rows import Band, Finished, Reweight, Threshold, exponent
+from lcdist_kernels.lssar.steps import POWER_BITS
+from lcdist_kernels.lssar.tile_configs import (
     BWD_DKV,
     BWD_DKV_HOPPER,
     BWD_DQ,
@@ -28,8 +30,6 @@ from lcdist_kernels.lssar.launches import (
     FWD_HOPPER,
     SUMS,
 )
-from lcdist_kernels.lssar.rows import Band, Finished, Reweight, Threshold, exponent
-from lcdist_kernels.lssar.steps import POWER_BITS
 from lcdist_kernels.lssar.tiled import Saved, Sums
 from lcdist_kernels.tile_ranges import (
     band_of,
