@@ -47,7 +47,7 @@ from relay import relay, take_turns
 from lcdist_kernels.full import tile_configs as full
 from lcdist_kernels.landmark import tile_configs as landmark
 from lcdist_kernels.lssar import tile_configs as lssar
-from lcdist_kernels.tensorized import launches as tensorized
+from lcdist_kernels.tensorized import tile_configs as tensorized
 from lcdist_kernels.triton_common import Launch
 
 COLUMNS = [*FACTS, "table", "seqlen", "head_dim", *Launch._fields, "own"]

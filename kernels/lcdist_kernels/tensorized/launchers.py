@@ -14,7 +14,7 @@ from lcdist_kernels.tensorized.bwd_kernel import (
     _tensorized_bwd_dq_kernel,
 )
 from lcdist_kernels.tensorized.kernel import _row_dot_kernel, _tensorized_fwd_kernel
-from lcdist_kernels.tensorized.launches import BWD_DKV, BWD_DQ, FWD
+from lcdist_kernels.tensorized.tile_configs import BWD_DKV, BWD_DQ, FWD
 from lcdist_kernels.tensorized.tiled import (
     Band,
     Branch,
