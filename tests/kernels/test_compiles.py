@@ -46,7 +46,7 @@ assert len(made) == 2
 TENSORIZED = """
 import torch
 from lcdist_kernels.tensorized import Grid, Turning, coarsest_branch, fine_branch
-from lcdist_kernels.tensorized.launchers import mode_bwd, mode_fwd
+from lcdist_kernels.tensorized.launch import mode_bwd, mode_fwd
 from lcdist_kernels.tensorized.tiled import Partial
 from tests.kernels.compiling import SHARED, compiled_for
 
