@@ -23,7 +23,7 @@ from lcdist_kernels.landmark import (
     unit_lengths,
 )
 from lcdist_kernels.landmark import choose as choose_module
-from lcdist_kernels.landmark import listed as listed_module
+from lcdist_kernels.landmark import sparse as listed_module
 from lcdist_kernels.landmark import tiled as tiled_module
 from lcdist_kernels.partial import merge
 from tests.kernels.test_full import DOUBLE, HEADS, borders, inputs, with_grads

@@ -10,7 +10,6 @@ from lcdist_kernels.landmark.blocks import (
 )
 from lcdist_kernels.landmark.choose import choose_blocks
 from lcdist_kernels.landmark.impl import KERNEL, TILED, LandmarkOperator, landmark_operator
-from lcdist_kernels.landmark.listed import Lists, listed_bwd, listed_fwd
 from lcdist_kernels.landmark.op import (
     BUILT,
     ListedFunction,
@@ -21,6 +20,7 @@ from lcdist_kernels.landmark.op import (
     table_of,
 )
 from lcdist_kernels.landmark.reference import landmark_partial, landmark_reference, listed_partial
+from lcdist_kernels.landmark.sparse import Lists, listed_bwd, listed_fwd
 from lcdist_kernels.landmark.tiled import landmark_bwd, landmark_fwd, sees_any
 
 __all__ = [

@@ -19,8 +19,8 @@ from lcdist_kernels.landmark.blocks import (
 )
 from lcdist_kernels.landmark.choose import choose_blocks
 from lcdist_kernels.landmark.impl import TILED, LandmarkOperator, landmark_operator
-from lcdist_kernels.landmark.listed import Lists
 from lcdist_kernels.landmark.reference import check_sizes, landmark_reference
+from lcdist_kernels.landmark.sparse import Lists
 from lcdist_kernels.partial import merge
 from lcdist_kernels.rotary import Rotary
 
