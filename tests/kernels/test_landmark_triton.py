@@ -21,7 +21,7 @@ from lcdist_kernels.landmark import (
     landmark_operator,
     landmark_partial,
 )
-from lcdist_kernels.landmark.steps import Tiling, tiling_of
+from lcdist_kernels.landmark.inner_loop import Tiling, tiling_of
 from lcdist_kernels.partial import merge
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import Variant, make, on_virtual_ranks

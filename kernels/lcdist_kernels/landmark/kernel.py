@@ -13,7 +13,7 @@ loads.
 import triton
 import triton.language as tl
 
-from lcdist_kernels.landmark.steps import (
+from lcdist_kernels.landmark.inner_loop import (
     finished,
     large_dkv,
     large_dq,

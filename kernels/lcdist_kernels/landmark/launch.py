@@ -15,12 +15,12 @@ from torch import Tensor
 from lcdist_kernels.common import check_qkv
 from lcdist_kernels.full import kernel as full
 from lcdist_kernels.landmark.blocks import Rows, slots_of
+from lcdist_kernels.landmark.inner_loop import launch_for, tiling_of
 from lcdist_kernels.landmark.kernel import (
     _landmark_bwd_dkv_kernel,
     _landmark_bwd_dq_kernel,
     _landmark_fwd_kernel,
 )
-from lcdist_kernels.landmark.steps import launch_for, tiling_of
 from lcdist_kernels.landmark.tile_configs import (
     BWD_DKV,
     BWD_DKV_LARGE,

@@ -11,7 +11,7 @@ the same inputs give the same bits. Formulas in `gates`, steps in `steps`.
 import triton
 import triton.language as tl
 
-from lcdist_kernels.landmark.steps import (
+from lcdist_kernels.landmark.inner_loop import (
     finished,
     large_dkv,
     large_dq,

@@ -7,13 +7,13 @@ import triton
 from torch import Tensor
 
 from lcdist_kernels.landmark.blocks import Rows
+from lcdist_kernels.landmark.inner_loop import Tiling, launch_for, tiling_of
 from lcdist_kernels.landmark.sparse import Lists
 from lcdist_kernels.landmark.sparse_kernel import (
     _listed_bwd_dq_kernel,
     _listed_bwd_dtable_kernel,
     _listed_fwd_kernel,
 )
-from lcdist_kernels.landmark.steps import Tiling, launch_for, tiling_of
 from lcdist_kernels.landmark.tile_configs import (
     BWD_DKV,
     BWD_DKV_LARGE,
