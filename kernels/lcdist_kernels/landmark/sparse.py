@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lcdist_kernels.landmark.block_gates import GateGrads, Gates
 from lcdist_kernels.landmark.blocks import Rows, runs_of
-from lcdist_kernels.landmark.gates import GateGrads, Gates
 from lcdist_kernels.tiles import BLOCK, SCORES_AT_ONCE, fold, unfold
 
 # Elements of keys that are taken from the table at once: 8 MiB in fp32, and values as many.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels.full.tiled import full_bwd, full_fwd
+from lcdist_kernels.landmark.block_gates import GateGrads, Gates
 from lcdist_kernels.landmark.blocks import Rows, slots_of
-from lcdist_kernels.landmark.gates import GateGrads, Gates
 from lcdist_kernels.partial import merge, reaches
 from lcdist_kernels.tiles import (
     SCORES_AT_ONCE,
