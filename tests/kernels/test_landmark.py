@@ -22,9 +22,9 @@ from lcdist_kernels.landmark import (
     listed_fwd,
     unit_lengths,
 )
-from lcdist_kernels.landmark import choose as choose_module
 from lcdist_kernels.landmark import sparse as listed_module
 from lcdist_kernels.landmark import tiled as tiled_module
+from lcdist_kernels.landmark import top_k as choose_module
 from lcdist_kernels.partial import merge
 from tests.kernels.test_full import DOUBLE, HEADS, borders, inputs, with_grads
 from tests.kernels.test_rotary import frequencies

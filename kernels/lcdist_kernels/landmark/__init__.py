@@ -8,7 +8,6 @@ from lcdist_kernels.landmark.blocks import (
     landmarks,
     unit_lengths,
 )
-from lcdist_kernels.landmark.choose import choose_blocks
 from lcdist_kernels.landmark.impl import KERNEL, TILED, LandmarkOperator, landmark_operator
 from lcdist_kernels.landmark.op import (
     BUILT,
@@ -22,6 +21,7 @@ from lcdist_kernels.landmark.op import (
 from lcdist_kernels.landmark.reference import landmark_partial, landmark_reference, listed_partial
 from lcdist_kernels.landmark.sparse import Lists, listed_bwd, listed_fwd
 from lcdist_kernels.landmark.tiled import landmark_bwd, landmark_fwd, sees_any
+from lcdist_kernels.landmark.top_k import choose_blocks
 
 __all__ = [
     "BUILT",

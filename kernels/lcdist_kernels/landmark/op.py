@@ -17,10 +17,10 @@ from lcdist_kernels.landmark.blocks import (
     landmarks,
     unit_lengths,
 )
-from lcdist_kernels.landmark.choose import choose_blocks
 from lcdist_kernels.landmark.impl import TILED, LandmarkOperator, landmark_operator
 from lcdist_kernels.landmark.reference import check_sizes, landmark_reference
 from lcdist_kernels.landmark.sparse import Lists
+from lcdist_kernels.landmark.top_k import choose_blocks
 from lcdist_kernels.partial import merge
 from lcdist_kernels.rotary import Rotary
 

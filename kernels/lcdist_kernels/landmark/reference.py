@@ -23,7 +23,7 @@ from lcdist_kernels.landmark.blocks import (
     landmarks,
     unit_lengths,
 )
-from lcdist_kernels.landmark.choose import choose_blocks
+from lcdist_kernels.landmark.top_k import choose_blocks
 from lcdist_kernels.partial import normalizer, visible
 from lcdist_kernels.rotary import Rotary
 
