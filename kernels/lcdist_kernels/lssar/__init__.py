@@ -1,6 +1,6 @@
 """LSSA and LSSAR: length-scaled softplus attention, without and with re-weighting."""
 
-from lcdist_kernels.lssar.finish import lssar_finish, lssar_rows, lssar_whole
+from lcdist_kernels.lssar.epilogue import lssar_finish, lssar_rows, lssar_whole
 from lcdist_kernels.lssar.impl import KERNEL, TILED, LssarOperator, lssar_operator
 from lcdist_kernels.lssar.op import BUILT, lssar_attention, lssar_cached
 from lcdist_kernels.lssar.reference import divisor, lssar_block, lssar_reference, softplus_scores

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels.common import check_impl, check_self, document_starts
-from lcdist_kernels.lssar.finish import lssar_whole
+from lcdist_kernels.lssar.epilogue import lssar_whole
 from lcdist_kernels.lssar.impl import LssarOperator, lssar_operator
 from lcdist_kernels.lssar.reference import SHARPENED, lssar_reference
 from lcdist_kernels.lssar.rows import Band, Reweight, directions, logit_scales
