@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lcdist_kernels.lssar.inner_loop import dkv_step, dq_step, power_sweep, sums_sweep
 from lcdist_kernels.lssar.rows import FLAT_ULPS
-from lcdist_kernels.lssar.steps import dkv_step, dq_step, power_sweep, sums_sweep
 from lcdist_kernels.softmax_steps import nth_masked, ranges_of
 from lcdist_kernels.triton_common import load_tile, store_tile
 

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from lcdist_kernels.common import check_qkv
+from lcdist_kernels.lssar.inner_loop import POWER_BITS
 from lcdist_kernels.lssar.kernel import (
     _lssar_bwd_dkv_kernel,
     _lssar_bwd_dq_kernel,
@@ -21,7 +22,6 @@ from lcdist_kernels.lssar.kernel import (
     _lssar_sums_kernel,
 )
 from lcdist_kernels.lssar.rows import Band, Finished, Reweight, Threshold, exponent
-from lcdist_kernels.lssar.steps import POWER_BITS
 from lcdist_kernels.lssar.tile_configs import (
     BWD_DKV,
     BWD_DKV_HOPPER,
