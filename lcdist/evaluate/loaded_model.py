@@ -38,10 +38,10 @@ class Session:
     chunks: list[CausalLM]
 
 
-def open_session(path: Path, overrides: Sequence[str], mesh: Sequence[str]) -> Session:
+def open_session(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[str]) -> Session:
     """Load the weights at `path` (a checkpoint, or a run folder for its latest).
 
-    overrides: `section.key=value`, over the checkpoint's own configuration. mesh: overrides that
+    overrides: `section.key=value`, over the checkpoint's own configuration. mesh_overrides: overrides that
     go before them, since a checkpoint's mesh is not that of who reads it. Raises ConfigError or
     CheckpointError for the user's mistakes.
     """
@@ -49,7 +49,7 @@ def open_session(path: Path, overrides: Sequence[str], mesh: Sequence[str]) -> S
     checkpoint = open_checkpoint(path)
     alone = ["parallel.tp_size=1", "parallel.pp_size=1", "parallel.cp_size=1"]
     alone += ["parallel.vp_size=1", "parallel.sequence_parallel=false"]
-    config = saved_config(checkpoint, [*alone, *mesh, *overrides])
+    config = saved_config(checkpoint, [*alone, *mesh_overrides, *overrides])
     trained = make_plan(_one_sample_a_rank(config), world_size())
     dense = dense_where_meant(trained.layers, config.evaluate.attention)
     plan = replace(trained, layers=dense)
