@@ -29,7 +29,7 @@ from lcdist.distributed.mesh import Grid, board, build_grid, start_world, world_
 from lcdist.distributed.watchdog import Watchdog
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.hardware.peak import Peak, device_peak
-from lcdist.layout.documents import Apart, Joined, Slots
+from lcdist.layout.documents import DocumentLayout, Joined, PackedSyntheticDataset
 from lcdist.model.build import DTYPES, build_model
 from lcdist.plan import Plan, make_plan
 from lcdist.rundir.header import (
@@ -96,13 +96,13 @@ def open_dataset(plan: Plan) -> Dataset:
     train, data, slots = plan.config.train, plan.config.data, plan.slots
     pack, vocab_size = data.documents == "pack", plan.text_vocab_size
     landmarks = slots.landmark is not None
-    seqlen = train.seqlen if pack else slots.text_before(train.seqlen)
+    seqlen = train.seqlen if pack else slots.num_text_slots(train.seqlen)
     if data.source == "synthetic":
         made_up = SyntheticDataset(vocab_size, seqlen, train.seed)
         if pack and not slots.plain:
-            return Apart(made_up, slots)
+            return PackedSyntheticDataset(made_up, slots)
         return Joined(made_up, slots, train.seqlen) if landmarks and not pack else made_up
-    dataset = open_samples(data, seqlen, train.seed, slots if pack else Slots())
+    dataset = open_samples(data, seqlen, train.seed, slots if pack else DocumentLayout())
     check_vocabulary(dataset.meta, plan.config.model.vocab_size, reserved=landmarks)
     for line in accounts(dataset, train.steps * train.global_batch_size):
         log.info(line)

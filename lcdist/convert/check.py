@@ -14,7 +14,7 @@ from lcdist.convert.huggingface.weights import Weights
 from lcdist.convert.reference_forward import hf_frequencies, hf_logits
 from lcdist.convert.streamed_forward import our_logits
 from lcdist.model.rotary import attention_factor, inverse_frequencies
-from lcdist.plan.resolve import slots_of
+from lcdist.plan.resolve import document_layout_for
 
 # Both sides compute in float64 from the same numbers: what remains is rounding.
 TOLERANCE = 1e-8
@@ -51,8 +51,8 @@ def compare(hf: HFModel, weights: Weights, config: Config, stored: Stored) -> Di
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab_size, (TOKENS,), generator=generator)
     layers = shrunk(reading(hf.model, hf.attention))
-    slots = slots_of(layers, vocab_size)
-    tokens = slots.lay(tokens, 0, slots.slots_for(TOKENS), TOKENS)
+    slots = document_layout_for(layers, vocab_size)
+    tokens = slots.place(tokens, 0, slots.num_slots(TOKENS), TOKENS)
     theirs = hf_logits(hf.table, weights, tokens, tables(layers))[:, :vocab_size]
     ours = our_logits(config, stored, tokens, layers)[:, :vocab_size]
     found = Difference(_greatest(theirs - ours), _greatest(theirs), TOKENS)

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from lcdist.data.balance import attention_work, deal, table_of
 from lcdist.data.datasets.sample import Dataset, Sample
 from lcdist.layout import ContextLayout
-from lcdist.layout.documents import Slots
+from lcdist.layout.documents import DocumentLayout
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LoaderSpec:
     micro_batch_size: int
     global_batch_size: int
     documents: Literal["join", "pack"] = "join"
-    slots: Slots = field(default_factory=Slots)
+    slots: DocumentLayout = field(default_factory=DocumentLayout)
     balance: bool = False
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ class Loader:
         return torch.cat([table, table.new_tensor([seqlen])])
 
 
-def _targets(sample: Sample, slots: Slots, pack: bool) -> tuple[Tensor, Tensor]:
+def _targets(sample: Sample, slots: DocumentLayout, pack: bool) -> tuple[Tensor, Tensor]:
     """(labels int64 `[seqlen]`, loss mask fp32 `[seqlen]`): text predicts the next text.
 
     The token before a landmark predicts the one after it; landmarks and padding predict nothing

@@ -100,7 +100,7 @@ def perplexity_by_length(
     for length in lengths:
         windows = Windows(text, length, plan.config.model.vocab_size)
         # Lengths count text: landmarks come on top, so that every method reads the same windows.
-        row = slots.slots_for(length)
+        row = slots.num_slots(length)
         layout = layout_for(plan, row)
         spec = LoaderSpec(
             layout, grid.dp_rank, grid.dp_size, grid.cp_rank, 1, grid.dp_size, slots=slots

@@ -42,10 +42,10 @@ def generate(
     if not len(prompt):
         raise ValueError("the prompt has no token")
     slots = model.slots
-    cache = KVCache(slots.slots_for(len(prompt) + max_new_tokens))
+    cache = KVCache(slots.num_slots(len(prompt) + max_new_tokens))
     generator = torch.Generator().manual_seed(seed)
     tokens = prompt
-    new = slots.lay(prompt.cpu(), 0, slots.slots_for(len(prompt)), len(prompt))
+    new = slots.place(prompt.cpu(), 0, slots.num_slots(len(prompt)), len(prompt))
     model.eval()
     with torch.no_grad():
         for count in range(len(prompt), len(prompt) + max_new_tokens):
@@ -57,13 +57,13 @@ def generate(
             if stop is not None and int(token) == stop:
                 break
             # A landmark before the token is read together with it.
-            read, grown = slots.slots_for(count), slots.slots_for(count + 1)
+            read, grown = slots.num_slots(count), slots.num_slots(count + 1)
             if model.rotary(grown) is model.rotary(read):
-                new = slots.lay(token, read, grown, count + 1)
+                new = slots.place(token, read, grown, count + 1)
             else:
                 # What lies in the cache was computed from tokens that were rotated otherwise.
                 cache = KVCache(cache.max_seqlen)
-                new = slots.lay(tokens.cpu(), 0, grown, count + 1)
+                new = slots.place(tokens.cpu(), 0, grown, count + 1)
     return tokens
 
 

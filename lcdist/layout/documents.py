@@ -18,7 +18,7 @@ PADDING = -1
 
 
 @dataclass(frozen=True)
-class Slots:
+class DocumentLayout:
     """The layout of a document.
 
     multiple: slots, of which every document begins at a multiple. landmark: the token that ends
@@ -37,7 +37,7 @@ class Slots:
 
     @property
     def step(self) -> int:
-        """Slots that a document's number of slots is a multiple of."""
+        """DocumentLayout that a document's number of slots is a multiple of."""
         return self.multiple if self.landmark is None else lcm(self.multiple, self.block_size)
 
     def length(self, tokens: np.ndarray) -> np.ndarray:
@@ -48,23 +48,23 @@ class Slots:
             filled = -(-tokens // content) * self.block_size
         return -(-filled // self.step) * self.step
 
-    def text_before(self, slot: int) -> int:
+    def num_text_slots(self, slot: int) -> int:
         """How many slots for text there are before slot number `slot` of a document."""
         if self.landmark is None:
             return slot
         content = self.block_size - 1
         return slot // self.block_size * content + min(slot % self.block_size, content)
 
-    def slots_for(self, tokens: int) -> int:
+    def num_slots(self, tokens: int) -> int:
         """The slots up to and with the last of a document's `tokens` >= 1 tokens; no padding."""
         if self.landmark is None:
             return tokens
         return tokens + (tokens - 1) // (self.block_size - 1)
 
-    def lay(self, text: Tensor, start: int, stop: int, tokens: int) -> Tensor:
-        """Slots [start, stop) of a document of `tokens` tokens.
+    def place(self, text: Tensor, start: int, stop: int, tokens: int) -> Tensor:
+        """DocumentLayout [start, stop) of a document of `tokens` tokens.
 
-        text: the document's tokens from `text_before(start)` on, as many as are in these slots.
+        text: the document's tokens from `num_text_slots(start)` on, as many as are in these slots.
         """
         slots = torch.full((stop - start,), PADDING, dtype=torch.int64)
         numbers = torch.arange(start, stop)
@@ -91,26 +91,26 @@ class Joined:
     seqlen: of the rows, in slots. Raises ValueError unless the inner samples fill just them.
     """
 
-    def __init__(self, inner: Dataset, slots: Slots, seqlen: int) -> None:
-        assert inner.seqlen == slots.text_before(seqlen)
+    def __init__(self, inner: Dataset, slots: DocumentLayout, seqlen: int) -> None:
+        assert inner.seqlen == slots.num_text_slots(seqlen)
         self.inner, self.slots, self.seqlen = inner, slots, seqlen
         self.vocab_size, self.seed = inner.vocab_size, inner.seed
 
     def sample(self, index: int) -> Sample:
         """The sample with number `index`."""
         text = self.inner.sample(index).tokens
-        row = self.slots.lay(text[:-1], 0, self.seqlen, self.inner.seqlen)
+        row = self.slots.place(text[:-1], 0, self.seqlen, self.inner.seqlen)
         table = torch.tensor([0, self.seqlen], dtype=torch.int32)
         return Sample(torch.cat([row, text[-1:]]), table, closed=False)
 
 
-class Apart:
+class PackedSyntheticDataset:
     """Samples of plain text with their documents laid out one by one, cut to `seqlen` slots.
 
     What no longer fits is left out, so this is for made-up text alone, of which there is enough.
     """
 
-    def __init__(self, inner: Dataset, slots: Slots) -> None:
+    def __init__(self, inner: Dataset, slots: DocumentLayout) -> None:
         self.inner, self.slots, self.seqlen = inner, slots, inner.seqlen
         self.vocab_size, self.seed = inner.vocab_size, inner.seed
 
@@ -123,7 +123,7 @@ class Apart:
         rows, borders = [], [0]
         for start, end in zip([0, *ends], ends, strict=False):
             length = int(self.slots.length(np.array(end - start)))
-            rows.append(self.slots.lay(sample.tokens[start:end], 0, length, end - start))
+            rows.append(self.slots.place(sample.tokens[start:end], 0, length, end - start))
             borders.append(borders[-1] + length)
         inside = [border for border in borders if border < self.seqlen]
         return Sample(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.lora import LoraConfig
-from lcdist.layout.documents import Slots
+from lcdist.layout.documents import DocumentLayout
 from lcdist.model.core_attention import LongContextAttention
 from lcdist.model.init import initialise
 from lcdist.model.lora import adapted, freeze
@@ -50,7 +50,7 @@ class CausalLM(GPTModel):
     """
 
     true_vocab_size: int
-    slots: Slots
+    slots: DocumentLayout
     rotary: Callable[[int], Rotary]
     loss_chunk: Callable[[int], int | None]
 

@@ -12,7 +12,7 @@ from lcdist.config.rope import RopeLlama3, RopeYarn
 from lcdist.config.schema import Config
 from lcdist.data.datasets.build import data_errors
 from lcdist.layout import ContextLayout
-from lcdist.plan.resolve import LayerAttention, slots_of
+from lcdist.plan.resolve import LayerAttention, document_layout_for
 
 
 def check_model(config: Config, errors: list[str]) -> None:
@@ -208,7 +208,7 @@ def check_layers(
             found.append(f"attention.method = '{layer.method.name}': {error}")
     errors.extend(dict.fromkeys(found))
     try:
-        slots = slots_of(layers, model.vocab_size)
+        slots = document_layout_for(layers, model.vocab_size)
     except ValueError as error:
         errors.append(str(error))
         return
@@ -218,7 +218,7 @@ def check_layers(
             f"needs a multiple of {slots.step}; the next is "
             f"{-(-config.train.seqlen // slots.step) * slots.step}"
         )
-    if slots.landmark is not None and slots.text_before(config.train.seqlen) < 2:
+    if slots.landmark is not None and slots.num_text_slots(config.train.seqlen) < 2:
         errors.append(
             f"train.seqlen = {config.train.seqlen} holds no two tokens of text between landmarks"
         )

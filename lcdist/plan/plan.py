@@ -14,7 +14,7 @@ from lcdist.config import ConfigError
 from lcdist.config.schema import Config
 from lcdist.hardware.device import has_cuda
 from lcdist.layout import ContextLayout, pieces_needed
-from lcdist.layout.documents import Slots
+from lcdist.layout.documents import DocumentLayout
 from lcdist.plan.activations import Activations
 from lcdist.plan.checks import (
     check_batch,
@@ -31,8 +31,8 @@ from lcdist.plan.resolve import (
     LayerAttention,
     common_layouts,
     common_multiple,
+    document_layout_for,
     layer_methods,
-    slots_of,
 )
 
 # Training runs every matrix product once forward and twice backward.
@@ -63,9 +63,9 @@ class Plan(Activations):
         return self.product_flops_per_token - 2 * trained
 
     @property
-    def slots(self) -> Slots:
+    def slots(self) -> DocumentLayout:
         """How the loader lays documents out for the attention of these layers."""
-        return slots_of(self.layers, self.config.model.vocab_size)
+        return document_layout_for(self.layers, self.config.model.vocab_size)
 
     @property
     def text_vocab_size(self) -> int:

@@ -14,7 +14,7 @@ from lcdist.attention import METHODS, AttentionMethod
 from lcdist.config import ConfigError
 from lcdist.config.load import build_options
 from lcdist.config.schema import OPTIONS, Config, RawOptions
-from lcdist.layout.documents import Slots
+from lcdist.layout.documents import DocumentLayout
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def dense_where_meant(
     return tuple(full if "dense" in layer.method.supports else layer for layer in layers)
 
 
-def slots_of(layers: Sequence[LayerAttention], vocab_size: int) -> Slots:
+def document_layout_for(layers: Sequence[LayerAttention], vocab_size: int) -> DocumentLayout:
     """How the loader lays documents out for these layers.
 
     The landmark, where a layer needs one, is the last token of the vocabulary. Raises ValueError
@@ -96,8 +96,8 @@ def slots_of(layers: Sequence[LayerAttention], vocab_size: int) -> Slots:
         )
     multiple = common_multiple(layers, 1, "contiguous")
     if not blocks:
-        return Slots(multiple)
-    return Slots(multiple, block_size=blocks.pop(), landmark=vocab_size - 1)
+        return DocumentLayout(multiple)
+    return DocumentLayout(multiple, block_size=blocks.pop(), landmark=vocab_size - 1)
 
 
 def _typed(name: str, options: Any, config: Config, errors: list[str]) -> Any:

@@ -107,7 +107,7 @@ def text_logits(trainer: Trainer, x: Tensor) -> Tensor:
     """Logits `[b, s, vocab]` of text `[b, s]`, which is laid out in slots to be read."""
     plan, count = trainer.plan, x.shape[1]
     slots = plan.slots
-    laid = torch.stack([slots.lay(row, 0, slots.slots_for(count), count) for row in x])
+    laid = torch.stack([slots.place(row, 0, slots.num_slots(count), count) for row in x])
     logits = whole_logits(trainer.engine.chunks, trainer.grid, plan, laid)
     if logits is None:
         return torch.empty(0)

@@ -17,7 +17,7 @@ from lcdist.data.datasets.packed import PackedDataset
 from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.layout import ContextLayout
-from lcdist.layout.documents import PADDING, Slots
+from lcdist.layout.documents import PADDING, DocumentLayout
 from tests.data.folders import token_folder
 from tests.data.test_slots import BLOCKS, BOTH, LANDMARKS
 
@@ -56,8 +56,10 @@ def test_a_million_documents_take_as_long_as_their_lengths() -> None:
     assert len(found) <= -(-lengths.sum() // 4096) + 1
 
 
-@pytest.mark.parametrize("slots", [Slots(), LANDMARKS, BLOCKS, BOTH])
-def test_an_epoch_has_every_token_once_and_documents_whole(slots: Slots, tmp_path: Path) -> None:
+@pytest.mark.parametrize("slots", [DocumentLayout(), LANDMARKS, BLOCKS, BOTH])
+def test_an_epoch_has_every_token_once_and_documents_whole(
+    slots: DocumentLayout, tmp_path: Path
+) -> None:
     folder, seqlen = token_folder(tmp_path / "a", LENGTHS), 2 * slots.step + (slots.plain * 18)
     data = PackedDataset(folder, "train", seqlen, 3, slots)
     slot_lengths = slots.length(np.asarray(LENGTHS)).tolist()

@@ -13,16 +13,16 @@ from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.prepare.prepare import Prepared
 from lcdist.layout import ContextLayout
-from lcdist.layout.documents import PADDING, Apart, Joined, Slots
+from lcdist.layout.documents import PADDING, DocumentLayout, Joined, PackedSyntheticDataset
 
 MARK = 999
-LANDMARKS = Slots(multiple=4, block_size=4, landmark=MARK)
-BLOCKS = Slots(multiple=5)
-BOTH = Slots(multiple=6, block_size=4, landmark=MARK)
+LANDMARKS = DocumentLayout(multiple=4, block_size=4, landmark=MARK)
+BLOCKS = DocumentLayout(multiple=5)
+BOTH = DocumentLayout(multiple=6, block_size=4, landmark=MARK)
 
 
-def document(tokens: int, slots: Slots) -> Tensor:
-    return slots.lay(torch.arange(tokens), 0, int(slots.length(np.array(tokens))), tokens)
+def document(tokens: int, slots: DocumentLayout) -> Tensor:
+    return slots.place(torch.arange(tokens), 0, int(slots.length(np.array(tokens))), tokens)
 
 
 def test_by_hand() -> None:
@@ -32,23 +32,23 @@ def test_by_hand() -> None:
     assert document(6, BLOCKS).tolist() == [0, 1, 2, 3, 4, 5, pad, pad, pad, pad]
     twelve = [0, 1, 2, MARK, 3, 4, pad, MARK, pad, pad, pad, pad]
     assert document(5, BOTH).tolist() == twelve
-    assert document(7, Slots()).tolist() == list(range(7))
+    assert document(7, DocumentLayout()).tolist() == list(range(7))
 
 
-@pytest.mark.parametrize("slots", [Slots(), LANDMARKS, BLOCKS, BOTH])
-def test_pieces_of_a_document_are_the_document(slots: Slots) -> None:
+@pytest.mark.parametrize("slots", [DocumentLayout(), LANDMARKS, BLOCKS, BOTH])
+def test_pieces_of_a_document_are_the_document(slots: DocumentLayout) -> None:
     for tokens in range(1, 20):
         whole = document(tokens, slots)
         assert whole[slots.is_text(whole)].tolist() == list(range(tokens))
         assert not len(whole) % slots.step
-        assert len(whole) - slots.slots_for(tokens) < slots.step + (slots.block_size > 1)
-        assert int(whole[slots.slots_for(tokens) - 1]) == tokens - 1
+        assert len(whole) - slots.num_slots(tokens) < slots.step + (slots.block_size > 1)
+        assert int(whole[slots.num_slots(tokens) - 1]) == tokens - 1
         for cut in range(len(whole)):
-            before = min(slots.text_before(cut), tokens)
+            before = min(slots.num_text_slots(cut), tokens)
             assert before == int(slots.is_text(whole[:cut]).sum())
             pieces = [
-                slots.lay(torch.arange(before), 0, cut, tokens),
-                slots.lay(torch.arange(before, tokens), cut, len(whole), tokens),
+                slots.place(torch.arange(before), 0, cut, tokens),
+                slots.place(torch.arange(before, tokens), cut, len(whole), tokens),
             ]
             assert torch.equal(torch.cat(pieces), whole)
 
@@ -66,7 +66,9 @@ class Texts:
         return Sample(100 * index + torch.arange(self.seqlen + 1), table, self.closed)
 
 
-def batch_of(dataset: object, slots: Slots, documents: str, cp_size: int = 1) -> list[Tensor]:
+def batch_of(
+    dataset: object, slots: DocumentLayout, documents: str, cp_size: int = 1
+) -> list[Tensor]:
     """Whole [tokens, labels, mask] of the first row."""
     seqlen = -(-dataset.seqlen // (slots.step * cp_size)) * slots.step * cp_size
     layout = ContextLayout("contiguous", seqlen, cp_size)
@@ -92,7 +94,7 @@ def test_the_token_before_a_landmark_predicts_the_one_after_it(cp_size: int) -> 
 
 def test_no_document_predicts_the_next_one() -> None:
     for closed in (True, False):
-        dataset = Apart(Texts(24, closed), LANDMARKS)
+        dataset = PackedSyntheticDataset(Texts(24, closed), LANDMARKS)
         tokens, labels, mask = batch_of(dataset, LANDMARKS, "pack")
         # Documents of 3, 1, 5 and 15 tokens in blocks of 4 slots; 24 slots are seen.
         text = [0, 1, 2, MARK, 3, 0, 0, MARK, 4, 5, 6, MARK, 7, 8, 0, MARK]
@@ -106,7 +108,7 @@ def test_no_document_predicts_the_next_one() -> None:
 
 
 def test_made_up_documents_begin_at_multiples() -> None:
-    dataset = Apart(SyntheticDataset(50, 60, seed=3), BLOCKS)
+    dataset = PackedSyntheticDataset(SyntheticDataset(50, 60, seed=3), BLOCKS)
     for index in range(20):
         sample = dataset.sample(index)
         assert len(sample.tokens) == 61 and not (sample.cu_seqlens % 5).any()
@@ -118,7 +120,9 @@ def test_made_up_documents_begin_at_multiples() -> None:
 
 
 @pytest.mark.parametrize("slots", [LANDMARKS, BLOCKS, BOTH])
-def test_an_epoch_of_a_folder_has_every_token_once(prepared: Prepared, slots: Slots) -> None:
+def test_an_epoch_of_a_folder_has_every_token_once(
+    prepared: Prepared, slots: DocumentLayout
+) -> None:
     plain = TokenDataset(prepared.folder, "train", 12, seed=5)
     seqlen = 2 * slots.step
     dataset = TokenDataset(prepared.folder, "train", seqlen, 5, slots)

@@ -126,8 +126,8 @@ def train_and_score(
 def text_logits(model: CausalLM, text: Tensor) -> Tensor:
     """`[len(text), vocab]` after each token of the text, laid out as the model wants it."""
     slots = model.slots
-    padded = -(-slots.slots_for(len(text)) // slots.step) * slots.step
-    laid = slots.lay(text, 0, padded, len(text))
+    padded = -(-slots.num_slots(len(text)) // slots.step) * slots.step
+    laid = slots.place(text, 0, padded, len(text))
     how = SequenceParams(layout=ContextLayout("contiguous", padded, 1))
     logits = model(laid.clamp(min=0)[None], None, None, packed_seq_params=how)[0]
     return logits[slots.is_text(laid), : model.true_vocab_size]

@@ -65,9 +65,9 @@ def greedy_by_full_passes(model: CausalLM, prompt: Tensor, count: int) -> Tensor
     tokens, slots = prompt, model.slots
     with torch.no_grad():
         for _ in range(count):
-            row = slots.slots_for(len(tokens))
+            row = slots.num_slots(len(tokens))
             padded = -(-row // slots.step) * slots.step
-            laid = slots.lay(tokens, 0, padded, len(tokens)).clamp(min=0)
+            laid = slots.place(tokens, 0, padded, len(tokens)).clamp(min=0)
             layout = ContextLayout("contiguous", padded, 1)
             how = SequenceParams(layout=layout, seqlen=row)
             logits = model(laid[None], None, None, packed_seq_params=how)

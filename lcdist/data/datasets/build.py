@@ -10,7 +10,7 @@ from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.data.datasets.mixture import Folder, Mixture, round_tokens, source_seed
 from lcdist.data.datasets.packed import PackedDataset
 from lcdist.data.datasets.tokens import TokenDataset
-from lcdist.layout.documents import Slots
+from lcdist.layout.documents import DocumentLayout
 
 
 def data_errors(data: DataConfig) -> Iterator[str]:
@@ -78,7 +78,9 @@ def _long_errors(data: DataConfig) -> Iterator[str]:
         yield str(error)
 
 
-def open_samples(data: DataConfig, seqlen: int, seed: int, slots: Slots) -> Folder | Mixture:
+def open_samples(
+    data: DataConfig, seqlen: int, seed: int, slots: DocumentLayout
+) -> Folder | Mixture:
     """The train split of the folder or mixture in `data`, as samples of `seqlen` slots.
 
     slots: how documents are laid out. Raises ValueError as the data sets do, and where the folders

@@ -18,7 +18,7 @@ from lcdist.data.datasets.best_fit import best_fit
 from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.data.datasets.sample import Sample, check_seed
 from lcdist.data.datasets.tokens import Span, TokenSplit, check_rows, permutation
-from lcdist.layout.documents import PADDING, Slots
+from lcdist.layout.documents import PADDING, DocumentLayout
 
 # Beside those that dataset.py draws with the same key.
 _ROWS, _PACKING = 1, 2
@@ -37,12 +37,12 @@ class PackedDataset(TokenSplit):
         split: str,
         seqlen: int,
         seed: int,
-        slots: Slots | None = None,
+        slots: DocumentLayout | None = None,
         long: LongDocuments | None = None,
     ) -> None:
         super().__init__(folder, split)
         check_seed(seed)
-        self.slots, self.long = slots or Slots(), long or LongDocuments()
+        self.slots, self.long = slots or DocumentLayout(), long or LongDocuments()
         if seqlen < 1:
             raise ValueError(f"train.seqlen = {seqlen}: must be at least 1")
         check_rows(seqlen, self.slots)

@@ -11,7 +11,7 @@ from torch import Tensor
 class Sample:
     """seqlen input tokens and the label of the last one.
 
-    tokens: int64 `[seqlen + 1]`, padding -1, laid out as `Slots` say. cu_seqlens: int32
+    tokens: int64 `[seqlen + 1]`, padding -1, laid out as `DocumentLayout` say. cu_seqlens: int32
     `[n + 1]`, where the documents of the first seqlen tokens begin and end. closed: whether a
     document ends with token seqlen - 1, so that its label, the last of `tokens`, belongs to
     another one.

@@ -1,7 +1,7 @@
 """Token folders as data sets: documents in a new order every epoch, cut into windows.
 
 The documents of epoch 0, 1, 2, ..., each epoch in its own order, are joined to one endless string
-of tokens (of slots, where `Slots` lays documents out), and sample windows of seqlen tile it.
+of tokens (of slots, where `DocumentLayout` lays documents out), and sample windows of seqlen tile it.
 Nothing falls off at the end of an epoch: the last window that starts in it runs on into the next.
 So in a corpus of T tokens epoch e has the windows from ceil(e T / seqlen) up to
 ceil((e + 1) T / seqlen), in shuffled order, and window w belongs to epoch floor(w seqlen / T); all
@@ -22,7 +22,7 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.data.datasets.sample import Sample, check_seed, raw_numbers
 from lcdist.data.meta import read_meta
-from lcdist.layout.documents import Slots
+from lcdist.layout.documents import DocumentLayout
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 _DOCUMENTS, _WINDOWS = 0, 1
@@ -83,7 +83,7 @@ class TokenSplit:
                 f"window of {tokens} tokens at {start}: the {self.split} split has {self.tokens}"
             )
         spans = self._spans(self._stored, start, tokens, self.document_lengths)[0]
-        return torch.cat([self._laid(span, Slots()) for span in spans])
+        return torch.cat([self._laid(span, DocumentLayout()) for span in spans])
 
     @cached_property
     def _stored(self) -> "_Order":
@@ -96,7 +96,7 @@ class TokenSplit:
     def _spans(
         self, order: "_Order", start: int, wanted: int, lengths: np.ndarray
     ) -> tuple[list[Span], list[int]]:
-        """Slots [start, start + wanted) of `order`, as far as it goes; where documents end.
+        """DocumentLayout [start, start + wanted) of `order`, as far as it goes; where documents end.
 
         lengths: of the documents, in slots.
         """
@@ -113,13 +113,13 @@ class TokenSplit:
             at, place = upto, place + 1
         return spans, borders
 
-    def _laid(self, span: Span, slots: Slots) -> Tensor:
+    def _laid(self, span: Span, slots: DocumentLayout) -> Tensor:
         """The slots of a span."""
         number, start, stop = span
         tokens = int(self.document_lengths[number])
-        first, last = (min(slots.text_before(slot), tokens) for slot in (start, stop))
+        first, last = (min(slots.num_text_slots(slot), tokens) for slot in (start, stop))
         text = self._read(number, first, last - first) if last > first else _NO_TEXT
-        return text if slots.plain else slots.lay(text, start, stop, tokens)
+        return text if slots.plain else slots.place(text, start, stop, tokens)
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,12 @@ class TokenDataset(TokenSplit):
         split: str,
         seqlen: int,
         seed: int,
-        slots: Slots | None = None,
+        slots: DocumentLayout | None = None,
         long: LongDocuments | None = None,
     ) -> None:
         super().__init__(folder, split)
         check_seed(seed)
-        self.slots = slots or Slots()
+        self.slots = slots or DocumentLayout()
         self.long = long or LongDocuments()
         self._slot_lengths = self.slots.length(self.document_lengths)
         self._copies = self.long.copies(self.document_lengths)
@@ -222,7 +222,7 @@ class TokenDataset(TokenSplit):
         return self._orders[epoch]
 
 
-def check_rows(seqlen: int, slots: Slots) -> None:
+def check_rows(seqlen: int, slots: DocumentLayout) -> None:
     """Raise ValueError where rows of `seqlen` slots would begin inside a block."""
     if seqlen % slots.step:
         raise ValueError(
