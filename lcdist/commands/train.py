@@ -29,7 +29,7 @@ from lcdist.distributed.mesh import Grid, board, build_grid, start_world, world_
 from lcdist.distributed.watchdog import Watchdog
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.hardware.peak import Peak, device_peak
-from lcdist.layout.documents import DocumentLayout, Joined, PackedSyntheticDataset
+from lcdist.layout.documents import AlignedDataset, DocumentLayout, PackedSyntheticDataset
 from lcdist.model.build import DTYPES, build_model
 from lcdist.plan import Plan, make_plan
 from lcdist.rundir.header import (
@@ -101,12 +101,12 @@ def open_dataset(plan: Plan) -> Dataset:
         made_up = SyntheticDataset(vocab_size, seqlen, train.seed)
         if pack and not slots.plain:
             return PackedSyntheticDataset(made_up, slots)
-        return Joined(made_up, slots, train.seqlen) if landmarks and not pack else made_up
+        return AlignedDataset(made_up, slots, train.seqlen) if landmarks and not pack else made_up
     dataset = open_samples(data, seqlen, train.seed, slots if pack else DocumentLayout())
     check_vocabulary(dataset.meta, plan.config.model.vocab_size, reserved=landmarks)
     for line in accounts(dataset, train.steps * train.global_batch_size):
         log.info(line)
-    return Joined(dataset, slots, train.seqlen) if landmarks and not pack else dataset
+    return AlignedDataset(dataset, slots, train.seqlen) if landmarks and not pack else dataset
 
 
 def make_trainer(plan: Plan, grid: Grid, dataset: Dataset, peak: Peak) -> Trainer:

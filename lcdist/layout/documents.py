@@ -85,7 +85,7 @@ class DocumentLayout:
         return text if self.landmark is None else text & (slots != self.landmark)
 
 
-class Joined:
+class AlignedDataset:
     """Samples of plain text, each laid out as one document; its documents are joined.
 
     seqlen: of the rows, in slots. Raises ValueError unless the inner samples fill just them.

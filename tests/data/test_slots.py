@@ -13,7 +13,7 @@ from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.prepare.prepare import Prepared
 from lcdist.layout import ContextLayout
-from lcdist.layout.documents import PADDING, DocumentLayout, Joined, PackedSyntheticDataset
+from lcdist.layout.documents import PADDING, AlignedDataset, DocumentLayout, PackedSyntheticDataset
 
 MARK = 999
 LANDMARKS = DocumentLayout(multiple=4, block_size=4, landmark=MARK)
@@ -82,7 +82,7 @@ def batch_of(
 
 @pytest.mark.parametrize("cp_size", [1, 3])
 def test_the_token_before_a_landmark_predicts_the_one_after_it(cp_size: int) -> None:
-    dataset = Joined(Texts(8, closed=False), LANDMARKS, seqlen=10)
+    dataset = AlignedDataset(Texts(8, closed=False), LANDMARKS, seqlen=10)
     tokens, labels, mask = batch_of(dataset, LANDMARKS, "join", cp_size)
     assert tokens[:10].tolist() == [0, 1, 2, MARK, 3, 4, 5, MARK, 6, 7]
     learned = mask.bool()
