@@ -32,8 +32,8 @@ from lcdist.config import ConfigError
 from lcdist.config.stages import load_stages
 from lcdist.data.prepare.corpus import SUFFIXES, Source, standard_library
 from lcdist.data.prepare.prepare import described, prepare
-from lcdist.data.prepare.settings import Settings
-from lcdist.data.tokenizers.huggingface import Specials
+from lcdist.data.prepare.settings import TokenizeSettings
+from lcdist.data.tokenizers.huggingface import SpecialTokens
 from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.loaded_model import evaluate_checkpoint, generate_text
 from lcdist.plan import make_plan, smallest_world
@@ -185,14 +185,14 @@ def _tokenize(arguments: argparse.Namespace) -> None:
     vocab_size = arguments.vocab_size
     if vocab_size is None and arguments.tokenizer is None:
         vocab_size = 4096
-    settings = Settings(
+    settings = TokenizeSettings(
         vocab_size=vocab_size,
         valid_fraction=arguments.valid_fraction,
         seed=arguments.seed,
         on_error=arguments.on_error,
         field=arguments.field,
         document_bytes=arguments.document_bytes,
-        specials=Specials(arguments.bos_token, arguments.eos_token, arguments.add_bos),
+        specials=SpecialTokens(arguments.bos_token, arguments.eos_token, arguments.add_bos),
         workers=arguments.workers,
     )
     share = TextColumn("{task.percentage:>3.0f}%")

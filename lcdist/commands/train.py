@@ -20,7 +20,7 @@ from lcdist.checkpoint.save import Checkpointer
 from lcdist.config.lora import LoraConfig
 from lcdist.config.schema import Config, ModelConfig
 from lcdist.convert.lora.adapter import check_adapter, import_adapter
-from lcdist.data.datasets.build import accounts, open_samples
+from lcdist.data.datasets.build import build_dataset, coverage_lines
 from lcdist.data.datasets.sample import Dataset
 from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.loader import Loader, LoaderSpec
@@ -102,9 +102,9 @@ def open_dataset(plan: Plan) -> Dataset:
         if pack and not slots.plain:
             return PackedSyntheticDataset(made_up, slots)
         return AlignedDataset(made_up, slots, train.seqlen) if landmarks and not pack else made_up
-    dataset = open_samples(data, seqlen, train.seed, slots if pack else DocumentLayout())
+    dataset = build_dataset(data, seqlen, train.seed, slots if pack else DocumentLayout())
     check_vocabulary(dataset.meta, plan.config.model.vocab_size, reserved=landmarks)
-    for line in accounts(dataset, train.steps * train.global_batch_size):
+    for line in coverage_lines(dataset, train.steps * train.global_batch_size):
         log.info(line)
     return AlignedDataset(dataset, slots, train.seqlen) if landmarks and not pack else dataset
 

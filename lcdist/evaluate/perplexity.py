@@ -17,7 +17,7 @@ from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.distributed.mesh import Grid
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.layout import ContextLayout
-from lcdist.layout.documents import Joined
+from lcdist.layout.documents import ShardTotals
 from lcdist.plan import Plan
 from lcdist.train.trainer import to_device
 
@@ -105,7 +105,7 @@ def perplexity_by_length(
         spec = LoaderSpec(
             layout, grid.dp_rank, grid.dp_size, grid.cp_rank, 1, grid.dp_size, slots=slots
         )
-        loader = Loader(windows if row == length else Joined(windows, slots, row), spec)
+        loader = Loader(windows if row == length else ShardTotals(windows, slots, row), spec)
         total, tokens = 0.0, 0
         for _ in range(windows.count // grid.dp_size):
             batches = [to_device(batch, grid.device) for batch in loader.next_step()]

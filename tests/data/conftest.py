@@ -7,9 +7,9 @@ import pytest
 
 from lcdist.data.prepare.corpus import Source
 from lcdist.data.prepare.prepare import Prepared, prepare
-from lcdist.data.prepare.settings import Settings
+from lcdist.data.prepare.settings import TokenizeSettings
 
-SETTINGS = Settings(vocab_size=320, valid_fraction=0.2, seed=0, on_error="refuse")
+SETTINGS = TokenizeSettings(vocab_size=320, valid_fraction=0.2, seed=0, on_error="refuse")
 
 
 def write_corpus(folder: Path, documents: int = 40) -> Path:

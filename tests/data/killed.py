@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lcdist.data.prepare.corpus import Source
 from lcdist.data.prepare.prepare import prepare, shards
-from lcdist.data.prepare.settings import Settings
+from lcdist.data.prepare.settings import TokenizeSettings
 
 
 def main(corpus: str, out: str, settings: str, stage: str, when: str) -> None:
@@ -23,7 +23,7 @@ def main(corpus: str, out: str, settings: str, stage: str, when: str) -> None:
         if said.count(stage) == int(when):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    prepare(Source(corpus), Path(out), Settings(**json.loads(settings)), progress=stop)
+    prepare(Source(corpus), Path(out), TokenizeSettings(**json.loads(settings)), progress=stop)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from lcdist.data.prepare.chunks import OnError, Reading, Tally, cut, documents, number_lines
+from lcdist.data.prepare.chunks import (
+    OnError,
+    ReadOptions,
+    SkipCounts,
+    cut,
+    documents,
+    number_lines,
+)
 from lcdist.data.prepare.corpus import Source, SourceFile, list_files, standard_library
 from lcdist.data.prepare.prepare import chunks as parts
 
@@ -14,11 +21,11 @@ def read(
     folder: Path, on_error: OnError = "refuse", field: str = "text", **options
 ) -> tuple[list, list]:
     """(name, text) of all documents, and what was skipped."""
-    how, found, skipped = Reading(on_error, field), [], []
+    how, found, skipped = ReadOptions(on_error, field), [], []
     for file in list_files(Source(folder, **options)):
         lines = 0
         for part in cut(file):
-            tally = Tally()
+            tally = SkipCounts()
             found += [(document.name, document.text) for document in documents(part, how, tally)]
             skipped += number_lines(tally.skipped, lines)
             lines += tally.lines
@@ -62,7 +69,7 @@ def test_parts_tile_a_file_without_breaking_a_character(
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
     found = cut(SourceFile(path, "a.txt", path.stat().st_size), [77, 1300])
-    read_in = [d for part in found for d in documents(part, Reading("refuse"), Tally())]
+    read_in = [d for part in found for d in documents(part, ReadOptions("refuse"), SkipCounts())]
     assert "".join(document.text for document in read_in) == text
     assert len(found) == 1 or max(part.stop - part.start for part in found) < 600
     names = [document.name for document in read_in]

@@ -9,7 +9,7 @@ import torch
 
 from lcdist.config import ConfigError, parse
 from lcdist.config.schema import DataConfig, MixtureSource
-from lcdist.data.datasets.build import accounts, held_out_folder, open_samples
+from lcdist.data.datasets.build import build_dataset, coverage_lines, held_out_folder
 from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.data.datasets.mixture import Mixture, round_tokens
 from lcdist.data.datasets.tokens import TokenDataset, TokenSplit
@@ -41,7 +41,7 @@ def config(folders: dict[str, Path], *weights: float, **values) -> DataConfig:
 
 
 def mixture_of(data: DataConfig, seqlen: int = 20, seed: int = 3) -> Mixture:
-    made = open_samples(data, seqlen, seed, DocumentLayout())
+    made = build_dataset(data, seqlen, seed, DocumentLayout())
     assert isinstance(made, Mixture)
     return made
 
@@ -165,13 +165,13 @@ def test_no_factor_is_the_plain_data_set(folders: dict[str, Path]) -> None:
     for i in range(200):
         assert torch.equal(plain.sample(i).tokens, one.sample(i).tokens)
         assert torch.equal(plain.table(i), plain.sample(i).cu_seqlens)
-    alone = open_samples(DataConfig(path=str(folders["web"])), 20, 3, DocumentLayout())
+    alone = build_dataset(DataConfig(path=str(folders["web"])), 20, 3, DocumentLayout())
     assert torch.equal(alone.sample(7).tokens, plain.sample(7).tokens)
 
 
 def test_the_accounts_are_what_is_read(folders: dict[str, Path]) -> None:
     data = config(folders, 0.5, 0.3, 0.2, long_from=(100,), long_factor=(3.0,))
-    lines = accounts(mixture_of(data), 100)
+    lines = coverage_lines(mixture_of(data), 100)
     stored = {name: sum(lengths) for name, lengths in LENGTHS.items()}
     assert lines[0].startswith("books: 50.00% of the tokens; 1,000 tokens read of 848, each ")
     books = 48 + 3 * 800
@@ -184,13 +184,13 @@ def test_the_accounts_are_what_is_read(folders: dict[str, Path]) -> None:
     assert lines[2] == f"code: 30.00% of the tokens; 600 tokens read of {stored['code']}, " + (
         f"each {600 / 630:.2f} times"
     )
-    one = open_samples(DataConfig(path=str(folders["code"])), 20, 3, DocumentLayout())
-    assert accounts(one, 63) == [
+    one = build_dataset(DataConfig(path=str(folders["code"])), 20, 3, DocumentLayout())
+    assert coverage_lines(one, 63) == [
         "data: 100.00% of the tokens; 1,260 tokens read of 630, each 2.00 times"
     ]
     assert round_tokens(mixture_of(data).sources["books"]) == books
     packed = DataConfig(path=str(folders["books"]), documents="pack", packing="best_fit")
-    lines = accounts(open_samples(packed, 20, 3, DocumentLayout()), 10)
+    lines = coverage_lines(build_dataset(packed, 20, 3, DocumentLayout()), 10)
     assert lines[1] == "data: 43 rows, 1.40% padding; 3 documents are longer than a row and cut"
 
 
@@ -201,9 +201,9 @@ def test_folders_that_do_not_go_together_are_named(
     with pytest.raises(
         ValueError, match=r"data\.mixture\.web\.path = .* another tokenizer .*books"
     ):
-        open_samples(config({**folders, "web": other}, 1, 1, 1), 20, 3, DocumentLayout())
+        build_dataset(config({**folders, "web": other}, 1, 1, 1), 20, 3, DocumentLayout())
     with pytest.raises(ValueError, match=r"data\.mixture\.web\.weight is less than one part in"):
-        open_samples(config(folders, 1, 0.77777777, 1e-7), 20, 3, DocumentLayout())
+        build_dataset(config(folders, 1, 0.77777777, 1e-7), 20, 3, DocumentLayout())
 
 
 def test_the_first_folder_or_path_is_evaluated_on(folders: dict[str, Path]) -> None:

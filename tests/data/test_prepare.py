@@ -17,12 +17,12 @@ from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.data.prepare.prepare import Prepared, prepare
 from lcdist.data.prepare.prepare import chunks as parts_module
 from lcdist.data.prepare.prepare import shards as shards_module
-from lcdist.data.prepare.settings import Settings
+from lcdist.data.prepare.settings import TokenizeSettings
 from lcdist.data.tokenizers.sentencepiece_bpe import Tokenizer
 from tests.data.conftest import SETTINGS, write_corpus
 
 
-def change(**values) -> Settings:
+def change(**values) -> TokenizeSettings:
     return dataclasses.replace(SETTINGS, **values)
 
 

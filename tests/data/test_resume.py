@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from lcdist.data.meta import read_meta
-from lcdist.data.prepare.chunks import Part
+from lcdist.data.prepare.chunks import FileChunk
 from lcdist.data.prepare.corpus import Source
 from lcdist.data.prepare.prepare import Prepared, prepare
 from lcdist.data.prepare.prepare import shards as shards_module
-from lcdist.data.prepare.settings import Settings
+from lcdist.data.prepare.settings import TokenizeSettings
 from lcdist.data.prepare.workers import tokenize_all
 from tests.data.test_prepare import SETTINGS, change, contents
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 SHARD = 4000  # as in killed.py
 
 
-def kill(corpus: Path, out: Path, settings: Settings, when: tuple[str, int]) -> None:
+def kill(corpus: Path, out: Path, settings: TokenizeSettings, when: tuple[str, int]) -> None:
     """prepare, killed at the `when[1]`-th word about `when[0]`."""
     given = {key: value for key, value in vars(settings).items() if key != "specials"}
     words = [str(corpus), str(out), json.dumps(given), when[0], str(when[1])]
@@ -74,7 +74,7 @@ def test_killed_and_started_again_is_the_same_bytes(
 
 
 def interrupted(
-    corpus: Path, out: Path, settings: Settings, after: int, error: type[BaseException]
+    corpus: Path, out: Path, settings: TokenizeSettings, after: int, error: type[BaseException]
 ) -> None:
     said: list[str] = []
 
@@ -187,7 +187,7 @@ def test_what_a_try_skipped_is_refused_by_the_next_that_refuses(
 
 
 def prepare_bytes(
-    source: Source, out: Path, settings: Settings, progress: Callable | None = None
+    source: Source, out: Path, settings: TokenizeSettings, progress: Callable | None = None
 ) -> Prepared:
     return prepare(
         source,
@@ -199,12 +199,13 @@ def prepare_bytes(
 
 
 def test_a_process_that_dies_is_named_and_nobody_waits(corpus: Path, tmp_path: Path) -> None:
-    work = shards_module.Work(
-        str(tmp_path), ("train",), 0.0, 0, False, shards_module.Reading("skip")
+    work = shards_module.ShardJob(
+        str(tmp_path), ("train",), 0.0, 0, False, shards_module.ReadOptions("skip")
     )
     files = sorted(corpus.rglob("*.txt"))[:4]
     parts = [
-        (Part(shards_module.SourceFile(path, path.name, 9), 0, 9, 9), "train") for path in files
+        (FileChunk(shards_module.SourceFile(path, path.name, 9), 0, 9, 9), "train")
+        for path in files
     ]
     shards = [shards_module.Shard(i, (part,)) for i, part in enumerate(parts)]
     begun = time.monotonic()

@@ -13,7 +13,7 @@ from lcdist.data.prepare.corpus import Source
 from lcdist.data.prepare.prepare import Prepared, prepare
 from lcdist.data.tokenizers.byte_tokenizer import ByteTokenizer
 from lcdist.data.tokenizers.files import beginning, open_tokenizer
-from lcdist.data.tokenizers.huggingface import HuggingFaceTokenizer, Specials
+from lcdist.data.tokenizers.huggingface import HuggingFaceTokenizer, SpecialTokens
 from lcdist.data.tokenizers.sentencepiece_bpe import Tokenizer
 from tests.data.test_prepare import change
 
@@ -52,12 +52,12 @@ def test_ends_are_found_beside_it(tmp_path: Path) -> None:
     opened = HuggingFaceTokenizer(table)
     # Its own template begins texts with bos, so documents do too, unless told otherwise.
     assert (opened.eos_id, opened.bos_id, beginning(opened)) == (257, 256, [256])
-    assert not HuggingFaceTokenizer(table, Specials(add_bos=False)).begins
+    assert not HuggingFaceTokenizer(table, SpecialTokens(add_bos=False)).begins
     (tmp_path / "b" / "tokenizer_config.json").unlink()
     names = {"bos_token": {"content": "<|begin|>"}, "eos_token": "<|pad|>"}
     (tmp_path / "b" / "special_tokens_map.json").write_text(json.dumps(names))
     assert HuggingFaceTokenizer(table).eos_id == 258
-    asked = HuggingFaceTokenizer(table, Specials(eos="<|end|>", bos="<|pad|>", add_bos=True))
+    asked = HuggingFaceTokenizer(table, SpecialTokens(eos="<|end|>", bos="<|pad|>", add_bos=True))
     assert (asked.eos_id, beginning(asked)) == (257, [258])
     assert asked.fingerprint != HuggingFaceTokenizer(table).fingerprint
 
@@ -78,9 +78,9 @@ def test_no_end_of_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"which token ends a text.*--eos-token.*<\|begin\|>"):
         HuggingFaceTokenizer(path)
     with pytest.raises(ValueError, match=r"eos token '</s>' is not in its vocabulary"):
-        HuggingFaceTokenizer(path, Specials(eos="</s>"))
+        HuggingFaceTokenizer(path, SpecialTokens(eos="</s>"))
     with pytest.raises(ValueError, match="which token begins a text.*--bos-token"):
-        HuggingFaceTokenizer(path, Specials(eos="<|end|>", add_bos=True))
+        HuggingFaceTokenizer(path, SpecialTokens(eos="<|end|>", add_bos=True))
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: not JSON"):
         HuggingFaceTokenizer(path)
@@ -112,7 +112,7 @@ def test_a_token_folder_opens_as_its_own_tokenizer(
         "sentencepiece": prepared.folder / "tokenizer.model",
     }[kind]
     # Only bytes are asked for their bos: Hugging Face's has it from its own template.
-    specials = Specials(add_bos=True if kind == "bytes" else None)
+    specials = SpecialTokens(add_bos=True if kind == "bytes" else None)
     settings = change(vocab_size=None, workers=workers, specials=specials)
     made = prepare(Source(corpus), tmp_path / "out", settings, made_with)
     opened = open_tokenizer(made.folder)
@@ -135,11 +135,11 @@ def test_what_is_not_for_this_tokenizer_is_refused(
     model = prepared.folder / "tokenizer.model"
     for path in ("bytes", model):
         with pytest.raises(ValueError, match="--eos-token are for a tokenizer.json alone"):
-            open_tokenizer(path, Specials(eos="x"))
+            open_tokenizer(path, SpecialTokens(eos="x"))
     with pytest.raises(ValueError, match="has no piece that begins a text"):
-        open_tokenizer(model, Specials(add_bos=True))
+        open_tokenizer(model, SpecialTokens(add_bos=True))
     with pytest.raises(ValueError, match="are for a given tokenizer"):
-        prepare(Source(corpus), tmp_path / "out", change(specials=Specials(add_bos=True)))
+        prepare(Source(corpus), tmp_path / "out", change(specials=SpecialTokens(add_bos=True)))
     with pytest.raises(ValueError, match=r"holds no tokenizer\.json and no tokenizer\.model"):
         open_tokenizer(corpus)
     assert isinstance(open_tokenizer(prepared.folder), Tokenizer)

@@ -1,4 +1,4 @@
-"""`[data]` to samples: which folders are read and how, what contradicts what, and the accounts."""
+"""`[data]` to samples: which folders are read and how, what contradicts what, and the coverage_lines."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +78,7 @@ def _long_errors(data: DataConfig) -> Iterator[str]:
         yield str(error)
 
 
-def open_samples(
+def build_dataset(
     data: DataConfig, seqlen: int, seed: int, slots: DocumentLayout
 ) -> Folder | Mixture:
     """The train split of the folder or mixture in `data`, as samples of `seqlen` slots.
@@ -119,7 +119,7 @@ def held_out_folder(data: DataConfig) -> Path:
     return Path(data.path or (first.path if first else ""))
 
 
-def accounts(dataset: Folder | Mixture, samples: int) -> list[str]:
+def coverage_lines(dataset: Folder | Mixture, samples: int) -> list[str]:
     """What the first `samples` samples read, a line for every source and every band of lengths."""
     if not isinstance(dataset, Mixture):
         return _lines("data", dataset, samples, 1.0)

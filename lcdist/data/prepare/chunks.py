@@ -25,7 +25,7 @@ OnError = Literal["refuse", "skip"]
 
 
 @dataclass(frozen=True)
-class Part:
+class FileChunk:
     """Some of a file: one document of text, or some lines of JSONL or rows of parquet.
 
     start, stop: bytes of the file; all of it where it is packed; rows of parquet. size: bytes of
@@ -48,7 +48,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How documents are read: what to do with one that cannot be, and where records have text."""
 
     on_error: OnError
@@ -60,7 +60,7 @@ class Reading:
 
 
 @dataclass
-class Tally:
+class SkipCounts:
     """What came beside documents: what could not be read, and how many line ends there were.
 
     skipped: each as {"file", "offset" (bytes), "reason"}, with "line" or "row", from 1, where there
@@ -72,7 +72,7 @@ class Tally:
     lines: int = 0
 
 
-def cut(file: SourceFile, cuts: Sequence[int] = (), part_bytes: int = 0) -> list[Part]:
+def cut(file: SourceFile, cuts: Sequence[int] = (), part_bytes: int = 0) -> list[FileChunk]:
     """The parts of a file, each of about `part_bytes` (0: `PART_BYTES`), cut at line ends.
 
     cuts: further byte offsets to cut at, each moved on to the next line end. Text without line
@@ -81,9 +81,9 @@ def cut(file: SourceFile, cuts: Sequence[int] = (), part_bytes: int = 0) -> list
     library that reads parquet is not installed.
     """
     if file.kind == ".parquet":
-        return [Part(file, *group) for group in parquet_groups(file)]
+        return [FileChunk(file, *group) for group in parquet_groups(file)]
     if file.kind in (".jsonl.gz", ".jsonl.zst"):
-        return [Part(file, 0, file.size, file.size)]
+        return [FileChunk(file, 0, file.size, file.size)]
     size = PART_BYTES if file.kind or not part_bytes else part_bytes
     wanted = sorted({*range(size, file.size, size), *cuts})
     borders = [0]
@@ -93,7 +93,7 @@ def cut(file: SourceFile, cuts: Sequence[int] = (), part_bytes: int = 0) -> list
                 borders.append(_border(stream, offset, file.kind == ".jsonl"))
     borders.append(file.size)
     pairs = zip(borders, borders[1:], strict=False)
-    return [Part(file, a, b, b - a) for a, b in pairs if a < b or not a]
+    return [FileChunk(file, a, b, b - a) for a, b in pairs if a < b or not a]
 
 
 def _border(stream, offset: int, jsonl: bool) -> int:
@@ -107,7 +107,10 @@ def _border(stream, offset: int, jsonl: bool) -> int:
 
 
 def documents(
-    part: Part, how: Reading, tally: Tally, read: Callable[[int], None] = lambda size: None
+    part: FileChunk,
+    how: ReadOptions,
+    tally: SkipCounts,
+    read: Callable[[int], None] = lambda size: None,
 ) -> Iterator[Document]:
     """The documents of a part, in order; empty ones too.
 
@@ -130,7 +133,7 @@ def documents(
 
 
 def _texts(
-    part: Part, name: str, tally: Tally, read: Callable[[int], None]
+    part: FileChunk, name: str, tally: SkipCounts, read: Callable[[int], None]
 ) -> Iterator[Text | Unreadable]:
     kind = part.file.kind
     if kind == ".parquet":
@@ -163,7 +166,7 @@ def number_lines(skipped: list[dict], before: int) -> list[dict]:
     return [e | {"line": e["line"] + before} if "line" in e else e for e in skipped]
 
 
-def _place(part: Part, found: Unreadable) -> str:
+def _place(part: FileChunk, found: Unreadable) -> str:
     number = found.number
     if part.file.kind == ".jsonl":
         number += _lines_before(part.file.path, part.start)

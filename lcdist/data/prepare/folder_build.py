@@ -18,7 +18,7 @@ _SHARDS, _GONE = "shards", "gone"
 
 
 @dataclass(frozen=True)
-class Building:
+class FolderBuild:
     """The folder being built, and the folder in it for shards, named by what they are made from."""
 
     folder: Path
@@ -39,7 +39,7 @@ def is_whole(folder: Path, digest: str) -> bool:
 
 
 @contextlib.contextmanager
-def building(out: Path, key: str, digest: str) -> Iterator[Building]:
+def folder_build(out: Path, key: str, digest: str) -> Iterator[FolderBuild]:
     """A folder beside `out` that takes its place at the end.
 
     key: says what its shards are of. digest: of meta.json, where all of it is there already.
@@ -62,7 +62,7 @@ def building(out: Path, key: str, digest: str) -> Iterator[Building]:
     try:
         if not is_whole(partial, digest):
             _clear(partial, shards)
-        yield Building(partial, shards)
+        yield FolderBuild(partial, shards)
         _without_shards(partial)
         replaced = out.with_name(f".{out.name}.replaced")
         if out.exists():

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcdist.data.meta import FORMAT, META, Meta, read_meta, write_meta
-from lcdist.data.prepare.chunks import PART_BYTES, Part, Reading, Tally, cut
+from lcdist.data.prepare.chunks import PART_BYTES, FileChunk, ReadOptions, SkipCounts, cut
 from lcdist.data.prepare.corpus import Source, SourceFile, digest_files, list_files, share, walk
-from lcdist.data.prepare.folder_build import Building, building, is_whole
-from lcdist.data.prepare.settings import Settings, check_settings
-from lcdist.data.prepare.shards import SHARD_BYTES, Work, drawn_documents, join, shards_of
+from lcdist.data.prepare.folder_build import FolderBuild, folder_build, is_whole
+from lcdist.data.prepare.settings import TokenizeSettings, check_settings
+from lcdist.data.prepare.shards import SHARD_BYTES, ShardJob, drawn_documents, join, shards_of
 from lcdist.data.prepare.workers import tokenize_all
 from lcdist.data.tokenizers.files import TextTokenizer, open_tokenizer
 from lcdist.data.tokenizers.sentencepiece_bpe import MODEL_FILE, train_tokenizer
@@ -37,7 +37,7 @@ class Prepared:
 def prepare(
     source: Source,
     out_folder: str | Path,
-    settings: Settings,
+    settings: TokenizeSettings,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -69,7 +69,7 @@ def prepare(
     out = Path(out_folder)
     if _taken(out, digest, overwrite):
         return Prepared(out, read_meta(out), fresh=False)
-    with building(out, key, digest) as at:
+    with folder_build(out, key, digest) as at:
         if not is_whole(at.folder, digest):
             plan = _plan(files, settings)
             opened = _tokenizer(at, plan, settings, given)
@@ -118,7 +118,9 @@ def _taken(out: Path, digest: str, overwrite: bool) -> bool:
     )
 
 
-def _plan(files: Sequence[SourceFile], settings: Settings) -> list[tuple[Part, str | None]]:
+def _plan(
+    files: Sequence[SourceFile], settings: TokenizeSettings
+) -> list[tuple[FileChunk, str | None]]:
     """Parts and their splits: text files by the hash of their names, records by theirs (None).
 
     A lone text file is cut in two at a line end, its last part for validation; of several, the
@@ -142,9 +144,9 @@ def _plan(files: Sequence[SourceFile], settings: Settings) -> list[tuple[Part, s
 
 
 def _tokenizer(
-    at: Building,
-    plan: list[tuple[Part, str | None]],
-    settings: Settings,
+    at: FolderBuild,
+    plan: list[tuple[FileChunk, str | None]],
+    settings: TokenizeSettings,
     given: TextTokenizer | None,
 ) -> TextTokenizer:
     """The tokenizer, its files in the folder being built; a trained one is trained once."""
@@ -162,34 +164,36 @@ def _tokenizer(
     return open_tokenizer(file)
 
 
-def _training_texts(work: Work, plan: list[tuple[Part, str | None]], seed: int) -> Iterator[str]:
+def _training_texts(
+    work: ShardJob, plan: list[tuple[FileChunk, str | None]], seed: int
+) -> Iterator[str]:
     """Texts of the train split, part after part in an order drawn from the names."""
     for part, split in sorted(plan, key=lambda one: share(seed, _part_name(one[0]))):
-        for drawn, document in drawn_documents(work, part, split, Tally()):
+        for drawn, document in drawn_documents(work, part, split, SkipCounts()):
             if drawn == "train":
                 yield document.text
 
 
-def _part_name(part: Part) -> str:
+def _part_name(part: FileChunk) -> str:
     return f"{part.file.name}@{part.start}"
 
 
-def _work(at: Building, settings: Settings, add_bos: bool) -> Work:
-    return Work(
+def _work(at: FolderBuild, settings: TokenizeSettings, add_bos: bool) -> ShardJob:
+    return ShardJob(
         folder=str(at.shards),
         splits=("train", "valid") if settings.valid_fraction else ("train",),
         valid_fraction=settings.valid_fraction,
         seed=settings.seed,
         add_bos=add_bos,
-        reading=Reading(settings.on_error, settings.field),
+        reading=ReadOptions(settings.on_error, settings.field),
     )
 
 
 def _tokenize(
-    at: Building,
-    plan: list[tuple[Part, str | None]],
+    at: FolderBuild,
+    plan: list[tuple[FileChunk, str | None]],
     tokenizer: TextTokenizer,
-    settings: Settings,
+    settings: TokenizeSettings,
     progress: Progress | None,
 ) -> Meta:
     work, shards = _work(at, settings, tokenizer.begins), shards_of(plan)

@@ -4,13 +4,13 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcdist.data.prepare.chunks import OnError, Reading
+from lcdist.data.prepare.chunks import OnError, ReadOptions
 from lcdist.data.tokenizers.files import TextTokenizer
-from lcdist.data.tokenizers.huggingface import Specials
+from lcdist.data.tokenizers.huggingface import SpecialTokens
 
 
 @dataclass(frozen=True)
-class Settings:
+class TokenizeSettings:
     """What a token folder depends on besides its text.
 
     vocab_size: pieces of the tokenizer (None: as many as the given tokenizer has).
@@ -26,7 +26,7 @@ class Settings:
     on_error: OnError
     field: str = "text"
     document_bytes: int | None = None
-    specials: Specials = dataclasses.field(default_factory=Specials)
+    specials: SpecialTokens = dataclasses.field(default_factory=SpecialTokens)
     workers: int = 1
 
     def recorded(self, given: TextTokenizer | None) -> dict:
@@ -48,7 +48,7 @@ class Settings:
 
 
 def check_settings(
-    settings: Settings, given: TextTokenizer | None, tokenizer: str | Path | None
+    settings: TokenizeSettings, given: TextTokenizer | None, tokenizer: str | Path | None
 ) -> None:
     """Raise ValueError where a setting is out of range, or contradicts the given tokenizer.
 
@@ -56,7 +56,7 @@ def check_settings(
     """
     if given is None and settings.vocab_size is None:
         raise ValueError("give a vocab_size to train a tokenizer, or a trained tokenizer")
-    if given is None and settings.specials != Specials():
+    if given is None and settings.specials != SpecialTokens():
         raise ValueError(
             "--bos-token, --eos-token and --add-bos are for a given tokenizer: name one with "
             "--tokenizer, or leave them out"
@@ -73,4 +73,4 @@ def check_settings(
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: must be at least 1")
-    Reading(settings.on_error, settings.field)
+    ReadOptions(settings.on_error, settings.field)

@@ -14,7 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcdist.data.prepare.chunks import Document, Part, Reading, Tally, documents, number_lines
+from lcdist.data.prepare.chunks import (
+    Document,
+    FileChunk,
+    ReadOptions,
+    SkipCounts,
+    documents,
+    number_lines,
+)
 from lcdist.data.prepare.corpus import SourceFile, share
 from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.data.tokenizers.files import TextTokenizer, beginning
@@ -27,7 +34,7 @@ Read = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Work:
+class ShardJob:
     """What every shard is made with.
 
     folder: where shards go. splits: names of the splits there are. valid_fraction, seed: decide the
@@ -39,7 +46,7 @@ class Work:
     valid_fraction: float
     seed: int
     add_bos: bool
-    reading: Reading
+    reading: ReadOptions
 
     def split(self, name: str) -> str:
         """The split of the document of that name."""
@@ -51,21 +58,21 @@ class Shard:
     """Consecutive parts, each with its split (None: decided by document)."""
 
     number: int
-    parts: tuple[tuple[Part, str | None], ...]
+    parts: tuple[tuple[FileChunk, str | None], ...]
 
     @property
     def size(self) -> int:
         """Bytes of its files."""
         return sum(part.size for part, _ in self.parts)
 
-    def folder(self, work: Work) -> Path:
+    def folder(self, work: ShardJob) -> Path:
         """Where it lies when it is whole."""
         return Path(work.folder, f"{self.number:06}")
 
 
-def shards_of(parts: Iterable[tuple[Part, str | None]]) -> list[Shard]:
+def shards_of(parts: Iterable[tuple[FileChunk, str | None]]) -> list[Shard]:
     """Parts to shards of at least `SHARD_BYTES`, but for the last."""
-    shards, held, size = list[Shard](), list[tuple[Part, str | None]](), 0
+    shards, held, size = list[Shard](), list[tuple[FileChunk, str | None]](), 0
     for part, split in parts:
         held.append((part, split))
         size += part.size
@@ -76,14 +83,18 @@ def shards_of(parts: Iterable[tuple[Part, str | None]]) -> list[Shard]:
 
 
 def drawn_documents(
-    work: Work, part: Part, split: str | None, tally: Tally, read: Read = lambda size: None
+    work: ShardJob,
+    part: FileChunk,
+    split: str | None,
+    tally: SkipCounts,
+    read: Read = lambda size: None,
 ) -> Iterator[tuple[str, Document]]:
     """The documents of a part, each with its split."""
     for document in documents(part, work.reading, tally, read):
         yield split or work.split(document.name), document
 
 
-def tokenize_shard(work: Work, shard: Shard, tokenizer: TextTokenizer, read: Read) -> None:
+def tokenize_shard(work: ShardJob, shard: Shard, tokenizer: TextTokenizer, read: Read) -> None:
     """Write `shard` under its name. Raises ValueError where a document is refused."""
     name = {"prefix": f"{shard.number:06}.", "suffix": ".partial"}
     partial = Path(tempfile.mkdtemp(dir=work.folder, **name))
@@ -94,7 +105,7 @@ def tokenize_shard(work: Work, shard: Shard, tokenizer: TextTokenizer, read: Rea
             for name in work.splits
         }
         for part, split in shard.parts:
-            tally = Tally()
+            tally = SkipCounts()
             for drawn, document in drawn_documents(work, part, split, tally, read):
                 if document.text:
                     tokens = tokenizer.encode(document.text)
@@ -114,7 +125,7 @@ def tokenize_shard(work: Work, shard: Shard, tokenizer: TextTokenizer, read: Rea
             raise
 
 
-def is_done(work: Work, shard: Shard) -> bool:
+def is_done(work: ShardJob, shard: Shard) -> bool:
     """Whether the shard lies there whole; one that is damaged is taken away."""
     folder = shard.folder(work)
     if not folder.is_dir():
@@ -131,7 +142,7 @@ def is_done(work: Work, shard: Shard) -> bool:
 
 
 @dataclass(frozen=True)
-class Joined:
+class ShardTotals:
     """Totals of all shards: documents and tokens by split, empty documents, what was skipped."""
 
     documents: dict[str, int]
@@ -141,12 +152,12 @@ class Joined:
 
 
 def join(
-    work: Work,
+    work: ShardJob,
     shards: Sequence[Shard],
     folder: Path,
     vocab_size: int,
     joined: Read = lambda size: None,
-) -> Joined:
+) -> ShardTotals:
     """All shards, in order, as one pair of files a split in `folder`; `joined` hears of bytes."""
     empty, skipped, lines = 0, list[dict](), dict[str, int]()
     with contextlib.ExitStack() as stack:
@@ -164,7 +175,7 @@ def join(
                 skipped += number_lines(bad, lines.get(file, 0))
                 lines[file] = lines.get(file, 0) + count
             joined(shard.size)
-    return Joined(
+    return ShardTotals(
         documents={name: writer.documents for name, writer in writers.items()},
         tokens={name: writer.tokens for name, writer in writers.items()},
         empty=empty,
@@ -172,17 +183,17 @@ def join(
     )
 
 
-def to_json(value: Work | Shard) -> str:
+def to_json(value: ShardJob | Shard) -> str:
     """One line that a worker process reads."""
     table = dataclasses.asdict(value)
     return json.dumps(table, default=str)
 
 
-def work_from(text: str) -> Work:
-    """What `to_json` wrote of a `Work`."""
+def work_from(text: str) -> ShardJob:
+    """What `to_json` wrote of a `ShardJob`."""
     table = json.loads(text)
-    reading = Reading(**table.pop("reading"))
-    return Work(**table | {"reading": reading, "splits": tuple(table["splits"])})
+    reading = ReadOptions(**table.pop("reading"))
+    return ShardJob(**table | {"reading": reading, "splits": tuple(table["splits"])})
 
 
 def shard_from(text: str) -> Shard:
@@ -192,6 +203,6 @@ def shard_from(text: str) -> Shard:
     for part, split in table["parts"]:
         file = part.pop("file")
         parts.append(
-            (Part(SourceFile(Path(file["path"]), file["name"], file["size"]), **part), split)
+            (FileChunk(SourceFile(Path(file["path"]), file["name"], file["size"]), **part), split)
         )
     return Shard(table["number"], tuple(parts))

@@ -18,7 +18,7 @@ from pathlib import Path
 from lcdist.data.prepare.shards import (
     Read,
     Shard,
-    Work,
+    ShardJob,
     is_done,
     shard_from,
     to_json,
@@ -26,7 +26,7 @@ from lcdist.data.prepare.shards import (
     work_from,
 )
 from lcdist.data.tokenizers.files import TextTokenizer, open_tokenizer
-from lcdist.data.tokenizers.huggingface import Specials
+from lcdist.data.tokenizers.huggingface import SpecialTokens
 
 _PROGRAM = """
 import json, sys
@@ -38,7 +38,7 @@ _Answer = tuple[int, str, object]
 
 
 def tokenize_all(
-    work: Work, shards: Sequence[Shard], tokenizer: Path, workers: int, read: Read
+    work: ShardJob, shards: Sequence[Shard], tokenizer: Path, workers: int, read: Read
 ) -> None:
     """Write all of `shards` that are not there yet, with `workers` processes (1: this one).
 
@@ -60,14 +60,14 @@ def tokenize_all(
     _Pool(work, left, tokenizer).run(workers, read)
 
 
-def _opened(work: Work, tokenizer: Path) -> TextTokenizer:
-    return open_tokenizer(tokenizer, Specials(add_bos=work.add_bos))
+def _opened(work: ShardJob, tokenizer: Path) -> TextTokenizer:
+    return open_tokenizer(tokenizer, SpecialTokens(add_bos=work.add_bos))
 
 
 class _Pool:
     """One thread a worker hands it shards and collects what it says."""
 
-    def __init__(self, work: Work, shards: Sequence[Shard], tokenizer: Path) -> None:
+    def __init__(self, work: ShardJob, shards: Sequence[Shard], tokenizer: Path) -> None:
         self._work, self._tokenizer = work, tokenizer
         self._left = iter(shards)
         self._lock, self._stopping = threading.Lock(), threading.Event()

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from lcdist.data.meta import META
 from lcdist.data.tokenizers.byte_tokenizer import BYTES_FILE, ByteTokenizer
-from lcdist.data.tokenizers.huggingface import HF_FILE, HuggingFaceTokenizer, Specials
+from lcdist.data.tokenizers.huggingface import HF_FILE, HuggingFaceTokenizer, SpecialTokens
 from lcdist.data.tokenizers.sentencepiece_bpe import MODEL_FILE, Tokenizer
 
 BYTES = "bytes"
@@ -40,7 +40,7 @@ class TextTokenizer(Protocol):
         ...
 
 
-def open_tokenizer(path: str | Path, specials: Specials | None = None) -> TextTokenizer:
+def open_tokenizer(path: str | Path, specials: SpecialTokens | None = None) -> TextTokenizer:
     """The tokenizer that `path` names.
 
     path: "bytes", a sentencepiece .model, a tokenizer.json, or a folder with one of these: a token
@@ -72,8 +72,8 @@ def beginning(tokenizer: TextTokenizer) -> list[int]:
     return [tokenizer.bos_id] if tokenizer.begins and tokenizer.bos_id is not None else []
 
 
-def _plain(make, specials: Specials | None) -> TextTokenizer:
-    asked = specials or Specials()
+def _plain(make, specials: SpecialTokens | None) -> TextTokenizer:
+    asked = specials or SpecialTokens()
     if asked.bos is not None or asked.eos is not None:
         raise ValueError(
             "--bos-token and --eos-token are for a tokenizer.json alone: bytes and a sentencepiece "
@@ -82,9 +82,9 @@ def _plain(make, specials: Specials | None) -> TextTokenizer:
     return make(begins=bool(asked.add_bos))
 
 
-def _as_made(folder: Path, specials: Specials | None) -> Specials:
+def _as_made(folder: Path, specials: SpecialTokens | None) -> SpecialTokens:
     """A token folder's tokenizer begins documents as those in the folder do."""
-    asked = specials or Specials()
+    asked = specials or SpecialTokens()
     settings = json.loads((folder / META).read_text("utf-8")).get("settings") or {}
     kept = settings.get("add_bos")
     return replace(asked, add_bos=kept) if asked.add_bos is None else asked

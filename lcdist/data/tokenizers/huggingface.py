@@ -21,7 +21,7 @@ _BESIDE = (SPECIALS_FILE, "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
-class Specials:
+class SpecialTokens:
     """Tokens, as text, that begin and end a document; None: as the tokenizer's files say.
 
     add_bos: whether documents begin with one; None: where the tokenizer itself would add it.
@@ -41,7 +41,7 @@ class HuggingFaceTokenizer:
 
     kind = "huggingface"
 
-    def __init__(self, path: str | Path, specials: Specials | None = None) -> None:
+    def __init__(self, path: str | Path, specials: SpecialTokens | None = None) -> None:
         self._path = Path(path)
         if not self._path.is_file():
             raise ValueError(f"tokenizer {path}: no such file; give a tokenizer.json")
@@ -57,7 +57,7 @@ class HuggingFaceTokenizer:
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         # Numbers may have holes: what counts is how many rows an embedding needs.
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
-        asked = specials or Specials()
+        asked = specials or SpecialTokens()
         beside = [(name, _table(self._path.with_name(name))) for name in _BESIDE]
         bos, eos = (
             next(filter(None, (_named(table.get(key)) for _, table in beside)), None)
