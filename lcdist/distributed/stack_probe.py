@@ -23,7 +23,7 @@ WRAPPERS = ("wrapper", "inner", "wait", "_wait", "batch_isend_irecv")
 
 
 @dataclass(frozen=True)
-class Whereabouts:
+class RankLocation:
     """collective: the one this process is in, or "". place: innermost line of ours. method: the
     attention method at work, or ""."""
 
@@ -32,7 +32,7 @@ class Whereabouts:
     method: str
 
 
-def whereabouts(methods: Mapping[str, str]) -> Whereabouts:
+def locate_rank(methods: Mapping[str, str]) -> RankLocation:
     """Of all threads but the caller's, the one in a collective, else the main one.
 
     methods: the name of an attention method by the module of its `attention`.
@@ -42,7 +42,7 @@ def whereabouts(methods: Mapping[str, str]) -> Whereabouts:
     found = [_of_stack(stack, methods) for stack in stacks]
     busy = [one for one in found if one.collective]
     placed = [one for one in found if one.place]
-    return next(iter(busy or placed), Whereabouts("", "", ""))
+    return next(iter(busy or placed), RankLocation("", "", ""))
 
 
 def _outward(frame: FrameType | None) -> Iterator[FrameType]:
@@ -51,7 +51,7 @@ def _outward(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _of_stack(stack: list[FrameType], methods: Mapping[str, str]) -> Whereabouts:
+def _of_stack(stack: list[FrameType], methods: Mapping[str, str]) -> RankLocation:
     modules = [frame.f_globals.get("__name__", "") for frame in stack]
     collective, place, method = "", "", ""
     for frame, module in zip(stack, modules, strict=True):
@@ -61,7 +61,7 @@ def _of_stack(stack: list[FrameType], methods: Mapping[str, str]) -> Whereabouts
             file = module.replace(".", "/")
             place = f"{file}.py:{frame.f_lineno} in {frame.f_code.co_name}"
         method = method or _method(module, methods)
-    return Whereabouts(collective, place, method)
+    return RankLocation(collective, place, method)
 
 
 def _collective(frame: FrameType, module: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from lcdist.distributed.stack_probe import Whereabouts, whereabouts
+from lcdist.distributed.stack_probe import RankLocation, locate_rank
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Beat:
     step: int
     doing: str
     idle: float
-    where: Whereabouts
+    where: RankLocation
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     parent: int = field(default_factory=os.getppid)
@@ -50,10 +50,10 @@ class Beat:
     @classmethod
     def from_json(cls, text: str | bytes) -> "Beat":
         table = json.loads(text)
-        return cls(**(table | {"where": Whereabouts(**table["where"])}))
+        return cls(**(table | {"where": RankLocation(**table["where"])}))
 
 
-NOWHERE = Whereabouts("", "", "")
+NOWHERE = RankLocation("", "", "")
 
 
 class Watchdog:
@@ -123,7 +123,7 @@ class Watchdog:
 
     def _beat(self) -> Beat:
         idle = time.monotonic() - self._moved
-        where = whereabouts(self.methods) if idle > self._limit / 2 else NOWHERE
+        where = locate_rank(self.methods) if idle > self._limit / 2 else NOWHERE
         self._count += 1
         beat = Beat(self._count, self._step, self._doing, idle, where)
         self.board.set(_key(self.rank), beat.to_json())

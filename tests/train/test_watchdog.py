@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lcdist.distributed.stack_probe import Whereabouts, whereabouts
+from lcdist.distributed.stack_probe import RankLocation, locate_rank
 from lcdist.distributed.watchdog import Beat, Noted, Watchdog, end_sibling, report
 from lcdist.exchange import VirtualGroup, group_rank, ring
 
@@ -20,7 +20,7 @@ METHODS = {"lcdist.attention.scca.attention": "scca"}
 
 
 def beat(count: int = 9, collective: str = "", place: str = "", method: str = "") -> Beat:
-    return Beat(count, 17, "optimizer", 33.0, Whereabouts(collective, place, method))
+    return Beat(count, 17, "optimizer", 33.0, RankLocation(collective, place, method))
 
 
 def test_the_report_names_who_is_where_and_who_is_missing() -> None:
@@ -53,7 +53,7 @@ def test_beats_survive_the_board() -> None:
 
 def test_a_thread_that_waits_in_an_exchange_is_found() -> None:
     # Rank 1 never joins the ring: rank 0 waits in it.
-    found: list[Whereabouts] = []
+    found: list[RankLocation] = []
 
     def one(rank: Any) -> None:
         if group_rank(rank) == 0:
@@ -62,7 +62,7 @@ def test_a_thread_that_waits_in_an_exchange_is_found() -> None:
         else:
             deadline = time.monotonic() + 20
             while time.monotonic() < deadline:
-                found[:] = [whereabouts(METHODS)]
+                found[:] = [locate_rank(METHODS)]
                 if found[0].collective.startswith("ring ("):
                     break
                 time.sleep(0.01)
