@@ -19,7 +19,7 @@ from lcdist.config.stages import Stage
 from lcdist.distributed.mesh import end_grid, start_world, world_size
 from lcdist.plan import make_plan
 from lcdist.rundir.lock import on_rank_0
-from lcdist.rundir.signals import STOP, clear_marks, mark_done, mark_stopped, steps_done
+from lcdist.rundir.signals import STOP, clear_signals, steps_done, write_done, write_stopped
 from lcdist.train.trainer import Outcome
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def run_stages(stages: Sequence[Stage], console: Console | None = None) -> Outco
     _plan_all(stages)
     start_world(stages[0].config.parallel.timeout)
     folder = Path(stages[0].config.log.folder).parent
-    on_rank_0(lambda: clear_marks(folder) if folder.exists() else None)
+    on_rank_0(lambda: clear_signals(folder) if folder.exists() else None)
     outcome = None
     for number, stage in enumerate(stages, 1):
         own, steps = Path(stage.config.log.folder), stage.config.train.steps
@@ -53,7 +53,7 @@ def run_stages(stages: Sequence[Stage], console: Console | None = None) -> Outco
         end_grid()
         gc.collect()
     assert outcome is not None, "there is a stage"
-    on_rank_0(lambda: mark_done(folder, outcome.step))
+    on_rank_0(lambda: write_done(folder, outcome.step))
     return replace(outcome, reason=f"all {len(stages)} stages are done")
 
 
@@ -71,4 +71,4 @@ def _plan_all(stages: Sequence[Stage]) -> None:
 def _stopped(folder: Path, own: Path, step: int, reason: str) -> None:
     newest = latest_in(own / "checkpoints")
     assert newest is not None, "a stopped run has saved"
-    mark_stopped(folder, step, reason, newest)
+    write_stopped(folder, step, reason, newest)

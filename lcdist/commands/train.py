@@ -48,7 +48,7 @@ from lcdist.rundir.lock import (
     write_config,
     write_status,
 )
-from lcdist.rundir.signals import clear_marks, mark_done, mark_stopped
+from lcdist.rundir.signals import clear_signals, write_done, write_stopped
 from lcdist.train.metrics import METRICS_FILE, open_metrics
 from lcdist.train.trainer import Outcome, Trainer
 from lcdist.verify.preflight import check_host_memory, check_start
@@ -222,7 +222,7 @@ def _train(trainer: Trainer, console: Console | None) -> Outcome:
         lost = lost_since(folder / METRICS_FILE, trainer.step) if trainer.step else Lost()
         if lost.steps:
             log.warning("%d steps, %.0f s of work, are done again", lost.steps, lost.seconds)
-        clear_marks(folder)
+        clear_signals(folder)
         write_config(folder, config)
         write_status(folder, "running", trainer.step, reason)
         header = RunHeader(
@@ -275,8 +275,8 @@ def make_watchdog(trainer: Trainer) -> Watchdog:
 def _ended(folder: Path, outcome: Outcome) -> None:
     write_status(folder, outcome.status, outcome.step, outcome.reason)
     if outcome.status == "finished":
-        mark_done(folder, outcome.step)
+        write_done(folder, outcome.step)
     else:
         newest = latest_in(folder / "checkpoints")
         assert newest is not None, "a stopped run has saved"
-        mark_stopped(folder, outcome.step, outcome.reason, newest)
+        write_stopped(folder, outcome.step, outcome.reason, newest)

@@ -13,7 +13,7 @@ from lcdist.rundir.records import write_atomically
 DONE, STOPPED, STOP = "DONE", "STOPPED", "stop"
 
 
-def clear_marks(folder: Path) -> None:
+def clear_signals(folder: Path) -> None:
     """A start begins: what the last one left says nothing of it. A request to stop stays."""
     for name in (DONE, STOPPED):
         (folder / name).unlink(missing_ok=True)
@@ -25,13 +25,13 @@ def steps_done(folder: Path) -> int | None:
     return json.loads(file.read_text(encoding="utf-8"))["step"] if file.exists() else None
 
 
-def mark_done(folder: Path, step: int) -> None:
+def write_done(folder: Path, step: int) -> None:
     """All steps are done."""
     write_atomically(folder / DONE, json.dumps({"step": step}) + "\n")
     (folder / STOP).unlink(missing_ok=True)
 
 
-def mark_stopped(folder: Path, step: int, reason: str, checkpoint: Path) -> None:
+def write_stopped(folder: Path, step: int, reason: str, checkpoint: Path) -> None:
     """Told to stop, and saved as `checkpoint`; the request, now obeyed, is taken away."""
     table = {"step": step, "reason": reason, "checkpoint": str(checkpoint)}
     write_atomically(folder / STOPPED, json.dumps(table) + "\n")

@@ -8,7 +8,7 @@ import pytest
 from lcdist.commands.main import main
 from lcdist.rundir.lock import write_config, write_status
 from lcdist.rundir.records import RankTimes, StepRecord, StepTime
-from lcdist.rundir.signals import mark_done, mark_stopped
+from lcdist.rundir.signals import write_done, write_stopped
 from lcdist.rundir.status import describe, duration, stage_folders
 from tests.model.small import small
 
@@ -76,11 +76,11 @@ def test_a_run_that_was_asked_to_stop_stopped_and_ended(folder: Path) -> None:
     (folder / "stop").touch()
     assert dict(describe(folder, NOW))["asked to stop"] == "by the file stop, not obeyed yet"
     write_status(folder, "stopped", 40, "told to stop (SIGUSR1)")
-    mark_stopped(folder, 40, "told to stop (SIGUSR1)", folder / "checkpoints" / "step_00000040")
+    write_stopped(folder, 40, "told to stop (SIGUSR1)", folder / "checkpoints" / "step_00000040")
     rows = dict(describe(folder, NOW))
     assert rows["state"] == "stopped: told to stop (SIGUSR1)"
     assert "asked to stop" not in rows and "time left" not in rows
-    mark_done(folder, 100)
+    write_done(folder, 100)
     assert json.loads((folder / "DONE").read_text()) == {"step": 100}
 
 
