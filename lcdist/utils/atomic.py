@@ -24,7 +24,7 @@ def check_free(out: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def landing(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """An empty folder beside `out` that gets its name at the end; left by an error, it is removed.
 
     What an earlier conversion to `out` left behind when it was killed is removed too.

@@ -32,7 +32,7 @@ from lcdist.data.datasets.build import held_out_folder
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
 from lcdist.rundir.records import write_atomically
-from lcdist.utils.atomic import check_free, landing, sync
+from lcdist.utils.atomic import atomic_folder, check_free, sync
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def export_model(path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Expor
     table = {**_table(checkpoint, config, stored, folders), **keys}
     check_free(out, sum(source.nbytes for source in sources))
     start_world(config.parallel.timeout)
-    with landing(out) as half:
+    with atomic_folder(out) as half:
         names = _write_shards(half, sources, shard_bytes)
         write_atomically(half / CONFIG, json.dumps(table, indent=2) + "\n")
         for name, text in files.items():

@@ -40,7 +40,7 @@ from lcdist.distributed.mesh import start_world
 from lcdist.plan import Plan, make_plan, smallest_world
 from lcdist.rundir.header import versions
 from lcdist.rundir.records import write_atomically
-from lcdist.utils.atomic import check_free, landing
+from lcdist.utils.atomic import atomic_folder, check_free
 
 NAME = f"{PREFIX}{0:08d}"
 # Made from the config by whoever runs the model; older folders hold them all the same.
@@ -77,7 +77,7 @@ def import_model(
     plan = make_plan(config, smallest_world(config))
     check_free(out, weights.nbytes)
     start_world(config.parallel.timeout)
-    with landing(out) as half:
+    with atomic_folder(out) as half:
         folder = half / "checkpoints" / NAME
         folder.mkdir(parents=True)
         write_tensors(folder, _tensors(hf, weights, plan))

@@ -35,7 +35,7 @@ from lcdist.convert.huggingface.names import (
 from lcdist.convert.huggingface.safetensors import Entry, Source, read_header, write_file
 from lcdist.model.init import EXTRAS, LORA, whole_model_names
 from lcdist.rundir.records import write_atomically
-from lcdist.utils.atomic import check_free, landing, sync
+from lcdist.utils.atomic import atomic_folder, check_free, sync
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -140,7 +140,7 @@ def export_adapter(path: Path, out: Path) -> None:
     twins = [t for t in whole_twins(config) if getattr(config.lora, t.key)]
     sources = [_source(stored, twin) for twin in (*adapter_twins(config), *twins)]
     check_free(out, sum(source.nbytes for source in sources))
-    with landing(out) as half:
+    with atomic_folder(out) as half:
         with (half / TENSORS_FILE).open("wb") as stream:
             write_file(stream, sources)
             stream.flush()

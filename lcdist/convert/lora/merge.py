@@ -33,7 +33,7 @@ from lcdist.convert.streamed_forward import check_alone
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
 from lcdist.rundir.records import write_atomically
-from lcdist.utils.atomic import check_free, landing
+from lcdist.utils.atomic import atomic_folder, check_free
 
 _TARGETS: Mapping[str, Target] = {theirs: target for target, (_, theirs) in MODULES.items()}
 
@@ -123,7 +123,7 @@ def _write(out: Path, source: Checkpoint, config: Config, tensors: list[Tensors]
     start_world(config.parallel.timeout)
     check_free(out, sum(torch.Size(t.shape).numel() * t.dtype.itemsize for t in tensors))
     kept = ("dtype", "world_size", "versions")
-    with landing(out) as half:
+    with atomic_folder(out) as half:
         folder = half / "checkpoints" / f"{PREFIX}{source.step:08d}"
         folder.mkdir(parents=True)
         write_tensors(folder, tensors)
