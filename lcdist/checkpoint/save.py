@@ -30,7 +30,7 @@ from lcdist.checkpoint.read import (
     step_of,
 )
 from lcdist.checkpoint.writer import staged, write_in_this_process
-from lcdist.rundir.lock import on_rank_0
+from lcdist.rundir.lock import run_on_rank_zero
 from megatron.core import dist_checkpointing
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Checkpointer:
             self._check_room()
             half.mkdir(parents=True)
 
-        on_rank_0(prepare)
+        run_on_rank_zero(prepare)
         request: Any = dist_checkpointing.save(state, str(half), async_sharded_save=True)
         # Not a daemon: leaving the interpreter waits until it has written.
         thread = threading.Thread(target=lambda: None)
@@ -119,7 +119,7 @@ class Checkpointer:
                 finalize()
         except CheckpointException as error:
             raise CheckpointError(self._not_written(final, error)) from error
-        on_rank_0(lambda: self._finish(half, final, writing))
+        run_on_rank_zero(lambda: self._finish(half, final, writing))
         return final
 
     def _final(self, step: int) -> Path:

@@ -18,7 +18,7 @@ from lcdist.config import ConfigError
 from lcdist.config.stages import Stage
 from lcdist.distributed.mesh import end_grid, start_world, world_size
 from lcdist.plan import make_plan
-from lcdist.rundir.lock import on_rank_0
+from lcdist.rundir.lock import run_on_rank_zero
 from lcdist.rundir.signals import STOP, clear_signals, steps_done, write_done, write_stopped
 from lcdist.train.trainer import Outcome
 
@@ -35,11 +35,11 @@ def run_stages(stages: Sequence[Stage], console: Console | None = None) -> Outco
     _plan_all(stages)
     start_world(stages[0].config.parallel.timeout)
     folder = Path(stages[0].config.log.folder).parent
-    on_rank_0(lambda: clear_signals(folder) if folder.exists() else None)
+    run_on_rank_zero(lambda: clear_signals(folder) if folder.exists() else None)
     outcome = None
     for number, stage in enumerate(stages, 1):
         own, steps = Path(stage.config.log.folder), stage.config.train.steps
-        done = on_rank_0(lambda own=own: steps_done(own))
+        done = run_on_rank_zero(lambda own=own: steps_done(own))
         if done is not None and done >= steps:
             outcome = Outcome("finished", done, f"all {steps} steps were done before")
             continue
@@ -47,13 +47,15 @@ def run_stages(stages: Sequence[Stage], console: Console | None = None) -> Outco
         outcome = run(stage.config, console, also_stop=folder / STOP)
         if outcome.status != "finished":
             reason = f"stage {stage.name}: {outcome.reason}"
-            on_rank_0(lambda own=own, at=outcome.step, why=reason: _stopped(folder, own, at, why))
+            run_on_rank_zero(
+                lambda own=own, at=outcome.step, why=reason: _stopped(folder, own, at, why)
+            )
             return replace(outcome, reason=reason)
         # The next stage may have another mesh, and needs the memory.
         end_grid()
         gc.collect()
     assert outcome is not None, "there is a stage"
-    on_rank_0(lambda: write_done(folder, outcome.step))
+    run_on_rank_zero(lambda: write_done(folder, outcome.step))
     return replace(outcome, reason=f"all {len(stages)} stages are done")
 
 

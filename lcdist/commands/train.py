@@ -25,7 +25,7 @@ from lcdist.data.datasets.sample import Dataset
 from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.meta import check_vocabulary
-from lcdist.distributed.mesh import Grid, board, build_grid, start_world, world_size
+from lcdist.distributed.mesh import Grid, build_grid, shared_store, start_world, world_size
 from lcdist.distributed.watchdog import Watchdog
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.hardware.peak import Peak, device_peak
@@ -43,8 +43,8 @@ from lcdist.rundir.header import (
 )
 from lcdist.rundir.lock import (
     check_same_run,
-    claimed,
-    on_rank_0,
+    lock_run_folder,
+    run_on_rank_zero,
     write_config,
     write_status,
 )
@@ -68,15 +68,15 @@ def run(config: Config, console: Console | None = None, also_stop: Path | None =
     grid = build_grid(config.parallel, config.train.seed)
     folder = Path(config.log.folder)
     dataset = open_dataset(plan)
-    checkpoint, changes = on_rank_0(lambda: _what_is_there(folder, config))
-    with claimed(folder):
+    checkpoint, changes = run_on_rank_zero(lambda: _what_is_there(folder, config))
+    with lock_run_folder(folder):
         for change in changes if grid.rank == 0 else []:
             log.warning("resuming with a changed setting: %s", change)
         if checkpoint is not None and checkpoint.step >= config.train.steps:
             reason = f"all {config.train.steps} steps were done before"
             outcome = Outcome("finished", checkpoint.step, reason)
             # A run killed right after its last save has not said so yet.
-            on_rank_0(lambda: _ended(folder, outcome))
+            run_on_rank_zero(lambda: _ended(folder, outcome))
             return outcome
         check_start(folder, plan.checkpoint_bytes)
         plan = check_host_memory(plan)
@@ -138,7 +138,7 @@ def begin(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
         log.info("resumed %s at step %d", config.log.folder, trainer.step)
     elif config.checkpoint.load:
         source = Path(config.checkpoint.load)
-        trainer.start_from(on_rank_0(lambda: open_fitting(source, config)))
+        trainer.start_from(run_on_rank_zero(lambda: open_fitting(source, config)))
         if config.lora.load:
             import_adapter(Path(config.lora.load), config, trainer.engine.chunks)
             trainer.engine.optimizer.refresh_masters()
@@ -234,13 +234,13 @@ def _train(trainer: Trainer, console: Console | None) -> Outcome:
         )
         return record_start(folder, header, trainer.step, reason, lost)
 
-    run_id = on_rank_0(announce)
+    run_id = run_on_rank_zero(announce)
     metrics = open_metrics(
         config, rank=grid.rank, step=trainer.step, run_id=run_id, console=console
     )
     with metrics, make_watchdog(trainer) as watchdog:
         outcome = trainer.train(metrics, watchdog, lambda: _note_first_step(folder, grid.rank))
-    on_rank_0(lambda: _ended(folder, outcome))
+    run_on_rank_zero(lambda: _ended(folder, outcome))
     return outcome
 
 
@@ -261,7 +261,7 @@ def make_watchdog(trainer: Trainer) -> Watchdog:
         write_status(folder, "stalled", trainer.step, report)
 
     return Watchdog(
-        board("watchdog"),
+        shared_store("watchdog"),
         grid.rank,
         grid.world_size,
         stall=parallel.stall,

@@ -121,7 +121,7 @@ def build_grid(parallel: ParallelConfig, seed: int) -> Grid:
     )
 
 
-def board(name: str) -> Any:
+def shared_store(name: str) -> Any:
     """A torch Store that all ranks share, with a connection of its own, under `name`.
 
     Under torchrun it is kept by the launcher's agent, so it outlives any rank.

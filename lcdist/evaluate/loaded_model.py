@@ -21,7 +21,7 @@ from lcdist.inference.generate import generate
 from lcdist.model.build import CausalLM, build_model
 from lcdist.plan import Plan, make_plan
 from lcdist.plan.resolve import dense_where_meant
-from lcdist.rundir.lock import on_rank_0
+from lcdist.rundir.lock import run_on_rank_zero
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def open_session(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[
         attention += f" (dense; trained with {trained.attention_name})"
     start_world(config.parallel.timeout)
     grid = build_grid(config.parallel, config.train.seed)
-    checkpoint = on_rank_0(lambda: open_checkpoint(path))
+    checkpoint = run_on_rank_zero(lambda: open_checkpoint(path))
     chunks = build_model(plan, grid.device)
     load_model_state(chunks, load_weights(checkpoint, model_state(chunks)))
     return Session(plan, attention, grid, checkpoint, chunks)

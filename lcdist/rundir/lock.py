@@ -44,7 +44,7 @@ MAY_CHANGE = (
 _T = TypeVar("_T")
 
 
-def on_rank_0(action: Callable[[], _T]) -> _T:
+def run_on_rank_zero(action: Callable[[], _T]) -> _T:
     """`action()` run on rank 0 alone; every rank gets its (picklable) result or its exception."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -59,7 +59,7 @@ def on_rank_0(action: Callable[[], _T]) -> _T:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def lock_run_folder(folder: Path) -> Iterator[None]:
     """Hold `folder` for this run alone; made where it does not exist.
 
     Raises ValueError on every rank where another living process holds it.
@@ -84,7 +84,7 @@ def claimed(folder: Path) -> Iterator[None]:
         handle.flush()
         held.append(handle)
 
-    on_rank_0(claim)
+    run_on_rank_zero(claim)
     try:
         yield
     finally:
