@@ -21,7 +21,7 @@ from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.schema import ParallelConfig
-from lcdist.distributed.mesh import build_grid
+from lcdist.distributed.mesh import build_mesh
 from lcdist.model.output_loss import VocabShard, output_losses
 from lcdist.plan.memory import CHUNK_BYTES, CHUNK_TOKENS, FP32_BYTES
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
@@ -92,7 +92,7 @@ def problem(tokens: int, vocab: int, hidden: int, dtype: torch.dtype) -> list[Te
 def gate(tokens: int, vocab: int, hidden: int) -> str | None:
     """How far a way is from torch's own in float64, where that is too far."""
     tokens, vocab, hidden = tokens // SIXTEENTH + 1, vocab // SIXTEENTH + 3, hidden // SIXTEENTH
-    build_grid(ParallelConfig(), 0)  # whose groups Megatron's loss asks for
+    build_mesh(ParallelConfig(), 0)  # whose groups Megatron's loss asks for
     inputs = problem(tokens, vocab, hidden, torch.float64)
     expected = once(torch_losses, inputs)()
     # Megatron's loss is computed in fp32, whatever it is given.

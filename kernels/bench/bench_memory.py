@@ -24,7 +24,7 @@ from torch import Tensor
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config import parse
 from lcdist.config.schema import Config
-from lcdist.distributed.mesh import build_grid
+from lcdist.distributed.mesh import build_mesh
 from lcdist.model.build import build_model
 from lcdist.model.memory.recompute import recomputed, trained
 from lcdist.model.memory.tiled_mlp import SecondHalf, tiled
@@ -58,7 +58,7 @@ def config(tokens: int, hidden: int, ffn: int) -> Config:
 def second_half(tokens: int, hidden: int, ffn: int) -> tuple[SecondHalf, int]:
     """A layer's second half with random weights, and the plan's tokens of a tile."""
     plan = make_plan(config(tokens, hidden, ffn), 1)
-    [model] = build_model(plan, build_grid(plan.config.parallel, 0).device)
+    [model] = build_model(plan, build_mesh(plan.config.parallel, 0).device)
     layer: Any = model.decoder.layers[0]
     chunk = plan.mlp_chunk(tokens)
     assert chunk is not None

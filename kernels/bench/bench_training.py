@@ -29,7 +29,7 @@ from rich.table import Table
 from lcdist.commands.train import make_trainer, open_dataset
 from lcdist.config import load
 from lcdist.config.schema import Config
-from lcdist.distributed.mesh import build_grid, end_world, start_world
+from lcdist.distributed.mesh import build_mesh, end_world, start_world
 from lcdist.hardware.peak import Peak, peak_memory
 from lcdist.model.rotary import make_rotary
 from lcdist.plan import make_plan
@@ -69,8 +69,8 @@ def single(config: Config) -> Trainer:
     """lcdist in this process."""
     plan = make_plan(config, 1)
     start_world(60)
-    grid = build_grid(config.parallel, config.train.seed)
-    return make_trainer(plan, grid, open_dataset(plan), Peak(1e12, "config"))
+    mesh = build_mesh(config.parallel, config.train.seed)
+    return make_trainer(plan, mesh, open_dataset(plan), Peak(1e12, "config"))
 
 
 def gate(seqlen: int) -> str | None:

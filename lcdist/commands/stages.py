@@ -16,7 +16,7 @@ from lcdist.checkpoint.read import latest_in
 from lcdist.commands.train import run
 from lcdist.config import ConfigError
 from lcdist.config.stages import Stage
-from lcdist.distributed.mesh import end_grid, start_world, world_size
+from lcdist.distributed.mesh import end_mesh, start_world, world_size
 from lcdist.plan import make_plan
 from lcdist.rundir.lock import run_on_rank_zero
 from lcdist.rundir.signals import STOP, clear_signals, steps_done, write_done, write_stopped
@@ -52,7 +52,7 @@ def run_stages(stages: Sequence[Stage], console: Console | None = None) -> Outco
             )
             return replace(outcome, reason=reason)
         # The next stage may have another mesh, and needs the memory.
-        end_grid()
+        end_mesh()
         gc.collect()
     assert outcome is not None, "there is a stage"
     run_on_rank_zero(lambda: write_done(folder, outcome.step))

@@ -25,7 +25,7 @@ from lcdist.data.datasets.sample import Dataset
 from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.meta import check_vocabulary
-from lcdist.distributed.mesh import Grid, build_grid, shared_store, start_world, world_size
+from lcdist.distributed.mesh import Mesh, build_mesh, shared_store, start_world, world_size
 from lcdist.distributed.watchdog import Watchdog
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.hardware.peak import Peak, device_peak
@@ -65,12 +65,12 @@ def run(config: Config, console: Console | None = None, also_stop: Path | None =
     """
     plan = make_plan(config, world_size())
     start_world(config.parallel.timeout)
-    grid = build_grid(config.parallel, config.train.seed)
+    mesh = build_mesh(config.parallel, config.train.seed)
     folder = Path(config.log.folder)
     dataset = open_dataset(plan)
     checkpoint, changes = run_on_rank_zero(lambda: _what_is_there(folder, config))
     with lock_run_folder(folder):
-        for change in changes if grid.rank == 0 else []:
+        for change in changes if mesh.rank == 0 else []:
             log.warning("resuming with a changed setting: %s", change)
         if checkpoint is not None and checkpoint.step >= config.train.steps:
             reason = f"all {config.train.steps} steps were done before"
@@ -80,8 +80,8 @@ def run(config: Config, console: Console | None = None, also_stop: Path | None =
             return outcome
         check_start(folder, plan.checkpoint_bytes)
         plan = check_host_memory(plan)
-        peak = device_peak(grid.device, DTYPES[plan.dtype], config.log.peak_tflops)
-        trainer = make_trainer(plan, grid, dataset, peak)
+        peak = device_peak(mesh.device, DTYPES[plan.dtype], config.log.peak_tflops)
+        trainer = make_trainer(plan, mesh, dataset, peak)
         trainer.also_stop = [also_stop] if also_stop is not None else []
         begin(trainer, checkpoint)
         outcome = _train(trainer, console)
@@ -109,25 +109,25 @@ def open_dataset(plan: Plan) -> Dataset:
     return AlignedDataset(dataset, slots, train.seqlen) if landmarks and not pack else dataset
 
 
-def make_trainer(plan: Plan, grid: Grid, dataset: Dataset, peak: Peak) -> Trainer:
+def make_trainer(plan: Plan, mesh: Mesh, dataset: Dataset, peak: Peak) -> Trainer:
     """The rooms of a run, put together for this rank."""
     train = plan.config.train
     spec = LoaderSpec(
         layout=plan.layout,
-        dp_rank=grid.dp_rank,
-        dp_size=grid.dp_size,
-        cp_rank=grid.cp_rank,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        cp_rank=mesh.cp_rank,
         micro_batch_size=train.micro_batch_size,
         global_batch_size=train.global_batch_size,
         documents=plan.config.data.documents,
         slots=plan.slots,
         balance=plan.config.data.balance,
     )
-    engine = MegatronEngine(plan, grid, build_model(plan, grid.device))
+    engine = MegatronEngine(plan, mesh, build_model(plan, mesh.device))
     folder = Path(plan.config.log.folder) / "checkpoints"
     kept = plan.config.checkpoint
     checkpointer = Checkpointer(folder, kept.keep_last, kept.keep_every)
-    return Trainer(plan, grid, engine, Loader(dataset, spec), checkpointer, peak)
+    return Trainer(plan, mesh, engine, Loader(dataset, spec), checkpointer, peak)
 
 
 def begin(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
@@ -214,7 +214,7 @@ def _what_is_there(folder: Path, config: Config) -> tuple[Checkpoint | None, lis
 
 
 def _train(trainer: Trainer, console: Console | None) -> Outcome:
-    config, grid = trainer.plan.config, trainer.grid
+    config, mesh = trainer.plan.config, trainer.mesh
     folder = Path(config.log.folder)
     reason = "resumed" if trainer.step else "new run"
 
@@ -227,19 +227,19 @@ def _train(trainer: Trainer, console: Console | None) -> Outcome:
         write_status(folder, "running", trainer.step, reason)
         header = RunHeader(
             plan=dict(trainer.plan.rows()),
-            device=device_name(grid.device),
+            device=device_name(mesh.device),
             peak=trainer.peak,
-            world_size=grid.world_size,
+            world_size=mesh.world_size,
             versions=versions(),
         )
         return record_start(folder, header, trainer.step, reason, lost)
 
     run_id = run_on_rank_zero(announce)
     metrics = open_metrics(
-        config, rank=grid.rank, step=trainer.step, run_id=run_id, console=console
+        config, rank=mesh.rank, step=trainer.step, run_id=run_id, console=console
     )
     with metrics, make_watchdog(trainer) as watchdog:
-        outcome = trainer.train(metrics, watchdog, lambda: _note_first_step(folder, grid.rank))
+        outcome = trainer.train(metrics, watchdog, lambda: _note_first_step(folder, mesh.rank))
     run_on_rank_zero(lambda: _ended(folder, outcome))
     return outcome
 
@@ -251,7 +251,7 @@ def _note_first_step(folder: Path, rank: int) -> None:
 
 def make_watchdog(trainer: Trainer) -> Watchdog:
     """Who tells, when the ranks of this run wait for one another in vain, which and where."""
-    parallel, grid = trainer.plan.config.parallel, trainer.grid
+    parallel, mesh = trainer.plan.config.parallel, trainer.mesh
     folder = Path(trainer.plan.config.log.folder)
     methods = dict.fromkeys(layer.method for layer in trainer.plan.layers)
 
@@ -262,8 +262,8 @@ def make_watchdog(trainer: Trainer) -> Watchdog:
 
     return Watchdog(
         shared_store("watchdog"),
-        grid.rank,
-        grid.world_size,
+        mesh.rank,
+        mesh.world_size,
         stall=parallel.stall,
         patient=parallel.timeout,
         step=trainer.step,

@@ -24,7 +24,7 @@ from lcdist.config.schema import (
 )
 from lcdist.convert.huggingface.names import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
 from lcdist.convert.reference_forward import by_rows
-from lcdist.distributed.mesh import build_grid, world_size
+from lcdist.distributed.mesh import build_mesh, world_size
 from lcdist.layout import ContextLayout
 from lcdist.model.build import build_model
 from lcdist.model.sequence import SequenceParams
@@ -48,14 +48,14 @@ def our_logits(
 
     layers: how each attends. Landmarks are among the tokens.
     """
-    grid = build_grid(ParallelConfig(), config.train.seed)
-    made = {one: _one_layer(config, len(tokens), one, grid.device) for one in set(layers)}
+    mesh = build_mesh(ParallelConfig(), config.train.seed)
+    made = {one: _one_layer(config, len(tokens), one, mesh.device) for one in set(layers)}
     x = torch.empty(len(tokens), config.model.hidden_size, dtype=torch.float64)
     for place in tokens.argsort().tolist():  # from top to bottom, as pieces are kept
         x[place] = stored.rows(EMBEDDING, int(tokens[place]), int(tokens[place]) + 1)[0]
     layout = ContextLayout("contiguous", len(tokens), cp_size=1)
     sequence = SequenceParams(layout=layout)
-    x = x[:, None].to(grid.device)  # [s, b, h]
+    x = x[:, None].to(mesh.device)  # [s, b, h]
     with torch.no_grad():
         for number in range(config.model.num_layers):
             layer = made[layers[number]]

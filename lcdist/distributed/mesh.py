@@ -1,6 +1,6 @@
-"""The world as a grid [pp, dp, cp, tp]: builds the process groups through Megatron, once.
+"""The world as a mesh [pp, dp, cp, tp]: builds the process groups through Megatron, once.
 
-From here on nobody finds out by arithmetic which rank it is: `Grid` says so.
+From here on nobody finds out by arithmetic which rank it is: `Mesh` says so.
 """
 
 import os
@@ -19,7 +19,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 
 @dataclass(frozen=True)
-class Grid:
+class Mesh:
     """This process's place in the mesh, and the groups it talks to.
 
     Sizes and ranks are counted along one axis each; `dp_cp_group` joins the ranks that hold the
@@ -78,10 +78,10 @@ def start_world(timeout: float) -> None:
         dist.init_process_group(backend(), store=store, **alone)
 
 
-def build_grid(parallel: ParallelConfig, seed: int) -> Grid:
-    """The grid over the world that has been started; `seed` seeds Megatron's random states.
+def build_mesh(parallel: ParallelConfig, seed: int) -> Mesh:
+    """The mesh over the world that has been started; `seed` seeds Megatron's random states.
 
-    Replaces a grid built earlier in this process. Sizes are taken as checked by the plan.
+    Replaces a mesh built earlier in this process. Sizes are taken as checked by the plan.
     """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -101,7 +101,7 @@ def build_grid(parallel: ParallelConfig, seed: int) -> Grid:
     # NCCL makes a communicator at a group's first collective, and all ranks must take part in
     # that; a shift between a few of them would be a poor first.
     dist.all_reduce(torch.zeros(1, device=where), group=cp_group)
-    return Grid(
+    return Mesh(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -138,8 +138,8 @@ def shared_store(name: str) -> Any:
     return distributed_c10d.PrefixStore(name, store)
 
 
-def end_grid() -> None:
-    """Forget the grid, and close its process groups; the world goes on."""
+def end_mesh() -> None:
+    """Forget the mesh, and close its process groups; the world goes on."""
     # Groups that every rank of the world made, in one order, and the world itself as None.
     made = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()
@@ -148,7 +148,7 @@ def end_grid() -> None:
 
 
 def end_world() -> None:
-    """Leave the world: forget the grid and close the process groups."""
+    """Leave the world: forget the mesh and close the process groups."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

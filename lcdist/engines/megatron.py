@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.data.loader import Batch
-from lcdist.distributed.mesh import Grid
+from lcdist.distributed.mesh import Mesh
 from lcdist.engines.loss import loss_sum
 from lcdist.engines.optimizer import ShardedAdamW
 from lcdist.engines.state import load_model_state, model_state
@@ -30,12 +30,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 class MegatronEngine:
     """Owns the model chunks and the optimizer, and runs steps over any mesh."""
 
-    def __init__(self, plan: Plan, grid: Grid, chunks: Sequence[CausalLM]) -> None:
-        self.plan, self.grid, self.chunks = plan, grid, list(chunks)
+    def __init__(self, plan: Plan, mesh: Mesh, chunks: Sequence[CausalLM]) -> None:
+        self.plan, self.mesh, self.chunks = plan, mesh, list(chunks)
         self.megatron = chunks[0].config
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=grid.dp_cp_group.size() > 1,
+            overlap_grad_reduce=mesh.dp_cp_group.size() > 1,
             use_distributed_optimizer=False,
         )
         # The first chunk's gradients come last and gain nothing from more buckets.
@@ -48,14 +48,14 @@ class MegatronEngine:
         self.megatron.finalize_model_grads_func = self._finalize
         self.watch: Stopwatch | None = None
         self.optimizer = ShardedAdamW(
-            self.chunks, plan.config.optim, grid.dp_cp_group, plan.config.lora.lr_ratio
+            self.chunks, plan.config.optim, mesh.dp_cp_group, plan.config.lora.lr_ratio
         )
 
     def forward_backward(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Gradients of the step's global mean loss into every `main_grad`; (loss, tokens)."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
-        self.watch = Stopwatch(self.grid.device.type == "cuda")
+        self.watch = Stopwatch(self.mesh.device.type == "cuda")
         seqlen = self.plan.config.train.seqlen
         return self._run(batches, self.plan.layout, seqlen, forward_only=False)
 
@@ -112,7 +112,7 @@ class MegatronEngine:
     def _global_mean(self, losses: list[Tensor]) -> tuple[float, int]:
         """Sum over every rank that computed a loss once, divided once by the number of tokens."""
         total = torch.zeros(2, dtype=torch.float64)
-        if self.grid.is_last_stage and self.grid.tp_rank == 0:
+        if self.mesh.is_last_stage and self.mesh.tp_rank == 0:
             total += torch.stack(losses).sum(0).cpu()
         dist.all_reduce(total)
         tokens = int(total[1].item())

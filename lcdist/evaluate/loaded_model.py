@@ -13,7 +13,7 @@ from lcdist.data.datasets.build import held_out_folder
 from lcdist.data.datasets.tokens import TokenSplit
 from lcdist.data.meta import check_vocabulary
 from lcdist.data.tokenizers.files import beginning, open_tokenizer
-from lcdist.distributed.mesh import Grid, build_grid, start_world, world_size
+from lcdist.distributed.mesh import Mesh, build_mesh, start_world, world_size
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.engines.state import load_model_state, model_state
 from lcdist.evaluate.perplexity import held_out_text, perplexity_by_length
@@ -33,7 +33,7 @@ class Session:
 
     plan: Plan
     attention: str
-    grid: Grid
+    mesh: Mesh
     checkpoint: Checkpoint
     chunks: list[CausalLM]
 
@@ -57,11 +57,11 @@ def open_session(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[
     if attention != trained.attention_name:
         attention += f" (dense; trained with {trained.attention_name})"
     start_world(config.parallel.timeout)
-    grid = build_grid(config.parallel, config.train.seed)
+    mesh = build_mesh(config.parallel, config.train.seed)
     checkpoint = run_on_rank_zero(lambda: open_checkpoint(path))
-    chunks = build_model(plan, grid.device)
+    chunks = build_model(plan, mesh.device)
     load_model_state(chunks, load_weights(checkpoint, model_state(chunks)))
-    return Session(plan, attention, grid, checkpoint, chunks)
+    return Session(plan, attention, mesh, checkpoint, chunks)
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     text was read with), and whether documents had to be joined.
     """
     session = open_session(path, overrides, [f"parallel.cp_size={world_size()}"])
-    config, grid = session.plan.config, session.grid
+    config, mesh = session.plan.config, session.mesh
     checkpoint = session.checkpoint
     if "imported" in checkpoint.manifest and config.data == saved_config(checkpoint).data:
         raise ValueError(
@@ -83,9 +83,9 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     vocab_size = config.model.vocab_size
     check_vocabulary(split.meta, vocab_size, reserved=vocab_size - session.plan.text_vocab_size)
     lengths = tuple(sorted(config.evaluate.lengths))
-    text = held_out_text(split, lengths[-1] * grid.dp_size, config.evaluate.tokens)
-    engine = MegatronEngine(session.plan, grid, session.chunks)
-    scores = perplexity_by_length(engine, grid, text, lengths)
+    text = held_out_text(split, lengths[-1] * mesh.dp_size, config.evaluate.tokens)
+    engine = MegatronEngine(session.plan, mesh, session.chunks)
+    scores = perplexity_by_length(engine, mesh, text, lengths)
     return {
         "checkpoint": str(session.checkpoint.path),
         "step": session.checkpoint.step,
@@ -114,7 +114,7 @@ def generate_text(
             raise ValueError(f"attention method '{layer.method.name}' cannot generate text")
     tokenizer = open_tokenizer(held_out_folder(session.plan.config.data))
     read = [*beginning(tokenizer), *tokenizer.encode(prompt)]
-    tokens = torch.tensor(read, dtype=torch.int64, device=session.grid.device)
+    tokens = torch.tensor(read, dtype=torch.int64, device=session.mesh.device)
     out = generate(
         session.chunks[0], tokens, max_new_tokens, temperature, seed, stop=tokenizer.eos_id
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from lcdist.data.datasets.sample import Sample
 from lcdist.data.datasets.tokens import TokenSplit
 from lcdist.data.loader import Loader, LoaderSpec
-from lcdist.distributed.mesh import Grid
+from lcdist.distributed.mesh import Mesh
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.layout import ContextLayout
 from lcdist.layout.documents import ShardTotals
@@ -92,7 +92,7 @@ def held_out_text(split: TokenSplit, length: int, tokens: int) -> Text:
 
 
 def perplexity_by_length(
-    engine: MegatronEngine, grid: Grid, text: Text, lengths: tuple[int, ...]
+    engine: MegatronEngine, mesh: Mesh, text: Text, lengths: tuple[int, ...]
 ) -> list[Score]:
     """The score of `text` at each length, over all ranks; every rank gets the same numbers."""
     plan, slots = engine.plan, engine.plan.slots
@@ -103,12 +103,12 @@ def perplexity_by_length(
         row = slots.num_slots(length)
         layout = layout_for(plan, row)
         spec = LoaderSpec(
-            layout, grid.dp_rank, grid.dp_size, grid.cp_rank, 1, grid.dp_size, slots=slots
+            layout, mesh.dp_rank, mesh.dp_size, mesh.cp_rank, 1, mesh.dp_size, slots=slots
         )
         loader = Loader(windows if row == length else ShardTotals(windows, slots, row), spec)
         total, tokens = 0.0, 0
-        for _ in range(windows.count // grid.dp_size):
-            batches = [to_device(batch, grid.device) for batch in loader.next_step()]
+        for _ in range(windows.count // mesh.dp_size):
+            batches = [to_device(batch, mesh.device) for batch in loader.next_step()]
             loss, count = engine.evaluate(batches, layout, row)
             total, tokens = total + loss * count, tokens + count
         scores.append(Score(length, tokens, total / max(1, tokens)))

@@ -115,7 +115,7 @@ def real_rows(vocab_size: int, local: int, tp_rank: int) -> int:
 def build_model(plan: Plan, device: torch.device) -> list[CausalLM]:
     """This rank's chunks of the model (one, or vp_size when pipelining interleaves), initialised.
 
-    The grid must have been built. A chunk maps (tokens, positions, None, labels=..,
+    The mesh must have been built. A chunk maps (tokens, positions, None, labels=..,
     packed_seq_params=SequenceParams) to losses `[b, s_local]` on the last stage.
     """
     config = plan.config

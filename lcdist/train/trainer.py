@@ -20,7 +20,7 @@ from lcdist.checkpoint.read import (
 from lcdist.checkpoint.save import Checkpointer
 from lcdist.config import dump
 from lcdist.data.loader import Batch, Loader
-from lcdist.distributed.mesh import Grid
+from lcdist.distributed.mesh import Mesh
 from lcdist.distributed.watchdog import Noted, Watchdog
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.engines.state import load_random_states, random_states, sharded_random_states
@@ -54,13 +54,13 @@ class Trainer:
     def __init__(  # noqa: PLR0913
         self,
         plan: Plan,
-        grid: Grid,
+        mesh: Mesh,
         engine: MegatronEngine,
         loader: Loader,
         checkpointer: Checkpointer,
         peak: Peak,
     ) -> None:
-        self.plan, self.grid, self.engine = plan, grid, engine
+        self.plan, self.mesh, self.engine = plan, mesh, engine
         self.loader, self.checkpointer, self.peak = loader, checkpointer, peak
         self.also_stop: Sequence[Path] = ()
         self.step = 0
@@ -97,7 +97,7 @@ class Trainer:
         train, begun = self.plan.config.train, time.perf_counter()
         watchdog.moved(self.step, "loading data")
         lr = learning_rate(self.plan.config.optim, self.step, train.steps)
-        batches = [to_device(batch, self.grid.device) for batch in self.loader.next_step()]
+        batches = [to_device(batch, self.mesh.device) for batch in self.loader.next_step()]
         drawn = time.perf_counter()
         noted = Noted(batches, lambda: watchdog.moved(self.step, "forward and backward"))
         with traffic() as sent:
@@ -121,8 +121,8 @@ class Trainer:
             grad_norm=grad_norm,
             lr=lr,
             tokens_per_second=rate,
-            mfu_full=mfu(self.plan.flops_per_token_square, rate, self.peak, self.grid.world_size),
-            mfu_causal=mfu(self.plan.flops_per_token, rate, self.peak, self.grid.world_size),
+            mfu_full=mfu(self.plan.flops_per_token_square, rate, self.peak, self.mesh.world_size),
+            mfu_causal=mfu(self.plan.flops_per_token, rate, self.peak, self.mesh.world_size),
             memory_bytes=most["memory"],
             exchange_bytes={verb: most[verb] for verb in VERBS if most[verb]},
             time=StepTime(
@@ -147,8 +147,8 @@ class Trainer:
         number; "fastest" the fastest's, negated; in microseconds.
         """
         micros = max(0, round(own * 1e6))
-        mine = {"stop": int(requests.look()), "memory": peak_memory(self.grid.device)}
-        mine |= {"slowest": micros * RANKS + self.grid.rank, "fastest": -micros}
+        mine = {"stop": int(requests.look()), "memory": peak_memory(self.mesh.device)}
+        mine |= {"slowest": micros * RANKS + self.mesh.rank, "fastest": -micros}
         mine["writing"] = int(self.checkpointer.writing)
         mine |= {verb: sent.get(verb, 0) for verb in VERBS}
         return max_over_ranks(mine, dist.group.WORLD, torch.device("cpu"))
@@ -156,7 +156,7 @@ class Trainer:
     def _stop_files(self) -> Sequence[Path]:
         """Rank 0 alone looks for them; the others hear of it with the step's numbers."""
         own = Path(self.plan.config.log.folder) / STOP
-        return (own, *self.also_stop) if self.grid.rank == 0 else ()
+        return (own, *self.also_stop) if self.mesh.rank == 0 else ()
 
     def save(self, wait: bool = True) -> None:
         """A checkpoint of everything at the current step; all ranks call it.
@@ -165,12 +165,12 @@ class Trainer:
         or before the next one begins.
         """
         state = self.engine.sharded_state_dict()
-        state["rng"] = sharded_random_states(self.grid.rank, self.grid.world_size)
+        state["rng"] = sharded_random_states(self.mesh.rank, self.mesh.world_size)
         manifest = {
             "config": dump(self.plan.config),
             "plan": dict(self.plan.rows()),
             "dtype": self.plan.dtype,
-            "world_size": self.grid.world_size,
+            "world_size": self.mesh.world_size,
             "loader": self.loader.state_dict(),
             "random_states": sorted(state["rng"]),
             "versions": versions(),
@@ -200,9 +200,9 @@ class Trainer:
             )
         state = self.engine.sharded_state_dict()
         names = sorted(random_states())
-        same_world = manifest["world_size"] == self.grid.world_size
+        same_world = manifest["world_size"] == self.mesh.world_size
         if same_world and manifest["random_states"] == names:
-            state["rng"] = sharded_random_states(self.grid.rank, self.grid.world_size)
+            state["rng"] = sharded_random_states(self.mesh.rank, self.mesh.world_size)
         loaded = load_state(checkpoint, state)
         self.engine.load_state(loaded, checkpoint.step)
         self.loader.load_state_dict(manifest["loader"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lcdist.checkpoint.read import load_weights, open_checkpoint, saved_config
 from lcdist.config.schema import Config
-from lcdist.distributed.mesh import build_grid
+from lcdist.distributed.mesh import build_mesh
 from lcdist.engines.state import load_model_state, model_state
 from lcdist.layout import ContextLayout
 from lcdist.model.build import build_model
@@ -42,17 +42,17 @@ def logits_on(
         config = on_mesh(saved_config(checkpoint), mesh)
         plan = make_plan(config, world_size)
         if built is None or built[0] != config.parallel:
-            built = config.parallel, build_grid(config.parallel, 1)
+            built = config.parallel, build_mesh(config.parallel, 1)
         chunks = build_model(plan, built[1].device)
         load_model_state(chunks, load_weights(checkpoint, model_state(chunks)))
         answers.append(whole_logits(chunks, built[1], plan, x))
     return answers
 
 
-def whole_logits(chunks: Any, grid: Any, plan: Any, x: Tensor) -> Tensor | None:
+def whole_logits(chunks: Any, mesh: Any, plan: Any, x: Tensor) -> Tensor | None:
     """Logits of all rows and tokens on rank 0, None on others; every data-parallel rank's alike."""
-    layout = ContextLayout(plan.layout.kind, x.shape[1], grid.cp_size)
-    mine = layout.shard(x, grid.cp_rank, 1)
+    layout = ContextLayout(plan.layout.kind, x.shape[1], mesh.cp_size)
+    mine = layout.shard(x, mesh.cp_rank, 1)
     single = len(chunks) == 1
 
     def forward(iterator: Any, model: Any) -> Any:
@@ -72,12 +72,12 @@ def whole_logits(chunks: Any, grid: Any, plan: Any, x: Tensor) -> Tensor | None:
             forward_only=True,
             collect_non_loss_data=True,
         )
-    local = torch.cat(found) if grid.is_last_stage else None
+    local = torch.cat(found) if mesh.is_last_stage else None
     everywhere: list[Any] = [None] * dist.get_world_size()
-    shown = local if grid.tp_rank == 0 and grid.dp_rank == 0 else None
-    dist.all_gather_object(everywhere, (grid.cp_rank, shown))
-    if grid.rank:
+    shown = local if mesh.tp_rank == 0 and mesh.dp_rank == 0 else None
+    dist.all_gather_object(everywhere, (mesh.cp_rank, shown))
+    if mesh.rank:
         return None
     shards = dict(pair for pair in everywhere if pair[1] is not None)
-    whole = layout.unshard([shards[rank] for rank in range(grid.cp_size)], 1)
+    whole = layout.unshard([shards[rank] for rank in range(mesh.cp_size)], 1)
     return whole[..., : plan.config.model.vocab_size]

@@ -108,7 +108,7 @@ def text_logits(trainer: Trainer, x: Tensor) -> Tensor:
     plan, count = trainer.plan, x.shape[1]
     slots = plan.slots
     laid = torch.stack([slots.place(row, 0, slots.num_slots(count), count) for row in x])
-    logits = whole_logits(trainer.engine.chunks, trainer.grid, plan, laid)
+    logits = whole_logits(trainer.engine.chunks, trainer.mesh, plan, laid)
     if logits is None:
         return torch.empty(0)
     return logits[:, slots.is_text(laid[0])]

@@ -64,7 +64,7 @@ def train_all(rank: int, world_size: int, folder: Path) -> Any:
         trainer.save(wait=True)
         dense = trainer.plan.attention_name == "full"
         answers[name] = [
-            whole_logits(trainer.engine.chunks, trainer.grid, trainer.plan, tokens(count))
+            whole_logits(trainer.engine.chunks, trainer.mesh, trainer.plan, tokens(count))
             for count in ((12, SEQLEN) if dense else ())
         ]
     return answers

@@ -9,7 +9,7 @@ from lcdist.config import parse
 from lcdist.config.schema import Config
 from lcdist.data.datasets.sample import Dataset, Sample
 from lcdist.data.datasets.synthetic import SyntheticDataset
-from lcdist.distributed.mesh import Grid, build_grid
+from lcdist.distributed.mesh import Mesh, build_mesh
 from lcdist.hardware.peak import Peak
 from lcdist.plan import make_plan
 from lcdist.train.trainer import Trainer
@@ -52,13 +52,13 @@ class Meshes:
     """Trainers on one mesh after another; process groups are made once a mesh."""
 
     def __init__(self) -> None:
-        self.built: tuple[object, Grid] | None = None
+        self.built: tuple[object, Mesh] | None = None
 
     def trainer(self, config: Config, dataset: Dataset | None = None) -> Trainer:
         """A new trainer as `config` says, on all ranks of this world."""
         plan = make_plan(config, dist.get_world_size())
         if self.built is None or self.built[0] != config.parallel:
-            self.built = config.parallel, build_grid(config.parallel, config.train.seed)
+            self.built = config.parallel, build_mesh(config.parallel, config.train.seed)
         return make_trainer(plan, self.built[1], dataset or open_dataset(plan), PEAK)
 
 

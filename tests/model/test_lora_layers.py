@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lcdist.config.lora import LoraConfig
-from lcdist.distributed.mesh import build_grid
+from lcdist.distributed.mesh import build_mesh
 from lcdist.model.lora import LoraColumn, LoraRow
 from lcdist.model.transformer_config import transformer_config
 from tests.distributed import run_ranks
@@ -121,7 +121,7 @@ def compare(layer: str, groups: int, sequence_parallel: bool) -> None:
 
 
 def compare_all(rank: int, world_size: int) -> None:
-    build_grid(small(TP).parallel, 0)
+    build_mesh(small(TP).parallel, 0)
     for sequence_parallel in (False, True):
         for layer in LAYERS:
             for groups in (GROUPS, 1) if "v" in layer else (GROUPS,):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.distributed.mesh import build_grid
+from lcdist.distributed.mesh import build_mesh
 from lcdist.inference.generate import generate
 from lcdist.model.output_loss import VocabShard, output_losses
 from megatron.core import tensor_parallel
@@ -141,7 +141,7 @@ SIXTEENTH = 2048, 2048, 64, 64
 def peaks(rank: int, world_size: int) -> tuple[int, int, list[Tensor], list[Tensor]]:
     """Peak bytes of forward and backward by chunks and with whole logits, and the gradients."""
     tokens, vocab, size, chunk = SIXTEENTH
-    group = build_grid(small().parallel, 0).tp_group
+    group = build_mesh(small().parallel, 0).tp_group
     assert group.size() == 1
     hidden, weight = torch.randn(tokens, 1, size), torch.randn(vocab, size)
     targets = torch.randint(vocab, (tokens, 1))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.distributed.mesh import build_grid
+from lcdist.distributed.mesh import build_mesh
 from lcdist.model.build import build_model
 from lcdist.model.memory.offload import HostStore
 from lcdist.model.memory.recompute import Cheap, recomputed
@@ -106,7 +106,7 @@ def unasked(rank: int, world_size: int) -> list[list[Tensor]]:
     found = []
     for way in ((), *WAYS):
         plan = make_plan(small(*way, "model.num_layers=1"), 1)
-        [model] = build_model(plan, build_grid(plan.config.parallel, 0).device)
+        [model] = build_model(plan, build_mesh(plan.config.parallel, 0).device)
         layer = model.double().decoder.layers[0]
         generator = torch.Generator().manual_seed(2)
         x, dout = (torch.randn(64, 1, 64, generator=generator).double() for _ in range(2))

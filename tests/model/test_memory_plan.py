@@ -11,7 +11,7 @@ import torch
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config import ConfigError
-from lcdist.distributed.mesh import build_grid
+from lcdist.distributed.mesh import build_mesh
 from lcdist.model.build import build_model
 from lcdist.model.memory.layer import Layer
 from lcdist.model.sequence import SequenceParams
@@ -53,7 +53,7 @@ def held(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[tuple
     found = []
     for words in cases:
         plan = make_plan(small(*words), world_size)
-        [model] = build_model(plan, build_grid(plan.config.parallel, 0).device)
+        [model] = build_model(plan, build_mesh(plan.config.parallel, 0).device)
         tokens = torch.zeros(1, plan.layout.local_seqlen, dtype=torch.int64)
         sequence = SequenceParams(layout=plan.layout)
         with LiveTensors() as live:
@@ -183,7 +183,7 @@ def choices(rank: int, world_size: int, mesh: tuple[str, ...]) -> list[Any]:
     found = []
     for words in ((), (SELECTIVE,), (HOST, *TILED)):
         plan = make_plan(small(*mesh, *words), world_size)
-        [model] = build_model(plan, build_grid(plan.config.parallel, 0).device)
+        [model] = build_model(plan, build_mesh(plan.config.parallel, 0).device)
         layer: Any = model.decoder.layers[1]
         assert isinstance(layer, Layer)
         keeping, asked = layer.keeping, list[int]()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.distributed.mesh import build_grid
+from lcdist.distributed.mesh import build_mesh
 from lcdist.model.build import build_model
 from lcdist.model.memory.recompute import recomputed
 from lcdist.model.memory.tiled_mlp import SecondHalf, swiglu, tiled
@@ -48,13 +48,13 @@ def layer_of(words: tuple[str, ...]) -> Any:
     """The first layer of the small model in fp64, of values that differ over ranks where it is
     cut."""
     config = small(*words, "model.num_layers=1")
-    grid = build_grid(config.parallel, 0)
+    mesh = build_mesh(config.parallel, 0)
     plan = make_plan(config, 2 if TP in words else 1)
-    [model] = build_model(plan, grid.device)
+    [model] = build_model(plan, mesh.device)
     layer = model.double().decoder.layers[0]
     for number, p in enumerate(layer.parameters()):
         cut = getattr(p, "tensor_model_parallel", False)
-        seed = number + (1000 * grid.tp_rank if cut else 0)
+        seed = number + (1000 * mesh.tp_rank if cut else 0)
         p.data = draw(p.shape, seed) / (p.shape[-1] ** 0.5) + (p.dim() == 1)
     return layer
 
@@ -248,7 +248,7 @@ WIDE = (
 def peaks(rank: int, world_size: int) -> tuple[int, int, int, int]:
     """Bytes: kept and peak of the tiled half, and of Megatron's."""
     config = small(*WIDE)
-    [model] = build_model(make_plan(config, 1), build_grid(config.parallel, 0).device)
+    [model] = build_model(make_plan(config, 1), build_mesh(config.parallel, 0).device)
     layer: Any = model.decoder.layers[0]
     half = SecondHalf(layer.pre_mlp_layernorm, layer.mlp)
     found = []

@@ -18,7 +18,7 @@ STAND_IN = install(*map(int, sys.argv[1:3]))
 
 from lcdist.commands.train import make_trainer, open_dataset  # noqa: E402
 from lcdist.config import load  # noqa: E402
-from lcdist.distributed.mesh import build_grid  # noqa: E402
+from lcdist.distributed.mesh import build_mesh  # noqa: E402
 from lcdist.hardware.peak import Peak  # noqa: E402
 from lcdist.inference.generate import generate  # noqa: E402
 from lcdist.plan import make_plan  # noqa: E402
@@ -29,26 +29,26 @@ def train(words: str, stand_in: StandIn) -> None:
     path, *overrides = words.split()
     config = load(path, overrides)
     plan = make_plan(config, int(sys.argv[2]))
-    grid = build_grid(config.parallel, config.train.seed)
-    trainer = make_trainer(plan, grid, open_dataset(plan), Peak(1.0, "not measured"))
+    mesh = build_mesh(config.parallel, config.train.seed)
+    trainer = make_trainer(plan, mesh, open_dataset(plan), Peak(1.0, "not measured"))
     engine = trainer.engine
     for _ in range(2):
         stand_in.launches.clear()
         stand_in.waits.clear()
-        engine.forward_backward([to_device(b, grid.device) for b in trainer.loader.next_step()])
+        engine.forward_backward([to_device(b, mesh.device) for b in trainer.loader.next_step()])
         engine.update(1e-3)
     said = {"launches": dict(stand_in.launches), "waits": dict(stand_in.waits)}
     stand_in.waits.clear()
-    batches = [to_device(batch, grid.device) for batch in trainer.loader.next_step()]
+    batches = [to_device(batch, mesh.device) for batch in trainer.loader.next_step()]
     engine.evaluate(batches, plan.layout, config.train.seqlen)
     parallel = config.parallel
     if parallel.cp_size == parallel.pp_size == 1 and not parallel.sequence_parallel:
-        prompt = torch.randint(plan.text_vocab_size, (37,), device=grid.device)
+        prompt = torch.randint(plan.text_vocab_size, (37,), device=mesh.device)
         assert generate(engine.chunks[0], prompt, 5).shape == (42,)
     said["waits in use"] = dict(stand_in.waits)
     for chunk in engine.chunks:
         assert all(x.is_cuda for x in (*chunk.parameters(), *chunk.buffers()))
-    assert plan.dtype == "bf16" and grid.device.type == "cuda"
+    assert plan.dtype == "bf16" and mesh.device.type == "cuda"
     print(json.dumps({"of": words, **said}), flush=True)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lcdist.config.schema import Config, OptimConfig
-from lcdist.distributed.mesh import build_grid
+from lcdist.distributed.mesh import build_mesh
 from lcdist.engines import optimizer as room
 from lcdist.engines.optimizer import ShardedAdamW, assign_owners
 from lcdist.model.build import build_model
@@ -92,9 +92,9 @@ def sharded_steps(rank: int, world_size: int) -> list[tuple[list[float], dict[st
     for dtype in (torch.float32, torch.bfloat16):
         for cp_size in cp:
             config = small(f"parallel.cp_size={cp_size}")
-            grid = build_grid(config.parallel, 0)
+            mesh = build_mesh(config.parallel, 0)
             bits = Bits(dtype)
-            optimizer = ShardedAdamW([bits], OPTIM, grid.dp_cp_group)
+            optimizer = ShardedAdamW([bits], OPTIM, mesh.dp_cp_group)
             norms = []
             for step in range(STEPS):
                 bits.make_gradients(step)
@@ -196,7 +196,7 @@ def plain_loop(rank: int, world_size: int) -> Steps:
     """The same model under torch's own autograd, clipping and AdamW, the whole batch summed."""
     config = plain_config()
     trainer = Meshes().trainer(config)
-    [model] = build_model(trainer.plan, trainer.grid.device)
+    [model] = build_model(trainer.plan, trainer.mesh.device)
     decaying, others = [], []
     for name, parameter in model.named_parameters():
         (others if "norm" in name else decaying).append(parameter)

@@ -71,7 +71,7 @@ def signalled_at(config: Config, step: int, number: int, rank: int) -> Any:
     real = Trainer._one_step
 
     def one_step(self: Trainer, *more: Any) -> Any:
-        if self.step == step - 1 and self.grid.rank == rank:
+        if self.step == step - 1 and self.mesh.rank == rank:
             os.kill(os.getpid(), number)
         return real(self, *more)
 

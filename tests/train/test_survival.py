@@ -32,7 +32,7 @@ def asked_at(step: int, file: Path) -> Iterator[None]:
     real = Trainer._one_step
 
     def one_step(self: Trainer, *more: Any) -> Any:
-        if self.step == step - 1 and self.grid.rank == 1:
+        if self.step == step - 1 and self.mesh.rank == 1:
             file.touch()
         return real(self, *more)
 
