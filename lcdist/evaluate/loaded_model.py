@@ -20,7 +20,7 @@ from lcdist.evaluate.perplexity import held_out_text, perplexity_by_length
 from lcdist.inference.generate import generate
 from lcdist.model.build import CausalLM, build_model
 from lcdist.plan import Plan, make_plan
-from lcdist.plan.resolve import dense_where_meant
+from lcdist.plan.resolve import evaluation_layers
 from lcdist.rundir.lock import run_on_rank_zero
 
 
@@ -51,7 +51,7 @@ def open_session(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[
     alone += ["parallel.vp_size=1", "parallel.sequence_parallel=false"]
     config = saved_config(checkpoint, [*alone, *mesh_overrides, *overrides])
     trained = make_plan(_one_sample_a_rank(config), world_size())
-    dense = dense_where_meant(trained.layers, config.evaluate.attention)
+    dense = evaluation_layers(trained.layers, config.evaluate.attention)
     plan = replace(trained, layers=dense)
     attention = plan.attention_name
     if attention != trained.attention_name:

@@ -32,7 +32,7 @@ from lcdist.plan.resolve import (
     common_layouts,
     common_multiple,
     document_layout_for,
-    layer_methods,
+    resolve_layers,
 )
 
 # Training runs every matrix product once forward and twice backward.
@@ -224,7 +224,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     check_memory(config, errors)
     check_lora(config, errors)
     check_schedule(config, errors)
-    layers = layer_methods(config, errors)
+    layers = resolve_layers(config, errors)
     check_methods(config, layers, errors)
     layout = _layout(config, layers, errors) if layers else None
     if layout is not None:

@@ -25,7 +25,7 @@ class LayerAttention:
     options: Any
 
 
-def layer_methods(config: Config, errors: list[str]) -> tuple[LayerAttention, ...]:
+def resolve_layers(config: Config, errors: list[str]) -> tuple[LayerAttention, ...]:
     """The attention of every layer, in order; empty where `errors` were added."""
     before = len(errors)
     attention, num_layers = config.attention, config.model.num_layers
@@ -68,7 +68,7 @@ def common_multiple(layers: Sequence[LayerAttention], cp_size: int, kind: str) -
     return lcm(*(layer.method.multiple_of(layer.options, cp_size, kind) for layer in layers))
 
 
-def dense_where_meant(
+def evaluation_layers(
     layers: Sequence[LayerAttention], attention: str
 ) -> tuple[LayerAttention, ...]:
     """The layers as a trained model is read, for `[evaluate] attention`.

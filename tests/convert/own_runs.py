@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lcdist.inference.generate import generate
-from lcdist.plan.resolve import dense_where_meant
+from lcdist.plan.resolve import evaluation_layers
 from lcdist.train.trainer import Trainer
 from tests.convert.hf import tokens
 from tests.convert.ours import whole_logits
@@ -95,7 +95,7 @@ def text(count: int) -> Tensor:
 
 def read_densely(trainer: Trainer) -> None:
     """Put full attention in the place of patterns that are for training, as evaluation does."""
-    dense = dense_where_meant(trainer.plan.layers, "auto")
+    dense = evaluation_layers(trainer.plan.layers, "auto")
     for chunk in trainer.engine.chunks:
         layers: Any = chunk.decoder.layers
         for layer in layers:

@@ -23,7 +23,7 @@ from lcdist.config.schema import (
 )
 from lcdist.convert.huggingface.names import Ours, Part, hf_prefix, layer_prefix
 from lcdist.model.init import EXTRAS
-from lcdist.plan.resolve import LayerAttention, dense_where_meant, layer_methods
+from lcdist.plan.resolve import LayerAttention, evaluation_layers, resolve_layers
 
 FAMILY, KIND = "LcdistForCausalLM", "lcdist"
 AUTO_MAP = {
@@ -44,10 +44,10 @@ def reading(model: ModelConfig, attention: AttentionConfig) -> tuple[LayerAttent
     errors: list[str] = []
     train = TrainConfig(seqlen=1, steps=1)
     whole = Config(model=model, attention=attention, train=train, log=LogConfig(folder=""))
-    layers = layer_methods(whole, errors)
+    layers = resolve_layers(whole, errors)
     if errors:
         raise ValueError("\n".join(errors))
-    layers = dense_where_meant(layers, "auto")
+    layers = evaluation_layers(layers, "auto")
     odd = [layer.method.name for layer in layers if layer.method.name not in OPTIONS]
     if odd:
         raise ValueError(
