@@ -27,7 +27,7 @@ from lcdist.config.schema import Config
 from lcdist.distributed.mesh import build_mesh
 from lcdist.model.build import build_model
 from lcdist.model.memory.recompute import recomputed, trained
-from lcdist.model.memory.tiled_mlp import SecondHalf, tiled
+from lcdist.model.memory.tiled_mlp import MLPBlock, sequence_tiled
 from lcdist.plan import make_plan
 
 SIZES = [(32768, 1024, 2816)]  # tokens, hidden size, ffn hidden size
@@ -55,17 +55,17 @@ def config(tokens: int, hidden: int, ffn: int) -> Config:
     )
 
 
-def second_half(tokens: int, hidden: int, ffn: int) -> tuple[SecondHalf, int]:
+def second_half(tokens: int, hidden: int, ffn: int) -> tuple[MLPBlock, int]:
     """A layer's second half with random weights, and the plan's tokens of a tile."""
     plan = make_plan(config(tokens, hidden, ffn), 1)
     [model] = build_model(plan, build_mesh(plan.config.parallel, 0).device)
     layer: Any = model.decoder.layers[0]
     chunk = plan.mlp_chunk(tokens)
     assert chunk is not None
-    return SecondHalf(layer.pre_mlp_layernorm, layer.mlp), chunk
+    return MLPBlock(layer.pre_mlp_layernorm, layer.mlp), chunk
 
 
-def contenders(half: SecondHalf, tokens: int, chunk: int) -> dict[str, tuple[Way, int]]:
+def contenders(half: MLPBlock, tokens: int, chunk: int) -> dict[str, tuple[Way, int]]:
     """Each way by name, with its tokens at once."""
 
     def whole(x: Tensor) -> Tensor:
@@ -76,11 +76,11 @@ def contenders(half: SecondHalf, tokens: int, chunk: int) -> dict[str, tuple[Way
 
     found: dict[str, tuple[Way, int]] = {"whole": (whole, tokens), "whole, twice": (again, tokens)}
     for size in sorted({max(1, chunk), max(1, chunk // 4)}):
-        found[f"tiles of {size}"] = (lambda x, size=size: tiled(half, x, size), size)
+        found[f"tiles of {size}"] = (lambda x, size=size: sequence_tiled(half, x, size), size)
     return found
 
 
-def once(way: Way, half: SecondHalf, x: Tensor, dout: Tensor) -> Step:
+def once(way: Way, half: MLPBlock, x: Tensor, dout: Tensor) -> Step:
     """One forward and backward: the output, gradients of x and of all weights."""
     leaves = [x.requires_grad_(), *trained(half.norm, half.mlp)]
 

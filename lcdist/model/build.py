@@ -12,8 +12,8 @@ from lcdist.layout.documents import DocumentLayout
 from lcdist.model.core_attention import LongContextAttention
 from lcdist.model.init import initialise
 from lcdist.model.lora import adapted, freeze
-from lcdist.model.memory.layer import Keeping, Layer
-from lcdist.model.memory.offload import HostStore
+from lcdist.model.memory.layer import Layer, MemoryPolicy
+from lcdist.model.memory.offload import CpuOffload
 from lcdist.model.norm import RMSNorm
 from lcdist.model.output_loss import VocabShard, output_losses
 from lcdist.model.rotary import rotary_by_length
@@ -142,8 +142,8 @@ def _chunk(
     plan: Plan, megatron: TransformerConfig, core: ModuleSpec, vp_stage: int | None
 ) -> CausalLM:
     num_layers = get_num_layers_to_build(megatron, vp_stage)
-    store = HostStore() if plan.offloads else None
-    keeping = Keeping(plan.recompute, plan.mlp_chunk, store)
+    store = CpuOffload() if plan.offloads else None
+    keeping = MemoryPolicy(plan.recompute, plan.mlp_chunk, store)
     spec = TransformerBlockSubmodules(
         layer_specs=[_layer_spec(core, keeping, plan.config.lora)] * num_layers,
         layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
@@ -167,7 +167,7 @@ def _chunk(
     return model
 
 
-def _layer_spec(core: ModuleSpec, keeping: Keeping, lora: LoraConfig) -> ModuleSpec:
+def _layer_spec(core: ModuleSpec, keeping: MemoryPolicy, lora: LoraConfig) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

@@ -11,7 +11,7 @@ from torch import Tensor
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.distributed.mesh import build_mesh
 from lcdist.model.build import build_model
-from lcdist.model.memory.offload import HostStore
+from lcdist.model.memory.offload import CpuOffload
 from lcdist.model.memory.recompute import Cheap, recomputed
 from lcdist.plan import make_plan
 from tests.distributed import run_ranks
@@ -167,7 +167,7 @@ def test_cheap_is_forgotten_and_made_again_in_any_view() -> None:
 
 
 def test_what_went_to_the_host_comes_back_in_any_order() -> None:
-    store, passes = HostStore(), []
+    store, passes = CpuOffload(), []
     # Two micro-batches of three layers, as pipelining has them in flight; the second one's layers
     # come in another shape.
     for micro in range(2):
@@ -187,6 +187,6 @@ def test_what_went_to_the_host_comes_back_in_any_order() -> None:
 
 
 def test_passes_are_not_chained() -> None:
-    store = HostStore()
+    store = CpuOffload()
     first, again, second = (store.put(n, torch.ones(2)) for n in (1, 1, 2))
     assert first.before is None and again.before is None and second.before is again

@@ -19,7 +19,7 @@ def tried(rank: int, world_size: int) -> tuple[str | None, str | None, list[dict
     """What the gate says of the ways as they are, and with tiles of half the output; rows."""
     sound, rows = bench_memory.gate(*TINY), bench_memory.rows(*TINY, 1)
     tiled: Callable[..., Any] = bench_memory.tiled
-    bench_memory.tiled = lambda half, x, size: tiled(half, x, size) - x / 2
+    bench_memory.tiled = lambda half, x, size: sequence_tiled(half, x, size) - x / 2
     return sound, bench_memory.gate(*TINY), rows
 
 

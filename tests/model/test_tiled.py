@@ -12,7 +12,7 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.distributed.mesh import build_mesh
 from lcdist.model.build import build_model
 from lcdist.model.memory.recompute import recomputed
-from lcdist.model.memory.tiled_mlp import SecondHalf, swiglu, tiled
+from lcdist.model.memory.tiled_mlp import MLPBlock, sequence_tiled, swiglu
 from lcdist.plan import make_plan
 from tests.distributed import run_ranks
 from tests.live import LiveTensors
@@ -61,7 +61,7 @@ def layer_of(words: tuple[str, ...]) -> Any:
 
 def both(layer: Any, problem: Problem, rank: int) -> tuple[list[Any], list[Any]]:
     """[y, dx, gradients of parameters] tiled and by Megatron's modules alone."""
-    half = SecondHalf(layer.pre_mlp_layernorm, layer.mlp)
+    half = MLPBlock(layer.pre_mlp_layernorm, layer.mlp)
     shape = (problem.seqlen // half.parts, problem.batch, layer.config.hidden_size)
     x = draw(shape, 7 + (rank if half.parts > 1 else 0))
     dout = draw(shape, 70 + (rank if half.parts > 1 else 0))
@@ -72,7 +72,7 @@ def both(layer: Any, problem: Problem, rank: int) -> tuple[list[Any], list[Any]]
         return x + layer.mlp(layer.pre_mlp_layernorm(x))[0]
 
     found = []
-    for way in (lambda x: tiled(half, x, problem.chunk), whole):
+    for way in (lambda x: sequence_tiled(half, x, problem.chunk), whole):
         x = x.detach().requires_grad_(problem.leaf)
         layer.zero_grad()
         y = way(x)
@@ -147,7 +147,7 @@ def test_swiglu_has_the_bits_of_eager_torch(dtype: torch.dtype) -> None:
 
 def low_precision(rank: int, world_size: int) -> None:
     layer = layer_of(()).bfloat16()
-    half = SecondHalf(layer.pre_mlp_layernorm, layer.mlp)
+    half = MLPBlock(layer.pre_mlp_layernorm, layer.mlp)
     x, dout = (draw((100, 1, 64), seed).bfloat16() for seed in (7, 70))
 
     def gradients(way: Any, dtype: torch.dtype) -> list[Tensor]:
@@ -160,7 +160,7 @@ def low_precision(rank: int, world_size: int) -> None:
         return x + half.mlp(half.norm(x))[0]
 
     # As many tiles as tokens: summed in bf16 they would lose what they sum to.
-    mine = gradients(lambda x: tiled(half, x, 1), torch.bfloat16)
+    mine = gradients(lambda x: sequence_tiled(half, x, 1), torch.bfloat16)
     theirs = gradients(whole, torch.bfloat16)
     layer.double()
     truth = gradients(whole, torch.float64)
@@ -187,7 +187,7 @@ class Dropped(nn.Module):
 def random_numbers(rank: int, world_size: int) -> list[list[Tensor]]:
     layer = layer_of(())
     layer.mlp.linear_fc1 = Dropped(layer.mlp.linear_fc1)
-    half = SecondHalf(layer.pre_mlp_layernorm, layer.mlp)
+    half = MLPBlock(layer.pre_mlp_layernorm, layer.mlp)
     parameters = list(layer.mlp.parameters())
     x, dout = draw((14, 3, 64), 7), draw((14, 3, 64), 70)
 
@@ -195,10 +195,10 @@ def random_numbers(rank: int, world_size: int) -> list[list[Tensor]]:
         return torch.cat([half(tile) for tile in x.split(5)])
 
     def twice(x: Tensor) -> Tensor:
-        return recomputed(lambda x: tiled(half, x, 15), x, parameters)
+        return recomputed(lambda x: sequence_tiled(half, x, 15), x, parameters)
 
     found = []
-    for way in (by_hand, lambda x: tiled(half, x, 15), twice):
+    for way in (by_hand, lambda x: sequence_tiled(half, x, 15), twice):
         torch.manual_seed(5)
         x = x.detach().requires_grad_()
         y = way(x)
@@ -218,12 +218,16 @@ def test_random_numbers_repeat_in_backward() -> None:
 
 def unread(rank: int, world_size: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     layer = layer_of(())
-    half = SecondHalf(layer.pre_mlp_layernorm, layer.mlp)
+    half = MLPBlock(layer.pre_mlp_layernorm, layer.mlp)
     x, dout = draw((14, 3, 64), 7).requires_grad_(), draw((14, 3, 64), 70)
     leaves = [x, *half.mlp.parameters()]
-    blind = tiled(half, x, 15, unread=True)
+    blind = sequence_tiled(half, x, 15, unread=True)
     found = torch.autograd.grad(blind, leaves, dout)
-    return blind.detach(), [*found], [*torch.autograd.grad(tiled(half, x, 15), leaves, dout)]
+    return (
+        blind.detach(),
+        [*found],
+        [*torch.autograd.grad(sequence_tiled(half, x, 15), leaves, dout)],
+    )
 
 
 def test_what_nobody_reads_is_not_computed() -> None:
@@ -250,9 +254,9 @@ def peaks(rank: int, world_size: int) -> tuple[int, int, int, int]:
     config = small(*WIDE)
     [model] = build_model(make_plan(config, 1), build_mesh(config.parallel, 0).device)
     layer: Any = model.decoder.layers[0]
-    half = SecondHalf(layer.pre_mlp_layernorm, layer.mlp)
+    half = MLPBlock(layer.pre_mlp_layernorm, layer.mlp)
     found = []
-    for way in (lambda x: tiled(half, x, CHUNK), lambda x: x + layer.mlp(half.norm(x))[0]):
+    for way in (lambda x: sequence_tiled(half, x, CHUNK), lambda x: x + layer.mlp(half.norm(x))[0]):
         x = torch.randn(TOKENS, 1, 64, requires_grad=True)
         dout = torch.randn_like(x)
         layer.zero_grad()

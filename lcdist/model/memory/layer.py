@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.model.memory.offload import HostStore
+from lcdist.model.memory.offload import CpuOffload
 from lcdist.model.memory.recompute import Cheap, recomputed, trained
-from lcdist.model.memory.tiled_mlp import SecondHalf, swiglu, tiled
+from lcdist.model.memory.tiled_mlp import MLPBlock, sequence_tiled, swiglu
 from lcdist.model.sequence import SequenceParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_layer import (
 
 
 @dataclass(frozen=True)
-class Keeping:
+class MemoryPolicy:
     """What the layers of a model chunk keep. recompute: "none", "selective" or "full".
 
     mlp_chunk: of how many tokens on this rank, how many go through the MLP at once; None: all.
@@ -35,7 +35,7 @@ class Keeping:
 
     recompute: str
     mlp_chunk: Callable[[int], int | None]
-    store: HostStore | None = None
+    store: CpuOffload | None = None
 
 
 class Layer(TransformerLayer):
@@ -50,7 +50,7 @@ class Layer(TransformerLayer):
         config: TransformerConfig,
         submodules: TransformerLayerSubmodules,
         *,
-        keeping: Keeping,
+        keeping: MemoryPolicy,
         **words: Any,
     ) -> None:
         super().__init__(config, submodules, **words)
@@ -89,10 +89,10 @@ class Layer(TransformerLayer):
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         x = add(attended, x, self.hidden_dropout)
         del attended
-        half = SecondHalf(self.pre_mlp_layernorm, self.mlp)
+        half = MLPBlock(self.pre_mlp_layernorm, self.mlp)
         chunk = self.keeping.mlp_chunk(x.shape[0] * x.shape[1] * half.parts)
         if chunk is not None:
-            return tiled(half, x, chunk, unread)
+            return sequence_tiled(half, x, chunk, unread)
         normed = _norm(half.norm, x, cheap)
         out = self.mlp(normed) if cheap is None else self._mlp(normed, cheap)
         add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)

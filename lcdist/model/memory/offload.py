@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class HostStore:
+class CpuOffload:
     """The layers' inputs of one model chunk, away from the device between forward and backward.
 
     On CUDA copies are made by a stream of their own, to pinned memory. On a CPU they are plain
@@ -16,10 +16,10 @@ class HostStore:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[int, Away | None] = (-1, None)
+        self._last: tuple[int, OffloadedTensor | None] = (-1, None)
         self._stream: Any = None
 
-    def put(self, layer: int, x: Tensor) -> "Away":
+    def put(self, layer: int, x: Tensor) -> "OffloadedTensor":
         """Start to copy the input of layer number `layer` to the host; x may be freed at once."""
         host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
         self.copy(host, x)
@@ -28,7 +28,7 @@ class HostStore:
             x.record_stream(self._stream)
         # A pass through the chunk's layers is never interrupted by another one.
         number, last = self._last
-        away = Away(self, host, x.device, last if number == layer - 1 else None)
+        away = OffloadedTensor(self, host, x.device, last if number == layer - 1 else None)
         self._last = layer, away
         return away
 
@@ -46,11 +46,15 @@ class HostStore:
             return self._stream.record_event()
 
 
-class Away:
+class OffloadedTensor:
     """One tensor in the host's memory, and the one that backward asks for after it."""
 
     def __init__(
-        self, store: HostStore, host: Tensor, device: torch.device, before: "Away | None"
+        self,
+        store: CpuOffload,
+        host: Tensor,
+        device: torch.device,
+        before: "OffloadedTensor | None",
     ) -> None:
         self.store, self.host, self.device, self.before = store, host, device, before
         self.here: Tensor | None = None

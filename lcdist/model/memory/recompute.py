@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.model.memory.offload import Away
+from lcdist.model.memory.offload import OffloadedTensor
 from megatron.core.tensor_parallel import random
 
 
@@ -31,7 +31,7 @@ def recomputed(
     run: Callable[[Tensor], Tensor],
     x: Tensor,
     params: Sequence[Tensor] = (),
-    put: Callable[[Tensor], Away] | None = None,
+    put: Callable[[Tensor], OffloadedTensor] | None = None,
 ) -> Tensor:
     """`run(x)`, of which only x is kept until backward: where `put` puts it.
 
@@ -45,7 +45,7 @@ class _Recomputed(Function):
     def forward(
         ctx: Any,
         run: Callable[[Tensor], Tensor],
-        put: Callable[[Tensor], Away] | None,
+        put: Callable[[Tensor], OffloadedTensor] | None,
         x: Tensor,
         *params: Tensor,
     ) -> Tensor:

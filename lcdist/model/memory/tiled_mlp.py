@@ -52,7 +52,7 @@ class _SwiGLU(Function):
 
 
 @dataclass(frozen=True)
-class SecondHalf:
+class MLPBlock:
     """Norm, MLP and residual of one layer: x `[s, b, h]` to y, token by token."""
 
     norm: nn.Module
@@ -103,7 +103,7 @@ class SecondHalf:
         return found
 
 
-def tiled(half: SecondHalf, x: Tensor, tokens: int, unread: bool = False) -> Tensor:
+def sequence_tiled(half: MLPBlock, x: Tensor, tokens: int, unread: bool = False) -> Tensor:
     """y for x `[s, b, h]`, `tokens` of all ranks' tokens at a time.
 
     unread: nobody will look at y, of which only the gradient is wanted; it is left unwritten.
@@ -117,7 +117,7 @@ class _Tiled(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, half: SecondHalf, step: int, unread: bool, x: Tensor, *params: Tensor
+        ctx: Any, half: MLPBlock, step: int, unread: bool, x: Tensor, *params: Tensor
     ) -> Tensor:
         ctx.half, ctx.step, ctx.randomness = half, step, randomness()
         ctx.params = params
