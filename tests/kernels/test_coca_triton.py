@@ -55,7 +55,7 @@ def test_equals_reference(
 
 
 def eager(qtv: list[Tensor], dout: Tensor, variant: str, rotary: Rotary) -> list[Tensor]:
-    """Factors and scores in the inputs' own dtype."""
+    """RingKernel and scores in the inputs' own dtype."""
     q, t, v = qtv
     index, group = torch.arange(q.shape[1]), q.shape[2] // v.shape[2]
     tau = coca_tau(t)

@@ -47,7 +47,7 @@ from lcdist_kernels.common import check_impl, check_qkv
 from lcdist_kernels.full import full_fwd
 
 
-class _TauBesideValues:
+class CocaRingKernel:
     """The factors of CoCA: q', and a block `[b, s, h_kv, 3 d / 2]` that is tau and the value."""
 
     def __init__(self, variant: str, rotary: Rotary | None, operator: CoCAOperator = TILED) -> None:
@@ -142,14 +142,14 @@ def attention(
         )
     if impl == "reference":
         lap = Lap(layout, group, cu_seqlens, scale)
-        factors = _TauBesideValues(options.variant, rotary)
+        factors = CocaRingKernel(options.variant, rotary)
         index, starts = lap.here()
         queries_ = coca_queries(q, rotary, index - starts, options.variant)
         block = torch.cat((coca_tau(k), v), -1)
         return reference_ring(queries_, block, factors.dense_keys, lap).to(q.dtype)
     operator = coca_operator(impl, q, "coca attention under context parallelism")
     lap = Lap(layout, group, cu_seqlens, scale, operator.block)
-    factors = _TauBesideValues(options.variant, rotary, operator)
+    factors = CocaRingKernel(options.variant, rotary, operator)
     return RingSoftmax.apply(q, _Pack.apply(k, v), factors, lap)
 
 

@@ -27,7 +27,7 @@ from lcdist_kernels.common import check_impl, check_qkv
 from lcdist_kernels.full import BUILT, TILED, block_operator, full_fwd
 
 
-class _KeysAboveValues:
+class FullRingKernel:
     """The factors of plain attention: q as it is, and a block that is keys above values."""
 
     def queries(self, q: Tensor, positions: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ def attention(
         q, k = rotary.rotate(q, index - starts), rotary.rotate(k, index - starts)
     kv = torch.stack((k, v))
     if impl == "reference":
-        return reference_ring(q, kv, _KeysAboveValues().keys, lap).to(q.dtype)
-    return RingSoftmax.apply(q, kv, _KeysAboveValues(), lap)
+        return reference_ring(q, kv, FullRingKernel().keys, lap).to(q.dtype)
+    return RingSoftmax.apply(q, kv, FullRingKernel(), lap)
 
 
 def reference(

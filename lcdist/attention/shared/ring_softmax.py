@@ -40,7 +40,7 @@ class Lap:
         return index - starts
 
 
-class Factors(Protocol):
+class RingKernel(Protocol):
     """What a method makes of its q and of a block, and the adjoints of that.
 
     positions: of the tokens of q or of the block in their documents. Nothing here is seen by
@@ -68,7 +68,7 @@ class RingSoftmax(torch.autograd.Function):
     """One lap forward, one lap backward; q, the own block, out and lse are all that is kept."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, block: Tensor, factors: Factors, lap: Lap) -> Tensor:
+    def forward(ctx: Any, q: Tensor, block: Tensor, factors: RingKernel, lap: Lap) -> Tensor:
         index, starts = lap.here()
         queries = factors.queries(q, index - starts)
         partial = None
