@@ -9,7 +9,7 @@ from lcdist.exchange.clock import Stopwatch
 from lcdist.exchange.gather import gather
 from lcdist.exchange.p2p import Group, group_rank, group_size
 from lcdist.exchange.pending import Pending
-from lcdist.exchange.ring import HomeLap, Visit, ring, ring_home
+from lcdist.exchange.ring import GradRing, Visit, ring, ring_with_gradients
 from lcdist.exchange.shift import Interval, shift
 from lcdist.exchange.swap import swap
 from lcdist.exchange.traffic import Traffic, traffic
@@ -17,7 +17,7 @@ from lcdist.exchange.virtual import VirtualGroup, VirtualGroupAborted, VirtualRa
 
 __all__ = [
     "Group",
-    "HomeLap",
+    "GradRing",
     "Interval",
     "Pending",
     "Stopwatch",
@@ -30,7 +30,7 @@ __all__ = [
     "group_rank",
     "group_size",
     "ring",
-    "ring_home",
+    "ring_with_gradients",
     "shift",
     "swap",
     "traffic",

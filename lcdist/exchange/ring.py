@@ -1,7 +1,7 @@
 """ring: every rank's block visits every rank, the next hop under way while one is computed with.
 
 After i hops rank r holds the block of rank r - i. `ring` is differentiable: its adjoint is the lap
-in reverse, each gradient collecting what every rank adds until it is home. `ring_home` is the lap
+in reverse, each gradient collecting what every rank adds until it is home. `ring_with_gradients` is the lap
 of a hand-written backward: gradients follow their blocks and are home one hop after the last visit
 (Ring Attention, arXiv:2310.01889).
 """
@@ -97,8 +97,8 @@ class Visit:
     add: Callable[[Tensor], None]
 
 
-class HomeLap:
-    """The lap of `ring_home`: iterate it once, then ask for `home()`."""
+class GradRing:
+    """The lap of `ring_with_gradients`: iterate it once, then ask for `home()`."""
 
     def __init__(self, x: Tensor, group: Group) -> None:
         self._x, self._group = x.detach(), group
@@ -149,10 +149,10 @@ class HomeLap:
         return self._total
 
 
-def ring_home(x: Tensor, group: Group) -> HomeLap:
+def ring_with_gradients(x: Tensor, group: Group) -> GradRing:
     """A lap of blocks, visited as in `ring`, whose gradients travel with them and come home.
 
     `for visit in lap: visit.add(grad of visit.block)`, then `lap.home()`. x: as for `ring`. Every
     rank must finish the lap; a visit without an `add` adds nothing. Not differentiable.
     """
-    return HomeLap(x, group)
+    return GradRing(x, group)

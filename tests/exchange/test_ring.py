@@ -1,4 +1,4 @@
-"""ring and ring_home: order, what is held, what is posted when, and one lap of gradients."""
+"""ring and ring_with_gradients: order, what is held, what is posted when, and one lap of gradients."""
 
 import weakref
 
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lcdist.exchange import Group, VirtualGroup, group_rank, group_size, ring, ring_home
+from lcdist.exchange import Group, VirtualGroup, group_rank, group_size, ring, ring_with_gradients
 from tests.distributed import run_ranks
 from tests.tolerance import assert_matches
 
@@ -83,7 +83,7 @@ def _by_autograd(group: Group) -> Tensor:
 
 def _by_hand(group: Group) -> Tensor:
     me = group_rank(group)
-    lap = ring_home(_block(me), group)
+    lap = ring_with_gradients(_block(me), group)
     for visit in lap:
         if not _skips(visit.owner, me):
             with torch.enable_grad():
@@ -115,7 +115,10 @@ def test_gradients_come_home_as_in_one_process(n):
 def _both_ways(rank: int, n: int) -> list[Tensor]:
     group = dist.group.WORLD
     # Two laps at once: their messages must not be taken for one another's.
-    first, second = ring_home(_block(rank), group), ring_home(2 * _block(rank), group)
+    first, second = (
+        ring_with_gradients(_block(rank), group),
+        ring_with_gradients(2 * _block(rank), group),
+    )
     for one, two in zip(first, second, strict=True):
         assert torch.equal(2 * one.block, two.block)
         one.add(one.block)
@@ -135,7 +138,7 @@ def test_gradients_come_home_on_gloo():
 
 def test_home_is_summed_in_float32_for_bfloat16():
     def home(rank):
-        lap = ring_home(torch.ones(3, dtype=torch.bfloat16), rank)
+        lap = ring_with_gradients(torch.ones(3, dtype=torch.bfloat16), rank)
         for visit in lap:
             assert visit.block.dtype == torch.bfloat16
             # 256 + 1 is not a bfloat16.
@@ -163,7 +166,7 @@ def test_the_ring_sums_in_float32_for_bfloat16_too():
 
 def test_ring_home_posts_the_next_block_before_the_visit():
     group = VirtualGroup(2)
-    laps = [ring_home(torch.ones(3), group[r]) for r in range(2)]
+    laps = [ring_with_gradients(torch.ones(3), group[r]) for r in range(2)]
     visits = [iter(lap) for lap in laps]
     for expected in ([0, 1], [1, 0]):
         here = [next(visit) for visit in visits]
@@ -176,7 +179,7 @@ def test_ring_home_posts_the_next_block_before_the_visit():
 
 
 def test_ring_home_refuses_wrong_use():
-    lap = ring_home(torch.ones(3), None)
+    lap = ring_with_gradients(torch.ones(3), None)
     with pytest.raises(AssertionError, match="not finished"):
         lap.home()
     visit = next(iter(lap))

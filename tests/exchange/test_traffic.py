@@ -13,7 +13,7 @@ from lcdist.exchange import (
     group_rank,
     group_size,
     ring,
-    ring_home,
+    ring_with_gradients,
     shift,
     swap,
     traffic,
@@ -121,7 +121,7 @@ def test_blocks_count_what_is_asked_and_the_requests():
 
 def test_ring_home_counts_blocks_and_gradients():
     def run(rank):
-        lap = ring_home(torch.ones(6, 3, dtype=torch.bfloat16), rank)
+        lap = ring_with_gradients(torch.ones(6, 3, dtype=torch.bfloat16), rank)
         with traffic() as t:
             for visit in lap:
                 visit.add(visit.block)

@@ -5,7 +5,14 @@ import threading
 import pytest
 import torch
 
-from lcdist.exchange import VirtualGroup, VirtualGroupAborted, gather, ring, ring_home, shift
+from lcdist.exchange import (
+    VirtualGroup,
+    VirtualGroupAborted,
+    gather,
+    ring,
+    ring_with_gradients,
+    shift,
+)
 
 
 def test_a_message_is_a_copy_made_when_it_is_posted():
@@ -94,7 +101,7 @@ def test_sixty_four_ranks():
         x = torch.full((1, 2), float(rank.rank()), dtype=torch.float64, requires_grad=True)
         total = sum(block.sum() for _, block in ring(x, rank))
         (total + gather(x, rank).wait().sum()).backward()
-        lap = ring_home(x, rank)
+        lap = ring_with_gradients(x, rank)
         for visit in lap:
             visit.add(visit.block)
         return total.item(), x.grad.tolist(), lap.home().tolist()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.shared.checks import tokens
-from lcdist.exchange import Group, group_rank, ring, ring_home
+from lcdist.exchange import Group, group_rank, ring, ring_with_gradients
 from lcdist.layout import ContextLayout
 from lcdist_kernels.landmark import TILED, LandmarkOperator, Rows, landmark_partial, sees_any
 from lcdist_kernels.partial import merge
@@ -65,7 +65,7 @@ class _RingLandmark(torch.autograd.Function):
         q, kv, out, lse = ctx.saved_tensors
         around = ctx.around
         rows, dq = around.rows(), torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        lap = ring_home(kv, around.group)
+        lap = ring_with_gradients(kv, around.group)
         for visit in lap:
             k_start = around.k_start(visit.owner)
             if not sees_any(rows, k_start):

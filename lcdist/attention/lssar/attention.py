@@ -27,7 +27,7 @@ from lcdist.attention.shared.checks import (
     tokens,
 )
 from lcdist.config.schema import LssarOptions
-from lcdist.exchange import Group, group_rank, ring, ring_home
+from lcdist.exchange import Group, group_rank, ring, ring_with_gradients
 from lcdist.layout import KINDS, ContextLayout, pieces_needed
 from lcdist_kernels import Rotary
 from lcdist_kernels import lssar as ops
@@ -172,7 +172,7 @@ class _RingLssar(torch.autograd.Function):
         around, operator = ctx.around, ctx.around.operator
         saved = operator.rows(dout, *row, around.rows(), around.reweight)
         dqueries = torch.zeros(queries.shape, dtype=saved.mean.dtype, device=queries.device)
-        lap = ring_home(kv, around.group)
+        lap = ring_with_gradients(kv, around.group)
         for visit in lap:
             band = around.band(visit.owner)
             if not reaches(*band):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lcdist.attention.interface import Shape, Traffic
 from lcdist.attention.shared.checks import tokens
-from lcdist.exchange import Group, group_rank, ring, ring_home
+from lcdist.exchange import Group, group_rank, ring, ring_with_gradients
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.full import (
@@ -141,7 +141,7 @@ class RingKeys(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         around, scale = ctx.around, ctx.around.softmax_scale
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        lap = ring_home(around.block(k, v), around.group)
+        lap = ring_with_gradients(around.block(k, v), around.group)
         for visit in lap:
             (k_blk, v_blk), parts = visit.block, around.parts(visit.owner)
             shares = banded_bwd(

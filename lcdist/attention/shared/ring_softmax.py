@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lcdist.attention.interface import Shape, Traffic
 from lcdist.attention.shared.checks import tokens
-from lcdist.exchange import Group, group_rank, ring, ring_home
+from lcdist.exchange import Group, group_rank, ring, ring_with_gradients
 from lcdist.layout import ContextLayout
 from lcdist_kernels.full import TILED, BlockOperator, full_partial, merge, reaches, visible
 
@@ -92,7 +92,7 @@ class RingSoftmax(torch.autograd.Function):
         index, starts = around.here()
         queries = factors.queries(q, index - starts)
         dqueries = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        lap = ring_home(block, around.group)
+        lap = ring_with_gradients(block, around.group)
         for visit in lap:
             k_idx = around.layout.positions(visit.owner)
             if not reaches(index, starts, k_idx):
