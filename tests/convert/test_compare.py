@@ -14,7 +14,7 @@ from lcdist.config.rope import RopeLlama3
 from lcdist.convert import exporting, importing, names
 from lcdist.convert.check import ConversionError
 from lcdist.convert.huggingface.import_model import import_model
-from lcdist.convert.huggingface.names import EMBEDDING, OUTPUT, Ours, Part
+from lcdist.convert.huggingface.names import EMBEDDING, OUTPUT, FusedTensor, SourceRows
 from tests.convert.hf import make_model, save
 from tests.distributed import run_ranks
 from tests.train.stored import stored_tensors
@@ -35,35 +35,35 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(model, tmp_path_factory.mktemp("source"))
 
 
-def with_parts(key: str, change: Callable[[tuple[Part, ...]], tuple[Part, ...]]) -> Any:
+def with_parts(key: str, change: Callable[[tuple[SourceRows, ...]], tuple[SourceRows, ...]]) -> Any:
     """The table of names with the parts of one of our tensors changed."""
 
-    def wrong(model: Any) -> list[Ours]:
+    def wrong(model: Any) -> list[FusedTensor]:
         table = names.correspondence(model)
         return [replace(o, parts=change(o.parts)) if o.key.endswith(key) else o for o in table]
 
     return patch.multiple(importing, correspondence=wrong)
 
 
-def by_kind(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+def by_kind(parts: tuple[SourceRows, ...]) -> tuple[SourceRows, ...]:
     """All queries, then all keys, then all values, instead of group by group."""
     return parts[0::3] + parts[1::3] + parts[2::3]
 
 
-def interleaved(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+def interleaved(parts: tuple[SourceRows, ...]) -> tuple[SourceRows, ...]:
     """Queries and keys with neighbouring pairs, as Meta's own files have them."""
-    found: list[Part] = []
+    found: list[SourceRows] = []
     for part in parts:
         if ".v_proj." in part.name:
             found.append(part)
             continue
         for head in range(part.first, part.first + part.count, 20):
-            found += [Part(part.name, head + i // 2 + i % 2 * 10, 1) for i in range(20)]
+            found += [SourceRows(part.name, head + i // 2 + i % 2 * 10, 1) for i in range(20)]
     return tuple(found)
 
 
 def swapped_norms() -> Any:
-    def wrong(model: Any) -> list[Ours]:
+    def wrong(model: Any) -> list[FusedTensor]:
         table = {ours.key: ours for ours in names.correspondence(model)}
         for layer in range(model.num_layers):
             one, other = (
@@ -93,7 +93,7 @@ def config_with(**changes: Any) -> Any:
 def norm_left() -> Any:
     right = importing._rows
 
-    def wrong(ours: Ours, *rest: Any) -> torch.Tensor:
+    def wrong(ours: FusedTensor, *rest: Any) -> torch.Tensor:
         found = right(ours, *rest)
         return torch.ones_like(found) if ours.key.endswith("1.input_layernorm.weight") else found
 

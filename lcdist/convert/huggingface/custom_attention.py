@@ -21,7 +21,7 @@ from lcdist.config.schema import (
     RawOptions,
     TrainConfig,
 )
-from lcdist.convert.huggingface.names import Ours, Part, hf_prefix, layer_prefix
+from lcdist.convert.huggingface.names import FusedTensor, SourceRows, hf_prefix, layer_prefix
 from lcdist.model.init import EXTRAS
 from lcdist.plan.resolve import LayerAttention, evaluation_layers, resolve_layers
 
@@ -73,14 +73,14 @@ def tables(layers: Sequence[LayerAttention]) -> list[dict[str, Any]]:
     ]
 
 
-def learned(model: ModelConfig, layers: Sequence[LayerAttention]) -> list[Ours]:
+def learned(model: ModelConfig, layers: Sequence[LayerAttention]) -> list[FusedTensor]:
     """What the layers learnt beside their projections; on the other side under its own name."""
     found = []
     for number, layer in enumerate(layers):
         for name, shape in layer.method.parameters(layer.options, model.nheads).items():
             key = f"{layer_prefix(number)}self_attention{EXTRAS}{name}"
-            part = Part(f"{hf_prefix(number)}self_attn.{name}", 0, shape[0])
-            found.append(Ours(key, (part,), tuple(shape[1:])))
+            part = SourceRows(f"{hf_prefix(number)}self_attn.{name}", 0, shape[0])
+            found.append(FusedTensor(key, (part,), tuple(shape[1:])))
     return found
 
 

@@ -23,7 +23,13 @@ from lcdist.convert.check import Difference, compare
 from lcdist.convert.huggingface.config import CONFIG, config_table
 from lcdist.convert.huggingface.custom_attention import about, learned, modelling, reading
 from lcdist.convert.huggingface.import_model import open_model
-from lcdist.convert.huggingface.names import EMBEDDING, OUTPUT, Ours, correspondence, hf_shapes
+from lcdist.convert.huggingface.names import (
+    EMBEDDING,
+    OUTPUT,
+    FusedTensor,
+    correspondence,
+    hf_shapes,
+)
 from lcdist.convert.huggingface.safetensors import Source, write_file
 from lcdist.convert.huggingface.tokenizer import copy_tokenizer
 from lcdist.convert.huggingface.weights import INDEX, SINGLE
@@ -83,7 +89,9 @@ def export_model(path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Expor
     return Exported(out, names, difference)
 
 
-def _check(checkpoint: Checkpoint, config: Config, stored: Stored, extras: Sequence[Ours]) -> None:
+def _check(
+    checkpoint: Checkpoint, config: Config, stored: Stored, extras: Sequence[FusedTensor]
+) -> None:
     """Raise CheckpointError naming the weights that are not those of the configuration's model."""
     if any(LORA in key for key in stored.names):
         raise CheckpointError(
@@ -116,7 +124,7 @@ def _check(checkpoint: Checkpoint, config: Config, stored: Stored, extras: Seque
         raise CheckpointError("\n".join(f"{checkpoint.path}: {error}" for error in errors[:20]))
 
 
-def _sources(model: ModelConfig, stored: Stored, extras: Sequence[Ours]) -> list[Source]:
+def _sources(model: ModelConfig, stored: Stored, extras: Sequence[FusedTensor]) -> list[Source]:
     """Every Hugging Face tensor, made from ours when it is written."""
     shapes, held, sources = hf_shapes(model, extras), _Last(stored), []
     for ours in (*correspondence(model), *extras):

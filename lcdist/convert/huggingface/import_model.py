@@ -29,7 +29,7 @@ from lcdist.convert.huggingface.names import (
     HF_EMBEDDING,
     HF_OUTPUT,
     OUTPUT,
-    Ours,
+    FusedTensor,
     correspondence,
     hf_shapes,
 )
@@ -193,11 +193,11 @@ def _tensors(hf: HFModel, weights: Weights, plan: Plan) -> list[Tensors]:
     ]
 
 
-def _extras(hf: HFModel) -> list[Ours]:
+def _extras(hf: HFModel) -> list[FusedTensor]:
     return learned(hf.model, reading(hf.model, hf.attention))
 
 
-def _rows(ours: Ours, weights: Weights, first: int, stop: int) -> Tensor:
+def _rows(ours: FusedTensor, weights: Weights, first: int, stop: int) -> Tensor:
     dtype = _dtype(ours, weights)
     parts = [
         weights.rows(part.name, part.first, part.first + part.count).to(dtype)
@@ -206,13 +206,13 @@ def _rows(ours: Ours, weights: Weights, first: int, stop: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _dtype(ours: Ours, weights: Weights) -> torch.dtype:
+def _dtype(ours: FusedTensor, weights: Weights) -> torch.dtype:
     """Of tensors that become one, fp32 where they differ: it holds what the others hold."""
     found = {weights.dtype(part.name) for part in ours.parts}
     return found.pop() if len(found) == 1 else torch.float32
 
 
-def _of_vocabulary(ours: Ours, weights: Weights, plan: Plan) -> Tensors:
+def _of_vocabulary(ours: FusedTensor, weights: Weights, plan: Plan) -> Tensors:
     """A table by tokens: the model's rows, the mean of them for new tokens, zeros for padding."""
     known, asked, dtype = ours.count, plan.config.model.vocab_size, _dtype(ours, weights)
     mean = _mean(ours, weights).to(dtype) if asked > known else None
@@ -231,7 +231,7 @@ def _of_vocabulary(ours: Ours, weights: Weights, plan: Plan) -> Tensors:
     return Tensors(ours.key, (plan.padded_vocab_size, *ours.rest), dtype, rows)
 
 
-def _mean(ours: Ours, weights: Weights) -> Tensor:
+def _mean(ours: FusedTensor, weights: Weights) -> Tensor:
     total = torch.zeros(ours.rest, dtype=torch.float64)
     for first in range(0, ours.count, 1024):
         total += _rows(ours, weights, first, min(first + 1024, ours.count)).double().sum(0)

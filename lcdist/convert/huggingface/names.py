@@ -1,6 +1,6 @@
 """Which rows of which Hugging Face tensor are which rows of ours: one table for both directions.
 
-Ours are the names of the whole model in a checkpoint. Queries, keys and values are one tensor: for
+FusedTensor are the names of the whole model in a checkpoint. Queries, keys and values are one tensor: for
 each group of heads that share a key, the queries' rows, then the key's, then the value's. Gate and
 up are one, gate first. Both sides rotate pairs half a head apart, so no row moves within a head.
 """
@@ -19,7 +19,7 @@ HF_FINAL_NORM = "model.norm.weight"
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceRows:
     """Rows `first` to `first + count` of the Hugging Face tensor `name`."""
 
     name: str
@@ -28,11 +28,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Ours:
+class FusedTensor:
     """A tensor of ours, made of `parts` one below the other. rest: its shape without the rows."""
 
     key: str
-    parts: tuple[Part, ...]
+    parts: tuple[SourceRows, ...]
     rest: tuple[int, ...]
 
     @property
@@ -40,7 +40,7 @@ class Ours:
         """How many rows the parts make."""
         return sum(part.count for part in self.parts)
 
-    def places(self, name: str) -> list[tuple[int, Part]]:
+    def places(self, name: str) -> list[tuple[int, SourceRows]]:
         """The parts of `name` in its own order, each with our row where it begins."""
         row, found = 0, []
         for part in self.parts:
@@ -49,13 +49,13 @@ class Ours:
             row += part.count
         return sorted(found, key=lambda place: place[1].first)
 
-    def slices(self, first: int, stop: int) -> Iterator[Part]:
+    def slices(self, first: int, stop: int) -> Iterator[SourceRows]:
         """What our rows first to stop are made of, in order."""
         row = 0
         for part in self.parts:
             begin, end = max(first, row), min(stop, row + part.count)
             if begin < end:
-                yield Part(part.name, part.first + begin - row, end - begin)
+                yield SourceRows(part.name, part.first + begin - row, end - begin)
             row += part.count
 
 
@@ -74,32 +74,32 @@ def head_dim(model: ModelConfig) -> int:
     return model.head_dim or model.hidden_size // model.nheads
 
 
-def correspondence(model: ModelConfig) -> list[Ours]:
+def correspondence(model: ModelConfig) -> list[FusedTensor]:
     """Every tensor of the model, in the order in which it is written; padding of no token left out.
 
     Tied embeddings are one tensor on both sides.
     """
     hidden, vocab = (model.hidden_size,), model.vocab_size
-    table = [Ours(EMBEDDING, (Part(HF_EMBEDDING, 0, vocab),), hidden)]
+    table = [FusedTensor(EMBEDDING, (SourceRows(HF_EMBEDDING, 0, vocab),), hidden)]
     for layer in range(model.num_layers):
         table += _layer(model, layer)
-    table.append(Ours(FINAL_NORM, (Part(HF_FINAL_NORM, 0, model.hidden_size),), ()))
+    table.append(FusedTensor(FINAL_NORM, (SourceRows(HF_FINAL_NORM, 0, model.hidden_size),), ()))
     if not model.tied_embeddings:
-        table.append(Ours(OUTPUT, (Part(HF_OUTPUT, 0, vocab),), hidden))
+        table.append(FusedTensor(OUTPUT, (SourceRows(HF_OUTPUT, 0, vocab),), hidden))
     return table
 
 
-def _layer(model: ModelConfig, layer: int) -> list[Ours]:
+def _layer(model: ModelConfig, layer: int) -> list[FusedTensor]:
     ours, theirs = layer_prefix(layer), hf_prefix(layer)
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     width = model.nheads * head_dim(model)
 
-    def same(key: str, name: str, rows: int, *rest: int) -> Ours:
-        return Ours(ours + key, (Part(theirs + name, 0, rows),), rest)
+    def same(key: str, name: str, rows: int, *rest: int) -> FusedTensor:
+        return FusedTensor(ours + key, (SourceRows(theirs + name, 0, rows),), rest)
 
     gated = (
-        Part(theirs + "mlp.gate_proj.weight", 0, ffn),
-        Part(theirs + "mlp.up_proj.weight", 0, ffn),
+        SourceRows(theirs + "mlp.gate_proj.weight", 0, ffn),
+        SourceRows(theirs + "mlp.up_proj.weight", 0, ffn),
     )
     biases = [_fused(model, layer, "bias", ())] if model.qkv_bias else []
     return [
@@ -108,12 +108,12 @@ def _layer(model: ModelConfig, layer: int) -> list[Ours]:
         *biases,
         same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", hidden, width),
         same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", hidden),
-        Ours(f"{ours}mlp.linear_fc1.weight", gated, (hidden,)),
+        FusedTensor(f"{ours}mlp.linear_fc1.weight", gated, (hidden,)),
         same("mlp.linear_fc2.weight", "mlp.down_proj.weight", hidden, ffn),
     ]
 
 
-def _fused(model: ModelConfig, layer: int, kind: str, rest: tuple[int, ...]) -> Ours:
+def _fused(model: ModelConfig, layer: int, kind: str, rest: tuple[int, ...]) -> FusedTensor:
     theirs, width = f"{hf_prefix(layer)}self_attn.", head_dim(model)
     groups = model.nheads_kv or model.nheads
     queries = model.nheads // groups * width
@@ -121,15 +121,15 @@ def _fused(model: ModelConfig, layer: int, kind: str, rest: tuple[int, ...]) -> 
         part
         for group in range(groups)
         for part in (
-            Part(f"{theirs}q_proj.{kind}", group * queries, queries),
-            Part(f"{theirs}k_proj.{kind}", group * width, width),
-            Part(f"{theirs}v_proj.{kind}", group * width, width),
+            SourceRows(f"{theirs}q_proj.{kind}", group * queries, queries),
+            SourceRows(f"{theirs}k_proj.{kind}", group * width, width),
+            SourceRows(f"{theirs}v_proj.{kind}", group * width, width),
         )
     ]
-    return Ours(f"{layer_prefix(layer)}self_attention.linear_qkv.{kind}", tuple(parts), rest)
+    return FusedTensor(f"{layer_prefix(layer)}self_attention.linear_qkv.{kind}", tuple(parts), rest)
 
 
-def hf_shapes(model: ModelConfig, extras: Sequence[Ours] = ()) -> dict[str, tuple[int, ...]]:
+def hf_shapes(model: ModelConfig, extras: Sequence[FusedTensor] = ()) -> dict[str, tuple[int, ...]]:
     """The shape of every Hugging Face tensor of the model, in the order of `correspondence`.
 
     extras: tensors beside those.

@@ -72,7 +72,7 @@ _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
-class Twin:
+class AdapterTensor:
     """One tensor on both sides. shape: whole, without padding of the vocabulary."""
 
     ours: str
@@ -81,7 +81,7 @@ class Twin:
     key: str  # of [lora], that trains it
 
 
-def adapter_twins(config: Config) -> list[Twin]:
+def adapter_twins(config: Config) -> list[AdapterTensor]:
     """The factors of every adapter of `config`."""
     rank, found = config.lora.rank, []
     for layer in range(config.model.num_layers):
@@ -90,25 +90,27 @@ def adapter_twins(config: Config) -> list[Twin]:
             ours, theirs = MODULES[target]
             ours = f"{layer_prefix(layer)}{ours}{LORA}{target}."
             theirs = f"{PREFIX}{hf_prefix(layer)}{theirs}.lora_"
-            found.append(Twin(f"{ours}A", f"{theirs}A.weight", (rank, into), "targets"))
-            found.append(Twin(f"{ours}B", f"{theirs}B.weight", (out, rank), "targets"))
+            found.append(AdapterTensor(f"{ours}A", f"{theirs}A.weight", (rank, into), "targets"))
+            found.append(AdapterTensor(f"{ours}B", f"{theirs}B.weight", (out, rank), "targets"))
     return found
 
 
-def whole_twins(config: Config) -> list[Twin]:
+def whole_twins(config: Config) -> list[AdapterTensor]:
     """What may be trained whole beside adapters, whether `config` trains it or not."""
     model = config.model
     hidden, table = (model.hidden_size,), (model.vocab_size, model.hidden_size)
-    found = [Twin(EMBEDDING, PREFIX + HF_EMBEDDING, table, "embeddings")]
+    found = [AdapterTensor(EMBEDDING, PREFIX + HF_EMBEDDING, table, "embeddings")]
     for layer in range(model.num_layers):
         found += [
-            Twin(layer_prefix(layer) + ours, f"{PREFIX}{hf_prefix(layer)}{theirs}", hidden, "norms")
+            AdapterTensor(
+                layer_prefix(layer) + ours, f"{PREFIX}{hf_prefix(layer)}{theirs}", hidden, "norms"
+            )
             for ours, theirs in _NORMS.items()
         ]
-    found.append(Twin(FINAL_NORM, PREFIX + HF_FINAL_NORM, hidden, "norms"))
+    found.append(AdapterTensor(FINAL_NORM, PREFIX + HF_FINAL_NORM, hidden, "norms"))
     # PEFT writes the output layer that is the embedding a second time.
     ours, key = (EMBEDDING, "embeddings") if model.tied_embeddings else (OUTPUT, "head")
-    found.append(Twin(ours, PREFIX + HF_OUTPUT, table, key))
+    found.append(AdapterTensor(ours, PREFIX + HF_OUTPUT, table, key))
     return found
 
 
@@ -149,7 +151,7 @@ def export_adapter(path: Path, out: Path) -> None:
         sync(half)
 
 
-def _source(stored: Stored, twin: Twin) -> Source:
+def _source(stored: Stored, twin: AdapterTensor) -> Source:
     def piece(first: int, stop: int) -> Callable[[], Tensor]:
         return lambda: stored.rows(twin.ours, first, stop)
 
@@ -204,7 +206,7 @@ def check_adapter(folder: Path, config: Config) -> dict[str, Entry]:
     return {t.ours: entries[t.theirs] for t in _both(config) if t.theirs in entries}
 
 
-def _both(config: Config) -> list[Twin]:
+def _both(config: Config) -> list[AdapterTensor]:
     return [*adapter_twins(config), *whole_twins(config)]
 
 

@@ -27,7 +27,7 @@ from lcdist.checkpoint.tensors import Stored, Tensors, write_tensors
 from lcdist.config import dump
 from lcdist.config.lora import LoraConfig, Target
 from lcdist.config.schema import Config
-from lcdist.convert.huggingface.names import Ours, correspondence
+from lcdist.convert.huggingface.names import FusedTensor, correspondence
 from lcdist.convert.lora.adapter import MODULES, open_adapted
 from lcdist.convert.streamed_forward import check_alone
 from lcdist.distributed.mesh import start_world
@@ -88,7 +88,7 @@ def _changed(base: Stored, adapters: Stored, config: Config, sign: int) -> list[
 
 
 def _rows(
-    base: Stored, key: str, adapters: Stored, scale: float, table: Mapping[str, Ours]
+    base: Stored, key: str, adapters: Stored, scale: float, table: Mapping[str, FusedTensor]
 ) -> Callable[[int, int], Tensor]:
     prefix = key.removesuffix("weight") + LORA.lstrip(".")
     names = [name for name in adapters.names if name.startswith(prefix)]
