@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from lcdist_kernels.full import BlockOperator, operator
+from lcdist_kernels.full import AttentionImpl, operator
 from lcdist_kernels.scca import Rule
 from tests.interpreter import interpret_without_gpu
 
@@ -66,8 +66,8 @@ def break_kernel(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
         dq, dk, dv = whole.bwd(*args, **words)
         return dq, dk * share, dv
 
-    whole = operator.KERNEL
-    monkeypatch.setattr(operator, "KERNEL", BlockOperator(whole.fwd, bwd))
+    whole = operator.TRITON_IMPL
+    monkeypatch.setattr(operator, "TRITON_IMPL", AttentionImpl(whole.fwd, bwd))
 
 
 @pytest.mark.parametrize("share", [1.1, float("nan")])

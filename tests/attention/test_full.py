@@ -5,7 +5,7 @@ import torch
 
 from lcdist.attention import METHODS, Shape, Traffic, full
 from lcdist.layout import ContextLayout
-from lcdist_kernels.full import TILED
+from lcdist_kernels.full import TORCH_IMPL
 from tests.attention.body import assert_all_match, make, on_virtual_ranks, whole
 
 METHOD = METHODS["full"]
@@ -33,8 +33,8 @@ def test_bytes_by_hand(itemsize: int, grad_size: int) -> None:
 
 def test_blocks_in_the_future_cost_no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     visits = []
-    counting = TILED._replace(fwd=lambda *args: visits.append(1) or TILED.fwd(*args))
-    monkeypatch.setattr(full, "block_operator", lambda *asked: counting)
+    counting = TORCH_IMPL._replace(fwd=lambda *args: visits.append(1) or TORCH_IMPL.fwd(*args))
+    monkeypatch.setattr(full, "select_impl", lambda *asked: counting)
     problem = make("full", "contiguous", 4)
     assert_all_match(on_virtual_ranks(problem, "torch")[0], whole(problem))
     assert len(visits) == 1 + 2 + 3 + 4

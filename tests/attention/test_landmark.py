@@ -12,7 +12,7 @@ from lcdist.attention.landmark import attention as landmark_module
 from lcdist.config.schema import LandmarkOptions
 from lcdist.exchange import VirtualGroup
 from lcdist.layout import ContextLayout
-from lcdist_kernels.landmark import TILED
+from lcdist_kernels.landmark import TORCH_IMPL
 from tests.attention.body import (
     Problem,
     Variant,
@@ -149,8 +149,8 @@ def test_one_block_a_rank() -> None:
 
 def test_pieces_in_the_future_cost_no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     visits = []
-    counting = TILED._replace(fwd=lambda *args: visits.append(1) or TILED.fwd(*args))
-    monkeypatch.setattr(landmark_module, "landmark_operator", lambda *args: counting)
+    counting = TORCH_IMPL._replace(fwd=lambda *args: visits.append(1) or TORCH_IMPL.fwd(*args))
+    monkeypatch.setattr(landmark_module, "select_landmark_impl", lambda *args: counting)
     problem = problem_of(BLOCKS, 4)
     assert_all_match(on_virtual_ranks(problem, "torch")[0], whole(problem))
     assert len(visits) == 1 + 2 + 3 + 4

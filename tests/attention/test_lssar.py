@@ -11,7 +11,7 @@ from lcdist.attention import METHODS, Shape, Traffic, lssar
 from lcdist.config.schema import LssarOptions
 from lcdist.exchange import VirtualGroup, group_rank, traffic
 from lcdist.layout import KINDS, ContextLayout
-from lcdist_kernels.lssar import TILED
+from lcdist_kernels.lssar import TORCH_IMPL
 from tests.attention.body import Problem, assert_all_match, joined, make, on_virtual_ranks, whole
 from tests.attention.test_methods import every_problem
 from tests.distributed import run_ranks
@@ -112,8 +112,8 @@ def test_blocks_in_the_future_cost_no_compute(
     def counted(plain: Callable) -> Callable:
         return lambda *args: visits.append(1) or plain(*args)
 
-    operator = TILED._replace(sums=counted(TILED.sums), fwd=counted(TILED.fwd))
-    monkeypatch.setattr(lssar.ops, "lssar_operator", lambda *_: operator)
+    operator = TORCH_IMPL._replace(sums=counted(TORCH_IMPL.sums), fwd=counted(TORCH_IMPL.fwd))
+    monkeypatch.setattr(lssar.ops, "select_lssar_impl", lambda *_: operator)
     problem = problem_of(options, "contiguous", 4)
     assert_all_match(on_virtual_ranks(problem, "torch")[0], whole(problem))
     assert len(visits) == laps * (1 + 2 + 3 + 4)

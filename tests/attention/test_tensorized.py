@@ -185,12 +185,12 @@ def test_what_can_leave_early_does(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for verb in ("swap", "shift"):
         watched(tensorized_units, verb)
-    tiled = operator.TILED
+    tiled = operator.TORCH_IMPL
     own: dict[str, Callable[..., Any]] = {
         verb: noted(verb, getattr(tiled, verb))
         for verb in ("hop_fwd", "branch_fwd", "branch_bwd", "hop_bwd")
     }
-    monkeypatch.setattr(operator, "TILED", tiled._replace(**own))
+    monkeypatch.setattr(operator, "TORCH_IMPL", tiled._replace(**own))
     on_virtual_ranks(problem, "torch")
     # Of two ranks, so each event twice; between exchanges nobody waits for the other's events.
     forward = ["swap", "shift", "hop_fwd", "swap", "branch_fwd", "branch_fwd", "swap", "swap"]

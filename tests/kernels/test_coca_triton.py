@@ -11,7 +11,14 @@ from torch import Tensor
 
 from lcdist.config.schema import CocaOptions
 from lcdist_kernels import Rotary, coca_attention, coca_reference
-from lcdist_kernels.coca import KERNEL, TILED, VARIANTS, angles, coca_operator, coca_tau
+from lcdist_kernels.coca import (
+    TORCH_IMPL,
+    TRITON_IMPL,
+    VARIANTS,
+    angles,
+    coca_tau,
+    select_coca_impl,
+)
 from tests.attention.body import make, on_virtual_ranks, whole
 from tests.kernels.test_full import borders, with_grads
 from tests.kernels.test_full_triton import (
@@ -184,16 +191,16 @@ def test_maps_are_those_of_torch(head_dim: int, variant: str) -> None:
             ("keys", tau, of_tau),
             ("keys_bwd", g, at),
         ):
-            got = getattr(KERNEL, name)(x, *more, variant)
-            assert_close([got], [getattr(TILED, name)(x.double(), *more, variant)], 1e-6)
+            got = getattr(TRITON_IMPL, name)(x, *more, variant)
+            assert_close([got], [getattr(TORCH_IMPL, name)(x.double(), *more, variant)], 1e-6)
 
 
 def test_who_carries_it() -> None:
     q = torch.zeros(1, 4, 2, 16, device=HERE)
-    assert coca_operator("triton", q, "test") is KERNEL
-    assert coca_operator("torch", q, "test") is TILED
+    assert select_coca_impl("triton", q, "test") is TRITON_IMPL
+    assert select_coca_impl("torch", q, "test") is TORCH_IMPL
     # Never interpreted unasked.
-    assert coca_operator("auto", q, "test") is (KERNEL if q.is_cuda else TILED)
+    assert select_coca_impl("auto", q, "test") is (TRITON_IMPL if q.is_cuda else TORCH_IMPL)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ for grid, head_dim, dtype, kernels in (
 COCA = """
 import torch
 from lcdist_kernels import Rotary
-from lcdist_kernels.coca import KERNEL, VARIANTS, angles
+from lcdist_kernels.coca import TRITON_IMPL, VARIANTS, angles
 from tests.kernels.compiling import compiled_for
 
 with compiled_for(CAPABILITY) as made:
@@ -87,10 +87,10 @@ with compiled_for(CAPABILITY) as made:
         tau = torch.zeros(1, 300, 2, head_dim // 2, dtype=torch.float32)
         at = angles(Rotary(torch.ones(head_dim // 2)), torch.arange(300), q, head_dim)
         for variant in VARIANTS:
-            KERNEL.queries(q, at, variant)
-            KERNEL.queries_bwd(q, q, at, variant)
-            KERNEL.keys(tau, at, variant)
-            KERNEL.keys_bwd(q, at, variant)
+            TRITON_IMPL.queries(q, at, variant)
+            TRITON_IMPL.queries_bwd(q, q, at, variant)
+            TRITON_IMPL.keys(tau, at, variant)
+            TRITON_IMPL.keys_bwd(q, at, variant)
 assert len(made) == 16
 """
 

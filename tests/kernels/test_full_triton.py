@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels import Rotary, full_attention, full_reference, triton_common
-from lcdist_kernels.full import KERNEL, TILED, block_operator, full_partial, library, merge, visible
+from lcdist_kernels.full import (
+    TORCH_IMPL,
+    TRITON_IMPL,
+    full_partial,
+    library,
+    merge,
+    select_impl,
+    visible,
+)
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import Problem, make, on_virtual_ranks
 from tests.kernels.test_full import borders, inputs, tiled_starts, with_grads
@@ -159,7 +167,7 @@ def test_blocks_are_those_of_the_tiled_operator(cut: str, packed: bool, launch: 
     band, mine, grad = (q_idx, starts[q_idx]), q[:, q_idx], dout[:, q_idx]
     whole: tuple[Tensor, Tensor] | None = None
     for b in (q_idx, *others):
-        out, lse = KERNEL.fwd(mine, k[:, b], v[:, b], *band, b, 0.25, launch=launch)
+        out, lse = TRITON_IMPL.fwd(mine, k[:, b], v[:, b], *band, b, 0.25, launch=launch)
         doubles = [x.cpu().double() for x in (mine, k[:, b], v[:, b])]
         dense = full_partial(*doubles, visible(*band, b), 0.25)
         empty = dense[1] == -torch.inf
@@ -171,22 +179,26 @@ def test_blocks_are_those_of_the_tiled_operator(cut: str, packed: bool, launch: 
     assert whole is not None
     for b in (q_idx, *others):
         one = (grad, mine, k[:, b], v[:, b], *whole)
-        got = KERNEL.bwd(*one, *band, b, 0.25, launches=(launch, launch))
-        assert_close(list(got), list(TILED.bwd(*(x.cpu().double() for x in one), *band, b, 0.25)))
+        got = TRITON_IMPL.bwd(*one, *band, b, 0.25, launches=(launch, launch))
+        assert_close(
+            list(got), list(TORCH_IMPL.bwd(*(x.cpu().double() for x in one), *band, b, 0.25))
+        )
 
 
 def test_rows_that_see_nothing_and_blocks_of_other_lengths() -> None:
     q, k, v = (x.detach() for x in on_device(40, (2, 2), 16, torch.float32))
     early, late = torch.arange(40), torch.arange(30, 55)
     band = (early, torch.zeros_like(early), late)
-    out, lse = KERNEL.fwd(q, k[:, :25], v[:, :25], *band, 0.25)
+    out, lse = TRITON_IMPL.fwd(q, k[:, :25], v[:, :25], *band, 0.25)
     assert torch.all(lse[..., :30] == -torch.inf) and torch.all(out[:, :30] == 0)
     assert torch.isfinite(lse[..., 30:]).all() and torch.isfinite(out).all()
     # Their lse of the whole row may be -inf too: their share of every gradient is zero.
-    dq, dk, dv = KERNEL.bwd(torch.randn_like(q), q, k[:, :25], v[:, :25], out, lse, *band, 0.25)
+    dq, dk, dv = TRITON_IMPL.bwd(
+        torch.randn_like(q), q, k[:, :25], v[:, :25], out, lse, *band, 0.25
+    )
     assert torch.all(dq[:, :30] == 0) and all(torch.isfinite(x).all() for x in (dq, dk, dv))
     assert torch.all(dk[:, 10:] == 0) and torch.all(dv[:, 10:] == 0)
-    nothing = KERNEL.fwd(q, k[:, :0], v[:, :0], *band[:2], late[:0], 0.25)
+    nothing = TRITON_IMPL.fwd(q, k[:, :0], v[:, :0], *band[:2], late[:0], 0.25)
     assert torch.all(nothing[0] == 0) and torch.all(nothing[1] == -torch.inf)
 
 
@@ -250,7 +262,7 @@ def test_what_no_kernel_takes_is_refused(head_dim: int, dtype: torch.dtype, says
     with pytest.raises(ValueError, match=says):
         full_attention(*qkv, impl="triton")
     with pytest.raises(ValueError, match="use impl = 'auto' or 'torch'"):
-        KERNEL.fwd(*qkv, *(torch.arange(4),) * 3, 0.25)
+        TRITON_IMPL.fwd(*qkv, *(torch.arange(4),) * 3, 0.25)
 
 
 def test_a_cpu_without_the_interpreter_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,10 +274,10 @@ def test_a_cpu_without_the_interpreter_is_refused_by_name(monkeypatch: pytest.Mo
 
 def test_who_carries_it() -> None:
     x = inputs(4, dtype=torch.float32)[0].to(HERE)
-    assert block_operator("triton", x, "test") is KERNEL
-    assert block_operator("torch", x, "test") is TILED
+    assert select_impl("triton", x, "test") is TRITON_IMPL
+    assert select_impl("torch", x, "test") is TORCH_IMPL
     # Never interpreted unasked.
-    assert block_operator("auto", x, "test") is (KERNEL if x.is_cuda else TILED)
+    assert select_impl("auto", x, "test") is (TRITON_IMPL if x.is_cuda else TORCH_IMPL)
 
 
 FLASH_3 = "def flash_attn_func(q, k, v, softmax_scale, causal): return q + softmax_scale, causal"

@@ -13,13 +13,13 @@ from torch import Tensor
 from lcdist.config.schema import LandmarkOptions
 from lcdist_kernels import Rotary, landmark_attention, landmark_reference
 from lcdist_kernels.landmark import (
-    KERNEL,
-    TILED,
+    TORCH_IMPL,
+    TRITON_IMPL,
     Lists,
     Rows,
     grid_of,
-    landmark_operator,
     landmark_partial,
+    select_landmark_impl,
 )
 from lcdist_kernels.landmark.inner_loop import Tiling, tiling_of
 from lcdist_kernels.partial import merge
@@ -218,7 +218,7 @@ def test_pieces_of_whole_blocks(
     whole: tuple[Tensor, Tensor] | None = None
     for other in (piece, *others):
         one = (q[:, piece], k[:, other], v[:, other])
-        out, lse = KERNEL.fwd(*one, mine, other[::size], 0.25, launch=launch)
+        out, lse = TRITON_IMPL.fwd(*one, mine, other[::size], 0.25, launch=launch)
         doubles = [x.cpu().double() for x in one]
         dense = landmark_partial(*doubles, mine, other[::size], 0.25)
         empty = dense[1] == -torch.inf
@@ -230,9 +230,9 @@ def test_pieces_of_whole_blocks(
     assert whole is not None
     for other in (piece, *others):
         one = (dout[:, piece], q[:, piece], k[:, other], v[:, other], *whole)
-        got = KERNEL.bwd(*one, mine, other[::size], 0.25, launches=(launch, launch))
+        got = TRITON_IMPL.bwd(*one, mine, other[::size], 0.25, launches=(launch, launch))
         doubles = [x.cpu().double() for x in one]
-        assert_close(list(got), list(TILED.bwd(*doubles, mine, other[::size], 0.25)))
+        assert_close(list(got), list(TORCH_IMPL.bwd(*doubles, mine, other[::size], 0.25)))
         # No value of a landmark has a gradient.
         assert torch.all(got[2][:, size - 1 :: size] == 0)
 
@@ -260,10 +260,10 @@ def test_lists(size: int, launch: Launch, group: int) -> None:
     # Two entries more than are ever named.
     table = torch.randn(blocks + 2, 2, size, 16, device=HERE)
     lists = lists._replace(numbers=torch.cat((lists.numbers, lists.numbers[:2])))
-    out, lse = KERNEL.listed_fwd(q, table, lists, rows, 0.25, launch=launch)
+    out, lse = TRITON_IMPL.listed_fwd(q, table, lists, rows, 0.25, launch=launch)
     wide_lists = Lists(lists.numbers.cpu(), lists.ids.cpu(), lengths)
     doubles = [x.cpu().double() for x in (q, table)]
-    true_out, true_lse = TILED.listed_fwd(*doubles, wide_lists, rows, 0.25)
+    true_out, true_lse = TORCH_IMPL.listed_fwd(*doubles, wide_lists, rows, 0.25)
     empty = true_lse == -torch.inf
     assert empty.any() and not empty.all()
     assert torch.equal(lse.cpu() == -torch.inf, empty)
@@ -272,8 +272,8 @@ def test_lists(size: int, launch: Launch, group: int) -> None:
     # As if there were more keys than the listed ones.
     more = (torch.randn_like(out), true_lse.clamp(min=0).float().to(HERE) + 0.5)
     one = (torch.randn_like(q), q, table, *more)
-    got = KERNEL.listed_bwd(*one, lists, rows, 0.25, launches=(launch, launch))
-    truth = TILED.listed_bwd(*(x.cpu().double() for x in one), wide_lists, rows, 0.25)
+    got = TRITON_IMPL.listed_bwd(*one, lists, rows, 0.25, launches=(launch, launch))
+    truth = TORCH_IMPL.listed_bwd(*(x.cpu().double() for x in one), wide_lists, rows, 0.25)
     assert_close(list(got), list(truth))
     assert torch.all(got[1][-2:] == 0)
 
@@ -281,13 +281,13 @@ def test_lists(size: int, launch: Launch, group: int) -> None:
 def test_rows_that_see_nothing() -> None:
     q, k, v = (x.detach() for x in on_device(12, (2, 2), 16, torch.float32))
     rows, k_start = Rows(torch.arange(12), torch.zeros(12).long(), 4), torch.tensor([4, 8, 12])
-    out, lse = KERNEL.fwd(q, k, v, rows, k_start, 0.25)
+    out, lse = TRITON_IMPL.fwd(q, k, v, rows, k_start, 0.25)
     assert torch.all(lse[..., :4] == -torch.inf) and torch.all(out[:, :4] == 0)
     assert torch.isfinite(lse[..., 4:]).all() and torch.isfinite(out).all()
     # Their lse of the whole row may be -inf too: their share of every gradient is zero.
-    grads = KERNEL.bwd(torch.randn_like(q), q, k, v, out, lse, rows, k_start, 0.25)
+    grads = TRITON_IMPL.bwd(torch.randn_like(q), q, k, v, out, lse, rows, k_start, 0.25)
     assert torch.all(grads[0][:, :4] == 0) and all(torch.isfinite(x).all() for x in grads)
-    nothing = KERNEL.fwd(q, k[:, :0], v[:, :0], rows, k_start[:0], 0.25)
+    nothing = TRITON_IMPL.fwd(q, k[:, :0], v[:, :0], rows, k_start[:0], 0.25)
     assert torch.all(nothing[0] == 0) and torch.all(nothing[1] == -torch.inf)
 
 
@@ -298,9 +298,9 @@ def test_lists_of_nothing_and_of_an_empty_table(entries: int) -> None:
     none = torch.full((2, 2, 3, 5), -1, dtype=torch.int32, device=HERE)
     table = torch.randn(entries, 2, 4, 16, device=HERE)
     lists = Lists(torch.arange(entries, device=HERE), none, torch.full((3,), 4))
-    out, lse = KERNEL.listed_fwd(q, table, lists, rows, 0.25)
+    out, lse = TRITON_IMPL.listed_fwd(q, table, lists, rows, 0.25)
     assert torch.all(out == 0) and torch.all(lse == -torch.inf)
-    dq, dtable = KERNEL.listed_bwd(q, q, table, out, torch.zeros_like(lse), lists, rows, 0.25)
+    dq, dtable = TRITON_IMPL.listed_bwd(q, q, table, out, torch.zeros_like(lse), lists, rows, 0.25)
     assert torch.all(dq == 0) and torch.all(dtable == 0) and dtable.shape == table.shape
 
 
@@ -374,15 +374,15 @@ def test_what_no_kernel_takes_is_refused(choice: dict[str, Any]) -> None:
         rows = grid_of(None, 8, 4).rows
         with pytest.raises(ValueError, match="use impl = 'auto' or 'torch'"):
             eight = [x.detach()[:, :8] for x in qkv]
-            KERNEL.fwd(*eight, rows, torch.tensor([0, 4]), 0.25)
+            TRITON_IMPL.fwd(*eight, rows, torch.tensor([0, 4]), 0.25)
 
 
 def test_who_carries_it() -> None:
     x = torch.zeros(1, 4, 2, 16)
-    assert landmark_operator("triton", x.to(HERE), "test") is KERNEL
-    assert landmark_operator("torch", x.to(HERE), "test") is TILED
+    assert select_landmark_impl("triton", x.to(HERE), "test") is TRITON_IMPL
+    assert select_landmark_impl("torch", x.to(HERE), "test") is TORCH_IMPL
     # Never interpreted unasked.
-    assert landmark_operator("auto", x, "test") is TILED
+    assert select_landmark_impl("auto", x, "test") is TORCH_IMPL
 
 
 def test_how_blocks_lie_in_tiles() -> None:
@@ -395,7 +395,7 @@ def test_how_blocks_lie_in_tiles() -> None:
 
 PROGRAM = """
 import torch
-from lcdist_kernels.landmark import KERNEL, block_starts, grid_of, table_of, unit_lengths
+from lcdist_kernels.landmark import TRITON_IMPL, block_starts, grid_of, table_of, unit_lengths
 from lcdist_kernels.landmark.op import choose_here
 from tests.kernels.compiling import SHARED, compiled_for
 
@@ -412,10 +412,10 @@ for head_dim, dtype, size in (
     lists, table = choose_here(q, k, grid.rows, lengths, 3, 0.25), table_of(k, k, size)
     band = (grid.rows, block_starts(grid.num_slots, size), 0.25)
     with compiled_for(CAPABILITY) as made:
-        out, lse = KERNEL.fwd(q, k, k, *band)
-        KERNEL.bwd(q, q, k, k, out, lse, *band, grad_dtype=dtype)
-        KERNEL.listed_fwd(q, table, lists, grid.rows, 0.25)
-        KERNEL.listed_bwd(q, q, table, out, lse, lists, grid.rows, 0.25)
+        out, lse = TRITON_IMPL.fwd(q, k, k, *band)
+        TRITON_IMPL.bwd(q, q, k, k, out, lse, *band, grad_dtype=dtype)
+        TRITON_IMPL.listed_fwd(q, table, lists, grid.rows, 0.25)
+        TRITON_IMPL.listed_bwd(q, q, table, out, lse, lists, grid.rows, 0.25)
     assert len(made) == 6
     for each in made:
         assert each.metadata.shared <= SHARED[CAPABILITY], (head_dim, size, each.metadata)

@@ -14,18 +14,18 @@ from torch import Tensor
 from lcdist.config.schema import LssarOptions
 from lcdist_kernels import Rotary, lssar_attention, lssar_reference, triton_common
 from lcdist_kernels.lssar import (
-    KERNEL,
-    TILED,
+    TORCH_IMPL,
+    TRITON_IMPL,
     Band,
     Reweight,
     Threshold,
     directions,
     logit_scales,
     lssar_finish,
-    lssar_operator,
     mean_shares,
     no_threshold,
     row_threshold,
+    select_lssar_impl,
 )
 from lcdist_kernels.triton_common import Launch, interpreting
 from tests.attention.body import make, on_virtual_ranks
@@ -163,13 +163,13 @@ def test_any_strides_are_taken_and_nothing_outside_is_read(reweight: Reweight | 
 
     def run(move: Any) -> list[Tensor]:
         three = [move(x) for x in (q, k, v)]
-        done = KERNEL.whole(*three, band, reweight, True)
+        done = TRITON_IMPL.whole(*three, band, reweight, True)
         one = move(done.out), None if done.slope is None else move(done.slope)
-        saved = KERNEL.rows(move(dout), *one, done.mean, done.gamma, band, reweight)
-        grads = KERNEL.bwd(move(dout), *three, band, saved, reweight)
+        saved = TRITON_IMPL.rows(move(dout), *one, done.mean, done.gamma, band, reweight)
+        grads = TRITON_IMPL.bwd(move(dout), *three, band, saved, reweight)
         limits = Threshold(done.mean, torch.ones_like(done.gamma))
-        sums = KERNEL.fwd(*three, band, limits, reweight, True)
-        firsts = KERNEL.sums(*three[:2], band)
+        sums = TRITON_IMPL.fwd(*three, band, limits, reweight, True)
+        firsts = TRITON_IMPL.sums(*three[:2], band)
         return [done.out, *saved, *grads, *firsts, sums.out, sums.total, *(sums.slope or ())]
 
     truth = run(lambda x: x)
@@ -206,8 +206,8 @@ def test_blocks_are_those_of_the_tiled_operator(
     exact = [x.cpu().double() for x in (mine, grad)]
     limits = no_threshold(exact[0])
     if reweight is not None:
-        firsts = [KERNEL.sums(mine, k[:, b.k_idx], b, launch=launch) for b in bands]
-        truths = [TILED.sums(exact[0], k[:, b.k_idx].cpu().double(), b) for b in bands]
+        firsts = [TRITON_IMPL.sums(mine, k[:, b.k_idx], b, launch=launch) for b in bands]
+        truths = [TORCH_IMPL.sums(exact[0], k[:, b.k_idx].cpu().double(), b) for b in bands]
         for got, truth in zip(firsts, truths, strict=True):
             assert_close(list(got), list(truth))
         total, top = (torch.stack(x) for x in zip(*truths, strict=True))
@@ -218,22 +218,22 @@ def test_blocks_are_those_of_the_tiled_operator(
     whole = None
     for b in bands:
         at = b.k_idx
-        got = KERNEL.fwd(mine, k[:, at], v[:, at], b, given, reweight, True, launch=launch)
+        got = TRITON_IMPL.fwd(mine, k[:, at], v[:, at], b, given, reweight, True, launch=launch)
         kv = [x[:, at].cpu().double() for x in (k, v)]
-        truth = TILED.fwd(exact[0], *kv, b, limits, reweight, True)
+        truth = TORCH_IMPL.fwd(exact[0], *kv, b, limits, reweight, True)
         assert_close([*got[:2], *(got.slope or ())], [*truth[:2], *(truth.slope or ())])
         whole = truth if whole is None else whole.plus(truth)
     assert whole is not None
     done = lssar_finish(whole, limits, reweight)
-    saved = TILED.rows(exact[1], *done, bands[0], reweight)
+    saved = TORCH_IMPL.rows(exact[1], *done, bands[0], reweight)
     on = [None if x is None else x.float().to(HERE) for x in done]
-    rows = KERNEL.rows(grad, *on, bands[0], reweight)
+    rows = TRITON_IMPL.rows(grad, *on, bands[0], reweight)
     assert_close(list(rows), list(saved))
     for b in bands:
         kv = [x[:, b.k_idx] for x in (k, v)]
-        got = KERNEL.bwd(grad, mine, *kv, b, rows, reweight, launches=(launch, launch))
+        got = TRITON_IMPL.bwd(grad, mine, *kv, b, rows, reweight, launches=(launch, launch))
         doubles = [x.cpu().double() for x in kv]
-        truth = TILED.bwd(exact[1], exact[0], *doubles, b, saved, reweight)
+        truth = TORCH_IMPL.bwd(exact[1], exact[0], *doubles, b, saved, reweight)
         assert_close(list(got), list(truth))
 
 
@@ -248,14 +248,14 @@ def test_both_sweeps_in_one_program_are_one_after_the_other(
     band = Band(index, starts, index)
     q, k = directions(q, None, starts), directions(k, None, starts)
     q = q * logit_scales(band.counts, None, q)
-    got = KERNEL.whole(q, k, v, band, reweight, True, launch=launch)
-    truth = TILED.whole(*(x.cpu().double() for x in (q, k, v)), band, reweight, True)
+    got = TRITON_IMPL.whole(q, k, v, band, reweight, True, launch=launch)
+    truth = TORCH_IMPL.whole(*(x.cpu().double() for x in (q, k, v)), band, reweight, True)
     assert (got.slope is None) == (truth.slope is None) == (reweight is None)
     pairs = [pair for pair in zip(got, truth, strict=True) if pair[0] is not None]
     for actual, reference in pairs:
         assert actual is not None and reference is not None
         assert_matches(actual, reference, FP32)
-    bare = KERNEL.whole(q, k, v, band, reweight, False, launch=launch)
+    bare = TRITON_IMPL.whole(q, k, v, band, reweight, False, launch=launch)
     assert bare.slope is None and torch.equal(bare.out, got.out)
 
 
@@ -265,7 +265,7 @@ def test_sums_of_thousands_of_tiles_do_not_drift() -> None:
     q = 29.3 / 4 * torch.ones(1, 16, 1, 16, device=HERE)
     late = torch.arange(16384, 16400)
     band = Band(late, 0 * late, torch.arange(16384))
-    total, top = KERNEL.sums(q, k, band, launch=Launch(16, 16, 4, 1))
+    total, top = TRITON_IMPL.sums(q, k, band, launch=Launch(16, 16, 4, 1))
     assert_matches(total.double().cpu() / 16384, top.double().cpu(), 2e-7)
 
 
@@ -273,21 +273,23 @@ def test_rows_that_see_nothing_and_blocks_of_other_lengths() -> None:
     q, k, v = (x.detach() for x in on_device(40, (2, 2), 16, FLOAT))
     early, late = torch.arange(40), torch.arange(30, 55)
     band, k, v = Band(early, torch.zeros_like(early), late), k[:, :25], v[:, :25]
-    total, top = KERNEL.sums(q, k, band)
+    total, top = TRITON_IMPL.sums(q, k, band)
     assert torch.all(total[..., :30] == 0) and torch.all(top[..., :30] == 0)
     limits = Threshold(total / 10, torch.ones_like(total))
     for reweight in (LSSA, SHARP):
-        sums = KERNEL.fwd(q, k, v, band, limits, reweight, True)
+        sums = TRITON_IMPL.fwd(q, k, v, band, limits, reweight, True)
         for x in (sums.out.transpose(1, 2), sums.total, *(y for y in sums.slope or ())):
             rows = x.transpose(1, 2) if x.shape == sums.out.shape else x
             assert torch.all(rows[:, :, :30] == 0) and torch.isfinite(rows).all()
-        done = KERNEL.whole(q, k, v, band, reweight, True)
+        done = TRITON_IMPL.whole(q, k, v, band, reweight, True)
         assert torch.all(done.out[:, :30] == 0) and torch.all(done.gamma[..., :30] == 0)
-        saved = KERNEL.rows(torch.randn_like(q), *done, band, reweight)
-        dq, dk, dv = KERNEL.bwd(torch.randn_like(q), q, k, v, band, saved, reweight)
+        saved = TRITON_IMPL.rows(torch.randn_like(q), *done, band, reweight)
+        dq, dk, dv = TRITON_IMPL.bwd(torch.randn_like(q), q, k, v, band, saved, reweight)
         assert torch.all(dq[:, :30] == 0) and all(torch.isfinite(x).all() for x in (dq, dk, dv))
         assert torch.all(dk[:, 10:] == 0) and torch.all(dv[:, 10:] == 0)
-        none = KERNEL.fwd(q, k[:, :0], v[:, :0], Band(*band[:2], late[:0]), limits, reweight, True)
+        none = TRITON_IMPL.fwd(
+            q, k[:, :0], v[:, :0], Band(*band[:2], late[:0]), limits, reweight, True
+        )
         assert torch.all(none.out == 0) and torch.all(none.total == 0)
 
 
@@ -326,14 +328,14 @@ def test_nearly_flat_rows_have_gradients_in_fp16() -> None:
     band, dout = Band(index, 0 * index, index), 256 * torch.randn_like(q).half()
     q, k = directions(q, None, index), directions(k, None, index)
     three = [x.half() for x in (q * logit_scales(band.counts, None, q), k, v)]
-    done = KERNEL.whole(*three, band, SHARP, True)
+    done = TRITON_IMPL.whole(*three, band, SHARP, True)
     assert done.slope is not None and done.gamma.max() > 1e5
-    saved = KERNEL.rows(dout, *done, band, SHARP)
-    grads = KERNEL.bwd(dout, *three, band, saved, SHARP)
+    saved = TRITON_IMPL.rows(dout, *done, band, SHARP)
+    grads = TRITON_IMPL.bwd(dout, *three, band, saved, SHARP)
     doubles = [x.cpu().double() for x in (*three, dout)]
-    truth = TILED.whole(*doubles[:3], band, SHARP, True)
-    saved = TILED.rows(doubles[3], *truth, band, SHARP)
-    _, dk, dv = TILED.bwd(doubles[3], *doubles[:3], band, saved, SHARP)
+    truth = TORCH_IMPL.whole(*doubles[:3], band, SHARP, True)
+    saved = TORCH_IMPL.rows(doubles[3], *truth, band, SHARP)
+    _, dk, dv = TORCH_IMPL.bwd(doubles[3], *doubles[:3], band, saved, SHARP)
     assert all(torch.isfinite(x).all() for x in (*done, *grads) if x is not None)
     # dq is their difference, which half precision has not.
     pairs = ((done.out, truth.out), (done.slope, truth.slope), (grads[1], dk), (grads[2], dv))
@@ -407,7 +409,7 @@ def test_saves_directions_values_out_slope_and_two_scalars() -> None:
 
     function = lssar_attention.__globals__["LssarFunction"]
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        function.apply(q, k, v, band, SHARP, KERNEL)
+        function.apply(q, k, v, band, SHARP, TRITON_IMPL)
     assert sum(saved.values()) == 2 * (3 * q.numel() + 2 * k.numel()) + 2 * 4 * (2 * 128 * 4)
 
 
@@ -425,9 +427,9 @@ def test_what_no_kernel_takes_is_refused(head_dim: int, dtype: torch.dtype, says
     with pytest.raises(ValueError, match=says):
         lssar_attention(*qkv, impl="triton")
     with pytest.raises(ValueError, match="use impl = 'auto' or 'torch'"):
-        KERNEL.whole(*qkv, band, SHARP)
+        TRITON_IMPL.whole(*qkv, band, SHARP)
     with pytest.raises(ValueError, match="expected one floating dtype"):
-        KERNEL.sums(qkv[0].bfloat16(), qkv[1].half(), band)
+        TRITON_IMPL.sums(qkv[0].bfloat16(), qkv[1].half(), band)
 
 
 def test_a_cpu_without_the_interpreter_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,18 +441,18 @@ def test_a_cpu_without_the_interpreter_is_refused_by_name(monkeypatch: pytest.Mo
 
 def test_who_carries_it(caplog: pytest.LogCaptureFixture) -> None:
     x = torch.zeros(1, 4, 2, 16)
-    assert lssar_operator("triton", x.to(HERE), "test") is KERNEL
-    assert lssar_operator("torch", x.to(HERE), "test") is TILED
+    assert select_lssar_impl("triton", x.to(HERE), "test") is TRITON_IMPL
+    assert select_lssar_impl("torch", x.to(HERE), "test") is TORCH_IMPL
     # Never interpreted unasked.
     with caplog.at_level("INFO", "lcdist_kernels"):
         for _ in range(2):
-            assert lssar_operator("auto", x, "test of lssar") is TILED
+            assert select_lssar_impl("auto", x, "test of lssar") is TORCH_IMPL
     assert caplog.text.count("test of lssar: tiled torch, as kernels run on CUDA") == 1
 
 
 LSSAR = """
 import torch
-from lcdist_kernels.lssar import KERNEL, Band, Reweight
+from lcdist_kernels.lssar import TRITON_IMPL, Band, Reweight
 from tests.kernels.compiling import SHARED, compiled_for
 
 index = torch.arange(300)
@@ -464,12 +466,12 @@ for head_dim, dtype, starts, reweight in (
     q, k = (torch.zeros(1, 300, n, head_dim, dtype=dtype) for n in (4, 2))
     band = Band(index, starts, index)
     with compiled_for(CAPABILITY) as made:
-        done = KERNEL.whole(q, k, k, band, reweight, True)
+        done = TRITON_IMPL.whole(q, k, k, band, reweight, True)
         limits = done.mean, done.gamma
-        KERNEL.sums(q, k, band)
-        KERNEL.fwd(q, k, k, band, limits, reweight, True)
-        saved = KERNEL.rows(q, *done, band, reweight)
-        KERNEL.bwd(q, q, k, k, band, saved, reweight)
+        TRITON_IMPL.sums(q, k, band)
+        TRITON_IMPL.fwd(q, k, k, band, limits, reweight, True)
+        saved = TRITON_IMPL.rows(q, *done, band, reweight)
+        TRITON_IMPL.bwd(q, q, k, k, band, saved, reweight)
     assert len(made) == 6
     for each in made:
         assert each.metadata.shared <= SHARED[CAPABILITY], each.metadata
@@ -517,16 +519,16 @@ def test_tensors_of_more_than_2_to_the_31_elements() -> None:
     index = torch.arange(2048)
     band, k, v = Band(index, 0 * index, index), home[:, :, :2], home[:, :, 2:4]
     home[-1] /= home[-1].float().norm(dim=-1, keepdim=True).to(home.dtype)
-    done = KERNEL.whole(home, k, v, band, SHARP, True)
-    saved = KERNEL.rows(home, *done, band, SHARP)
-    dq, dk, dv = KERNEL.bwd(home, home, k, v, band, saved, SHARP)
+    done = TRITON_IMPL.whole(home, k, v, band, SHARP, True)
+    saved = TRITON_IMPL.rows(home, *done, band, SHARP)
+    dq, dk, dv = TRITON_IMPL.bwd(home, home, k, v, band, saved, SHARP)
     q, k, v = home[-1:], k[-1:], v[-1:]
-    alone = KERNEL.whole(q, k, v, band, SHARP, True)
+    alone = TRITON_IMPL.whole(q, k, v, band, SHARP, True)
     for actual, reference in zip(done, alone, strict=True):
         assert actual is not None and reference is not None
         assert torch.equal(actual[-1:], reference)
-    saved = KERNEL.rows(q, *alone, band, SHARP)
-    grads = KERNEL.bwd(q, q, k, v, band, saved, SHARP)
+    saved = TRITON_IMPL.rows(q, *alone, band, SHARP)
+    grads = TRITON_IMPL.bwd(q, q, k, v, band, saved, SHARP)
     for actual, reference in zip((dq, dk, dv), grads, strict=True):
         assert torch.equal(actual[-1:], reference)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lcdist_kernels import Rotary, full_reference, scca_attention, scca_reference, tiles
 from lcdist_kernels.common import document_starts
-from lcdist_kernels.full import TILED, BlockOperator
+from lcdist_kernels.full import TORCH_IMPL, AttentionImpl
 from lcdist_kernels.scca import (
     Rule,
     dense_mask,
@@ -299,8 +299,8 @@ def test_no_key_is_copied_on_the_way_to_the_tiles(monkeypatch: pytest.MonkeyPatc
 
         return call
 
-    spied = BlockOperator(spy("full_fwd", TILED.fwd), spy("full_bwd", TILED.bwd))
-    monkeypatch.setattr(op, "block_operator", lambda *asked: spied)
+    spied = AttentionImpl(spy("full_fwd", TORCH_IMPL.fwd), spy("full_bwd", TORCH_IMPL.bwd))
+    monkeypatch.setattr(op, "select_impl", lambda *asked: spied)
     scca_attention(q, k, v, rules=MIXED, impl="torch").sum().backward()
     assert set(seen) == {"full_fwd", "full_bwd"}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lcdist.config.schema import SccaOptions
 from lcdist_kernels import Rotary, scca_attention, scca_reference
 from lcdist_kernels.common import document_starts
-from lcdist_kernels.full import KERNEL, TILED, BlockOperator
+from lcdist_kernels.full import TORCH_IMPL, TRITON_IMPL, AttentionImpl
 from lcdist_kernels.scca import Rule, dense_mask, head_groups, op, self_parts, tiled
 from tests.attention.body import Variant, make, on_virtual_ranks, whole
 from tests.kernels.test_full import borders, with_grads
@@ -130,19 +130,19 @@ def test_neither_inputs_nor_results_are_copied_on_the_way(
     def fwd(*args: Any, out: Tensor) -> tuple[Tensor, Tensor]:
         assert all(x.untyped_storage().data_ptr() in homes for x in args[:3])
         written["out"].add(out.untyped_storage().data_ptr())
-        done, lse = TILED.fwd(*args)
+        done, lse = TORCH_IMPL.fwd(*args)
         return out.copy_(done), lse
 
     def bwd(*args: Any, dq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert all(x.untyped_storage().data_ptr() in homes for x in args[:4])
         written["dq"].add(dq.untyped_storage().data_ptr())
-        share, *others = TILED.bwd(*args)
+        share, *others = TORCH_IMPL.bwd(*args)
         return dq.copy_(share), *others
 
-    spied = BlockOperator(fwd, bwd)
-    monkeypatch.setattr(op, "block_operator", lambda *asked: spied)
-    monkeypatch.setattr(tiled, "KERNEL", spied)
-    monkeypatch.setattr(op, "KERNEL", spied)
+    spied = AttentionImpl(fwd, bwd)
+    monkeypatch.setattr(op, "select_impl", lambda *asked: spied)
+    monkeypatch.setattr(tiled, "TRITON_IMPL", spied)
+    monkeypatch.setattr(op, "TRITON_IMPL", spied)
     out = scca_attention(q, k, v, rules=rules)
     got = with_grads(out, qkv, dout)
     assert written["out"] == {out.untyped_storage().data_ptr()}
@@ -159,11 +159,11 @@ def test_a_window_rule_is_one_launch(cu_seqlens: Tensor | None) -> None:
         Rule("chunk", 64, 200),
         Rule("split", 64, 9),
     ):
-        (part,) = self_parts(head_groups([rule] * 2, 2), starts, KERNEL)
+        (part,) = self_parts(head_groups([rule] * 2, 2), starts, TRITON_IMPL)
         assert len(part.q_hi) == 5000
         assert all((x.diff() >= 0).all() for x in part.band)
     # Chunks fold back for as long as the shift leads before the start of a document.
-    folded = self_parts(head_groups([Rule("fold", 64, 3 * 64)], 1), starts, KERNEL)
+    folded = self_parts(head_groups([Rule("fold", 64, 3 * 64)], 1), starts, TRITON_IMPL)
     assert len(folded) <= 4 * (1 if cu_seqlens is None else 5)
     assert all((x.diff() >= 0).all() for part in folded for x in part.band)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels import Rotary, tensorized_attention, tensorized_reference
-from lcdist_kernels.tensorized import Grid, launchers, tensorized_operator
-from lcdist_kernels.tensorized.impl import KERNEL, TILED
+from lcdist_kernels.tensorized import Grid, launchers, select_tensorized_impl
+from lcdist_kernels.tensorized.impl import TORCH_IMPL, TRITON_IMPL
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import Variant, make, on_virtual_ranks, whole
 from tests.kernels.test_full import with_grads
@@ -250,10 +250,10 @@ def test_what_no_kernel_takes_is_refused(head_dim: int, dtype: torch.dtype, says
 
 def test_who_carries_it() -> None:
     q = torch.zeros(1, 4, 2, 16, device=HERE)
-    assert tensorized_operator("triton", q, "test") is KERNEL
-    assert tensorized_operator("torch", q, "test") is TILED
+    assert select_tensorized_impl("triton", q, "test") is TRITON_IMPL
+    assert select_tensorized_impl("torch", q, "test") is TORCH_IMPL
     # Never interpreted unasked.
-    assert tensorized_operator("auto", q, "test") is (KERNEL if q.is_cuda else TILED)
+    assert select_tensorized_impl("auto", q, "test") is (TRITON_IMPL if q.is_cuda else TORCH_IMPL)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

@@ -23,16 +23,16 @@ from tests.tolerance import assert_matches
 TP, PP, CP = (f"parallel.{axis}_size=2" for axis in ("tp", "pp", "cp"))
 SP, VP = "parallel.sequence_parallel=true", "parallel.vp_size=2"
 # No tile divides the 35.5 to 192 tokens that a rank has of a micro-batch.
-TILED = ("train.mlp=tiled", "train.mlp_chunk=13")
+TORCH_IMPL = ("train.mlp=tiled", "train.mlp_chunk=13")
 SELECTIVE, FULL, HOST = "train.recompute=selective", "train.recompute=full", "train.offload=host"
 WAYS: list[tuple[str, ...]] = [
     (SELECTIVE,),
-    TILED,
-    (SELECTIVE, *TILED),
+    TORCH_IMPL,
+    (SELECTIVE, *TORCH_IMPL),
     (FULL,),
-    (FULL, *TILED),
+    (FULL, *TORCH_IMPL),
     (HOST,),
-    (HOST, *TILED),
+    (HOST, *TORCH_IMPL),
 ]
 TWO = [(TP,), (TP, SP), (CP,), (PP,), (PP, VP)]
 FOUR = [(TP, CP, SP), (TP, PP, SP, VP), (PP, CP), (CP,)]

@@ -24,17 +24,17 @@ from tests.model.small import small
 
 TP, CP, PP = (f"parallel.{axis}_size=2" for axis in ("tp", "cp", "pp"))
 SP = "parallel.sequence_parallel=true"
-TILED = ("train.mlp=tiled", "train.mlp_chunk=256")
+TORCH_IMPL = ("train.mlp=tiled", "train.mlp_chunk=256")
 SELECTIVE, FULL, HOST = "train.recompute=selective", "train.recompute=full", "train.offload=host"
 WAYS = [
     (),
     (SELECTIVE,),
-    TILED,
-    (SELECTIVE, *TILED),
+    TORCH_IMPL,
+    (SELECTIVE, *TORCH_IMPL),
     (FULL,),
-    (FULL, *TILED),
+    (FULL, *TORCH_IMPL),
     (HOST,),
-    (HOST, *TILED),
+    (HOST, *TORCH_IMPL),
 ]
 
 
@@ -102,10 +102,10 @@ def test_recomputation_and_tiles_lower_the_peak_as_the_plan_says() -> None:
         layer = plans[()].layer_bytes
         counted = plans[way].activation_bytes
         assert 0.9 * counted < peak < counted + layer, way
-    order = [(), (SELECTIVE,), (SELECTIVE, *TILED), (FULL, *TILED), (HOST, *TILED)]
+    order = [(), (SELECTIVE,), (SELECTIVE, *TORCH_IMPL), (FULL, *TORCH_IMPL), (HOST, *TORCH_IMPL)]
     values = [peaks[way] for way in order]
     assert values == sorted(values, reverse=True)
-    assert peaks[(HOST, *TILED)] * 3 < peaks[()]
+    assert peaks[(HOST, *TORCH_IMPL)] * 3 < peaks[()]
 
 
 # --- choices --------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_the_plan_tells_people() -> None:
     rows = dict(plan_of("train.seqlen=16384").rows())
     assert rows["MLP"] == "whole" and rows["offload"] == "none"
     assert rows["recompute"] == "none; kept for backward: 0.071 GiB a layer"
-    rows = dict(plan_of("train.seqlen=16384", HOST, *TILED).rows())
+    rows = dict(plan_of("train.seqlen=16384", HOST, *TORCH_IMPL).rows())
     assert rows["MLP"] == "256 tokens at a time"
     assert rows["recompute"] == "full; kept for backward: 0.000 GiB a layer"
     assert rows["offload"] == "inputs of layers to 0.016 GiB of host memory a rank"
@@ -181,7 +181,7 @@ def test_contradictions_are_refused(words: tuple[str, ...], says: str) -> None:
 def choices(rank: int, world_size: int, mesh: tuple[str, ...]) -> list[Any]:
     """What layers were told, for how many tokens they ask, and which layer's input went away."""
     found = []
-    for words in ((), (SELECTIVE,), (HOST, *TILED)):
+    for words in ((), (SELECTIVE,), (HOST, *TORCH_IMPL)):
         plan = make_plan(small(*mesh, *words), world_size)
         [model] = build_model(plan, build_mesh(plan.config.parallel, 0).device)
         layer: Any = model.decoder.layers[1]

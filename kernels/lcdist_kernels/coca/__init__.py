@@ -1,7 +1,7 @@
 """Collinear constrained attention (CoCA): keys whose rotated pairs share one coefficient."""
 
-from lcdist_kernels.coca.impl import KERNEL, TILED, CoCAOperator, coca_operator
-from lcdist_kernels.coca.op import BUILT, coca_attention
+from lcdist_kernels.coca.impl import TORCH_IMPL, TRITON_IMPL, CoCAImpl, select_coca_impl
+from lcdist_kernels.coca.op import IMPLS, coca_attention
 from lcdist_kernels.coca.reference import coca_keys, coca_queries, coca_reference, coca_tau
 from lcdist_kernels.coca.transform import (
     VARIANTS,
@@ -16,16 +16,16 @@ from lcdist_kernels.coca.transform import (
 )
 
 __all__ = [
-    "BUILT",
-    "KERNEL",
-    "TILED",
+    "IMPLS",
+    "TRITON_IMPL",
+    "TORCH_IMPL",
     "VARIANTS",
-    "CoCAOperator",
+    "CoCAImpl",
     "angles",
     "check_variant",
     "coca_attention",
     "coca_keys",
-    "coca_operator",
+    "select_coca_impl",
     "coca_queries",
     "coca_reference",
     "coca_tau",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcdist_kernels.coca.impl import CoCAOperator, coca_operator
+from lcdist_kernels.coca.impl import CoCAImpl, select_coca_impl
 from lcdist_kernels.coca.reference import coca_reference
 from lcdist_kernels.coca.transform import (
     Angles,
@@ -22,7 +22,7 @@ from lcdist_kernels.coca.transform import (
 from lcdist_kernels.common import check_impl, check_self, document_starts
 from lcdist_kernels.rotary import Rotary
 
-BUILT = ("auto", "triton", "torch", "reference")
+IMPLS = ("auto", "triton", "torch", "reference")
 
 
 class Asked(NamedTuple):
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
     index: Tensor
     starts: Tensor
     softmax_scale: float
-    operator: CoCAOperator
+    operator: CoCAImpl
 
     def factors(self, q: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
         """q' and k'."""
@@ -88,10 +88,10 @@ def coca_attention(
 
     t: what the projection in the key's place gives, before averaging and relu. q' grows as the
     square of q: the kernels' is in q's dtype, so in float16 it is infinite from |q| = 181 on.
-    impl: one of `BUILT`. The rest, and what raises ValueError, as in `coca_reference`; also an
+    impl: one of `IMPLS`. The rest, and what raises ValueError, as in `coca_reference`; also an
     `impl` that is not built, and "triton" where it does not take the tensors.
     """
-    check_impl(impl, "coca", BUILT)
+    check_impl(impl, "coca", IMPLS)
     if impl == "reference":
         return coca_reference(
             q,
@@ -105,7 +105,7 @@ def coca_attention(
         )
     check_self(q, t, v)
     check_variant(variant, q.shape[3])
-    operator = coca_operator(impl, q, "coca attention")
+    operator = select_coca_impl(impl, q, "coca attention")
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
     at = angles(rotary, index - starts if positions is None else positions, q, q.shape[3])

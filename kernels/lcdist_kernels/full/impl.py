@@ -10,18 +10,18 @@ from lcdist_kernels.full import kernel, tiled
 from lcdist_kernels.triton_common import check_kernel, obstacle
 
 
-class BlockOperator(NamedTuple):
+class AttentionImpl(NamedTuple):
     """`full_fwd` and `full_bwd`, of one semantics, as `tiled` describes them."""
 
     fwd: Callable[..., tuple[Tensor, Tensor]]
     bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-TILED = BlockOperator(tiled.full_fwd, tiled.full_bwd)
-KERNEL = BlockOperator(kernel.full_fwd, kernel.full_bwd)
+TORCH_IMPL = AttentionImpl(tiled.full_fwd, tiled.full_bwd)
+TRITON_IMPL = AttentionImpl(kernel.full_fwd, kernel.full_bwd)
 
 
-def block_operator(impl: str, x: Tensor, what: str) -> BlockOperator:
+def select_impl(impl: str, x: Tensor, what: str) -> AttentionImpl:
     """The operator that `impl`, "auto", "triton" or "torch", stands for with tensors like x.
 
     x `[b, s, h, d]`; what: who asks, for the log. Raises ValueError for "triton" where no kernel
@@ -29,13 +29,13 @@ def block_operator(impl: str, x: Tensor, what: str) -> BlockOperator:
     """
     if impl == "triton":
         check_kernel(x)
-        return KERNEL
+        return TRITON_IMPL
     if impl == "torch":
-        return TILED
+        return TORCH_IMPL
     # Interpreted kernels are for tests: many times slower than torch.
     reason = obstacle(x) if x.is_cuda else f"kernels run on CUDA, the tensors are on {x.device}"
     if reason is None:
         announce(f"{what}: Triton kernels, as the tensors are {x.dtype} on CUDA")
-        return KERNEL
+        return TRITON_IMPL
     announce(f"{what}: tiled torch, as {reason}")
-    return TILED
+    return TORCH_IMPL

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels.common import check_impl, check_self, document_starts
-from lcdist_kernels.full.impl import BlockOperator, block_operator
+from lcdist_kernels.full.impl import AttentionImpl, select_impl
 from lcdist_kernels.full.library import library_for
 from lcdist_kernels.full.reference import full_reference
 from lcdist_kernels.rotary import Rotary
 
-BUILT = ("auto", "triton", "torch", "reference")
+IMPLS = ("auto", "triton", "torch", "reference")
 
 
 def full_attention(
@@ -34,10 +34,10 @@ def full_attention(
 
     positions: integers `[s]` or `[b, s]`, used by rotary alone; default: from 0 in every document.
     cu_seqlens: see `document_starts`. softmax_scale: default head_dim ** -0.5. impl: one of
-    `BUILT`. Raises ValueError where shapes do not fit, `impl` is not built, or "triton" does not
+    `IMPLS`. Raises ValueError where shapes do not fit, `impl` is not built, or "triton" does not
     take the tensors.
     """
-    check_impl(impl, "full", BUILT)
+    check_impl(impl, "full", IMPLS)
     if impl == "reference":
         return full_reference(
             q,
@@ -53,7 +53,7 @@ def full_attention(
     starts = document_starts(cu_seqlens, index, q.shape[1])
     library = library_for(q) if impl == "auto" and cu_seqlens is None else None
     what = "full attention" if cu_seqlens is None else "full attention of packed documents"
-    operator = None if library else block_operator(impl, q, what)
+    operator = None if library else select_impl(impl, q, what)
     if rotary is not None:
         positions = index - starts if positions is None else positions
         q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
@@ -68,7 +68,7 @@ class FullFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q, k, v, index: Tensor, starts: Tensor, scale: float, operator: BlockOperator
+        ctx: Any, q, k, v, index: Tensor, starts: Tensor, scale: float, operator: AttentionImpl
     ):
         out, lse = operator.fwd(q, k, v, index, starts, index, scale, out_dtype=q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)

@@ -8,9 +8,9 @@ from lcdist_kernels.landmark.blocks import (
     landmarks,
     unit_lengths,
 )
-from lcdist_kernels.landmark.impl import KERNEL, TILED, LandmarkOperator, landmark_operator
+from lcdist_kernels.landmark.impl import TORCH_IMPL, TRITON_IMPL, LandmarkImpl, select_landmark_impl
 from lcdist_kernels.landmark.op import (
-    BUILT,
+    IMPLS,
     ListedFunction,
     Reading,
     keys_of,
@@ -24,11 +24,11 @@ from lcdist_kernels.landmark.tiled import landmark_bwd, landmark_fwd, sees_any
 from lcdist_kernels.landmark.top_k import choose_blocks
 
 __all__ = [
-    "BUILT",
-    "KERNEL",
-    "TILED",
+    "IMPLS",
+    "TRITON_IMPL",
+    "TORCH_IMPL",
     "Grid",
-    "LandmarkOperator",
+    "LandmarkImpl",
     "ListedFunction",
     "Lists",
     "Reading",
@@ -41,7 +41,7 @@ __all__ = [
     "landmark_bwd",
     "landmark_cached",
     "landmark_fwd",
-    "landmark_operator",
+    "select_landmark_impl",
     "landmark_partial",
     "landmark_reference",
     "landmarks",

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lcdist_kernels.full import KERNEL as FULL_KERNEL
-from lcdist_kernels.full import block_operator
+from lcdist_kernels.full import TRITON_IMPL as FULL_KERNEL
+from lcdist_kernels.full import select_impl
 from lcdist_kernels.landmark import launchers, listed, listed_launchers, tiled
 
 
-class LandmarkOperator(NamedTuple):
+class LandmarkImpl(NamedTuple):
     """Forward and backward of one semantics, as `tiled` and `listed` describe them."""
 
     fwd: Callable[..., tuple[Tensor, Tensor]]
@@ -21,7 +21,7 @@ class LandmarkOperator(NamedTuple):
     listed_bwd: Callable[..., tuple[Tensor, Tensor]]
 
 
-TILED = LandmarkOperator(
+TORCH_IMPL = LandmarkImpl(
     tiled.landmark_fwd,
     tiled.landmark_bwd,
     tiled.own_fwd,
@@ -29,7 +29,7 @@ TILED = LandmarkOperator(
     listed.listed_fwd,
     listed.listed_bwd,
 )
-KERNEL = LandmarkOperator(
+TRITON_IMPL = LandmarkImpl(
     launchers.landmark_fwd,
     launchers.landmark_bwd,
     launchers.own_fwd,
@@ -39,9 +39,9 @@ KERNEL = LandmarkOperator(
 )
 
 
-def landmark_operator(impl: str, x: Tensor, what: str) -> LandmarkOperator:
+def select_landmark_impl(impl: str, x: Tensor, what: str) -> LandmarkImpl:
     """The operator that `impl`, "auto", "triton" or "torch", stands for with tensors like x.
 
-    The choice is full attention's: see `block_operator`.
+    The choice is full attention's: see `select_impl`.
     """
-    return KERNEL if block_operator(impl, x, what) is FULL_KERNEL else TILED
+    return TRITON_IMPL if select_impl(impl, x, what) is FULL_KERNEL else TORCH_IMPL

@@ -17,14 +17,14 @@ from lcdist_kernels.landmark.blocks import (
     landmarks,
     unit_lengths,
 )
-from lcdist_kernels.landmark.impl import TILED, LandmarkOperator, landmark_operator
+from lcdist_kernels.landmark.impl import TORCH_IMPL, LandmarkImpl, select_landmark_impl
 from lcdist_kernels.landmark.reference import check_sizes, landmark_reference
 from lcdist_kernels.landmark.sparse import Lists
 from lcdist_kernels.landmark.top_k import choose_blocks
 from lcdist_kernels.partial import merge
 from lcdist_kernels.rotary import Rotary
 
-BUILT = ("auto", "triton", "torch", "reference")
+IMPLS = ("auto", "triton", "torch", "reference")
 
 
 def landmark_attention(
@@ -43,12 +43,12 @@ def landmark_attention(
 ) -> Tensor:
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
-    impl: one of `BUILT`. The rest, and what raises ValueError, as in `landmark_reference`; also an
+    impl: one of `IMPLS`. The rest, and what raises ValueError, as in `landmark_reference`; also an
     `impl` that is not built, and "triton" where it does not take the tensors. With top_k and
     select_tokens = 1 it is causal token by token; a later query of a larger unit has a say in which
     past blocks the unit's earlier ones read, never in what these hold.
     """
-    check_impl(impl, "landmark", BUILT)
+    check_impl(impl, "landmark", IMPLS)
     if impl == "reference":
         return landmark_reference(
             q,
@@ -64,7 +64,7 @@ def landmark_attention(
         )
     check_self(q, k, v)
     check_sizes(block_size, top_k, select_tokens)
-    operator = landmark_operator(impl, q, "landmark attention")
+    operator = select_landmark_impl(impl, q, "landmark attention")
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
     if rotary is not None:
@@ -105,10 +105,10 @@ def landmark_cached(
     rows = Rows(positions, torch.zeros_like(positions), block_size)
     k_start = block_starts(grid.num_slots, block_size)
     if top_k is None:
-        return TILED.fwd(q, k, v, rows, k_start, softmax_scale, out_dtype=q.dtype)[0]
+        return TORCH_IMPL.fwd(q, k, v, rows, k_start, softmax_scale, out_dtype=q.dtype)[0]
     lists = choose_here(q, k, rows, torch.ones_like(positions), top_k, softmax_scale)
-    past = TILED.listed_fwd(q, table_of(k, v, block_size), lists, rows, softmax_scale)
-    own = TILED.own_fwd(q, k, v, rows, k_start, softmax_scale)
+    past = TORCH_IMPL.listed_fwd(q, table_of(k, v, block_size), lists, rows, softmax_scale)
+    own = TORCH_IMPL.own_fwd(q, k, v, rows, k_start, softmax_scale)
     return merge(*own, *past)[0].to(q.dtype)
 
 
@@ -117,7 +117,7 @@ class LandmarkFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q, k, v, rows: Rows, k_start: Tensor, scale: float, operator: LandmarkOperator
+        ctx: Any, q, k, v, rows: Rows, k_start: Tensor, scale: float, operator: LandmarkImpl
     ):
         out, lse = operator.fwd(q, k, v, rows, k_start, scale, out_dtype=q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -137,7 +137,7 @@ class Reading(NamedTuple):
     rows: Rows
     first: int
     softmax_scale: float
-    operator: LandmarkOperator = TILED
+    operator: LandmarkImpl = TORCH_IMPL
 
     def k_start(self, k: Tensor) -> Tensor:
         """The first slots of the blocks of k."""

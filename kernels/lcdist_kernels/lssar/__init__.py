@@ -1,8 +1,8 @@
 """LSSA and LSSAR: length-scaled softplus attention, without and with re-weighting."""
 
 from lcdist_kernels.lssar.epilogue import lssar_finish, lssar_rows, lssar_whole
-from lcdist_kernels.lssar.impl import KERNEL, TILED, LssarOperator, lssar_operator
-from lcdist_kernels.lssar.op import BUILT, lssar_attention, lssar_cached
+from lcdist_kernels.lssar.impl import TORCH_IMPL, TRITON_IMPL, LssarImpl, select_lssar_impl
+from lcdist_kernels.lssar.op import IMPLS, lssar_attention, lssar_cached
 from lcdist_kernels.lssar.reference import divisor, lssar_block, lssar_reference, softplus_scores
 from lcdist_kernels.lssar.rows import (
     Band,
@@ -17,11 +17,11 @@ from lcdist_kernels.lssar.rows import (
 from lcdist_kernels.lssar.tiled import Sums, lssar_bwd, lssar_fwd, lssar_sums
 
 __all__ = [
-    "BUILT",
-    "KERNEL",
-    "TILED",
+    "IMPLS",
+    "TRITON_IMPL",
+    "TORCH_IMPL",
     "Band",
-    "LssarOperator",
+    "LssarImpl",
     "Reweight",
     "Sums",
     "Threshold",
@@ -34,7 +34,7 @@ __all__ = [
     "lssar_cached",
     "lssar_finish",
     "lssar_fwd",
-    "lssar_operator",
+    "select_lssar_impl",
     "lssar_reference",
     "lssar_rows",
     "lssar_sums",

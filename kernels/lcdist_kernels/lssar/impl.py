@@ -12,7 +12,7 @@ from lcdist_kernels.lssar.tiled import Saved, Sums
 from lcdist_kernels.triton_common import check_kernel, obstacle
 
 
-class LssarOperator(NamedTuple):
+class LssarImpl(NamedTuple):
     """Operators of one semantics, as `tiled` and `finish` describe them.
 
     narrow: queries and keys are given in the dtype of v, not in the wider of fp32 and it.
@@ -30,7 +30,7 @@ class LssarOperator(NamedTuple):
         return x.to(v.dtype) if self.narrow else x
 
 
-TILED = LssarOperator(
+TORCH_IMPL = LssarImpl(
     tiled.lssar_sums,
     tiled.lssar_fwd,
     finish.lssar_whole,
@@ -38,7 +38,7 @@ TILED = LssarOperator(
     tiled.lssar_bwd,
     narrow=False,
 )
-KERNEL = LssarOperator(
+TRITON_IMPL = LssarImpl(
     launchers.lssar_sums,
     launchers.lssar_fwd,
     launchers.lssar_whole,
@@ -48,9 +48,9 @@ KERNEL = LssarOperator(
 )
 
 
-def lssar_operator(
+def select_lssar_impl(
     impl: str, x: Tensor, what: str, reweight: Reweight | None = None
-) -> LssarOperator:
+) -> LssarImpl:
     """The operator that `impl`, "auto", "triton" or "torch", stands for with tensors like x.
 
     x `[b, s, h, d]`; what: who asks, for the log. Raises ValueError for "triton" where no kernel
@@ -66,13 +66,13 @@ def lssar_operator(
         )
     if impl == "triton":
         check_kernel(x)
-        return KERNEL
+        return TRITON_IMPL
     if impl == "torch":
-        return TILED
+        return TORCH_IMPL
     # Interpreted kernels are for tests: many times slower than torch.
     reason = obstacle(x) if x.is_cuda else f"kernels run on CUDA, the tensors are on {x.device}"
     if reason is None:
         announce(f"{what}: Triton kernels, as the tensors are {x.dtype} on CUDA")
-        return KERNEL
+        return TRITON_IMPL
     announce(f"{what}: tiled torch, as {reason}")
-    return TILED
+    return TORCH_IMPL

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from lcdist_kernels.common import check_impl, check_self, document_starts
 from lcdist_kernels.lssar.epilogue import lssar_whole
-from lcdist_kernels.lssar.impl import LssarOperator, lssar_operator
+from lcdist_kernels.lssar.impl import LssarImpl, select_lssar_impl
 from lcdist_kernels.lssar.reference import SHARPENED, lssar_reference
 from lcdist_kernels.lssar.rows import Band, Reweight, directions, logit_scales
 from lcdist_kernels.rotary import Rotary
 
-BUILT = ("auto", "triton", "torch", "reference")
+IMPLS = ("auto", "triton", "torch", "reference")
 
 
 def lssar_attention(
@@ -33,11 +33,11 @@ def lssar_attention(
 ) -> Tensor:
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
-    impl: one of `BUILT`. The rest, and what raises ValueError, as in `lssar_reference`; also an
+    impl: one of `IMPLS`. The rest, and what raises ValueError, as in `lssar_reference`; also an
     `impl` that is not built, "triton" where it does not take the tensors, and a power below 1 in
     half precision.
     """
-    check_impl(impl, "lssar", BUILT)
+    check_impl(impl, "lssar", IMPLS)
     if impl == "reference":
         return lssar_reference(
             q,
@@ -50,7 +50,7 @@ def lssar_attention(
             softmax_scale=softmax_scale,
         )
     check_self(q, k, v)
-    operator = lssar_operator(impl, q, "lssar attention", reweight)
+    operator = select_lssar_impl(impl, q, "lssar attention", reweight)
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
     positions = index - starts if positions is None else positions
@@ -82,7 +82,7 @@ class LssarFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q, k, v, band: Band, reweight: Reweight | None, operator: LssarOperator
+        ctx: Any, q, k, v, band: Band, reweight: Reweight | None, operator: LssarImpl
     ) -> Tensor:
         q, k = operator.factor(q, v), operator.factor(k, v)
         done = operator.whole(q, k, v, band, reweight, slope=any(ctx.needs_input_grad))

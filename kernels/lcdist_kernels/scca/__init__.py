@@ -1,6 +1,6 @@
 """Shifted cross chunk attention and its relatives: windows of chunks, and dilated keys."""
 
-from lcdist_kernels.scca.op import BUILT, BandedFunction, scca_attention, scca_cached
+from lcdist_kernels.scca.op import IMPLS, BandedFunction, scca_attention, scca_cached
 from lcdist_kernels.scca.reference import scca_reference
 from lcdist_kernels.scca.rules import HeadGroup, Rule, dense_mask, head_groups, slices
 from lcdist_kernels.scca.tiled import (
@@ -12,7 +12,7 @@ from lcdist_kernels.scca.tiled import (
 )
 
 __all__ = [
-    "BUILT",
+    "IMPLS",
     "BandedFunction",
     "HeadGroup",
     "Part",

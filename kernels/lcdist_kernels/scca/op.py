@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels.common import check_impl, check_qkv, check_self, document_starts
-from lcdist_kernels.full import BlockOperator, block_operator, full_fwd
-from lcdist_kernels.full.impl import KERNEL
+from lcdist_kernels.full import AttentionImpl, full_fwd, select_impl
+from lcdist_kernels.full.impl import TRITON_IMPL
 from lcdist_kernels.rotary import Rotary
 from lcdist_kernels.scca.reference import check_rules, scca_reference
 from lcdist_kernels.scca.rules import Rule, head_groups
 from lcdist_kernels.scca.tiled import Part, banded_bwd, banded_fwd, self_parts
 
-BUILT = ("auto", "triton", "torch", "reference")
+IMPLS = ("auto", "triton", "torch", "reference")
 
 
 class BandedFunction(torch.autograd.Function):
@@ -26,10 +26,10 @@ class BandedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q, k, v, parts: Sequence[Part], scale: float, operator: BlockOperator
+        ctx: Any, q, k, v, parts: Sequence[Part], scale: float, operator: AttentionImpl
     ) -> Tensor:
         # No query is in two parts: kernels write the result itself.
-        dtype = q.dtype if operator is KERNEL else None
+        dtype = q.dtype if operator is TRITON_IMPL else None
         out, lse = banded_fwd(q, k, v, parts, scale, operator=operator, out_dtype=dtype)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -39,7 +39,7 @@ class BandedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *row = ctx.saved_tensors
-        dtype = q.dtype if ctx.operator is KERNEL else row[1].dtype
+        dtype = q.dtype if ctx.operator is TRITON_IMPL else row[1].dtype
         dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         dk, dv = banded_bwd(
             dout, q, k, v, tuple(row), ctx.parts, dq, ctx.scale, operator=ctx.operator, fresh=True
@@ -61,10 +61,10 @@ def scca_attention(
 ) -> Tensor:
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
-    impl: one of `BUILT`. The rest, and what raises ValueError, as in `scca_reference`; also an
+    impl: one of `IMPLS`. The rest, and what raises ValueError, as in `scca_reference`; also an
     `impl` that is not built, and "triton" where it does not take the tensors.
     """
-    check_impl(impl, "scca", BUILT)
+    check_impl(impl, "scca", IMPLS)
     if impl == "reference":
         return scca_reference(
             q,
@@ -78,7 +78,7 @@ def scca_attention(
         )
     check_self(q, k, v)
     check_rules(rules, q.shape[2])
-    operator = block_operator(impl, q, "scca attention")
+    operator = select_impl(impl, q, "scca attention")
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
     if rotary is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lcdist_kernels import tiles
 from lcdist_kernels.common import wide_dtype
-from lcdist_kernels.full.impl import KERNEL, TILED, BlockOperator
+from lcdist_kernels.full.impl import TORCH_IMPL, TRITON_IMPL, AttentionImpl
 from lcdist_kernels.partial import merge
 from lcdist_kernels.scca.rules import HeadGroup, Rule
 
@@ -76,7 +76,7 @@ def _one_dim(x: Tensor) -> bool:
 
 
 def self_parts(
-    groups: Iterable[HeadGroup], starts: Tensor, operator: BlockOperator = TILED
+    groups: Iterable[HeadGroup], starts: Tensor, operator: AttentionImpl = TORCH_IMPL
 ) -> list[Part]:
     """All parts of a sequence over itself, as `operator` takes them best.
 
@@ -101,7 +101,7 @@ def window_parts(
     index: Tensor,
     starts: Tensor,
     k_idx: Tensor,
-    operator: BlockOperator = TILED,
+    operator: AttentionImpl = TORCH_IMPL,
 ) -> list[Part]:
     """The parts of a window rule, as `operator` takes them. heads: kv, held, members of a `Part`.
 
@@ -110,7 +110,7 @@ def window_parts(
     """
     first, last = rule.limits(index - starts)
     q_lo, q_hi = first + starts, last + starts
-    runs = _rising_runs if operator is KERNEL else _runs
+    runs = _rising_runs if operator is TRITON_IMPL else _runs
     return [
         Part(rows, keys, *heads, q_hi[rows], q_lo[rows], k_idx[keys])
         for rows, keys in runs(q_lo, q_hi, k_idx)
@@ -188,7 +188,7 @@ def banded_fwd(
     softmax_scale: float,
     before: Partial | None = None,
     *,
-    operator: BlockOperator = TILED,
+    operator: AttentionImpl = TORCH_IMPL,
     out_dtype: torch.dtype | None = None,
 ) -> Partial:
     """The partial (out like q, lse `[b, h_kv, h / h_kv, s_q]`) of q over the parts' keys.
@@ -203,7 +203,7 @@ def banded_fwd(
         lse = out.new_full((q.shape[0], *q.shape[2:4], q.shape[1]), -torch.inf, dtype=wide)
     else:
         out, lse = before
-    direct = operator is KERNEL and before is None
+    direct = operator is TRITON_IMPL and before is None
     for part in _pieces(parts, operator, k, q, out):
         own = (slice(None), part.keys, part.held)
         # Kernels write where the result belongs: in `apart`'s parts that is a view.
@@ -229,7 +229,7 @@ def banded_bwd(
     dq: Tensor,
     softmax_scale: float,
     *,
-    operator: BlockOperator = TILED,
+    operator: AttentionImpl = TORCH_IMPL,
     fresh: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The share of (dk, dv) that passes through the parts; that of dq is added to `dq`.
@@ -241,7 +241,7 @@ def banded_bwd(
     wide = wide_dtype(q.dtype)
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
     out, lse = row
-    direct = operator is KERNEL and fresh
+    direct = operator is TRITON_IMPL and fresh
     for part in _pieces(parts, operator, k, q, dout, out, dq):
         there = {"dq": part.queries(dq)} if direct else {}
         own = (slice(None), part.keys, part.held)
@@ -265,8 +265,8 @@ def banded_bwd(
 
 
 def _pieces(
-    parts: Sequence[Part], operator: BlockOperator, k: Tensor, *like_q: Tensor
+    parts: Sequence[Part], operator: AttentionImpl, k: Tensor, *like_q: Tensor
 ) -> Iterator[Part]:
     """Tiled torch lays heads out anew in any case; kernels take them where they are."""
     for part in parts:
-        yield from part.apart(k, *like_q) if operator is KERNEL else (part,)
+        yield from part.apart(k, *like_q) if operator is TRITON_IMPL else (part,)

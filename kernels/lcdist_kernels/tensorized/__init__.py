@@ -8,8 +8,8 @@ from lcdist_kernels.tensorized.grid import (
     check_documents,
     initial_bias,
 )
-from lcdist_kernels.tensorized.impl import TensorizedOperator, tensorized_operator
-from lcdist_kernels.tensorized.op import BUILT, tensorized_attention
+from lcdist_kernels.tensorized.impl import TensorizedImpl, select_tensorized_impl
+from lcdist_kernels.tensorized.op import IMPLS, tensorized_attention
 from lcdist_kernels.tensorized.reference import dense_hop, tensorized_reference
 from lcdist_kernels.tensorized.tiled import (
     Branch,
@@ -21,11 +21,11 @@ from lcdist_kernels.tensorized.tiled import (
 )
 
 __all__ = [
-    "BUILT",
+    "IMPLS",
     "Branch",
     "Grid",
     "Partial",
-    "TensorizedOperator",
+    "TensorizedImpl",
     "Turning",
     "branch_pairs",
     "check_bias",
@@ -37,6 +37,6 @@ __all__ = [
     "initial_bias",
     "merge_branch",
     "tensorized_attention",
-    "tensorized_operator",
+    "select_tensorized_impl",
     "tensorized_reference",
 ]

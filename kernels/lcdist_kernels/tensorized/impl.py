@@ -11,7 +11,7 @@ from lcdist_kernels.tensorized.tiled import Grads, Partial
 from lcdist_kernels.triton_common import check_kernel, obstacle
 
 
-class TensorizedOperator(NamedTuple):
+class TensorizedImpl(NamedTuple):
     """Operators of one semantics, as `tiled` describes them.
 
     lambda_j is laid out as the operator likes: its own backward takes it back.
@@ -26,7 +26,7 @@ class TensorizedOperator(NamedTuple):
     row_delta: Callable[[Tensor, Tensor], Tensor]
 
 
-TILED = TensorizedOperator(
+TORCH_IMPL = TensorizedImpl(
     tiled.mode_fwd,
     tiled.mode_bwd,
     tiled.branch_fwd,
@@ -35,7 +35,7 @@ TILED = TensorizedOperator(
     tiled.hop_bwd,
     tiled.row_delta,
 )
-KERNEL = TensorizedOperator(
+TRITON_IMPL = TensorizedImpl(
     launchers.mode_fwd,
     launchers.mode_bwd,
     launchers.branch_fwd,
@@ -46,7 +46,7 @@ KERNEL = TensorizedOperator(
 )
 
 
-def tensorized_operator(impl: str, x: Tensor, what: str) -> TensorizedOperator:
+def select_tensorized_impl(impl: str, x: Tensor, what: str) -> TensorizedImpl:
     """The operator that `impl`, "auto", "triton" or "torch", stands for with tensors like x.
 
     x `[b, s, h, d]`; what: who asks, for the log. Raises ValueError for "triton" where no kernel
@@ -54,13 +54,13 @@ def tensorized_operator(impl: str, x: Tensor, what: str) -> TensorizedOperator:
     """
     if impl == "triton":
         check_kernel(x)
-        return KERNEL
+        return TRITON_IMPL
     if impl == "torch":
-        return TILED
+        return TORCH_IMPL
     # Interpreted kernels are for tests: many times slower than torch.
     reason = obstacle(x) if x.is_cuda else f"kernels run on CUDA, the tensors are on {x.device}"
     if reason is None:
         announce(f"{what}: Triton kernels, as the tensors are {x.dtype} on CUDA")
-        return KERNEL
+        return TRITON_IMPL
     announce(f"{what}: tiled torch, as {reason}")
-    return TILED
+    return TORCH_IMPL

@@ -14,11 +14,11 @@ from lcdist_kernels.common import check_impl, check_self, document_starts, wide_
 from lcdist_kernels.full import full_attention
 from lcdist_kernels.rotary import Rotary
 from lcdist_kernels.tensorized.grid import Grid, check_bias, check_documents, initial_bias
-from lcdist_kernels.tensorized.impl import TensorizedOperator, tensorized_operator
+from lcdist_kernels.tensorized.impl import TensorizedImpl, select_tensorized_impl
 from lcdist_kernels.tensorized.reference import tensorized_reference
 from lcdist_kernels.tensorized.tiled import Branch, Turning, coarsest_branch, fine_branch
 
-BUILT = ("auto", "triton", "torch", "reference")
+IMPLS = ("auto", "triton", "torch", "reference")
 
 
 def tensorized_attention(
@@ -34,13 +34,13 @@ def tensorized_attention(
     softmax_scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """As `tensorized_reference`; impl: one of `BUILT`.
+    """As `tensorized_reference`; impl: one of `IMPLS`.
 
     Any length is legal; a document must start at a multiple of the product of modes, except with
     impl = "reference". Raises ValueError where one does not, where shapes do not fit, `impl` is not
     built, or "triton" does not take the tensors.
     """
-    check_impl(impl, "tensorized", BUILT)
+    check_impl(impl, "tensorized", IMPLS)
     if impl == "reference":
         return tensorized_reference(
             q,
@@ -67,7 +67,7 @@ def tensorized_attention(
             softmax_scale=softmax_scale,
             impl=impl,
         )
-    operator = tensorized_operator(impl, q, "tensorized attention")
+    operator = select_tensorized_impl(impl, q, "tensorized attention")
     seqlen = q.shape[1]
     padding = -seqlen % grid.block
     index = torch.arange(seqlen + padding)
@@ -104,7 +104,7 @@ class TensorizedFunction(torch.autograd.Function):
         turning: Turning,
         index: Tensor,
         starts: Tensor,
-        operator: TensorizedOperator,
+        operator: TensorizedImpl,
     ) -> Tensor:
         values, lambdas, done = [v], [], None
         for mode, branch in enumerate(branches(index, starts, turning.grid)):

@@ -29,19 +29,19 @@ from lcdist.exchange import Group
 from lcdist.layout import KINDS, ContextLayout, pieces_needed
 from lcdist_kernels import Rotary, coca_attention, coca_reference
 from lcdist_kernels.coca import (
-    BUILT,
-    TILED,
-    CoCAOperator,
+    IMPLS,
+    TORCH_IMPL,
+    CoCAImpl,
     angles,
     check_variant,
     coca_keys,
-    coca_operator,
     coca_queries,
     coca_tau,
     collinear,
     collinear_bwd,
     keys,
     queries,
+    select_coca_impl,
 )
 from lcdist_kernels.common import check_impl, check_qkv
 from lcdist_kernels.full import full_fwd
@@ -50,7 +50,9 @@ from lcdist_kernels.full import full_fwd
 class CocaRingKernel:
     """The factors of CoCA: q', and a block `[b, s, h_kv, 3 d / 2]` that is tau and the value."""
 
-    def __init__(self, variant: str, rotary: Rotary | None, operator: CoCAOperator = TILED) -> None:
+    def __init__(
+        self, variant: str, rotary: Rotary | None, operator: CoCAImpl = TORCH_IMPL
+    ) -> None:
         self.variant, self.rotary, self.operator = variant, rotary, operator
 
     def queries(self, q: Tensor, positions: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ def attention(
     Raises ValueError where shapes, layout and group do not fit, head_dim is odd, the rotary does
     not turn all of it, `impl` is not built, or "triton" does not take the tensors.
     """
-    check_impl(impl, "coca", BUILT)
+    check_impl(impl, "coca", IMPLS)
     check_qkv(q, k, v)
     check_variant(options.variant, q.shape[3])
     check_shard(q, k, layout, group)
@@ -147,7 +149,7 @@ def attention(
         queries_ = coca_queries(q, rotary, index - starts, options.variant)
         block = torch.cat((coca_tau(k), v), -1)
         return reference_ring(queries_, block, factors.dense_keys, lap).to(q.dtype)
-    operator = coca_operator(impl, q, "coca attention under context parallelism")
+    operator = select_coca_impl(impl, q, "coca attention under context parallelism")
     lap = Lap(layout, group, cu_seqlens, scale, operator.block)
     factors = CocaRingKernel(options.variant, rotary, operator)
     return RingSoftmax.apply(q, _Pack.apply(k, v), factors, lap)
@@ -238,7 +240,7 @@ METHOD = AttentionMethod(
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
-    impls=BUILT,
+    impls=IMPLS,
     reference=reference,
     attention=attention,
     decode=decode,

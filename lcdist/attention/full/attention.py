@@ -24,7 +24,7 @@ from lcdist.exchange import Group, group_rank
 from lcdist.layout import KINDS, ContextLayout, pieces_needed
 from lcdist_kernels import Rotary, full_attention, full_reference
 from lcdist_kernels.common import check_impl, check_qkv
-from lcdist_kernels.full import BUILT, TILED, block_operator, full_fwd
+from lcdist_kernels.full import IMPLS, TORCH_IMPL, full_fwd, select_impl
 
 
 class FullRingKernel:
@@ -68,7 +68,7 @@ def attention(
     Raises ValueError where shapes, layout and group do not fit, `impl` is not built, or "triton"
     does not take the tensors.
     """
-    check_impl(impl, "full", BUILT)
+    check_impl(impl, "full", IMPLS)
     check_qkv(q, k, v)
     check_shard(q, k, layout, group)
     check_plain(q, k, params, heads, "full")
@@ -78,7 +78,7 @@ def attention(
             q, k, v, rotary=rotary, cu_seqlens=cu_seqlens, softmax_scale=scale, impl=impl
         )
     what = "full attention under context parallelism"
-    operator = TILED if impl == "reference" else block_operator(impl, q, what)
+    operator = TORCH_IMPL if impl == "reference" else select_impl(impl, q, what)
     lap = Lap(layout, group, cu_seqlens, scale, operator)
     if rotary is not None:
         index, starts = tokens(layout, group_rank(group), cu_seqlens)
@@ -173,7 +173,7 @@ METHOD = AttentionMethod(
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
-    impls=BUILT,
+    impls=IMPLS,
     reference=reference,
     attention=attention,
     decode=decode,

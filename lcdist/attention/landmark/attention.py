@@ -36,7 +36,7 @@ from lcdist.exchange import Group, group_rank
 from lcdist.layout import ContextLayout
 from lcdist_kernels import Rotary, landmark_attention, landmark_reference
 from lcdist_kernels.common import check_impl, check_qkv
-from lcdist_kernels.landmark import BUILT, TILED, landmark_cached, landmark_operator
+from lcdist_kernels.landmark import IMPLS, TORCH_IMPL, landmark_cached, select_landmark_impl
 
 
 def attention(
@@ -67,7 +67,7 @@ def attention(
     Raises ValueError where shapes, layout, group, documents and options do not fit, `impl` is not
     built, or "triton" does not take the tensors.
     """
-    check_impl(impl, "landmark", BUILT)
+    check_impl(impl, "landmark", IMPLS)
     check_qkv(q, k, v)
     check_shard(q, k, layout, group)
     check_heads(q, k, params, heads, options)
@@ -88,7 +88,7 @@ def attention(
             impl=impl,
         )
     what = "landmark attention under context parallelism"
-    operator = TILED if impl == "reference" else landmark_operator(impl, q, what)
+    operator = TORCH_IMPL if impl == "reference" else select_landmark_impl(impl, q, what)
     if rotary is not None:
         index, starts = tokens(layout, group_rank(group), cu_seqlens)
         q, k = rotary.rotate(q, index - starts), rotary.rotate(k, index - starts)
@@ -192,5 +192,5 @@ METHOD = AttentionMethod(
     layouts_for=layouts_for,
     exchange_for=exchange_for,
     check=check,
-    impls=BUILT,
+    impls=IMPLS,
 )

@@ -16,8 +16,8 @@ from lcdist.config.schema import LandmarkOptions
 from lcdist.exchange import Group, Pending, gather, group_rank
 from lcdist.layout import ContextLayout
 from lcdist_kernels.landmark import (
-    TILED,
-    LandmarkOperator,
+    TORCH_IMPL,
+    LandmarkImpl,
     ListedFunction,
     Lists,
     Reading,
@@ -41,7 +41,7 @@ class Fetch:
     cu_seqlens: Tensor | None
     softmax_scale: float
     options: LandmarkOptions
-    operator: LandmarkOperator = TILED
+    operator: LandmarkImpl = TORCH_IMPL
 
     @property
     def block_size(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lcdist.attention.shared.checks import tokens
 from lcdist.exchange import Group, group_rank, ring, ring_with_gradients
 from lcdist.layout import ContextLayout
-from lcdist_kernels.landmark import TILED, LandmarkOperator, Rows, landmark_partial, sees_any
+from lcdist_kernels.landmark import TORCH_IMPL, LandmarkImpl, Rows, landmark_partial, sees_any
 from lcdist_kernels.partial import merge
 
 
@@ -26,7 +26,7 @@ class Ring:
     cu_seqlens: Tensor | None
     softmax_scale: float
     block_size: int
-    operator: LandmarkOperator = TILED
+    operator: LandmarkImpl = TORCH_IMPL
 
     def rows(self) -> Rows:
         """This rank's queries."""

@@ -33,7 +33,7 @@ from lcdist_kernels import Rotary
 from lcdist_kernels import lssar as ops
 from lcdist_kernels.common import check_impl, check_qkv
 from lcdist_kernels.full import reaches, visible
-from lcdist_kernels.lssar import TILED, Band, LssarOperator, Reweight, Threshold
+from lcdist_kernels.lssar import TORCH_IMPL, Band, LssarImpl, Reweight, Threshold
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class _Ring:
     cu_seqlens: Tensor | None
     rotary: Rotary | None
     reweight: Reweight | None
-    operator: LssarOperator = TILED
+    operator: LssarImpl = TORCH_IMPL
 
     def band(self, owner: int) -> Band:
         """What this rank's queries see of `owner`'s keys."""
@@ -87,7 +87,7 @@ def attention(
     Raises ValueError where shapes, layout and group do not fit, `impl` is not built, "triton" does
     not take the tensors, or the power is below 1 in half precision.
     """
-    check_impl(impl, "lssar", ops.BUILT)
+    check_impl(impl, "lssar", ops.IMPLS)
     check_qkv(q, k, v)
     check_shard(q, k, layout, group)
     check_plain(q, k, params, heads, "lssar")
@@ -104,7 +104,7 @@ def attention(
             impl=impl,
         )
     what = "lssar attention under context parallelism"
-    operator = TILED if impl == "reference" else ops.lssar_operator(impl, q, what, reweight)
+    operator = TORCH_IMPL if impl == "reference" else ops.select_lssar_impl(impl, q, what, reweight)
     around, rank = _Ring(layout, group, cu_seqlens, rotary, reweight, operator), group_rank(group)
     queries = around.directions(q, rank)
     queries = queries * ops.logit_scales(around.rows().counts, softmax_scale, queries)
@@ -293,7 +293,7 @@ METHOD = AttentionMethod(
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
-    impls=ops.BUILT,
+    impls=ops.IMPLS,
     reference=reference,
     attention=attention,
     decode=decode,

@@ -25,8 +25,8 @@ from lcdist.exchange import Group, group_rank
 from lcdist.layout import ContextLayout, pieces_needed
 from lcdist_kernels import Rotary, scca_attention, scca_reference
 from lcdist_kernels.common import check_impl, check_qkv
-from lcdist_kernels.full import TILED, BlockOperator, block_operator
-from lcdist_kernels.scca import BUILT, Rule, head_groups, scca_cached
+from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, select_impl
+from lcdist_kernels.scca import IMPLS, Rule, head_groups, scca_cached
 
 LAYOUTS = ("contiguous", "zigzag")
 
@@ -57,7 +57,7 @@ def attention(
     not take the tensors, or options contradict each other, the heads or the documents
     (`scca_pattern`).
     """
-    check_impl(impl, "scca", BUILT)
+    check_impl(impl, "scca", IMPLS)
     check_qkv(q, k, v)
     check_shard(q, k, layout, group)
     _check_layout(layout)
@@ -75,7 +75,7 @@ def attention(
             impl=impl,
         )
     what = "scca attention under context parallelism"
-    operator = TILED if impl == "reference" else block_operator(impl, q, what)
+    operator = TORCH_IMPL if impl == "reference" else select_impl(impl, q, what)
     index, starts = tokens(layout, group_rank(group), cu_seqlens)
     if rotary is not None:
         q, k = rotary.rotate(q, index - starts), rotary.rotate(k, index - starts)
@@ -88,7 +88,7 @@ def _exchanged(
     k: Tensor,
     v: Tensor,
     rules: tuple[Rule, ...],
-    around: tuple[ContextLayout, Group, Tensor | None, float, BlockOperator],
+    around: tuple[ContextLayout, Group, Tensor | None, float, AttentionImpl],
     dense: bool,
 ) -> Tensor:
     """All heads of rotated q; the all-to-all is posted before anything else."""
@@ -255,7 +255,7 @@ METHOD = AttentionMethod(
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
-    impls=BUILT,
+    impls=IMPLS,
     reference=reference,
     attention=attention,
     decode=decode,

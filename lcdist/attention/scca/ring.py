@@ -20,8 +20,8 @@ from lcdist.exchange import Group, group_rank, ring, ring_with_gradients
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.full import (
-    TILED,
-    BlockOperator,
+    TORCH_IMPL,
+    AttentionImpl,
     full_partial,
     merge,
     reaches,
@@ -50,7 +50,7 @@ class KeyRing:
     group: Group
     cu_seqlens: Tensor | None
     softmax_scale: float
-    operator: BlockOperator = TILED
+    operator: AttentionImpl = TORCH_IMPL
 
     @cached_property
     def dilation(self) -> int:

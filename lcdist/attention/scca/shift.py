@@ -20,7 +20,7 @@ from lcdist.attention.shared.checks import tokens
 from lcdist.exchange import Group, Pending, group_rank, shift
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import document_starts
-from lcdist_kernels.full import TILED, BlockOperator, full_partial
+from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, full_partial
 from lcdist_kernels.scca import (
     HeadGroup,
     Part,
@@ -44,7 +44,7 @@ class Windows:
     group: Group
     cu_seqlens: Tensor | None
     softmax_scale: float
-    operator: BlockOperator = TILED
+    operator: AttentionImpl = TORCH_IMPL
 
     def moves(self, of: HeadGroup) -> Moves:
         """What travels for one group of heads."""

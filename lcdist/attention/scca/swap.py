@@ -21,7 +21,7 @@ from lcdist.attention.scca.units import Units, dilated_heads
 from lcdist.exchange import Group, Pending, group_rank, swap
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import document_starts
-from lcdist_kernels.full import TILED, BlockOperator, full_partial, visible
+from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, full_partial, visible
 from lcdist_kernels.scca import Part, Rule, banded_bwd, banded_fwd, head_groups
 
 ALL = slice(None)
@@ -70,7 +70,7 @@ class UnitSwap:
     group: Group
     cu_seqlens: Tensor | None
     softmax_scale: float
-    operator: BlockOperator = TILED
+    operator: AttentionImpl = TORCH_IMPL
 
     @cached_property
     def _slots(self) -> list[int]:

@@ -17,7 +17,7 @@ from lcdist.attention.interface import Shape, Traffic
 from lcdist.attention.shared.checks import tokens
 from lcdist.exchange import Group, group_rank, ring, ring_with_gradients
 from lcdist.layout import ContextLayout
-from lcdist_kernels.full import TILED, BlockOperator, full_partial, merge, reaches, visible
+from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, full_partial, merge, reaches, visible
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Lap:
     group: Group
     cu_seqlens: Tensor | None
     softmax_scale: float
-    operator: BlockOperator = TILED
+    operator: AttentionImpl = TORCH_IMPL
 
     def here(self) -> tuple[Tensor, Tensor]:
         """This rank's global token numbers, and the first token of each one's document."""

@@ -64,7 +64,7 @@ def attention(
     document starts inside one, options do not go together, `impl` is not built, or
     "triton" does not take the tensors.
     """
-    check_impl(impl, "tensorized", ops.BUILT)
+    check_impl(impl, "tensorized", ops.IMPLS)
     check_qkv(q, k, v)
     check_shard(q, k, layout, group)
     grid, bias = _asked(options, params, heads, q, k)
@@ -87,7 +87,7 @@ def attention(
     index = layout.positions(group_rank(group))
     turning = Turning(grid, rotary, index - starts[index], scale)
     chosen = "torch" if impl == "reference" else impl
-    operator = ops.tensorized_operator(chosen, q, "tensorized attention on shards")
+    operator = ops.select_tensorized_impl(chosen, q, "tensorized attention on shards")
     around = Sharded(layout, group, turning, starts, k.shape[2], operator)
     if impl == "reference":
         return reference_units(q, k, v, bias, around)
@@ -255,6 +255,6 @@ METHOD = AttentionMethod(
     parameters=parameters,
     exchange_for=exchange_for,
     initial=initial,
-    impls=ops.BUILT,
+    impls=ops.IMPLS,
     check=check,
 )

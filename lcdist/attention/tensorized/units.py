@@ -18,7 +18,7 @@ from lcdist.attention.tensorized.plan import halo_plan, halo_tokens, plan_home, 
 from lcdist.exchange import Group, Interval, Pending, group_rank, shift, swap
 from lcdist.layout import ContextLayout
 from lcdist_kernels import tensorized as ops
-from lcdist_kernels.tensorized import Branch, Grid, Partial, TensorizedOperator, Turning
+from lcdist_kernels.tensorized import Branch, Grid, Partial, TensorizedImpl, Turning
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sharded:
     turning: Turning
     starts: Tensor
     nheads_kv: int
-    operator: TensorizedOperator
+    operator: TensorizedImpl
 
     @property
     def grid(self) -> Grid:
