@@ -18,11 +18,11 @@ from lcdist_kernels.landmark import (
     landmark_bwd,
     landmark_fwd,
     landmark_partial,
-    listed_bwd,
-    listed_fwd,
+    sparse_bwd,
+    sparse_fwd,
     unit_lengths,
 )
-from lcdist_kernels.landmark import sparse as listed_module
+from lcdist_kernels.landmark import sparse as sparse_module
 from lcdist_kernels.landmark import tiled as tiled_module
 from lcdist_kernels.landmark import top_k as choose_module
 from lcdist_kernels.partial import merge
@@ -124,12 +124,12 @@ def test_equals_reference(
 def test_blocks_smaller_and_larger_than_a_tile(
     block_size: int, choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (tiles, listed_module):
+    for module in (tiles, sparse_module):
         monkeypatch.setattr(module, "BLOCK", 32)
     monkeypatch.setattr(tiles, "SHORT_ROW", 0)
-    for module in (tiles, tiled_module, listed_module):
+    for module in (tiles, tiled_module, sparse_module):
         monkeypatch.setattr(module, "SCORES_AT_ONCE", 3 * 32 * 32)
-    monkeypatch.setattr(listed_module, "KEYS_AT_ONCE", 5 * 32 * 16)
+    monkeypatch.setattr(sparse_module, "KEYS_AT_ONCE", 5 * 32 * 16)
     monkeypatch.setattr(choose_module, "SCORES_AT_ONCE", 2 * 6 * 90 * 4)
     qkv = inputs(203, (6, 3))
     dout = torch.randn_like(qkv[0])
@@ -423,10 +423,10 @@ def test_lists_of_nothing_and_of_an_empty_table() -> None:
     for entries in (0, 3):
         table = torch.randn(entries, 2, 4, 16, dtype=DOUBLE)
         lists = Lists(torch.arange(entries), none, torch.full((3,), 4))
-        out, lse = listed_fwd(q, table, lists, rows, 0.25)
+        out, lse = sparse_fwd(q, table, lists, rows, 0.25)
         assert torch.all(out == 0) and torch.all(lse == -torch.inf)
         full_lse = torch.zeros_like(lse)
-        dq, dtable = listed_bwd(q, q, table, out, full_lse, lists, rows, 0.25)
+        dq, dtable = sparse_bwd(q, q, table, out, full_lse, lists, rows, 0.25)
         assert torch.all(dq == 0) and torch.all(dtable == 0) and dtable.shape == table.shape
 
 

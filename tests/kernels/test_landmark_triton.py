@@ -260,10 +260,10 @@ def test_lists(size: int, launch: Launch, group: int) -> None:
     # Two entries more than are ever named.
     table = torch.randn(blocks + 2, 2, size, 16, device=HERE)
     lists = lists._replace(numbers=torch.cat((lists.numbers, lists.numbers[:2])))
-    out, lse = TRITON_IMPL.listed_fwd(q, table, lists, rows, 0.25, launch=launch)
+    out, lse = TRITON_IMPL.sparse_fwd(q, table, lists, rows, 0.25, launch=launch)
     wide_lists = Lists(lists.numbers.cpu(), lists.ids.cpu(), lengths)
     doubles = [x.cpu().double() for x in (q, table)]
-    true_out, true_lse = TORCH_IMPL.listed_fwd(*doubles, wide_lists, rows, 0.25)
+    true_out, true_lse = TORCH_IMPL.sparse_fwd(*doubles, wide_lists, rows, 0.25)
     empty = true_lse == -torch.inf
     assert empty.any() and not empty.all()
     assert torch.equal(lse.cpu() == -torch.inf, empty)
@@ -272,8 +272,8 @@ def test_lists(size: int, launch: Launch, group: int) -> None:
     # As if there were more keys than the listed ones.
     more = (torch.randn_like(out), true_lse.clamp(min=0).float().to(HERE) + 0.5)
     one = (torch.randn_like(q), q, table, *more)
-    got = TRITON_IMPL.listed_bwd(*one, lists, rows, 0.25, launches=(launch, launch))
-    truth = TORCH_IMPL.listed_bwd(*(x.cpu().double() for x in one), wide_lists, rows, 0.25)
+    got = TRITON_IMPL.sparse_bwd(*one, lists, rows, 0.25, launches=(launch, launch))
+    truth = TORCH_IMPL.sparse_bwd(*(x.cpu().double() for x in one), wide_lists, rows, 0.25)
     assert_close(list(got), list(truth))
     assert torch.all(got[1][-2:] == 0)
 
@@ -298,9 +298,9 @@ def test_lists_of_nothing_and_of_an_empty_table(entries: int) -> None:
     none = torch.full((2, 2, 3, 5), -1, dtype=torch.int32, device=HERE)
     table = torch.randn(entries, 2, 4, 16, device=HERE)
     lists = Lists(torch.arange(entries, device=HERE), none, torch.full((3,), 4))
-    out, lse = TRITON_IMPL.listed_fwd(q, table, lists, rows, 0.25)
+    out, lse = TRITON_IMPL.sparse_fwd(q, table, lists, rows, 0.25)
     assert torch.all(out == 0) and torch.all(lse == -torch.inf)
-    dq, dtable = TRITON_IMPL.listed_bwd(q, q, table, out, torch.zeros_like(lse), lists, rows, 0.25)
+    dq, dtable = TRITON_IMPL.sparse_bwd(q, q, table, out, torch.zeros_like(lse), lists, rows, 0.25)
     assert torch.all(dq == 0) and torch.all(dtable == 0) and dtable.shape == table.shape
 
 
@@ -414,8 +414,8 @@ for head_dim, dtype, size in (
     with compiled_for(CAPABILITY) as made:
         out, lse = TRITON_IMPL.fwd(q, k, k, *band)
         TRITON_IMPL.bwd(q, q, k, k, out, lse, *band, grad_dtype=dtype)
-        TRITON_IMPL.listed_fwd(q, table, lists, grid.rows, 0.25)
-        TRITON_IMPL.listed_bwd(q, q, table, out, lse, lists, grid.rows, 0.25)
+        TRITON_IMPL.sparse_fwd(q, table, lists, grid.rows, 0.25)
+        TRITON_IMPL.sparse_bwd(q, q, table, out, lse, lists, grid.rows, 0.25)
     assert len(made) == 6
     for each in made:
         assert each.metadata.shared <= SHARED[CAPABILITY], (head_dim, size, each.metadata)

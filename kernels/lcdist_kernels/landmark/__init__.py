@@ -11,15 +11,15 @@ from lcdist_kernels.landmark.blocks import (
 from lcdist_kernels.landmark.impl import TORCH_IMPL, TRITON_IMPL, LandmarkImpl, select_landmark_impl
 from lcdist_kernels.landmark.op import (
     IMPLS,
-    ListedFunction,
     Reading,
+    SparseFunction,
     keys_of,
     landmark_attention,
     landmark_cached,
     table_of,
 )
-from lcdist_kernels.landmark.reference import landmark_partial, landmark_reference, listed_partial
-from lcdist_kernels.landmark.sparse import Lists, listed_bwd, listed_fwd
+from lcdist_kernels.landmark.reference import landmark_partial, landmark_reference, sparse_partial
+from lcdist_kernels.landmark.sparse import Lists, sparse_bwd, sparse_fwd
 from lcdist_kernels.landmark.tiled import landmark_bwd, landmark_fwd, sees_any
 from lcdist_kernels.landmark.top_k import choose_blocks
 
@@ -29,7 +29,7 @@ __all__ = [
     "TORCH_IMPL",
     "Grid",
     "LandmarkImpl",
-    "ListedFunction",
+    "SparseFunction",
     "Lists",
     "Reading",
     "Rows",
@@ -45,9 +45,9 @@ __all__ = [
     "landmark_partial",
     "landmark_reference",
     "landmarks",
-    "listed_bwd",
-    "listed_fwd",
-    "listed_partial",
+    "sparse_bwd",
+    "sparse_fwd",
+    "sparse_partial",
     "sees_any",
     "table_of",
     "unit_lengths",

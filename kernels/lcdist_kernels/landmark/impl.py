@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lcdist_kernels.full import TRITON_IMPL as FULL_KERNEL
 from lcdist_kernels.full import select_impl
-from lcdist_kernels.landmark import launchers, listed, listed_launchers, tiled
+from lcdist_kernels.landmark import launchers, listed, sparse_launchers, tiled
 
 
 class LandmarkImpl(NamedTuple):
@@ -17,8 +17,8 @@ class LandmarkImpl(NamedTuple):
     bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
     own_fwd: Callable[..., tuple[Tensor, Tensor]]
     own_bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    listed_fwd: Callable[..., tuple[Tensor, Tensor]]
-    listed_bwd: Callable[..., tuple[Tensor, Tensor]]
+    sparse_fwd: Callable[..., tuple[Tensor, Tensor]]
+    sparse_bwd: Callable[..., tuple[Tensor, Tensor]]
 
 
 TORCH_IMPL = LandmarkImpl(
@@ -26,16 +26,16 @@ TORCH_IMPL = LandmarkImpl(
     tiled.landmark_bwd,
     tiled.own_fwd,
     tiled.own_bwd,
-    listed.listed_fwd,
-    listed.listed_bwd,
+    listed.sparse_fwd,
+    listed.sparse_bwd,
 )
 TRITON_IMPL = LandmarkImpl(
     launchers.landmark_fwd,
     launchers.landmark_bwd,
     launchers.own_fwd,
     launchers.own_bwd,
-    listed_launchers.listed_fwd,
-    listed_launchers.listed_bwd,
+    sparse_launchers.sparse_fwd,
+    sparse_launchers.sparse_bwd,
 )
 
 

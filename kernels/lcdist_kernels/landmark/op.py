@@ -79,7 +79,7 @@ def landmark_attention(
     lengths = unit_lengths(index, starts, select_tokens)
     lists = choose_here(q, k, grid.rows, lengths, top_k, scale)
     reading = Reading(lists, grid.rows, 0, scale, operator)
-    return ListedFunction.apply(q, k, v, None, None, reading)
+    return SparseFunction.apply(q, k, v, None, None, reading)
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def landmark_cached(
     if top_k is None:
         return TORCH_IMPL.fwd(q, k, v, rows, k_start, softmax_scale, out_dtype=q.dtype)[0]
     lists = choose_here(q, k, rows, torch.ones_like(positions), top_k, softmax_scale)
-    past = TORCH_IMPL.listed_fwd(q, table_of(k, v, block_size), lists, rows, softmax_scale)
+    past = TORCH_IMPL.sparse_fwd(q, table_of(k, v, block_size), lists, rows, softmax_scale)
     own = TORCH_IMPL.own_fwd(q, k, v, rows, k_start, softmax_scale)
     return merge(*own, *past)[0].to(q.dtype)
 
@@ -131,7 +131,7 @@ class LandmarkFunction(torch.autograd.Function):
 
 
 class Reading(NamedTuple):
-    """What `ListedFunction` is told. first: the first slot of its own keys."""
+    """What `SparseFunction` is told. first: the first slot of its own keys."""
 
     lists: Lists
     rows: Rows
@@ -149,7 +149,7 @@ class Reading(NamedTuple):
         return self.operator.own_fwd(q, k, v, self.rows, self.k_start(k), self.softmax_scale)
 
 
-class ListedFunction(torch.autograd.Function):
+class SparseFunction(torch.autograd.Function):
     """Own blocks among k, v, and listed ones of a table; these, q, out, lse and lists are kept.
 
     table: None where it is made of k and v. own: the partial over own blocks where it was computed
@@ -161,7 +161,7 @@ class ListedFunction(torch.autograd.Function):
         lists, rows, _, scale, operator = reading
         own = reading.own_partial(q, k, v) if own is None else own
         entries = table_of(k, v, rows.block_size) if table is None else table
-        past = operator.listed_fwd(q, entries, lists, rows, scale)
+        past = operator.sparse_fwd(q, entries, lists, rows, scale)
         out, lse = merge(own[0], own[1], *past)
         out = out.to(q.dtype)
         # A table may come in a wider dtype, so that its gradient does; its values need none.
@@ -176,7 +176,7 @@ class ListedFunction(torch.autograd.Function):
         q, k, v, table, out, lse = ctx.saved_tensors
         lists, rows, _, scale, operator = reading = ctx.reading
         entries = table_of(k, v, rows.block_size) if table is None else table
-        dq, dtable = operator.listed_bwd(dout, q, entries, out, lse, lists, rows, scale)
+        dq, dtable = operator.sparse_bwd(dout, q, entries, out, lse, lists, rows, scale)
         del entries
         own = operator.own_bwd(dout, q, k, v, out, lse, rows, reading.k_start(k), scale)
         dq.add_(own[0])

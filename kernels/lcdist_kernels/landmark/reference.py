@@ -121,7 +121,7 @@ def landmark_partial(
     return torch.einsum("bhsnl,bnlhd->bshd", weights_BHSNL, v_BNLHD), lse_BHS
 
 
-def listed_partial(
+def sparse_partial(
     q: Tensor,
     kv: Tensor,
     ids: Tensor,

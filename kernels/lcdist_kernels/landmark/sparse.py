@@ -58,7 +58,7 @@ class _Tile(NamedTuple):
         return whole.unflatten(2, (count, self.length))[:, :, :, self.rows]
 
 
-def listed_fwd(
+def sparse_fwd(
     q: Tensor, table: Tensor, lists: Lists, rows: Rows, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """The partial (out `[b, s, h, d]`, lse `[b, h, s]`) of rotated q over its units' lists.
@@ -81,7 +81,7 @@ def listed_fwd(
     return unfold(out, shape), lse.view(shape[0], shape[2], shape[1])
 
 
-def listed_bwd(
+def sparse_bwd(
     dout: Tensor,
     q: Tensor,
     table: Tensor,
@@ -94,7 +94,7 @@ def listed_bwd(
     """The share of dq, and dtable `[m, 2, L, d]`, through the lists.
 
     dout, out: like q; lse `[b, h, s]`: out and lse over all keys the queries see, not only these.
-    The rest as in `listed_fwd`. Result in the wider of fp32 and q.dtype; the same bits every time.
+    The rest as in `sparse_fwd`. Result in the wider of fp32 and q.dtype; the same bits every time.
     """
     shape, nheads_kv = q.shape, lists.ids.shape[1]
     dout, q, out = (fold(x, nheads_kv) for x in (dout, q, out))

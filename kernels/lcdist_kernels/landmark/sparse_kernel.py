@@ -64,7 +64,7 @@ def _named(
 
 
 @triton.jit
-def _listed_fwd_kernel(
+def _sparse_fwd_kernel(
     q,
     table,
     out,
@@ -143,7 +143,7 @@ def _listed_fwd_kernel(
 
 
 @triton.jit
-def _listed_bwd_dq_kernel(
+def _sparse_bwd_dq_kernel(
     q,
     table,
     out,
@@ -234,7 +234,7 @@ def _listed_bwd_dq_kernel(
 
 
 @triton.jit
-def _listed_bwd_dtable_kernel(
+def _sparse_bwd_dtable_kernel(
     q,
     table,
     dout,

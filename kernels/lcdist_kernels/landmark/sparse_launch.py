@@ -10,9 +10,9 @@ from lcdist_kernels.landmark.blocks import Rows
 from lcdist_kernels.landmark.inner_loop import Tiling, launch_for, tiling_of
 from lcdist_kernels.landmark.sparse import Lists
 from lcdist_kernels.landmark.sparse_kernel import (
-    _listed_bwd_dq_kernel,
-    _listed_bwd_dtable_kernel,
-    _listed_fwd_kernel,
+    _sparse_bwd_dq_kernel,
+    _sparse_bwd_dtable_kernel,
+    _sparse_fwd_kernel,
 )
 from lcdist_kernels.landmark.tile_configs import (
     BWD_DKV,
@@ -26,7 +26,7 @@ from lcdist_kernels.tile_ranges import Indices, on_device, place_of
 from lcdist_kernels.triton_common import LOG2E, Launch, check_kernel, launching, padded, rows
 
 
-def listed_fwd(
+def sparse_fwd(
     q: Tensor,
     table: Tensor,
     lists: Lists,
@@ -37,7 +37,7 @@ def listed_fwd(
 ) -> tuple[Tensor, Tensor]:
     """The partial (out `[b, s, h, d]`, lse `[b, h, s]`) of rotated q over its units' lists.
 
-    As the tiled `listed_fwd`, in bf16, fp16 or fp32, head_dim even and from 16 to 256, with a table
+    As the tiled `sparse_fwd`, in bf16, fp16 or fp32, head_dim even and from 16 to 256, with a table
     of q's dtype or a wider one; the partial in fp32. Raises as `check_kernel`.
     """
     table = _checked(q, table)
@@ -49,7 +49,7 @@ def listed_fwd(
     launch = _cut(launch or launch_for(FWD, FWD_LARGE, q, rows_of.block_size), q, lists)
     tiles = _tiles(q, lists, launch)
     with launching(q):
-        _listed_fwd_kernel[(len(tiles), lists.ids.shape[1], len(q))](
+        _sparse_fwd_kernel[(len(tiles), lists.ids.shape[1], len(q))](
             q,
             table,
             out,
@@ -67,7 +67,7 @@ def listed_fwd(
     return out, lse
 
 
-def listed_bwd(
+def sparse_bwd(
     dout: Tensor,
     q: Tensor,
     table: Tensor,
@@ -81,8 +81,8 @@ def listed_bwd(
 ) -> tuple[Tensor, Tensor]:
     """The share of dq, and dtable `[m, 2, L, d]`, through the lists, both fp32.
 
-    As the tiled `listed_bwd`: out and lse over all keys the queries see. launches: tiles for dq and
-    for dtable. Raises as `listed_fwd`.
+    As the tiled `sparse_bwd`: out and lse over all keys the queries see. launches: tiles for dq and
+    for dtable. Raises as `sparse_fwd`.
     """
     table = _checked(q, table)
     q, out, dout = rows(q), rows(out), rows(dout.to(q.dtype))
@@ -99,7 +99,7 @@ def listed_bwd(
     ids, stops, begins, q_last = _lists(q, lists, rows_of)
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
     with launching(q):
-        _listed_bwd_dq_kernel[(len(tiles), ids.shape[1], len(q))](
+        _sparse_bwd_dq_kernel[(len(tiles), ids.shape[1], len(q))](
             q,
             table,
             out,
@@ -123,7 +123,7 @@ def listed_bwd(
             **_constants(q, lists, size, for_dq),
         )
         constants = _constants(q, lists, size, for_dtable) | _one_entry(for_dtable, size)
-        _listed_bwd_dtable_kernel[(len(table) * constants["STEPS"],)](
+        _sparse_bwd_dtable_kernel[(len(table) * constants["STEPS"],)](
             q,
             table,
             dout,

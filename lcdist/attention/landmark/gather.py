@@ -18,14 +18,14 @@ from lcdist.layout import ContextLayout
 from lcdist_kernels.landmark import (
     TORCH_IMPL,
     LandmarkImpl,
-    ListedFunction,
     Lists,
     Reading,
     Rows,
+    SparseFunction,
     choose_blocks,
     landmark_partial,
     landmarks,
-    listed_partial,
+    sparse_partial,
     table_of,
     unit_lengths,
 )
@@ -52,7 +52,7 @@ class Fetch:
         rows, pending, lists = self._order(q, k, v)
         reading = Reading(lists, rows, int(rows.idx[0]), self.softmax_scale, self.operator)
         own = reading.own_partial(q, k, v)
-        return ListedFunction.apply(q, k, v, pending.wait(), own, reading)
+        return SparseFunction.apply(q, k, v, pending.wait(), own, reading)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The same with dense maths and gradients by autograd."""
@@ -61,7 +61,7 @@ class Fetch:
         # The entry in front is what -1 stands for, and keeps an empty table in the graph.
         table = torch.cat((table.new_zeros((1, *table.shape[1:])), table))
         of_row = lists.ids.repeat_interleave(lists.lengths.to(q.device), 2)
-        past = listed_partial(q, table, of_row + 1, ~lists.hidden(rows), self.softmax_scale)
+        past = sparse_partial(q, table, of_row + 1, ~lists.hidden(rows), self.softmax_scale)
         none = torch.zeros((), dtype=torch.bool, device=q.device)
         k_start = rows.idx[:: self.block_size]
         own = landmark_partial(q, k, v, rows, k_start, self.softmax_scale, none)
