@@ -26,10 +26,10 @@ def ranges_of(ranges, i):
 
 
 @triton.jit
-def nth_masked(i, first, whole_first, whole_stop):
+def nth_masked(i, first, full_lo, full_hi):
     """The i-th of the tiles that need a mask: those before the whole ones, then those after."""
-    before = whole_first - first
-    return tl.where(i < before, first + i, whole_stop + i - before)
+    before = full_lo - first
+    return tl.where(i < before, first + i, full_hi + i - before)
 
 
 @triton.jit

@@ -97,12 +97,12 @@ def key_ranges(band: Band, block_m: int, block_n: int, place: Place) -> Tensor:
     if not band.k_idx.sorted():
         return _send(_all_masked(len(least), len(keys), block_n), place)
     least_lo, greatest_lo = band.q_lo.extremes(block_m)
-    whole_stop = torch.searchsorted(keys, least, right=True) // block_n
+    full_hi = torch.searchsorted(keys, least, right=True) // block_n
     ranges = _tiles(
         torch.searchsorted(keys, least_lo),
         torch.searchsorted(keys, greatest, right=True),
         torch.searchsorted(keys, greatest_lo),
-        whole_stop,
+        full_hi,
         block_n,
     )
     return _send(ranges, place)
@@ -119,29 +119,25 @@ def query_ranges(band: Band, block_m: int, block_n: int, place: Place) -> Tensor
     least, greatest = band.k_idx.extremes(block_n)
     if not (band.q_idx.sorted() and band.q_lo.sorted()):
         return _send(_all_masked(len(least), len(idx), block_m), place)
-    whole_stop = torch.searchsorted(lo, least, right=True)
-    whole_stop = torch.where(
-        whole_stop == len(lo), -(-whole_stop // block_m), whole_stop // block_m
-    )
+    full_hi = torch.searchsorted(lo, least, right=True)
+    full_hi = torch.where(full_hi == len(lo), -(-full_hi // block_m), full_hi // block_m)
     ranges = _tiles(
         torch.searchsorted(idx, least),
         torch.searchsorted(lo, greatest, right=True),
         torch.searchsorted(idx, greatest),
-        whole_stop,
+        full_hi,
         block_m,
     )
     return _send(ranges, place)
 
 
-def _tiles(
-    first: Tensor, stop: Tensor, whole_first: Tensor, whole_stop: Tensor, block: int
-) -> Tensor:
-    """Runs of tiles from runs of tokens; `whole_stop` is counted in tiles already."""
+def _tiles(first: Tensor, stop: Tensor, full_lo: Tensor, full_hi: Tensor, block: int) -> Tensor:
+    """Runs of tiles from runs of tokens; `full_hi` is counted in tiles already."""
     stop = torch.where(stop > first, -(-stop // block), 0)
     first = torch.minimum(first // block, stop)
-    whole_first = torch.clamp(-(-whole_first // block), first, stop)
-    whole_stop = torch.clamp(whole_stop, whole_first, stop)
-    return torch.stack((first, whole_first, whole_stop, stop), 1).to(torch.int32)
+    full_lo = torch.clamp(-(-full_lo // block), first, stop)
+    full_hi = torch.clamp(full_hi, full_lo, stop)
+    return torch.stack((first, full_lo, full_hi, stop), 1).to(torch.int32)
 
 
 def _all_masked(count: int, seqlen: int, block: int) -> Tensor:

@@ -53,9 +53,9 @@ def test_visited_and_unmasked_tiles(cut: str, packed: bool, tiles: tuple[int, in
                 (by_query, m_of, n_of, block_n, seen),
                 (by_key, n_of, m_of, block_m, seen.T),
             ):
-                first, whole_first, whole_stop, stop = ranges[of].T[..., None]
+                first, full_lo, full_hi, stop = ranges[of].T[..., None]
                 visited = (other >= first) & (other < stop)
-                unmasked = (other >= whole_first) & (other < whole_stop)
+                unmasked = (other >= full_lo) & (other < full_hi)
                 assert torch.all(visited[shown]) and torch.all(shown[unmasked])
                 assert torch.all(visited[unmasked])
                 # A tile over the fold of a zigzag cut may reach for keys that lie in the gap.

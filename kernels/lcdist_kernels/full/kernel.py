@@ -88,7 +88,7 @@ def _full_fwd_kernel(
     p_v = v + i_b * stride_vb + (i_h // GROUP) * stride_vh
     p_q = q + i_b * stride_qb + i_h * stride_qh
     p_out = out + i_b * stride_ob + i_h * stride_oh
-    first, whole_first, whole_stop, stop = ranges_of(ranges, i_m)
+    first, full_lo, full_hi, stop = ranges_of(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
@@ -99,13 +99,13 @@ def _full_fwd_kernel(
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_top = tl.full([BLOCK_M], LOWEST, tl.float32)
     b_total = tl.zeros([BLOCK_M], tl.float32)
-    for i in range(0, whole_stop - whole_first):
+    for i in range(0, full_hi - full_lo):
         b_out, b_top, b_total = fwd_step(
-            b_q, b_out, b_top, b_total, p_k, p_v, whole_first + i, seqlen_k, stride_ks, stride_vs,
+            b_q, b_out, b_top, b_total, p_k, p_v, full_lo + i, seqlen_k, stride_ks, stride_vs,
             qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
         )  # fmt: skip
-    for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_n = nth_masked(i, first, whole_first, whole_stop)
+    for i in range(0, (full_lo - first) + (stop - full_hi)):
+        i_n = nth_masked(i, first, full_lo, full_hi)
         b_out, b_top, b_total = fwd_step(
             b_q, b_out, b_top, b_total, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs,
             qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
@@ -171,7 +171,7 @@ def _full_bwd_dq_kernel(
     p_out = out + i_b * stride_ob + i_h * stride_oh
     p_dout = dout + i_b * stride_gb + i_h * stride_gh
     p_dq = dq + i_b * stride_db + i_h * stride_dh
-    first, whole_first, whole_stop, stop = ranges_of(ranges, i_m)
+    first, full_lo, full_hi, stop = ranges_of(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
@@ -187,14 +187,14 @@ def _full_bwd_dq_kernel(
     b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
-    for i in range(0, whole_stop - whole_first):
+    for i in range(0, full_hi - full_lo):
         b_dq = dq_step(
-            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, whole_first + i, seqlen_k, stride_ks,
+            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, full_lo + i, seqlen_k, stride_ks,
             stride_vs, qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             HAS_LO, False,
         )  # fmt: skip
-    for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_n = nth_masked(i, first, whole_first, whole_stop)
+    for i in range(0, (full_lo - first) + (stop - full_hi)):
+        i_n = nth_masked(i, first, full_lo, full_hi)
         b_dq = dq_step(
             b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, seqlen_k, stride_ks,
             stride_vs, qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
@@ -298,7 +298,7 @@ def _full_bwd_dkv_kernel(
     i_b = tl.program_id(2).to(tl.int64)
     p_k = k + i_b * stride_kb + i_hk * stride_kh
     p_v = v + i_b * stride_vb + i_hk * stride_vh
-    first, whole_first, whole_stop, stop = ranges_of(ranges, i_n)
+    first, full_lo, full_hi, stop = ranges_of(ranges, i_n)
 
     start = i_n * BLOCK_N
     o_n = start + tl.arange(0, BLOCK_N)
@@ -313,14 +313,14 @@ def _full_bwd_dkv_kernel(
         i_row = (i_b * (tl.num_programs(1) * GROUP) + i_h) * seqlen_q
         p_q = q + i_b * stride_qb + i_h * stride_qh
         p_dout = dout + i_b * stride_gb + i_h * stride_gh
-        for i in range(0, whole_stop - whole_first):
+        for i in range(0, full_hi - full_lo):
             b_dk, b_dv = _dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, whole_first + i,
+                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, full_lo + i,
                 seqlen_q, stride_qs, stride_gs, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D,
                 BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, False,
             )  # fmt: skip
-        for i in range(0, (whole_first - first) + (stop - whole_stop)):
-            i_m = nth_masked(i, first, whole_first, whole_stop)
+        for i in range(0, (full_lo - first) + (stop - full_hi)):
+            i_m = nth_masked(i, first, full_lo, full_hi)
             b_dk, b_dv = _dkv_step(
                 b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, i_m,
                 seqlen_q, stride_qs, stride_gs, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D,

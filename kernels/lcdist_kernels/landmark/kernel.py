@@ -181,15 +181,15 @@ def _landmark_fwd_kernel(
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_top = tl.full([BLOCK_M], LOWEST, tl.float32)
     b_total = tl.zeros([BLOCK_M], tl.float32)
-    first, whole_first, whole_stop, stop = ranges_of(past_ranges, i_m)
-    for i in range(0, whole_stop - whole_first):
+    first, full_lo, full_hi, stop = ranges_of(past_ranges, i_m)
+    for i in range(0, full_hi - full_lo):
         b_out, b_top, b_total = _past_fwd_step(
-            b_q, b_out, b_top, b_total, p_k, p_v, whole_first + i, num_blocks, stride_ks, stride_vs,
+            b_q, b_out, b_top, b_total, p_k, p_v, full_lo + i, num_blocks, stride_ks, stride_vs,
             qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D,
             BLOCK_M, BLOCK_N, HAS_LO, False,
         )  # fmt: skip
-    for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_n = nth_masked(i, first, whole_first, whole_stop)
+    for i in range(0, (full_lo - first) + (stop - full_hi)):
+        i_n = nth_masked(i, first, full_lo, full_hi)
         b_out, b_top, b_total = _past_fwd_step(
             b_q, b_out, b_top, b_total, p_k, p_v, i_n, num_blocks, stride_ks, stride_vs,
             qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D,
@@ -338,15 +338,15 @@ def _landmark_bwd_dq_kernel(
     b_own_lo = tl.load(own_lo + o_m, mask=m_m, other=0)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
-    first, whole_first, whole_stop, stop = ranges_of(past_ranges, i_m)
-    for i in range(0, whole_stop - whole_first):
+    first, full_lo, full_hi, stop = ranges_of(past_ranges, i_m)
+    for i in range(0, full_hi - full_lo):
         b_dq = _past_dq_step(
-            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, whole_first + i, num_blocks, stride_ks,
+            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, full_lo + i, num_blocks, stride_ks,
             stride_vs, qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM,
             BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
         )  # fmt: skip
-    for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_n = nth_masked(i, first, whole_first, whole_stop)
+    for i in range(0, (full_lo - first) + (stop - full_hi)):
+        i_n = nth_masked(i, first, full_lo, full_hi)
         b_dq = _past_dq_step(
             b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, num_blocks, stride_ks,
             stride_vs, qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM,
@@ -544,7 +544,7 @@ def _landmark_bwd_dkv_kernel(
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
-    first, whole_first, whole_stop, stop = ranges_of(past_ranges, i_t)
+    first, full_lo, full_hi, stop = ranges_of(past_ranges, i_t)
     own_first, _, _, own_stop = ranges_of(own_ranges, i_t)
     for i_g in range(0, GROUP):
         i_h = i_hk * GROUP + i_g
@@ -557,15 +557,15 @@ def _landmark_bwd_dkv_kernel(
                 seqlen_q, stride_qs, stride_gs, qk_scale, own_last, own_lo, b_k_idx, HEAD_DIM,
                 BLOCK_D, BLOCK_M, BLOCK_N, EVEN_M,
             )  # fmt: skip
-        for i in range(0, whole_stop - whole_first):
+        for i in range(0, full_hi - full_lo):
             b_dk, b_dv = _past_dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, whole_first + i,
+                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, full_lo + i,
                 seqlen_q, stride_qs, stride_gs, qk_scale, q_last, q_lo, b_start, o_in,
                 p_k + i_block * stride_ks, p_v + i_block * stride_vs, stride_ks, stride_vs, SIZE,
                 BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, False,
             )  # fmt: skip
-        for i in range(0, (whole_first - first) + (stop - whole_stop)):
-            i_m = nth_masked(i, first, whole_first, whole_stop)
+        for i in range(0, (full_lo - first) + (stop - full_hi)):
+            i_m = nth_masked(i, first, full_lo, full_hi)
             b_dk, b_dv = _past_dkv_step(
                 b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, i_m,
                 seqlen_q, stride_qs, stride_gs, qk_scale, q_last, q_lo, b_start, o_in,

@@ -146,8 +146,8 @@ def sums_sweep(
     b_q,
     p_k,
     first,
-    whole_first,
-    whole_stop,
+    full_lo,
+    full_hi,
     stop,
     seqlen_k,
     stride_ks,
@@ -165,13 +165,13 @@ def sums_sweep(
     b_total = tl.zeros([BLOCK_M], tl.float32)
     b_excess = tl.zeros([BLOCK_M], tl.float32)
     b_top = tl.zeros([BLOCK_M], tl.float32)
-    for i in range(0, whole_stop - whole_first):
+    for i in range(0, full_hi - full_lo):
         b_total, b_excess, b_top = _sums_step(
-            b_q, b_total, b_excess, b_top, p_k, whole_first + i, seqlen_k, stride_ks, b_q_idx,
+            b_q, b_total, b_excess, b_top, p_k, full_lo + i, seqlen_k, stride_ks, b_q_idx,
             b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
         )  # fmt: skip
-    for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_n = nth_masked(i, first, whole_first, whole_stop)
+    for i in range(0, (full_lo - first) + (stop - full_hi)):
+        i_n = nth_masked(i, first, full_lo, full_hi)
         b_total, b_excess, b_top = _sums_step(
             b_q, b_total, b_excess, b_top, p_k, i_n, seqlen_k, stride_ks, b_q_idx,
             b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, True,
@@ -233,8 +233,8 @@ def power_sweep(
     p_k,
     p_v,
     first,
-    whole_first,
-    whole_stop,
+    full_lo,
+    full_hi,
     stop,
     seqlen_k,
     stride_ks,
@@ -259,14 +259,14 @@ def power_sweep(
     # Without SLOPE they stay as they are, and the compiler leaves them out.
     b_out_x = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_total_x = tl.zeros([BLOCK_M], tl.float32)
-    for i in range(0, whole_stop - whole_first):
+    for i in range(0, full_hi - full_lo):
         b_out, b_total, b_out_x, b_total_x = _power_step(
-            b_q, b_mean, b_inverse, b_out, b_total, b_out_x, b_total_x, p_k, p_v, whole_first + i,
+            b_q, b_mean, b_inverse, b_out, b_total, b_out_x, b_total_x, p_k, p_v, full_lo + i,
             seqlen_k, stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, SLOPE,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
         )  # fmt: skip
-    for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_n = nth_masked(i, first, whole_first, whole_stop)
+    for i in range(0, (full_lo - first) + (stop - full_hi)):
+        i_n = nth_masked(i, first, full_lo, full_hi)
         b_out, b_total, b_out_x, b_total_x = _power_step(
             b_q, b_mean, b_inverse, b_out, b_total, b_out_x, b_total_x, p_k, p_v, i_n,
             seqlen_k, stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, SLOPE,

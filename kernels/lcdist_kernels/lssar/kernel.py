@@ -65,7 +65,7 @@ def _lssar_sums_kernel(
     i_row = (i_b * tl.num_programs(1) + i_h) * seqlen_q
     p_k = k + i_b * stride_kb + (i_h // GROUP) * stride_kh
     p_q = q + i_b * stride_qb + i_h * stride_qh
-    first, whole_first, whole_stop, stop = ranges_of(ranges, i_m)
+    first, full_lo, full_hi, stop = ranges_of(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
@@ -74,7 +74,7 @@ def _lssar_sums_kernel(
     b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
     b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0)
     b_total, b_top = sums_sweep(
-        b_q, p_k, first, whole_first, whole_stop, stop, seqlen_k, stride_ks, b_q_idx, b_q_lo,
+        b_q, p_k, first, full_lo, full_hi, stop, seqlen_k, stride_ks, b_q_idx, b_q_lo,
         k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE,
     )  # fmt: skip
     tl.store(total + i_row + o_m, b_total, mask=m_m)
@@ -138,7 +138,7 @@ def _lssar_fwd_kernel(
     p_v = v + i_b * stride_vb + (i_h // GROUP) * stride_vh
     p_q = q + i_b * stride_qb + i_h * stride_qh
     i_out = i_b * stride_ob + i_h * stride_oh
-    first, whole_first, whole_stop, stop = ranges_of(ranges, i_m)
+    first, full_lo, full_hi, stop = ranges_of(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
@@ -151,7 +151,7 @@ def _lssar_fwd_kernel(
         b_inverse = tl.load(inverse + i_row + o_m, mask=m_m, other=0.0)
     elif SHARP:
         b_sum, b_top = sums_sweep(
-            b_q, p_k, first, whole_first, whole_stop, stop, seqlen_k, stride_ks, b_q_idx, b_q_lo,
+            b_q, p_k, first, full_lo, full_hi, stop, seqlen_k, stride_ks, b_q_idx, b_q_lo,
             k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE,
         )  # fmt: skip
         b_mean = b_sum * _share(b_q_idx, b_q_lo, exempt_rows)
@@ -162,7 +162,7 @@ def _lssar_fwd_kernel(
         b_mean = tl.zeros([BLOCK_M], tl.float32)
         b_inverse = tl.full([BLOCK_M], 1.0, tl.float32)
     b_out, b_total, b_out_x, b_total_x = power_sweep(
-        b_q, b_mean, b_inverse, p_k, p_v, first, whole_first, whole_stop, stop, seqlen_k, stride_ks,
+        b_q, b_mean, b_inverse, p_k, p_v, first, full_lo, full_hi, stop, seqlen_k, stride_ks,
         stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, SLOPE, HEAD_DIM, BLOCK_D, BLOCK_M,
         BLOCK_N, HAS_LO, PRECISE,
     )  # fmt: skip
@@ -285,7 +285,7 @@ def _lssar_bwd_dq_kernel(
     p_q = q + i_b * stride_qb + i_h * stride_qh
     p_dout = dout + i_b * stride_gb + i_h * stride_gh
     p_dq = dq + i_b * stride_db + i_h * stride_dh
-    first, whole_first, whole_stop, stop = ranges_of(ranges, i_m)
+    first, full_lo, full_hi, stop = ranges_of(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
@@ -302,14 +302,14 @@ def _lssar_bwd_dq_kernel(
     b_scale = b_gamma * power
     b_drift = b_drift / tl.where(b_scale > 0, b_scale, 1.0)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for i in range(0, whole_stop - whole_first):
+    for i in range(0, full_hi - full_lo):
         b_dq = dq_step(
-            b_q, b_dout, b_dq, b_mean, b_gamma, b_delta, b_drift, p_k, p_v, whole_first + i,
+            b_q, b_dout, b_dq, b_mean, b_gamma, b_delta, b_drift, p_k, p_v, full_lo + i,
             seqlen_k, stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, HEAD_DIM,
             BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
         )  # fmt: skip
-    for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_n = nth_masked(i, first, whole_first, whole_stop)
+    for i in range(0, (full_lo - first) + (stop - full_hi)):
+        i_n = nth_masked(i, first, full_lo, full_hi)
         b_dq = dq_step(
             b_q, b_dout, b_dq, b_mean, b_gamma, b_delta, b_drift, p_k, p_v, i_n,
             seqlen_k, stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, HEAD_DIM,
@@ -370,7 +370,7 @@ def _lssar_bwd_dkv_kernel(
     i_b = tl.program_id(2).to(tl.int64)
     p_k = k + i_b * stride_kb + i_hk * stride_kh
     p_v = v + i_b * stride_vb + i_hk * stride_vh
-    first, whole_first, whole_stop, stop = ranges_of(ranges, i_n)
+    first, full_lo, full_hi, stop = ranges_of(ranges, i_n)
 
     start = i_n * BLOCK_N
     o_n = start + tl.arange(0, BLOCK_N)
@@ -384,15 +384,15 @@ def _lssar_bwd_dkv_kernel(
         i_row = (i_b * (tl.num_programs(1) * GROUP) + i_h) * seqlen_q
         p_q = q + i_b * stride_qb + i_h * stride_qh
         p_dout = dout + i_b * stride_gb + i_h * stride_gh
-        for i in range(0, whole_stop - whole_first):
+        for i in range(0, full_hi - full_lo):
             b_dk, b_dv = dkv_step(
                 b_k, b_v, b_dk, b_dv, p_q, p_dout, mean + i_row, gamma + i_row, delta + i_row,
-                drift + i_row, whole_first + i, seqlen_q, stride_qs, stride_gs, power, q_idx, q_lo,
+                drift + i_row, full_lo + i, seqlen_q, stride_qs, stride_gs, power, q_idx, q_lo,
                 b_k_idx, TIMES, SHARP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE,
                 EVEN_M, False,
             )  # fmt: skip
-        for i in range(0, (whole_first - first) + (stop - whole_stop)):
-            i_m = nth_masked(i, first, whole_first, whole_stop)
+        for i in range(0, (full_lo - first) + (stop - full_hi)):
+            i_m = nth_masked(i, first, full_lo, full_hi)
             b_dk, b_dv = dkv_step(
                 b_k, b_v, b_dk, b_dv, p_q, p_dout, mean + i_row, gamma + i_row, delta + i_row,
                 drift + i_row, i_m, seqlen_q, stride_qs, stride_gs, power, q_idx, q_lo,

@@ -205,21 +205,21 @@ def _tensorized_bwd_dq_kernel(
         b_delta = tl.load(delta + o_row, mask=m_m, other=0.0)
         b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
         b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
-        first, whole_first, whole_stop, stop = ranges_of(ranges, i_m)
-        for i in range(0, whole_stop - whole_first):
+        first, full_lo, full_hi, stop = ranges_of(ranges, i_m)
+        for i in range(0, full_hi - full_lo):
             b_dq, b_dlogits = _dq_step(
                 b_q, b_dout, b_g, b_dq, b_dlogits, b_lse, b_delta, b_lam, b_gamma, p_k, p_u,
-                whole_first + i, size_k, step_k, step_u, qk_scale, b_q_idx, b_q_lo, k_idx,
+                full_lo + i, size_k, step_k, step_u, qk_scale, b_q_idx, b_q_lo, k_idx,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True, HOP, False,
             )  # fmt: skip
-        for i in range(0, (whole_first - first) + (stop - whole_stop)):
-            i_n = nth_masked(i, first, whole_first, whole_stop)
+        for i in range(0, (full_lo - first) + (stop - full_hi)):
+            i_n = nth_masked(i, first, full_lo, full_hi)
             b_dq, b_dlogits = _dq_step(
                 b_q, b_dout, b_g, b_dq, b_dlogits, b_lse, b_delta, b_lam, b_gamma, p_k, p_u,
                 i_n, size_k, step_k, step_u, qk_scale, b_q_idx, b_q_lo, k_idx,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True, HOP, True,
             )  # fmt: skip
-        hop_from = tl.maximum(stop, whole_stop)
+        hop_from = tl.maximum(stop, full_hi)
         if BEFORE:
             rows_before = tl.load(before + i_o) * size_k
             b_dq, b_dlogits = _dq_all(
@@ -339,15 +339,15 @@ def _dkv_branch(
     AFTER: tl.constexpr,
 ):
     """All queries whose branch sees any of the keys, those of later blocks last."""
-    first, whole_first, whole_stop, stop = run
-    for i in range(0, whole_stop - whole_first):
+    first, full_lo, full_hi, stop = run
+    for i in range(0, full_hi - full_lo):
         b_dk, b_du = _dkv_step(
             b_k, b_u, b_dk, b_du, p_q, p_dout, p_g, p_lse, p_delta, p_lam, p_gamma,
-            whole_first + i, size_q, stride, step_q, step_o, step_g, qk_scale, q_idx, q_lo,
+            full_lo + i, size_q, stride, step_q, step_o, step_g, qk_scale, q_idx, q_lo,
             b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True, HOP, False,
         )  # fmt: skip
-    for i in range(0, (whole_first - first) + (stop - whole_stop)):
-        i_m = nth_masked(i, first, whole_first, whole_stop)
+    for i in range(0, (full_lo - first) + (stop - full_hi)):
+        i_m = nth_masked(i, first, full_lo, full_hi)
         b_dk, b_du = _dkv_step(
             b_k, b_u, b_dk, b_du, p_q, p_dout, p_g, p_lse, p_delta, p_lam, p_gamma,
             i_m, size_q, stride, step_q, step_o, step_g, qk_scale, q_idx, q_lo,

@@ -176,16 +176,16 @@ def _tensorized_fwd_kernel(
     if BRANCH:
         b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
         b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
-        first, whole_first, whole_stop, stop = ranges_of(ranges, i_m)
-        for i in range(0, whole_stop - whole_first):
+        first, full_lo, full_hi, stop = ranges_of(ranges, i_m)
+        for i in range(0, full_hi - full_lo):
             b_out, b_top, b_total = fwd_step(
-                b_q, b_out, b_top, b_total, p_k, p_u, whole_first + i, size_k, step_k, step_u,
+                b_q, b_out, b_top, b_total, p_k, p_u, full_lo + i, size_k, step_k, step_u,
                 qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
                 False,
             )  # fmt: skip
         hop_out, hop_top, hop_total = b_out, b_top, b_total
-        for i in range(0, (whole_first - first) + (stop - whole_stop)):
-            i_n = nth_masked(i, first, whole_first, whole_stop)
+        for i in range(0, (full_lo - first) + (stop - full_hi)):
+            i_n = nth_masked(i, first, full_lo, full_hi)
             b_out, b_top, b_total = fwd_step(
                 b_q, b_out, b_top, b_total, p_k, p_u, i_n, size_k, step_k, step_u,
                 qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
@@ -198,7 +198,7 @@ def _tensorized_fwd_kernel(
                     qk_scale, b_all, b_all, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
                     True,
                 )  # fmt: skip
-        hop_from = tl.maximum(stop, whole_stop)
+        hop_from = tl.maximum(stop, full_hi)
         if BEFORE:
             # The blocks just before this one, one run of rows, all of it in the past.
             rows_before = tl.load(before + i_o) * size_k
