@@ -36,8 +36,8 @@ def nth_masked(i, first, full_lo, full_hi):
 def fwd_step(
     b_q,
     b_out,
-    b_top,
-    b_total,
+    b_max,
+    b_sum,
     p_k,
     p_v,
     i_n,
@@ -63,17 +63,17 @@ def fwd_step(
         b_k_idx = tl.load(k_idx + o_n, mask=o_n < seqlen_k, other=2147483647)
         m_s = seen(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
         b_s = tl.where(m_s, b_s * qk_scale, float("-inf"))
-        b_new = tl.maximum(b_top, tl.max(b_s, 1))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_new[:, None])
     else:
         # qk_scale >= 0: one multiplication a row, and one fused with the subtraction an element.
-        b_new = tl.maximum(b_top, tl.max(b_s, 1) * qk_scale)
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)
         b_p = tl.exp2(b_s * qk_scale - b_new[:, None])
-    b_faded = tl.exp2(b_top - b_new)
-    b_total = b_total * b_faded + tl.sum(b_p, 1)
+    b_rescale = tl.exp2(b_max - b_new)
+    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
     b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
-    b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_faded[:, None])
-    return b_out, b_new, b_total
+    b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
+    return b_out, b_new, b_sum
 
 
 @triton.jit

@@ -97,24 +97,24 @@ def _full_fwd_kernel(
     b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
     b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_top = tl.full([BLOCK_M], LOWEST, tl.float32)
-    b_total = tl.zeros([BLOCK_M], tl.float32)
+    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
     for i in range(0, full_hi - full_lo):
-        b_out, b_top, b_total = fwd_step(
-            b_q, b_out, b_top, b_total, p_k, p_v, full_lo + i, seqlen_k, stride_ks, stride_vs,
+        b_out, b_max, b_sum = fwd_step(
+            b_q, b_out, b_max, b_sum, p_k, p_v, full_lo + i, seqlen_k, stride_ks, stride_vs,
             qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
         )  # fmt: skip
     for i in range(0, (full_lo - first) + (stop - full_hi)):
         i_n = nth_masked(i, first, full_lo, full_hi)
-        b_out, b_top, b_total = fwd_step(
-            b_q, b_out, b_top, b_total, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs,
+        b_out, b_max, b_sum = fwd_step(
+            b_q, b_out, b_max, b_sum, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs,
             qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
         )  # fmt: skip
-    m_empty = b_total == 0
-    b_total = tl.where(m_empty, 1.0, b_total)
-    b_lse = tl.where(m_empty, float("-inf"), (b_top + tl.log2(b_total)) * LN2)
+    m_empty = b_sum == 0
+    b_sum = tl.where(m_empty, 1.0, b_sum)
+    b_lse = tl.where(m_empty, float("-inf"), (b_max + tl.log2(b_sum)) * LN2)
     tl.store(lse + i_row + o_m, b_lse, mask=m_m)
-    b_out = b_out / b_total[:, None]
+    b_out = b_out / b_sum[:, None]
     store_tile(p_out, b_out, start, seqlen_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
