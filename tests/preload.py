@@ -1,6 +1,7 @@
 """What the fork server imports once, so that starting a rank costs a tenth of a second.
 
-`lcdist.hardware.megatron_on_cpu` must come before Megatron-core: it is what lets Megatron-core run without CUDA.
+`lcdist.hardware.megatron_on_cpu` must come before Megatron-core: with it Megatron-core runs without
+CUDA.
 """
 
 from importlib import import_module

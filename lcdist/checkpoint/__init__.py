@@ -1,1 +1,1 @@
-"""To be described."""
+"""Sharded checkpoints: read, write, and access tensor by tensor without a model."""

@@ -1,1 +1,1 @@
-"""To be described."""
+"""Commands: one file for each word after `lcdist`, and the programs that `launch/` starts."""

@@ -1,6 +1,6 @@
 """The main job: a model that reads short texts learns to read 4096 tokens.
 
-    python lcdist/commands/extend.py [--data DIR_OR_FILE] [--name NAME] [--method METHOD] [--lora RANK]
+    python launch/extend.py [--data DIR_OR_FILE] [--name NAME] [--method METHOD] [--lora RANK]
         [--configs DIR] [--model HF_FOLDER [section.key=value ...]]
 
 Without --model a small model is trained at 512 tokens first; with it, a Hugging Face folder of your
@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 import torch
-from own_model import OwnModel
-from stages import ROOT, Job, console
 
 from lcdist.attention import METHODS
+from lcdist.commands.extend_job import ROOT, Job, console
+from lcdist.commands.own_model import OwnModel
 from lcdist.config import dump, load
 from lcdist.plan import make_plan
 from lcdist.report.sections import report_facts
@@ -196,7 +196,3 @@ def _ranks() -> int:
     """Two processes on a CPU; one, two or four on a GPU machine, as it has GPUs."""
     gpus = torch.cuda.device_count()
     return max(n for n in (1, 2, 4) if n <= gpus) if gpus else 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

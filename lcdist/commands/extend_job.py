@@ -21,7 +21,7 @@ from lcdist.evaluate.perplexity import held_out_text
 from lcdist.report.sections import write_report
 from lcdist.rundir.lock import read_status
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def parse_header(line):\n"
 console = Console(highlight=False)
 

@@ -1,6 +1,6 @@
 """Ten steps of a small model over all ranks; then bytes sent beside the plan's, and bandwidth.
 
-torchrun lcdist/commands/smoke.py FOLDER [section.key=value ...], as slurm/smoke.sh does on two nodes.
+torchrun -m lcdist.commands.smoke FOLDER [section.key=value ...], as slurm/smoke.sh does.
 """
 
 import json
@@ -21,7 +21,7 @@ from lcdist.exchange import ring
 from lcdist.hardware.device import device
 from lcdist.plan import make_plan
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 10
 REPEATS = 5
 MIB = 2**20

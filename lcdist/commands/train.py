@@ -20,6 +20,7 @@ from lcdist.checkpoint.save import Checkpointer
 from lcdist.config.lora import LoraConfig
 from lcdist.config.schema import Config, ModelConfig
 from lcdist.convert.lora.adapter import check_adapter, import_adapter
+from lcdist.data.datasets.aligned import AlignedDataset, PackedSyntheticDataset
 from lcdist.data.datasets.build import build_dataset, coverage_lines
 from lcdist.data.datasets.sample import Dataset
 from lcdist.data.datasets.synthetic import SyntheticDataset
@@ -29,7 +30,7 @@ from lcdist.distributed.mesh import Mesh, build_mesh, shared_store, start_world,
 from lcdist.distributed.watchdog import Watchdog
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.hardware.peak import Peak, device_peak
-from lcdist.layout.documents import AlignedDataset, DocumentLayout, PackedSyntheticDataset
+from lcdist.layout.documents import DocumentLayout
 from lcdist.model.build import DTYPES, build_model
 from lcdist.plan import Plan, make_plan
 from lcdist.rundir.header import (

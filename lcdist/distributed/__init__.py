@@ -1,1 +1,1 @@
-"""To be described."""
+"""Processes: the device mesh, actions on rank zero, the shared store, the watchdog."""

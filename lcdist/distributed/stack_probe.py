@@ -77,7 +77,8 @@ def _collective(frame: FrameType, module: str) -> str:
 
 def _method(module: str, methods: Mapping[str, str]) -> str:
     for home, name in methods.items():
-        # A method's further files are named after it: scca, scca_ring.
-        if module == home or module.startswith(f"{home}_"):
+        # A method of lcdist is a package: its ring and its plan are modules beside `home`.
+        package = home.removesuffix(".attention")
+        if module == home or module.startswith(f"{package}."):
             return name
     return ""

@@ -1,1 +1,1 @@
-"""To be described."""
+"""Engines: own parameters and optimizer state, and run forward and backward passes."""

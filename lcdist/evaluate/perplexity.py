@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lcdist.data.datasets.aligned import AlignedDataset
 from lcdist.data.datasets.sample import Sample
 from lcdist.data.datasets.tokens import TokenSplit
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.distributed.mesh import Mesh
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.layout import ContextLayout
-from lcdist.layout.documents import ShardTotals
 from lcdist.plan import Plan
 from lcdist.train.trainer import to_device
 
@@ -105,7 +105,7 @@ def perplexity_by_length(
         spec = LoaderSpec(
             layout, mesh.dp_rank, mesh.dp_size, mesh.cp_rank, 1, mesh.dp_size, slots=slots
         )
-        loader = Loader(windows if row == length else ShardTotals(windows, slots, row), spec)
+        loader = Loader(windows if row == length else AlignedDataset(windows, slots, row), spec)
         total, tokens = 0.0, 0
         for _ in range(windows.count // mesh.dp_size):
             batches = [to_device(batch, mesh.device) for batch in loader.next_step()]

@@ -1,1 +1,1 @@
-"""To be described."""
+"""Hardware: devices, their peak rates, and Megatron-core on hosts without CUDA."""

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcdist.data.datasets.sample import Dataset, Sample
-
 PADDING = -1
 
 
@@ -37,7 +35,7 @@ class DocumentLayout:
 
     @property
     def step(self) -> int:
-        """DocumentLayout that a document's number of slots is a multiple of."""
+        """Slots that a document's number of slots is a multiple of."""
         return self.multiple if self.landmark is None else lcm(self.multiple, self.block_size)
 
     def length(self, tokens: np.ndarray) -> np.ndarray:
@@ -62,7 +60,7 @@ class DocumentLayout:
         return tokens + (tokens - 1) // (self.block_size - 1)
 
     def place(self, text: Tensor, start: int, stop: int, tokens: int) -> Tensor:
-        """DocumentLayout [start, stop) of a document of `tokens` tokens.
+        """Slots [start, stop) of a document of `tokens` tokens.
 
         text: the document's tokens from `num_text_slots(start)` on, as many as are in these slots.
         """
@@ -83,51 +81,3 @@ class DocumentLayout:
         """Which slots hold a token of text: bool, of the shape of `slots`."""
         text = slots != PADDING
         return text if self.landmark is None else text & (slots != self.landmark)
-
-
-class AlignedDataset:
-    """Samples of plain text, each laid out as one document; its documents are joined.
-
-    seqlen: of the rows, in slots. Raises ValueError unless the inner samples fill just them.
-    """
-
-    def __init__(self, inner: Dataset, slots: DocumentLayout, seqlen: int) -> None:
-        assert inner.seqlen == slots.num_text_slots(seqlen)
-        self.inner, self.slots, self.seqlen = inner, slots, seqlen
-        self.vocab_size, self.seed = inner.vocab_size, inner.seed
-
-    def sample(self, index: int) -> Sample:
-        """The sample with number `index`."""
-        text = self.inner.sample(index).tokens
-        row = self.slots.place(text[:-1], 0, self.seqlen, self.inner.seqlen)
-        table = torch.tensor([0, self.seqlen], dtype=torch.int32)
-        return Sample(torch.cat([row, text[-1:]]), table, closed=False)
-
-
-class PackedSyntheticDataset:
-    """Samples of plain text with their documents laid out one by one, cut to `seqlen` slots.
-
-    What no longer fits is left out, so this is for made-up text alone, of which there is enough.
-    """
-
-    def __init__(self, inner: Dataset, slots: DocumentLayout) -> None:
-        self.inner, self.slots, self.seqlen = inner, slots, inner.seqlen
-        self.vocab_size, self.seed = inner.vocab_size, inner.seed
-
-    def sample(self, index: int) -> Sample:
-        """The sample with number `index`."""
-        sample = self.inner.sample(index)
-        ends = sample.cu_seqlens[1:].tolist()
-        # The last label belongs to the last document, or begins another.
-        ends = [*ends, len(sample.tokens)] if sample.closed else [*ends[:-1], len(sample.tokens)]
-        rows, borders = [], [0]
-        for start, end in zip([0, *ends], ends, strict=False):
-            length = int(self.slots.length(np.array(end - start)))
-            rows.append(self.slots.place(sample.tokens[start:end], 0, length, end - start))
-            borders.append(borders[-1] + length)
-        inside = [border for border in borders if border < self.seqlen]
-        return Sample(
-            tokens=torch.cat(rows)[: self.seqlen + 1],
-            cu_seqlens=torch.tensor([*inside, self.seqlen], dtype=torch.int32),
-            closed=self.seqlen in borders,
-        )

@@ -1,1 +1,1 @@
-"""To be described."""
+"""The HTML report of a run."""

@@ -1,1 +1,1 @@
-"""To be described."""
+"""Files of a run folder, readable without torch."""

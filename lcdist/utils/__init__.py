@@ -1,1 +1,1 @@
-"""To be described."""
+"""Helpers without a subject of their own: atomic files and folders."""

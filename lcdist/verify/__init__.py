@@ -1,1 +1,1 @@
-"""To be described."""
+"""Checks that a run makes before its first step."""

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lcdist.data.datasets.aligned import AlignedDataset, PackedSyntheticDataset
 from lcdist.data.datasets.sample import Sample
 from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.prepare.prepare import Prepared
 from lcdist.layout import ContextLayout
-from lcdist.layout.documents import PADDING, AlignedDataset, DocumentLayout, PackedSyntheticDataset
+from lcdist.layout.documents import PADDING, DocumentLayout
 
 MARK = 999
 LANDMARKS = DocumentLayout(multiple=4, block_size=4, landmark=MARK)

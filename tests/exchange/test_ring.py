@@ -1,4 +1,4 @@
-"""ring and ring_with_gradients: order, what is held, what is posted when, and one lap of gradients."""
+"""ring and ring_with_gradients: order, what is held, when messages are posted, gradients."""
 
 import weakref
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lcdist_kernels.full import TRITON_IMPL as FULL_KERNEL
 from lcdist_kernels.full import select_impl
-from lcdist_kernels.landmark import launchers, listed, sparse_launchers, tiled
+from lcdist_kernels.landmark import launch, sparse, sparse_launch, tiled
 
 
 class LandmarkImpl(NamedTuple):
-    """Forward and backward of one semantics, as `tiled` and `listed` describe them."""
+    """Forward and backward of one semantics, as `tiled` and `sparse` describe them."""
 
     fwd: Callable[..., tuple[Tensor, Tensor]]
     bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -26,16 +26,16 @@ TORCH_IMPL = LandmarkImpl(
     tiled.landmark_bwd,
     tiled.own_fwd,
     tiled.own_bwd,
-    listed.sparse_fwd,
-    listed.sparse_bwd,
+    sparse.sparse_fwd,
+    sparse.sparse_bwd,
 )
 TRITON_IMPL = LandmarkImpl(
-    launchers.landmark_fwd,
-    launchers.landmark_bwd,
-    launchers.own_fwd,
-    launchers.own_bwd,
-    sparse_launchers.sparse_fwd,
-    sparse_launchers.sparse_bwd,
+    launch.landmark_fwd,
+    launch.landmark_bwd,
+    launch.own_fwd,
+    launch.own_bwd,
+    sparse_launch.sparse_fwd,
+    sparse_launch.sparse_bwd,
 )
 
 

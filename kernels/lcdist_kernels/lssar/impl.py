@@ -6,14 +6,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lcdist_kernels.common import announce
-from lcdist_kernels.lssar import finish, launchers, tiled
+from lcdist_kernels.lssar import epilogue, launch, tiled
 from lcdist_kernels.lssar.rows import Finished, Reweight
 from lcdist_kernels.lssar.tiled import Saved, Sums
 from lcdist_kernels.triton_common import check_kernel, obstacle
 
 
 class LssarImpl(NamedTuple):
-    """Operators of one semantics, as `tiled` and `finish` describe them.
+    """Operators of one semantics, as `tiled` and `epilogue` describe them.
 
     narrow: queries and keys are given in the dtype of v, not in the wider of fp32 and it.
     """
@@ -33,17 +33,17 @@ class LssarImpl(NamedTuple):
 TORCH_IMPL = LssarImpl(
     tiled.lssar_sums,
     tiled.lssar_fwd,
-    finish.lssar_whole,
-    finish.lssar_rows,
+    epilogue.lssar_whole,
+    epilogue.lssar_rows,
     tiled.lssar_bwd,
     narrow=False,
 )
 TRITON_IMPL = LssarImpl(
-    launchers.lssar_sums,
-    launchers.lssar_fwd,
-    launchers.lssar_whole,
-    launchers.lssar_rows,
-    launchers.lssar_bwd,
+    launch.lssar_sums,
+    launch.lssar_fwd,
+    launch.lssar_whole,
+    launch.lssar_rows,
+    launch.lssar_bwd,
     narrow=True,
 )
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lcdist_kernels.common import announce
-from lcdist_kernels.tensorized import launchers, tiled
+from lcdist_kernels.tensorized import launch, tiled
 from lcdist_kernels.tensorized.tiled import Grads, Partial
 from lcdist_kernels.triton_common import check_kernel, obstacle
 
@@ -36,13 +36,13 @@ TORCH_IMPL = TensorizedImpl(
     tiled.row_delta,
 )
 TRITON_IMPL = TensorizedImpl(
-    launchers.mode_fwd,
-    launchers.mode_bwd,
-    launchers.branch_fwd,
-    launchers.branch_bwd,
-    launchers.hop_fwd,
-    launchers.hop_bwd,
-    launchers.row_delta,
+    launch.mode_fwd,
+    launch.mode_bwd,
+    launch.branch_fwd,
+    launch.branch_bwd,
+    launch.hop_fwd,
+    launch.hop_bwd,
+    launch.row_delta,
 )
 
 

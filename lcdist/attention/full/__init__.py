@@ -1,1 +1,5 @@
-"""To be described."""
+"""Full causal attention, the method the others are compared with."""
+
+from lcdist.attention.full.attention import METHOD
+
+__all__ = ["METHOD"]

@@ -1,1 +1,1 @@
-"""To be described."""
+"""Code that several attention methods use: argument checks and the softmax ring."""

@@ -6,7 +6,7 @@ of mode j, U_0 = v and one softmax over all branches j of a query,
     U_j = softmax(S_j) U_{j-1},     out = sum_j softmax(S_j + bias_j | past in mode j) U_{j-1}
 
 (`lcdist_kernels.tensorized.reference` has the branches). The paper's causal masks are not public:
-this is our operator, and no parity with the paper is lock_run_folder. Shards are whole blocks, so that all
+this is our operator, and no parity with the paper is claimed. Shards are whole blocks, so that all
 modes but the coarsest are local; the coarsest is swapped in and its result swapped back
 (`tensorized_units`), and with local_blocks > 1 the blocks before a shard are shifted to it. Without
 modes it is full attention, swapped over key heads as in DeepSpeed-Ulysses (arXiv:2309.14509).

@@ -1,1 +1,1 @@
-"""To be described."""
+"""Import and export Hugging Face folders: config, rotary scaling, weights, tokenizer."""

@@ -1,6 +1,6 @@
 """Which rows of which Hugging Face tensor are which rows of ours: one table for both directions.
 
-FusedTensor are the names of the whole model in a checkpoint. Queries, keys and values are one tensor: for
+Ours are the names of the whole model in a checkpoint. Queries, keys and values are one tensor: for
 each group of heads that share a key, the queries' rows, then the key's, then the value's. Gate and
 up are one, gate first. Both sides rotate pairs half a head apart, so no row moves within a head.
 """

@@ -1,1 +1,1 @@
-"""To be described."""
+"""Import, export, merge and unmerge LoRA adapters in PEFT format."""

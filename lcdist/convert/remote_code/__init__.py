@@ -1,1 +1,1 @@
-"""To be described."""
+"""Model code that is copied into exported folders; lcdist never imports it."""

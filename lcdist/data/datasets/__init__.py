@@ -1,1 +1,1 @@
-"""To be described."""
+"""Datasets: samples by number, from token folders, mixtures or synthetic text."""

@@ -1,4 +1,4 @@
-"""`[data]` to samples: which folders are read and how, what contradicts what, and the coverage_lines."""
+"""`[data]` to samples: which folders are read and how, what contradicts what, and the accounts."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Token folders as data sets: documents in a new order every epoch, cut into windows.
 
 The documents of epoch 0, 1, 2, ..., each epoch in its own order, are joined to one endless string
-of tokens (of slots, where `DocumentLayout` lays documents out), and sample windows of seqlen tile it.
+of tokens (of slots, where `DocumentLayout` places documents), and sample windows of seqlen tile it.
 Nothing falls off at the end of an epoch: the last window that starts in it runs on into the next.
 So in a corpus of T tokens epoch e has the windows from ceil(e T / seqlen) up to
 ceil((e + 1) T / seqlen), in shuffled order, and window w belongs to epoch floor(w seqlen / T); all
@@ -96,7 +96,7 @@ class TokenSplit:
     def _spans(
         self, order: "_Order", start: int, wanted: int, lengths: np.ndarray
     ) -> tuple[list[Span], list[int]]:
-        """DocumentLayout [start, start + wanted) of `order`, as far as it goes; where documents end.
+        """Slots [start, start + wanted) of `order`, as far as it goes; where documents end.
 
         lengths: of the documents, in slots.
         """

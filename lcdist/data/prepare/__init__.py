@@ -1,1 +1,1 @@
-"""To be described."""
+"""Prepare token folders from text, JSONL or parquet files."""

@@ -1,1 +1,1 @@
-"""To be described."""
+"""Tokenizers: sentencepiece, Hugging Face tokenizer.json, and bytes."""

@@ -1,1 +1,1 @@
-"""To be described."""
+"""Activation memory: recomputation, CPU offload and sequence-tiled MLPs."""

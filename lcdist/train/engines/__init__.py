@@ -1,1 +1,0 @@
-"""Engines: ways to own parameters and optimizer state."""
