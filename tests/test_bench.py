@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from lcdist_kernels.full import AttentionImpl, operator
+from lcdist_kernels.full import AttentionImpl
+from lcdist_kernels.full import impl as operator
 from lcdist_kernels.scca import Rule
 from tests.interpreter import interpret_without_gpu
 

@@ -13,7 +13,7 @@ from lcdist.commands.main import main
 from lcdist.commands.train import make_trainer, open_dataset
 from lcdist.config import ConfigError, load
 from lcdist.config.schema import CocaOptions
-from lcdist.distributed.mesh import build_grid
+from lcdist.distributed.mesh import build_mesh
 from lcdist.exchange import traffic
 from lcdist.hardware.peak import Peak
 from lcdist.model.build import build_model
@@ -330,8 +330,8 @@ def held(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[tuple
     found = []
     for overrides in cases:
         plan = plan_of(*ODD, *overrides, world_size=world_size)
-        grid = build_grid(plan.config.parallel, 0)
-        trainer = make_trainer(plan, grid, open_dataset(plan), Peak(1.0, "config"))
+        mesh = build_mesh(plan.config.parallel, 0)
+        trainer = make_trainer(plan, mesh, open_dataset(plan), Peak(1.0, "config"))
         parameters = sum(p.numel() for chunk in trainer.engine.chunks for p in chunk.parameters())
         moments = sum(master.numel() for master in trainer.engine.optimizer.masters)
         found.append((parameters, moments))
@@ -358,8 +358,8 @@ def kept(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
     found = []
     for overrides in cases:
         plan = plan_of(*ODD, *overrides)
-        grid = build_grid(plan.config.parallel, 0)
-        (model,) = build_model(plan, grid.device)
+        mesh = build_mesh(plan.config.parallel, 0)
+        (model,) = build_model(plan, mesh.device)
         own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
         saved: dict[int, Any] = {}
 
@@ -432,7 +432,7 @@ def peak_of_loss(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> li
     found = []
     for overrides in cases:
         plan = plan_of(*ODD, *overrides)
-        group = build_grid(plan.config.parallel, 0).tp_group
+        group = build_mesh(plan.config.parallel, 0).tp_group
         rows, width = plan.padded_vocab_size // group.size(), plan.config.model.hidden_size
         dtype = torch.bfloat16 if plan.dtype == "bf16" else torch.float32
         hidden = torch.randn(plan.tokens, 1, width).to(dtype).requires_grad_()
@@ -498,8 +498,8 @@ def sent(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
     found = []
     for overrides in cases:
         plan = plan_of(*ODD, "model.num_layers=2", *overrides, world_size=world_size)
-        grid = build_grid(plan.config.parallel, 0)
-        trainer = make_trainer(plan, grid, open_dataset(plan), Peak(1.0, "config"))
+        mesh = build_mesh(plan.config.parallel, 0)
+        trainer = make_trainer(plan, mesh, open_dataset(plan), Peak(1.0, "config"))
         with traffic() as t:
             trainer.engine.forward_backward(trainer.loader.next_step())
         found.append(t.total)

@@ -41,8 +41,9 @@ class Session:
 def open_session(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[str]) -> Session:
     """Load the weights at `path` (a checkpoint, or a run folder for its latest).
 
-    overrides: `section.key=value`, over the checkpoint's own configuration. mesh_overrides: overrides
-    that go before them, since a checkpoint's mesh is not that of who reads it. Raises ConfigError or
+    overrides: `section.key=value`, over the checkpoint's own configuration. mesh_overrides:
+    overrides that go before them, since a checkpoint's mesh is not that of who reads it. Raises
+    ConfigError or
     CheckpointError for the user's mistakes.
     """
     # The configuration decides the mesh and so the world: it is read before there is a world.

@@ -2,8 +2,8 @@
 
 After i hops rank r holds the block of rank r - i. `ring` is differentiable: its adjoint is the lap
 in reverse, each gradient collecting what every rank adds until it is home. `ring_with_gradients` is
-the lap of a hand-written backward: gradients follow their blocks and are home one hop after the last visit
-(Ring Attention, arXiv:2310.01889).
+the lap of a hand-written backward: gradients follow their blocks and are home one hop after the
+last visit (Ring Attention, arXiv:2310.01889).
 """
 
 from collections.abc import Callable, Iterator

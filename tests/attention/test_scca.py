@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcdist.attention import METHODS, HeadSlice, Shape, scca_ring, scca_shift, scca_swap
+from lcdist.attention import METHODS, HeadSlice, Shape
+from lcdist.attention.scca import ring as scca_ring
+from lcdist.attention.scca import shift as scca_shift
+from lcdist.attention.scca import swap as scca_swap
 from lcdist.attention.scca.pattern import check_documents, longmixed_units, model_rules
 from lcdist.attention.scca.shift_plan import Borders, moves, needed
 from lcdist.attention.scca.units import DilatedHeads, Units

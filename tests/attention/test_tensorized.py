@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcdist.attention import METHODS, HeadSlice, Shape, Traffic, tensorized_units
+from lcdist.attention import METHODS, HeadSlice, Shape, Traffic
+from lcdist.attention.tensorized import units as tensorized_units
 from lcdist.attention.tensorized.plan import halo_plan, halo_tokens, plan_home, unit_sizes
 from lcdist.config.schema import TensorizedOptions
 from lcdist.exchange import VirtualGroup, group_rank, traffic
 from lcdist.layout import ContextLayout
 from lcdist_kernels import full_reference
-from lcdist_kernels.tensorized import Grid, operator
+from lcdist_kernels.tensorized import Grid
+from lcdist_kernels.tensorized import impl as operator
 from tests.attention.body import (
     Problem,
     Variant,

@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lcdist.convert import reference, stored
+from lcdist.checkpoint import tensors as stored
+from lcdist.convert import reference_forward as reference
 from lcdist.convert.huggingface.export_model import export_model
 from lcdist.convert.huggingface.import_model import import_model
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from lcdist.config.rope import RopeLlama3
-from lcdist.convert import exporting, importing, names
 from lcdist.convert.check import ConversionError
+from lcdist.convert.huggingface import export_model as exporting
+from lcdist.convert.huggingface import import_model as importing
+from lcdist.convert.huggingface import names
 from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.huggingface.names import EMBEDDING, OUTPUT, FusedTensor, SourceRows
 from tests.convert.hf import make_model, save

@@ -11,10 +11,11 @@ import torch
 from lcdist.checkpoint.read import open_checkpoint, saved_config
 from lcdist.checkpoint.tensors import Stored
 from lcdist.commands.main import main
-from lcdist.convert import attention_lcdist, reference
+from lcdist.convert import reference_forward as reference
 from lcdist.convert.check import ConversionError
 from lcdist.convert.huggingface.export_model import export_model
 from lcdist.convert.huggingface.import_model import import_model
+from lcdist.convert.remote_code import attention_lcdist
 from tests.convert.hf import export_all, import_all, make_model, save
 from tests.convert.own_runs import CASES
 from tests.convert.test_export import read_all

@@ -9,8 +9,9 @@ import signal
 import sys
 from pathlib import Path
 
+from lcdist.data.prepare import shards
 from lcdist.data.prepare.corpus import Source
-from lcdist.data.prepare.prepare import prepare, shards
+from lcdist.data.prepare.prepare import prepare
 from lcdist.data.prepare.settings import TokenizeSettings
 
 

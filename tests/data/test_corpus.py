@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lcdist.data.prepare import chunks as parts
 from lcdist.data.prepare.chunks import (
     OnError,
     ReadOptions,
@@ -14,7 +15,6 @@ from lcdist.data.prepare.chunks import (
     number_lines,
 )
 from lcdist.data.prepare.corpus import Source, SourceFile, list_files, standard_library
-from lcdist.data.prepare.prepare import chunks as parts
 
 
 def read(

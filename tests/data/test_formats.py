@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from lcdist.data.prepare import readers as records
 from lcdist.data.prepare.corpus import Source, list_files, walk
 from lcdist.data.prepare.prepare import prepare
-from lcdist.data.prepare.prepare import readers as records
 from tests.data.test_corpus import read
 from tests.data.test_prepare import SETTINGS, change, contents
 

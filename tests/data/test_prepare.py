@@ -12,11 +12,11 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401  # isort: skip
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # isort: skip
 
 from lcdist.data.meta import check_vocabulary
+from lcdist.data.prepare import chunks as parts_module
+from lcdist.data.prepare import shards as shards_module
 from lcdist.data.prepare.corpus import Source
 from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.data.prepare.prepare import Prepared, prepare
-from lcdist.data.prepare.prepare import chunks as parts_module
-from lcdist.data.prepare.prepare import shards as shards_module
 from lcdist.data.prepare.settings import TokenizeSettings
 from lcdist.data.tokenizers.sentencepiece_bpe import Tokenizer
 from tests.data.conftest import SETTINGS, write_corpus

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from lcdist.data.meta import read_meta
+from lcdist.data.prepare import shards as shards_module
 from lcdist.data.prepare.chunks import FileChunk
 from lcdist.data.prepare.corpus import Source
 from lcdist.data.prepare.prepare import Prepared, prepare
-from lcdist.data.prepare.prepare import shards as shards_module
 from lcdist.data.prepare.settings import TokenizeSettings
 from lcdist.data.prepare.workers import tokenize_all
 from tests.data.test_prepare import SETTINGS, change, contents

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels import Rotary, tensorized_attention, tensorized_reference
-from lcdist_kernels.tensorized import Grid, launchers, select_tensorized_impl
+from lcdist_kernels.tensorized import Grid, select_tensorized_impl
+from lcdist_kernels.tensorized import launch as launchers
 from lcdist_kernels.tensorized.impl import TORCH_IMPL, TRITON_IMPL
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import Variant, make, on_virtual_ranks, whole

@@ -63,7 +63,7 @@ def at_home(words: Sequence[str]) -> None:
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """lcdist/commands/extend.py, which starts nothing outside this process."""
+    """launch/extend.py, which starts nothing outside this process."""
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     monkeypatch.chdir(tmp_path)
     extend = import_module("extend")

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from lcdist.checkpoint import save as saving
+from lcdist.checkpoint import writer
 from lcdist.checkpoint.read import CheckpointError, latest_in, open_checkpoint
 from lcdist.checkpoint.save import Checkpointer
 from lcdist.commands.train import run
-from lcdist.train import checks, saving, writer
 from lcdist.train.trainer import Trainer
+from lcdist.verify import preflight as checks
 from lcdist.verify.preflight import check_start
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
