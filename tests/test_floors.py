@@ -35,7 +35,13 @@ FLOORS = (
 # Within attention/, lowest first; the folders of methods stand between these and the registry.
 ATTENTION_LOW = ("interface", "context", "shared", "table")
 ATTENTION_HIGH = ("registry", "__init__")
-MEETS_MEGATRON = ("lcdist.distributed.mesh", "lcdist.model", "lcdist.train", "lcdist.convert")
+MEETS_MEGATRON = (
+    "lcdist.checkpoint",
+    "lcdist.convert",
+    "lcdist.distributed.mesh",
+    "lcdist.engines",
+    "lcdist.model",
+)
 READS_MEGATRON = "lcdist.data.datasets.tokens"
 # The shim itself: it imports Megatron with torch.compile put aside, which takes a function.
 SHIM = "lcdist.hardware.megatron_on_cpu"

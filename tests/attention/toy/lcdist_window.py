@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention import AttentionMethod, HeadSlice, Shape, Traffic
-from lcdist.attention.shared.checks import check_plain, check_shard, decode_rows, tokens
+from lcdist.attention.common import check_plain, check_shard, decode_rows, tokens
 from lcdist.exchange import Group, group_rank, shift
 from lcdist.layout import ContextLayout
 from lcdist_kernels import Rotary
