@@ -1,4 +1,4 @@
-# Everything a person starts. A fresh machine needs Python 3.11 or newer, pip, make and git.
+# Targets for users and developers. A fresh machine needs Python 3.11 or newer, pip, make and git.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -6,29 +6,36 @@ BIN    := $(VENV)/bin
 DATA   ?= stdlib
 METHOD ?= full
 NAME   ?=
-BESIDE := tests/attention tests/convert tests/data tests/kernels tests/stand_in
-# A Hugging Face folder to extend in the place of a model trained here, the rank of LoRA adapters (0:
-# none), and settings over configs/quickstart/extend.toml, as in WITH="optim.lr=2e-5 train.steps=500".
+# Number of test processes. Each runs one file at a time, with one torch thread.
+WORKERS ?= 2
+# MODEL: a Hugging Face folder to extend instead of the model trained here. LORA: the rank of LoRA
+# adapters, 0 for none. WITH: overrides of configs/quickstart/extend.toml, such as
+# WITH="optim.lr=2e-5 train.steps=500".
 MODEL  ?=
 LORA   ?= 0
 WITH   ?=
 
-.PHONY: extend test slurm-test checks bench gpu-check install clean
+.PHONY: extend test test-fast test-all slurm-test checks bench gpu-check install clean
 
 extend: install
 	$(BIN)/python lcdist/commands/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
 		--model "$(MODEL)" --lora "$(LORA)" $(WITH)
 
-# Two halves side by side, of about the same length: mostly tests of one process, and tests of many, which
-# wait for one another half of the time. What the first half says comes last.
-test: $(VENV)/.dev checks
-	@export OMP_NUM_THREADS=1; \
-	$(BIN)/python -m pytest $(BESIDE) > $(VENV)/beside.log 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest $(BESIDE:%=--ignore=%); rest=$$?; \
-	wait $$beside; beside=$$?; cat $(VENV)/beside.log; exit $$((beside | rest))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-# A Slurm cluster on this machine, for the time of the tests. Needs root and Debian's packages, which it
-# installs.
+# Lint, types and the default tests.
+test: $(VENV)/.dev checks
+	$(PYTEST) -m "not exhaustive"
+
+# The tests of one process, without the long ones: for use while editing.
+test-fast: $(VENV)/.dev
+	$(PYTEST) -m "not exhaustive and not slow" $(FAST)
+
+# All tests: `test`, then full matrices, compile counts, long fuzzing, and the wheel in a fresh environment.
+test-all: test
+	$(PYTEST) -m exhaustive
+
+# The tests that need Slurm, on a cluster made on this machine. Needs root; installs Debian packages.
 slurm-test: $(VENV)/.dev
 	tests/slurm/install.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
@@ -38,7 +45,7 @@ checks: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The kernels on a GPU where there is one, else the methods and a training step on the CPU.
+# Benchmarks: the kernels on a GPU, or the methods and a training step on a CPU.
 bench: $(VENV)/.dev
 	$(BIN)/python kernels/bench/bench_all.py
 
