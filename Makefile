@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 DATA   ?= stdlib
 METHOD ?= full
 NAME   ?=
-# Number of test processes. Each runs one file at a time, with one torch thread.
+# Number of test processes. Each runs whole files (see tests/conftest.py), with one torch thread.
 WORKERS ?= 2
 # MODEL: a Hugging Face folder to extend instead of the model trained here. LORA: the rank of LoRA
 # adapters, 0 for none. WITH: overrides of configs/quickstart/extend.toml, such as
@@ -21,15 +21,15 @@ extend: install
 	$(BIN)/python lcdist/commands/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
 		--model "$(MODEL)" --lora "$(LORA)" $(WITH)
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 # Lint, types and the default tests.
 test: $(VENV)/.dev checks
 	$(PYTEST) -m "not exhaustive"
 
-# The tests of one process, without the long ones: for use while editing.
+# The default tests without the slow ones, for use while editing.
 test-fast: $(VENV)/.dev
-	$(PYTEST) -m "not exhaustive and not slow" $(FAST)
+	$(PYTEST) -m "not exhaustive and not slow"
 
 # All tests: `test`, then full matrices, compile counts, long fuzzing, and the wheel in a fresh environment.
 test-all: test

@@ -1,4 +1,4 @@
-"""What every test gets: one torch thread, a fixed seed, NaN in every tensor nobody has written.
+"""Fixtures and settings of every test: one torch thread, a fixed seed, NaN in unwritten tensors.
 
 Without a GPU, Triton kernels run in its interpreter, and tests marked `gpu` are skipped.
 """
@@ -30,14 +30,26 @@ def pytest_configure() -> None:
         settings.load_profile("lcdist")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs more CUDA devices than there are."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Group tests for pytest-xdist, and skip those that need more CUDA devices than there are."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(worker_group(item)))
     found = torch.cuda.device_count()
     for marker, needed in (("gpu", 1), ("multi_gpu", 2)):
         reason = f"needs {needed} CUDA device{'s' * (needed > 1)}, {found} found"
         for item in items:
             if item.get_closest_marker(marker) and found < needed:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def worker_group(item: pytest.Item) -> str:
+    """Return the name of the group of tests that run in the same process as `item`.
+
+    A file is one group, because its fixtures are made once. All Slurm tests share one cluster.
+    """
+    file = item.path.relative_to(Path(__file__).parent)
+    return "slurm" if file.parts[0] == "slurm" else str(file)
 
 
 @pytest.fixture(autouse=True)
