@@ -1,8 +1,8 @@
 """Four exchanges between context-parallel ranks: ring, shift, gather, swap.
 
-Each is linear, so each has an exact adjoint: that is its backward. Each posts its messages and
-returns, so that what is computed before the wait hides them. A group is a process group, one rank
-of a `VirtualGroup`, or None for a single process.
+Each exchange is linear, so its backward is its exact adjoint. Each call posts its messages and
+returns at once, so that computation before the wait overlaps with communication. A group is a
+process group, one rank of a `VirtualGroup`, or None for a single process.
 """
 
 from lcdist.exchange.clock import Stopwatch

@@ -1,4 +1,4 @@
-"""A stopwatch for a device's own time: on CUDA the host runs ahead of what it has asked for."""
+"""Stopwatch for work on the CPU or on a CUDA stream."""
 
 import time
 from typing import Any
@@ -7,31 +7,33 @@ import torch
 
 
 class Stopwatch:
-    """Starts when made; then `stop`, and later `seconds`.
+    """Measure the time from construction to `stop`.
 
-    cuda: times the current stream, not the host.
+    Args:
+        cuda: measure the current CUDA stream with events. The host clock would be wrong there,
+            because kernel launches return before the work is done.
     """
 
     def __init__(self, cuda: bool) -> None:
-        self._begin, self._end = self._mark(cuda), None
+        self._start, self._end = self._record(cuda), None
         self._cuda = cuda
 
     def stop(self) -> None:
-        """The end of what is timed; the last call counts."""
-        self._end = self._mark(self._cuda)
+        """Record the end time; a later call replaces it."""
+        self._end = self._record(self._cuda)
 
     @property
     def seconds(self) -> float:
-        """Between start and stop; 0 where it was never stopped. On CUDA waits for the stop."""
+        """Seconds from construction to `stop`; 0 if never stopped. On CUDA, waits for the stop."""
         if self._end is None:
             return 0.0
         if not self._cuda:
-            return self._end - self._begin
+            return self._end - self._start
         self._end.synchronize()
-        return self._begin.elapsed_time(self._end) / 1e3
+        return self._start.elapsed_time(self._end) / 1e3
 
     @staticmethod
-    def _mark(cuda: bool) -> Any:
+    def _record(cuda: bool) -> Any:
         if not cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -1,7 +1,7 @@
-"""LCDIST_DEBUG=1: before each exchange all ranks compare what they are about to do.
+"""Compare all ranks' exchanges before they start; enabled by LCDIST_DEBUG=1.
 
-A wrong order of exchanges, a forgotten one, or another shape becomes an error that names the rank,
-instead of a hang or of numbers that look right.
+Ranks may call exchanges in different orders, miss one, or pass different shapes. This check turns
+such a bug into an error that names the rank, instead of a hang or silently wrong numbers.
 """
 
 import os
@@ -17,7 +17,15 @@ import torch
 
 @dataclass(frozen=True)
 class Label:
-    """What all ranks must agree on: verb, step within it, shape before the exchange and dtype."""
+    """Description of one exchange, on which all ranks must agree.
+
+    Args:
+        verb: exchange name, as in `traffic.VERBS`.
+        step: step within the exchange, e.g. "forward".
+        shape: shape of the tensor before the exchange; -1 where ranks may differ.
+        dtype: dtype of the tensor.
+        detail: further values that must agree, e.g. the sizes; None for none.
+    """
 
     verb: str
     step: str
@@ -27,50 +35,57 @@ class Label:
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
-        words = f"{self.verb} {self.step}, [{shape}] {self.dtype}"
-        return words if self.detail is None else f"{words}, {self.detail}"
+        text = f"{self.verb} {self.step}, [{shape}] {self.dtype}"
+        return text if self.detail is None else f"{text}, {self.detail}"
 
 
-def debugging() -> bool:
-    """Whether LCDIST_DEBUG is set to 1."""
+def debug_enabled() -> bool:
+    """Return True if LCDIST_DEBUG is set to 1."""
     return os.environ.get("LCDIST_DEBUG") == "1"
 
 
-class _Numbers:
-    """How many exchanges each group has begun, for as long as the group lives."""
+class _ExchangeCounter:
+    """Number of exchanges started per group; an entry lives as long as its group."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._begun: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._started: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     def next(self, group: Any) -> int:
         with self._lock:
-            number = self._begun.get(group, 0)
-            self._begun[group] = number + 1
+            number = self._started.get(group, 0)
+            self._started[group] = number + 1
         return number
 
 
-_NUMBERS = _Numbers()
+_COUNTER = _ExchangeCounter()
 
 
-def compare(group: Any, label: Label, share: Callable[[Any], list[Any]]) -> None:
-    """Raises RuntimeError on all ranks, naming those in the minority, unless all labels agree.
+def check_agreement(
+    group: Any, label: Label, all_gather_object: Callable[[Any], list[Any]]
+) -> None:
+    """Raise RuntimeError on all ranks unless all their labels agree.
 
-    share: gives every rank's object, in rank order.
+    The message names the ranks that differ from the majority.
+
+    Args:
+        group: group of the exchange; its exchanges are numbered.
+        label: this rank's description of the exchange.
+        all_gather_object: returns all ranks' objects in rank order.
     """
-    mine = (_NUMBERS.next(group), label)
-    everyone = share(mine)
-    common = Counter(everyone).most_common(1)[0][0]
-    odd = [rank for rank, theirs in enumerate(everyone) if theirs != common]
-    if odd:
-        others = [rank for rank in range(len(everyone)) if rank not in odd]
-        lines = [f"  rank {rank}: {_say(everyone[rank])}" for rank in odd]
+    entry = (_COUNTER.next(group), label)
+    entries = all_gather_object(entry)
+    majority = Counter(entries).most_common(1)[0][0]
+    odd_ranks = [rank for rank, other in enumerate(entries) if other != majority]
+    if odd_ranks:
+        others = [rank for rank in range(len(entries)) if rank not in odd_ranks]
+        lines = [f"  rank {rank}: {_describe(entries[rank])}" for rank in odd_ranks]
         raise RuntimeError(
             "LCDIST_DEBUG: the ranks disagree about the next exchange\n"
             + "\n".join(lines)
-            + f"\n  ranks {others}: {_say(common)}"
+            + f"\n  ranks {others}: {_describe(majority)}"
         )
 
 
-def _say(entry: tuple[int, Label]) -> str:
+def _describe(entry: tuple[int, Label]) -> str:
     return f"exchange {entry[0]}, {entry[1]}"

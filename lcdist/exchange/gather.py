@@ -1,7 +1,8 @@
-"""gather: all shards, or the blocks a rank names.
+"""gather: collect all ranks' shards, or only the blocks that a rank requests.
 
-The adjoint of the first is a reduce-scatter; of the second, every rank's gradients go home and are
-added there in rank order, so that two runs give the same bits.
+The adjoint of a whole gather is a reduce-scatter. The adjoint of a gather by blocks sends every
+gradient to the block's owner. The owner adds them in rank order, so that two runs give the same
+bits.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,13 @@ from lcdist.exchange.debug import Label
 from lcdist.exchange.p2p import (
     Group,
     all_gather,
+    exchange_by_peer,
     group_rank,
     group_size,
     reduce_scatter,
-    trade,
-    wider,
+    wide_dtype,
 )
-from lcdist.exchange.pending import Arrival, Pending, Post
+from lcdist.exchange.pending import Pending, PostFn, WaitFn
 
 
 def gather(
@@ -30,65 +31,73 @@ def gather(
     block_size: int | None = None,
     wide: bool = False,
 ) -> Pending:
-    """All ranks' `x` concatenated along `dim` in rank order; or, of that, the `blocks` asked for.
+    """Concatenate all ranks' `x` along `dim` in rank order, or fetch some `blocks` of that.
 
-    x: the same shape and dtype on all ranks. blocks: block numbers of the whole, each of
-    `block_size` entries along `dim`, in any order, with repeats, maybe none; each rank asks for
-    its own, and a block is sent once to a rank that asks for it twice. Gives the blocks one after
-    the other in the order asked. wide: give blocks in the wider of fp32 and x.dtype, so that their
-    gradients come home unrounded; what is sent forward stays in x.dtype.
+    With `blocks`, the requests are exchanged first and waited for. They send n + len(blocks)
+    numbers of 8 bytes to each peer, counted as gather traffic. A block requested twice by one rank
+    is sent to it once.
 
-    With `blocks` the requests are exchanged first and waited for: n + asked numbers of 8 bytes to
-    each peer, counted as gather's. Raises ValueError for a block that does not exist, and where
-    `block_size` does not divide the shard.
+    Args:
+        x: this rank's shard, with the same shape and dtype on all ranks.
+        group: context-parallel group.
+        dim: dimension to concatenate along.
+        blocks: block numbers in the whole tensor, in any order, with repeats, possibly none; each
+            rank passes its own. The result holds the blocks in the order requested.
+        block_size: entries of a block along `dim`; must divide the shard.
+        wide: return blocks in the wider of fp32 and x.dtype, so that their gradients return
+            unrounded; the forward messages stay in x.dtype.
+
+    Raises:
+        ValueError: a block does not exist, or `block_size` does not divide the shard.
     """
     dim %= x.dim()
     if blocks is None:
-        return Pending(x, *_whole(x, group, dim))
+        return Pending(x, *_whole_gather(x, group, dim))
     if block_size is None or block_size < 1 or x.shape[dim] % block_size:
         raise ValueError(
             f"gather: block_size = {block_size} must divide the shard's {x.shape[dim]} entries"
         )
-    asked = blocks.tolist() if isinstance(blocks, Tensor) else list(blocks)
-    desk = _Desk(x, group, dim, block_size, asked)
+    requested = blocks.tolist() if isinstance(blocks, Tensor) else list(blocks)
+    requests = _BlockRequests(x, group, dim, block_size, requested)
     if not wide:
-        return Pending(x, desk.out, desk.home)
+        return Pending(x, requests.send_blocks, requests.return_gradients)
 
-    def widened(x: Tensor) -> Arrival:
-        arrive = desk.out(x)
-        return lambda: arrive().to(wider(x.dtype))
+    def send_blocks(x: Tensor) -> WaitFn:
+        receive = requests.send_blocks(x)
+        return lambda: receive().to(wide_dtype(x.dtype))
 
-    return Pending(x, widened, desk.home)
+    return Pending(x, send_blocks, requests.return_gradients)
 
 
-def _whole(x: Tensor, group: Group, dim: int) -> tuple[Post, Post]:
+def _whole_gather(x: Tensor, group: Group, dim: int) -> tuple[PostFn, PostFn]:
+    """Return the all-gather of shards like `x` and its adjoint, a reduce-scatter."""
     n, shape = group_size(group), x.shape
 
-    def forward(x: Tensor) -> Arrival:
+    def forward(x: Tensor) -> WaitFn:
         if n == 1:
             return lambda: x.detach()
         out = x.new_empty((n, *shape))
         handle = all_gather(group, _label("forward", shape, x.dtype), x.contiguous(), out)
 
-        def arrive() -> Tensor:
+        def receive() -> Tensor:
             handle.wait()
             return out.movedim(0, dim).flatten(dim, dim + 1)
 
-        return arrive
+        return receive
 
-    def adjoint(dout: Tensor) -> Arrival:
+    def adjoint(dout: Tensor) -> WaitFn:
         if n == 1:
             return lambda: dout
         parts = dout.unflatten(dim, (n, shape[dim])).movedim(dim, 0)
-        parts = parts.to(wider(dout.dtype)).contiguous()
+        parts = parts.to(wide_dtype(dout.dtype)).contiguous()
         dx = parts.new_empty(shape)
         handle = reduce_scatter(group, _label("backward", shape, dx.dtype), parts, dx)
 
-        def arrive() -> Tensor:
+        def receive() -> Tensor:
             handle.wait()
             return dx.to(dout.dtype)
 
-        return arrive
+        return receive
 
     return forward, adjoint
 
@@ -97,100 +106,132 @@ def _label(step: str, shape: Sequence[int], dtype: torch.dtype) -> Label:
     return Label("gather", step, tuple(shape), dtype)
 
 
-class _Desk:
-    """Who asked for which of whose blocks; rows are blocks, flattened."""
+class _BlockRequests:
+    """All ranks' block requests, seen from one rank. Blocks are flattened to rows.
+
+    Args:
+        x: this rank's shard.
+        group: context-parallel group.
+        dim: dimension of `x` that is cut into blocks.
+        block_size: entries of a block along `dim`.
+        requested: global numbers of the blocks that this rank wants, in output order.
+    """
 
     def __init__(
-        self, x: Tensor, group: Group, dim: int, block_size: int, asked: list[int]
+        self, x: Tensor, group: Group, dim: int, block_size: int, requested: list[int]
     ) -> None:
         self.group, self.dim, self.shape = group, dim, x.shape
         self.num_local = x.shape[dim] // block_size
-        self.width = x.numel() // self.num_local if self.num_local else 0
-        self.entries = len(asked) * block_size
+        self.row_size = x.numel() // self.num_local if self.num_local else 0
+        self.num_entries = len(requested) * block_size
         num_blocks = self.num_local * group_size(group)
-        for block in asked:
+        for block in requested:
             if not 0 <= block < num_blocks:
-                raise ValueError(f"gather: block {block} asked for, there are {num_blocks}")
-        # Sorted, so that they are grouped by owner, in rank order.
-        wanted = sorted(set(asked))
-        place = {block: row for row, block in enumerate(wanted)}
-        self.rows = torch.tensor([place[b] for b in asked], dtype=torch.int64, device=x.device)
-        self.num_wanted = len(wanted)
-        self.wanted_of: dict[int, list[int]] = {}
-        for block in wanted:
-            owner, local = divmod(block, self.num_local)
-            self.wanted_of.setdefault(owner, []).append(local)
-        self.asked_of_me = self._requests(x.device)
+                raise ValueError(f"gather: block {block} requested, but there are {num_blocks}")
+        # Sorted, so that blocks are grouped by owner, in rank order.
+        unique = sorted(set(requested))
+        row_of_block = {block: row for row, block in enumerate(unique)}
+        self.num_unique = len(unique)
+        # The row among the unique blocks for each requested block.
+        self.output_rows = torch.tensor(
+            [row_of_block[b] for b in requested], dtype=torch.int64, device=x.device
+        )
+        # Local block numbers to receive, by owner.
+        self.recv_blocks: dict[int, list[int]] = {}
+        for block in unique:
+            owner, local_block = divmod(block, self.num_local)
+            self.recv_blocks.setdefault(owner, []).append(local_block)
+        self.send_blocks_by_rank = self._exchange_requests(x.device)
 
-    def _requests(self, device: torch.device) -> dict[int, Tensor]:
-        """The local blocks that each rank wants of this one, by rank in rank order."""
-        n, me = group_size(self.group), group_rank(self.group)
-        wanted = {
-            owner: torch.tensor(local, dtype=torch.int64, device=device)
-            for owner, local in self.wanted_of.items()
+    def _exchange_requests(self, device: torch.device) -> dict[int, Tensor]:
+        """Return the local blocks that each rank requests from this one, in rank order."""
+        n, rank = group_size(self.group), group_rank(self.group)
+        outgoing = {
+            owner: torch.tensor(blocks, dtype=torch.int64, device=device)
+            for owner, blocks in self.recv_blocks.items()
         }
         if n == 1:
-            return wanted
-        counts = [len(self.wanted_of.get(owner, ())) for owner in range(n)]
-        mine = torch.tensor(counts, dtype=torch.int64, device=device)
-        everyone = mine.new_empty((n, n))
-        all_gather(self.group, _label("counts", self.shape, mine.dtype), mine, everyone).wait()
-        of_me = {rank: int(c) for rank, c in enumerate(everyone[:, me].tolist()) if c}
-        sizes = {rank: [count] for rank, count in of_me.items()}
-        label = _label("requests", self.shape, mine.dtype)
-        arrived = trade(self.group, label, wanted, sizes, mine)()
-        return {rank: arrived[rank] for rank in sorted(arrived)}
+            return outgoing
+        counts = torch.tensor(
+            [len(self.recv_blocks.get(owner, ())) for owner in range(n)],
+            dtype=torch.int64,
+            device=device,
+        )
+        all_counts = counts.new_empty((n, n))
+        label = _label("counts", self.shape, counts.dtype)
+        all_gather(self.group, label, counts, all_counts).wait()
+        incoming = {
+            peer: [int(count)] for peer, count in enumerate(all_counts[:, rank].tolist()) if count
+        }
+        label = _label("requests", self.shape, counts.dtype)
+        received = exchange_by_peer(self.group, label, outgoing, incoming, counts)()
+        return {peer: received[peer] for peer in sorted(received)}
 
-    def out(self, x: Tensor) -> Arrival:
-        local = x.movedim(self.dim, 0).reshape(self.num_local, self.width)
-        outgoing = {rank: local[rows].contiguous() for rank, rows in self.asked_of_me.items()}
-        incoming = {owner: (len(rows), self.width) for owner, rows in self.wanted_of.items()}
+    def send_blocks(self, x: Tensor) -> WaitFn:
+        """Post the blocks that other ranks requested; the wait returns this rank's own request."""
+        local = x.movedim(self.dim, 0).reshape(self.num_local, self.row_size)
+        outgoing = {
+            rank: local[blocks].contiguous() for rank, blocks in self.send_blocks_by_rank.items()
+        }
+        incoming = {
+            owner: (len(blocks), self.row_size) for owner, blocks in self.recv_blocks.items()
+        }
         label = _label("forward", self.shape, x.dtype)
-        arrive = trade(self.group, label, outgoing, incoming, local)
+        receive_rows = exchange_by_peer(self.group, label, outgoing, incoming, local)
 
-        def order() -> Tensor:
-            boxes = arrive()
-            wanted = [boxes[owner] for owner in sorted(boxes)]
-            rows = torch.cat(wanted)[self.rows] if wanted else local.new_empty((0, self.width))
-            out = rows.reshape(self.entries, *self._rest()).movedim(0, self.dim)
+        def receive() -> Tensor:
+            by_owner = receive_rows()
+            unique = [by_owner[owner] for owner in sorted(by_owner)]
+            rows = (
+                torch.cat(unique)[self.output_rows]
+                if unique
+                else local.new_empty((0, self.row_size))
+            )
+            out = rows.reshape(self.num_entries, *self._other_sizes()).movedim(0, self.dim)
             return out.contiguous()
 
-        return order
+        return receive
 
-    def home(self, dout: Tensor) -> Arrival:
-        drows = dout.movedim(self.dim, 0).reshape(len(self.rows), self.width).contiguous()
-        wanted = _add_rows(drows, self.rows, self.num_wanted)
-        sizes = [len(rows) for rows in self.wanted_of.values()]
-        outgoing = dict(zip(self.wanted_of, wanted.split(sizes), strict=True)) if sizes else {}
-        incoming = {rank: (len(rows), self.width) for rank, rows in self.asked_of_me.items()}
+    def return_gradients(self, dout: Tensor) -> WaitFn:
+        """Post the blocks' gradients to their owners; the wait returns the gradient of `x`."""
+        rows = dout.movedim(self.dim, 0).reshape(len(self.output_rows), self.row_size).contiguous()
+        unique = _sum_rows(rows, self.output_rows, self.num_unique)
+        sizes = [len(blocks) for blocks in self.recv_blocks.values()]
+        outgoing = dict(zip(self.recv_blocks, unique.split(sizes), strict=True)) if sizes else {}
+        incoming = {
+            rank: (len(blocks), self.row_size) for rank, blocks in self.send_blocks_by_rank.items()
+        }
         label = _label("backward", self.shape, dout.dtype)
-        arrive = trade(self.group, label, outgoing, incoming, wanted)
+        receive_rows = exchange_by_peer(self.group, label, outgoing, incoming, unique)
 
-        def add() -> Tensor:
-            boxes = arrive()
-            dlocal = dout.new_zeros((self.num_local, self.width), dtype=wider(dout.dtype))
-            # One rank's rows are distinct: this adds in rank order, on CUDA too.
-            for rank, rows in self.asked_of_me.items():
-                dlocal.index_add_(0, rows, boxes[rank].to(dlocal.dtype))
-            dx = dlocal.to(dout.dtype).reshape(self.shape[self.dim], *self._rest())
+        def receive() -> Tensor:
+            by_rank = receive_rows()
+            dlocal = dout.new_zeros((self.num_local, self.row_size), dtype=wide_dtype(dout.dtype))
+            # The blocks of one rank are distinct, so this adds in rank order, also on CUDA.
+            for rank, blocks in self.send_blocks_by_rank.items():
+                dlocal.index_add_(0, blocks, by_rank[rank].to(dlocal.dtype))
+            dx = dlocal.to(dout.dtype).reshape(self.shape[self.dim], *self._other_sizes())
             return dx.movedim(0, self.dim)
 
-        return add
+        return receive
 
-    def _rest(self) -> list[int]:
+    def _other_sizes(self) -> list[int]:
         return [size for d, size in enumerate(self.shape) if d != self.dim]
 
 
-def _add_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """`rows` added up by `index`, in their order: of the operators that add, index_add_ does so on
-    a CPU and index_put_, which sorts, on CUDA."""
+def _sum_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    """Return `num_rows` rows; row i is the sum, in order, of the `rows` whose `index` is i.
+
+    Two operators give a reproducible order: index_add_ on a CPU, and index_put_, which sorts, on
+    CUDA.
+    """
     if len(rows) == num_rows:
         return torch.empty_like(rows).index_copy_(0, index, rows)
-    out = rows.new_zeros((num_rows, rows.shape[1]), dtype=wider(rows.dtype))
-    wide = rows.to(out.dtype)
-    summed = (
-        out.index_put_((index,), wide, accumulate=True)
+    out = rows.new_zeros((num_rows, rows.shape[1]), dtype=wide_dtype(rows.dtype))
+    wide_rows = rows.to(out.dtype)
+    total = (
+        out.index_put_((index,), wide_rows, accumulate=True)
         if rows.is_cuda
-        else out.index_add_(0, index, wide)
+        else out.index_add_(0, index, wide_rows)
     )
-    return summed.to(rows.dtype)
+    return total.to(rows.dtype)

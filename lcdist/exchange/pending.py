@@ -1,8 +1,8 @@
-"""An exchange under way: posted at once, waited for later, forward and backward.
+"""Exchanges that are posted now and waited for later, in the forward and in the backward pass.
 
-Two autograd nodes make one exchange. Forward, the first posts and the second waits; backward, the
-second posts the adjoint and the first waits for it, so that what a method computes between `shift`
-and `wait` hides the exchange in both directions.
+An exchange is two autograd nodes. Forward, the first node posts and the second waits. Backward,
+the second node posts the adjoint and the first waits for it. Computation between `shift` and
+`wait` therefore overlaps with the exchange in both passes.
 """
 
 from collections.abc import Callable
@@ -12,68 +12,78 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-Arrival: TypeAlias = Callable[[], Tensor]
-"""Waits, then gives the tensor."""
+WaitFn: TypeAlias = Callable[[], Tensor]
+"""Wait for the exchange and return its result."""
 
-Post: TypeAlias = Callable[[Tensor], Arrival]
-"""Posts an exchange of its argument."""
+PostFn: TypeAlias = Callable[[Tensor], WaitFn]
+"""Post an exchange of the argument."""
 
 
-class _Course:
-    """A linear exchange, its adjoint, and what is under way of either."""
+class _InFlight:
+    """A linear exchange and its adjoint, and the wait function of whichever is in flight."""
 
-    def __init__(self, forward: Post, adjoint: Post) -> None:
+    def __init__(self, forward: PostFn, adjoint: PostFn) -> None:
         self.forward, self.adjoint = forward, adjoint
-        self.under_way: Arrival | None = None
+        self.wait_fn: WaitFn | None = None
 
-    def arrive(self) -> Tensor:
-        assert self.under_way is not None, "nothing was posted"
-        arrival, self.under_way = self.under_way, None
-        return arrival()
+    def wait(self) -> Tensor:
+        assert self.wait_fn is not None, "nothing was posted"
+        wait_fn, self.wait_fn = self.wait_fn, None
+        return wait_fn()
 
 
-class _Leave(Function):
+class _PostOp(Function):
+    """First node: posts the exchange in forward, waits for the adjoint in backward."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, course: _Course) -> Tensor:
-        ctx.course = course
-        course.under_way = course.forward(x)
+    def forward(ctx: Any, x: Tensor, in_flight: _InFlight) -> Tensor:
+        ctx.in_flight = in_flight
+        in_flight.wait_fn = in_flight.forward(x)
         return x.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        return ctx.course.arrive(), None
+        return ctx.in_flight.wait(), None
 
 
-class _Arrive(Function):
+class _WaitOp(Function):
+    """Second node: waits for the exchange in forward, posts the adjoint in backward."""
+
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, course: _Course) -> Tensor:
-        ctx.course = course
-        return course.arrive()
+    def forward(ctx: Any, token: Tensor, in_flight: _InFlight) -> Tensor:
+        ctx.in_flight = in_flight
+        return in_flight.wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (dout,) = grads
-        ctx.course.under_way = ctx.course.adjoint(dout)
+        ctx.in_flight.wait_fn = ctx.in_flight.adjoint(dout)
         return dout.new_zeros(()), None
 
 
 class Pending:
-    """An exchange that is under way.
+    """An exchange in flight.
 
-    The result must enter the loss even where it has no elements (concatenate it): a rank's part in
-    the backward exchange hangs on it.
+    The result must enter the loss even if it has no elements (concatenate it): otherwise this
+    rank's backward pass skips the adjoint exchange, which the other ranks wait for.
+
+    Args:
+        x: tensor to exchange.
+        forward: posts the exchange of `x`.
+        adjoint: posts the adjoint exchange of the result's gradient.
     """
 
-    def __init__(self, x: Tensor, forward: Post, adjoint: Post) -> None:
-        self._course = _Course(forward, adjoint)
-        self._ticket = _Leave.apply(x, self._course)
+    def __init__(self, x: Tensor, forward: PostFn, adjoint: PostFn) -> None:
+        self._in_flight = _InFlight(forward, adjoint)
+        # Connects the two nodes in the graph; its value is unused.
+        self._token = _PostOp.apply(x, self._in_flight)
         self._result: Tensor | None = None
 
     def wait(self) -> Tensor:
-        """What was exchanged; differentiable in what was given. The same tensor at every call."""
+        """Return the result, differentiable in the input; the same tensor at every call."""
         if self._result is None:
-            self._result = _Arrive.apply(self._ticket, self._course)
+            self._result = _WaitOp.apply(self._token, self._in_flight)
         assert self._result is not None
         return self._result

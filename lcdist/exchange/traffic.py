@@ -1,7 +1,7 @@
-"""Counts the bytes that exchanges send, by verb: how a test knows that a shift moved no shard.
+"""Count the bytes that exchanges send, by verb; tests check with it that a shift moves no shard.
 
-The open counters are the one list of this process: PyTorch runs a CUDA backward in threads of its
-own, which see neither the thread-locals nor the context variables of the thread that counts.
+The open counters are one list per process. PyTorch runs a CUDA backward pass in its own threads,
+which see neither the thread-locals nor the context variables of the thread that counts.
 """
 
 import threading
@@ -17,9 +17,11 @@ VERBS = ("ring", "shift", "gather", "swap")
 
 @dataclass(frozen=True)
 class Traffic:
-    """What was sent while it was open. sent: bytes by verb, forward and backward together.
+    """Bytes sent and waits recorded while the counter was open.
 
-    waits: a stopwatch for every wait of a real rank for its peers.
+    Args:
+        sent: bytes by verb, forward and backward together.
+        waits: one stopwatch for every wait of a real rank for its peers.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
@@ -27,7 +29,7 @@ class Traffic:
 
     @property
     def seconds_waited(self) -> float:
-        """How long this rank waited for its peers."""
+        """Seconds that this rank waited for its peers."""
         return sum(watch.seconds for watch in self.waits)
 
     @property
@@ -37,10 +39,12 @@ class Traffic:
 
 
 class _OpenCounters:
+    """The counters open in this process, each with the thread that opened it."""
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: list[tuple[Traffic, threading.Thread]] = []
-        self._here = threading.local()
+        self._thread_local = threading.local()
 
     def start(self, traffic: Traffic) -> None:
         with self._lock:
@@ -50,20 +54,20 @@ class _OpenCounters:
         with self._lock:
             self._open = [entry for entry in self._open if entry[0] is not traffic]
 
-    def lineage(self) -> tuple[threading.Thread, ...]:
-        """The current thread and those that started it as virtual ranks."""
-        return (threading.current_thread(), *getattr(self._here, "parents", ()))
+    def thread_ancestry(self) -> tuple[threading.Thread, ...]:
+        """Return the current thread and the threads that started it as a virtual rank."""
+        return (threading.current_thread(), *getattr(self._thread_local, "parents", ()))
 
-    def adopt(self, parents: tuple[threading.Thread, ...]) -> None:
-        self._here.parents = parents
+    def set_parents(self, parents: tuple[threading.Thread, ...]) -> None:
+        self._thread_local.parents = parents
 
-    def add(self, verb: str, sent: int, virtual: bool) -> None:
+    def add_sent(self, verb: str, num_bytes: int, virtual: bool) -> None:
         with self._lock:
-            mine = (*self.lineage(), threading.main_thread())
+            ancestry = (*self.thread_ancestry(), threading.main_thread())
             for traffic, opener in self._open:
-                # All threads of a real rank are that rank; a virtual rank is one thread.
-                if not virtual or opener in mine:
-                    traffic.sent[verb] += sent
+                # All threads of a real rank belong to that rank; a virtual rank is one thread.
+                if not virtual or opener in ancestry:
+                    traffic.sent[verb] += num_bytes
 
     def add_wait(self, watch: Stopwatch) -> None:
         with self._lock:
@@ -76,39 +80,39 @@ _COUNTERS = _OpenCounters()
 
 @contextmanager
 def traffic() -> Iterator[Traffic]:
-    """Counts the bytes this rank sends inside the block, by verb: `t.sent["ring"]`, `t.total`.
+    """Count the bytes this rank sends inside the block, by verb: `t.sent["ring"]`, `t.total`.
 
-    Bytes leave for other ranks; what a rank keeps costs nothing. An all-gather counts (n - 1)
-    shards a rank, a reduce-scatter (n - 1) of its parts, an all-to-all what goes to others.
-    Gradients count under the verb of their forward pass.
+    Only bytes that leave for other ranks count. An all-gather counts (n - 1) shards per rank, a
+    reduce-scatter (n - 1) of its parts, an all-to-all its pieces for other ranks. Gradients count
+    under the verb of their forward pass.
 
-    Opened by a virtual rank it counts that rank; opened in the thread that runs the group, or in
-    the main thread, all of its ranks together.
+    Opened by a virtual rank, it counts that rank. Opened in the thread that runs the group, or in
+    the main thread, it counts all of the group's ranks together.
     """
-    counted = Traffic()
-    _COUNTERS.start(counted)
+    counter = Traffic()
+    _COUNTERS.start(counter)
     try:
-        yield counted
+        yield counter
     finally:
-        _COUNTERS.stop(counted)
+        _COUNTERS.stop(counter)
 
 
-def count(verb: str, sent: int, virtual: bool) -> None:
-    """Adds `sent` bytes of `verb` to every open counter that this thread's rank belongs to."""
+def record_sent(verb: str, num_bytes: int, virtual: bool) -> None:
+    """Add `num_bytes` of `verb` to every open counter that this thread's rank belongs to."""
     assert verb in VERBS, verb
-    _COUNTERS.add(verb, sent, virtual)
+    _COUNTERS.add_sent(verb, num_bytes, virtual)
 
 
-def waited(watch: Stopwatch) -> None:
-    """Adds a real rank's wait, now over, to every open counter."""
+def record_wait(watch: Stopwatch) -> None:
+    """Add a finished wait of a real rank to every open counter."""
     _COUNTERS.add_wait(watch)
 
 
-def lineage() -> tuple[threading.Thread, ...]:
-    """What a virtual rank's thread passes to `adopt`: taken in the thread that starts it."""
-    return _COUNTERS.lineage()
+def thread_ancestry() -> tuple[threading.Thread, ...]:
+    """Return the ancestry for `set_parents`; call it in the thread that starts virtual ranks."""
+    return _COUNTERS.thread_ancestry()
 
 
-def adopt(parents: tuple[threading.Thread, ...]) -> None:
-    """Lets counters opened in `parents` count what this thread sends as a virtual rank."""
-    _COUNTERS.adopt(parents)
+def set_parents(parents: tuple[threading.Thread, ...]) -> None:
+    """Let counters opened in `parents` count the bytes that this virtual rank's thread sends."""
+    _COUNTERS.set_parents(parents)

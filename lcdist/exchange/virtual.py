@@ -1,6 +1,6 @@
-"""Many ranks as threads of one process: a group for tests, for a laptop, and for counting traffic.
+"""Many ranks as threads of one process: a group for tests, laptops and traffic counts.
 
-Messages are copied when they are posted, as on a wire, and wait in the receiver's box.
+A message is copied when it is posted, as on a real network, and waits in the receiver's mailbox.
 """
 
 import threading
@@ -11,75 +11,77 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lcdist.exchange.traffic import adopt, lineage
+from lcdist.exchange.traffic import set_parents, thread_ancestry
 
 T = TypeVar("T")
 WAIT_SECONDS = 60.0
 
 
 class VirtualGroupAborted(RuntimeError):
-    """Another virtual rank failed: its exception is the one to read."""
+    """Raised on a virtual rank because another one failed; that rank's exception is the cause."""
 
 
-class _Boxes:
-    """Messages under way, each with its number among those from `src` to `dst`."""
+class _Mailboxes:
+    """Messages in flight, numbered per pair of `src` and `dst`."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._arrived = [threading.Condition() for _ in range(size)]
-        self._box: list[dict[tuple[int, int], Any]] = [{} for _ in range(size)]
-        self._sent: list[Counter[int]] = [Counter() for _ in range(size)]
-        self._expected: list[Counter[int]] = [Counter() for _ in range(size)]
+        self._conditions = [threading.Condition() for _ in range(size)]
+        self._messages: list[dict[tuple[int, int], Any]] = [{} for _ in range(size)]
+        self._num_sent: list[Counter[int]] = [Counter() for _ in range(size)]
+        self._num_expected: list[Counter[int]] = [Counter() for _ in range(size)]
         self.error: BaseException | None = None
 
     def put(self, src: int, dst: int, message: Any) -> None:
-        with self._arrived[dst]:
-            number = self._sent[dst][src]
-            self._sent[dst][src] += 1
-            self._box[dst][src, number] = message
-            self._arrived[dst].notify_all()
+        with self._conditions[dst]:
+            number = self._num_sent[dst][src]
+            self._num_sent[dst][src] += 1
+            self._messages[dst][src, number] = message
+            self._conditions[dst].notify_all()
 
     def expect(self, src: int, dst: int) -> int:
-        """The number of the next message from `src`: messages match in the order posted."""
-        with self._arrived[dst]:
-            number = self._expected[dst][src]
-            self._expected[dst][src] += 1
+        """Return the number of the next message from `src`: messages match in order of posting."""
+        with self._conditions[dst]:
+            number = self._num_expected[dst][src]
+            self._num_expected[dst][src] += 1
             return number
 
     def take(self, src: int, dst: int, number: int) -> Any:
-        box, arrived = self._box[dst], self._arrived[dst]
-        with arrived:
-            came = arrived.wait_for(
-                lambda: (src, number) in box or self.error is not None, WAIT_SECONDS
+        """Wait for a message and return it."""
+        messages, condition = self._messages[dst], self._conditions[dst]
+        with condition:
+            in_time = condition.wait_for(
+                lambda: (src, number) in messages or self.error is not None, WAIT_SECONDS
             )
             if self.error is not None:
                 raise VirtualGroupAborted(f"rank {dst} stops: another rank failed: {self.error!r}")
-            if not came:
+            if not in_time:
                 raise TimeoutError(
                     f"rank {dst} waited {WAIT_SECONDS:g} s for message {number} from rank {src}"
                 )
-            return box.pop((src, number))
+            return messages.pop((src, number))
 
     def abort(self, error: BaseException) -> None:
         if self.error is None:
             self.error = error
-        for arrived in self._arrived:
-            with arrived:
-                arrived.notify_all()
+        for condition in self._conditions:
+            with condition:
+                condition.notify_all()
 
-    def left(self) -> list[tuple[int, int]]:
-        return [(src, dst) for dst, box in enumerate(self._box) for src, _ in box]
+    def unreceived(self) -> list[tuple[int, int]]:
+        """Return (src, dst) of every message that is still in a mailbox."""
+        return [(src, dst) for dst, messages in enumerate(self._messages) for src, _ in messages]
 
 
-class _Arrivals:
-    """Messages to wait for, each with the buffer that takes it."""
+class _Receives:
+    """Messages to wait for, each with its receive buffer."""
 
-    def __init__(self, boxes: _Boxes, rank: int, recvs: Sequence[tuple[int, Tensor]]) -> None:
+    def __init__(self, boxes: _Mailboxes, rank: int, recvs: Sequence[tuple[int, Tensor]]) -> None:
         self._boxes, self._rank = boxes, rank
-        self._due = [(src, boxes.expect(src, rank), buffer) for src, buffer in recvs]
+        self._pending = [(src, boxes.expect(src, rank), buffer) for src, buffer in recvs]
 
     def wait(self) -> None:
-        for src, number, buffer in self._due:
+        for src, number, buffer in self._pending:
             message = self._boxes.take(src, self._rank, number)
             if message.shape != buffer.shape or message.dtype != buffer.dtype:
                 raise RuntimeError(
@@ -87,17 +89,17 @@ class _Arrivals:
                     f"{src}, which sent {tuple(message.shape)} {message.dtype}"
                 )
             buffer.copy_(message)
-        self._due = []
+        self._pending = []
 
 
-class _Sum:
-    """Waits for every rank's part and adds them in rank order."""
+class _SummedReceives:
+    """Wait for every rank's part and add the parts in rank order."""
 
-    def __init__(self, arrivals: _Arrivals, parts: Tensor, out: Tensor) -> None:
-        self._arrivals, self._parts, self._out = arrivals, parts, out
+    def __init__(self, receives: _Receives, parts: Tensor, out: Tensor) -> None:
+        self._receives, self._parts, self._out = receives, parts, out
 
     def wait(self) -> None:
-        self._arrivals.wait()
+        self._receives.wait()
         self._out.copy_(self._parts[0])
         for part in self._parts[1:]:
             self._out.add_(part)
@@ -106,50 +108,50 @@ class _Sum:
 class VirtualRank:
     """One rank of a `VirtualGroup`; accepted wherever a process group is."""
 
-    def __init__(self, boxes: _Boxes, rank: int) -> None:
+    def __init__(self, boxes: _Mailboxes, rank: int) -> None:
         self._boxes, self._rank = boxes, rank
 
     def rank(self) -> int:
-        """This rank's number."""
+        """Return this rank's number."""
         return self._rank
 
     def size(self) -> int:
-        """How many ranks the group has."""
+        """Return the number of ranks in the group."""
         return self._boxes.size
 
     def post(
         self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Tensor]]
-    ) -> _Arrivals:
-        """Copies `sends` to their peers' boxes; the handle's wait fills the buffers of `recvs`."""
+    ) -> _Receives:
+        """Copy `sends` to their peers' mailboxes; the wait fills the buffers of `recvs`."""
         for peer, x in sends:
             self._boxes.put(
                 self._rank, peer, x.detach().clone(memory_format=torch.contiguous_format)
             )
-        return _Arrivals(self._boxes, self._rank, recvs)
+        return _Receives(self._boxes, self._rank, recvs)
 
-    def all_gather(self, x: Tensor, out: Tensor) -> _Arrivals:
-        """Every rank's `x` into `out` `[n, *x.shape]`."""
-        everyone = range(self.size())
-        return self.post([(r, x) for r in everyone], [(r, out[r]) for r in everyone])
+    def all_gather(self, x: Tensor, out: Tensor) -> _Receives:
+        """Gather every rank's `x` into `out` `[n, *x.shape]`."""
+        ranks = range(self.size())
+        return self.post([(r, x) for r in ranks], [(r, out[r]) for r in ranks])
 
-    def reduce_scatter(self, parts: Tensor, out: Tensor) -> _Sum:
-        """The sum over ranks, in rank order, of their `parts[rank]` into `out`."""
-        everyone, arrived = range(self.size()), torch.empty_like(parts)
-        arrivals = self.post([(r, parts[r]) for r in everyone], [(r, arrived[r]) for r in everyone])
-        return _Sum(arrivals, arrived, out)
+    def reduce_scatter(self, parts: Tensor, out: Tensor) -> _SummedReceives:
+        """Sum the ranks' `parts[rank]`, in rank order, into `out`."""
+        ranks, received = range(self.size()), torch.empty_like(parts)
+        receives = self.post([(r, parts[r]) for r in ranks], [(r, received[r]) for r in ranks])
+        return _SummedReceives(receives, received, out)
 
     def all_to_all(
         self, x: Tensor, out: Tensor, send_sizes: list[int], recv_sizes: list[int]
-    ) -> _Arrivals:
-        """Flat `x` cut by `send_sizes`, a piece a rank; `out` is made of what the others send."""
+    ) -> _Receives:
+        """Send the pieces of flat `x`, one per rank; receive the other ranks' pieces in `out`."""
         return self.post(
             list(enumerate(x.split(send_sizes))), list(enumerate(out.split(recv_sizes)))
         )
 
-    def share(self, mine: Any) -> list[Any]:
-        """Every rank's object, in rank order."""
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        """Return every rank's object, in rank order."""
         for peer in range(self.size()):
-            self._boxes.put(self._rank, peer, mine)
+            self._boxes.put(self._rank, peer, obj)
         numbers = [self._boxes.expect(src, self._rank) for src in range(self.size())]
         return [self._boxes.take(src, self._rank, n) for src, n in enumerate(numbers)]
 
@@ -157,15 +159,15 @@ class VirtualRank:
 class VirtualGroup:
     """`size` ranks in one process.
 
-    `run` gives every rank a thread; or make the threads yourself and hand `group[r]` to the r-th
-    (with `torch.autograd.set_multithreading_enabled(False)` in each that runs a backward pass).
-    On CUDA all threads must use one stream.
+    `run` gives every rank a thread. Alternatively, make the threads yourself and pass `group[r]` to
+    the r-th; each thread that runs a backward pass then needs
+    `torch.autograd.set_multithreading_enabled(False)`. On CUDA all threads must use one stream.
     """
 
     def __init__(self, size: int) -> None:
         if size < 1:
             raise ValueError(f"a virtual group of {size} ranks: must be at least 1")
-        self._boxes = _Boxes(size)
+        self._boxes = _Mailboxes(size)
         self._ranks = [VirtualRank(self._boxes, rank) for rank in range(size)]
 
     def __len__(self) -> int:
@@ -175,25 +177,26 @@ class VirtualGroup:
         return self._ranks[rank]
 
     def abort(self, error: BaseException) -> None:
-        """Makes every rank that waits, or ever waits again, raise `VirtualGroupAborted`."""
+        """Make every rank that waits, now or later, raise `VirtualGroupAborted`."""
         self._boxes.abort(error)
 
     def run(self, fn: Callable[[VirtualRank], T]) -> list[T]:
-        """`[fn(rank) for each rank]`, all ranks at once, a thread each.
+        """Return `[fn(rank) for each rank]`, running all ranks at once, each in a thread.
 
         The caller's grad mode holds in the threads, and backward passes stay in them. Each call
-        starts with empty boxes.
+        starts with empty mailboxes.
 
-        Raises what the first failing rank raised, the others being stopped; RuntimeError where
-        messages were sent that nobody received.
+        Raises:
+            Exception: the first failing rank's exception; the other ranks are stopped.
+            RuntimeError: some messages were sent but never received.
         """
         # Fresh, so that a run after a failed one finds no old messages.
         group = VirtualGroup(len(self))
         results: list[Any] = [None] * len(self)
-        parents, grad_mode = lineage(), torch.is_grad_enabled()
+        parents, grad_mode = thread_ancestry(), torch.is_grad_enabled()
 
         def main(rank: int) -> None:
-            adopt(parents)
+            set_parents(parents)
             try:
                 with torch.set_grad_enabled(grad_mode):
                     torch.autograd.set_multithreading_enabled(False)
@@ -217,9 +220,9 @@ class VirtualGroup:
         return results
 
     def finish(self) -> None:
-        """Raises what `abort` was given, or RuntimeError where a message was never received."""
+        """Raise the error given to `abort`, or RuntimeError if a message was never received."""
         if self._boxes.error is not None:
             raise self._boxes.error
-        if left := self._boxes.left():
-            pairs = ", ".join(f"{src} to {dst}" for src, dst in sorted(set(left))[:8])
-            raise RuntimeError(f"{len(left)} messages were never received: rank {pairs}")
+        if unreceived := self._boxes.unreceived():
+            pairs = ", ".join(f"{src} to {dst}" for src, dst in sorted(set(unreceived))[:8])
+            raise RuntimeError(f"{len(unreceived)} messages were never received: rank {pairs}")

@@ -1,7 +1,6 @@
 """Exchanges as plain functions, for every group size and every kind of group.
 
-A case is a shape for each rank, the exchange, and what it means: the same written with all shards
-at hand.
+A case has a shape for each rank, the exchange, and its expected result computed from all shards.
 """
 
 from collections.abc import Callable
@@ -13,16 +12,19 @@ from torch import Tensor
 from lcdist.exchange import Group, gather, group_rank, group_size, ring, shift, swap
 
 Run = Callable[[Tensor, Group], Tensor]
-Meaning = Callable[[list[Tensor], int], Tensor]
+Expected = Callable[[list[Tensor], int], Tensor]
 Shape = Callable[[int, int], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """run: the exchange of this rank's x. meaning: the same from all shards, for one rank."""
+    """One exchange to test.
+
+    run: exchanges this rank's x. expected: computes one rank's result from all shards.
+    """
 
     run: Run
-    meaning: Meaning
+    expected: Expected
     shape: Shape = lambda rank, n: (2, 6, 3)
 
 
@@ -35,9 +37,9 @@ def _ring(x: Tensor, group: Group) -> Tensor:
 
 
 def _ring_past(x: Tensor, group: Group) -> Tensor:
-    """As a causal method does: later ranks' blocks go by unused."""
-    me = group_rank(group)
-    return torch.cat([block for owner, block in ring(x, group) if owner <= me], 1)
+    """Use the blocks of earlier ranks only, as a causal method does."""
+    rank = group_rank(group)
+    return torch.cat([block for owner, block in ring(x, group) if owner <= rank], 1)
 
 
 def _ring_own(x: Tensor, group: Group) -> Tensor:
@@ -45,12 +47,12 @@ def _ring_own(x: Tensor, group: Group) -> Tensor:
 
 
 def halo(n: int) -> list[tuple[int, int, int, int]]:
-    """Each rank's last two tokens go to the next rank: rank 0 gets none, the last sends none."""
+    """Send each rank's last two tokens to the next rank; rank 0 gets none, the last sends none."""
     return [(r, r + 1, 4, 6) for r in range(n - 1)]
 
 
-def tangle(n: int) -> list[tuple[int, int, int, int]]:
-    """Overlaps, repeats, empty intervals and tokens that stay, seeded by n."""
+def random_plan(n: int) -> list[tuple[int, int, int, int]]:
+    """Return a plan with overlaps, repeats, empty intervals and tokens that stay, seeded by n."""
     g = torch.Generator().manual_seed(n)
     plan = []
     for _ in range(3 * n):
@@ -62,25 +64,26 @@ def tangle(n: int) -> list[tuple[int, int, int, int]]:
 def _shift(plan_for: Callable[[int], list], dim: int) -> Case:
     def run(x: Tensor, group: Group) -> Tensor:
         pending = shift(x, plan_for(group_size(group)), group, dim=dim)
-        # What a method does: with the result, even an empty one, in the loss.
+        # As in a method: the result enters the loss, even if it is empty.
         return torch.cat([x, pending.wait()], dim)
 
-    def meaning(shards: list[Tensor], me: int) -> Tensor:
+    def expected(shards: list[Tensor], rank: int) -> Tensor:
         plan = plan_for(len(shards))
-        moved = [shards[s].narrow(dim, a, b - a) for s, d, a, b in plan if d == me]
-        return torch.cat([shards[me], *moved], dim)
+        received = [shards[s].narrow(dim, a, b - a) for s, d, a, b in plan if d == rank]
+        return torch.cat([shards[rank], *received], dim)
 
-    return Case(run, meaning, lambda rank, n: (6, 6, 6))
+    return Case(run, expected, lambda rank, n: (6, 6, 6))
 
 
 def _gather(dim: int) -> Case:
     return Case(
-        lambda x, group: gather(x, group, dim=dim).wait(), lambda shards, me: torch.cat(shards, dim)
+        lambda x, group: gather(x, group, dim=dim).wait(),
+        lambda shards, rank: torch.cat(shards, dim),
     )
 
 
-def asked(rank: int, n: int) -> list[int]:
-    """Blocks in no order and with repeats; the first rank asks for none if there is another."""
+def requested_blocks(rank: int, n: int) -> list[int]:
+    """Return block numbers in random order with repeats; none for rank 0 of several."""
     if rank == 0 and n > 1:
         return []
     g = torch.Generator().manual_seed(100 * n + rank)
@@ -89,36 +92,37 @@ def asked(rank: int, n: int) -> list[int]:
 
 def _blocks(dim: int, as_tensor: bool) -> Case:
     def run(x: Tensor, group: Group) -> Tensor:
-        blocks = asked(group_rank(group), group_size(group))
+        blocks = requested_blocks(group_rank(group), group_size(group))
         idx = torch.tensor(blocks, dtype=torch.int64) if as_tensor else blocks
         return torch.cat([x, gather(x, group, dim=dim, blocks=idx, block_size=2).wait()], dim)
 
-    def meaning(shards: list[Tensor], me: int) -> Tensor:
-        every = torch.cat(shards, dim).split(2, dim)
-        return torch.cat([shards[me], *(every[b] for b in asked(me, len(shards)))], dim)
+    def expected(shards: list[Tensor], rank: int) -> Tensor:
+        blocks = torch.cat(shards, dim).split(2, dim)
+        chosen = requested_blocks(rank, len(shards))
+        return torch.cat([shards[rank], *(blocks[b] for b in chosen)], dim)
 
-    return Case(run, meaning, lambda rank, n: (6, 6, 6))
+    return Case(run, expected, lambda rank, n: (6, 6, 6))
 
 
 def _swap_even(shard_dim: int, full_dim: int) -> Case:
-    def meaning(shards: list[Tensor], me: int) -> Tensor:
-        return torch.cat(shards, shard_dim).chunk(len(shards), full_dim)[me]
+    def expected(shards: list[Tensor], rank: int) -> Tensor:
+        return torch.cat(shards, shard_dim).chunk(len(shards), full_dim)[rank]
 
     def shape(rank: int, n: int) -> tuple[int, ...]:
         sizes = [2, 3, 5]
         sizes[full_dim] = 2 * n
         return tuple(sizes)
 
-    return Case(lambda x, g: swap(x, shard_dim, full_dim, g).wait(), meaning, shape)
+    return Case(lambda x, g: swap(x, shard_dim, full_dim, g).wait(), expected, shape)
 
 
 def shard_sizes(n: int) -> list[int]:
-    """Uneven; some ranks hold nothing."""
+    """Return uneven sizes; some ranks hold nothing."""
     return [(3 * r + 1) % 4 for r in range(n)]
 
 
 def full_sizes(n: int) -> list[int]:
-    """Uneven; some ranks get nothing."""
+    """Return uneven sizes; some ranks get nothing."""
     return [(2 * r + 2) % 5 for r in range(n)]
 
 
@@ -127,25 +131,25 @@ def _uneven(x: Tensor, group: Group) -> Tensor:
     return swap(x, 1, 2, group, shard_sizes=shard_sizes(n), full_sizes=full_sizes(n)).wait()
 
 
-def _uneven_meaning(shards: list[Tensor], me: int) -> Tensor:
-    return torch.cat(shards, 1).split(full_sizes(len(shards)), 2)[me]
+def _uneven_expected(shards: list[Tensor], rank: int) -> Tensor:
+    return torch.cat(shards, 1).split(full_sizes(len(shards)), 2)[rank]
 
 
 CASES = {
-    "ring": Case(_ring, lambda s, me: torch.cat([s[o] for o in _owners(me, len(s))], 1)),
+    "ring": Case(_ring, lambda s, rank: torch.cat([s[o] for o in _owners(rank, len(s))], 1)),
     "ring, past blocks": Case(
         _ring_past,
-        lambda s, me: torch.cat([s[o] for o in _owners(me, len(s)) if o <= me], 1),
+        lambda s, rank: torch.cat([s[o] for o in _owners(rank, len(s)) if o <= rank], 1),
     ),
-    "ring, own block": Case(_ring_own, lambda s, me: s[me]),
-    "ring, turned": Case(
+    "ring, own block": Case(_ring_own, lambda s, rank: s[rank]),
+    "ring, transposed": Case(
         lambda x, g: _ring(x.transpose(0, 1), g),
-        lambda s, me: torch.cat([s[o].transpose(0, 1) for o in _owners(me, len(s))], 1),
+        lambda s, rank: torch.cat([s[o].transpose(0, 1) for o in _owners(rank, len(s))], 1),
     ),
     "shift, halo": _shift(halo, 1),
-    "shift, tangle": _shift(tangle, 1),
-    "shift, tangle, dim 0": _shift(tangle, 0),
-    "shift, tangle, dim -1": _shift(tangle, -1),
+    "shift, random_plan": _shift(random_plan, 1),
+    "shift, random_plan, dim 0": _shift(random_plan, 0),
+    "shift, random_plan, dim -1": _shift(random_plan, -1),
     "shift, nothing": _shift(lambda n: [], 1),
     "gather, dim 0": _gather(0),
     "gather, dim 1": _gather(1),
@@ -154,40 +158,40 @@ CASES = {
     "blocks, tensor, dim 0": _blocks(0, True),
     "blocks, dim -1": _blocks(-1, False),
     "swap": _swap_even(1, 2),
-    "swap, back": _swap_even(2, 0),
+    "swap, inverse": _swap_even(2, 0),
     "swap, uneven": Case(
-        _uneven, _uneven_meaning, lambda r, n: (2, shard_sizes(n)[r], sum(full_sizes(n)), 3)
+        _uneven, _uneven_expected, lambda r, n: (2, shard_sizes(n)[r], sum(full_sizes(n)), 3)
     ),
 }
 
 
-def draw(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Small random integers divided by 8: exact in every dtype, bfloat16 too."""
+def random_eighths(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return small random integers divided by 8: exact in every dtype, also bfloat16."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(-64, 64, shape, generator=g)
     return (x / 8).to(dtype) if dtype.is_floating_point else x.to(dtype)
 
 
-def contents(group: Group, dtype: torch.dtype = torch.float64) -> list[str]:
-    """Runs every case; the names of those whose result is not what the case means."""
-    me, n = group_rank(group), group_size(group)
+def wrong_results(group: Group, dtype: torch.dtype = torch.float64) -> list[str]:
+    """Run every case; return the names of those with a wrong result."""
+    rank, n = group_rank(group), group_size(group)
     wrong = []
     for number, (name, case) in enumerate(CASES.items()):
-        shards = [draw(case.shape(r, n), 1000 * number + r, dtype) for r in range(n)]
+        shards = [random_eighths(case.shape(r, n), 1000 * number + r, dtype) for r in range(n)]
         with torch.no_grad():
-            result = case.run(shards[me], group)
-        if result.dtype != dtype or not torch.equal(result, case.meaning(shards, me)):
+            result = case.run(shards[rank], group)
+        if result.dtype != dtype or not torch.equal(result, case.expected(shards, rank)):
             wrong.append(name)
     return wrong
 
 
-def products(group: Group) -> dict[str, tuple[float, float]]:
-    """Runs every case forward and backward; this rank's parts of <E x, y> and <x, E' y>."""
-    me, n = group_rank(group), group_size(group)
-    g = torch.Generator().manual_seed(me)
+def adjoint_products(group: Group) -> dict[str, tuple[float, float]]:
+    """Run every case forward and backward; return this rank's parts of <E x, y> and <x, E' y>."""
+    rank, n = group_rank(group), group_size(group)
+    g = torch.Generator().manual_seed(rank)
     parts = {}
     for name, case in CASES.items():
-        x = torch.randn(case.shape(me, n), dtype=torch.float64, generator=g, requires_grad=True)
+        x = torch.randn(case.shape(rank, n), dtype=torch.float64, generator=g, requires_grad=True)
         out = case.run(x, group)
         y = torch.randn(out.shape, dtype=torch.float64, generator=g)
         out.backward(y)
@@ -197,8 +201,8 @@ def products(group: Group) -> dict[str, tuple[float, float]]:
     return parts
 
 
-def mirrored(parts: list[dict[str, tuple[float, float]]]) -> list[str]:
-    """The cases for which <E x, y> and <x, E' y>, summed over ranks, differ."""
+def wrong_adjoints(parts: list[dict[str, tuple[float, float]]]) -> list[str]:
+    """Return the cases for which <E x, y> and <x, E' y>, summed over ranks, differ."""
     wrong = []
     for name in CASES:
         left = sum(part[name][0] for part in parts)

@@ -1,4 +1,4 @@
-"""What shift, gather and swap have in common: posted at the call, waited for once, both ways."""
+"""shift, gather and swap post at the call and wait once, in both passes."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ VERBS = {
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("needs_grad", [False, True])
-def test_messages_leave_at_the_call(verb, needs_grad):
-    # One thread plays both ranks: whoever posted only at the wait would wait for itself.
+def test_exchange_is_posted_at_the_call(verb, needs_grad):
+    # One thread runs both ranks: an exchange posted only at the wait would wait for itself.
     group = VirtualGroup(2)
     x = torch.ones(2, 4, 6, requires_grad=needs_grad)
     pending = [VERBS[verb](x, group[r]) for r in range(2)]
@@ -26,10 +26,9 @@ def test_messages_leave_at_the_call(verb, needs_grad):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_the_adjoint_leaves_before_what_came_between_is_differentiated(verb):
-    """Backward, too, an exchange is posted at one node and waited for at another."""
+def test_adjoint_is_posted_before_the_computation_in_between(verb):
 
-    class Between(torch.autograd.Function):
+    class Compute(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, events):
             ctx.events = events
@@ -44,28 +43,28 @@ def test_the_adjoint_leaves_before_what_came_between_is_differentiated(verb):
         events = []
         x = torch.ones(2, 4, 6, requires_grad=True)
         pending = VERBS[verb](x, rank)
-        course = pending._course
-        adjoint = course.adjoint
+        in_flight = pending._in_flight
+        adjoint = in_flight.adjoint
 
-        def posting(dout):
+        def recorded_adjoint(dout):
             events.append("post")
-            arrival = adjoint(dout)
+            wait_fn = adjoint(dout)
 
-            def arrive():
+            def recorded_wait():
                 events.append("wait")
-                return arrival()
+                return wait_fn()
 
-            return arrive
+            return recorded_wait
 
-        course.adjoint = posting
-        between = Between.apply(x, events)
-        (between.sum() + pending.wait().sum()).backward()
+        in_flight.adjoint = recorded_adjoint
+        computed = Compute.apply(x, events)
+        (computed.sum() + pending.wait().sum()).backward()
         return events
 
     assert VirtualGroup(2).run(order) == [["post", "compute", "wait"]] * 2
 
 
-def test_a_graph_may_be_walked_twice():
+def test_backward_can_run_twice():
     def grads(rank):
         x = torch.ones(1, 2, 2, requires_grad=True)
         out = gather(x, rank).wait()
@@ -76,7 +75,7 @@ def test_a_graph_may_be_walked_twice():
     assert VirtualGroup(3).run(grads) == [[6.0]] * 3
 
 
-def test_no_graph_under_no_grad():
+def test_no_grad_builds_no_graph():
     x = torch.ones(2, requires_grad=True)
     with torch.no_grad():
         pending = Pending(x, lambda x: lambda: 2 * x, lambda dout: lambda: 2 * dout)

@@ -1,4 +1,4 @@
-"""swap: there and back, and sizes that do not fit."""
+"""swap: its inverse, and sizes that do not fit."""
 
 import pytest
 import torch
@@ -6,20 +6,20 @@ import torch
 from lcdist.exchange import VirtualGroup, swap
 
 
-def test_there_and_back_is_the_identity():
+def test_swap_and_its_inverse_are_the_identity():
     sizes = {"shard_sizes": [2, 0, 3], "full_sizes": [1, 4, 0]}
-    back = {"shard_sizes": sizes["full_sizes"], "full_sizes": sizes["shard_sizes"]}
+    inverse_sizes = {"shard_sizes": sizes["full_sizes"], "full_sizes": sizes["shard_sizes"]}
 
     def run(rank):
         x = torch.randn(2, sizes["shard_sizes"][rank.rank()], 5)
-        there = swap(x, 1, 2, rank, **sizes).wait()
-        assert there.shape == (2, 5, sizes["full_sizes"][rank.rank()])
-        return torch.equal(swap(there, 2, 1, rank, **back).wait(), x)
+        swapped = swap(x, 1, 2, rank, **sizes).wait()
+        assert swapped.shape == (2, 5, sizes["full_sizes"][rank.rank()])
+        return torch.equal(swap(swapped, 2, 1, rank, **inverse_sizes).wait(), x)
 
     assert VirtualGroup(3).run(run) == [True] * 3
 
 
-def test_errors_name_the_sizes():
+def test_swap_errors_name_the_sizes():
     rank, x = VirtualGroup(2)[0], torch.ones(4, 3)
     with pytest.raises(ValueError, match="dim 1 has 3 entries, not a multiple of 2"):
         swap(x, 0, 1, rank)

@@ -1,4 +1,4 @@
-"""Virtual ranks: messages are values, failures reach everyone, sixty-four ranks are no trouble."""
+"""Virtual ranks: messages are copies, failures stop all ranks, 64 ranks work."""
 
 import threading
 
@@ -15,7 +15,7 @@ from lcdist.exchange import (
 )
 
 
-def test_a_message_is_a_copy_made_when_it_is_posted():
+def test_message_is_copied_when_posted():
     def run(rank):
         x = torch.full((1, 2), float(rank.rank()))
         pending = gather(x, rank)
@@ -25,7 +25,7 @@ def test_a_message_is_a_copy_made_when_it_is_posted():
     assert VirtualGroup(2).run(run) == [[[0, 0, 1, 1]]] * 2
 
 
-def test_a_failure_ends_all_ranks_and_is_raised():
+def test_failure_stops_all_ranks_and_is_raised():
     stopped = []
 
     def run(rank):
@@ -41,11 +41,11 @@ def test_a_failure_ends_all_ranks_and_is_raised():
     with pytest.raises(KeyError, match="broken"):
         group.run(run)
     assert sorted(stopped) == [0, 1, 3]
-    # And the group is as good as new.
+    # The group can be used again.
     assert group.run(lambda rank: rank.rank()) == [0, 1, 2, 3]
 
 
-def test_a_failure_in_backward_ends_all_ranks():
+def test_failure_in_backward_stops_all_ranks():
     def run(rank):
         x = torch.ones(1, 2, requires_grad=True)
         out = gather(x, rank).wait()
@@ -57,7 +57,7 @@ def test_a_failure_in_backward_ends_all_ranks():
         VirtualGroup(3).run(run)
 
 
-def test_a_message_nobody_receives_is_an_error():
+def test_unreceived_message_is_an_error():
     def run(rank):
         if rank.rank() == 0:
             shift(torch.ones(1, 2), [(0, 1, 0, 1)], rank).wait()
@@ -66,7 +66,7 @@ def test_a_message_nobody_receives_is_an_error():
         VirtualGroup(2).run(run)
 
 
-def test_another_shape_than_expected_is_an_error():
+def test_unexpected_shape_is_an_error():
     def run(rank):
         return gather(torch.ones(1, 2 + rank.rank()), rank).wait()
 
@@ -74,14 +74,14 @@ def test_another_shape_than_expected_is_an_error():
         VirtualGroup(2).run(run)
 
 
-def test_threads_take_the_callers_grad_mode():
+def test_threads_inherit_the_grad_mode():
     group = VirtualGroup(2)
     assert group.run(lambda rank: torch.is_grad_enabled()) == [True, True]
     with torch.no_grad():
         assert group.run(lambda rank: torch.is_grad_enabled()) == [False, False]
 
 
-def test_ranks_serve_threads_made_by_hand():
+def test_ranks_work_in_threads_started_by_hand():
     group, results = VirtualGroup(3), {}
     assert len(group) == 3 and group[1].rank() == 1 and group[1].size() == 3
 
@@ -96,22 +96,22 @@ def test_ranks_serve_threads_made_by_hand():
     assert results == dict.fromkeys(range(3), [[0, 1, 2]])
 
 
-def test_sixty_four_ranks():
+def test_64_ranks_exchange_blocks_and_gradients():
     def run(rank):
         x = torch.full((1, 2), float(rank.rank()), dtype=torch.float64, requires_grad=True)
         total = sum(block.sum() for _, block in ring(x, rank))
         (total + gather(x, rank).wait().sum()).backward()
         lap = ring_with_gradients(x, rank)
         for visit in lap:
-            visit.add(visit.block)
-        return total.item(), x.grad.tolist(), lap.home().tolist()
+            visit.add_gradient(visit.block)
+        return total.item(), x.grad.tolist(), lap.result().tolist()
 
-    for r, (total, grad, home) in enumerate(VirtualGroup(64).run(run)):
+    for r, (total, grad, result) in enumerate(VirtualGroup(64).run(run)):
         assert total == 64 * 63
         assert grad == [[128.0, 128.0]]
-        assert home == [[64.0 * r, 64.0 * r]]
+        assert result == [[64.0 * r, 64.0 * r]]
 
 
-def test_no_ranks_are_refused():
+def test_empty_group_is_refused():
     with pytest.raises(ValueError, match="0 ranks"):
         VirtualGroup(0)

@@ -182,9 +182,9 @@ class _RingLssar(torch.autograd.Function):
             dqueries_blk, dk, dv = operator.bwd(
                 dout, queries, keys_blk, v_blk, band, saved, around.reweight
             )
-            visit.add(torch.stack((dk, dv)))
+            visit.add_gradient(torch.stack((dk, dv)))
             dqueries += dqueries_blk
-        dkeys, dv = lap.home()
+        dkeys, dv = lap.result()
         return dqueries, dkeys, None, dv.to(kv.dtype), None
 
 

@@ -103,10 +103,10 @@ class RingSoftmax(torch.autograd.Function):
             dqueries_blk, dk, dv = around.operator.bwd(
                 dout, queries, k_blk, v_blk, out, lse, *band, around.softmax_scale
             )
-            visit.add(factors.keys_bwd(dk, dv, positions))
+            visit.add_gradient(factors.keys_bwd(dk, dv, positions))
             dqueries += dqueries_blk
         dq = factors.queries_bwd(dqueries, q, index - starts)
-        return dq.to(q.dtype), lap.home().to(block.dtype), None, None
+        return dq.to(q.dtype), lap.result().to(block.dtype), None, None
 
 
 def reference_ring(
