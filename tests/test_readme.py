@@ -118,3 +118,9 @@ def test_the_example_of_a_new_method_is_python_that_names_real_fields() -> None:
     assert tomllib.loads(table)["project"]["entry-points"] == {
         GROUP: {"window": "lcdist_window:METHOD"}
     }
+
+
+def test_the_reading_order_is_short() -> None:
+    steps = re.findall(r"^\d+\. \[(\S+)\]", read("README.md"), re.MULTILINE)
+    lines = sum(len(read(path).splitlines()) for path in steps)
+    assert len(steps) == 10 and lines < 1500, lines
