@@ -31,7 +31,7 @@ from lcdist.commands.stages import run_stages
 from lcdist.config import ConfigError
 from lcdist.config.stages import load_stages
 from lcdist.data.prepare.corpus import SUFFIXES, Source, standard_library
-from lcdist.data.prepare.prepare import described, prepare
+from lcdist.data.prepare.prepare import prepare, summary_lines
 from lcdist.data.prepare.settings import TokenizeSettings
 from lcdist.data.tokenizers.huggingface import SpecialTokens
 from lcdist.distributed.mesh import end_world
@@ -192,7 +192,7 @@ def _tokenize(arguments: argparse.Namespace) -> None:
         on_error=arguments.on_error,
         field=arguments.field,
         document_bytes=arguments.document_bytes,
-        specials=SpecialTokens(arguments.bos_token, arguments.eos_token, arguments.add_bos),
+        special_tokens=SpecialTokens(arguments.bos_token, arguments.eos_token, arguments.add_bos),
         workers=arguments.workers,
     )
     share = TextColumn("{task.percentage:>3.0f}%")
@@ -209,7 +209,7 @@ def _tokenize(arguments: argparse.Namespace) -> None:
                 task, description=what, completed=done, total=total
             ),
         )
-    for line in described(prepared):
+    for line in summary_lines(prepared):
         print(line)
 
 

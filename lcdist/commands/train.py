@@ -121,7 +121,7 @@ def make_trainer(plan: Plan, mesh: Mesh, dataset: Dataset, peak: Peak) -> Traine
         micro_batch_size=train.micro_batch_size,
         global_batch_size=train.global_batch_size,
         documents=plan.config.data.documents,
-        slots=plan.slots,
+        document_layout=plan.slots,
         balance=plan.config.data.balance,
     )
     engine = MegatronEngine(plan, mesh, build_model(plan, mesh.device))

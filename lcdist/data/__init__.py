@@ -1,1 +1,4 @@
-"""Tokens: text to tokens to batches; every name is imported from the file that has it."""
+"""Text to tokens, tokens to samples, samples to batches.
+
+This package re-exports nothing: import each name from the file that defines it.
+"""

@@ -1,4 +1,4 @@
-"""What a folder of tokens says about itself, and whether it is whole."""
+"""Read, write and check meta.json, the description of a token folder."""
 
 import dataclasses
 import json
@@ -7,21 +7,28 @@ from pathlib import Path
 
 FORMAT = 1
 META = "meta.json"
-TOKENIZER = "tokenizer.model"
 
 
 @dataclass(frozen=True)
 class Meta:
-    """The contents of a token folder's meta.json.
+    """Contents of a token folder's meta.json.
 
-    format: version of the folder's format. digest: sha256 over inputs and settings. vocab_size,
-    eos_id, fingerprint (sha256 of the model file): of the tokenizer. documents, tokens: numbers
-    by split. source: where the text came from, with the number of files, their bytes, and the
-    digest of names, sizes and contents, and how many files of other endings were there
-    ("left_out"). settings: what else the tokens depend on. empty: number of documents without a
-    character, left out. skipped: what could not be read, each as {"file",
-    "offset" (bytes), "reason"} and the "line" or "row". files: sizes of the folder's other files in
-    bytes. kind: of the tokenizer; sentencepiece where an older folder does not say.
+    Attributes:
+        format: version of the folder's format.
+        digest: sha256 over inputs and settings.
+        vocab_size: number of tokens of the tokenizer.
+        eos_id: token that ends a document.
+        fingerprint: sha256 of the tokenizer's files.
+        documents: number of documents by split.
+        tokens: number of tokens by split.
+        source: path, number of files, their bytes, the digest of their names, sizes and contents,
+            and the number of files with other suffixes ("left_out").
+        settings: other settings that determine the tokens.
+        empty: number of documents without a character; these are left out.
+        skipped: unreadable documents, each as {"file", "offset" (bytes), "reason"} and "line" or
+            "row".
+        files: sizes in bytes of the folder's other files.
+        kind: kind of the tokenizer; older folders do not record it and use sentencepiece.
     """
 
     format: int
@@ -40,16 +47,17 @@ class Meta:
 
 
 def write_meta(folder: str | Path, meta: Meta) -> None:
-    """Write meta.json; the last file of a token folder to be written."""
+    """Write meta.json. It has to be the last file written to a token folder."""
     text = json.dumps(dataclasses.asdict(meta), indent=1) + "\n"
     Path(folder, META).write_text(text, "utf-8")
 
 
 def read_meta(folder: str | Path) -> Meta:
-    """The meta.json of a token folder, after a check that all its files are whole.
+    """Read meta.json of a token folder and check that all files are complete.
 
-    Raises ValueError where the folder or meta.json is missing (half-written), of another format,
-    or where a file is missing or has another size.
+    Raises:
+        ValueError: the folder or meta.json is missing (the folder is incomplete), meta.json has
+            another format, or a file is missing or has another size.
     """
     remedy = "remove the folder and make it again with `lcdist tokenize`"
     if not Path(folder).is_dir():
@@ -57,7 +65,7 @@ def read_meta(folder: str | Path) -> Meta:
     path = Path(folder, META)
     if not path.is_file():
         raise ValueError(
-            f"data folder {folder}: no {META} in it, so it is half-written or not made by "
+            f"data folder {folder}: it has no {META}, so it is incomplete or was not made by "
             f"`lcdist tokenize`; {remedy}"
         )
     try:
@@ -65,39 +73,44 @@ def read_meta(folder: str | Path) -> Meta:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); {remedy}") from error
     if not isinstance(table, dict) or table.get("format") != FORMAT:
-        found = table.get("format") if isinstance(table, dict) else None
-        raise ValueError(f"{path}: format {found!r}, this version reads {FORMAT}; {remedy}")
-    names = {field.name: field.default for field in dataclasses.fields(Meta)}
-    optional = {name for name, default in names.items() if default is not dataclasses.MISSING}
-    if set(table) | optional != set(names):
-        odd = ", ".join(sorted(set(names) ^ (set(table) | optional)))
-        raise ValueError(f"{path}: missing or unknown keys: {odd}; {remedy}")
+        version = table.get("format") if isinstance(table, dict) else None
+        raise ValueError(f"{path}: format {version!r}, this version reads {FORMAT}; {remedy}")
+    defaults = {field.name: field.default for field in dataclasses.fields(Meta)}
+    optional = {name for name, value in defaults.items() if value is not dataclasses.MISSING}
+    if set(table) | optional != set(defaults):
+        wrong = ", ".join(sorted(set(defaults) ^ (set(table) | optional)))
+        raise ValueError(f"{path}: missing or unknown keys: {wrong}; {remedy}")
     meta = Meta(**table)
-    for name, size in meta.files.items():
+    for name, expected_size in meta.files.items():
         file = Path(folder, name)
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise ValueError(f"{file}: {state}, {META} says {size} bytes; {remedy}")
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected_size:
+            state = "is missing" if size is None else f"has {size} bytes"
+            raise ValueError(f"{file}: {state}, {META} says {expected_size} bytes; {remedy}")
     return meta
 
 
 def check_vocabulary(meta: Meta, vocab_size: int, reserved: int = 0) -> None:
-    """Raise ValueError unless the tokens fit the model's `vocab_size`.
+    """Raise ValueError unless the tokens of a folder match the model's vocabulary.
 
-    reserved: tokens that the model has on top, after those of the text: landmarks. The sizes must
-    be the same, but with a Hugging Face tokenizer the model's may be larger: published ones pad it.
+    The sizes must be equal, except with a Hugging Face tokenizer: published models pad their
+    vocabulary, so the model's may be larger.
+
+    Args:
+        meta: description of the token folder.
+        vocab_size: vocabulary size of the model.
+        reserved: tokens that the model has in addition to those of the text (landmarks).
     """
-    wanted = meta.vocab_size + reserved
-    padded = meta.kind == "huggingface" and wanted < vocab_size
-    if wanted != vocab_size and not padded:
-        more = f" and {reserved} for landmarks" if reserved else ""
-        retrain = (
+    required = meta.vocab_size + reserved
+    padded = meta.kind == "huggingface" and required < vocab_size
+    if required != vocab_size and not padded:
+        landmarks = f" and {reserved} for landmarks" if reserved else ""
+        alternative = (
             f", or tokenize again with vocab_size = {vocab_size - reserved}"
             if meta.kind == "sentencepiece"
             else ", or tokenize again with the model's own tokenizer"
         )
         raise ValueError(
             f"model.vocab_size = {vocab_size}, but the data was made with a tokenizer of "
-            f"{meta.vocab_size} pieces{more}: set model.vocab_size = {wanted}{retrain}"
+            f"{meta.vocab_size} pieces{landmarks}: set model.vocab_size = {required}{alternative}"
         )

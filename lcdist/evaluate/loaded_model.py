@@ -12,7 +12,7 @@ from lcdist.config.schema import Config
 from lcdist.data.datasets.build import held_out_folder
 from lcdist.data.datasets.tokens import TokenSplit
 from lcdist.data.meta import check_vocabulary
-from lcdist.data.tokenizers.files import beginning, open_tokenizer
+from lcdist.data.tokenizers.files import bos_prefix, open_tokenizer
 from lcdist.distributed.mesh import Mesh, build_mesh, start_world, world_size
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.engines.state import load_model_state, model_state
@@ -114,7 +114,7 @@ def generate_text(
         if "decode" not in layer.method.supports:
             raise ValueError(f"attention method '{layer.method.name}' cannot generate text")
     tokenizer = open_tokenizer(held_out_folder(session.plan.config.data))
-    read = [*beginning(tokenizer), *tokenizer.encode(prompt)]
+    read = [*bos_prefix(tokenizer), *tokenizer.encode(prompt)]
     tokens = torch.tensor(read, dtype=torch.int64, device=session.mesh.device)
     out = generate(
         session.chunks[0], tokens, max_new_tokens, temperature, seed, stop=tokenizer.eos_id

@@ -62,7 +62,7 @@ class Windows:
         start = index * self.seqlen
         tokens = self.text.tokens[start : start + self.seqlen + 1]
         borders = torch.tensor([0, self.seqlen], dtype=torch.int32)
-        return Sample(tokens, borders, closed=False)
+        return Sample(tokens, borders, ends_document=False)
 
 
 def held_out_text(split: TokenSplit, length: int, tokens: int) -> Text:
@@ -74,7 +74,7 @@ def held_out_text(split: TokenSplit, length: int, tokens: int) -> Text:
     """
     count = -(-tokens // length)
     pieces: list[Tensor] = []
-    for number in split.longest(length + 1):
+    for number in split.longest_documents(length + 1):
         document = split.document(number)
         room = min((len(document) - 1) // length, count - len(pieces))
         pieces += [document[i * length : (i + 1) * length] for i in range(room)]
@@ -82,9 +82,9 @@ def held_out_text(split: TokenSplit, length: int, tokens: int) -> Text:
             # The label of the last token; the labels between windows are the next window's start.
             last = document[room * length : room * length + 1]
             return Text(torch.cat([*pieces, last]), joined=False)
-    if split.tokens < count * length + 1:
+    if split.num_tokens < count * length + 1:
         raise ValueError(
-            f"the {split.split} split has {split.tokens} tokens; evaluate.tokens = {tokens} in "
+            f"the {split.split} split has {split.num_tokens} tokens; evaluate.tokens = {tokens} in "
             f"windows of {length} needs {count * length + 1}: lower evaluate.tokens or "
             "evaluate.lengths, or tokenize with a larger --valid-fraction"
         )
@@ -103,7 +103,7 @@ def perplexity_by_length(
         row = slots.num_slots(length)
         layout = layout_for(plan, row)
         spec = LoaderSpec(
-            layout, mesh.dp_rank, mesh.dp_size, mesh.cp_rank, 1, mesh.dp_size, slots=slots
+            layout, mesh.dp_rank, mesh.dp_size, mesh.cp_rank, 1, mesh.dp_size, document_layout=slots
         )
         loader = Loader(windows if row == length else AlignedDataset(windows, slots, row), spec)
         total, tokens = 0.0, 0

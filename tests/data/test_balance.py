@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcdist.data.balance import attention_work, deal, table_of
+from lcdist.data.balance import assign_by_work, attention_work, sample_cu_seqlens
 from lcdist.data.datasets.packed import PackedDataset
 from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.datasets.tokens import TokenDataset
@@ -86,7 +86,7 @@ def test_everyone_gets_equally_many_and_each_is_dealt_once(
     given_works = data.draw(
         st.lists(st.integers(0, 100), min_size=ranks * each, max_size=ranks * each)
     )
-    hands = deal(given_works, ranks)
+    hands = assign_by_work(given_works, ranks)
     assert sorted(place for hand in hands for place in hand) == list(range(ranks * each))
     assert all(len(hand) == each and hand == sorted(hand) for hand in hands)
     assert len(hands) == ranks
@@ -96,9 +96,9 @@ def test_work_by_hand_and_tables_without_tokens(skewed: Path, monkeypatch) -> No
     assert attention_work(torch.tensor([0, 3, 4, 10], dtype=torch.int32)) == 9 + 1 + 36
     long = torch.tensor([0, 2**20], dtype=torch.int32)
     assert attention_work(long) == 2**40
-    assert deal([9, 1, 8, 2, 1, 1], 2) == [[0, 1, 4], [2, 3, 5]]
+    assert assign_by_work([9, 1, 8, 2, 1, 1], 2) == [[0, 1, 4], [2, 3, 5]]
     made_up = SyntheticDataset(50, 64, 1)
-    assert torch.equal(table_of(made_up, 5), made_up.sample(5).cu_seqlens)
+    assert torch.equal(sample_cu_seqlens(made_up, 5), made_up.sample(5).cu_seqlens)
     dataset = TokenDataset(skewed, "train", SEQLEN, 3)
     expected = dataset.sample(9).cu_seqlens
 
@@ -106,4 +106,4 @@ def test_work_by_hand_and_tables_without_tokens(skewed: Path, monkeypatch) -> No
         raise AssertionError("a table needs no tokens")
 
     monkeypatch.setattr(dataset, "_read", refuse)
-    assert torch.equal(table_of(dataset, 9), expected)
+    assert torch.equal(sample_cu_seqlens(dataset, 9), expected)

@@ -49,7 +49,7 @@ def read_meta_anyway(folder: Path):
 @pytest.mark.parametrize("seqlen", [1, 10, 51, 102])
 def test_every_epoch_takes_every_window_once(counted: Path, seqlen: int) -> None:
     data = TokenDataset(counted, "train", seqlen, seed=3)
-    assert data.tokens == TOTAL == 103
+    assert data.num_tokens == TOTAL == 103
     windows = [data.sample(i).tokens for i in range(TOTAL)]  # exactly seqlen epochs
     seen = torch.cat([window[:-1] for window in windows]).bincount(minlength=TOTAL)
     assert seen.tolist() == [seqlen] * TOTAL
@@ -88,9 +88,9 @@ def test_documents_end_where_the_table_says(counted: Path) -> None:
         cu = sample.cu_seqlens
         assert cu.dtype == torch.int32 and sample.tokens.dtype == torch.int64
         assert (cu[0], cu[-1], len(sample.tokens)) == (0, 10, 11) and bool((cu.diff() > 0).all())
-        last = {int(end) - 1 for end in (cu[1:] if sample.closed else cu[1:-1])}
+        last = {int(end) - 1 for end in (cu[1:] if sample.ends_document else cu[1:-1])}
         assert last == {n for n in range(10) if int(sample.tokens[n]) in ends}
-        closed += sample.closed
+        closed += sample.ends_document
     assert closed
 
 
@@ -118,7 +118,11 @@ def test_a_sample_is_a_function_of_seed_and_index(counted: Path) -> None:
 
 def test_evaluation_reaches_documents_and_windows(counted: Path) -> None:
     data = TokenSplit(counted, "train")
-    assert data.documents == 6 and data.longest(19) == [5, 2, 4] and len(data.longest()) == 6
+    assert (
+        data.num_documents == 6
+        and data.longest_documents(19) == [5, 2, 4]
+        and len(data.longest_documents()) == 6
+    )
     assert data.document(2).tolist() == list(range(8, 38))
     assert data.window(6, 40).tolist() == list(range(6, 46))
     for start, tokens in ((64, 40), (-1, 3), (0, 0)):
@@ -131,13 +135,13 @@ def test_a_corpus_smaller_than_a_sample_is_named(counted: Path) -> None:
         TokenDataset(counted, "train", 103, 0)
 
 
-def test_missing_and_half_written_folders_are_named(counted: Path) -> None:
+def test_missing_and_incomplete_folders_raise(counted: Path) -> None:
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         TokenSplit(counted / "nowhere", "train")
     with pytest.raises(ValueError, match="no split 'test', only train, valid"):
         TokenSplit(counted, "test")
     (counted / "meta.json").unlink()
-    with pytest.raises(ValueError, match="no meta.json in it, so it is half-written"):
+    with pytest.raises(ValueError, match="has no meta.json, so it is incomplete"):
         TokenSplit(counted, "train")
 
 
@@ -176,7 +180,7 @@ def test_synthetic_tokens_are_documents_with_words_that_return() -> None:
         assert len(sample.tokens) == 257 and cu[0] == 0 and cu[-1] == 256
         assert set(sample.tokens.tolist()) <= set(range(50))
         zeros = (sample.tokens[:-1] == 0).nonzero().flatten() + 1
-        assert zeros.tolist() == (cu[1:] if sample.closed else cu[1:-1])
+        assert zeros.tolist() == (cu[1:] if sample.ends_document else cu[1:-1])
         lengths += [b - a for a, b in zip(cu, cu[1:], strict=False)]
         text = sample.tokens[: cu[1]]
         word = min(16, len(text) // 4)

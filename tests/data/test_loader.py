@@ -16,12 +16,12 @@ class Counted:
 
     vocab_size, seed = 10**6, 7
 
-    def __init__(self, seqlen: int = 12, closed: bool = False) -> None:
-        self.seqlen, self.closed = seqlen, closed
+    def __init__(self, seqlen: int = 12, ends_document: bool = False) -> None:
+        self.seqlen, self.ends_document = seqlen, ends_document
 
     def sample(self, index: int) -> Sample:
         table = torch.tensor([0, 3, 4, 9, self.seqlen], dtype=torch.int32)
-        return Sample(1000 * index + torch.arange(self.seqlen + 1), table, self.closed)
+        return Sample(1000 * index + torch.arange(self.seqlen + 1), table, self.ends_document)
 
 
 def spec(kind: str = "contiguous", seqlen: int = 12, cp_size: int = 1, **values) -> LoaderSpec:
@@ -63,9 +63,9 @@ def test_labels_follow_tokens_across_shard_borders(kind: str, cp_size: int, docu
 
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_packed_row_that_ends_with_its_document_has_no_last_label(closed: bool) -> None:
-    batch = Loader(Counted(closed=closed), spec(documents="pack")).next_step()[0]
+    batch = Loader(Counted(ends_document=closed), spec(documents="pack")).next_step()[0]
     assert batch.loss_mask[:, -1].tolist() == [0.0 if closed else 1.0] * 2
-    joined = Loader(Counted(closed=closed), spec()).next_step()[0]
+    joined = Loader(Counted(ends_document=closed), spec()).next_step()[0]
     assert bool((joined.loss_mask == 1).all())
 
 
@@ -143,7 +143,7 @@ def test_a_state_of_another_seed_is_refused() -> None:
 def test_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match="global_batch_size = 6: .* 2 x 2 = 4"):
         spec(dp_size=2, global_batch_size=6)
-    with pytest.raises(ValueError, match="samples have 12 tokens, the layout's rows only 8"):
+    with pytest.raises(ValueError, match="samples have 12 tokens, but the layout's rows only 8"):
         Loader(Counted(), spec(seqlen=8))
     with pytest.raises(ValueError, match="data.documents = 'mix': must be 'join' or 'pack'"):
         spec(documents="mix")

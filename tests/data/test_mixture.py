@@ -66,32 +66,34 @@ def test_shares_are_exact_over_a_cycle_and_near_everywhere(
 ) -> None:
     mixed = mixture_of(config(folders, *weights))
     assert mixed.cycle == cycle
-    owners = np.array([mixed.place(i)[0] for i in range(2 * cycle)])
+    owners = np.array([mixed.locate(i)[0] for i in range(2 * cycle)])
     assert np.bincount(owners[:cycle]).tolist() == counts
     assert np.bincount(owners).tolist() == [2 * count for count in counts]
     running = np.stack([np.cumsum(owners == number) for number in range(3)], axis=1)
     wanted = np.outer(np.arange(1, 2 * cycle + 1), np.array(counts) / cycle)
     assert np.abs(running - wanted).max() < 1.5
     for n in (0, 1, cycle - 1, cycle, cycle + 1):
-        assert list(mixed.drawn(n).values()) == [int((owners[:n] == s).sum()) for s in range(3)]
+        assert list(mixed.samples_by_source(n).values()) == [
+            int((owners[:n] == s).sum()) for s in range(3)
+        ]
 
 
 def test_every_source_is_read_in_its_own_order_without_gaps(folders: dict[str, Path]) -> None:
     mixed, alone = mixture_of(config(folders, 0.5, 0.3, 0.2)), {}
     drawn: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for i in range(230):
-        number, inner = mixed.place(i)
+        number, inner = mixed.locate(i)
         drawn[number].append(inner)
         tokens = mixed.sample(i).tokens
         assert source_of(tokens) == number
         alone[number, inner] = tokens
-        assert torch.equal(mixed.table(i), mixed.sample(i).cu_seqlens)
+        assert torch.equal(mixed.cu_seqlens(i), mixed.sample(i).cu_seqlens)
     assert all(found == list(range(len(found))) for found in drawn.values())
     # Another source beside it, or another weight, changes nothing in a source's order.
     names = ("code", "books")
     two = mixture_of(config({name: folders[name] for name in names}, 1.0, 9.0))
     for i in range(60):
-        number, inner = two.place(i)
+        number, inner = two.locate(i)
         # The other way round, so that source 0 is the first mixture's source 1.
         assert torch.equal(two.sample(i).tokens, alone[1 - number, inner])
     first = mixture_of(config(folders, 0.5, 0.3, 0.2), seed=4)
@@ -104,7 +106,7 @@ def test_packed_rows_are_shared_out_by_tokens_not_by_rows(tmp_path: Path) -> Non
     full = token_folder(tmp_path / "full", [20] * 40, 10_000)
     data = config({"padded": padded, "full": full}, 1, 1, documents="pack", packing="best_fit")
     mixed = mixture_of(data)
-    assert mixed.cycle == 31 and mixed.drawn(31) == {"padded": 20, "full": 11}
+    assert mixed.cycle == 31 and mixed.samples_by_source(31) == {"padded": 20, "full": 11}
     tokens = Counter(
         int(token) // 10_000
         for i in range(31)
@@ -147,9 +149,9 @@ def test_long_documents_are_drawn_by_their_factor(
 ) -> None:
     long = LongDocuments(bounds, factors)
     assert long.copies_by_band == copies
-    data = TokenDataset(folders["web"], "train", 20, 3, long=long)
+    data = TokenDataset(folders["web"], "train", 20, 3, long_documents=long)
     rounds = 20
-    tokens = torch.cat([data.sample(i).tokens[:-1] for i in range(rounds * data.length // 20)])
+    tokens = torch.cat([data.sample(i).tokens[:-1] for i in range(rounds * data.round_slots // 20)])
     counts = torch.bincount(tokens - 20_000)
     expected = [
         rounds * copies[sum(length >= bound for bound in bounds)]
@@ -161,10 +163,10 @@ def test_long_documents_are_drawn_by_their_factor(
 
 def test_no_factor_is_the_plain_data_set(folders: dict[str, Path]) -> None:
     plain = TokenDataset(folders["web"], "train", 20, 3)
-    one = TokenDataset(folders["web"], "train", 20, 3, long=LongDocuments((50,), (1.0,)))
+    one = TokenDataset(folders["web"], "train", 20, 3, long_documents=LongDocuments((50,), (1.0,)))
     for i in range(200):
         assert torch.equal(plain.sample(i).tokens, one.sample(i).tokens)
-        assert torch.equal(plain.table(i), plain.sample(i).cu_seqlens)
+        assert torch.equal(plain.cu_seqlens(i), plain.sample(i).cu_seqlens)
     alone = build_dataset(DataConfig(path=str(folders["web"])), 20, 3, DocumentLayout())
     assert torch.equal(alone.sample(7).tokens, plain.sample(7).tokens)
 
@@ -209,7 +211,7 @@ def test_folders_that_do_not_go_together_are_named(
 def test_the_first_folder_or_path_is_evaluated_on(folders: dict[str, Path]) -> None:
     assert held_out_folder(config(folders, 1, 1, 1)) == folders["books"]
     assert held_out_folder(config(folders, 1, 1, 1, path="here")) == Path("here")
-    assert TokenSplit(held_out_folder(config(folders, 1, 1, 1)), "valid").tokens == 300
+    assert TokenSplit(held_out_folder(config(folders, 1, 1, 1)), "valid").num_tokens == 300
     with pytest.raises(ValueError, match="'synthetic' has no valid split"):
         held_out_folder(DataConfig(source="synthetic"))
 

@@ -19,7 +19,7 @@ from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.layout import ContextLayout
 from lcdist.layout.documents import PADDING, DocumentLayout
 from tests.data.folders import token_folder
-from tests.data.test_slots import BLOCKS, BOTH, LANDMARKS
+from tests.data.test_document_layout import BLOCKS, BOTH, LANDMARKS
 
 LENGTHS = [7, 1, 30, 2, 19, 44, 10, 3, 3, 20, 5, 60, 21, 9]
 
@@ -66,7 +66,7 @@ def test_an_epoch_has_every_token_once_and_documents_whole(
     starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
     epochs = []
     for epoch in range(2):
-        rows = [data.sample(epoch * data.rows + i) for i in range(data.rows)]
+        rows = [data.sample(epoch * data.num_rows + i) for i in range(data.num_rows)]
         seen: Counter[int] = Counter()
         whole = Counter()
         for row in rows:
@@ -85,7 +85,7 @@ def test_an_epoch_has_every_token_once_and_documents_whole(
         epochs.append([row.tokens.tolist() for row in rows])
     # The same rows in another order.
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
-    assert data.documents_cut == sum(n > seqlen for n in slot_lengths)
+    assert data.num_cut_documents == sum(n > seqlen for n in slot_lengths)
 
 
 def test_labels_stay_in_their_document_and_reach_into_its_next_row(tmp_path: Path) -> None:
@@ -95,11 +95,11 @@ def test_labels_stay_in_their_document_and_reach_into_its_next_row(tmp_path: Pat
     loader = Loader(data, LoaderSpec(layout, 0, 1, 0, 1, 1, "pack"))
     ends = {sum(LENGTHS[: i + 1]) - 1 for i in range(len(LENGTHS))}
     learned: Counter[int] = Counter()
-    for number in range(data.rows):
+    for number in range(data.num_rows):
         (batch,) = loader.next_step()
         row = data.sample(number)
         last = int(row.tokens[:-1][row.tokens[:-1] != PADDING][-1])
-        assert row.closed == (last in ends)
+        assert row.ends_document == (last in ends)
         mask = batch.loss_mask[0].bool()
         assert torch.equal(batch.labels[0][mask], batch.tokens[0][mask] + 1)
         learned.update(batch.tokens[0][mask].tolist())
@@ -115,12 +115,12 @@ def test_fewer_documents_are_cut_than_by_joining(tmp_path: Path) -> None:
     joined, packed = TokenDataset(folder, "train", 64, 0), PackedDataset(folder, "train", 64, 0)
     pieces = [
         sum(len(data.sample(i).cu_seqlens) - 1 for i in range(count))
-        for data, count in ((joined, joined.tokens // 64), (packed, packed.rows))
+        for data, count in ((joined, joined.num_tokens // 64), (packed, packed.num_rows))
     ]
-    padding = packed.rows * 64 - packed.tokens
-    padded = sum(int(packed.sample(i).tokens[-2]) == PADDING for i in range(packed.rows))
-    assert packed.documents_cut == 0 and pieces[1] - padded == 300
-    assert pieces[0] > 400 and padding < 0.05 * packed.tokens
+    padding = packed.num_rows * 64 - packed.num_tokens
+    padded = sum(int(packed.sample(i).tokens[-2]) == PADDING for i in range(packed.num_rows))
+    assert packed.num_cut_documents == 0 and pieces[1] - padded == 300
+    assert pieces[0] > 400 and padding < 0.05 * packed.num_tokens
 
 
 def test_a_row_is_a_function_of_seed_and_index(tmp_path: Path) -> None:
@@ -130,12 +130,15 @@ def test_a_row_is_a_function_of_seed_and_index(tmp_path: Path) -> None:
     forward = {i: one.sample(i) for i in sorted(order)}
     for i in order:
         again = other.sample(i)
-        assert torch.equal(again.tokens, forward[i].tokens) and again.closed == forward[i].closed
-        assert torch.equal(other.table(i), forward[i].cu_seqlens)
+        assert (
+            torch.equal(again.tokens, forward[i].tokens)
+            and again.ends_document == forward[i].ends_document
+        )
+        assert torch.equal(other.cu_seqlens(i), forward[i].cu_seqlens)
     assert any(not torch.equal(third.sample(i).tokens, forward[i].tokens) for i in order)
     with pytest.raises(ValueError, match=r"train\.seqlen = 13: .* multiple of 4; the next is 16"):
         PackedDataset(folder, "train", 13, 5, LANDMARKS)
-    long = PackedDataset(folder, "train", 20, 5, long=LongDocuments((20,), (2.0,)))
-    tokens = torch.cat([long.sample(i).tokens[:-1] for i in range(long.rows)])
+    long = PackedDataset(folder, "train", 20, 5, long_documents=LongDocuments((20,), (2.0,)))
+    tokens = torch.cat([long.sample(i).tokens[:-1] for i in range(long.num_rows)])
     counts = torch.bincount(tokens[tokens != PADDING], minlength=sum(LENGTHS) * 3)
     assert counts.tolist() == [1 + (n >= 20) for n in LENGTHS * 3 for _ in range(n)]

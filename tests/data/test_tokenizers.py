@@ -12,7 +12,7 @@ from lcdist.data.meta import Meta, check_vocabulary
 from lcdist.data.prepare.corpus import Source
 from lcdist.data.prepare.prepare import Prepared, prepare
 from lcdist.data.tokenizers.byte_tokenizer import ByteTokenizer
-from lcdist.data.tokenizers.files import beginning, open_tokenizer
+from lcdist.data.tokenizers.files import bos_prefix, open_tokenizer
 from lcdist.data.tokenizers.huggingface import HuggingFaceTokenizer, SpecialTokens
 from lcdist.data.tokenizers.sentencepiece_bpe import Tokenizer
 from tests.data.test_prepare import change
@@ -47,18 +47,18 @@ def test_ends_are_found_beside_it(tmp_path: Path) -> None:
     plain = make(tmp_path / "a", eos_token="<|end|>")
     opened = HuggingFaceTokenizer(plain)
     assert (opened.eos_id, opened.bos_id, opened.vocab_size) == (257, None, 259)
-    assert not opened.begins and beginning(opened) == []
+    assert not opened.begins and bos_prefix(opened) == []
     table = make(tmp_path / "b", True, eos_token={"content": "<|end|>"}, bos_token="<|begin|>")
     opened = HuggingFaceTokenizer(table)
     # Its own template begins texts with bos, so documents do too, unless told otherwise.
-    assert (opened.eos_id, opened.bos_id, beginning(opened)) == (257, 256, [256])
+    assert (opened.eos_id, opened.bos_id, bos_prefix(opened)) == (257, 256, [256])
     assert not HuggingFaceTokenizer(table, SpecialTokens(add_bos=False)).begins
     (tmp_path / "b" / "tokenizer_config.json").unlink()
     names = {"bos_token": {"content": "<|begin|>"}, "eos_token": "<|pad|>"}
     (tmp_path / "b" / "special_tokens_map.json").write_text(json.dumps(names))
     assert HuggingFaceTokenizer(table).eos_id == 258
     asked = HuggingFaceTokenizer(table, SpecialTokens(eos="<|end|>", bos="<|pad|>", add_bos=True))
-    assert (asked.eos_id, beginning(asked)) == (257, [258])
+    assert (asked.eos_id, bos_prefix(asked)) == (257, [258])
     assert asked.fingerprint != HuggingFaceTokenizer(table).fingerprint
 
 
@@ -113,7 +113,7 @@ def test_a_token_folder_opens_as_its_own_tokenizer(
     }[kind]
     # Only bytes are asked for their bos: Hugging Face's has it from its own template.
     specials = SpecialTokens(add_bos=True if kind == "bytes" else None)
-    settings = change(vocab_size=None, workers=workers, specials=specials)
+    settings = change(vocab_size=None, workers=workers, special_tokens=specials)
     made = prepare(Source(corpus), tmp_path / "out", settings, made_with)
     opened = open_tokenizer(made.folder)
     assert opened.kind == made.meta.kind == kind
@@ -122,10 +122,10 @@ def test_a_token_folder_opens_as_its_own_tokenizer(
     split = TokenSplit(made.folder, "train")
     first = split.document(0).tolist()
     assert first[-1] == opened.eos_id
-    assert first[: len(beginning(opened))] == beginning(opened)
+    assert first[: len(bos_prefix(opened))] == bos_prefix(opened)
     texts = {path.read_bytes().decode() for path in corpus.rglob("*.txt")}
     for number in range(3):
-        body = split.document(number).tolist()[len(beginning(opened)) : -1]
+        body = split.document(number).tolist()[len(bos_prefix(opened)) : -1]
         assert opened.decode(body) in texts and opened.encode(opened.decode(body)) == body
 
 
@@ -139,7 +139,9 @@ def test_what_is_not_for_this_tokenizer_is_refused(
     with pytest.raises(ValueError, match="has no piece that begins a text"):
         open_tokenizer(model, SpecialTokens(add_bos=True))
     with pytest.raises(ValueError, match="are for a given tokenizer"):
-        prepare(Source(corpus), tmp_path / "out", change(specials=SpecialTokens(add_bos=True)))
+        prepare(
+            Source(corpus), tmp_path / "out", change(special_tokens=SpecialTokens(add_bos=True))
+        )
     with pytest.raises(ValueError, match=r"holds no tokenizer\.json and no tokenizer\.model"):
         open_tokenizer(corpus)
     assert isinstance(open_tokenizer(prepared.folder), Tokenizer)

@@ -90,7 +90,7 @@ def test_windows_tile_the_text(split: TokenSplit) -> None:
     windows = Windows(text, 5, VOCAB)
     assert windows.count == 2
     assert windows.sample(1).tokens.tolist() == [*range(25, 31)]
-    assert windows.sample(1).cu_seqlens.tolist() == [0, 5] and not windows.sample(1).closed
+    assert windows.sample(1).cu_seqlens.tolist() == [0, 5] and not windows.sample(1).ends_document
 
 
 def test_perplexity_is_exp_of_the_loss() -> None:

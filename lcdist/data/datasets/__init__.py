@@ -1,1 +1,1 @@
-"""Datasets: samples by number, from token folders, mixtures or synthetic text."""
+"""Datasets: return any sample by its number, from token folders, mixtures or synthetic text."""

@@ -1,4 +1,4 @@
-"""Datasets whose samples are placed by a `DocumentLayout`: aligned to blocks, with landmarks."""
+"""Datasets that place samples of plain text by a `DocumentLayout`: aligned, with landmarks."""
 
 import numpy as np
 import torch
@@ -8,48 +8,54 @@ from lcdist.layout.documents import DocumentLayout
 
 
 class AlignedDataset:
-    """Samples of plain text, each laid out as one document; its documents are joined.
+    """Place each sample of plain text as one document; the documents of a sample are joined.
 
-    seqlen: of the rows, in slots. Raises ValueError unless the inner samples fill just them.
+    The inner samples must fill the text slots of a row exactly.
+
+    Args:
+        inner: dataset of plain text.
+        document_layout: layout of the row.
+        seqlen: slots per row.
     """
 
-    def __init__(self, inner: Dataset, slots: DocumentLayout, seqlen: int) -> None:
-        assert inner.seqlen == slots.num_text_slots(seqlen)
-        self.inner, self.slots, self.seqlen = inner, slots, seqlen
+    def __init__(self, inner: Dataset, document_layout: DocumentLayout, seqlen: int) -> None:
+        assert inner.seqlen == document_layout.num_text_slots(seqlen)
+        self.inner, self.document_layout, self.seqlen = inner, document_layout, seqlen
         self.vocab_size, self.seed = inner.vocab_size, inner.seed
 
     def sample(self, index: int) -> Sample:
-        """The sample with number `index`."""
+        """Return sample number `index`."""
         text = self.inner.sample(index).tokens
-        row = self.slots.place(text[:-1], 0, self.seqlen, self.inner.seqlen)
-        table = torch.tensor([0, self.seqlen], dtype=torch.int32)
-        return Sample(torch.cat([row, text[-1:]]), table, closed=False)
+        row = self.document_layout.place(text[:-1], 0, self.seqlen, self.inner.seqlen)
+        cu_seqlens = torch.tensor([0, self.seqlen], dtype=torch.int32)
+        return Sample(torch.cat([row, text[-1:]]), cu_seqlens, ends_document=False)
 
 
 class PackedSyntheticDataset:
-    """Samples of plain text with their documents laid out one by one, cut to `seqlen` slots.
+    """Place the documents of each sample one by one and cut the row to `seqlen` slots.
 
-    What no longer fits is left out, so this is for made-up text alone, of which there is enough.
+    Text that does not fit is dropped, so use this for synthetic text only, which is unlimited.
     """
 
-    def __init__(self, inner: Dataset, slots: DocumentLayout) -> None:
-        self.inner, self.slots, self.seqlen = inner, slots, inner.seqlen
+    def __init__(self, inner: Dataset, document_layout: DocumentLayout) -> None:
+        self.inner, self.document_layout, self.seqlen = inner, document_layout, inner.seqlen
         self.vocab_size, self.seed = inner.vocab_size, inner.seed
 
     def sample(self, index: int) -> Sample:
-        """The sample with number `index`."""
-        sample = self.inner.sample(index)
+        """Return sample number `index`."""
+        sample, layout = self.inner.sample(index), self.document_layout
         ends = sample.cu_seqlens[1:].tolist()
-        # The last label belongs to the last document, or begins another.
-        ends = [*ends, len(sample.tokens)] if sample.closed else [*ends[:-1], len(sample.tokens)]
+        # The last label belongs to the last document, or starts another one.
+        inner_ends = ends if sample.ends_document else ends[:-1]
+        ends = [*inner_ends, len(sample.tokens)]
         rows, borders = [], [0]
         for start, end in zip([0, *ends], ends, strict=False):
-            length = int(self.slots.length(np.array(end - start)))
-            rows.append(self.slots.place(sample.tokens[start:end], 0, length, end - start))
+            length = int(layout.length(np.array(end - start)))
+            rows.append(layout.place(sample.tokens[start:end], 0, length, end - start))
             borders.append(borders[-1] + length)
-        inside = [border for border in borders if border < self.seqlen]
+        inner_borders = [border for border in borders if border < self.seqlen]
         return Sample(
             tokens=torch.cat(rows)[: self.seqlen + 1],
-            cu_seqlens=torch.tensor([*inside, self.seqlen], dtype=torch.int32),
-            closed=self.seqlen in borders,
+            cu_seqlens=torch.tensor([*inner_borders, self.seqlen], dtype=torch.int32),
+            ends_document=self.seqlen in borders,
         )

@@ -1,7 +1,8 @@
-"""Best-fit-decreasing packing by lengths, for millions of documents (arXiv:2404.10830).
+"""Best-fit-decreasing packing by length, for millions of documents (arXiv:2404.10830).
 
-Documents of one length are alike, and so are rows that were filled alike: they are handled
-together, so the time grows with the number of different lengths, and not with that of documents.
+Documents of equal length are interchangeable, and so are rows that hold equal lengths. The
+algorithm handles each such group at once, so its time grows with the number of different lengths
+and not with the number of documents.
 """
 
 from bisect import bisect_left, insort
@@ -9,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# What is in a row: what was before, then `times` documents of `length`.
-_Filled = tuple["_Filled", int, int] | None
+# Contents of a row as a linked list: the earlier contents, then `count` documents of `length`.
+_Contents = tuple["_Contents", int, int] | None
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Items by row: row i has the items members[offsets[i]:offsets[i + 1]], both int64."""
+class PackedRows:
+    """Items by row: row i has the items members[offsets[i]:offsets[i + 1]]; both arrays int64."""
 
     members: np.ndarray
     offsets: np.ndarray
@@ -24,77 +25,85 @@ class Rows:
         return len(self.offsets) - 1
 
 
-def best_fit(lengths: np.ndarray, capacity: int) -> Rows:
-    """Items of 1 <= length <= capacity to rows: longest first, each where the least room remains.
+def best_fit(lengths: np.ndarray, capacity: int) -> PackedRows:
+    """Pack items into rows: longest item first, each into the row with the least sufficient room.
 
-    lengths: int64 `[n]`. Of items of equal length those with smaller numbers are taken first, so a
-    caller who wants them mixed shuffles before.
+    Among items of equal length those with smaller numbers are used first. To mix them, shuffle the
+    items before.
+
+    Args:
+        lengths: int64 `[n]`, each in 1..capacity.
+        capacity: length of a row.
     """
     assert not len(lengths) or (lengths.min() >= 1 and lengths.max() <= capacity)
     values, counts = np.unique(lengths, return_counts=True)
-    shelf = _Shelf(capacity)
+    open_rows = _OpenRows(capacity)
     for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        shelf.place(length, count)
-    starts = dict(zip(values.tolist(), (np.cumsum(counts) - counts).tolist(), strict=True))
-    ordered = np.argsort(lengths, kind="stable")
+        open_rows.add(length, count)
+    next_item = dict(zip(values.tolist(), (np.cumsum(counts) - counts).tolist(), strict=True))
+    items_by_length = np.argsort(lengths, kind="stable")
     members, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for count, filled in shelf.groups():
+    for num_rows, contents in open_rows.groups():
         columns = []
-        while filled is not None:
-            filled, length, times = filled
-            taken = ordered[starts[length] : starts[length] + count * times]
-            starts[length] += count * times
-            columns.insert(0, taken.reshape(count, times))
+        while contents is not None:
+            contents, length, count = contents
+            first = next_item[length]
+            next_item[length] = first + num_rows * count
+            columns.insert(0, items_by_length[first : next_item[length]].reshape(num_rows, count))
         rows = np.concatenate(columns, axis=1)
         members.append(rows.ravel())
-        sizes.append(np.full(count, rows.shape[1], np.int64))
+        sizes.append(np.full(num_rows, rows.shape[1], np.int64))
     ends = np.cumsum(np.concatenate(sizes))
-    return Rows(np.concatenate(members), np.concatenate([np.zeros(1, np.int64), ends]))
+    return PackedRows(np.concatenate(members), np.concatenate([np.zeros(1, np.int64), ends]))
 
 
-class _Shelf:
-    """Rows begun, by the room that remains in them; rows filled alike are one group."""
+class _OpenRows:
+    """Rows by their remaining room; rows with equal contents form one group."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._begun: dict[int, list[tuple[int, _Filled]]] = {}
-        self._rooms: list[int] = []
+        self._groups_by_room: dict[int, list[tuple[int, _Contents]]] = {}
+        self._rooms: list[int] = []  # ascending
 
-    def place(self, length: int, count: int) -> None:
-        """Put `count` items of `length` in; none that came before was shorter."""
+    def add(self, length: int, count: int) -> None:
+        """Add `count` items of `length`, which is at most the length of all earlier items."""
         while count:
-            room, rows, filled = self._tightest(length, count)
-            # A row that fits best goes on fitting best until it cannot take another one.
-            each = room // length
-            whole = min(rows, count // each)
-            self._put(room - each * length, whole, (filled, length, each))
-            count, rows = count - whole * each, rows - whole
-            if rows and 0 < count < each:
-                self._put(room - count * length, 1, (filled, length, count))
-                count, rows = 0, rows - 1
-            if filled is not None:
-                self._put(room, rows, filled)
+            room, num_rows, contents = self._pop_tightest(length, count)
+            # The row with the best fit keeps it until it cannot hold another item of this length.
+            per_row = room // length
+            full_rows = min(num_rows, count // per_row)
+            self._push(room - per_row * length, full_rows, (contents, length, per_row))
+            count, num_rows = count - full_rows * per_row, num_rows - full_rows
+            if num_rows and 0 < count < per_row:
+                self._push(room - count * length, 1, (contents, length, count))
+                count, num_rows = 0, num_rows - 1
+            if contents is not None:
+                self._push(room, num_rows, contents)
 
-    def groups(self) -> list[tuple[int, _Filled]]:
-        """(rows, what is in each of them) of all groups, fullest first."""
-        return [group for room in sorted(self._begun) for group in self._begun[room]]
+    def groups(self) -> list[tuple[int, _Contents]]:
+        """Return (number of rows, contents of each) for all groups, fullest first."""
+        rooms = sorted(self._groups_by_room)
+        return [group for room in rooms for group in self._groups_by_room[room]]
 
-    def _tightest(self, length: int, count: int) -> tuple[int, int, _Filled]:
-        """Room, number and content of the rows with the least room for `length`, or of new ones."""
-        place = bisect_left(self._rooms, length)
-        if place == len(self._rooms):
+    def _pop_tightest(self, length: int, count: int) -> tuple[int, int, _Contents]:
+        """Return room, number and contents of the rows with the least room for `length`.
+
+        If no row has room, return `count` new rows.
+        """
+        index = bisect_left(self._rooms, length)
+        if index == len(self._rooms):
             return self._capacity, count, None
-        room = self._rooms[place]
-        rows, filled = self._begun[room].pop()
-        if not self._begun[room]:
-            del self._begun[room], self._rooms[place]
-        return room, rows, filled
+        room = self._rooms[index]
+        num_rows, contents = self._groups_by_room[room].pop()
+        if not self._groups_by_room[room]:
+            del self._groups_by_room[room], self._rooms[index]
+        return room, num_rows, contents
 
-    def _put(self, room: int, rows: int, filled: _Filled) -> None:
-        if not rows:
+    def _push(self, room: int, num_rows: int, contents: _Contents) -> None:
+        if not num_rows:
             return
-        if room not in self._begun:
-            self._begun[room] = []
+        if room not in self._groups_by_room:
+            self._groups_by_room[room] = []
             if room:
                 insort(self._rooms, room)
-        self._begun[room].append((rows, filled))
+        self._groups_by_room[room].append((num_rows, contents))

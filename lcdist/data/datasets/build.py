@@ -1,4 +1,4 @@
-"""`[data]` to samples: which folders are read and how, what contradicts what, and the accounts."""
+"""Build the training dataset from `[data]`, check its settings, and report what a run reads."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 from lcdist.config.schema import DataConfig
 from lcdist.data.datasets.long_documents import LongDocuments
-from lcdist.data.datasets.mixture import Folder, Mixture, round_tokens, source_seed
+from lcdist.data.datasets.mixture import FolderDataset, Mixture, round_tokens, source_seed
 from lcdist.data.datasets.packed import PackedDataset
 from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.layout.documents import DocumentLayout
@@ -79,23 +79,33 @@ def _long_errors(data: DataConfig) -> Iterator[str]:
 
 
 def build_dataset(
-    data: DataConfig, seqlen: int, seed: int, slots: DocumentLayout
-) -> Folder | Mixture:
-    """The train split of the folder or mixture in `data`, as samples of `seqlen` slots.
+    data: DataConfig, seqlen: int, seed: int, document_layout: DocumentLayout
+) -> FolderDataset | Mixture:
+    """Build the dataset of the train split of the folder or mixture in `data`.
 
-    slots: how documents are laid out. Raises ValueError as the data sets do, and where the folders
-    of a mixture were made with different tokenizers.
+    Args:
+        data: section `[data]` of the configuration, with source "tokens".
+        seqlen: slots per sample.
+        seed: seed of the run.
+        document_layout: layout of the documents.
+
+    Raises:
+        ValueError: as the datasets; or the folders of a mixture were made with different
+            tokenizers.
     """
-    kind = PackedDataset if data.packing == "best_fit" else TokenDataset
-    long = LongDocuments(data.long_from, data.long_factor)
+    dataset_class = PackedDataset if data.packing == "best_fit" else TokenDataset
+    long_documents = LongDocuments(data.long_from, data.long_factor)
     if not data.mixture:
-        return kind(data.path, "train", seqlen, seed, slots, long)
-    sources: dict[str, Folder] = {}
+        return dataset_class(data.path, "train", seqlen, seed, document_layout, long_documents)
+    sources: dict[str, FolderDataset] = {}
     for name, source in data.mixture.items():
-        one = kind(source.path, "train", seqlen, source_seed(seed, name), slots, long)
-        sources[name] = one
+        own_seed = source_seed(seed, name)
+        dataset = dataset_class(
+            source.path, "train", seqlen, own_seed, document_layout, long_documents
+        )
+        sources[name] = dataset
         first_name, first = next(iter(sources.items()))
-        if one.meta.fingerprint != first.meta.fingerprint:
+        if dataset.meta.fingerprint != first.meta.fingerprint:
             raise ValueError(
                 f"data.mixture.{name}.path = '{source.path}' was made with another tokenizer than "
                 f"that of data.mixture.{first_name}: tokenize one of them again with the other's "
@@ -106,9 +116,10 @@ def build_dataset(
 
 
 def held_out_folder(data: DataConfig) -> Path:
-    """The folder whose valid split is evaluated on, and whose tokenizer is used.
+    """Return the folder that provides the valid split and the tokenizer.
 
-    Raises ValueError where `data` has none.
+    Raises:
+        ValueError: `data` does not read token folders.
     """
     if data.source != "tokens":
         raise ValueError(
@@ -119,43 +130,51 @@ def held_out_folder(data: DataConfig) -> Path:
     return Path(data.path or (first.path if first else ""))
 
 
-def coverage_lines(dataset: Folder | Mixture, samples: int) -> list[str]:
-    """What the first `samples` samples read, a line for every source and every band of lengths."""
+def coverage_lines(dataset: FolderDataset | Mixture, num_samples: int) -> list[str]:
+    """Describe what the first `num_samples` samples read.
+
+    Returns:
+        One line for each source, and one for each of its length bands.
+    """
     if not isinstance(dataset, Mixture):
-        return _lines("data", dataset, samples, 1.0)
-    drawn = dataset.drawn(samples)
+        return _source_lines("data", dataset, num_samples, 1.0)
+    samples = dataset.samples_by_source(num_samples)
     tokens = {
-        name: float(drawn[name] / one.round_rows) * round_tokens(one)
-        for name, one in dataset.sources.items()
+        name: float(samples[name] / source.samples_per_round) * round_tokens(source)
+        for name, source in dataset.sources.items()
     }
     total = sum(tokens.values()) or 1.0
     return [
         line
-        for name, one in dataset.sources.items()
-        for line in _lines(name, one, drawn[name], tokens[name] / total)
+        for name, source in dataset.sources.items()
+        for line in _source_lines(name, source, samples[name], tokens[name] / total)
     ]
 
 
-def _lines(name: str, folder: Folder, samples: int, share: float) -> list[str]:
-    rounds = float(samples / folder.round_rows)
-    lengths, copies = folder.document_lengths, np.asarray(folder.long.copies_by_band)
-    bands = folder.long.bands(lengths)
-    stored = np.bincount(bands, lengths, minlength=len(copies))
-    drawn = stored * copies
+def _source_lines(
+    name: str, dataset: FolderDataset, num_samples: int, token_share: float
+) -> list[str]:
+    rounds = float(num_samples / dataset.samples_per_round)
+    lengths = dataset.document_lengths
+    copies = np.asarray(dataset.long_documents.copies_by_band)
+    bands = dataset.long_documents.bands(lengths)
+    stored_tokens = np.bincount(bands, lengths, minlength=len(copies))
+    round_band_tokens = stored_tokens * copies
     lines = [
-        f"{name}: {share:.2%} of the tokens; {rounds * drawn.sum():,.0f} tokens read of "
-        f"{folder.tokens:,}, each {_times(rounds * copies[0])}"
+        f"{name}: {token_share:.2%} of the tokens; {rounds * round_band_tokens.sum():,.0f} tokens "
+        f"read of {dataset.num_tokens:,}, each {_times(rounds * copies[0])}"
     ]
-    if isinstance(folder, PackedDataset):
-        padding = 1 - folder.length / (folder.rows * folder.seqlen)
+    if isinstance(dataset, PackedDataset):
+        padding = 1 - dataset.round_slots / (dataset.num_rows * dataset.seqlen)
         lines.append(
-            f"{name}: {folder.rows:,} rows, {padding:.2%} padding; {folder.documents_cut:,} "
-            "documents are longer than a row and cut"
+            f"{name}: {dataset.num_rows:,} rows, {padding:.2%} padding; "
+            f"{dataset.num_cut_documents:,} documents are longer than a row and cut"
         )
-    for band, bound in enumerate(folder.long.bounds, 1):
+    for band, bound in enumerate(dataset.long_documents.bounds, 1):
         lines.append(
-            f"{name}: documents from {bound:,} tokens: {stored[band] / stored.sum():.2%} of the "
-            f"tokens stored, {drawn[band] / drawn.sum():.2%} of those drawn, each "
+            f"{name}: documents from {bound:,} tokens: "
+            f"{stored_tokens[band] / stored_tokens.sum():.2%} of the tokens stored, "
+            f"{round_band_tokens[band] / round_band_tokens.sum():.2%} of those drawn, each "
             f"{_times(rounds * copies[band])}"
         )
     return lines

@@ -1,8 +1,8 @@
-"""Several data sets as one, each with a share of the tokens.
+"""A mixture of several datasets, each with a share of the tokens.
 
-A cycle of samples, the same over and over, has every source as often as its share says, spread
-evenly: so the share is exact over every cycle and nearly so over any stretch, and the number of
-samples a source gave before sample i is a closed form. Nothing has to be remembered.
+The order of the sources repeats in cycles. A cycle contains each source in proportion to its share,
+evenly spread. The shares are therefore exact over every cycle and almost exact over any range, and
+the number of samples of a source before sample i has a closed form. No state is needed.
 """
 
 import hashlib
@@ -17,99 +17,106 @@ from lcdist.data.datasets.packed import PackedDataset
 from lcdist.data.datasets.sample import Sample
 from lcdist.data.datasets.tokens import TokenDataset
 
-Folder = TokenDataset | PackedDataset
-# The longest cycle; shares that need a longer one are rounded to parts of it.
-_CYCLE = 2**16
+FolderDataset = TokenDataset | PackedDataset
+# Longest cycle in samples; shares that need a longer one are rounded to multiples of 1 / 2**16.
+_MAX_CYCLE = 2**16
 
 
 class Mixture:
-    """Samples of `sources`, each in the order it would have alone.
+    """Samples of several sources, each source in the order that it has alone.
 
-    weights: shares of the tokens, in any unit. A sample has tokens of one source only. Raises
-    ValueError where a share is too small for the cycle.
+    A sample contains tokens of one source only.
+
+    Args:
+        sources: datasets by name, all with the same seqlen.
+        weights: shares of the tokens by name, in any unit.
+        seed: seed of the run.
+
+    Raises:
+        ValueError: a share is too small for the longest cycle.
     """
 
     def __init__(
-        self, sources: Mapping[str, Folder], weights: Mapping[str, float], seed: int
+        self, sources: Mapping[str, FolderDataset], weights: Mapping[str, float], seed: int
     ) -> None:
         self.sources, self.seed = dict(sources), seed
         first, *others = sources.values()
-        assert all(one.seqlen == first.seqlen for one in others)
+        assert all(dataset.seqlen == first.seqlen for dataset in others)
         self.seqlen, self.vocab_size, self.meta = first.seqlen, first.vocab_size, first.meta
-        self._folders = list(sources.values())
-        # Rows are shared out; a row of one source may hold more padding than that of another.
-        per_token = {
-            name: Fraction(str(weights[name])) * one.round_rows / round_tokens(one)
-            for name, one in sources.items()
+        self._datasets = list(sources.values())
+        # Weights are shares of tokens, but samples are counted: padding differs between sources.
+        sample_shares = {
+            name: Fraction(str(weights[name])) * dataset.samples_per_round / round_tokens(dataset)
+            for name, dataset in sources.items()
         }
-        self._counts = _whole_shares(per_token)
-        # Source i gives its j-th sample of a cycle at (j + 1/2) / counts[i] of it.
+        self._counts = _whole_counts(sample_shares)
+        # Sample j of source i in a cycle is at the fraction (j + 1/2) / counts[i] of the cycle.
         times = np.concatenate([(np.arange(n) + 0.5) / n for n in self._counts])
         owners = np.repeat(np.arange(len(self._counts)), self._counts)
-        self._owners = owners[np.argsort(times, kind="stable")]
-        ranks = np.zeros(len(owners), np.int64)
+        self._source_numbers = owners[np.argsort(times, kind="stable")]
+        # Number of each sample among the samples of its source in the cycle.
+        self._inner_numbers = np.zeros(len(owners), np.int64)
         for number, count in enumerate(self._counts):
-            ranks[self._owners == number] = np.arange(count)
-        self._ranks = ranks
+            self._inner_numbers[self._source_numbers == number] = np.arange(count)
 
     @property
     def cycle(self) -> int:
-        """Samples after which the order of the sources begins again."""
-        return len(self._owners)
+        """Number of samples after which the order of the sources repeats."""
+        return len(self._source_numbers)
 
     def sample(self, index: int) -> Sample:
-        """The sample with number `index` >= 0; the same wherever and whenever it is drawn."""
-        number, inner = self.place(index)
-        return self._folders[number].sample(inner)
+        """Return sample number `index` >= 0, a function of (seed, index) alone."""
+        number, inner = self.locate(index)
+        return self._datasets[number].sample(inner)
 
-    def table(self, index: int) -> Tensor:
-        """`cu_seqlens` of the sample with number `index`, without its tokens."""
-        number, inner = self.place(index)
-        return self._folders[number].table(inner)
+    def cu_seqlens(self, index: int) -> Tensor:
+        """Return `cu_seqlens` of sample number `index` without reading its tokens."""
+        number, inner = self.locate(index)
+        return self._datasets[number].cu_seqlens(inner)
 
-    def place(self, index: int) -> tuple[int, int]:
-        """(number of the source, number of the sample in it) of sample `index`."""
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return (number of the source, sample number within it) of sample `index`."""
         assert index >= 0
-        cycles, at = divmod(index, self.cycle)
-        number = int(self._owners[at])
-        return number, cycles * self._counts[number] + int(self._ranks[at])
+        cycles, position = divmod(index, self.cycle)
+        number = int(self._source_numbers[position])
+        return number, cycles * self._counts[number] + int(self._inner_numbers[position])
 
-    def drawn(self, samples: int) -> dict[str, int]:
-        """How many of the first `samples` samples are of each source."""
-        cycles, rest = divmod(samples, self.cycle)
-        begun = np.bincount(self._owners[:rest], minlength=len(self._counts))
+    def samples_by_source(self, num_samples: int) -> dict[str, int]:
+        """Return how many of the first `num_samples` samples come from each source."""
+        cycles, rest = divmod(num_samples, self.cycle)
+        partial = np.bincount(self._source_numbers[:rest], minlength=len(self._counts))
         return {
-            name: cycles * count + int(more)
-            for name, count, more in zip(self.sources, self._counts, begun, strict=True)
+            name: cycles * count + int(extra)
+            for name, count, extra in zip(self.sources, self._counts, partial, strict=True)
         }
 
 
-def round_tokens(folder: Folder) -> int:
-    """Tokens of text in a round of `folder`."""
-    lengths = folder.document_lengths
-    return int((lengths * folder.long.copies(lengths)).sum())
+def round_tokens(dataset: FolderDataset) -> int:
+    """Return the number of text tokens in a round of `dataset`."""
+    lengths = dataset.document_lengths
+    return int((lengths * dataset.long_documents.copies(lengths)).sum())
 
 
 def source_seed(seed: int, name: str) -> int:
-    """A source's own seed, so that another one beside it changes nothing in its order."""
+    """Return a seed for one source, so that other sources do not affect its order."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "big")
 
 
-def _whole_shares(shares: Mapping[str, Fraction]) -> list[int]:
-    """Whole numbers in the proportion of `shares`; rounded where those would be too large."""
+def _whole_counts(shares: Mapping[str, Fraction]) -> list[int]:
+    """Return whole numbers in the ratio of `shares`; rounded if they would exceed the cycle."""
     total = sum(shares.values())
     exact = [share / total for share in shares.values()]
     cycle = lcm(*(share.denominator for share in exact))
-    if cycle <= _CYCLE:
+    if cycle <= _MAX_CYCLE:
         return [int(share * cycle) for share in exact]
-    whole = [int(share * _CYCLE) for share in exact]
-    by_rest = sorted(range(len(exact)), key=lambda i: whole[i] - exact[i] * _CYCLE)
-    for i in by_rest[: _CYCLE - sum(whole)]:
-        whole[i] += 1
-    for name, count in zip(shares, whole, strict=True):
+    counts = [int(share * _MAX_CYCLE) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i] * _MAX_CYCLE)
+    for i in by_remainder[: _MAX_CYCLE - sum(counts)]:
+        counts[i] += 1
+    for name, count in zip(shares, counts, strict=True):
         if not count:
             raise ValueError(
-                f"data.mixture.{name}.weight is less than one part in {_CYCLE} of all weights: "
+                f"data.mixture.{name}.weight is less than one part in {_MAX_CYCLE} of all weights: "
                 "raise it, or leave the source out"
             )
-    return whole
+    return counts

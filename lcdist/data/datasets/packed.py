@@ -1,10 +1,10 @@
 """Token folders as rows of whole documents, packed best fit (arXiv:2404.10830).
 
-Documents longer than a row are cut into full rows and a rest; rests and all other documents are
-packed once, over a whole round, each row ending in padding where nothing fits. Attention does not
-cross documents, so it does not matter to a document which others are in its row: the rows stay the
-same, and every epoch takes all of them in an order of its own. So sample i is row i % rows of epoch
-i // rows, whatever was drawn before.
+Documents longer than a row are cut into full rows and a rest. The rests and all other documents are
+packed once over a whole round. Each row ends with padding if nothing fits. Attention does not cross
+documents, so the other documents in a row do not matter. The rows therefore stay the same, and
+every epoch uses all of them in an order of its own: sample i is row i % num_rows of epoch
+i // num_rows.
 """
 
 from fractions import Fraction
@@ -17,18 +17,20 @@ from torch import Tensor
 from lcdist.data.datasets.best_fit import best_fit
 from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.data.datasets.sample import Sample, check_seed
-from lcdist.data.datasets.tokens import Span, TokenSplit, check_rows, permutation
+from lcdist.data.datasets.tokens import Span, TokenSplit, check_seqlen, permutation
 from lcdist.layout.documents import PADDING, DocumentLayout
 
-# Beside those that dataset.py draws with the same key.
-_ROWS, _PACKING = 1, 2
+# Random streams of `permutation`. `TokenDataset` also uses stream 1, for another purpose.
+_ROWS_STREAM, _PACKING_STREAM = 1, 2
 
 
 class PackedDataset(TokenSplit):
-    """Endless samples of `seqlen` slots, each a row of documents that are whole if they fit in it.
+    """Endless samples of `seqlen` slots: rows of documents that are whole if they fit in a row.
 
-    slots, long: as for `TokenDataset`. Raises ValueError as `TokenSplit` does, and where seqlen is
-    not a multiple of slots.step.
+    The arguments are those of `TokenDataset`.
+
+    Raises:
+        ValueError: as `TokenSplit`; or seqlen is below 1 or not a multiple of document_layout.step.
     """
 
     def __init__(  # noqa: PLR0913
@@ -37,84 +39,95 @@ class PackedDataset(TokenSplit):
         split: str,
         seqlen: int,
         seed: int,
-        slots: DocumentLayout | None = None,
-        long: LongDocuments | None = None,
+        document_layout: DocumentLayout | None = None,
+        long_documents: LongDocuments | None = None,
     ) -> None:
         super().__init__(folder, split)
         check_seed(seed)
-        self.slots, self.long = slots or DocumentLayout(), long or LongDocuments()
+        self.document_layout = document_layout or DocumentLayout()
+        self.long_documents = long_documents or LongDocuments()
         if seqlen < 1:
             raise ValueError(f"train.seqlen = {seqlen}: must be at least 1")
-        check_rows(seqlen, self.slots)
+        check_seqlen(seqlen, self.document_layout)
         self.seqlen, self.seed = seqlen, seed
-        self._slot_lengths = self.slots.length(self.document_lengths)
-        copies = self.long.copies(self.document_lengths)
-        self.length = int((self._slot_lengths * copies).sum())
-        self._fill(copies)
-        self._order: tuple[int, np.ndarray] | None = None
+        self._slot_lengths = self.document_layout.length(self.document_lengths)
+        copies = self.long_documents.copies(self.document_lengths)
+        self.round_slots = int((self._slot_lengths * copies).sum())
+        self._pack(copies)
+        self._epoch_order: tuple[int, np.ndarray] | None = None
 
-    def _fill(self, copies: np.ndarray) -> None:
-        """Whole rows of long documents first, then packed ones."""
-        numbers = np.repeat(np.arange(self.documents), copies)
-        # Which of the documents of one length come together is drawn, not as they were stored.
-        numbers = numbers[permutation(len(numbers), (self.seed, 0), _PACKING)]
-        lengths = self._slot_lengths[numbers]
-        full, rest = lengths // self.seqlen, lengths % self.seqlen
-        self.documents_cut = int((lengths > self.seqlen).sum())
-        whole = np.repeat(numbers, full)
-        # The place of each full row in its document.
-        nth = np.arange(len(whole)) - np.repeat(np.cumsum(full) - full, full)
-        packed = np.flatnonzero(rest)
-        rows = best_fit(rest[packed], self.seqlen)
-        members = packed[rows.members]
-        starts = lengths[members] - rest[members]
-        self._numbers = np.concatenate([whole, numbers[members]])
-        self._starts = np.concatenate([nth * self.seqlen, starts])
-        self._offsets = np.concatenate([np.arange(len(whole)), len(whole) + rows.offsets])
+    def _pack(self, copies: np.ndarray) -> None:
+        """Make the rows of a round: full rows of long documents first, then packed rows.
+
+        Row i has the pieces [_offsets[i], _offsets[i + 1]). Piece j starts at slot _starts[j] of
+        document _documents[j].
+        """
+        documents = np.repeat(np.arange(self.num_documents), copies)
+        # Shuffle: otherwise documents of equal length would share rows in their stored order.
+        shuffled = permutation(len(documents), (self.seed, 0), _PACKING_STREAM)
+        documents = documents[shuffled]
+        lengths = self._slot_lengths[documents]
+        num_full, rest = lengths // self.seqlen, lengths % self.seqlen
+        self.num_cut_documents = int((lengths > self.seqlen).sum())
+        full_rows = np.repeat(documents, num_full)
+        # Number of each full row within its document.
+        row_in_document = np.arange(len(full_rows)) - np.repeat(
+            np.cumsum(num_full) - num_full, num_full
+        )
+        with_rest = np.flatnonzero(rest)
+        rows = best_fit(rest[with_rest], self.seqlen)
+        members = with_rest[rows.members]
+        rest_starts = lengths[members] - rest[members]
+        self._documents = np.concatenate([full_rows, documents[members]])
+        self._starts = np.concatenate([row_in_document * self.seqlen, rest_starts])
+        self._offsets = np.concatenate([np.arange(len(full_rows)), len(full_rows) + rows.offsets])
 
     @property
-    def rows(self) -> int:
-        """Rows of a round."""
+    def num_rows(self) -> int:
+        """Number of rows in a round."""
         return len(self._offsets) - 1
 
     @property
-    def round_rows(self) -> Fraction:
-        """Samples of a round."""
-        return Fraction(self.rows)
+    def samples_per_round(self) -> Fraction:
+        """Number of samples in a round."""
+        return Fraction(self.num_rows)
 
     def sample(self, index: int) -> Sample:
-        """The sample with number `index` >= 0; the same wherever and whenever it is drawn."""
-        spans = self._spans_of(index)
-        pieces = [self._laid(span, self.slots) for span in spans]
-        held = sum(map(len, pieces))
-        number, _, stop = spans[-1]
-        if held == self.seqlen and stop < self._slot_lengths[number]:
-            # The label of a full row's last token, from the document's next row.
-            pieces.append(self._laid((number, stop, stop + 1), self.slots))
-            held += 1
-        pieces.append(torch.full((self.seqlen + 1 - held,), PADDING, dtype=torch.int64))
-        closed = stop == self._slot_lengths[number]
-        return Sample(torch.cat(pieces), self._table(spans), closed=closed)
+        """Return sample number `index` >= 0, a function of (seed, index) alone."""
+        spans = self._row_spans(index)
+        pieces = [self._read_span(span, self.document_layout) for span in spans]
+        filled = sum(map(len, pieces))
+        document, _, stop = spans[-1]
+        if filled == self.seqlen and stop < self._slot_lengths[document]:
+            # The label of a full row's last token comes from the next row of the document.
+            label_span = Span(document, stop, stop + 1)
+            pieces.append(self._read_span(label_span, self.document_layout))
+            filled += 1
+        pieces.append(torch.full((self.seqlen + 1 - filled,), PADDING, dtype=torch.int64))
+        ends_document = stop == self._slot_lengths[document]
+        return Sample(torch.cat(pieces), self._cu_seqlens(spans), ends_document)
 
-    def table(self, index: int) -> Tensor:
-        """`cu_seqlens` of the sample with number `index`, without its tokens."""
-        return self._table(self._spans_of(index))
+    def cu_seqlens(self, index: int) -> Tensor:
+        """Return `cu_seqlens` of sample number `index` without reading its tokens."""
+        return self._cu_seqlens(self._row_spans(index))
 
-    def _table(self, spans: list[Span]) -> Tensor:
-        ends = np.cumsum([stop - start for _, start, stop in spans]).tolist()
+    def _cu_seqlens(self, spans: list[Span]) -> Tensor:
+        ends = np.cumsum([span.stop - span.start for span in spans]).tolist()
         # Padding is a document of its own.
         padding = [self.seqlen] if ends[-1] < self.seqlen else []
         return torch.tensor([0, *ends, *padding], dtype=torch.int32)
 
-    def _spans_of(self, index: int) -> list[Span]:
+    def _row_spans(self, index: int) -> list[Span]:
+        """Return the document spans of sample number `index`."""
         assert index >= 0
-        epoch, place = divmod(index, self.rows)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, permutation(self.rows, (self.seed, epoch), _ROWS)
-        row = int(self._order[1][place])
+        epoch, position = divmod(index, self.num_rows)
+        if self._epoch_order is None or self._epoch_order[0] != epoch:
+            order = permutation(self.num_rows, (self.seed, epoch), _ROWS_STREAM)
+            self._epoch_order = epoch, order
+        row = int(self._epoch_order[1][position])
         spans = []
-        for member in range(int(self._offsets[row]), int(self._offsets[row + 1])):
-            number, start = int(self._numbers[member]), int(self._starts[member])
-            stop = min(start + self.seqlen, int(self._slot_lengths[number]))
-            spans.append((number, start, stop))
+        for piece in range(int(self._offsets[row]), int(self._offsets[row + 1])):
+            document, start = int(self._documents[piece]), int(self._starts[piece])
+            stop = min(start + self.seqlen, int(self._slot_lengths[document]))
+            spans.append(Span(document, start, stop))
         return spans

@@ -1,4 +1,4 @@
-"""A sample of tokens, and what a data set has to offer: any sample by its number."""
+"""The sample type, the interface of datasets, and the random numbers that datasets use."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -11,15 +11,16 @@ from torch import Tensor
 class Sample:
     """seqlen input tokens and the label of the last one.
 
-    tokens: int64 `[seqlen + 1]`, padding -1, laid out as `DocumentLayout` say. cu_seqlens: int32
-    `[n + 1]`, where the documents of the first seqlen tokens begin and end. closed: whether a
-    document ends with token seqlen - 1, so that its label, the last of `tokens`, belongs to
-    another one.
+    Attributes:
+        tokens: int64 `[seqlen + 1]`, padding -1, placed by a `DocumentLayout`.
+        cu_seqlens: int32 `[n + 1]`, borders of the documents in the first seqlen tokens.
+        ends_document: whether a document ends at token seqlen - 1. Then the label of that token
+            (the last entry of `tokens`) belongs to another document.
     """
 
     tokens: Tensor
     cu_seqlens: Tensor
-    closed: bool
+    ends_document: bool
 
 
 class Dataset(Protocol):
@@ -30,32 +31,37 @@ class Dataset(Protocol):
     seed: int
 
     def sample(self, index: int) -> Sample:
-        """The sample with number `index`."""
+        """Return sample number `index`."""
         ...
 
 
 @runtime_checkable
-class HasTable(Protocol):
-    """A data set that can say where a sample's documents are without reading its tokens."""
+class HasCuSeqlens(Protocol):
+    """A dataset that knows the document borders of a sample without reading its tokens."""
 
-    def table(self, index: int) -> Tensor:
-        """`cu_seqlens` of the sample with number `index`."""
+    def cu_seqlens(self, index: int) -> Tensor:
+        """Return `cu_seqlens` of sample number `index`."""
         ...
 
 
-def raw_numbers(count: int, key: tuple[int, int], stream: int = 0) -> np.ndarray:
-    """`count` uniform uint64 numbers: Philox 4x64-10 (Salmon et al., SC11, Random123).
+def random_uint64(count: int, key: tuple[int, int], stream: int = 0) -> np.ndarray:
+    """Return `count` uniform uint64 numbers: Philox 4x64-10 (Salmon et al., SC11, Random123).
 
-    The counter-based generator's raw output is the same in every version of numpy, unlike what
-    its distributions make of it. stream: numbers of another purpose under the same key.
+    The raw output of this counter-based generator is the same in every version of numpy. The
+    numbers that numpy's distributions derive from it are not.
+
+    Args:
+        count: how many numbers to return.
+        key: two 64-bit words that select the sequence.
+        stream: selects an independent sequence under the same key, one for each purpose.
     """
-    # From a plain list numpy goes through float64 and folds large keys into one.
+    # From a plain list numpy goes through float64, which maps large keys to the same word.
     words = np.array(key, np.uint64)
     generator = np.random.Philox(counter=np.array([0, 0, 0, stream], np.uint64), key=words)
     return np.asarray(generator.random_raw(count), np.uint64).reshape(count)
 
 
 def check_seed(seed: int) -> None:
-    """Raise ValueError unless `seed` is a number of 64 bits."""
+    """Raise ValueError unless `seed` is a 64-bit number."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed = {seed}: must be in 0..2**64 - 1")

@@ -1,26 +1,28 @@
-"""Made-up tokens that can be learned: a small Markov chain with words that come back far away.
+"""Learnable synthetic tokens: a small Markov chain with words that recur at long distances.
 
-The chain, one for the whole data set, is learned from neighbours alone; every document also has a
-word of its own that returns at long distances and can only be copied from its earlier places, as
-in the induction task of arXiv:2209.11895.
+The Markov chain, one for the whole dataset, can be learned from neighbouring tokens alone. Every
+document also has a random word that recurs at long distances. It can only be predicted by copying
+an earlier occurrence, as in the induction task of arXiv:2209.11895.
 """
 
 import numpy as np
 import torch
 
-from lcdist.data.datasets.sample import Sample, check_seed, raw_numbers
+from lcdist.data.datasets.sample import Sample, check_seed, random_uint64
 
-# In sixteenths: how often the chain goes to each of a token's four successors.
-_ODDS = (9, 4, 2, 1)
-_CHAIN, _TEXT = 0, 1
-_WORD = 16
+# Probabilities of a token's four successors, in sixteenths.
+_SUCCESSOR_WEIGHTS = (9, 4, 2, 1)
+_CHAIN_STREAM, _TEXT_STREAM = 0, 1
+_MAX_WORD_TOKENS = 16
 
 
 class SyntheticDataset:
-    """Endless samples of `seqlen` made-up tokens below `vocab_size`; token 0 ends a document.
+    """Endless samples of `seqlen` synthetic tokens below `vocab_size`; token 0 ends a document.
 
-    Documents have from about an eighth of seqlen to all of it, and at least two tokens. Raises
-    ValueError where vocab_size or seqlen is below 2.
+    Documents have between about seqlen / 8 and seqlen tokens, and at least two.
+
+    Raises:
+        ValueError: vocab_size or seqlen is below 2, or seed is not a 64-bit number.
     """
 
     def __init__(self, vocab_size: int, seqlen: int, seed: int) -> None:
@@ -31,47 +33,51 @@ class SyntheticDataset:
         self.seqlen = seqlen
         self.seed = seed
         self.eos_id = 0
-        # No sample has so high a number, so the chain shares its key with none.
-        numbers = raw_numbers(len(_ODDS) * vocab_size, (seed, 2**64 - 1), _CHAIN)
-        successors = self._tokens(numbers).reshape(vocab_size, len(_ODDS))
-        self._next: list[list[int]] = np.repeat(successors, _ODDS, axis=1).tolist()
+        # No sample has this number, so the chain shares its key with none.
+        chain_key = (seed, 2**64 - 1)
+        numbers = random_uint64(len(_SUCCESSOR_WEIGHTS) * vocab_size, chain_key, _CHAIN_STREAM)
+        successors = self._to_tokens(numbers).reshape(vocab_size, len(_SUCCESSOR_WEIGHTS))
+        self._next: list[list[int]] = np.repeat(successors, _SUCCESSOR_WEIGHTS, axis=1).tolist()
 
     def sample(self, index: int) -> Sample:
-        """The sample with number `index` >= 0; the same wherever and whenever it is drawn."""
+        """Return sample number `index` >= 0, a function of (seed, index) alone."""
         assert index >= 0
         total = self.seqlen + 1
-        numbers = raw_numbers(total * 3, (self.seed, index), _TEXT).reshape(3, total)
-        tokens = np.asarray(self._walk(numbers[0]))
+        numbers = random_uint64(total * 3, (self.seed, index), _TEXT_STREAM).reshape(3, total)
+        tokens = np.asarray(self._walk_chain(numbers[0]))
         borders, start = [], 0
+        min_length = max(2, self.seqlen // 8)
+        num_lengths = max(1, self.seqlen - min_length + 1)
         while start < total:
-            shortest = max(2, self.seqlen // 8)
-            span = max(1, self.seqlen - shortest + 1)
-            end = start + shortest + int(numbers[1, start] % np.uint64(span))
+            end = start + min_length + int(numbers[1, start] % np.uint64(num_lengths))
             self._repeat_word(tokens[start : min(end, total)], numbers[2, start:])
             if end <= total:
                 tokens[end - 1] = self.eos_id
                 borders.append(end)
             start = end
-        inside = [border for border in borders if border < self.seqlen]
+        inner_borders = [border for border in borders if border < self.seqlen]
         return Sample(
             tokens=torch.from_numpy(tokens.astype(np.int64)),
-            cu_seqlens=torch.tensor([0, *inside, self.seqlen], dtype=torch.int32),
-            closed=self.seqlen in borders,
+            cu_seqlens=torch.tensor([0, *inner_borders, self.seqlen], dtype=torch.int32),
+            ends_document=self.seqlen in borders,
         )
 
-    def _tokens(self, numbers: np.ndarray) -> np.ndarray:
+    def _to_tokens(self, numbers: np.ndarray) -> np.ndarray:
+        """Map random numbers to tokens 1..vocab_size - 1."""
         return (numbers % np.uint64(self.vocab_size - 1)).astype(np.int64) + 1
 
-    def _walk(self, numbers: np.ndarray) -> list[int]:
-        token, walk = int(self._tokens(numbers[:1])[0]), []
+    def _walk_chain(self, numbers: np.ndarray) -> list[int]:
+        """Return one token of the Markov chain for each random number."""
+        token, walk = int(self._to_tokens(numbers[:1])[0]), []
         for choice in (numbers >> np.uint64(60)).tolist():
             token = self._next[token][choice]
             walk.append(token)
         return walk
 
     def _repeat_word(self, document: np.ndarray, numbers: np.ndarray) -> None:
-        length = min(_WORD, len(document) // 4)
-        word = self._tokens(numbers[:length])
+        """Write one random word several times into `document`, in place."""
+        length = min(_MAX_WORD_TOKENS, len(document) // 4)
+        word = self._to_tokens(numbers[:length])
         if length:
             for start in range(0, len(document) - length, max(2 * length, len(document) // 4)):
                 document[start : start + length] = word

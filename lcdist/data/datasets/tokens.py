@@ -1,18 +1,19 @@
-"""Token folders as data sets: documents in a new order every epoch, cut into windows.
+"""Token folders as datasets: documents in a new order every epoch, cut into windows.
 
-The documents of epoch 0, 1, 2, ..., each epoch in its own order, are joined to one endless string
-of tokens (of slots, where `DocumentLayout` places documents), and sample windows of seqlen tile it.
-Nothing falls off at the end of an epoch: the last window that starts in it runs on into the next.
-So in a corpus of T tokens epoch e has the windows from ceil(e T / seqlen) up to
-ceil((e + 1) T / seqlen), in shuffled order, and window w belongs to epoch floor(w seqlen / T); all
-of it a function of (seed, index). Where long documents are drawn more often, an epoch is a round of
-`LongDocuments`, which has some documents several times.
+The documents of epoch 0, 1, 2, ..., each epoch in its own order, form one endless string of tokens
+(of slots, if a `DocumentLayout` places the documents). Windows of seqlen tokens tile this string.
+Nothing is dropped at the end of an epoch: the last window that starts in an epoch continues into
+the next one. In a corpus of T tokens, epoch e has the windows from ceil(e T / seqlen) up to
+ceil((e + 1) T / seqlen) in shuffled order, and window w belongs to epoch floor(w seqlen / T). All
+of this is a function of (seed, index). If long documents are upsampled, an epoch is one round of
+`LongDocuments`, which contains some documents several times.
 """
 
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,21 +21,32 @@ from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.data.datasets.long_documents import LongDocuments
-from lcdist.data.datasets.sample import Sample, check_seed, raw_numbers
+from lcdist.data.datasets.sample import Sample, check_seed, random_uint64
 from lcdist.data.meta import read_meta
 from lcdist.layout.documents import DocumentLayout
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-_DOCUMENTS, _WINDOWS = 0, 1
-# A document's number, and slots [start, stop) of it.
-Span = tuple[int, int, int]
-_NO_TEXT = torch.zeros(0, dtype=torch.int64)
+_DOCUMENTS_STREAM, _WINDOWS_STREAM = 0, 1
+
+
+class Span(NamedTuple):
+    """Slots [start, stop) of one document."""
+
+    document: int
+    start: int
+    stop: int
 
 
 class TokenSplit:
-    """The documents of one split of a token folder, in the order they were written.
+    """The documents of one split of a token folder, in stored order.
 
-    Raises ValueError where the folder is missing, half-written or damaged, or has no such split.
+    Attributes:
+        meta: contents of meta.json.
+        document_lengths: int64 `[num_documents]`, in tokens.
+        num_tokens: total number of tokens.
+
+    Raises:
+        ValueError: the folder is missing, incomplete or damaged, or does not have this split.
     """
 
     def __init__(self, folder: str | Path, split: str) -> None:
@@ -49,82 +61,96 @@ class TokenSplit:
         self._tokens = IndexedDataset(prefix)
         self.document_lengths: np.ndarray = self._tokens.sequence_lengths.astype(np.int64)
         self.vocab_size: int = self.meta.vocab_size
-        self.tokens = int(self.document_lengths.sum())
-        bytes_needed = self.tokens * np.dtype(self._tokens.index.dtype).itemsize
+        self.num_tokens = int(self.document_lengths.sum())
+        bytes_needed = self.num_tokens * np.dtype(self._tokens.index.dtype).itemsize
         size = Path(f"{prefix}.bin").stat().st_size
-        if size != bytes_needed or self.tokens != self.meta.tokens[split]:
+        if size != bytes_needed or self.num_tokens != self.meta.tokens[split]:
             raise ValueError(
-                f"{prefix}.bin has {size} bytes, but {prefix}.idx lists {self.tokens} tokens in "
-                f"{bytes_needed} bytes and meta.json {self.meta.tokens[split]} tokens; remove the "
-                "folder and make it again with `lcdist tokenize`"
+                f"{prefix}.bin has {size} bytes, but {prefix}.idx lists {self.num_tokens} tokens "
+                f"in {bytes_needed} bytes and meta.json {self.meta.tokens[split]} tokens; remove "
+                "the folder and make it again with `lcdist tokenize`"
             )
 
     @property
-    def documents(self) -> int:
-        """How many documents there are."""
+    def num_documents(self) -> int:
+        """Number of documents."""
         return len(self.document_lengths)
 
     def document(self, number: int) -> Tensor:
-        """The tokens of a document, its eos included: int64 `[n]`."""
+        """Return the tokens of a document, its eos included: int64 `[n]`."""
         return self._read(number, 0, int(self.document_lengths[number]))
 
-    def longest(self, tokens: int = 1) -> list[int]:
-        """The numbers of all documents of at least `tokens` tokens, longest first."""
+    def longest_documents(self, min_tokens: int = 1) -> list[int]:
+        """Return the numbers of all documents of at least `min_tokens` tokens, longest first."""
         order = np.argsort(-self.document_lengths, kind="stable")
-        return [int(i) for i in order if self.document_lengths[i] >= tokens]
+        return [int(i) for i in order if self.document_lengths[i] >= min_tokens]
 
-    def window(self, start: int, tokens: int) -> Tensor:
-        """Tokens [start, start + tokens) of the split as it was written: int64 `[tokens]`.
+    def window(self, start: int, num_tokens: int) -> Tensor:
+        """Return tokens [start, start + num_tokens) of the split in stored order: int64.
 
-        Raises ValueError where the split does not reach that far.
+        Raises:
+            ValueError: the split does not contain this window.
         """
-        if start < 0 or tokens < 1 or start + tokens > self.tokens:
+        if start < 0 or num_tokens < 1 or start + num_tokens > self.num_tokens:
             raise ValueError(
-                f"window of {tokens} tokens at {start}: the {self.split} split has {self.tokens}"
+                f"window of {num_tokens} tokens at {start}: the {self.split} split has "
+                f"{self.num_tokens}"
             )
-        spans = self._spans(self._stored, start, tokens, self.document_lengths)[0]
-        return torch.cat([self._laid(span, DocumentLayout()) for span in spans])
+        spans, _ = self._find_spans(self._stored_order, start, num_tokens, self.document_lengths)
+        return torch.cat([self._read_span(span, DocumentLayout()) for span in spans])
 
     @cached_property
-    def _stored(self) -> "_Order":
-        return _Order(np.arange(self.documents), np.cumsum(self.document_lengths))
+    def _stored_order(self) -> "_DocumentOrder":
+        return _DocumentOrder(np.arange(self.num_documents), np.cumsum(self.document_lengths))
 
     def _read(self, number: int, start: int, length: int) -> Tensor:
-        found = self._tokens.get(number, start, length)
-        return torch.from_numpy(np.asarray(found).astype(np.int64))
+        tokens = self._tokens.get(number, start, length)
+        return torch.from_numpy(np.asarray(tokens).astype(np.int64))
 
-    def _spans(
-        self, order: "_Order", start: int, wanted: int, lengths: np.ndarray
+    def _find_spans(
+        self, order: "_DocumentOrder", start: int, length: int, document_lengths: np.ndarray
     ) -> tuple[list[Span], list[int]]:
-        """Slots [start, start + wanted) of `order`, as far as it goes; where documents end.
+        """Find the documents in slots [start, start + length) of `order`.
 
-        lengths: of the documents, in slots.
+        Args:
+            order: order of the documents.
+            start: first slot.
+            length: number of slots; fewer are returned if `order` ends before.
+            document_lengths: lengths of the documents in slots.
+
+        Returns:
+            The document spans, and the document ends inside the range, relative to `start`.
         """
-        spans, borders, stop = [], [], min(start + wanted, int(order.ends[-1]))
-        place = int(np.searchsorted(order.ends, start, side="right"))
-        at = start
-        while at < stop:
-            number, end = int(order.documents[place]), int(order.ends[place])
-            begin = end - int(lengths[number])
-            upto = min(end, stop)
-            spans.append((number, at - begin, upto - begin))
-            if upto == end:
-                borders.append(end - start)
-            at, place = upto, place + 1
+        spans, borders, range_end = [], [], min(start + length, int(order.ends[-1]))
+        index = int(np.searchsorted(order.ends, start, side="right"))
+        position = start
+        while position < range_end:
+            number, document_end = int(order.documents[index]), int(order.ends[index])
+            document_start = document_end - int(document_lengths[number])
+            span_end = min(document_end, range_end)
+            spans.append(Span(number, position - document_start, span_end - document_start))
+            if span_end == document_end:
+                borders.append(document_end - start)
+            position, index = span_end, index + 1
         return spans, borders
 
-    def _laid(self, span: Span, slots: DocumentLayout) -> Tensor:
-        """The slots of a span."""
-        number, start, stop = span
-        tokens = int(self.document_lengths[number])
-        first, last = (min(slots.num_text_slots(slot), tokens) for slot in (start, stop))
-        text = self._read(number, first, last - first) if last > first else _NO_TEXT
-        return text if slots.plain else slots.place(text, start, stop, tokens)
+    def _read_span(self, span: Span, document_layout: DocumentLayout) -> Tensor:
+        """Return the slots of a span: int64 `[span.stop - span.start]`."""
+        length = int(self.document_lengths[span.document])
+        first = min(document_layout.num_text_slots(span.start), length)
+        last = min(document_layout.num_text_slots(span.stop), length)
+        if last > first:
+            text = self._read(span.document, first, last - first)
+        else:
+            text = torch.zeros(0, dtype=torch.int64)
+        if document_layout.plain:
+            return text
+        return document_layout.place(text, span.start, span.stop, length)
 
 
 @dataclass(frozen=True)
-class _Order:
-    """Documents one after another: their numbers, and the slot each ends before."""
+class _DocumentOrder:
+    """A sequence of documents: their numbers, and the slot at which each one ends."""
 
     documents: np.ndarray
     ends: np.ndarray
@@ -133,9 +159,17 @@ class _Order:
 class TokenDataset(TokenSplit):
     """Endless samples of `seqlen` slots from a split of a token folder.
 
-    slots: how documents are laid out; by default a slot is a token. long: which documents are drawn
-    more often. Raises ValueError as `TokenSplit` does, where the split is smaller than one sample,
-    and where seqlen is not a multiple of slots.step, so that a row would begin inside a block.
+    Args:
+        folder: token folder.
+        split: name of the split.
+        seqlen: slots per sample.
+        seed: seed of all orders.
+        document_layout: layout of the documents; by default every slot is a token.
+        long_documents: upsampling of long documents.
+
+    Raises:
+        ValueError: as `TokenSplit`; the split is smaller than one sample; or seqlen is not a
+            multiple of document_layout.step, so that a row would start inside a block.
     """
 
     def __init__(  # noqa: PLR0913
@@ -144,93 +178,100 @@ class TokenDataset(TokenSplit):
         split: str,
         seqlen: int,
         seed: int,
-        slots: DocumentLayout | None = None,
-        long: LongDocuments | None = None,
+        document_layout: DocumentLayout | None = None,
+        long_documents: LongDocuments | None = None,
     ) -> None:
         super().__init__(folder, split)
         check_seed(seed)
-        self.slots = slots or DocumentLayout()
-        self.long = long or LongDocuments()
-        self._slot_lengths = self.slots.length(self.document_lengths)
-        self._copies = self.long.copies(self.document_lengths)
-        self.length = int((self._slot_lengths * self._copies).sum())
-        if seqlen < 1 or self.length < seqlen + 1:
+        self.document_layout = document_layout or DocumentLayout()
+        self.long_documents = long_documents or LongDocuments()
+        self._slot_lengths = self.document_layout.length(self.document_lengths)
+        self._copies = self.long_documents.copies(self.document_lengths)
+        self.round_slots = int((self._slot_lengths * self._copies).sum())
+        if seqlen < 1 or self.round_slots < seqlen + 1:
             raise ValueError(
-                f"data folder {folder}: its {split} split has {self.length} tokens, fewer than "
-                f"one sample of seqlen + 1 = {seqlen + 1}; give more text or a smaller seqlen"
+                f"data folder {folder}: its {split} split has {self.round_slots} tokens, fewer "
+                f"than one sample of seqlen + 1 = {seqlen + 1}; give more text or a smaller seqlen"
             )
-        check_rows(seqlen, self.slots)
+        check_seqlen(seqlen, self.document_layout)
         self.seqlen = seqlen
         self.seed = seed
-        self._orders: dict[int, _Order] = {}
-        self._windows: tuple[int, np.ndarray] | None = None
+        self._document_orders: dict[int, _DocumentOrder] = {}
+        self._window_order: tuple[int, np.ndarray] | None = None
 
     @property
-    def round_rows(self) -> Fraction:
-        """Samples of a round."""
-        return Fraction(self.length, self.seqlen)
+    def samples_per_round(self) -> Fraction:
+        """Number of samples in a round."""
+        return Fraction(self.round_slots, self.seqlen)
 
     def sample(self, index: int) -> Sample:
-        """The sample with number `index` >= 0; the same wherever and whenever it is drawn."""
-        spans, borders = self._window(index)
+        """Return sample number `index` >= 0, a function of (seed, index) alone."""
+        spans, borders = self._sample_spans(index)
         return Sample(
-            tokens=torch.cat([self._laid(span, self.slots) for span in spans]),
-            cu_seqlens=self._table(borders),
-            closed=self.seqlen in borders,
+            tokens=torch.cat([self._read_span(span, self.document_layout) for span in spans]),
+            cu_seqlens=self._cu_seqlens(borders),
+            ends_document=self.seqlen in borders,
         )
 
-    def table(self, index: int) -> Tensor:
-        """`cu_seqlens` of the sample with number `index`, without its tokens."""
-        return self._table(self._window(index)[1])
+    def cu_seqlens(self, index: int) -> Tensor:
+        """Return `cu_seqlens` of sample number `index` without reading its tokens."""
+        return self._cu_seqlens(self._sample_spans(index)[1])
 
-    def _table(self, borders: list[int]) -> Tensor:
-        inside = [border for border in borders if border < self.seqlen]
-        return torch.tensor([0, *inside, self.seqlen], dtype=torch.int32)
+    def _cu_seqlens(self, borders: list[int]) -> Tensor:
+        inner_borders = [border for border in borders if border < self.seqlen]
+        return torch.tensor([0, *inner_borders, self.seqlen], dtype=torch.int32)
 
-    def _window(self, index: int) -> tuple[list[Span], list[int]]:
-        """The spans of a sample and of the token after it, and where documents end."""
+    def _sample_spans(self, index: int) -> tuple[list[Span], list[int]]:
+        """Return the spans of a sample and its last label, and the document ends among them."""
         assert index >= 0
-        epoch = index * self.seqlen // self.length
-        first = self._first_window(epoch)
-        window = first + int(self._window_order(epoch)[index - first])
-        start = window * self.seqlen - epoch * self.length
-        wanted, lengths = self.seqlen + 1, self._slot_lengths
-        spans, borders = self._spans(self._order(epoch), start, wanted, lengths)
-        held = sum(stop - begin for _, begin, stop in spans)
-        if held < wanted:
-            more, later = self._spans(self._order(epoch + 1), 0, wanted - held, lengths)
-            spans, borders = spans + more, borders + [held + border for border in later]
+        epoch = index * self.seqlen // self.round_slots
+        first_window = self._first_window(epoch)
+        window = first_window + int(self._windows_of(epoch)[index - first_window])
+        start = window * self.seqlen - epoch * self.round_slots
+        length, lengths = self.seqlen + 1, self._slot_lengths
+        spans, borders = self._find_spans(self._documents_of(epoch), start, length, lengths)
+        filled = sum(span.stop - span.start for span in spans)
+        if filled < length:
+            next_order = self._documents_of(epoch + 1)
+            more_spans, more_borders = self._find_spans(next_order, 0, length - filled, lengths)
+            spans += more_spans
+            borders += [filled + border for border in more_borders]
         return spans, borders
 
     def _first_window(self, epoch: int) -> int:
-        return -(-epoch * self.length // self.seqlen)
+        return -(-epoch * self.round_slots // self.seqlen)
 
-    def _window_order(self, epoch: int) -> np.ndarray:
-        if self._windows is None or self._windows[0] != epoch:
+    def _windows_of(self, epoch: int) -> np.ndarray:
+        """Return the order of the windows of `epoch`, numbered from 0."""
+        if self._window_order is None or self._window_order[0] != epoch:
             count = self._first_window(epoch + 1) - self._first_window(epoch)
-            self._windows = epoch, permutation(count, (self.seed, epoch), _WINDOWS)
-        return self._windows[1]
+            self._window_order = epoch, permutation(count, (self.seed, epoch), _WINDOWS_STREAM)
+        return self._window_order[1]
 
-    def _order(self, epoch: int) -> _Order:
-        if epoch not in self._orders:
-            # Two epochs are in use where a window crosses from one into the next.
-            kept = {e: order for e, order in self._orders.items() if abs(e - epoch) == 1}
-            numbers = np.repeat(np.arange(self.documents), self._copies)
-            documents = numbers[permutation(len(numbers), (self.seed, epoch), _DOCUMENTS)]
-            kept[epoch] = _Order(documents, np.cumsum(self._slot_lengths[documents]))
-            self._orders = kept
-        return self._orders[epoch]
+    def _documents_of(self, epoch: int) -> _DocumentOrder:
+        """Return the order of the documents of `epoch`."""
+        if epoch not in self._document_orders:
+            # A window that crosses from one epoch into the next needs the orders of both.
+            orders = {e: o for e, o in self._document_orders.items() if abs(e - epoch) == 1}
+            numbers = np.repeat(np.arange(self.num_documents), self._copies)
+            shuffled = permutation(len(numbers), (self.seed, epoch), _DOCUMENTS_STREAM)
+            documents = numbers[shuffled]
+            ends = np.cumsum(self._slot_lengths[documents])
+            orders[epoch] = _DocumentOrder(documents, ends)
+            self._document_orders = orders
+        return self._document_orders[epoch]
 
 
-def check_rows(seqlen: int, slots: DocumentLayout) -> None:
-    """Raise ValueError where rows of `seqlen` slots would begin inside a block."""
-    if seqlen % slots.step:
+def check_seqlen(seqlen: int, document_layout: DocumentLayout) -> None:
+    """Raise ValueError if rows of `seqlen` slots would start inside a block."""
+    step = document_layout.step
+    if seqlen % step:
         raise ValueError(
             f"train.seqlen = {seqlen}: with data.documents = 'pack' this attention needs a "
-            f"multiple of {slots.step}; the next is {-(-seqlen // slots.step) * slots.step}"
+            f"multiple of {step}; the next is {-(-seqlen // step) * step}"
         )
 
 
 def permutation(count: int, key: tuple[int, int], stream: int) -> np.ndarray:
-    """The numbers below `count` in an order that `key` and `stream` alone decide."""
-    return np.argsort(raw_numbers(count, key, stream), kind="stable")
+    """Return the numbers below `count` in an order determined by `key` and `stream` alone."""
+    return np.argsort(random_uint64(count, key, stream), kind="stable")

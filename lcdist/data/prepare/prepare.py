@@ -50,7 +50,7 @@ def prepare(
     folder holds anything else and `overwrite` is False, where it is no token folder at all, and
     where another process is making it.
     """
-    given = None if tokenizer is None else open_tokenizer(tokenizer, settings.specials)
+    given = None if tokenizer is None else open_tokenizer(tokenizer, settings.special_tokens)
     check_settings(settings, given, tokenizer)
     files = list_files(source)
     total = sum(file.size for file in files)
@@ -232,7 +232,7 @@ def _first(skipped: list[dict]) -> str:
     return f"; the first that was skipped: {skipped[0]}" if skipped else ""
 
 
-def described(prepared: Prepared) -> list[str]:
+def summary_lines(prepared: Prepared) -> list[str]:
     """What was made and what was left out, a line each, for people."""
     meta = prepared.meta
     counts = ", ".join(f"{n:,} tokens for {split}" for split, n in meta.tokens.items())

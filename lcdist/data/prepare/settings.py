@@ -16,8 +16,8 @@ class TokenizeSettings:
     vocab_size: pieces of the tokenizer (None: as many as the given tokenizer has).
     valid_fraction: share of documents, in [0, 1), that are kept out of training. seed: of the
     split. on_error: "refuse" or "skip" what cannot be read. field: of a record, where its text is.
-    document_bytes: about how long a document of plain text may get; None: `PART_BYTES`. specials:
-    tokens at the ends of documents. workers: processes; they do not change the result.
+    document_bytes: about how long a document of plain text may get; None: `PART_BYTES`.
+    special_tokens: at the ends of documents. workers: processes; they do not change the result.
     """
 
     vocab_size: int | None
@@ -26,7 +26,7 @@ class TokenizeSettings:
     on_error: OnError
     field: str = "text"
     document_bytes: int | None = None
-    specials: SpecialTokens = dataclasses.field(default_factory=SpecialTokens)
+    special_tokens: SpecialTokens = dataclasses.field(default_factory=SpecialTokens)
     workers: int = 1
 
     def recorded(self, given: TextTokenizer | None) -> dict:
@@ -56,7 +56,7 @@ def check_settings(
     """
     if given is None and settings.vocab_size is None:
         raise ValueError("give a vocab_size to train a tokenizer, or a trained tokenizer")
-    if given is None and settings.specials != SpecialTokens():
+    if given is None and settings.special_tokens != SpecialTokens():
         raise ValueError(
             "--bos-token, --eos-token and --add-bos are for a given tokenizer: name one with "
             "--tokenizer, or leave them out"

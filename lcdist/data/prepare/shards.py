@@ -24,7 +24,7 @@ from lcdist.data.prepare.chunks import (
 )
 from lcdist.data.prepare.corpus import SourceFile, share
 from lcdist.data.prepare.indexed import IndexedWriter
-from lcdist.data.tokenizers.files import TextTokenizer, beginning
+from lcdist.data.tokenizers.files import TextTokenizer, bos_prefix
 
 # Bytes of input: a few seconds of work, which is what an interruption costs a process.
 SHARD_BYTES = 8 * 2**20
@@ -98,7 +98,7 @@ def tokenize_shard(work: ShardJob, shard: Shard, tokenizer: TextTokenizer, read:
     """Write `shard` under its name. Raises ValueError where a document is refused."""
     name = {"prefix": f"{shard.number:06}.", "suffix": ".partial"}
     partial = Path(tempfile.mkdtemp(dir=work.folder, **name))
-    first, empty, parts = beginning(tokenizer), 0, []
+    first, empty, parts = bos_prefix(tokenizer), 0, []
     with contextlib.ExitStack() as stack:
         writers = {
             name: stack.enter_context(IndexedWriter(partial / name, tokenizer.vocab_size))

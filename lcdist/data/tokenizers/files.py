@@ -67,7 +67,7 @@ def open_tokenizer(path: str | Path, specials: SpecialTokens | None = None) -> T
     return _plain(lambda begins=False: Tokenizer(place, begins), specials)
 
 
-def beginning(tokenizer: TextTokenizer) -> list[int]:
+def bos_prefix(tokenizer: TextTokenizer) -> list[int]:
     """The tokens before a document's text: bos, or none."""
     return [tokenizer.bos_id] if tokenizer.begins and tokenizer.bos_id is not None else []
 

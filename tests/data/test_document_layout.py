@@ -59,12 +59,12 @@ class Texts:
 
     vocab_size, seed = 1000, 7
 
-    def __init__(self, seqlen: int, closed: bool) -> None:
-        self.seqlen, self.closed = seqlen, closed
+    def __init__(self, seqlen: int, ends_document: bool) -> None:
+        self.seqlen, self.ends_document = seqlen, ends_document
 
     def sample(self, index: int) -> Sample:
         table = torch.tensor([0, 3, 4, 9, self.seqlen], dtype=torch.int32)
-        return Sample(100 * index + torch.arange(self.seqlen + 1), table, self.closed)
+        return Sample(100 * index + torch.arange(self.seqlen + 1), table, self.ends_document)
 
 
 def batch_of(
@@ -83,7 +83,7 @@ def batch_of(
 
 @pytest.mark.parametrize("cp_size", [1, 3])
 def test_the_token_before_a_landmark_predicts_the_one_after_it(cp_size: int) -> None:
-    dataset = AlignedDataset(Texts(8, closed=False), LANDMARKS, seqlen=10)
+    dataset = AlignedDataset(Texts(8, ends_document=False), LANDMARKS, seqlen=10)
     tokens, labels, mask = batch_of(dataset, LANDMARKS, "join", cp_size)
     assert tokens[:10].tolist() == [0, 1, 2, MARK, 3, 4, 5, MARK, 6, 7]
     learned = mask.bool()
@@ -127,14 +127,14 @@ def test_an_epoch_of_a_folder_has_every_token_once(
     plain = TokenDataset(prepared.folder, "train", 12, seed=5)
     seqlen = 2 * slots.step
     dataset = TokenDataset(prepared.folder, "train", seqlen, 5, slots)
-    windows = -(-dataset.length // seqlen)
+    windows = -(-dataset.round_slots // seqlen)
     rows = [dataset.sample(i) for i in range(windows)]
     seen = torch.cat([row.tokens[:-1] for row in rows])
     texts = torch.bincount(seen[slots.is_text(seen)], minlength=MARK + 1)
-    stored = torch.bincount(plain.window(0, plain.tokens), minlength=MARK + 1)
+    stored = torch.bincount(plain.window(0, plain.num_tokens), minlength=MARK + 1)
     # The last window runs on into the next epoch.
     assert (texts >= stored).all()
-    assert int((texts - stored).sum()) <= windows * seqlen - dataset.length
+    assert int((texts - stored).sum()) <= windows * seqlen - dataset.round_slots
     for row in rows:
         assert not (row.cu_seqlens % slots.step).any()
         if slots.landmark is not None:
