@@ -20,7 +20,7 @@ from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.lora.merge import merge
 from lcdist.distributed.mesh import end_world
 from lcdist.plan import make_plan
-from lcdist.rundir.records import write_atomically
+from lcdist.utils.atomic import write_file
 
 MODEL_SECTION = "model."
 
@@ -49,7 +49,7 @@ class OwnModel(Job):
         source = str(self.source.resolve())
         self.claim_name({"extend": dump(config), "text": self.text, "model": source})
         resolved = self.folder / "extend.toml"
-        write_atomically(resolved, dump(config))
+        write_file(resolved, dump(config))
         labels = {
             "before_label": f"{self.name} as it came, made for {self.hf.seqlen} tokens",
             "after_label": f"extended to {config.train.seqlen} with {config.attention.method}",
@@ -133,7 +133,7 @@ class OwnModel(Job):
 
     def _tell(self, key: str, value: Any) -> None:
         table = {**self._told(), key: value}
-        write_atomically(self.folder / "conversion.json", json.dumps(table, indent=1) + "\n")
+        write_file(self.folder / "conversion.json", json.dumps(table, indent=1) + "\n")
 
 
 def _words(rope: Rope) -> str:

@@ -16,7 +16,8 @@ from lcdist.report import html as page
 from lcdist.report.html import amount, duration, number, size
 from lcdist.report.run_facts import RunFolder, Stage, facts_of, read_run_folder, report_facts
 from lcdist.report.svg import Curve, Looks, over_tokens, perplexity
-from lcdist.rundir.records import StepRecord, write_atomically
+from lcdist.rundir.records import StepRecord
+from lcdist.utils.atomic import write_file
 
 __all__ = ["report_facts", "write_report"]
 
@@ -39,7 +40,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         *_made_of(run, facts),
     ]
     output = output or folder / "report.html"
-    write_atomically(output, page.page(f"{run.name}: report of a run", body))
+    write_file(output, page.page(f"{run.name}: report of a run", body))
     return output
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from lcdist.hardware.peak import Peak
-from lcdist.rundir.records import read_records, write_atomically
+from lcdist.rundir.records import read_records
+from lcdist.utils.atomic import write_file
 
 VERSIONED = ("lcdist", "torch", "megatron-core", "numpy", "sentencepiece", "triton")
 
@@ -65,7 +66,7 @@ def record_start(
     start = {"step": step, "time": now, "reason": reason, "world_size": header.world_size}
     start |= {"lost_steps": lost.steps, "lost_seconds": round(lost.seconds, 3)}
     table = {"id": before["id"], "starts": [*before["starts"], start], **asdict(header)}
-    write_atomically(path, json.dumps(table, indent=2, allow_nan=False) + "\n")
+    write_file(path, json.dumps(table, indent=2, allow_nan=False) + "\n")
     return before["id"]
 
 
@@ -74,7 +75,7 @@ def record_first_step(folder: Path, seconds: float) -> None:
     path = folder / "run.json"
     table = read_header(path)
     table["starts"][-1]["first_step_seconds"] = round(seconds, 3)
-    write_atomically(path, json.dumps(table, indent=2, allow_nan=False) + "\n")
+    write_file(path, json.dumps(table, indent=2, allow_nan=False) + "\n")
 
 
 def read_header(path: Path) -> dict[str, Any]:

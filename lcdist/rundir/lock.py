@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from lcdist.config import dump, load
 from lcdist.config.schema import Config
-from lcdist.rundir.records import write_atomically
+from lcdist.utils.atomic import write_file
 
 CONFIG_FILE = "config.toml"
 STATUS_FILE = "status.json"
@@ -115,13 +115,13 @@ def check_same_run(folder: Path, config: Config) -> list[str]:
 
 def write_config(folder: Path, config: Config) -> None:
     """The resolved configuration as TOML that loads back."""
-    write_atomically(folder / CONFIG_FILE, dump(config))
+    write_file(folder / CONFIG_FILE, dump(config))
 
 
 def write_status(folder: Path, status: str, step: int, reason: str) -> None:
     """How the run stands: "running", "stopped" or "finished", at which step, and why."""
     table = {"status": status, "step": step, "reason": reason}
-    write_atomically(folder / STATUS_FILE, json.dumps(table) + "\n")
+    write_file(folder / STATUS_FILE, json.dumps(table) + "\n")
 
 
 def read_status(folder: Path) -> Mapping[str, Any] | None:

@@ -7,11 +7,12 @@ and read back as NaN.
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from lcdist.utils.atomic import write_file
 
 log = logging.getLogger(__name__)
 
@@ -140,17 +141,7 @@ def cut_records(path: Path, step: int) -> None:
     kept = [line for _, line, record in _lines(path) if record.step <= step]
     if len(kept) < step:
         log.warning("%s tells of %d of the %d steps before the resume", path, len(kept), step)
-    write_atomically(path, "".join(f"{line}\n" for line in kept))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at `path` by one holding `text` (UTF-8): all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_file(path, "".join(f"{line}\n" for line in kept))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, StepRecord]]:

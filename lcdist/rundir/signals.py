@@ -8,7 +8,7 @@ failed. `stop` is the other direction: whoever makes it asks the run to save and
 import json
 from pathlib import Path
 
-from lcdist.rundir.records import write_atomically
+from lcdist.utils.atomic import write_file
 
 DONE, STOPPED, STOP = "DONE", "STOPPED", "stop"
 
@@ -27,12 +27,12 @@ def steps_done(folder: Path) -> int | None:
 
 def write_done(folder: Path, step: int) -> None:
     """All steps are done."""
-    write_atomically(folder / DONE, json.dumps({"step": step}) + "\n")
+    write_file(folder / DONE, json.dumps({"step": step}) + "\n")
     (folder / STOP).unlink(missing_ok=True)
 
 
 def write_stopped(folder: Path, step: int, reason: str, checkpoint: Path) -> None:
     """Told to stop, and saved as `checkpoint`; the request, now obeyed, is taken away."""
     table = {"step": step, "reason": reason, "checkpoint": str(checkpoint)}
-    write_atomically(folder / STOPPED, json.dumps(table) + "\n")
+    write_file(folder / STOPPED, json.dumps(table) + "\n")
     (folder / STOP).unlink(missing_ok=True)

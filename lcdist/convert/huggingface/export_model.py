@@ -30,15 +30,14 @@ from lcdist.convert.huggingface.names import (
     correspondence,
     hf_shapes,
 )
-from lcdist.convert.huggingface.safetensors import Source, write_file
+from lcdist.convert.huggingface.safetensors import Source, write_tensors
 from lcdist.convert.huggingface.tokenizer import copy_tokenizer
 from lcdist.convert.huggingface.weights import INDEX, SINGLE
 from lcdist.convert.streamed_forward import check_alone
 from lcdist.data.datasets.build import held_out_folder
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
-from lcdist.rundir.records import write_atomically
-from lcdist.utils.atomic import atomic_folder, check_free, sync
+from lcdist.utils.atomic import atomic_folder, check_free, sync_folder, write_file
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +78,9 @@ def export_model(path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Expor
     start_world(config.parallel.timeout)
     with atomic_folder(out) as half:
         names = _write_shards(half, sources, shard_bytes)
-        write_atomically(half / CONFIG, json.dumps(table, indent=2) + "\n")
+        write_file(half / CONFIG, json.dumps(table, indent=2) + "\n")
         for name, text in files.items():
-            write_atomically(half / name, text)
+            write_file(half / name, text)
         if not copy_tokenizer(folders, half):
             log.warning("no tokenizer was found: %s has none", out)
         hf, weights = open_model(half)
@@ -172,15 +171,15 @@ def _write_shards(folder: Path, sources: Sequence[Source], shard_bytes: int) -> 
     names = names if count > 1 else [SINGLE]
     for name, shard in zip(names, shards, strict=True):
         with (folder / name).open("wb") as stream:
-            write_file(stream, shard)
+            write_tensors(stream, shard)
             stream.flush()
             os.fsync(stream.fileno())
     if count > 1:
         where = {one.name: name for name, shard in zip(names, shards, strict=True) for one in shard}
         size = sum(source.nbytes for source in sources)
         index = {"metadata": {"total_size": size}, "weight_map": where}
-        write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    sync(folder)
+        write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    sync_folder(folder)
     return names
 
 

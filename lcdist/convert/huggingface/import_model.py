@@ -39,8 +39,7 @@ from lcdist.convert.streamed_forward import check_alone
 from lcdist.distributed.mesh import start_world
 from lcdist.plan import Plan, make_plan, smallest_world
 from lcdist.rundir.header import versions
-from lcdist.rundir.records import write_atomically
-from lcdist.utils.atomic import atomic_folder, check_free
+from lcdist.utils.atomic import atomic_folder, check_free, write_file
 
 NAME = f"{PREFIX}{0:08d}"
 # Made from the config by whoever runs the model; older folders hold them all the same.
@@ -253,5 +252,5 @@ def _finish(folder: Path, plan: Plan, source: Path) -> None:
         "versions": versions(),
         "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()},
     }
-    write_atomically(folder / MANIFEST, json.dumps(content, indent=1))
-    write_atomically(folder.parent / LATEST, folder.name + "\n")
+    write_file(folder / MANIFEST, json.dumps(content, indent=1))
+    write_file(folder.parent / LATEST, folder.name + "\n")

@@ -140,7 +140,7 @@ def header_of(sources: Iterable[Source]) -> bytes:
     return len(text).to_bytes(_LENGTH, "little") + text
 
 
-def write_file(stream: BinaryIO, sources: Sequence[Source]) -> None:
+def write_tensors(stream: BinaryIO, sources: Sequence[Source]) -> None:
     """Write `sources` one after another, one piece in memory at a time."""
     stream.write(header_of(sources))
     for source in sources:

@@ -32,10 +32,9 @@ from lcdist.convert.huggingface.names import (
     hf_prefix,
     layer_prefix,
 )
-from lcdist.convert.huggingface.safetensors import Entry, Source, read_header, write_file
+from lcdist.convert.huggingface.safetensors import Entry, Source, read_header, write_tensors
 from lcdist.model.init import EXTRAS, LORA, whole_model_names
-from lcdist.rundir.records import write_atomically
-from lcdist.utils.atomic import atomic_folder, check_free, sync
+from lcdist.utils.atomic import atomic_folder, check_free, sync_folder, write_file
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -144,11 +143,11 @@ def export_adapter(path: Path, out: Path) -> None:
     check_free(out, sum(source.nbytes for source in sources))
     with atomic_folder(out) as half:
         with (half / TENSORS_FILE).open("wb") as stream:
-            write_file(stream, sources)
+            write_tensors(stream, sources)
             stream.flush()
             os.fsync(stream.fileno())
-        write_atomically(half / CONFIG_FILE, json.dumps(_peft_config(config), indent=2) + "\n")
-        sync(half)
+        write_file(half / CONFIG_FILE, json.dumps(_peft_config(config), indent=2) + "\n")
+        sync_folder(half)
 
 
 def _source(stored: Stored, twin: AdapterTensor) -> Source:

@@ -32,8 +32,7 @@ from lcdist.convert.lora.adapter import MODULES, open_adapted
 from lcdist.convert.streamed_forward import check_alone
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
-from lcdist.rundir.records import write_atomically
-from lcdist.utils.atomic import atomic_folder, check_free
+from lcdist.utils.atomic import atomic_folder, check_free, write_file
 
 _TARGETS: Mapping[str, Target] = {theirs: target for target, (_, theirs) in MODULES.items()}
 
@@ -137,5 +136,5 @@ def _write(out: Path, source: Checkpoint, config: Config, tensors: list[Tensors]
             "random_states": [],
             "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()},
         }
-        write_atomically(folder / MANIFEST, json.dumps(content, indent=1))
-        write_atomically(folder.parent / LATEST, folder.name + "\n")
+        write_file(folder / MANIFEST, json.dumps(content, indent=1))
+        write_file(folder.parent / LATEST, folder.name + "\n")
