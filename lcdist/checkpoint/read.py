@@ -21,14 +21,19 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config import parse
 from lcdist.config.schema import Config
 from lcdist.model.init import EXTRAS, LORA
+from lcdist.rundir.paths import (
+    CHECKPOINTS,
+    RESTORE_OR_DELETE,
+    STEP_PREFIX,
+    CheckpointError,
+    latest_in,
+)
 from megatron.core import dist_checkpointing
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "lcdist.json"
-LATEST = "latest"
-PREFIX = "step_"
 HALF = ".writing-"
 
 # All that torch's own writer puts into `.metadata` when every entry is a tensor, as here: an entry
@@ -62,10 +67,6 @@ _DAMAGED = (
 
 
 MERGE = "set [lora] as it was there, or merge them into the weights first: 'lcdist convert merge'"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: which one, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for name, size in manifest["files"].items():
         file = folder / name
         if not file.is_file():
-            raise CheckpointError(f"{folder}: file {name} is missing; {_remedy()}")
+            raise CheckpointError(f"{folder}: file {name} is missing; {RESTORE_OR_DELETE}")
         if file.stat().st_size != size:
             raise CheckpointError(
-                f"{folder}: file {name} has {file.stat().st_size} bytes, not {size}; {_remedy()}"
+                f"{folder}: file {name} has {file.stat().st_size} bytes, not {size}; "
+                f"{RESTORE_OR_DELETE}"
             )
     refuse_foreign_pickle(folder / ".metadata")
     return Checkpoint(folder, manifest)
@@ -116,13 +118,9 @@ def saved_config(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> Confi
     return parse(tomllib.loads(checkpoint.manifest["config"]), overrides)
 
 
-def _remedy() -> str:
-    return f"restore it, or delete the checkpoint's folder and the file '{LATEST}' to use an older"
-
-
 def _resolve(path: Path) -> Path:
-    for folder in (path, path / "checkpoints"):
-        if (folder / MANIFEST).exists() or folder.name.startswith(PREFIX):
+    for folder in (path, path / CHECKPOINTS):
+        if (folder / MANIFEST).exists() or folder.name.startswith(STEP_PREFIX):
             return folder
         newest = latest_in(folder)
         if newest is not None:
@@ -131,23 +129,6 @@ def _resolve(path: Path) -> Path:
     raise CheckpointError(
         f"checkpoint '{path}': {what}; give the folder of a checkpoint, or of a run that saved one"
     )
-
-
-def latest_in(folder: Path) -> Path | None:
-    """The checkpoint that `latest` in `folder` names; without that file, the one of most steps."""
-    pointer = folder / LATEST
-    if pointer.is_file():
-        named = folder / pointer.read_text(encoding="utf-8").strip()
-        if named.is_dir():
-            return named
-        raise CheckpointError(f"{pointer} names {named.name}, which does not exist; {_remedy()}")
-    steps = sorted(folder.glob(f"{PREFIX}*")) if folder.is_dir() else []
-    return steps[-1] if steps else None
-
-
-def step_of(path: Path) -> int:
-    """Steps taken when the checkpoint of that name was written."""
-    return int(path.name.removeprefix(PREFIX))
 
 
 def load_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +198,7 @@ def refuse_foreign_pickle(file: Path) -> None:
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent}: file {file.name} is missing") from None
     except _DAMAGED as error:
-        raise CheckpointError(f"{file} is not opened: {error}; {_remedy()}") from error
+        raise CheckpointError(f"{file} is not opened: {error}; {RESTORE_OR_DELETE}") from error
 
 
 class _Guard(pickle.Unpickler):

@@ -19,18 +19,17 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.checkpoint.read import (
-    FORMAT,
-    HALF,
+from lcdist.checkpoint.read import FORMAT, HALF, MANIFEST
+from lcdist.checkpoint.writer import staged, write_in_this_process
+from lcdist.distributed.rank_zero import run_on_rank_zero
+from lcdist.rundir.paths import (
     LATEST,
-    MANIFEST,
-    PREFIX,
+    STEP_PREFIX,
     CheckpointError,
+    checkpoint_name,
     latest_in,
     step_of,
 )
-from lcdist.checkpoint.writer import staged, write_in_this_process
-from lcdist.rundir.lock import run_on_rank_zero
 from megatron.core import dist_checkpointing
 
 log = logging.getLogger(__name__)
@@ -123,7 +122,7 @@ class Checkpointer:
         return final
 
     def _final(self, step: int) -> Path:
-        return self.folder / f"{PREFIX}{step:08d}"
+        return self.folder / checkpoint_name(step)
 
     def _half(self, step: int) -> Path:
         return self.folder / f"{HALF}{self._final(step).name}"
@@ -160,7 +159,7 @@ class Checkpointer:
         _write_durably(self.folder / f"{LATEST}.new", final.name + "\n")
         (self.folder / f"{LATEST}.new").replace(self.folder / LATEST)
         _sync(self.folder)
-        for old in sorted(self.folder.glob(f"{PREFIX}*"))[: -self.keep_last]:
+        for old in sorted(self.folder.glob(f"{STEP_PREFIX}*"))[: -self.keep_last]:
             if old != final and not self._stays(old):
                 old.rename(self.folder / f"{HALF}old-{old.name}")
         self.sweep()

@@ -19,7 +19,7 @@ from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.loaded_model import generate_text
 from lcdist.evaluate.perplexity import held_out_text
 from lcdist.report.sections import write_report
-from lcdist.rundir.lock import read_status
+from lcdist.rundir.status import read_status
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def parse_header(line):\n"

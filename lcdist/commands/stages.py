@@ -12,13 +12,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lcdist.checkpoint.read import latest_in
 from lcdist.commands.train import run
 from lcdist.config import ConfigError
 from lcdist.config.stages import Stage
 from lcdist.distributed.mesh import end_mesh, start_world, world_size
+from lcdist.distributed.rank_zero import run_on_rank_zero
 from lcdist.plan import make_plan
-from lcdist.rundir.lock import run_on_rank_zero
+from lcdist.rundir.paths import latest_in
 from lcdist.rundir.signals import STOP, clear_signals, steps_done, write_done, write_stopped
 from lcdist.train.trainer import Outcome
 

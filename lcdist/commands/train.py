@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from lcdist.checkpoint.read import (
     MERGE,
     Checkpoint,
     CheckpointError,
-    latest_in,
     open_checkpoint,
     saved_config,
 )
@@ -26,9 +26,12 @@ from lcdist.data.datasets.sample import Dataset
 from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.meta import check_vocabulary
-from lcdist.distributed.mesh import Mesh, build_mesh, shared_store, start_world, world_size
+from lcdist.distributed.mesh import Mesh, build_mesh, start_world, world_size
+from lcdist.distributed.rank_zero import enter_on_rank_zero, run_on_rank_zero
+from lcdist.distributed.store import shared_store
 from lcdist.distributed.watchdog import Watchdog
 from lcdist.engines.megatron import MegatronEngine
+from lcdist.hardware.device import device_name
 from lcdist.hardware.peak import Peak, device_peak
 from lcdist.layout.documents import DocumentLayout
 from lcdist.model.build import DTYPES, build_model
@@ -36,21 +39,17 @@ from lcdist.plan import Plan, make_plan
 from lcdist.rundir.header import (
     Lost,
     RunHeader,
-    device_name,
     lost_since,
     record_first_step,
     record_start,
     versions,
 )
-from lcdist.rundir.lock import (
-    check_same_run,
-    lock_run_folder,
-    run_on_rank_zero,
-    write_config,
-    write_status,
-)
+from lcdist.rundir.lock import lock_run_folder
+from lcdist.rundir.paths import METRICS_FILE, latest_in
+from lcdist.rundir.run_config import check_same_run, write_config
 from lcdist.rundir.signals import clear_signals, write_done, write_stopped
-from lcdist.train.metrics import METRICS_FILE, open_metrics
+from lcdist.rundir.status import write_status
+from lcdist.train.metrics import open_metrics
 from lcdist.train.trainer import Outcome, Trainer
 from lcdist.verify.preflight import check_host_memory, check_start
 
@@ -70,7 +69,7 @@ def run(config: Config, console: Console | None = None, also_stop: Path | None =
     folder = Path(config.log.folder)
     dataset = open_dataset(plan)
     checkpoint, changes = run_on_rank_zero(lambda: _what_is_there(folder, config))
-    with lock_run_folder(folder):
+    with enter_on_rank_zero(lock_run_folder(folder)):
         for change in changes if mesh.rank == 0 else []:
             log.warning("resuming with a changed setting: %s", change)
         if checkpoint is not None and checkpoint.step >= config.train.steps:
@@ -229,7 +228,7 @@ def _train(trainer: Trainer, console: Console | None) -> Outcome:
         header = RunHeader(
             plan=dict(trainer.plan.rows()),
             device=device_name(mesh.device),
-            peak=trainer.peak,
+            peak=asdict(trainer.peak),
             world_size=mesh.world_size,
             versions=versions(),
         )

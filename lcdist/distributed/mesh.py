@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.schema import ParallelConfig
@@ -119,23 +118,6 @@ def build_mesh(parallel: ParallelConfig, seed: int) -> Mesh:
         dp_cp_group=ps.get_data_parallel_group(with_context_parallel=True),
         device=where,
     )
-
-
-def shared_store(name: str) -> Any:
-    """A torch Store that all ranks share, with a connection of its own, under `name`.
-
-    Under torchrun it is kept by the launcher's agent, so it outlives any rank.
-    """
-    # The only way to the store that the world was started with.
-    store: Any = distributed_c10d._get_default_store()
-    innermost = store
-    while isinstance(innermost, distributed_c10d.PrefixStore):
-        innermost = innermost.underlying_store
-    # A file has no connection to share, and is deleted as soon as as many copies of its store have
-    # gone as there are ranks.
-    if not isinstance(innermost, dist.FileStore):  # pyright: ignore[reportPrivateImportUsage]
-        store = store.clone()
-    return distributed_c10d.PrefixStore(name, store)
 
 
 def end_mesh() -> None:

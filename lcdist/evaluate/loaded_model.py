@@ -14,6 +14,7 @@ from lcdist.data.datasets.tokens import TokenSplit
 from lcdist.data.meta import check_vocabulary
 from lcdist.data.tokenizers.files import bos_prefix, open_tokenizer
 from lcdist.distributed.mesh import Mesh, build_mesh, start_world, world_size
+from lcdist.distributed.rank_zero import run_on_rank_zero
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.engines.state import load_model_state, model_state
 from lcdist.evaluate.perplexity import held_out_text, perplexity_by_length
@@ -21,7 +22,6 @@ from lcdist.inference.generate import generate
 from lcdist.model.build import CausalLM, build_model
 from lcdist.plan import Plan, make_plan
 from lcdist.plan.resolve import evaluation_layers
-from lcdist.rundir.lock import run_on_rank_zero
 
 
 @dataclass(frozen=True)

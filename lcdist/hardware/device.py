@@ -1,5 +1,9 @@
 """What this process computes on: the one place in the library that asks for CUDA."""
 
+import platform
+import re
+from pathlib import Path
+
 import torch
 
 
@@ -16,3 +20,14 @@ def device(local_rank: int) -> torch.device:
 def backend() -> str:
     """torch.distributed's backend: NCCL for GPU tensors, gloo for everything else."""
     return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
+
+
+def device_name(device: torch.device) -> str:
+    """Return the vendor's name of the device; for a CPU also the number of torch threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
+    name = found[1] if found else platform.processor() or platform.machine() or "CPU"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''} a rank"

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,9 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lcdist.hardware.peak import Peak
+from lcdist.rundir.paths import HEADER_FILE
 from lcdist.rundir.records import read_records
 from lcdist.utils.atomic import write_file
 
@@ -25,12 +22,12 @@ class RunHeader:
     """What does not change from step to step.
 
     plan: names and values as a person reads them (JSON types). device: name of one rank's device.
-    peak: its peak FLOP/s, None where no one asked. versions: package to version.
+    peak: `flops` (FLOP/s of one device) and `source`, or None. versions: package to version.
     """
 
     plan: Mapping[str, Any]
     device: str
-    peak: Peak | None
+    peak: Mapping[str, Any] | None
     world_size: int
     versions: Mapping[str, str]
 
@@ -60,7 +57,7 @@ def record_start(
     reason: why, in a few words ("new run", "resumed"). Returns the run's id, which stays the same
     over all its starts. Raises ValueError where an existing run.json cannot be read.
     """
-    path = folder / "run.json"
+    path = folder / HEADER_FILE
     before = read_header(path) if path.exists() else {"id": uuid.uuid4().hex[:12], "starts": []}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     start = {"step": step, "time": now, "reason": reason, "world_size": header.world_size}
@@ -72,7 +69,7 @@ def record_start(
 
 def record_first_step(folder: Path, seconds: float) -> None:
     """Note in `folder`/run.json how long after its process began the last start took a step."""
-    path = folder / "run.json"
+    path = folder / HEADER_FILE
     table = read_header(path)
     table["starts"][-1]["first_step_seconds"] = round(seconds, 3)
     write_file(path, json.dumps(table, indent=2, allow_nan=False) + "\n")
@@ -97,14 +94,3 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
     return found | {name: installed[name] for name in VERSIONED if name in installed}
-
-
-def device_name(device: torch.device) -> str:
-    """The device's name as its maker gives it; for a CPU also the threads torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
-    name = found[1] if found else platform.processor() or platform.machine() or "CPU"
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''} a rank"

@@ -1,5 +1,6 @@
 """How a run stands, from its folder alone: for people, at any time, from any machine."""
 
+import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -7,18 +8,38 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lcdist.checkpoint.read import CheckpointError, latest_in, step_of
 from lcdist.config import load
 from lcdist.rundir.header import read_header
-from lcdist.rundir.lock import CONFIG_FILE, read_status
+from lcdist.rundir.paths import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    HEADER_FILE,
+    METRICS_FILE,
+    STATUS_FILE,
+    CheckpointError,
+    latest_in,
+    step_of,
+)
 from lcdist.rundir.records import StepRecord, read_records
 from lcdist.rundir.signals import STOP
-from lcdist.train.metrics import METRICS_FILE
+from lcdist.utils.atomic import write_file
 
 # Over how many of the last steps rates are taken.
 LAST = 20
 # A run that says it is running and has been silent for so many steps may be dead.
 SILENT = 20
+
+
+def write_status(folder: Path, status: str, step: int, reason: str) -> None:
+    """How the run stands: "running", "stopped" or "finished", at which step, and why."""
+    table = {"status": status, "step": step, "reason": reason}
+    write_file(folder / STATUS_FILE, json.dumps(table) + "\n")
+
+
+def read_status(folder: Path) -> Mapping[str, Any] | None:
+    """What `write_status` wrote last, or None."""
+    file = folder / STATUS_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def describe(folder: Path, now: float | None = None) -> list[tuple[str, str]]:
@@ -29,7 +50,7 @@ def describe(folder: Path, now: float | None = None) -> list[tuple[str, str]]:
     if not (folder / CONFIG_FILE).exists():
         raise FileNotFoundError(f"{folder} is not the folder of a run: no {CONFIG_FILE}")
     config = load(folder / CONFIG_FILE)
-    file, header = folder / METRICS_FILE, folder / "run.json"
+    file, header = folder / METRICS_FILE, folder / HEADER_FILE
     records = read_records(file) if file.exists() else []
     starts = read_header(header)["starts"] if header.exists() else []
     status = read_status(folder) or {"status": "never started", "step": 0, "reason": ""}
@@ -90,7 +111,7 @@ def _rates(
 
 def _checkpoint(folder: Path, records: Sequence[StepRecord], now: float) -> str:
     try:
-        newest = latest_in(folder / "checkpoints")
+        newest = latest_in(folder / CHECKPOINTS)
     except CheckpointError as error:
         return str(error)
     if newest is None:

@@ -16,10 +16,9 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from lcdist.config.schema import Config
+from lcdist.rundir.paths import METRICS_FILE
 from lcdist.rundir.records import StepRecord, cut_records
 from lcdist.train.progress import BarProgress, LineProgress
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class Sink(Protocol):

@@ -15,7 +15,6 @@ from lcdist.checkpoint.read import (
     CheckpointError,
     load_state,
     load_weights,
-    step_of,
 )
 from lcdist.checkpoint.save import Checkpointer
 from lcdist.config import dump
@@ -28,6 +27,7 @@ from lcdist.exchange import traffic
 from lcdist.hardware.peak import Peak, max_over_ranks, mfu, peak_memory
 from lcdist.plan import Plan
 from lcdist.rundir.header import versions
+from lcdist.rundir.paths import step_of
 from lcdist.rundir.records import RankTimes, StepRecord, StepTime
 from lcdist.rundir.signals import STOP
 from lcdist.train.metrics import Metrics

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lcdist.checkpoint.read import latest_in
 from lcdist.commands.train import run
 from lcdist.config import load
-from lcdist.rundir.lock import read_status
+from lcdist.rundir.paths import latest_in
+from lcdist.rundir.status import read_status
 from tests.distributed import run_ranks
 from tests.train.stored import assert_same_tensors
 

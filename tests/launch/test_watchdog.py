@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lcdist.rundir.lock import read_status
+from lcdist.rundir.status import read_status
 from tests.launch.test_launch import Start, done
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from lcdist.checkpoint import save as room
-from lcdist.checkpoint.read import latest_in, open_checkpoint
+from lcdist.checkpoint.read import open_checkpoint
 from lcdist.checkpoint.save import Checkpointer
+from lcdist.rundir.paths import latest_in
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
 from tests.model.whole import digest, gather_whole, weight

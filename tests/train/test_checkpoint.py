@@ -14,12 +14,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from lcdist.checkpoint import read as room
 from lcdist.checkpoint.read import (
     CheckpointError,
-    latest_in,
     open_checkpoint,
     saved_config,
 )
 from lcdist.checkpoint.save import Checkpointer
 from lcdist.commands.train import open_fitting
+from lcdist.rundir.paths import latest_in
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps

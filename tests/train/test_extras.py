@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcdist.checkpoint.read import latest_in, open_checkpoint
+from lcdist.checkpoint.read import open_checkpoint
 from lcdist.checkpoint.save import Checkpointer
 from lcdist.model.init import EXTRAS
+from lcdist.rundir.paths import latest_in
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
 from tests.model.whole import gather_whole, weight

@@ -4,7 +4,7 @@ import io
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +16,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lcdist.config.schema import Config, LogConfig, ModelConfig, TrainConfig
+from lcdist.hardware.device import device_name
 from lcdist.hardware.peak import (
     Peak,
     data_sheet_tflops,
@@ -24,7 +25,7 @@ from lcdist.hardware.peak import (
     mfu,
     peak_memory,
 )
-from lcdist.rundir.header import RunHeader, device_name, read_header, record_start, versions
+from lcdist.rundir.header import RunHeader, read_header, record_start, versions
 from lcdist.rundir.records import StepRecord, StepTime, cut_records, read_records
 from lcdist.train.metrics import open_metrics, scalars
 from tests.distributed import run_ranks
@@ -257,7 +258,7 @@ def test_every_start_is_noted_and_the_id_stays(tmp_path):
     header = RunHeader(
         plan={"layout": "zigzag"},
         device=device_name(torch.device("cpu")),
-        peak=Peak(1e12, "config"),
+        peak=asdict(Peak(1e12, "config")),
         world_size=2,
         versions=versions(),
     )

@@ -11,18 +11,15 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from lcdist.checkpoint.read import latest_in
 from lcdist.commands.train import run
 from lcdist.config import ConfigError
 from lcdist.config.schema import Config
-from lcdist.rundir.lock import (
-    check_same_run,
-    lock_run_folder,
-    read_status,
-    write_config,
-    write_status,
-)
+from lcdist.distributed.rank_zero import enter_on_rank_zero
+from lcdist.rundir.lock import lock_run_folder
+from lcdist.rundir.paths import latest_in
 from lcdist.rundir.records import StepRecord, read_records
+from lcdist.rundir.run_config import check_same_run, write_config
+from lcdist.rundir.status import read_status, write_status
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.model.small import small
@@ -153,7 +150,10 @@ def test_goes_on_from_the_last_save_and_says_so(ended: Any, name: str, step: int
 
 
 def claim(rank: int, world_size: int, folder: Path) -> str:
-    with pytest.raises(ValueError, match="is in use") as caught, lock_run_folder(folder):
+    with (
+        pytest.raises(ValueError, match="is in use") as caught,
+        enter_on_rank_zero(lock_run_folder(folder)),
+    ):
         pass
     return str(caught.value)
 
@@ -169,9 +169,9 @@ def test_a_folder_in_use_is_refused_on_every_rank(tmp_path: Path) -> None:
 
 
 def claim_and_leave(rank: int, world_size: int, folder: Path) -> str:
-    with contextlib.suppress(Killed), lock_run_folder(folder):
+    with contextlib.suppress(Killed), enter_on_rank_zero(lock_run_folder(folder)):
         raise Killed
-    with lock_run_folder(folder):
+    with enter_on_rank_zero(lock_run_folder(folder)):
         return (folder / "lock").read_text()
 
 

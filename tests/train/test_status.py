@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from lcdist.commands.main import main
-from lcdist.rundir.lock import write_config, write_status
 from lcdist.rundir.records import RankTimes, StepRecord, StepTime
+from lcdist.rundir.run_config import write_config
 from lcdist.rundir.signals import write_done, write_stopped
-from lcdist.rundir.status import describe, duration, stage_folders
+from lcdist.rundir.status import describe, duration, stage_folders, write_status
 from tests.model.small import small
 
 NOW = 1_700_000_000.0

@@ -14,9 +14,10 @@ import pytest
 
 from lcdist.checkpoint import save as saving
 from lcdist.checkpoint import writer
-from lcdist.checkpoint.read import CheckpointError, latest_in, open_checkpoint
+from lcdist.checkpoint.read import CheckpointError, open_checkpoint
 from lcdist.checkpoint.save import Checkpointer
 from lcdist.commands.train import run
+from lcdist.rundir.paths import latest_in
 from lcdist.train.trainer import Trainer
 from lcdist.verify import preflight as checks
 from lcdist.verify.preflight import check_start

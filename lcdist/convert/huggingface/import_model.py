@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.checkpoint.read import FORMAT, LATEST, MANIFEST, PREFIX, open_checkpoint
+from lcdist.checkpoint.read import FORMAT, MANIFEST, open_checkpoint
 from lcdist.checkpoint.tensors import Stored, Tensors, write_tensors
 from lcdist.config import dump, parse
 from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig, TrainConfig
@@ -39,9 +39,10 @@ from lcdist.convert.streamed_forward import check_alone
 from lcdist.distributed.mesh import start_world
 from lcdist.plan import Plan, make_plan, smallest_world
 from lcdist.rundir.header import versions
+from lcdist.rundir.paths import LATEST, checkpoint_name
 from lcdist.utils.atomic import atomic_folder, check_free, write_file
 
-NAME = f"{PREFIX}{0:08d}"
+NAME = checkpoint_name(0)
 # Made from the config by whoever runs the model; older folders hold them all the same.
 _DERIVED = ".rotary_emb.inv_freq"
 

@@ -15,9 +15,7 @@ from torch import Tensor
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.checkpoint.read import (
     FORMAT,
-    LATEST,
     MANIFEST,
-    PREFIX,
     Checkpoint,
     CheckpointError,
     open_checkpoint,
@@ -32,6 +30,7 @@ from lcdist.convert.lora.adapter import MODULES, open_adapted
 from lcdist.convert.streamed_forward import check_alone
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
+from lcdist.rundir.paths import LATEST, checkpoint_name
 from lcdist.utils.atomic import atomic_folder, check_free, write_file
 
 _TARGETS: Mapping[str, Target] = {theirs: target for target, (_, theirs) in MODULES.items()}
@@ -123,7 +122,7 @@ def _write(out: Path, source: Checkpoint, config: Config, tensors: list[Tensors]
     check_free(out, sum(torch.Size(t.shape).numel() * t.dtype.itemsize for t in tensors))
     kept = ("dtype", "world_size", "versions")
     with atomic_folder(out) as half:
-        folder = half / "checkpoints" / f"{PREFIX}{source.step:08d}"
+        folder = half / "checkpoints" / checkpoint_name(source.step)
         folder.mkdir(parents=True)
         write_tensors(folder, tensors)
         content = {

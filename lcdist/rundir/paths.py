@@ -1,0 +1,48 @@
+"""Names of the files and folders in a run folder."""
+
+from pathlib import Path
+
+CONFIG_FILE = "config.toml"
+HEADER_FILE = "run.json"
+STATUS_FILE = "status.json"
+METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = "lock"
+CHECKPOINTS = "checkpoints"
+# In the folder of checkpoints: a text file that holds the name of the newest.
+LATEST = "latest"
+STEP_PREFIX = "step_"
+RESTORE_OR_DELETE = (
+    f"restore it, or delete the checkpoint's folder and the file '{LATEST}' to use an older"
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message says which one, why and what to do."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of the checkpoint written after `step` steps."""
+    return f"{STEP_PREFIX}{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step at which a checkpoint was written, from its folder name."""
+    return int(checkpoint.name.removeprefix(STEP_PREFIX))
+
+
+def latest_in(folder: Path) -> Path | None:
+    """Return the newest checkpoint in `folder`, a folder of checkpoints; None if it has none.
+
+    Raises:
+        CheckpointError: the file `latest` names a checkpoint that does not exist.
+    """
+    pointer = folder / LATEST
+    if pointer.is_file():
+        named = folder / pointer.read_text(encoding="utf-8").strip()
+        if named.is_dir():
+            return named
+        raise CheckpointError(
+            f"{pointer} names {named.name}, which does not exist; {RESTORE_OR_DELETE}"
+        )
+    steps = sorted(folder.glob(f"{STEP_PREFIX}*")) if folder.is_dir() else []
+    return steps[-1] if steps else None

@@ -1,0 +1,66 @@
+"""The settings of a run folder: write them, and compare them with those of an earlier start."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lcdist.config import dump, load
+from lcdist.config.schema import Config
+from lcdist.rundir.paths import CONFIG_FILE
+from lcdist.utils.atomic import write_file
+
+# What may change between the starts of one run. Everything else would make it another run.
+MAY_CHANGE = (
+    "attention.impl",
+    "parallel.",
+    "optim.",
+    "lora.lr_ratio",
+    "train.steps",
+    "train.micro_batch_size",
+    "train.recompute",
+    "train.offload",
+    "train.mlp",
+    "train.loss",
+    "checkpoint.every",
+    "checkpoint.keep_",
+    "checkpoint.asynchronous",
+    "log.",
+    "evaluate.",
+)
+
+
+def check_same_run(folder: Path, config: Config) -> list[str]:
+    """The settings that differ from those the run in `folder` was last started with.
+
+    An empty list where there is no run yet. Raises ValueError where the folder holds another run:
+    one whose model, data or sample order would not be this one's.
+    """
+    file = folder / CONFIG_FILE
+    if not file.exists():
+        return []
+    before, now = _flat(load(file)), _flat(config)
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    forbidden = [key for key in changed if not key.startswith(MAY_CHANGE)]
+    if forbidden:
+        listed = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in forbidden)
+        raise ValueError(
+            f"log.folder = '{folder}' holds another run: {listed}. Choose another log.folder (and "
+            "start from this run's weights with checkpoint.load), or restore the settings"
+        )
+    return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """The resolved configuration as TOML that loads back."""
+    write_file(folder / CONFIG_FILE, dump(config))
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(node):
+        value, key = getattr(node, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            values |= _flat(value, f"{key}.")
+        else:
+            values[key] = value
+    return values
