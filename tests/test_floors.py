@@ -33,7 +33,7 @@ FLOORS = (
     {"lcdist.commands"},
 )
 # Within attention/, lowest first; the folders of methods stand between these and the registry.
-ATTENTION_LOW = ("interface", "context", "shared", "table")
+ATTENTION_LOW = ("shape", "context", "shared", "interface", "table", "common", "method")
 ATTENTION_HIGH = ("registry", "__init__")
 MEETS_MEGATRON = (
     "lcdist.checkpoint",

@@ -267,7 +267,7 @@ def make_watchdog(trainer: Trainer) -> Watchdog:
         stall=parallel.stall,
         patient=parallel.timeout,
         step=trainer.step,
-        methods={method.attention.__module__: method.name for method in methods},
+        methods={method.module: method.name for method in methods},
         tell=tell,
     )
 

@@ -35,7 +35,7 @@ class RankLocation:
 def locate_rank(methods: Mapping[str, str]) -> RankLocation:
     """Of all threads but the caller's, the one in a collective, else the main one.
 
-    methods: the name of an attention method by the module of its `attention`.
+    methods: the name of an attention method by its `AttentionMethod.module`.
     """
     me = threading.get_ident()
     stacks = [list(_outward(f)) for ident, f in sys._current_frames().items() if ident != me]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lcdist.attention import METHODS, Shape, Traffic, full
+from lcdist.attention import METHODS, Shape, Traffic
+from lcdist.attention.full import attention as full
 from lcdist.layout import ContextLayout
 from lcdist_kernels.full import TORCH_IMPL
 from tests.attention.body import assert_all_match, make, on_virtual_ranks, whole

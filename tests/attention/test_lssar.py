@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from lcdist.attention import METHODS, Shape, Traffic, lssar
+from lcdist.attention import METHODS, Shape, Traffic
+from lcdist.attention.lssar import attention as lssar
 from lcdist.config.schema import LssarOptions
 from lcdist.exchange import VirtualGroup, group_rank, traffic
 from lcdist.layout import KINDS, ContextLayout

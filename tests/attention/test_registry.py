@@ -1,6 +1,7 @@
 """METHODS: what installed packages bring is taken, or refused by name."""
 
 import dataclasses
+import importlib
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -38,3 +39,14 @@ def test_a_method_of_a_package_joins_the_built_in_ones() -> None:
 def test_what_is_wrong_is_named(points: list[EntryPoint], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         load_methods(points)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("common", "check_plain"), ("common", "tokens"), ("method", "HeadSlice")]
+)
+def test_released_import_paths_still_work_and_warn(path: str, name: str) -> None:
+    module = importlib.import_module(f"lcdist.attention.{path}")
+    with pytest.warns(DeprecationWarning, match=f"{path}.{name}: import it from"):
+        assert callable(getattr(module, name))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = module.no_such_name

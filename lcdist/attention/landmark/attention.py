@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lcdist.attention.interface import AttentionMethod, HeadSlice
+from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.landmark.gather import Fetch
 from lcdist.attention.landmark.plan import (
     LAYOUTS,
@@ -30,6 +30,7 @@ from lcdist.attention.landmark.plan import (
     traffic,
 )
 from lcdist.attention.landmark.ring import Ring, reference_ring, ring_by_hand
+from lcdist.attention.shape import HeadSlice
 from lcdist.attention.shared.checks import check_shard, decode_rows, tokens
 from lcdist.config.schema import LandmarkOptions
 from lcdist.exchange import Group, group_rank

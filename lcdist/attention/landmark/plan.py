@@ -6,7 +6,7 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from lcdist.attention.interface import HeadSlice, Shape, Traffic
+from lcdist.attention.shape import HeadSlice, Shape, Traffic
 from lcdist.attention.shared.checks import check_plain
 from lcdist.attention.shared.ring_softmax import ring_bytes
 from lcdist.config.schema import LandmarkOptions

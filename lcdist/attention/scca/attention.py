@@ -13,12 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lcdist.attention.interface import AttentionMethod, HeadSlice, Shape, Traffic
+from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.scca.pattern import check_documents, for_layer, held_rules, model_rules
 from lcdist.attention.scca.ring import KeyRing, RingKeys, reference_keys, ring_key_bytes
 from lcdist.attention.scca.shift import ShiftedWindows, Windows, reference_windows, shift_bytes
 from lcdist.attention.scca.swap import SwappedUnits, UnitSwap, reference_units, swap_bytes
 from lcdist.attention.scca.units import Units, dilated_heads
+from lcdist.attention.shape import HeadSlice, Shape, Traffic
 from lcdist.attention.shared.checks import check_plain, check_shard, decode_rows, held_heads, tokens
 from lcdist.config.schema import SccaOptions
 from lcdist.exchange import Group, group_rank

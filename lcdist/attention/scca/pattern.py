@@ -17,7 +17,7 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from lcdist.attention.interface import HeadSlice
+from lcdist.attention.shape import HeadSlice
 from lcdist.config.schema import SccaOptions
 from lcdist_kernels.common import document_starts
 from lcdist_kernels.scca import Rule

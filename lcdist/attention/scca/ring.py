@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcdist.attention.interface import Shape, Traffic
+from lcdist.attention.shape import Shape, Traffic
 from lcdist.attention.shared.checks import tokens
 from lcdist.exchange import Group, group_rank, ring, ring_with_gradients
 from lcdist.layout import ContextLayout

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist.attention.interface import Shape, Traffic
 from lcdist.attention.scca.shift_plan import Moves, borders_of, moves
+from lcdist.attention.shape import Shape, Traffic
 from lcdist.attention.shared.checks import tokens
 from lcdist.exchange import Group, Pending, group_rank, shift
 from lcdist.layout import ContextLayout

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcdist.attention.interface import Shape, Traffic
 from lcdist.attention.scca.units import Units, dilated_heads
+from lcdist.attention.shape import Shape, Traffic
 from lcdist.exchange import Group, Pending, group_rank, swap
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import document_starts

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lcdist.attention.interface import HeadSlice, Shape
+from lcdist.attention.shape import HeadSlice, Shape
 from lcdist.exchange import Group, group_size
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import check_qkv, document_starts

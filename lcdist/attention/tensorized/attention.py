@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist.attention.interface import AttentionMethod, HeadSlice, Shape
+from lcdist.attention.interface import AttentionMethod
+from lcdist.attention.shape import HeadSlice, Shape
 from lcdist.attention.shared.checks import check_shard, held_heads
 from lcdist.attention.tensorized.plan import grid_of, traffic
 from lcdist.attention.tensorized.reference import reference_units

@@ -9,7 +9,7 @@ shard, from as many ranks back as they reach.
 from collections.abc import Sequence
 from itertools import pairwise
 
-from lcdist.attention.interface import HeadSlice, Shape, Traffic
+from lcdist.attention.shape import HeadSlice, Shape, Traffic
 from lcdist.config.schema import TensorizedOptions
 from lcdist.exchange import Interval
 from lcdist.layout import ContextLayout
