@@ -17,7 +17,7 @@ from gpu_rivals import causal_rivals, compiled
 from place import DEVICE
 from torch import Tensor
 
-from lcdist_kernels.coca.transform import Angles, angles
+from lcdist_kernels.coca.transform import Angles, rotary_angles
 
 COCA = Operator("coca", rotated=True)
 
@@ -39,7 +39,7 @@ def over_factors(rival: Contender) -> Contender:
         attend, transform = rival.build(options, size), compiled(factors)
         like = torch.empty(0, dtype=torch.float32, device=DEVICE)
         rotary = COCA.rotary(size, torch.float32)
-        at = angles(rotary, torch.arange(size.seqlen), like, size.head_dim)
+        at = rotary_angles(rotary, torch.arange(size.seqlen), like, size.head_dim)
 
         def run(q: Tensor, t: Tensor, v: Tensor) -> Tensor:
             queries, keys = transform(q, t, at)

@@ -15,7 +15,7 @@ from lcdist.config.schema import TensorizedOptions
 from lcdist.exchange import VirtualGroup, group_rank, traffic
 from lcdist.layout import ContextLayout
 from lcdist_kernels import full_reference
-from lcdist_kernels.tensorized import Grid
+from lcdist_kernels.tensorized import ModeGrid
 from lcdist_kernels.tensorized import impl as operator
 from tests.attention.body import (
     Problem,
@@ -93,24 +93,24 @@ def test_more_ranks_than_offsets_and_heads() -> None:
     # Units are 2 offsets of 1 key head, so six of eight ranks have none.
     options = TensorizedOptions(modes=(2,), local_blocks=1)
     problem = problem_of(options, 8, heads=(2, 1), at_least=16)
-    assert unit_sizes(Grid((2,)), 1, 8) == [0, 0, 0, 1, 0, 0, 0, 1]
+    assert unit_sizes(ModeGrid((2,)), 1, 8) == [0, 0, 0, 1, 0, 0, 0, 1]
     assert problem.layout.local_seqlen == 2
     for impl in IMPLS:
         assert_all_match(on_virtual_ranks(problem, impl)[0], whole(problem))
 
 
 def test_units_are_dealt_evenly() -> None:
-    assert unit_sizes(Grid((5, 3)), 2, 4) == [7, 8, 7, 8]
+    assert unit_sizes(ModeGrid((5, 3)), 2, 4) == [7, 8, 7, 8]
     for cp_size in range(1, 9):
-        sizes = unit_sizes(Grid((7,)), 3, cp_size)
+        sizes = unit_sizes(ModeGrid((7,)), 3, cp_size)
         assert sum(sizes) == 21 and max(sizes) - min(sizes) <= 1
 
 
 def test_the_halo_by_hand() -> None:
     # Shards of 6 tokens, blocks of 3: two blocks back are one rank back, three are two.
-    assert halo_plan(Grid((3,)), 6, 3) == []
-    assert halo_plan(Grid((3,), local_blocks=2), 6, 3) == [(0, 1, 3, 6), (1, 2, 3, 6)]
-    plan = halo_plan(Grid((3,), local_blocks=4), 6, 3)
+    assert halo_plan(ModeGrid((3,)), 6, 3) == []
+    assert halo_plan(ModeGrid((3,), local_blocks=2), 6, 3) == [(0, 1, 3, 6), (1, 2, 3, 6)]
+    plan = halo_plan(ModeGrid((3,), local_blocks=4), 6, 3)
     assert plan == [(0, 1, 0, 6), (0, 2, 3, 6), (1, 2, 0, 6)]
     assert plan_home(plan) == [(1, 0, 0, 6), (2, 0, 0, 3), (2, 1, 3, 9)]
     assert [halo_tokens(plan, rank) for rank in range(3)] == [0, 6, 9]

@@ -9,12 +9,12 @@ from torch import Tensor
 from lcdist_kernels import Rotary, coca_attention, coca_reference
 from lcdist_kernels.coca import (
     VARIANTS,
-    angles,
     coca_keys,
     coca_queries,
     collinear,
     keys,
     queries,
+    rotary_angles,
 )
 from tests.kernels.test_full import DOUBLE, HEADS, borders, inputs, with_grads
 from tests.kernels.test_rotary import frequencies
@@ -224,7 +224,7 @@ def test_as_good_as_eager_in_low_precision(
 def test_factors_of_half_precision_are_products_in_single(variant: str) -> None:
     q, t, _ = (x.detach() for x in inputs(8, dtype=torch.bfloat16))
     rotary, index = Rotary(frequencies(16)), torch.arange(8)
-    at, tau = angles(rotary, index, q, 16), collinear(t)
+    at, tau = rotary_angles(rotary, index, q, 16), collinear(t)
     for made, truth in (
         (queries(q, at, variant), coca_queries(q.double(), rotary, index, variant)),
         (coca_queries(q, rotary, index, variant), coca_queries(q.double(), rotary, index, variant)),

@@ -15,8 +15,8 @@ from lcdist_kernels.coca import (
     TORCH_IMPL,
     TRITON_IMPL,
     VARIANTS,
-    angles,
     coca_tau,
+    rotary_angles,
     select_coca_impl,
 )
 from tests.attention.body import make, on_virtual_ranks, whole
@@ -183,7 +183,8 @@ def test_maps_are_those_of_torch(head_dim: int, variant: str) -> None:
     tau = g[..., half:].relu()[:, ::2]
     for positions in (torch.arange(37), torch.randint(0, 500, (2, 37))):
         at, of_tau = (
-            angles(rotary, p, q, head_dim) for p in (positions, positions[..., ::2].contiguous())
+            rotary_angles(rotary, p, q, head_dim)
+            for p in (positions, positions[..., ::2].contiguous())
         )
         for name, x, *more in (
             ("queries", q, at),

@@ -45,7 +45,7 @@ assert len(made) == 2
 
 TENSORIZED = """
 import torch
-from lcdist_kernels.tensorized import Grid, Turning, coarsest_branch, fine_branch
+from lcdist_kernels.tensorized import ModeGrid, ModeRotary, coarsest_branch, fine_branch
 from lcdist_kernels.tensorized.launch import mode_bwd, mode_fwd
 from lcdist_kernels.tensorized.tiled import Partial
 from tests.kernels.compiling import SHARED, compiled_for
@@ -53,11 +53,11 @@ from tests.kernels.compiling import SHARED, compiled_for
 seqlen = 512
 index, starts = torch.arange(seqlen), torch.zeros(seqlen, dtype=torch.int64)
 for grid, head_dim, dtype, kernels in (
-    (Grid((128,), local_blocks=2), 128, torch.bfloat16, 7),
-    (Grid((32, 2), hop_heads="kv"), 80, torch.float16, 17),
+    (ModeGrid((128,), local_blocks=2), 128, torch.bfloat16, 7),
+    (ModeGrid((32, 2), hop_heads="kv"), 80, torch.float16, 17),
 ):
     q, k = (torch.zeros(1, seqlen, n, head_dim, dtype=dtype) for n in (4, 2))
-    turning, last = Turning(grid, None, index, 0.25), len(grid.modes)
+    turning, last = ModeRotary(grid, None, index, 0.25), len(grid.modes)
     rows = torch.zeros(1, 4, seqlen)
     with compiled_for(CAPABILITY) as made:
         for mode in range(last + 1):
@@ -78,14 +78,14 @@ for grid, head_dim, dtype, kernels in (
 COCA = """
 import torch
 from lcdist_kernels import Rotary
-from lcdist_kernels.coca import TRITON_IMPL, VARIANTS, angles
+from lcdist_kernels.coca import TRITON_IMPL, VARIANTS, rotary_angles
 from tests.kernels.compiling import compiled_for
 
 with compiled_for(CAPABILITY) as made:
     for head_dim, dtype in ((128, torch.bfloat16), (80, torch.float32)):
         q = torch.zeros(1, 300, 4, head_dim, dtype=dtype)
         tau = torch.zeros(1, 300, 2, head_dim // 2, dtype=torch.float32)
-        at = angles(Rotary(torch.ones(head_dim // 2)), torch.arange(300), q, head_dim)
+        at = rotary_angles(Rotary(torch.ones(head_dim // 2)), torch.arange(300), q, head_dim)
         for variant in VARIANTS:
             TRITON_IMPL.queries(q, at, variant)
             TRITON_IMPL.queries_bwd(q, q, at, variant)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lcdist_kernels import Rotary, full_reference, landmark_attention, landmark_reference, tiles
 from lcdist_kernels.landmark import (
-    Lists,
-    Rows,
+    BlockLists,
+    QueryRows,
+    block_grid,
     block_starts,
     choose_blocks,
-    grid_of,
     landmark_bwd,
     landmark_fwd,
     landmark_partial,
@@ -258,7 +258,7 @@ def chosen_by_hand(q: Tensor, k: Tensor, scale: float, size: int, top_k: int, un
 @pytest.mark.parametrize("unit", [1, 5, 16, 100])
 def test_the_choice_by_hand(unit: int) -> None:
     q, k, _ = (x.detach() for x in inputs(45, (4, 2)))
-    rows, index = grid_of(None, 45, 4).rows, torch.arange(45)
+    rows, index = block_grid(None, 45, 4).rows, torch.arange(45)
     lengths = unit_lengths(index, torch.zeros_like(index), unit)
     got = choose_blocks(q, k[:, 3::4], rows, lengths, 3, 0.7)
     for (b, head, number), blocks in chosen_by_hand(q, k, 0.7, 4, 3, unit).items():
@@ -273,7 +273,7 @@ def test_equal_landmarks_are_chosen_from_the_first_on(
     # Blocks n and n + 7 are twins; a sum in another order must not tell them apart.
     q = torch.randn(1, 4 * 70, 6, 64).to(dtype)
     k = torch.randn(1, 7, 2, 64).to(dtype).repeat(1, 10, 1, 1)
-    rows = grid_of(None, 280, 4).rows
+    rows = block_grid(None, 280, 4).rows
     for unit in (1, 4, 280):
         lengths = torch.full((280 // unit,), unit)
         whole = choose_blocks(q, k, rows, lengths, 9, 0.3)
@@ -378,14 +378,14 @@ def test_pieces_of_whole_blocks_merge_to_the_whole(cut: str) -> None:
     elif cut == "single blocks":
         pieces = list(torch.arange(150).split(size))
     cu_seqlens = torch.tensor([0, 35, 35, 75], dtype=torch.int32)
-    rows = grid_of(cu_seqlens, 150, size).rows
+    rows = block_grid(cu_seqlens, 150, size).rows
     qkv = inputs(150)
     dout = torch.randn_like(qkv[0])
     truth = with_grads(landmark_reference(*qkv, block_size=size, cu_seqlens=cu_seqlens), qkv, dout)
     got = [torch.zeros_like(x) for x in truth]
     q, k, v = (x.detach() for x in qkv)
     for piece in pieces:
-        mine = Rows(piece, rows.lo[piece], size)
+        mine = QueryRows(piece, rows.lo[piece], size)
         parts = []
         for other in pieces:
             block = (q[:, piece], k[:, other], v[:, other], mine, other[::size], 0.25)
@@ -406,7 +406,7 @@ def test_pieces_of_whole_blocks_merge_to_the_whole(cut: str) -> None:
 
 def test_a_query_that_sees_nothing_is_zero_and_does_no_harm() -> None:
     q, k, v = (x.detach() for x in inputs(12))
-    rows = Rows(torch.arange(12), torch.zeros(12, dtype=torch.int64), 4)
+    rows = QueryRows(torch.arange(12), torch.zeros(12, dtype=torch.int64), 4)
     out, lse = landmark_fwd(q, k, v, rows, torch.tensor([4, 8, 12]), 0.25)
     assert torch.all(lse[..., :4] == -torch.inf) and torch.all(out[:, :4] == 0)
     assert torch.isfinite(lse[..., 4:]).all() and torch.isfinite(out).all()
@@ -418,11 +418,11 @@ def test_a_query_that_sees_nothing_is_zero_and_does_no_harm() -> None:
 
 def test_lists_of_nothing_and_of_an_empty_table() -> None:
     q, _, _ = (x.detach() for x in inputs(12))
-    rows = Rows(torch.arange(12), torch.zeros(12, dtype=torch.int64), 4)
+    rows = QueryRows(torch.arange(12), torch.zeros(12, dtype=torch.int64), 4)
     none = torch.full((2, 2, 3, 5), -1, dtype=torch.int32)
     for entries in (0, 3):
         table = torch.randn(entries, 2, 4, 16, dtype=DOUBLE)
-        lists = Lists(torch.arange(entries), none, torch.full((3,), 4))
+        lists = BlockLists(torch.arange(entries), none, torch.full((3,), 4))
         out, lse = sparse_fwd(q, table, lists, rows, 0.25)
         assert torch.all(out == 0) and torch.all(lse == -torch.inf)
         full_lse = torch.zeros_like(lse)
@@ -463,7 +463,7 @@ def test_saves_inputs_out_and_lse_alone(choice: dict[str, Any]) -> None:
 
 
 def test_the_grid_by_eye() -> None:
-    rows, num_slots = grid = grid_of(torch.tensor([0, 2, 2, 5], dtype=torch.int32), 9, 4)
+    rows, num_slots = grid = block_grid(torch.tensor([0, 2, 2, 5], dtype=torch.int32), 9, 4)
     assert rows.idx.tolist() == [0, 1, 4, 5, 6, 8, 9, 10, 11] and num_slots == 12
     assert rows.lo.tolist() == [0, 0, 4, 4, 4, 8, 8, 8, 8]
     assert [x.tolist() for x in rows.content] == [
@@ -471,7 +471,7 @@ def test_the_grid_by_eye() -> None:
         [0, 0, 4, 4, 4, 8, 8, 8, 8],
     ]
     assert block_starts(num_slots, 4).tolist() == [0, 4, 8]
-    spread = grid.spread(torch.arange(1.0, 10).view(1, 9, 1, 1)).flatten().tolist()
+    spread = grid.to_slots(torch.arange(1.0, 10).view(1, 9, 1, 1)).flatten().tolist()
     assert spread == [1, 2, 0, 0, 3, 4, 5, 0, 6, 7, 8, 9]
     index, starts = torch.arange(9), torch.tensor([0, 0, 2, 2, 2, 5, 5, 5, 5])
     assert unit_lengths(index, starts, 3).tolist() == [2, 1, 2, 1, 3]

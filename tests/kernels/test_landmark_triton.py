@@ -15,9 +15,9 @@ from lcdist_kernels import Rotary, landmark_attention, landmark_reference
 from lcdist_kernels.landmark import (
     TORCH_IMPL,
     TRITON_IMPL,
-    Lists,
-    Rows,
-    grid_of,
+    BlockLists,
+    QueryRows,
+    block_grid,
     landmark_partial,
     select_landmark_impl,
 )
@@ -210,11 +210,11 @@ def test_pieces_of_whole_blocks(
 ) -> None:
     # Documents of two and three blocks; the others are one.
     cu_seqlens = torch.tensor([0, 2 * size, 3 * size], dtype=torch.int32) if packed else None
-    rows = grid_of(cu_seqlens, seqlen, size).rows
+    rows = block_grid(cu_seqlens, seqlen, size).rows
     q, k, v = (x.detach()[:1] for x in on_device(seqlen, (2, 1), 16, torch.float32))
     dout = torch.randn_like(q)
     piece, *others = pieces_of(seqlen, 3, cut)[::-1]
-    mine = Rows(piece, rows.lo[piece], size)
+    mine = QueryRows(piece, rows.lo[piece], size)
     whole: tuple[Tensor, Tensor] | None = None
     for other in (piece, *others):
         one = (q[:, piece], k[:, other], v[:, other])
@@ -237,11 +237,13 @@ def test_pieces_of_whole_blocks(
         assert torch.all(got[2][:, size - 1 :: size] == 0)
 
 
-def some_lists(rows: Rows, numbers: Tensor, lengths: Tensor, heads: tuple[int, int]) -> Lists:
+def some_lists(
+    rows: QueryRows, numbers: Tensor, lengths: Tensor, heads: tuple[int, int]
+) -> BlockLists:
     """Random lists `[*heads, units, 5]`, increasing, with -1 in any place, of a shuffled table."""
     ids = torch.rand(*heads, len(lengths), len(numbers)).argsort(-1)[..., :5].sort(-1).values
     ids = ids.masked_fill(torch.rand(ids.shape) < 0.2, -1)
-    return Lists(numbers.to(HERE), ids.int().to(HERE), lengths)
+    return BlockLists(numbers.to(HERE), ids.int().to(HERE), lengths)
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -253,7 +255,7 @@ def test_lists(size: int, launch: Launch, group: int) -> None:
     blocks = 7
     seqlen = size * blocks
     index = torch.arange(0, seqlen, max(1, size // 4))
-    rows = Rows(index, torch.zeros_like(index), size)
+    rows = QueryRows(index, torch.zeros_like(index), size)
     lengths = torch.tensor([1, 4, 4, len(index) - 9])
     lists = some_lists(rows, torch.randperm(blocks), lengths, (1, 2))
     q = torch.randn(1, len(index), 2 * group, 16, device=HERE)
@@ -261,7 +263,7 @@ def test_lists(size: int, launch: Launch, group: int) -> None:
     table = torch.randn(blocks + 2, 2, size, 16, device=HERE)
     lists = lists._replace(numbers=torch.cat((lists.numbers, lists.numbers[:2])))
     out, lse = TRITON_IMPL.sparse_fwd(q, table, lists, rows, 0.25, launch=launch)
-    wide_lists = Lists(lists.numbers.cpu(), lists.ids.cpu(), lengths)
+    wide_lists = BlockLists(lists.numbers.cpu(), lists.ids.cpu(), lengths)
     doubles = [x.cpu().double() for x in (q, table)]
     true_out, true_lse = TORCH_IMPL.sparse_fwd(*doubles, wide_lists, rows, 0.25)
     empty = true_lse == -torch.inf
@@ -280,7 +282,7 @@ def test_lists(size: int, launch: Launch, group: int) -> None:
 
 def test_rows_that_see_nothing() -> None:
     q, k, v = (x.detach() for x in on_device(12, (2, 2), 16, torch.float32))
-    rows, k_start = Rows(torch.arange(12), torch.zeros(12).long(), 4), torch.tensor([4, 8, 12])
+    rows, k_start = QueryRows(torch.arange(12), torch.zeros(12).long(), 4), torch.tensor([4, 8, 12])
     out, lse = TRITON_IMPL.fwd(q, k, v, rows, k_start, 0.25)
     assert torch.all(lse[..., :4] == -torch.inf) and torch.all(out[:, :4] == 0)
     assert torch.isfinite(lse[..., 4:]).all() and torch.isfinite(out).all()
@@ -294,10 +296,10 @@ def test_rows_that_see_nothing() -> None:
 @pytest.mark.parametrize("entries", [0, 3])
 def test_lists_of_nothing_and_of_an_empty_table(entries: int) -> None:
     q = on_device(12, (4, 2), 16, torch.float32)[0].detach()
-    rows = Rows(torch.arange(12), torch.zeros(12).long(), 4)
+    rows = QueryRows(torch.arange(12), torch.zeros(12).long(), 4)
     none = torch.full((2, 2, 3, 5), -1, dtype=torch.int32, device=HERE)
     table = torch.randn(entries, 2, 4, 16, device=HERE)
-    lists = Lists(torch.arange(entries, device=HERE), none, torch.full((3,), 4))
+    lists = BlockLists(torch.arange(entries, device=HERE), none, torch.full((3,), 4))
     out, lse = TRITON_IMPL.sparse_fwd(q, table, lists, rows, 0.25)
     assert torch.all(out == 0) and torch.all(lse == -torch.inf)
     dq, dtable = TRITON_IMPL.sparse_bwd(q, q, table, out, torch.zeros_like(lse), lists, rows, 0.25)
@@ -371,7 +373,7 @@ def test_what_no_kernel_takes_is_refused(choice: dict[str, Any]) -> None:
         qkv = on_device(9, (2, 1), head_dim, dtype)
         with pytest.raises(ValueError, match=says):
             landmark_attention(*qkv, block_size=4, impl="triton", **choice)
-        rows = grid_of(None, 8, 4).rows
+        rows = block_grid(None, 8, 4).rows
         with pytest.raises(ValueError, match="use impl = 'auto' or 'torch'"):
             eight = [x.detach()[:, :8] for x in qkv]
             TRITON_IMPL.fwd(*eight, rows, torch.tensor([0, 4]), 0.25)
@@ -395,8 +397,8 @@ def test_how_blocks_lie_in_tiles() -> None:
 
 PROGRAM = """
 import torch
-from lcdist_kernels.landmark import TRITON_IMPL, block_starts, grid_of, table_of, unit_lengths
-from lcdist_kernels.landmark.op import choose_here
+from lcdist_kernels.landmark import TRITON_IMPL, block_starts, block_grid, table_of, unit_lengths
+from lcdist_kernels.landmark.op import choose_local_blocks
 from tests.kernels.compiling import SHARED, compiled_for
 
 index = torch.arange(512)
@@ -406,10 +408,10 @@ for head_dim, dtype, size in (
     (128, torch.bfloat16, 64),
     (128, torch.bfloat16, 256),
 ):
-    grid = grid_of(torch.tensor([0, 100]), 512, size)
+    grid = block_grid(torch.tensor([0, 100]), 512, size)
     q = torch.zeros(1, 512, 4, head_dim, dtype=dtype)
     k = torch.zeros(1, grid.num_slots, 2, head_dim, dtype=dtype)
-    lists, table = choose_here(q, k, grid.rows, lengths, 3, 0.25), table_of(k, k, size)
+    lists, table = choose_local_blocks(q, k, grid.rows, lengths, 3, 0.25), table_of(k, k, size)
     band = (grid.rows, block_starts(grid.num_slots, size), 0.25)
     with compiled_for(CAPABILITY) as made:
         out, lse = TRITON_IMPL.fwd(q, k, k, *band)

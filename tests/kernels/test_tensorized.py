@@ -15,26 +15,26 @@ from lcdist_kernels import (
     tensorized_reference,
     tiles,
 )
-from lcdist_kernels.tensorized import Grid, initial_bias
+from lcdist_kernels.tensorized import ModeGrid, initial_bias
 from tests.kernels.test_full import DOUBLE, HEADS, inputs, with_grads
 from tests.kernels.test_rotary import frequencies
 from tests.tolerance import assert_as_good_as_eager, assert_matches
 
 GRIDS = [
-    Grid((5,)),
-    Grid((5,), local_blocks=2, pe="mode"),
-    Grid((4,), local_blocks=4, pe="global", hop_heads="kv"),
-    Grid((3, 2), pe="global"),
-    Grid((2, 3, 4), hop_heads="kv"),
+    ModeGrid((5,)),
+    ModeGrid((5,), local_blocks=2, pe="mode"),
+    ModeGrid((4,), local_blocks=4, pe="global", hop_heads="kv"),
+    ModeGrid((3, 2), pe="global"),
+    ModeGrid((2, 3, 4), hop_heads="kv"),
 ]
 IMPLS = ["reference", "torch"]
 
 
-def name(grid: Grid) -> str:
+def name(grid: ModeGrid) -> str:
     return f"{grid.modes}-{grid.local_blocks}-{grid.pe}-{grid.hop_heads}".replace(" ", "")
 
 
-def bias_of(grid: Grid, nheads: int) -> Tensor:
+def bias_of(grid: ModeGrid, nheads: int) -> Tensor:
     return torch.randn(len(grid.modes), nheads, dtype=DOUBLE, requires_grad=True)
 
 
@@ -53,7 +53,7 @@ def test_by_hand(impl: str) -> None:
     # exp(k) = 1, 2, 3, 4: weights of branch 2 count twice. Block 0: U_0 = (6 + 2 3) / 3 and, as
     # query 1 is 2, U_1 = (6 + 4 3) / 5.
     q, k, v = column(1, 2, 1, 1), column(1, 2, 3, 4).log(), column(6, 3, 1, 5)
-    out = tensorized_attention(q, k, v, grid=Grid((2,)), impl=impl)
+    out = tensorized_attention(q, k, v, grid=ModeGrid((2,)), impl=impl)
     expected = [6, 18 / 5, (3 * 1 + 2 * 4) / 5, (3 * 1 + 4 * 5 + 4 * 18 / 5) / 11]
     assert_matches(out, column(*expected))
 
@@ -62,7 +62,9 @@ def test_by_hand(impl: str) -> None:
 def test_more_local_blocks_by_hand(impl: str) -> None:
     # Blocks 1 and 2 are read directly, block 0 through U_0 = U_1 = 4, which counts twice.
     k, v = column(1, 2, 3, 4, 1, 2).log(), column(6, 3, 1, 5, 2, 7)
-    out = tensorized_attention(torch.ones_like(k), k, v, grid=Grid((2,), local_blocks=2), impl=impl)
+    out = tensorized_attention(
+        torch.ones_like(k), k, v, grid=ModeGrid((2,), local_blocks=2), impl=impl
+    )
     near = 3 * 1 + 4 * 5 + 1 * 2
     expected = [6, 4, 15 / 6, 35 / 10, (near + 2 * 4) / 10, (near + 2 * 7 + 4 * 4) / 14]
     assert_matches(out, column(*expected))
@@ -71,7 +73,7 @@ def test_more_local_blocks_by_hand(impl: str) -> None:
 class ByLoops:
     """One token, head and key at a time, from the digits alone."""
 
-    def __init__(self, grid: Grid, seqlen: int, scale: float) -> None:
+    def __init__(self, grid: ModeGrid, seqlen: int, scale: float) -> None:
         self.grid, self.seqlen, self.scale = grid, seqlen, scale
         self.sizes, self.last = [*grid.modes, seqlen], len(grid.modes)
         self.strides = [math.prod(grid.modes[:j]) for j in range(self.last + 1)]
@@ -121,7 +123,9 @@ class ByLoops:
         return torch.stack(outs)
 
 
-def by_loops(qkv: list[Tensor], grid: Grid, bias: Tensor, rotary: Rotary, scale: float) -> Tensor:
+def by_loops(
+    qkv: list[Tensor], grid: ModeGrid, bias: Tensor, rotary: Rotary, scale: float
+) -> Tensor:
     q, k, v = (x.detach() for x in qkv)
     (batch, seqlen, nheads, _), group = q.shape, q.shape[2] // k.shape[2]
     loops, out = ByLoops(grid, seqlen, scale), torch.zeros_like(q)
@@ -139,7 +143,7 @@ def by_loops(qkv: list[Tensor], grid: Grid, bias: Tensor, rotary: Rotary, scale:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=name)
-def test_reference_equals_loops_over_fibres(grid: Grid) -> None:
+def test_reference_equals_loops_over_fibres(grid: ModeGrid) -> None:
     qkv, rotary = inputs(27, (2, 1), 8), Rotary(frequencies(8), 1.1)
     bias = bias_of(grid, 2).detach()
     out = tensorized_reference(*qkv, grid=grid, branch_bias=bias, rotary=rotary, softmax_scale=0.4)
@@ -151,7 +155,7 @@ def test_reference_equals_loops_over_fibres(grid: Grid) -> None:
 @pytest.mark.parametrize("seqlen", [1, 63, 100, 257])
 @pytest.mark.parametrize("grid", GRIDS, ids=name)
 def test_tiled_equals_reference(
-    grid: Grid, seqlen: int, heads: tuple[int, int], packed: bool
+    grid: ModeGrid, seqlen: int, heads: tuple[int, int], packed: bool
 ) -> None:
     qkv, bias = inputs(seqlen, heads, 8), bias_of(grid, heads[0])
     dout = torch.randn_like(qkv[0])
@@ -171,7 +175,7 @@ def test_tiled_equals_reference(
 def test_long_fibres_and_a_few_heads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "SHORT_BLOCK", 16)
     monkeypatch.setattr(tiles, "SCORES_AT_ONCE", 3 * 16 * 16)
-    for grid in (Grid((40,), local_blocks=2), Grid((36, 2), hop_heads="kv")):
+    for grid in (ModeGrid((40,), local_blocks=2), ModeGrid((36, 2), hop_heads="kv")):
         qkv, bias = inputs(350, (4, 2), 8), bias_of(grid, 4)
         dout, more = torch.randn_like(qkv[0]), {"grid": grid, "branch_bias": bias}
         truth = with_grads(tensorized_reference(*qkv, **more), [*qkv, bias], dout)
@@ -184,17 +188,17 @@ def test_long_fibres_and_a_few_heads_at_once(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     "grid",
     [
-        Grid(()),
-        Grid((40,)),
-        Grid((64,), local_blocks=2),
-        Grid((1, 40)),
-        Grid((40, 1)),
-        Grid((6,), local_blocks=7),
-        Grid((6,), local_blocks=7, pe="global", hop_heads="kv"),
+        ModeGrid(()),
+        ModeGrid((40,)),
+        ModeGrid((64,), local_blocks=2),
+        ModeGrid((1, 40)),
+        ModeGrid((40, 1)),
+        ModeGrid((6,), local_blocks=7),
+        ModeGrid((6,), local_blocks=7, pe="global", hop_heads="kv"),
     ],
     ids=name,
 )
-def test_limits_are_full_attention(grid: Grid, impl: str) -> None:
+def test_limits_are_full_attention(grid: ModeGrid, impl: str) -> None:
     qkv, rotary = inputs(40), Rotary(frequencies(16), 1.1)
     dout = torch.randn_like(qkv[0])
     truth = with_grads(full_reference(*qkv, rotary=rotary), qkv, dout)
@@ -212,13 +216,13 @@ def test_one_coarse_mode_of_single_tokens_is_full_attention(size: int, impl: str
     # Blocks of one token: branch 1 is the token itself, branch 2 all before it; no bias, log 1.
     qkv = inputs(40)
     modes = (1,) if size == 1 else (1, size)
-    out = tensorized_attention(*qkv, grid=Grid(modes), impl=impl)
+    out = tensorized_attention(*qkv, grid=ModeGrid(modes), impl=impl)
     assert_matches(out, full_reference(*qkv))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("grid", [*GRIDS, Grid((2, 2, 2, 2))], ids=name)
-def test_equal_scores_give_the_causal_mean(grid: Grid, impl: str) -> None:
+@pytest.mark.parametrize("grid", [*GRIDS, ModeGrid((2, 2, 2, 2))], ids=name)
+def test_equal_scores_give_the_causal_mean(grid: ModeGrid, impl: str) -> None:
     q, k, v = (x.detach() for x in inputs(50))
     mean = v.cumsum(1) / torch.arange(1, 51)[:, None, None]
     out = tensorized_attention(torch.zeros_like(q), k, v, grid=grid, impl=impl)
@@ -230,11 +234,11 @@ def test_equal_scores_give_the_causal_mean(grid: Grid, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("pe", ["none", "mode", "global"])
-@pytest.mark.parametrize("grid", [*GRIDS, Grid((2, 2, 2))], ids=name)
+@pytest.mark.parametrize("grid", [*GRIDS, ModeGrid((2, 2, 2))], ids=name)
 def test_every_token_reaches_every_later_one_and_none_before(
-    grid: Grid, pe: str, impl: str
+    grid: ModeGrid, pe: str, impl: str
 ) -> None:
-    grid = Grid(grid.modes, grid.local_blocks, "mode" if pe == "none" else pe, grid.hop_heads)
+    grid = ModeGrid(grid.modes, grid.local_blocks, "mode" if pe == "none" else pe, grid.hop_heads)
     rotary = None if pe == "none" else Rotary(frequencies(8))
     x = torch.randn(1, 26, 4, 8, dtype=DOUBLE)
 
@@ -253,7 +257,7 @@ def test_every_token_reaches_every_later_one_and_none_before(
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("grid", GRIDS, ids=name)
-def test_it_is_a_matrix_of_rows_that_sum_to_one(grid: Grid, impl: str) -> None:
+def test_it_is_a_matrix_of_rows_that_sum_to_one(grid: ModeGrid, impl: str) -> None:
     q, k, v = (x.detach()[:1] for x in inputs(24, (2, 1), 24))
     unit = torch.eye(24, dtype=DOUBLE)[None, :, None]
     matrix = tensorized_attention(q, k, unit, grid=grid, impl=impl)[0].transpose(0, 1)
@@ -265,7 +269,7 @@ def test_it_is_a_matrix_of_rows_that_sum_to_one(grid: Grid, impl: str) -> None:
 
 def test_the_gradient_of_the_bias() -> None:
     # dbias = sum over tokens of e^(lse_2 - lse) dout . (out_2 - out), branch 2 on its own.
-    grid, seqlen = Grid((4,)), 22
+    grid, seqlen = ModeGrid((4,)), 22
     q, k, v = inputs(seqlen, (1, 1), 8)
     bias, dout = bias_of(grid, 1), torch.randn(2, seqlen, 1, 8, dtype=DOUBLE)
     place = torch.arange(seqlen)
@@ -289,7 +293,7 @@ def test_the_gradient_of_the_bias() -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("grid", GRIDS, ids=name)
-def test_a_tail_of_padding_changes_nothing(grid: Grid, impl: str) -> None:
+def test_a_tail_of_padding_changes_nothing(grid: ModeGrid, impl: str) -> None:
     qkv = [x.detach() for x in inputs(60)]
     whole = tensorized_attention(*qkv, grid=grid, impl=impl)
     for seqlen in (1, 23, 59):
@@ -298,7 +302,7 @@ def test_a_tail_of_padding_changes_nothing(grid: Grid, impl: str) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=name)
-def test_documents_are_sequences_of_their_own(grid: Grid) -> None:
+def test_documents_are_sequences_of_their_own(grid: ModeGrid) -> None:
     rotary, step = Rotary(frequencies(16)), grid.block
     q, k, v = inputs(3 * step + 7)
     dout = torch.randn_like(q)
@@ -318,8 +322,10 @@ def test_documents_are_sequences_of_their_own(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("grid", [Grid((5,)), Grid((5,), pe="global"), Grid(())], ids=name)
-def test_given_positions_are_those_rotated_by(grid: Grid, impl: str) -> None:
+@pytest.mark.parametrize(
+    "grid", [ModeGrid((5,)), ModeGrid((5,), pe="global"), ModeGrid(())], ids=name
+)
+def test_given_positions_are_those_rotated_by(grid: ModeGrid, impl: str) -> None:
     q, k, v = inputs(23)
     rotary, places = Rotary(frequencies(16)), torch.arange(23).expand(2, 23)
     plain = tensorized_attention(q, k, v, grid=grid, rotary=rotary, impl=impl)
@@ -343,7 +349,7 @@ def saved_by(out: Tensor) -> dict[int, tuple[int, ...]]:
 @pytest.mark.parametrize(("hop_heads", "width"), [("q", 4), ("kv", 2)])
 def test_what_is_kept_for_the_backward(hop_heads: str, width: int) -> None:
     qkv = inputs(96, (4, 2), 8)
-    out = tensorized_attention(*qkv, grid=Grid((4, 3), hop_heads=hop_heads), impl="torch")
+    out = tensorized_attention(*qkv, grid=ModeGrid((4, 3), hop_heads=hop_heads), impl="torch")
     fibres = [(2 * 24, width, 4), (2 * 8, 4 * width, 3)]
     hops = [(2, 96, width, 8)] * 2
     expected = [(2, 96, 4, 8)] * 2 + [(2, 96, 2, 8)] * 2 + [(2, 4, 96), (2, 4)] + hops + fibres
@@ -352,7 +358,7 @@ def test_what_is_kept_for_the_backward(hop_heads: str, width: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("grid", GRIDS, ids=name)
-def test_as_good_as_eager_in_low_precision(dtype: torch.dtype, grid: Grid) -> None:
+def test_as_good_as_eager_in_low_precision(dtype: torch.dtype, grid: ModeGrid) -> None:
     qkv, bias = inputs(257, dtype=dtype), bias_of(grid, 4).detach().float().requires_grad_()
     dout = torch.randn_like(qkv[0])
     wide = [x.detach().double().requires_grad_() for x in (*qkv, bias)]
@@ -372,15 +378,15 @@ def test_as_good_as_eager_in_low_precision(dtype: torch.dtype, grid: Grid) -> No
 @pytest.mark.parametrize("impl", IMPLS)
 def test_large_logits_are_no_harm_and_a_shift_of_all_scores_changes_nothing(impl: str) -> None:
     q, k, v = inputs(50, dtype=torch.float32)
-    out = tensorized_attention(q, k, v, grid=Grid((4,)), softmax_scale=80.0, impl=impl)
+    out = tensorized_attention(q, k, v, grid=ModeGrid((4,)), softmax_scale=80.0, impl=impl)
     grads = torch.autograd.grad(out, [q, k, v], torch.randn_like(out))
     assert all(torch.isfinite(x).all() for x in (out, *grads))
     # One feature of queries is 1, and of keys the shift.
     q, k, v = (x.detach() for x in inputs(50))
     q[..., 0], k[..., 0] = 1.0, 0.0
-    plain = tensorized_attention(q, k, v, grid=Grid((3, 2)), impl=impl)
+    plain = tensorized_attention(q, k, v, grid=ModeGrid((3, 2)), impl=impl)
     k[..., 0] = 50.0
-    assert_matches(tensorized_attention(q, k, v, grid=Grid((3, 2)), impl=impl), plain)
+    assert_matches(tensorized_attention(q, k, v, grid=ModeGrid((3, 2)), impl=impl), plain)
 
 
 def test_initial_bias_is_log_strides() -> None:
@@ -404,7 +410,7 @@ def test_initial_bias_is_log_strides() -> None:
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], says: str) -> None:
     call = {name: torch.ones(2, 8, n, 16) for name, n in zip("qkv", (4, 2, 2), strict=True)}
-    call |= {"grid": Grid((4,)), "impl": "torch"}
+    call |= {"grid": ModeGrid((4,)), "impl": "torch"}
     with pytest.raises(ValueError, match=says):
         tensorized_attention(**(call | change))
 
@@ -421,4 +427,4 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], says: str) -> None
 )
 def test_a_grid_that_is_none_is_refused(words: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        Grid(**words)
+        ModeGrid(**words)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels import Rotary, tensorized_attention, tensorized_reference
-from lcdist_kernels.tensorized import Grid, select_tensorized_impl
+from lcdist_kernels.tensorized import ModeGrid, select_tensorized_impl
 from lcdist_kernels.tensorized import launch as launchers
 from lcdist_kernels.tensorized.impl import TORCH_IMPL, TRITON_IMPL
 from lcdist_kernels.triton_common import Launch
@@ -30,20 +30,20 @@ from tests.tolerance import assert_as_good_as_eager
 
 # Several tiles a fibre, tiles cut off by its end, one block that sees three before it.
 GRIDS = [
-    Grid((40,), local_blocks=2),
-    Grid((70,), pe="global"),
-    Grid((9, 7), hop_heads="kv"),
+    ModeGrid((40,), local_blocks=2),
+    ModeGrid((70,), pe="global"),
+    ModeGrid((9, 7), hop_heads="kv"),
 ]
 CASES = [(grid, n, (2, 1), 16) for grid in GRIDS for n in (1, 63, 100, 257)]
-CASES += [(Grid((64,), local_blocks=2), 256, (2, 1), 16)]
-CASES += [(Grid((20,), local_blocks=4), 63, heads, 16) for heads in ((8, 8), (8, 4), (8, 1))]
-CASES += [(Grid((9, 2)), 63, (2, 1), 16), (Grid((2, 3, 4), hop_heads="kv"), 63, (4, 2), 16)]
-CASES += [(Grid((20,)), 70, (2, 1), head_dim) for head_dim in (18, 48, 80)]
+CASES += [(ModeGrid((64,), local_blocks=2), 256, (2, 1), 16)]
+CASES += [(ModeGrid((20,), local_blocks=4), 63, heads, 16) for heads in ((8, 8), (8, 4), (8, 1))]
+CASES += [(ModeGrid((9, 2)), 63, (2, 1), 16), (ModeGrid((2, 3, 4), hop_heads="kv"), 63, (4, 2), 16)]
+CASES += [(ModeGrid((20,)), 70, (2, 1), head_dim) for head_dim in (18, 48, 80)]
 SMALL = [Launch(16, 16, 4, 1), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1)]
 
 
 def leaves_of(
-    grid: Grid, seqlen: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
+    grid: ModeGrid, seqlen: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
 ) -> list[Tensor]:
     """One row of q, k and v, and a bias."""
     bias = torch.randn(len(grid.modes), heads[0], device=HERE)
@@ -69,7 +69,7 @@ def by_kernels(leaves: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
     ids=[f"{name(case[0])}-{case[1]}-{case[2]}-{case[3]}".replace(" ", "") for case in CASES],
 )
 def test_equals_reference(
-    grid: Grid, seqlen: int, heads: tuple[int, int], head_dim: int, packed: bool
+    grid: ModeGrid, seqlen: int, heads: tuple[int, int], head_dim: int, packed: bool
 ) -> None:
     leaves = leaves_of(grid, seqlen, heads, head_dim, torch.float32)
     dout = torch.randn_like(leaves[0])
@@ -85,9 +85,9 @@ def test_equals_reference(
 
 @pytest.mark.parametrize("launch", SMALL, ids=lambda launch: f"{launch.block_m}x{launch.block_n}")
 @pytest.mark.parametrize(
-    "grid", [Grid((40,), local_blocks=3), Grid((38,), hop_heads="kv"), Grid((2, 33))]
+    "grid", [ModeGrid((40,), local_blocks=3), ModeGrid((38,), hop_heads="kv"), ModeGrid((2, 33))]
 )
-def test_any_tiles(grid: Grid, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_tiles(grid: ModeGrid, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "choose_launch", lambda table, x: launch)
     leaves = leaves_of(grid, 190, (2, 1), 16, torch.float32)
     dout, more = torch.randn_like(leaves[0]), {"grid": grid, "softmax_scale": 0.4}
@@ -97,7 +97,7 @@ def test_any_tiles(grid: Grid, launch: Launch, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.5])
 def test_any_scale(scale: float) -> None:
-    grid = Grid((20,), local_blocks=2)
+    grid = ModeGrid((20,), local_blocks=2)
     leaves = leaves_of(grid, 63, (2, 1), 16, torch.float32)
     dout, more = torch.randn_like(leaves[0]), {"grid": grid, "softmax_scale": scale}
     assert_close(by_kernels(leaves, dout, **more), truth_of(leaves, dout, **more))
@@ -105,7 +105,7 @@ def test_any_scale(scale: float) -> None:
 
 def test_large_logits_are_no_harm() -> None:
     # Weights are 0 or 1 and most gradients nothing: what is left of them is rounding.
-    grid = Grid((20,), local_blocks=2)
+    grid = ModeGrid((20,), local_blocks=2)
     leaves = leaves_of(grid, 63, (2, 1), 16, torch.float32)
     dout, more = torch.randn_like(leaves[0]), {"grid": grid, "softmax_scale": 80.0}
     got, truth = by_kernels(leaves, dout, **more), truth_of(leaves, dout, **more)
@@ -116,21 +116,21 @@ def test_large_logits_are_no_harm() -> None:
 
 def test_scores_far_below_zero_are_those_of_a_shift() -> None:
     # A key that is not there has a score of 0, which must not count however low the others are.
-    leaves = leaves_of(Grid((20,)), 50, (2, 1), 16, torch.float32)
+    leaves = leaves_of(ModeGrid((20,)), 50, (2, 1), 16, torch.float32)
     dout = torch.randn_like(leaves[0])
     with torch.no_grad():
         leaves[0][..., 0], leaves[1][..., 0] = 1.0, 0.0
-    truth = truth_of(leaves, dout, grid=Grid((20,)))
+    truth = truth_of(leaves, dout, grid=ModeGrid((20,)))
     with torch.no_grad():
         leaves[1][..., 0] = -1024.0
-    got = by_kernels(leaves, dout, grid=Grid((20,)))
+    got = by_kernels(leaves, dout, grid=ModeGrid((20,)))
     # But for the feature that shifts, in dq.
     got[1], truth[1] = got[1][..., 1:], truth[1][..., 1:]
     assert_close(got, truth)
 
 
 def assert_accurate(
-    grid: Grid, seqlen: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
+    grid: ModeGrid, seqlen: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
 ) -> None:
     leaves, rotary = leaves_of(grid, seqlen, heads, head_dim, dtype), Rotary(frequencies(head_dim))
     dout = torch.randn_like(leaves[0])
@@ -143,7 +143,7 @@ def assert_accurate(
         assert_as_good_as_eager(a, e, r)
 
 
-def eager(leaves: list[Tensor], grid: Grid, rotary: Rotary) -> Tensor:
+def eager(leaves: list[Tensor], grid: ModeGrid, rotary: Rotary) -> Tensor:
     """Scores, weights and the U_j in the inputs' own dtype; one document."""
     q, k, u, bias = leaves
     group, place = q.shape[2] // k.shape[2], torch.arange(q.shape[1])
@@ -170,19 +170,21 @@ def eager(leaves: list[Tensor], grid: Grid, rotary: Rotary) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("grid", [Grid((20,), local_blocks=2), Grid((10, 5), hop_heads="kv")])
-def test_as_good_as_eager_in_half_precision(grid: Grid, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "grid", [ModeGrid((20,), local_blocks=2), ModeGrid((10, 5), hop_heads="kv")]
+)
+def test_as_good_as_eager_in_half_precision(grid: ModeGrid, dtype: torch.dtype) -> None:
     assert_accurate(grid, 100, (4, 2), 48, dtype)
 
 
 # A ratio of errors says nothing of one token, whose dq and dk are 0: fp32 has that case.
 @pytest.mark.parametrize("seqlen", [63, 128, 257])
 def test_half_precision_at_any_length(seqlen: int) -> None:
-    assert_accurate(Grid((64,), local_blocks=2), seqlen, (4, 1), 16, torch.float16)
+    assert_accurate(ModeGrid((64,), local_blocks=2), seqlen, (4, 1), 16, torch.float16)
 
 
 def test_any_strides_are_taken_and_nothing_outside_is_read() -> None:
-    grid, rotary = Grid((10,), local_blocks=2), Rotary(frequencies(20))
+    grid, rotary = ModeGrid((10,), local_blocks=2), Rotary(frequencies(20))
     leaves = leaves_of(grid, 70, (4, 2), 20, torch.float32)
     dout, more = torch.randn_like(leaves[0]), {"grid": grid, "rotary": rotary}
     truth = by_kernels(leaves, dout, **more)
@@ -219,7 +221,7 @@ def test_shards_of_kernels_equal_those_of_torch(
 
 
 def test_what_is_kept_for_the_backward() -> None:
-    grid = Grid((4, 3))
+    grid = ModeGrid((4, 3))
     q, k, v, bias = leaves_of(grid, 96, (4, 2), 16, torch.float16)
     saved: dict[int, int] = {}
 
@@ -243,7 +245,9 @@ def test_what_is_kept_for_the_backward() -> None:
 )
 def test_what_no_kernel_takes_is_refused(head_dim: int, dtype: torch.dtype, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        tensorized_attention(*on_device(4, (2, 1), head_dim, dtype), grid=Grid((2,)), impl="triton")
+        tensorized_attention(
+            *on_device(4, (2, 1), head_dim, dtype), grid=ModeGrid((2,)), impl="triton"
+        )
     problem = make("tensorized", "contiguous", 2, dtype=torch.float64)
     with pytest.raises(ValueError, match="the tensors are torch.float64"):
         on_virtual_ranks(on_its_device(problem), "triton")
@@ -261,16 +265,18 @@ def test_who_carries_it() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("grid", [Grid((128,), local_blocks=2), Grid((64, 4), hop_heads="kv")])
+@pytest.mark.parametrize(
+    "grid", [ModeGrid((128,), local_blocks=2), ModeGrid((64, 4), hop_heads="kv")]
+)
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_as_good_as_eager_on_a_gpu(dtype: torch.dtype, head_dim: int, grid: Grid) -> None:
+def test_as_good_as_eager_on_a_gpu(dtype: torch.dtype, head_dim: int, grid: ModeGrid) -> None:
     assert_accurate(grid, 1000, (8, 2), head_dim, dtype)
 
 
 @pytest.mark.gpu
 def test_the_same_bits_twice() -> None:
-    grid = Grid((128,), local_blocks=2)
+    grid = ModeGrid((128,), local_blocks=2)
     leaves = leaves_of(grid, 3000, (8, 2), 64, torch.bfloat16)
     dout = torch.randn_like(leaves[0])
     first, *others = (by_kernels(leaves, dout, grid=grid) for _ in range(5))
@@ -281,7 +287,7 @@ def test_the_same_bits_twice() -> None:
 @pytest.mark.gpu
 def test_tensors_of_more_than_2_to_the_31_elements() -> None:
     # Tokens so far apart that the last blocks lie behind 2^31 elements.
-    grid, far = Grid((256,), local_blocks=2), 2**31 // 4096 + 64
+    grid, far = ModeGrid((256,), local_blocks=2), 2**31 // 4096 + 64
     leaves = leaves_of(grid, 5000, (2, 1), 64, torch.bfloat16)
     dout = torch.randn_like(leaves[0])
     truth = by_kernels(leaves, dout, grid=grid)

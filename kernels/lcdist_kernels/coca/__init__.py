@@ -5,7 +5,6 @@ from lcdist_kernels.coca.op import IMPLS, coca_attention
 from lcdist_kernels.coca.reference import coca_keys, coca_queries, coca_reference, coca_tau
 from lcdist_kernels.coca.transform import (
     VARIANTS,
-    angles,
     check_variant,
     collinear,
     collinear_bwd,
@@ -13,6 +12,7 @@ from lcdist_kernels.coca.transform import (
     keys_bwd,
     queries,
     queries_bwd,
+    rotary_angles,
 )
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "TORCH_IMPL",
     "VARIANTS",
     "CoCAImpl",
-    "angles",
+    "rotary_angles",
     "check_variant",
     "coca_attention",
     "coca_keys",

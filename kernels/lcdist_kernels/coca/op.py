@@ -14,10 +14,10 @@ from lcdist_kernels.coca.impl import CoCAImpl, select_coca_impl
 from lcdist_kernels.coca.reference import coca_reference
 from lcdist_kernels.coca.transform import (
     Angles,
-    angles,
     check_variant,
     collinear,
     collinear_bwd,
+    rotary_angles,
 )
 from lcdist_kernels.common import check_impl, check_self, document_starts
 from lcdist_kernels.rotary import Rotary
@@ -108,6 +108,6 @@ def coca_attention(
     operator = select_coca_impl(impl, q, "coca attention")
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
-    at = angles(rotary, index - starts if positions is None else positions, q, q.shape[3])
+    at = rotary_angles(rotary, index - starts if positions is None else positions, q, q.shape[3])
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     return CoCAFunction.apply(q, t, v, Asked(at, variant, index, starts, scale, operator))

@@ -38,7 +38,7 @@ def check_variant(variant: str, head_dim: int) -> None:
 
 
 @torch.no_grad()
-def angles(rotary: Rotary | None, positions: Tensor, like: Tensor, head_dim: int) -> Angles:
+def rotary_angles(rotary: Rotary | None, positions: Tensor, like: Tensor, head_dim: int) -> Angles:
     """The angles of tokens at `positions`, integers `[s]` or `[b, s]`.
 
     like: gives device and dtype, widened. rotary None: no rotation. Raises ValueError where the

@@ -1,17 +1,17 @@
 """Landmark attention: past blocks are gated by their landmarks, all of them or the top k."""
 
 from lcdist_kernels.landmark.blocks import (
-    Grid,
-    Rows,
+    BlockGrid,
+    QueryRows,
+    block_grid,
     block_starts,
-    grid_of,
     landmarks,
     unit_lengths,
 )
 from lcdist_kernels.landmark.impl import TORCH_IMPL, TRITON_IMPL, LandmarkImpl, select_landmark_impl
 from lcdist_kernels.landmark.op import (
     IMPLS,
-    Reading,
+    SparseContext,
     SparseFunction,
     keys_of,
     landmark_attention,
@@ -19,7 +19,7 @@ from lcdist_kernels.landmark.op import (
     table_of,
 )
 from lcdist_kernels.landmark.reference import landmark_partial, landmark_reference, sparse_partial
-from lcdist_kernels.landmark.sparse import Lists, sparse_bwd, sparse_fwd
+from lcdist_kernels.landmark.sparse import BlockLists, sparse_bwd, sparse_fwd
 from lcdist_kernels.landmark.tiled import landmark_bwd, landmark_fwd, sees_any
 from lcdist_kernels.landmark.top_k import choose_blocks
 
@@ -27,15 +27,15 @@ __all__ = [
     "IMPLS",
     "TRITON_IMPL",
     "TORCH_IMPL",
-    "Grid",
+    "BlockGrid",
     "LandmarkImpl",
     "SparseFunction",
-    "Lists",
-    "Reading",
-    "Rows",
+    "BlockLists",
+    "SparseContext",
+    "QueryRows",
     "block_starts",
     "choose_blocks",
-    "grid_of",
+    "block_grid",
     "keys_of",
     "landmark_attention",
     "landmark_bwd",

@@ -16,7 +16,7 @@ from torch import Tensor
 from lcdist_kernels.common import document_starts
 
 
-class Rows(NamedTuple):
+class QueryRows(NamedTuple):
     """Queries by slot. idx `[s]`; lo `[s]`: the first slot of their document; int64 on the CPU."""
 
     idx: Tensor
@@ -38,18 +38,18 @@ class Rows(NamedTuple):
         """(last, first) slot at which a block that each query may look back at begins."""
         return self.own - 1, self.lo
 
-    def part(self, start: int, stop: int) -> "Rows":
+    def part(self, start: int, stop: int) -> "QueryRows":
         """Queries start to stop."""
-        return Rows(self.idx[start:stop], self.lo[start:stop], self.block_size)
+        return QueryRows(self.idx[start:stop], self.lo[start:stop], self.block_size)
 
 
-class Grid(NamedTuple):
+class BlockGrid(NamedTuple):
     """A whole sequence on its grid. rows: all its tokens; num_slots: blocks times block_size."""
 
-    rows: Rows
+    rows: QueryRows
     num_slots: int
 
-    def spread(self, x: Tensor) -> Tensor:
+    def to_slots(self, x: Tensor) -> Tensor:
         """x `[b, s, h, d]` by slot, `[b, num_slots, h, d]`; zero where there is no token."""
         slots = self.rows.idx
         if len(slots) == 0 or int(slots[-1]) == len(slots) - 1:
@@ -58,7 +58,7 @@ class Grid(NamedTuple):
         return out.index_copy(1, slots.to(x.device), x)
 
 
-def grid_of(cu_seqlens: Tensor | None, seqlen: int, block_size: int) -> Grid:
+def block_grid(cu_seqlens: Tensor | None, seqlen: int, block_size: int) -> BlockGrid:
     """The grid of a sequence with documents of any length. cu_seqlens: see `document_starts`."""
     index = torch.arange(seqlen)
     starts = document_starts(cu_seqlens, index, seqlen)
@@ -66,7 +66,7 @@ def grid_of(cu_seqlens: Tensor | None, seqlen: int, block_size: int) -> Grid:
     room = -(-lengths // block_size) * block_size
     begins = room.cumsum(0) - room
     lo = begins.repeat_interleave(lengths)
-    return Grid(Rows(lo + index - starts, lo, block_size), int(room.sum()))
+    return BlockGrid(QueryRows(lo + index - starts, lo, block_size), int(room.sum()))
 
 
 def block_starts(num_slots: int, block_size: int) -> Tensor:

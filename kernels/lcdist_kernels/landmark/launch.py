@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcdist_kernels.common import check_qkv
 from lcdist_kernels.full import kernel as full
-from lcdist_kernels.landmark.blocks import Rows, slots_of
+from lcdist_kernels.landmark.blocks import QueryRows, slots_of
 from lcdist_kernels.landmark.inner_loop import launch_for, tiling_of
 from lcdist_kernels.landmark.kernel import (
     _landmark_bwd_dkv_kernel,
@@ -59,7 +59,7 @@ class _Bands(NamedTuple):
     place: Place
 
     @classmethod
-    def of(cls, q: Tensor, rows: Rows, k_start: Tensor) -> "_Bands":
+    def of(cls, q: Tensor, rows: QueryRows, k_start: Tensor) -> "_Bands":
         slots = slots_of(k_start, rows.block_size)
         return cls(band_of(*rows.past, k_start), band_of(*rows.content, slots), place_of(q))
 
@@ -88,7 +88,7 @@ def landmark_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rows: Rows,
+    rows: QueryRows,
     k_start: Tensor,
     softmax_scale: float,
     *,
@@ -144,7 +144,7 @@ def landmark_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    rows: Rows,
+    rows: QueryRows,
     k_start: Tensor,
     softmax_scale: float,
     *,
@@ -228,7 +228,7 @@ def landmark_bwd(
 
 
 def own_fwd(
-    q: Tensor, k: Tensor, v: Tensor, rows: Rows, k_start: Tensor, softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, k_start: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """The partial over each query's own block; as the tiled `own_fwd`."""
     slots = slots_of(k_start, rows.block_size)
@@ -242,7 +242,7 @@ def own_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    rows: Rows,
+    rows: QueryRows,
     k_start: Tensor,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from lcdist_kernels.common import check_impl, check_self, document_starts
 from lcdist_kernels.landmark.blocks import (
-    Rows,
+    QueryRows,
+    block_grid,
     block_starts,
-    grid_of,
     landmarks,
     unit_lengths,
 )
 from lcdist_kernels.landmark.impl import TORCH_IMPL, LandmarkImpl, select_landmark_impl
 from lcdist_kernels.landmark.reference import check_sizes, landmark_reference
-from lcdist_kernels.landmark.sparse import Lists
+from lcdist_kernels.landmark.sparse import BlockLists
 from lcdist_kernels.landmark.top_k import choose_blocks
 from lcdist_kernels.partial import merge
 from lcdist_kernels.rotary import Rotary
@@ -71,14 +71,14 @@ def landmark_attention(
         positions = index - starts if positions is None else positions
         q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    grid = grid_of(cu_seqlens, q.shape[1], block_size)
-    k, v = grid.spread(k), grid.spread(v)
+    grid = block_grid(cu_seqlens, q.shape[1], block_size)
+    k, v = grid.to_slots(k), grid.to_slots(v)
     if top_k is None:
         k_start = block_starts(grid.num_slots, block_size)
         return LandmarkFunction.apply(q, k, v, grid.rows, k_start, scale, operator)
     lengths = unit_lengths(index, starts, select_tokens)
-    lists = choose_here(q, k, grid.rows, lengths, top_k, scale)
-    reading = Reading(lists, grid.rows, 0, scale, operator)
+    lists = choose_local_blocks(q, k, grid.rows, lengths, top_k, scale)
+    reading = SparseContext(lists, grid.rows, 0, scale, operator)
     return SparseFunction.apply(q, k, v, None, None, reading)
 
 
@@ -98,15 +98,15 @@ def landmark_cached(
 
     With top_k every token is a unit of its own, whatever training had.
     """
-    grid = grid_of(None, k.shape[1], block_size)
+    grid = block_grid(None, k.shape[1], block_size)
     if rotary is not None:
         q, k = rotary.rotate(q, positions), rotary.rotate(k, torch.arange(k.shape[1]))
-    k, v = grid.spread(k), grid.spread(v)
-    rows = Rows(positions, torch.zeros_like(positions), block_size)
+    k, v = grid.to_slots(k), grid.to_slots(v)
+    rows = QueryRows(positions, torch.zeros_like(positions), block_size)
     k_start = block_starts(grid.num_slots, block_size)
     if top_k is None:
         return TORCH_IMPL.fwd(q, k, v, rows, k_start, softmax_scale, out_dtype=q.dtype)[0]
-    lists = choose_here(q, k, rows, torch.ones_like(positions), top_k, softmax_scale)
+    lists = choose_local_blocks(q, k, rows, torch.ones_like(positions), top_k, softmax_scale)
     past = TORCH_IMPL.sparse_fwd(q, table_of(k, v, block_size), lists, rows, softmax_scale)
     own = TORCH_IMPL.own_fwd(q, k, v, rows, k_start, softmax_scale)
     return merge(*own, *past)[0].to(q.dtype)
@@ -117,7 +117,7 @@ class LandmarkFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q, k, v, rows: Rows, k_start: Tensor, scale: float, operator: LandmarkImpl
+        ctx: Any, q, k, v, rows: QueryRows, k_start: Tensor, scale: float, operator: LandmarkImpl
     ):
         out, lse = operator.fwd(q, k, v, rows, k_start, scale, out_dtype=q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -130,11 +130,11 @@ class LandmarkFunction(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-class Reading(NamedTuple):
+class SparseContext(NamedTuple):
     """What `SparseFunction` is told. first: the first slot of its own keys."""
 
-    lists: Lists
-    rows: Rows
+    lists: BlockLists
+    rows: QueryRows
     first: int
     softmax_scale: float
     operator: LandmarkImpl = TORCH_IMPL
@@ -157,7 +157,7 @@ class SparseFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, table: Tensor | None, own: Any, reading: Reading):
+    def forward(ctx: Any, q, k, v, table: Tensor | None, own: Any, reading: SparseContext):
         lists, rows, _, scale, operator = reading
         own = reading.own_partial(q, k, v) if own is None else own
         entries = table_of(k, v, rows.block_size) if table is None else table
@@ -190,9 +190,9 @@ class SparseFunction(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dtable, None, None
 
 
-def choose_here(
-    q: Tensor, k: Tensor, rows: Rows, lengths: Tensor, top_k: int, softmax_scale: float
-) -> Lists:
+def choose_local_blocks(
+    q: Tensor, k: Tensor, rows: QueryRows, lengths: Tensor, top_k: int, softmax_scale: float
+) -> BlockLists:
     """The lists of units that find all blocks of the grid in `table_of` of k `[b, n L, h_kv, d]`.
 
     The rest as in `choose_blocks`.
@@ -203,7 +203,7 @@ def choose_here(
     numbers = torch.arange(num_blocks, device=q.device).repeat(num_heads)
     first = torch.arange(num_heads, device=q.device, dtype=torch.int32) * num_blocks
     ids = chosen + first.view(*chosen.shape[:2], 1, 1)
-    return Lists(numbers, ids.masked_fill(chosen < 0, -1), lengths)
+    return BlockLists(numbers, ids.masked_fill(chosen < 0, -1), lengths)
 
 
 def table_of(k: Tensor, v: Tensor, block_size: int) -> Tensor:

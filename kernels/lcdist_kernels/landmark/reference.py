@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lcdist_kernels.common import check_self, document_starts, wide_dtype
 from lcdist_kernels.landmark.blocks import (
-    Rows,
+    QueryRows,
+    block_grid,
     block_starts,
-    grid_of,
     landmarks,
     unit_lengths,
 )
@@ -58,8 +58,8 @@ def landmark_reference(
         positions = index - starts if positions is None else positions
         q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    rows, num_slots = grid = grid_of(cu_seqlens, q.shape[1], block_size)
-    k, v = grid.spread(k), grid.spread(v)
+    rows, num_slots = grid = block_grid(cu_seqlens, q.shape[1], block_size)
+    k, v = grid.to_slots(k), grid.to_slots(v)
     read = None
     if top_k is not None:
         lengths = unit_lengths(index, starts, select_tokens)
@@ -96,7 +96,7 @@ def landmark_partial(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rows: Rows,
+    rows: QueryRows,
     k_start: Tensor,
     softmax_scale: float,
     read: Tensor | None = None,

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels.landmark.block_gates import GateGrads, Gates
-from lcdist_kernels.landmark.blocks import Rows, runs_of
+from lcdist_kernels.landmark.blocks import QueryRows, runs_of
 from lcdist_kernels.tiles import BLOCK, SCORES_AT_ONCE, fold, unfold
 
 # Elements of keys that are taken from the table at once: 8 MiB in fp32, and values as many.
 KEYS_AT_ONCE = 1 << 21
 
 
-class Lists(NamedTuple):
+class BlockLists(NamedTuple):
     """What each unit reads.
 
     numbers: the block number of each entry of the table, int64 `[m]`. ids: entries of the table,
@@ -36,7 +36,7 @@ class Lists(NamedTuple):
         """ids as `[b * h_kv, units, K]`."""
         return self.ids.flatten(0, 1)
 
-    def hidden(self, rows: Rows) -> Tensor:
+    def hidden(self, rows: QueryRows) -> Tensor:
         """Which of the listed blocks no row may read: bool `[b, h_kv, s, K]`."""
         of_row = self.ids.repeat_interleave(self.lengths.to(self.ids.device), 2)
         return _hidden(of_row, self.numbers, rows)
@@ -59,7 +59,7 @@ class _Tile(NamedTuple):
 
 
 def sparse_fwd(
-    q: Tensor, table: Tensor, lists: Lists, rows: Rows, softmax_scale: float
+    q: Tensor, table: Tensor, lists: BlockLists, rows: QueryRows, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """The partial (out `[b, s, h, d]`, lse `[b, h, s]`) of rotated q over its units' lists.
 
@@ -87,8 +87,8 @@ def sparse_bwd(
     table: Tensor,
     out: Tensor,
     lse: Tensor,
-    lists: Lists,
-    rows: Rows,
+    lists: BlockLists,
+    rows: QueryRows,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The share of dq, and dtable `[m, 2, L, d]`, through the lists.
@@ -124,7 +124,7 @@ def sparse_bwd(
 class _Steps:
     """How rows and lists are cut into tiles, and what a tile takes from the table."""
 
-    def __init__(self, q: Tensor, table: Tensor, lists: Lists, rows: Rows) -> None:
+    def __init__(self, q: Tensor, table: Tensor, lists: BlockLists, rows: QueryRows) -> None:
         self.num_heads, self.group = q.shape[:2]
         self.table, self.rows, self.wide = table.reshape(-1, *table.shape[2:]), rows, q.dtype
         self.ids, self.lists = lists.by_head, lists
@@ -181,7 +181,7 @@ class _Steps:
         ids = self.ids[tile.heads, tile.units]
         for i in range(0, ids.shape[2], self.blocks_at_once):
             some = ids[:, :, None, i : i + self.blocks_at_once]
-            hidden = _hidden(some, self.lists.numbers, Rows(idx, lo, self.rows.block_size))
+            hidden = _hidden(some, self.lists.numbers, QueryRows(idx, lo, self.rows.block_size))
             if not bool(hidden.all()):
                 yield some.flatten(0, 2).clamp(min=0).long(), hidden.flatten(0, 1)[:, None]
 
@@ -196,7 +196,7 @@ class _Steps:
         return k.view(shape), v.view(shape)
 
 
-def _hidden(ids: Tensor, numbers: Tensor, rows: Rows) -> Tensor:
+def _hidden(ids: Tensor, numbers: Tensor, rows: QueryRows) -> Tensor:
     """ids: [..., s or 1, K]; rows: [..., s]; hidden [..., s, K]."""
     if not len(numbers):
         return torch.ones_like(ids, dtype=torch.bool)

@@ -6,9 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from lcdist_kernels.landmark.blocks import Rows
+from lcdist_kernels.landmark.blocks import QueryRows
 from lcdist_kernels.landmark.inner_loop import Tiling, launch_for, tiling_of
-from lcdist_kernels.landmark.sparse import Lists
+from lcdist_kernels.landmark.sparse import BlockLists
 from lcdist_kernels.landmark.sparse_kernel import (
     _sparse_bwd_dq_kernel,
     _sparse_bwd_dtable_kernel,
@@ -29,8 +29,8 @@ from lcdist_kernels.triton_common import LOG2E, Launch, check_kernel, launching,
 def sparse_fwd(
     q: Tensor,
     table: Tensor,
-    lists: Lists,
-    rows_of: Rows,
+    lists: BlockLists,
+    rows_of: QueryRows,
     softmax_scale: float,
     *,
     launch: Launch | None = None,
@@ -73,8 +73,8 @@ def sparse_bwd(
     table: Tensor,
     out: Tensor,
     lse: Tensor,
-    lists: Lists,
-    rows_of: Rows,
+    lists: BlockLists,
+    rows_of: QueryRows,
     softmax_scale: float,
     *,
     launches: tuple[Launch, Launch] | None = None,
@@ -161,7 +161,7 @@ def _one_entry(launch: Launch, size: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, **Tiling(size, 1, block_n, steps).constants()}
 
 
-def _cut(launch: Launch, q: Tensor, lists: Lists) -> Launch:
+def _cut(launch: Launch, q: Tensor, lists: BlockLists) -> Launch:
     """The launch with no more rows than the longest unit has, but all heads of a group."""
     group = q.shape[2] // lists.ids.shape[1]
     longest = triton.next_power_of_2(int(lists.lengths.max()) * group)
@@ -169,7 +169,7 @@ def _cut(launch: Launch, q: Tensor, lists: Lists) -> Launch:
     return launch._replace(block_m=block_m)
 
 
-def _constants(q: Tensor, lists: Lists, size: int, launch: Launch) -> dict[str, int]:
+def _constants(q: Tensor, lists: BlockLists, size: int, launch: Launch) -> dict[str, int]:
     return {
         "GROUP": q.shape[2] // lists.ids.shape[1],
         "HEAD_DIM": q.shape[3],
@@ -179,7 +179,9 @@ def _constants(q: Tensor, lists: Lists, size: int, launch: Launch) -> dict[str, 
     }
 
 
-def _lists(q: Tensor, lists: Lists, rows_of: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _lists(
+    q: Tensor, lists: BlockLists, rows_of: QueryRows
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(ids, how many of each list to look at, first slots of entries, last slots), int32."""
     ids = lists.ids.contiguous()
     place = torch.arange(1, ids.shape[3] + 1, dtype=torch.int32, device=q.device)
@@ -188,12 +190,12 @@ def _lists(q: Tensor, lists: Lists, rows_of: Rows) -> tuple[Tensor, Tensor, Tens
     return ids, stops, begins, on_device(Indices(rows_of.past[0]), place_of(q))
 
 
-def _units(lists: Lists) -> Tensor:
+def _units(lists: BlockLists) -> Tensor:
     """The first row of each unit and how many it has: int64 `[n, 2]`."""
     return torch.stack((lists.lengths.cumsum(0) - lists.lengths, lists.lengths), 1)
 
 
-def _tiles(q: Tensor, lists: Lists, launch: Launch) -> Tensor:
+def _tiles(q: Tensor, lists: BlockLists, launch: Launch) -> Tensor:
     """For every tile of queries: its unit, first row, number of rows; int32 `[n, 3]`."""
     tokens = launch.block_m * lists.ids.shape[1] // q.shape[2]
     starts, lengths = _units(lists).unbind(1)

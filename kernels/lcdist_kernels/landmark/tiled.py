@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lcdist_kernels.full.tiled import full_bwd, full_fwd
 from lcdist_kernels.landmark.block_gates import GateGrads, Gates
-from lcdist_kernels.landmark.blocks import Rows, slots_of
+from lcdist_kernels.landmark.blocks import QueryRows, slots_of
 from lcdist_kernels.partial import merge, reaches
 from lcdist_kernels.tiles import (
     SCORES_AT_ONCE,
@@ -23,7 +23,7 @@ from lcdist_kernels.tiles import (
 )
 
 
-def sees_any(rows: Rows, k_start: Tensor) -> bool:
+def sees_any(rows: QueryRows, k_start: Tensor) -> bool:
     """False if it is plain from the extremes that no query sees any of blocks at k_start."""
     return reaches(*rows.past, k_start) or reaches(
         *rows.content, slots_of(k_start, rows.block_size)
@@ -34,7 +34,7 @@ def landmark_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rows: Rows,
+    rows: QueryRows,
     k_start: Tensor,
     softmax_scale: float,
     *,
@@ -63,7 +63,7 @@ def landmark_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    rows: Rows,
+    rows: QueryRows,
     k_start: Tensor,
     softmax_scale: float,
     *,
@@ -87,7 +87,7 @@ def landmark_bwd(
 
 
 def own_fwd(
-    q: Tensor, k: Tensor, v: Tensor, rows: Rows, k_start: Tensor, softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, k_start: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """The partial over each query's own block; arguments and result as of `landmark_fwd`."""
     return full_fwd(q, k, v, *rows.content, slots_of(k_start, rows.block_size), softmax_scale)
@@ -100,7 +100,7 @@ def own_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    rows: Rows,
+    rows: QueryRows,
     k_start: Tensor,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +110,7 @@ def own_bwd(
 
 
 def past_fwd(
-    q: Tensor, k: Tensor, v: Tensor, rows: Rows, k_start: Tensor, softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, k_start: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """The partial over past blocks; arguments and result as of `landmark_fwd`."""
     shape, size, nheads_kv = q.shape, rows.block_size, k.shape[2]
@@ -139,7 +139,7 @@ def past_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    rows: Rows,
+    rows: QueryRows,
     k_start: Tensor,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:

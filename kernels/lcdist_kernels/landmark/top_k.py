@@ -17,7 +17,7 @@ is 1e-7, so that landmarks that a longer look would hardly tell apart are equal 
 import torch
 from torch import Tensor
 
-from lcdist_kernels.landmark.blocks import Rows, Run, runs_of
+from lcdist_kernels.landmark.blocks import QueryRows, Run, runs_of
 from lcdist_kernels.partial import visible
 
 # Scores in float64 that are held at once: 16 MiB.
@@ -28,7 +28,7 @@ SCORES_AT_ONCE = 1 << 21
 def choose_blocks(
     q: Tensor,
     k_landmarks: Tensor,
-    rows: Rows,
+    rows: QueryRows,
     lengths: Tensor,
     top_k: int,
     softmax_scale: float,
@@ -60,7 +60,7 @@ def choose_blocks(
 
 
 def _unit_costs(
-    q: Tensor, keys: Tensor, rows: Rows, k_start: Tensor, run: Run, at_once: int
+    q: Tensor, keys: Tensor, rows: QueryRows, k_start: Tensor, run: Run, at_once: int
 ) -> Tensor:
     """1 - ln p, its least over each unit: fp32 `[b, h_kv, units, n]`, infinite where not past."""
     rows_of_run = run.count * run.length

@@ -26,23 +26,23 @@ class BandedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q, k, v, parts: Sequence[Part], scale: float, operator: AttentionImpl
+        ctx: Any, q, k, v, parts: Sequence[Part], scale: float, impl: AttentionImpl
     ) -> Tensor:
         # No query is in two parts: kernels write the result itself.
-        dtype = q.dtype if operator is TRITON_IMPL else None
-        out, lse = banded_fwd(q, k, v, parts, scale, operator=operator, out_dtype=dtype)
+        dtype = q.dtype if impl is TRITON_IMPL else None
+        out, lse = banded_fwd(q, k, v, parts, scale, impl=impl, out_dtype=dtype)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.parts, ctx.scale, ctx.operator = parts, scale, operator
+        ctx.parts, ctx.scale, ctx.impl = parts, scale, impl
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *row = ctx.saved_tensors
-        dtype = q.dtype if ctx.operator is TRITON_IMPL else row[1].dtype
+        dtype = q.dtype if ctx.impl is TRITON_IMPL else row[1].dtype
         dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         dk, dv = banded_bwd(
-            dout, q, k, v, tuple(row), ctx.parts, dq, ctx.scale, operator=ctx.operator, fresh=True
+            dout, q, k, v, tuple(row), ctx.parts, dq, ctx.scale, impl=ctx.impl, fresh=True
         )
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
@@ -78,16 +78,16 @@ def scca_attention(
         )
     check_self(q, k, v)
     check_rules(rules, q.shape[2])
-    operator = select_impl(impl, q, "scca attention")
+    implementation = select_impl(impl, q, "scca attention")
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
     if rotary is not None:
         positions = index - starts if positions is None else positions
         q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    parts = self_parts(head_groups(rules, k.shape[2]), starts, operator)
+    parts = self_parts(head_groups(rules, k.shape[2]), starts, implementation)
     grouped = q.unflatten(2, (k.shape[2], -1))
-    return BandedFunction.apply(grouped, k, v, parts, scale, operator).flatten(2, 3)
+    return BandedFunction.apply(grouped, k, v, parts, scale, implementation).flatten(2, 3)
 
 
 @torch.no_grad()

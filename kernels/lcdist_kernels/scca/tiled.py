@@ -76,9 +76,9 @@ def _one_dim(x: Tensor) -> bool:
 
 
 def self_parts(
-    groups: Iterable[HeadGroup], starts: Tensor, operator: AttentionImpl = TORCH_IMPL
+    groups: Iterable[HeadGroup], starts: Tensor, impl: AttentionImpl = TORCH_IMPL
 ) -> list[Part]:
-    """All parts of a sequence over itself, as `operator` takes them best.
+    """All parts of a sequence over itself, as `impl` takes them best.
 
     starts: the first token of each token's document.
     """
@@ -87,7 +87,7 @@ def self_parts(
         for members, rule in group.members:
             heads = (group.kv, group.kv, members)
             if rule.is_window:
-                parts += window_parts(rule, heads, index, starts, index, operator)
+                parts += window_parts(rule, heads, index, starts, index, impl)
             elif rule.kind == "pair":
                 parts += _pair_parts(rule, heads, starts)
             else:
@@ -101,16 +101,16 @@ def window_parts(
     index: Tensor,
     starts: Tensor,
     k_idx: Tensor,
-    operator: AttentionImpl = TORCH_IMPL,
+    impl: AttentionImpl = TORCH_IMPL,
 ) -> list[Part]:
-    """The parts of a window rule, as `operator` takes them. heads: kv, held, members of a `Part`.
+    """The parts of a window rule, as `impl` takes them. heads: kv, held, members of a `Part`.
 
     index: global numbers of the queries, starts: the first tokens of their documents; k_idx: those
     of the keys, increasing.
     """
     first, last = rule.limits(index - starts)
     q_lo, q_hi = first + starts, last + starts
-    runs = _rising_runs if operator is TRITON_IMPL else _runs
+    runs = _rising_runs if impl is TRITON_IMPL else _runs
     return [
         Part(rows, keys, *heads, q_hi[rows], q_lo[rows], k_idx[keys])
         for rows, keys in runs(q_lo, q_hi, k_idx)
@@ -188,7 +188,7 @@ def banded_fwd(
     softmax_scale: float,
     before: Partial | None = None,
     *,
-    operator: AttentionImpl = TORCH_IMPL,
+    impl: AttentionImpl = TORCH_IMPL,
     out_dtype: torch.dtype | None = None,
 ) -> Partial:
     """The partial (out like q, lse `[b, h_kv, h / h_kv, s_q]`) of q over the parts' keys.
@@ -203,12 +203,12 @@ def banded_fwd(
         lse = out.new_full((q.shape[0], *q.shape[2:4], q.shape[1]), -torch.inf, dtype=wide)
     else:
         out, lse = before
-    direct = operator is TRITON_IMPL and before is None
-    for part in _pieces(parts, operator, k, q, out):
+    direct = impl is TRITON_IMPL and before is None
+    for part in _pieces(parts, impl, k, q, out):
         own = (slice(None), part.keys, part.held)
         # Kernels write where the result belongs: in `apart`'s parts that is a view.
         there = {"out": part.queries(out)} if direct else {}
-        done = operator.fwd(part.queries(q), k[own], v[own], *part.band, softmax_scale, **there)
+        done = impl.fwd(part.queries(q), k[own], v[own], *part.band, softmax_scale, **there)
         if before is not None:
             done = merge(part.queries(out), part.row_numbers(lse), *done)
         if not direct:
@@ -229,7 +229,7 @@ def banded_bwd(
     dq: Tensor,
     softmax_scale: float,
     *,
-    operator: AttentionImpl = TORCH_IMPL,
+    impl: AttentionImpl = TORCH_IMPL,
     fresh: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The share of (dk, dv) that passes through the parts; that of dq is added to `dq`.
@@ -241,11 +241,11 @@ def banded_bwd(
     wide = wide_dtype(q.dtype)
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
     out, lse = row
-    direct = operator is TRITON_IMPL and fresh
-    for part in _pieces(parts, operator, k, q, dout, out, dq):
+    direct = impl is TRITON_IMPL and fresh
+    for part in _pieces(parts, impl, k, q, dout, out, dq):
         there = {"dq": part.queries(dq)} if direct else {}
         own = (slice(None), part.keys, part.held)
-        shares = operator.bwd(
+        shares = impl.bwd(
             part.queries(dout),
             part.queries(q),
             k[own],
@@ -265,8 +265,8 @@ def banded_bwd(
 
 
 def _pieces(
-    parts: Sequence[Part], operator: AttentionImpl, k: Tensor, *like_q: Tensor
+    parts: Sequence[Part], impl: AttentionImpl, k: Tensor, *like_q: Tensor
 ) -> Iterator[Part]:
     """Tiled torch lays heads out anew in any case; kernels take them where they are."""
     for part in parts:
-        yield from part.apart(k, *like_q) if operator is TRITON_IMPL else (part,)
+        yield from part.apart(k, *like_q) if impl is TRITON_IMPL else (part,)

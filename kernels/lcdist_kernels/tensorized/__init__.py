@@ -2,7 +2,7 @@
 
 from lcdist_kernels.tensorized.decode import decode_step
 from lcdist_kernels.tensorized.grid import (
-    Grid,
+    ModeGrid,
     branch_pairs,
     check_bias,
     check_documents,
@@ -13,8 +13,8 @@ from lcdist_kernels.tensorized.op import IMPLS, tensorized_attention
 from lcdist_kernels.tensorized.reference import dense_hop, tensorized_reference
 from lcdist_kernels.tensorized.tiled import (
     Branch,
+    ModeRotary,
     Partial,
-    Turning,
     coarsest_branch,
     fine_branch,
     merge_branch,
@@ -23,10 +23,10 @@ from lcdist_kernels.tensorized.tiled import (
 __all__ = [
     "IMPLS",
     "Branch",
-    "Grid",
+    "ModeGrid",
     "Partial",
     "TensorizedImpl",
-    "Turning",
+    "ModeRotary",
     "branch_pairs",
     "check_bias",
     "check_documents",

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lcdist_kernels.tensorized.tiled import (
     Band,
+    ModeRotary,
     Partial,
-    Turning,
     branch_fwd,
     fine_branch,
     hop_fwd,
@@ -30,7 +30,7 @@ def decode_step(
     k_cache: Tensor,
     v_cache: Tensor,
     bias: Tensor,
-    turning: Turning,
+    turning: ModeRotary,
     state: dict[str, Any],
 ) -> Tensor:
     """out like q `[b, n, h, d]` of tokens at `turning.positions`, which go on where `state` ends.
@@ -45,8 +45,8 @@ def decode_step(
     if not turning.grid.modes:
         whole = dataclasses.replace(turning, positions=torch.arange(stop))
         band = Band(torch.arange(start, stop), torch.zeros(stop - start).long(), torch.arange(stop))
-        k = whole.turn(k_cache[:, :stop], 0)
-        qku = (turning.turn(q, 0), k, v_cache[:, :stop])
+        k = whole.rotate(k_cache[:, :stop], 0)
+        qku = (turning.rotate(q, 0), k, v_cache[:, :stop])
         part = softmax_fwd(qku, band, turning.softmax_scale)
         state["seen"] = stop
         return part.out.to(q.dtype)
@@ -85,7 +85,7 @@ class _Step:
         k: Tensor,
         v: Tensor,
         bias: Tensor,
-        turning: Turning,
+        turning: ModeRotary,
         state: dict[str, Any],
         start: int,
         stop: int,
@@ -111,7 +111,7 @@ class _Step:
             hops = self.state["hops"] = grown
         return hops
 
-    def _at(self, rows: range) -> Turning:
+    def _at(self, rows: range) -> ModeRotary:
         """What turns keys or queries of the tokens `rows`."""
         return dataclasses.replace(
             self.turning, positions=torch.arange(rows.start, rows.stop, rows.step)
@@ -127,11 +127,11 @@ class _Step:
             if not len(rows):
                 continue
             taken = slice(rows.start, rows.stop, rows.step)
-            k = self._at(rows).turn(self.k[:, taken], mode)
+            k = self._at(rows).rotate(self.k[:, taken], mode)
             u = (self.hops if mode else self.v)[:, taken]
             last = torch.tensor([len(rows) - 1])
             band = Band(last, torch.zeros_like(last), torch.arange(len(rows)))
-            part = softmax_fwd((self.turning.turn(self.q, mode), k, u), band, self.scale)
+            part = softmax_fwd((self.turning.rotate(self.q, mode), k, u), band, self.scale)
             partial = merge_branch(partial, part, self.bias, mode)
         for mode in range(len(grid.modes)):
             if self.stop % grid.strides[mode + 1] == 0:
@@ -158,7 +158,7 @@ class _Step:
         taken = slice(rows.start, rows.stop)
         q = self.queries[:, rows.start - self.open : rows.stop - self.open]
         return hop_fwd(
-            turning.turn(q, mode), turning.turn(self.k[:, taken], mode), u, mode, turning
+            turning.rotate(q, mode), turning.rotate(self.k[:, taken], mode), u, mode, turning
         )[0]
 
     def many(self) -> Tensor:
@@ -172,12 +172,12 @@ class _Step:
         q, k = self._padded(queries, end - first), self._padded(self.k, end)
         values, partial, turning = [self._padded(self.v, end)[:, first:]], None, self._at(rows)
         for mode in range(len(grid.modes)):
-            q_mode, own = turning.turn(q, mode), turning.turn(k[:, first:], mode)
+            q_mode, own = turning.rotate(q, mode), turning.rotate(k[:, first:], mode)
             part = self._fine(q_mode, own, values[-1], mode, rows)
             partial = merge_branch(partial, part, self.bias, mode)
             values.append(hop_fwd(q_mode, own, values[-1], mode, turning)[0])
         last = len(grid.modes)
-        part = self._coarsest(turning.turn(q, last), k, values[-1], rows)
+        part = self._coarsest(turning.rotate(q, last), k, values[-1], rows)
         partial = merge_branch(partial, part, self.bias, last)
         for mode, u in enumerate(values[1:]):
             closed = self.stop - self.stop % grid.strides[mode + 1]
@@ -195,7 +195,7 @@ class _Step:
         keys = range(rows.start - before, rows.stop)
         if before:
             halo = slice(keys.start, rows.start)
-            k = torch.cat((self._at(keys[:before]).turn(self.k[:, halo], mode), k), 1)
+            k = torch.cat((self._at(keys[:before]).rotate(self.k[:, halo], mode), k), 1)
             u = torch.cat((self.v[:, halo], u), 1)
         index, k_idx = torch.arange(rows.start, rows.stop), torch.arange(keys.start, keys.stop)
         branch = fine_branch(mode, index, torch.zeros_like(index), k_idx, self.grid)
@@ -204,7 +204,7 @@ class _Step:
     def _coarsest(self, q: Tensor, k: Tensor, u: Tensor, rows: range) -> Partial:
         """Of the blocks `rows` over all, as a sequence of blocks whose offsets are heads."""
         block, nheads = self.grid.block, self.q.shape[2]
-        k = self._at(range(rows.stop)).turn(k, len(self.grid.modes))
+        k = self._at(range(rows.stop)).rotate(k, len(self.grid.modes))
         u = torch.cat((self.hops[:, : rows.start], u), 1)
         parts = [x.reshape(len(x), -1, block * x.shape[2], x.shape[3]) for x in (q, k, u)]
         blocks = torch.arange(rows.stop // block)

@@ -21,7 +21,7 @@ HOP_HEADS = ("q", "kv")
 
 
 @dataclass(frozen=True)
-class Grid:
+class ModeGrid:
     """The fold of a sequence and what branches read.
 
     modes: tokens a mode, finest first, the coarsest left out. local_blocks: blocks of the finest
@@ -93,7 +93,7 @@ class Grid:
         return self.hop_mask(q_pos, k_pos, mode) & (k_digit <= q_digit - self.local_blocks)
 
 
-def branch_pairs(grid: Grid, seqlen: int) -> int:
+def branch_pairs(grid: ModeGrid, seqlen: int) -> int:
     """How many pairs of a query and a key the branches of one document of `seqlen` tokens read."""
     place = torch.arange(seqlen)
     if not grid.modes:
@@ -114,7 +114,7 @@ def initial_bias(modes: Sequence[int], nheads: int) -> Tensor:
     return strides.log()[:, None].repeat(1, nheads)
 
 
-def check_bias(bias: Tensor, grid: Grid, nheads: int) -> None:
+def check_bias(bias: Tensor, grid: ModeGrid, nheads: int) -> None:
     """Raises ValueError unless `bias` is `[len(modes), nheads]`."""
     if bias.shape != (len(grid.modes), nheads):
         raise ValueError(
@@ -123,7 +123,7 @@ def check_bias(bias: Tensor, grid: Grid, nheads: int) -> None:
         )
 
 
-def check_documents(starts: Tensor, grid: Grid) -> None:
+def check_documents(starts: Tensor, grid: ModeGrid) -> None:
     """Raises ValueError unless every document starts at a multiple of the product of modes.
 
     starts: the first token of each token's document.

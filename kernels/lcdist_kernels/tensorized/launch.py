@@ -20,8 +20,8 @@ from lcdist_kernels.tensorized.tiled import (
     Branch,
     Fibres,
     Grads,
+    ModeRotary,
     Partial,
-    Turning,
     hop_queries,
     hop_queries_bwd,
     past_band,
@@ -122,7 +122,7 @@ def sweep_of(q: Tensor, k: Tensor, branch: Branch | None, hop: Fibres | None) ->
     return Sweep(size, size, 1, outers, past_band(size, 0), True, before, after)
 
 
-def shared(hop: bool, q: Tensor, k: Tensor, turning: Turning) -> bool:
+def shared(hop: bool, q: Tensor, k: Tensor, turning: ModeRotary) -> bool:
     """Whether hop and branch have the same queries."""
     return hop and (turning.grid.hop_heads == "q" or q.shape[2] == k.shape[2])
 
@@ -131,7 +131,7 @@ def mode_fwd(
     qku: Sequence[Tensor],
     branch: Branch,
     mode: int,
-    turning: Turning,
+    turning: ModeRotary,
     so_far: Partial | None,
     bias: Tensor,
 ) -> tuple[Partial, Tensor | None, Tensor | None]:
@@ -160,7 +160,7 @@ def mode_bwd(
     branch: Branch,
     hopped: Sequence[Tensor] | None,
     mode: int,
-    turning: Turning,
+    turning: ModeRotary,
 ) -> Grads:
     """As the tiled `mode_bwd`."""
     q, k, _ = qku
@@ -200,7 +200,9 @@ def branch_bwd(
     return _bwd(qku, sweep_of(q, k, branch, None), softmax_scale, (dout, *rows_), None)
 
 
-def hop_fwd(q: Tensor, k: Tensor, u: Tensor, mode: int, turning: Turning) -> tuple[Tensor, Tensor]:
+def hop_fwd(
+    q: Tensor, k: Tensor, u: Tensor, mode: int, turning: ModeRotary
+) -> tuple[Tensor, Tensor]:
     """As the tiled `hop_fwd`; lambda_j is `[b, h, s]`, a mean query rounded to q.dtype."""
     grid = turning.grid
     q = hop_queries(q, k.shape[2], grid).to(k.dtype)
@@ -211,7 +213,7 @@ def hop_fwd(q: Tensor, k: Tensor, u: Tensor, mode: int, turning: Turning) -> tup
 
 
 def hop_bwd(
-    g: Tensor, qku: Sequence[Tensor], hopped: Sequence[Tensor], mode: int, turning: Turning
+    g: Tensor, qku: Sequence[Tensor], hopped: Sequence[Tensor], mode: int, turning: ModeRotary
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the tiled `hop_bwd`; lambda_j as `hop_fwd` gave it."""
     (q, k, u), grid, nheads = qku, turning.grid, qku[0].shape[2]

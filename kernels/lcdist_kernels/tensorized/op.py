@@ -13,10 +13,10 @@ from torch import Tensor
 from lcdist_kernels.common import check_impl, check_self, document_starts, wide_dtype
 from lcdist_kernels.full import full_attention
 from lcdist_kernels.rotary import Rotary
-from lcdist_kernels.tensorized.grid import Grid, check_bias, check_documents, initial_bias
+from lcdist_kernels.tensorized.grid import ModeGrid, check_bias, check_documents, initial_bias
 from lcdist_kernels.tensorized.impl import TensorizedImpl, select_tensorized_impl
 from lcdist_kernels.tensorized.reference import tensorized_reference
-from lcdist_kernels.tensorized.tiled import Branch, Turning, coarsest_branch, fine_branch
+from lcdist_kernels.tensorized.tiled import Branch, ModeRotary, coarsest_branch, fine_branch
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
@@ -26,7 +26,7 @@ def tensorized_attention(
     k: Tensor,
     v: Tensor,
     *,
-    grid: Grid,
+    grid: ModeGrid,
     branch_bias: Tensor | None = None,
     rotary: Rotary | None = None,
     positions: Tensor | None = None,
@@ -80,12 +80,12 @@ def tensorized_attention(
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x for x in (q, k, v))
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     bias = bias.to(q.device, wide_dtype(q.dtype))
-    turning = Turning(grid, rotary, positions, scale)
+    turning = ModeRotary(grid, rotary, positions, scale)
     out = TensorizedFunction.apply(q, k, v, bias, turning, index, starts, operator)
     return out[:, :seqlen]
 
 
-def branches(index: Tensor, starts: Tensor, grid: Grid) -> list[Branch]:
+def branches(index: Tensor, starts: Tensor, grid: ModeGrid) -> list[Branch]:
     """All branches of a whole sequence, finest first."""
     fine = [fine_branch(mode, index, starts, index, grid) for mode in range(len(grid.modes))]
     return [*fine, coarsest_branch(starts, grid)]
@@ -101,14 +101,14 @@ class TensorizedFunction(torch.autograd.Function):
         k,
         v,
         bias: Tensor,
-        turning: Turning,
+        turning: ModeRotary,
         index: Tensor,
         starts: Tensor,
         operator: TensorizedImpl,
     ) -> Tensor:
         values, lambdas, done = [v], [], None
         for mode, branch in enumerate(branches(index, starts, turning.grid)):
-            qku = (turning.turn(q, mode), turning.turn(k, mode), values[-1])
+            qku = (turning.rotate(q, mode), turning.rotate(k, mode), values[-1])
             done, u, lam = operator.mode_fwd(qku, branch, mode, turning, done, bias)
             if u is not None:
                 values.append(u)
@@ -131,14 +131,14 @@ class TensorizedFunction(torch.autograd.Function):
         for mode, branch in reversed(
             list(enumerate(branches(ctx.index, ctx.starts, turning.grid)))
         ):
-            qku = (turning.turn(q, mode), turning.turn(k, mode), values[mode])
+            qku = (turning.rotate(q, mode), turning.rotate(k, mode), values[mode])
             rows = (lse if mode == 0 else lse - bias[mode - 1, :, None], delta)
             hopped = None if g is None else (g, values[mode + 1], lambdas[mode])
             grads = operator.mode_bwd(dout, qku, rows, branch, hopped, mode, turning)
             if mode:
                 dbias[mode - 1] = grads.dlogits.sum((0, 2))
-            dq += turning.back(grads.dq, mode)
-            dk += turning.back(grads.dk, mode)
+            dq += turning.rotate_back(grads.dq, mode)
+            dk += turning.rotate_back(grads.dk, mode)
             g = grads.du
         assert g is not None
         return dq.to(q.dtype), dk.to(k.dtype), g.to(q.dtype), dbias, None, None, None, None

@@ -20,7 +20,7 @@ from torch import Tensor
 from lcdist_kernels.common import check_self, document_starts, wide_dtype
 from lcdist_kernels.full import full_partial
 from lcdist_kernels.rotary import Rotary
-from lcdist_kernels.tensorized.grid import Grid, check_bias, initial_bias
+from lcdist_kernels.tensorized.grid import ModeGrid, check_bias, initial_bias
 
 
 def tensorized_reference(
@@ -28,7 +28,7 @@ def tensorized_reference(
     k: Tensor,
     v: Tensor,
     *,
-    grid: Grid,
+    grid: ModeGrid,
     branch_bias: Tensor | None = None,
     rotary: Rotary | None = None,
     positions: Tensor | None = None,
@@ -75,13 +75,15 @@ def tensorized_reference(
     return out.to(q.dtype)
 
 
-def turned(x: Tensor, rotary: Rotary | None, positions: Tensor, grid: Grid, mode: int) -> Tensor:
+def turned(
+    x: Tensor, rotary: Rotary | None, positions: Tensor, grid: ModeGrid, mode: int
+) -> Tensor:
     """Queries or keys `[b, s, h, d]` at `positions`, rotated as `mode` has them."""
     return x if rotary is None else rotary.rotate(x, grid.angle(positions, mode))
 
 
 def dense_hop(
-    q: Tensor, k: Tensor, u: Tensor, mask: Tensor, softmax_scale: float, grid: Grid
+    q: Tensor, k: Tensor, u: Tensor, mask: Tensor, softmax_scale: float, grid: ModeGrid
 ) -> Tensor:
     """U_j of rotated q, k and u = U_{j-1}, in the wider of fp32 and q.dtype; differentiable.
 

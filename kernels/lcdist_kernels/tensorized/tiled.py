@@ -23,7 +23,7 @@ from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.full import full_fwd
 from lcdist_kernels.partial import merge
 from lcdist_kernels.rotary import Rotary
-from lcdist_kernels.tensorized.grid import Grid
+from lcdist_kernels.tensorized.grid import ModeGrid
 from lcdist_kernels.tiles import Tile, fold, tile_sides, tiles_of_band, unfold, view_of
 
 
@@ -52,21 +52,21 @@ class Grads(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Turning:
+class ModeRotary:
     """How queries and keys at hand become those of a mode, and what scores are multiplied by."""
 
-    grid: Grid
+    grid: ModeGrid
     rotary: Rotary | None
     positions: Tensor
     softmax_scale: float
 
-    def turn(self, x: Tensor, mode: int) -> Tensor:
+    def rotate(self, x: Tensor, mode: int) -> Tensor:
         """`x` `[b, s, h, d]` rotated as `mode` has it."""
         if self.rotary is None:
             return x
         return self.rotary.rotate(x, self.grid.angle(self.positions, mode))
 
-    def back(self, dx: Tensor, mode: int) -> Tensor:
+    def rotate_back(self, dx: Tensor, mode: int) -> Tensor:
         """The adjoint of `turn`: the opposite angle."""
         if self.rotary is None:
             return dx
@@ -99,7 +99,7 @@ class Fibres:
         return parts.permute(0, 3, 1, 4, 2).flatten(2)
 
 
-def hop_queries(q: Tensor, nheads_kv: int, grid: Grid) -> Tensor:
+def hop_queries(q: Tensor, nheads_kv: int, grid: ModeGrid) -> Tensor:
     """The queries of hidden hops: q, or the mean over each group in the wider of fp32 and q's."""
     if grid.hop_heads == "q":
         return q
@@ -212,7 +212,9 @@ def past_band(size: int, apart: int = 1, lo: Tensor | None = None) -> Band:
     return Band(place - apart, torch.zeros_like(place) if lo is None else lo, place)
 
 
-def hop_fwd(q: Tensor, k: Tensor, u: Tensor, mode: int, turning: Turning) -> tuple[Tensor, Tensor]:
+def hop_fwd(
+    q: Tensor, k: Tensor, u: Tensor, mode: int, turning: ModeRotary
+) -> tuple[Tensor, Tensor]:
     """(U_j in u.dtype `[b, s, h_u, d]`, lambda_j as fibres have rows); q, k rotated for `mode`."""
     grid = turning.grid
     fibres = Fibres(grid.modes[mode], grid.strides[mode])
@@ -224,7 +226,7 @@ def hop_fwd(q: Tensor, k: Tensor, u: Tensor, mode: int, turning: Turning) -> tup
 
 
 def hop_bwd(
-    g: Tensor, qku: Sequence[Tensor], hopped: Sequence[Tensor], mode: int, turning: Turning
+    g: Tensor, qku: Sequence[Tensor], hopped: Sequence[Tensor], mode: int, turning: ModeRotary
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, du) of a hop. g: dU_j; hopped: U_j and lambda_j; qku: as given to `hop_fwd`."""
     (q, k, u), (u_next, lam), grid = qku, hopped, turning.grid
@@ -250,7 +252,7 @@ class Branch(NamedTuple):
     fibres: Fibres | None = None
 
 
-def fine_branch(mode: int, index: Tensor, starts: Tensor, k_idx: Tensor, grid: Grid) -> Branch:
+def fine_branch(mode: int, index: Tensor, starts: Tensor, k_idx: Tensor, grid: ModeGrid) -> Branch:
     """Branch `mode`, not the coarsest, of tokens `index`, whole blocks of `grid.block`.
 
     starts: the first token of each one's document, a multiple of `grid.block`; k_idx: the tokens
@@ -263,7 +265,7 @@ def fine_branch(mode: int, index: Tensor, starts: Tensor, k_idx: Tensor, grid: G
     return Branch(past_band(size, min(mode, 1)), Fibres(size, grid.strides[mode]))
 
 
-def coarsest_branch(starts: Tensor, grid: Grid) -> Branch:
+def coarsest_branch(starts: Tensor, grid: ModeGrid) -> Branch:
     """The last branch, over whole blocks; starts: as for `fine_branch`, of all tokens.
 
     Without modes it is the only one, over tokens, and a token sees itself.
@@ -319,7 +321,7 @@ def mode_fwd(
     qku: Sequence[Tensor],
     branch: Branch,
     mode: int,
-    turning: Turning,
+    turning: ModeRotary,
     so_far: Partial | None,
     bias: Tensor,
 ) -> tuple[Partial, Tensor | None, Tensor | None]:
@@ -340,7 +342,7 @@ def mode_bwd(
     branch: Branch,
     hopped: Sequence[Tensor] | None,
     mode: int,
-    turning: Turning,
+    turning: ModeRotary,
 ) -> Grads:
     """The gradients of a mode's branch, and of its hop. hopped: dU_j, U_j and lambda_j, if any."""
     grads = branch_bwd(dout, qku, rows, branch, turning.softmax_scale)

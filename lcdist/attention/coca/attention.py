@@ -28,7 +28,6 @@ from lcdist_kernels.coca import (
     IMPLS,
     TORCH_IMPL,
     CoCAImpl,
-    angles,
     check_variant,
     coca_keys,
     coca_queries,
@@ -37,6 +36,7 @@ from lcdist_kernels.coca import (
     collinear_bwd,
     keys,
     queries,
+    rotary_angles,
     select_coca_impl,
 )
 from lcdist_kernels.coca.transform import Angles
@@ -70,7 +70,7 @@ class CocaRingKernel:
         return coca_keys(tau, self.ctx.rotary, self.ctx.positions(owner), self.variant), v
 
     def _angles(self, like: Tensor, owner: int | None = None) -> Angles:
-        return angles(self.ctx.rotary, self.ctx.positions(owner), like, like.shape[3])
+        return rotary_angles(self.ctx.rotary, self.ctx.positions(owner), like, like.shape[3])
 
 
 def split_block(block: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,8 +146,8 @@ def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
 
     def decode_row(q: Tensor, t: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         token_ids, starts = torch.arange(t.shape[1]), torch.zeros_like(positions)
-        rotated = queries(q, angles(ctx.rotary, positions, q, q.shape[3]), variant)
-        k = keys(collinear(t), angles(ctx.rotary, token_ids, t, t.shape[3]), variant)
+        rotated = queries(q, rotary_angles(ctx.rotary, positions, q, q.shape[3]), variant)
+        k = keys(collinear(t), rotary_angles(ctx.rotary, token_ids, t, t.shape[3]), variant)
         out, _ = full_fwd(rotated, k, v, positions, starts, token_ids, ctx.softmax_scale)
         return out.to(q.dtype)
 

@@ -17,10 +17,10 @@ from lcdist.exchange import Group, Pending, gather, group_rank
 from lcdist.layout import ContextLayout
 from lcdist_kernels.landmark import (
     TORCH_IMPL,
+    BlockLists,
     LandmarkImpl,
-    Lists,
-    Reading,
-    Rows,
+    QueryRows,
+    SparseContext,
     SparseFunction,
     choose_blocks,
     landmark_partial,
@@ -50,7 +50,7 @@ class Fetch:
     def by_hand(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """out of rotated q, k, v: own blocks are attended to while the others are on their way."""
         rows, pending, lists = self._order(q, k, v)
-        reading = Reading(lists, rows, int(rows.idx[0]), self.softmax_scale, self.operator)
+        reading = SparseContext(lists, rows, int(rows.idx[0]), self.softmax_scale, self.operator)
         own = reading.own_partial(q, k, v)
         return SparseFunction.apply(q, k, v, pending.wait(), own, reading)
 
@@ -67,12 +67,12 @@ class Fetch:
         own = landmark_partial(q, k, v, rows, k_start, self.softmax_scale, none)
         return merge(*own, *past)[0].to(q.dtype)
 
-    def _order(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Rows, Pending, Lists]:
+    def _order(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[QueryRows, Pending, BlockLists]:
         """Chooses, and asks for what was chosen: this rank's rows, the table to come, the lists."""
         keys = landmarks(k.detach(), self.block_size).contiguous()
         coming = gather(keys, self.group)
         index, starts = tokens(self.layout, group_rank(self.group), self.cu_seqlens)
-        rows = Rows(index, starts, self.block_size)
+        rows = QueryRows(index, starts, self.block_size)
         lengths = unit_lengths(index, starts, self.options.select_tokens)
         own_table = table_of(k, v, self.block_size)
         assert self.options.top_k is not None
@@ -82,7 +82,7 @@ class Fetch:
         place = _Places(keys.shape[1], keys.shape[0], keys.shape[2])
         wanted, ids = place.of(chosen)
         pending = gather(own_table, self.group, dim=0, blocks=wanted, block_size=1, wide=True)
-        return rows, pending, Lists(place.number(wanted), ids, lengths)
+        return rows, pending, BlockLists(place.number(wanted), ids, lengths)
 
 
 @dataclass(frozen=True)

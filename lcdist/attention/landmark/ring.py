@@ -13,7 +13,7 @@ from torch import Tensor
 from lcdist.attention.shared.checks import tokens
 from lcdist.exchange import Group, group_rank, ring, ring_with_gradients
 from lcdist.layout import ContextLayout
-from lcdist_kernels.landmark import TORCH_IMPL, LandmarkImpl, Rows, landmark_partial, sees_any
+from lcdist_kernels.landmark import TORCH_IMPL, LandmarkImpl, QueryRows, landmark_partial, sees_any
 from lcdist_kernels.partial import merge
 
 
@@ -28,9 +28,11 @@ class Ring:
     block_size: int
     operator: LandmarkImpl = TORCH_IMPL
 
-    def rows(self) -> Rows:
+    def rows(self) -> QueryRows:
         """This rank's queries."""
-        return Rows(*tokens(self.layout, group_rank(self.group), self.cu_seqlens), self.block_size)
+        return QueryRows(
+            *tokens(self.layout, group_rank(self.group), self.cu_seqlens), self.block_size
+        )
 
     def k_start(self, owner: int) -> Tensor:
         """Where `owner`'s blocks begin."""

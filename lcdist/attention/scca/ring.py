@@ -130,7 +130,7 @@ class RingKeys(torch.autograd.Function):
         done = banded_fwd(q, k, v, (), around.softmax_scale)
         for owner, (k_blk, v_blk) in ring(around.block(k, v), around.group):
             parts, scale = around.parts(owner), around.softmax_scale
-            done = banded_fwd(q, k_blk, v_blk, parts, scale, done, operator=around.operator)
+            done = banded_fwd(q, k_blk, v_blk, parts, scale, done, impl=around.operator)
         out = done[0].to(q.dtype)
         ctx.save_for_backward(q, k, v, out, done[1])
         ctx.around = around
@@ -145,7 +145,7 @@ class RingKeys(torch.autograd.Function):
         for visit in lap:
             (k_blk, v_blk), parts = visit.block, around.parts(visit.owner)
             shares = banded_bwd(
-                dout, q, k_blk, v_blk, (out, lse), parts, dq, scale, operator=around.operator
+                dout, q, k_blk, v_blk, (out, lse), parts, dq, scale, impl=around.operator
             )
             visit.add_gradient(torch.stack(shares))
         return dq.to(q.dtype), *around.home(lap.result(), k), None

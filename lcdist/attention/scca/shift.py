@@ -93,13 +93,13 @@ class ShiftedWindows(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, around: Windows) -> Tensor:
         posted = [(of, _post(k, v, of, around)) for of in around.groups]
         scale, operator = around.softmax_scale, around.operator
-        done = banded_fwd(q, k, v, around.local_parts(), scale, operator=operator)
+        done = banded_fwd(q, k, v, around.local_parts(), scale, impl=operator)
         got: list[Tensor] = []
         for of, pair in posted:
             if pair is not None:
                 k_got, v_got = pair[0].wait(), pair[1].wait()
                 parts = around.foreign_parts(of)
-                done = banded_fwd(q, k_got, v_got, parts, scale, done, operator=operator)
+                done = banded_fwd(q, k_got, v_got, parts, scale, done, impl=operator)
                 got += (k_got, v_got)
         out = done[0].to(q.dtype)
         ctx.save_for_backward(q, k, v, out, done[1], *got)
@@ -118,14 +118,10 @@ class ShiftedWindows(torch.autograd.Function):
                 continue
             (k_got, v_got), got = got[:2], got[2:]
             parts, plan = around.foreign_parts(of), around.moves(of).back()
-            shares = banded_bwd(
-                dout, q, k_got, v_got, (out, lse), parts, dq, scale, operator=operator
-            )
+            shares = banded_bwd(dout, q, k_got, v_got, (out, lse), parts, dq, scale, impl=operator)
             pair = [shift(share, plan, around.group) for share in shares]
             homeward.append((of, pair))
-        dkv = banded_bwd(
-            dout, q, k, v, (out, lse), around.local_parts(), dq, scale, operator=operator
-        )
+        dkv = banded_bwd(dout, q, k, v, (out, lse), around.local_parts(), dq, scale, impl=operator)
         for of, pair in homeward:
             leaving = around.moves(of).leaving(group_rank(around.group))
             for grad, pending in zip(dkv, pair, strict=True):

@@ -193,7 +193,7 @@ class SwappedUnits(torch.autograd.Function):
     ) -> Tensor:
         lanes = exchange.lanes(pending)
         scale, operator = exchange.softmax_scale, exchange.operator
-        out, lse = banded_fwd(*lanes, exchange.parts(), scale, operator=operator)
+        out, lse = banded_fwd(*lanes, exchange.parts(), scale, impl=operator)
         out = out.to(q.dtype)
         ctx.save_for_backward(*lanes, out, lse)
         ctx.exchange, ctx.nheads_kv = exchange, k.shape[2]
@@ -207,7 +207,7 @@ class SwappedUnits(torch.autograd.Function):
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         scale, parts = exchange.softmax_scale, exchange.parts()
         row, operator = (out, lse), exchange.operator
-        dk, dv = banded_bwd(dout_, q, k, v, row, parts, dq, scale, operator=operator)
+        dk, dv = banded_bwd(dout_, q, k, v, row, parts, dq, scale, impl=operator)
         dx = torch.cat((dq, dk[:, :, :, None], dv[:, :, :, None]), 3)
         # A gradient with one source is rounded once, whether here or at home.
         dx = dx if units.repeats else dx.to(q.dtype)

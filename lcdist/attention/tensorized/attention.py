@@ -35,7 +35,7 @@ from lcdist_kernels.common import (
     document_starts,
     wide_dtype,
 )
-from lcdist_kernels.tensorized import Grid, Turning
+from lcdist_kernels.tensorized import ModeGrid, ModeRotary
 
 
 def attention(
@@ -86,7 +86,7 @@ def attention(
             impl=impl,
         )
     index = layout.positions(group_rank(group))
-    turning = Turning(grid, rotary, index - starts[index], scale)
+    turning = ModeRotary(grid, rotary, index - starts[index], scale)
     chosen = "torch" if impl == "reference" else impl
     operator = ops.select_tensorized_impl(chosen, q, "tensorized attention on shards")
     around = Sharded(layout, group, turning, starts, k.shape[2], operator)
@@ -101,7 +101,7 @@ def _asked(
     heads: HeadSlice | None,
     q: Tensor,
     k: Tensor,
-) -> tuple[Grid, Tensor]:
+) -> tuple[ModeGrid, Tensor]:
     """The grid, and the bias of the tensor's own heads in the wider of fp32 and q.dtype."""
     held = held_heads(heads, q, k)
     grid = grid_of(options, held, (q.shape[2], k.shape[2]))
@@ -121,7 +121,7 @@ def _asked(
     return grid, bias.to(q.device, wide_dtype(q.dtype))
 
 
-def _check_layout(grid: Grid, layout: ContextLayout) -> None:
+def _check_layout(grid: ModeGrid, layout: ContextLayout) -> None:
     if layout.cp_size > 1 and layout.kind != "contiguous":
         raise ValueError(
             f"layout kind {layout.kind!r}: tensorized attention has contiguous shards; "
@@ -189,7 +189,7 @@ def decode(
     check_qkv(q, k_cache, v_cache)
     grid, bias = _asked(options, params, heads, q, k_cache)
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    turning = Turning(grid, rotary, positions, scale)
+    turning = ModeRotary(grid, rotary, positions, scale)
     return ops.decode_step(q, k_cache, v_cache, bias, turning, {} if state is None else state)
 
 
@@ -212,7 +212,7 @@ def flops(options: TensorizedOptions, shape: Shape) -> int:
 
 def multiple_of(options: TensorizedOptions, cp_size: int, kind: str = "contiguous") -> int:
     """Whole blocks of the product of modes on every rank."""
-    return pieces_needed(kind, cp_size) * Grid(options.modes).block
+    return pieces_needed(kind, cp_size) * ModeGrid(options.modes).block
 
 
 def parameters(options: TensorizedOptions, nheads: int) -> dict[str, tuple[int, ...]]:

@@ -13,10 +13,10 @@ from lcdist.attention.shape import HeadSlice, Shape, Traffic
 from lcdist.config.schema import TensorizedOptions
 from lcdist.exchange import Interval
 from lcdist.layout import ContextLayout
-from lcdist_kernels.tensorized import Grid
+from lcdist_kernels.tensorized import ModeGrid
 
 
-def grid_of(options: TensorizedOptions, heads: HeadSlice, held: tuple[int, int]) -> Grid:
+def grid_of(options: TensorizedOptions, heads: HeadSlice, held: tuple[int, int]) -> ModeGrid:
     """The grid of `options` in a model of `heads`, for a tensor of `held` query and key heads.
 
     Raises ValueError where hop_heads joins heads of which the tensor holds only some.
@@ -25,7 +25,9 @@ def grid_of(options: TensorizedOptions, heads: HeadSlice, held: tuple[int, int])
     hop_heads = options.hop_heads
     if hop_heads == "auto":
         hop_heads = "q" if group <= 2 else "kv"
-    grid = Grid(options.modes, options.local_blocks if options.modes else 1, options.pe, hop_heads)
+    grid = ModeGrid(
+        options.modes, options.local_blocks if options.modes else 1, options.pe, hop_heads
+    )
     if grid.modes and hop_heads == "kv" and held[0] != group * held[1]:
         raise ValueError(
             f"hop_heads = {options.hop_heads!r}: hops take the mean over a group of {group} query "
@@ -35,14 +37,14 @@ def grid_of(options: TensorizedOptions, heads: HeadSlice, held: tuple[int, int])
     return grid
 
 
-def unit_sizes(grid: Grid, nheads_kv: int, cp_size: int) -> list[int]:
+def unit_sizes(grid: ModeGrid, nheads_kv: int, cp_size: int) -> list[int]:
     """How many units of the coarsest mode each rank computes."""
     units = grid.block * nheads_kv
     borders = [units * rank // cp_size for rank in range(cp_size + 1)]
     return [stop - start for start, stop in pairwise(borders)]
 
 
-def halo_plan(grid: Grid, local_seqlen: int, cp_size: int) -> list[Interval]:
+def halo_plan(grid: ModeGrid, local_seqlen: int, cp_size: int) -> list[Interval]:
     """The tokens before each shard that branch 1 reads there, in order; none for one block."""
     plan = []
     reach = (grid.local_blocks - 1) * grid.block

@@ -19,7 +19,7 @@ def reference_units(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, around: Shard
     key_starts = around.starts[keys]
     u, done = v.to(wide), None
     for mode in range(last):
-        q_mode, k_mode = turning.turn(q, mode), turning.turn(k, mode)
+        q_mode, k_mode = turning.rotate(q, mode), turning.rotate(k, mode)
         k_all, u_all, their_starts, their_place = k_mode, u, starts, place
         if mode == 0 and around.plan:
             halo = around.halo(k_mode, v).wait()
@@ -32,7 +32,7 @@ def reference_units(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, around: Shard
         same = starts[:, None] == starts[None]
         fibres = (grid.hop_mask(place, place, mode) & same).to(q.device)
         u = ops.dense_hop(q_mode, k_mode, u, fibres, scale, grid)
-    part = _coarsest(turning.turn(q, last), turning.turn(k, last), u, around)
+    part = _coarsest(turning.rotate(q, last), turning.rotate(k, last), u, around)
     return ops.merge_branch(done, part, bias, last).out.to(q.dtype)
 
 

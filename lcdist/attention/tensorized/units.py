@@ -18,7 +18,7 @@ from lcdist.attention.tensorized.plan import halo_plan, halo_tokens, plan_home, 
 from lcdist.exchange import Group, Interval, Pending, group_rank, shift, swap
 from lcdist.layout import ContextLayout
 from lcdist_kernels import tensorized as ops
-from lcdist_kernels.tensorized import Branch, Grid, Partial, TensorizedImpl, Turning
+from lcdist_kernels.tensorized import Branch, ModeGrid, ModeRotary, Partial, TensorizedImpl
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Sharded:
 
     layout: ContextLayout
     group: Group
-    turning: Turning
+    turning: ModeRotary
     starts: Tensor
     nheads_kv: int
     operator: TensorizedImpl
 
     @property
-    def grid(self) -> Grid:
+    def grid(self) -> ModeGrid:
         return self.turning.grid
 
     @property
@@ -120,11 +120,11 @@ class ShardedTensorized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, around: Sharded) -> Tensor:
         turning, last = around.turning, len(around.grid.modes)
-        sent = around.away(turning.turn(q, last), turning.turn(k, last))
-        halo = around.halo(turning.turn(k, 0), v) if around.plan else None
+        sent = around.away(turning.rotate(q, last), turning.rotate(k, last))
+        halo = around.halo(turning.rotate(k, 0), v) if around.plan else None
         values, lambdas = [v], []
         for mode in range(last):
-            q_mode, k_mode = turning.turn(q, mode), turning.turn(k, mode)
+            q_mode, k_mode = turning.rotate(q, mode), turning.rotate(k, mode)
             u, lam = around.operator.hop_fwd(q_mode, k_mode, values[-1], mode, turning)
             values.append(u)
             lambdas.append(lam)
@@ -190,7 +190,7 @@ class _Run:
         self.widths = [x.shape[2] // nheads_kv for x in (self.q, self.k, self.values[-1])]
 
     def turned(self, mode: int) -> tuple[Tensor, Tensor, Tensor]:
-        turn = self.around.turning.turn
+        turn = self.around.turning.rotate
         return turn(self.q, mode), turn(self.k, mode), self.values[mode]
 
     def qku(self, mode: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,7 +283,7 @@ class _Totals:
 
     def home(self) -> tuple[Tensor, Tensor]:
         """(dq, dk), turned back."""
-        back = self.run.around.turning.back
+        back = self.run.around.turning.rotate_back
         dq, dk = (torch.zeros_like(x, dtype=self.dtype) for x in (self.run.q, self.run.k))
         for mode, (dq_mode, dk_mode, _) in self.parts.items():
             dq += back(dq_mode, mode)
