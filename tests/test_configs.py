@@ -18,6 +18,7 @@ from lcdist.config import load
 from lcdist.config.rope import RopePlain
 from lcdist.config.schema import Config, ModelConfig
 from lcdist.config.stages import load_stages
+from lcdist.hardware.gpu_specs import GPU_SPECS
 from lcdist.plan import Plan, make_plan, smallest_world
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +32,7 @@ GIB = 2**30
 # Of 80 GB: the plan does not count attention's own working memory, NCCL's, CUDA's and what lies
 # idle between tensors.
 MOST_BYTES = 48 * GIB
+H100 = GPU_SPECS["h100"]
 # From here tensor parallelism takes the node and context parallelism goes over nodes.
 LONG = 131_072
 
@@ -109,16 +111,9 @@ def begins_with(path: Path) -> str:
 
 @cache
 def plans(path: Path) -> dict[str, Plan]:
-    """The plan of each stage, as it is made on GPUs."""
+    """Plan each stage for H100 GPUs."""
     world = gpus(path)
-    return {
-        stage.name: replace(make_plan(stage.config, world), may_offload=True)
-        for stage in load_stages(path)
-    }
-
-
-def device_bytes(plan: Plan) -> int:
-    return plan.state_bytes + plan.activation_bytes
+    return {stage.name: make_plan(stage.config, world, H100) for stage in load_stages(path)}
 
 
 def tokens_a_step(config: Config) -> int:
@@ -144,9 +139,9 @@ def table() -> str:
                     f"{tokens_a_step(config):,}",
                     f"{config.train.steps:,}",
                     f"{tokens / 1e9:.2f}",
-                    f"{tokens * plan.flops_per_token / 1e18:,.0f}",
-                    f"{device_bytes(plan) / GIB:.1f}",
-                    f"{plan.host_bytes / GIB:.1f}",
+                    f"{tokens * plan.compute.flops_per_token / 1e18:,.0f}",
+                    f"{plan.memory.device_bytes / GIB:.1f}",
+                    f"{plan.memory.host_bytes / GIB:.1f}",
                 ]
             )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -156,7 +151,7 @@ def table() -> str:
 def test_it_loads_and_plans_on_its_smallest_world(path: Path) -> None:
     for stage in load_stages(path):
         plan = make_plan(stage.config, smallest_world(stage.config))
-        assert plan.seqlen >= stage.config.train.seqlen and plan.dp_size == 1
+        assert plan.shape.seqlen >= stage.config.train.seqlen and plan.dp_size == 1
 
 
 @pytest.mark.parametrize("path", DEBUG, ids=name)
@@ -184,8 +179,8 @@ def test_the_readme_has_every_recipe_as_it_is_planned() -> None:
 def test_a_recipe_fits_the_gpus_it_is_for(path: Path) -> None:
     for plan in plans(path).values():
         assert plan.world_size % NODE == 0 and plan.dtype == "bf16"
-        assert device_bytes(plan) <= MOST_BYTES
-        assert plan.seqlen == plan.config.train.seqlen, "no token of padding"
+        assert plan.memory.device_bytes <= MOST_BYTES
+        assert plan.shape.seqlen == plan.config.train.seqlen, "no token of padding"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
@@ -198,7 +193,7 @@ def test_tensor_parallelism_is_the_least_that_fits_or_the_node(path: Path) -> No
             continue
         half = replace(mesh, tp_size=mesh.tp_size // 2, sequence_parallel=mesh.tp_size > 2)
         wider = replace(plan.config, parallel=half)
-        assert device_bytes(make_plan(wider, plan.world_size)) > MOST_BYTES
+        assert make_plan(wider, plan.world_size, H100).memory.device_bytes > MOST_BYTES
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)

@@ -227,6 +227,7 @@ def test_only_the_rooms_that_meet_megatron_import_it_and_behind_the_host() -> No
         ("lcdist.layout", "torch.distributed"),
         ("lcdist.config", "torch"),
         ("lcdist.config", "numpy"),
+        ("lcdist.hardware.gpu_specs", "torch"),
         ("lcdist.exchange", "lcdist.attention"),
         ("lcdist.exchange", "lcdist.layout"),
         ("lcdist.attention", "torch.distributed"),
@@ -258,6 +259,14 @@ def test_layout_and_exchange_load_nothing_above_them() -> None:
     )
     loaded = ast.literal_eval(done.stdout)
     assert all(floor_of(module) == 0 for module in loaded), loaded
+
+
+def test_plan_loads_no_megatron() -> None:
+    program = "import sys, lcdist.plan\nprint('megatron' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
 
 
 def test_nothing_imports_what_is_started() -> None:

@@ -15,11 +15,12 @@ from lcdist.config import ConfigError, load
 from lcdist.config.schema import CocaOptions
 from lcdist.distributed.mesh import build_mesh
 from lcdist.exchange import traffic
+from lcdist.hardware.gpu_specs import GPU_SPECS
 from lcdist.hardware.peak import Peak
 from lcdist.model.build import build_model
 from lcdist.model.output_loss import VocabShard, output_losses
 from lcdist.model.sequence import SequenceParams
-from lcdist.plan import Plan, make_plan, smallest_world
+from lcdist.plan import Plan, make_plan, plan_rows, smallest_world
 from tests.distributed import run_ranks
 from tests.live import LiveTensors
 
@@ -191,7 +192,7 @@ def test_a_method_is_asked_for_its_layouts_and_options() -> None:
     (error,) = errors_of(mine, "attention.blok=5")
     assert error == "unknown key 'attention.blok'; did you mean 'attention.block'?"
     plan = plan_of(mine, "attention.block=5", "parallel.cp_size=3")
-    assert (plan.layout.kind, plan.seqlen, plan.layers[0].options) == (
+    assert (plan.layout.kind, plan.shape.seqlen, plan.layers[0].options) == (
         "contiguous",
         270,
         TheirOptions(block=5),
@@ -205,21 +206,21 @@ def test_layers_may_differ() -> None:
     names = [layer.method.name for layer in plan.layers]
     assert names == ["full", "coca", "coca", "lssar"]
     assert plan.layers[1].options == CocaOptions(variant="strict")
-    assert plan.attention_name == "1 x full, 2 x coca, 1 x lssar"
+    assert plan.shape.attention_name == "1 x full, 2 x coca, 1 x lssar"
     alone = {name: plan_of(f"attention.method={name}", "parallel.cp_size=2") for name in set(names)}
-    wanted = sum(alone[name].attention_flops_per_token / 4 for name in names)
-    assert plan.attention_flops_per_token == wanted
-    assert plan.exchange_bytes_per_step * 4 == sum(
-        alone[name].exchange_bytes_per_step for name in names
+    wanted = sum(alone[name].compute.attention_flops_per_token / 4 for name in names)
+    assert plan.compute.attention_flops_per_token == wanted
+    assert plan.traffic.exchange_bytes_per_step * 4 == sum(
+        alone[name].traffic.exchange_bytes_per_step for name in names
     )
-    with_coca = max(p.exchange_bytes[0] for p in alone.values())
-    assert plan.exchange_bytes[0] == with_coca
+    with_coca = max(p.traffic.exchange_bytes[0] for p in alone.values())
+    assert plan.traffic.exchange_bytes[0] == with_coca
     staged = plan_of(
         "attention.layers=coca@::2", "parallel.cp_size=2", "parallel.pp_size=2", world_size=4
     )
-    assert staged.stage_layers == ((0, 1), (2, 3))
+    assert staged.shape.stage_layers == ((0, 1), (2, 3))
     turns = plan_of("parallel.pp_size=2", "parallel.vp_size=2", "train.global_batch_size=4")
-    assert turns.stage_layers == ((0, 2), (1, 3))
+    assert turns.shape.stage_layers == ((0, 2), (1, 3))
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ def test_layers_may_differ() -> None:
 )
 def test_the_sample_is_padded_to_what_the_cuts_need(overrides: str, seqlen: int, kind: str) -> None:
     plan = plan_of(*overrides.split())
-    assert (plan.seqlen, plan.layout.kind) == (seqlen, kind)
+    assert (plan.shape.seqlen, plan.layout.kind) == (seqlen, kind)
     assert plan.layout.local_seqlen * plan.layout.cp_size == seqlen
 
 
@@ -251,14 +252,14 @@ def test_the_smallest_world_and_what_remains_for_data() -> None:
     mesh = ("parallel.tp_size=2", "parallel.cp_size=2", "parallel.pp_size=2")
     assert smallest_world(load(DEBUG, mesh)) == 8
     plan = plan_of(*mesh, world_size=16)
-    assert (plan.dp_size, plan.num_micro_batches) == (2, 2)
+    assert (plan.dp_size, plan.shape.num_micro_batches) == (2, 2)
 
 
 def test_the_vocabulary_is_padded_for_every_tp_size() -> None:
     sizes = {"model.vocab_size=257": 384, "model.vocab_size=256": 256}
-    assert {words: plan_of(words).padded_vocab_size for words in sizes} == sizes
+    assert {words: plan_of(words).shape.padded_vocab_size for words in sizes} == sizes
     odd = ("model.nheads=6", "model.nheads_kv=3", "model.head_dim=8", "model.ffn_hidden_size=177")
-    assert plan_of("parallel.tp_size=3", *odd).padded_vocab_size == 384
+    assert plan_of("parallel.tp_size=3", *odd).shape.padded_vocab_size == 384
 
 
 # --- operations and bytes, by hand ----------------------------------------------------------------
@@ -273,18 +274,18 @@ def test_parameters_and_operations_by_hand() -> None:
     plan = plan_of(*BY_HAND)
     # q: 8 x 12, k and v: 8 x 6 each, projection: 12 x 8, gate and up: 8 x 10 each, down: 10 x 8.
     products = 8 * 12 + 2 * 8 * 6 + 12 * 8 + 2 * 8 * 10 + 10 * 8
-    assert plan.layer_parameters == products + 2 * 8
+    assert plan.parameters.layer == products + 2 * 8
     # Embedding and output of 128 rows, the last norm.
-    assert plan.num_parameters == 3 * (products + 16) + 2 * 128 * 8 + 8
-    assert plan_of(*BY_HAND, "model.tied_embeddings=true").num_parameters == (
+    assert plan.parameters.total == 3 * (products + 16) + 2 * 128 * 8 + 8
+    assert plan_of(*BY_HAND, "model.tied_embeddings=true").parameters.total == (
         3 * (products + 16) + 128 * 8 + 8
     )
     # Four queries see 1 + 2 + 3 + 4 keys: q k and p v, 2 heads, 6 wide, 2 operations each.
     causal = 3 * (2 * 2 * 6 * 2) * (1 + 2 + 3 + 4) / 4
     square = 3 * (2 * 2 * 6 * 2) * 4
     linear = 2 * (3 * products + 128 * 8)
-    assert plan.flops_per_token == 3 * (linear + causal)
-    assert plan.flops_per_token_square == 3 * (linear + square)
+    assert plan.compute.flops_per_token == 3 * (linear + causal)
+    assert plan.compute.flops_per_token_square == 3 * (linear + square)
 
 
 def test_exchange_bytes_by_hand() -> None:
@@ -293,19 +294,21 @@ def test_exchange_bytes_by_hand() -> None:
     # k and v of 2 samples, 2 local tokens, 1 head, 6 wide, fp32, to one other rank ...
     block = 2 * 2 * 2 * 1 * 6 * 4
     # ... and back again with their gradients, which need a second hop to come home.
-    assert plan.exchange_bytes == (block, block + 2 * block)
-    assert plan.exchange_bytes_per_step == 3 * 3 * (block + 3 * block)
+    assert plan.traffic.exchange_bytes == (block, block + 2 * block)
+    assert plan.traffic.exchange_bytes_per_step == 3 * 3 * (block + 3 * block)
     again = plan_of(*BY_HAND, *mesh, "train.recompute=full")
-    assert again.exchange_bytes_per_step == 3 * 3 * (2 * block + 3 * block)
-    assert plan_of(*BY_HAND).exchange_bytes == (0, 0)
+    assert again.traffic.exchange_bytes_per_step == 3 * 3 * (2 * block + 3 * block)
+    assert plan_of(*BY_HAND).traffic.exchange_bytes == (0, 0)
 
 
 def test_the_shape_of_a_rank_has_its_share_of_the_heads() -> None:
     plan = plan_of("parallel.tp_size=4", "model.nheads_kv=2", "train.seqlen=64")
     heads = HeadSlice(first=3, nheads=4, first_kv=1, nheads_kv=2)
-    assert plan.shape(3, tp_rank=3) == Shape(3, 1, 1, 16, itemsize=4, seqlen=64, heads=heads)
-    assert plan.shape(1) == Shape(1, 4, 2, 16, itemsize=4, seqlen=64)
-    assert plan_of("train.dtype=bf16").itemsize == 2
+    assert plan.shape.attention_shape(3, tp_rank=3) == Shape(
+        3, 1, 1, 16, itemsize=4, seqlen=64, heads=heads
+    )
+    assert plan.shape.attention_shape(1) == Shape(1, 4, 2, 16, itemsize=4, seqlen=64)
+    assert plan_of("train.dtype=bf16").shape.itemsize == 2
 
 
 # --- against real models --------------------------------------------------------------------------
@@ -343,14 +346,14 @@ def test_parameters_and_states_are_those_of_real_models(world_size: int) -> None
     ranks = run_ranks(held, world_size, MODELS[world_size])
     for overrides, *found in zip(MODELS[world_size], *ranks, strict=True):
         plan = plan_of(*ODD, *overrides, world_size=world_size)
-        first, last = plan.stage_parameters
+        first, last = plan.parameters.stages
         assert (found[0][0], found[-1][0]) == (first, last), overrides
         if world_size == 1:
-            assert found[0] == (plan.num_parameters, plan.num_parameters), overrides
+            assert found[0] == (plan.parameters.total, plan.parameters.total), overrides
         # Weights, fp32 gradients, two fp32 moments and, beside bf16 weights, an fp32 master.
         masters = 12 if plan.dtype == "bf16" else 8
-        most = max(p * (plan.itemsize + 4) + moments * masters for p, moments in found)
-        assert plan.state_bytes == pytest.approx(most, rel=0.02), overrides
+        most = max(p * (plan.shape.itemsize + 4) + moments * masters for p, moments in found)
+        assert plan.memory.state_bytes == pytest.approx(most, rel=0.02), overrides
 
 
 def kept(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
@@ -387,30 +390,30 @@ def test_activations_are_what_autograd_keeps(world_size: int) -> None:
     ranks = run_ranks(kept, world_size, KEPT[world_size])
     for overrides, *found in zip(KEPT[world_size], *ranks, strict=True):
         plan = plan_of(*ODD, *overrides)
-        assert plan.activation_bytes == pytest.approx(max(found), rel=0.02), overrides
+        assert plan.memory.activation_bytes == pytest.approx(max(found), rel=0.02), overrides
 
 
 def test_recomputation_keeps_inputs_and_works_on_one_layer() -> None:
     again, single = "train.recompute=full", "model.num_layers=1"
     ((outside, all_kept, one_kept),) = run_ranks(kept, 1, [(again,), (), (single,)])
     layer = (all_kept - one_kept) / 3
-    assert plan_of(*ODD, again).activation_bytes == pytest.approx(outside + layer, rel=0.02)
+    assert plan_of(*ODD, again).memory.activation_bytes == pytest.approx(outside + layer, rel=0.02)
 
 
 def test_pipelining_keeps_what_is_in_flight() -> None:
     one, two = plan_of(*ODD), plan_of(*ODD, PP)
     four = plan_of(*ODD, "parallel.pp_size=4")
     logits = 4 * 384 * 120 + 3 * 4 * 64 * 120
-    layer = (one.activation_bytes - logits) // 4
+    layer = (one.memory.activation_bytes - logits) // 4
     # First stage: as many micro-batches as there are stages. Last stage: one, and the logits.
-    assert two.activation_bytes == max(2 * 2 * layer, 2 * layer + logits)
-    assert four.activation_bytes == max(4 * 1 * layer, layer + logits)
+    assert two.memory.activation_bytes == max(2 * 2 * layer, 2 * layer + logits)
+    assert four.memory.activation_bytes == max(4 * 1 * layer, layer + logits)
     # Two chunks of one layer a stage: 2 (pp - 1) + (vp - 1) pp + 1 = 5 passes before the first
     # backward on the first stage.
     chunks = plan_of(*ODD, PP, "parallel.vp_size=2")
-    assert chunks.activation_bytes == max(5 * layer, 3 * layer + logits)
+    assert chunks.memory.activation_bytes == max(5 * layer, 3 * layer + logits)
     single = plan_of(*ODD, PP, "train.micro_batch_size=4")
-    assert single.activation_bytes == 4 * max(2 * layer, 2 * layer + logits)
+    assert single.memory.activation_bytes == 4 * max(2 * layer, 2 * layer + logits)
 
 
 CHUNKED = ("train.loss=chunked", "train.loss_chunk=50")
@@ -424,7 +427,7 @@ def test_a_loss_by_chunks_keeps_no_logits(world_size: int) -> None:
         plan = plan_of(*ODD, *overrides)
         # The logits of 50 tokens, at work in backward and not kept.
         work = 50 * 4 * 384 // plan.config.parallel.tp_size
-        assert plan.activation_bytes - work == pytest.approx(max(found), rel=0.02), overrides
+        assert plan.memory.activation_bytes - work == pytest.approx(max(found), rel=0.02), overrides
 
 
 def peak_of_loss(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
@@ -433,12 +436,12 @@ def peak_of_loss(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> li
     for overrides in cases:
         plan = plan_of(*ODD, *overrides)
         group = build_mesh(plan.config.parallel, 0).tp_group
-        rows, width = plan.padded_vocab_size // group.size(), plan.config.model.hidden_size
+        rows, width = plan.shape.padded_vocab_size // group.size(), plan.config.model.hidden_size
         dtype = torch.bfloat16 if plan.dtype == "bf16" else torch.float32
-        hidden = torch.randn(plan.tokens, 1, width).to(dtype).requires_grad_()
+        hidden = torch.randn(plan.shape.local_tokens, 1, width).to(dtype).requires_grad_()
         weight = torch.randn(rows, width).to(dtype)
-        targets = torch.zeros(plan.tokens, 1, dtype=torch.int64)
-        chunk = plan.loss_chunk(plan.tokens)
+        targets = torch.zeros(plan.shape.local_tokens, 1, dtype=torch.int64)
+        chunk = plan.memory.loss_chunk(plan.shape.local_tokens)
         assert chunk is not None
         shard = VocabShard(0, rows, group if group.size() > 1 else None)
         with LiveTensors() as live:
@@ -454,34 +457,36 @@ def test_the_work_of_a_loss_by_chunks_is_what_a_real_one_allocates() -> None:
     for cases_of_size in (cases, [(*case, TP) for case in cases]):
         ranks = run_ranks(peak_of_loss, 2 if TP in cases_of_size[0] else 1, cases_of_size)
         for overrides, *found in zip(cases_of_size, *ranks, strict=True):
-            assert sum(plan_of(*ODD, *overrides).loss_bytes) == pytest.approx(max(found), rel=0.05)
+            assert sum(plan_of(*ODD, *overrides).memory.loss_bytes) == pytest.approx(
+                max(found), rel=0.05
+            )
 
 
 def test_the_loss_goes_by_chunks_above_16k_tokens_a_rank() -> None:
     kept = ("train.recompute=none", "train.mlp=whole")
     sizes = ("model.vocab_size=32768", "train.seqlen=16384", *kept)
     whole = plan_of(*sizes)
-    assert whole.loss_chunk(whole.tokens) is None
-    assert whole.loss_bytes == (16384 * 32768 * 4, 0)
-    assert dict(whole.rows())["loss"] == "whole logits, 2.000 GiB a rank"
+    assert whole.memory.loss_chunk(whole.shape.local_tokens) is None
+    assert whole.memory.loss_bytes == (16384 * 32768 * 4, 0)
+    assert dict(plan_rows(whole))["loss"] == "whole logits, 2.000 GiB a rank"
     two = plan_of(*sizes, TWO)
     # 128 MiB are the fp32 logits of 1,024 tokens; two numbers of 4 and 8 bytes are kept of each.
-    assert two.loss_chunk(two.tokens) == 1024
-    assert two.loss_bytes == (32768 * 12, 1024 * 32768 * 4)
-    assert dict(two.rows())["loss"] == (
+    assert two.memory.loss_chunk(two.shape.local_tokens) == 1024
+    assert two.memory.loss_bytes == (32768 * 12, 1024 * 32768 * 4)
+    assert dict(plan_rows(two))["loss"] == (
         "logits of 1,024 tokens at a time, 0.125 GiB a rank; whole they take 4.000 GiB"
     )
-    assert two.activation_bytes - plan_of(*sizes, TWO, "train.loss=whole").activation_bytes == (
-        sum(two.loss_bytes) - 32768 * 32768 * 4
-    )
+    assert two.memory.activation_bytes - plan_of(
+        *sizes, TWO, "train.loss=whole"
+    ).memory.activation_bytes == (sum(two.memory.loss_bytes) - 32768 * 32768 * 4)
     # Halved by context parallelism; by tensor parallelism, twice the tokens fit.
-    assert plan_of(*sizes, TWO, CP).loss_chunk(16384) is None
-    assert plan_of(*sizes, TP).loss_chunk(16385) == 2048
+    assert plan_of(*sizes, TWO, CP).memory.loss_chunk(16384) is None
+    assert plan_of(*sizes, TP).memory.loss_chunk(16385) == 2048
     # Never fewer than 1,024 of many, never more than there are.
-    assert plan_of("model.vocab_size=131072").loss_chunk(10**6) == 1024
-    assert plan_of("train.loss=chunked").loss_chunk(256) == 256
-    assert plan_of("train.loss_chunk=10").loss_chunk(256) is None
-    assert plan_of("train.loss=chunked", "train.loss_chunk=10").loss_chunk(256) == 10
+    assert plan_of("model.vocab_size=131072").memory.loss_chunk(10**6) == 1024
+    assert plan_of("train.loss=chunked").memory.loss_chunk(256) == 256
+    assert plan_of("train.loss_chunk=10").memory.loss_chunk(256) is None
+    assert plan_of("train.loss=chunked", "train.loss_chunk=10").memory.loss_chunk(256) == 10
 
 
 STEPS = [
@@ -509,8 +514,25 @@ def sent(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
 def test_the_bytes_of_a_step_are_those_that_a_step_sends() -> None:
     for overrides, *found in zip(STEPS, *run_ranks(sent, 2, STEPS), strict=True):
         plan = plan_of(*ODD, "model.num_layers=2", *overrides)
-        assert found == [plan.exchange_bytes_per_step] * 2, overrides
+        assert found == [plan.traffic.exchange_bytes_per_step] * 2, overrides
         assert found[0] > 0
+
+
+# --- for other hardware ---------------------------------------------------------------------------
+
+
+def test_planning_for_a_gpu_does_not_ask_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> bool:
+        raise AssertionError("the plan asked torch for CUDA")
+
+    monkeypatch.setattr(torch.cuda, "is_available", refuse)
+    config = load(DEBUG, ["train.seqlen=16385"])
+    plan = make_plan(config, 1, GPU_SPECS["h100"])
+    assert (plan.dtype, plan.hardware.memory_bytes) == ("bf16", 80 * 2**30)
+    assert plan.memory.offloads
+    assert dict(plan_rows(plan))["memory"].endswith("of 80.0 GiB on each NVIDIA H100")
+    with pytest.raises(AssertionError, match="asked torch"):
+        make_plan(config, 1)
 
 
 # --- on the command line --------------------------------------------------------------------------
@@ -525,6 +547,16 @@ def test_plan_command_takes_the_world_it_is_given(capsys: pytest.CaptureFixture[
     assert main(["plan", str(DEBUG), "--world-size", "2", "train.seqlen=99"]) == 0
     shown = capsys.readouterr().out
     assert "2 = dp 2 x pp 1 x cp 1 x tp 1" in shown and "99 tokens a rank" in shown
+
+
+def test_plan_command_plans_for_the_gpu_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(DEBUG), "--hardware", "h200"]) == 0
+    shown = capsys.readouterr().out
+    assert "in bf16" in shown and "of 141.0 GiB on each NVIDIA H200" in shown
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", str(DEBUG), "--hardware", "h300"])
+    error = capsys.readouterr().err
+    assert "h300" in error and all(name in error for name in GPU_SPECS)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def second_half(tokens: int, hidden: int, ffn: int) -> tuple[MLPBlock, int]:
     plan = make_plan(config(tokens, hidden, ffn), 1)
     [model] = build_model(plan, build_mesh(plan.config.parallel, 0).device)
     layer: Any = model.decoder.layers[0]
-    chunk = plan.mlp_chunk(tokens)
+    chunk = plan.memory.mlp_chunk(tokens)
     assert chunk is not None
     return MLPBlock(layer.pre_mlp_layernorm, layer.mlp), chunk
 

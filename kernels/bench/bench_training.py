@@ -93,7 +93,9 @@ def gate(seqlen: int) -> str | None:
 
 def _plain(trainer: Trainer) -> PlainLlama:
     plan = trainer.plan
-    return PlainLlama(trainer.engine.chunks[0], make_rotary(plan.config.model.rope, plan.head_dim))
+    return PlainLlama(
+        trainer.engine.chunks[0], make_rotary(plan.config.model.rope, plan.shape.head_dim)
+    )
 
 
 def time_plain(seqlen: int, steps: int) -> tuple[float, int]:

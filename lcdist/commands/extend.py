@@ -95,7 +95,7 @@ class Quickstart(Job):
             "before_label": f"trained at {configs['pretrain'].train.seqlen} tokens",
             "after_label": f"extended to {configs['extend'].train.seqlen}",
         }
-        pieces = plans["pretrain"].text_vocab_size
+        pieces = plans["pretrain"].shape.text_vocab_size
         done = [self.tokenize(self.text, "--vocab-size", str(pieces))]
         self.check_text(configs["extend"])
         done += [

@@ -36,7 +36,8 @@ from lcdist.data.prepare.settings import TokenizeSettings
 from lcdist.data.tokenizers.huggingface import SpecialTokens
 from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.loaded_model import evaluate_checkpoint, generate_text
-from lcdist.plan import make_plan, smallest_world
+from lcdist.hardware.gpu_specs import GPU_SPECS
+from lcdist.plan import make_plan, plan_rows, smallest_world
 from lcdist.report.sections import write_report
 from lcdist.rundir.status import describe, stage_folders
 
@@ -90,6 +91,12 @@ def make_parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what a run would be, without running it")
     plan.add_argument("config", help="TOML file")
     plan.add_argument("--world-size", type=int, help="ranks; the mesh's smallest by default")
+    plan.add_argument(
+        "--hardware",
+        choices=sorted(GPU_SPECS),
+        metavar="GPU",
+        help=f"plan for this GPU instead of this machine: {', '.join(sorted(GPU_SPECS))}",
+    )
     _overrides(plan)
     plan.set_defaults(action=_plan)
 
@@ -165,9 +172,10 @@ def _overrides(parser: argparse.ArgumentParser) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     for stage in load_stages(arguments.config, arguments.overrides):
         asked, title = arguments.world_size, arguments.config
-        plan = make_plan(stage.config, smallest_world(stage.config) if asked is None else asked)
+        world_size = smallest_world(stage.config) if asked is None else asked
+        plan = make_plan(stage.config, world_size, GPU_SPECS.get(arguments.hardware))
         table = Table("what", "how much", title=f"{title}: {stage.name}" if stage.name else title)
-        for row in plan.rows():
+        for row in plan_rows(plan):
             table.add_row(*row)
         Console().print(table)
 

@@ -47,7 +47,7 @@ def traffic_row(config: Config, ranks: int) -> tuple[bool, str]:
     """Whether the busiest rank sent in the last step what the plan says, and both in words."""
     lines = Path(config.log.folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     measured = sum(json.loads(lines[-1])["exchange_bytes"].values())
-    planned = make_plan(config, ranks).exchange_bytes_per_step
+    planned = make_plan(config, ranks).traffic.exchange_bytes_per_step
     row = f"exchange, bytes a step: measured {measured:,}, planned {planned:,}"
     return measured == planned, row
 

@@ -35,7 +35,7 @@ from lcdist.hardware.device import device_name
 from lcdist.hardware.peak import Peak, device_peak
 from lcdist.layout.documents import DocumentLayout
 from lcdist.model.build import DTYPES, build_model
-from lcdist.plan import Plan, make_plan
+from lcdist.plan import Plan, make_plan, plan_rows
 from lcdist.rundir.header import (
     Lost,
     RunHeader,
@@ -78,7 +78,7 @@ def run(config: Config, console: Console | None = None, also_stop: Path | None =
             # A run killed right after its last save has not said so yet.
             run_on_rank_zero(lambda: _ended(folder, outcome))
             return outcome
-        check_start(folder, plan.checkpoint_bytes)
+        check_start(folder, plan.memory.checkpoint_bytes)
         plan = check_host_memory(plan)
         peak = device_peak(mesh.device, DTYPES[plan.dtype], config.log.peak_tflops)
         trainer = make_trainer(plan, mesh, dataset, peak)
@@ -93,8 +93,8 @@ def open_dataset(plan: Plan) -> Dataset:
 
     Raises ValueError where they do not fit.
     """
-    train, data, slots = plan.config.train, plan.config.data, plan.slots
-    pack, vocab_size = data.documents == "pack", plan.text_vocab_size
+    train, data, slots = plan.config.train, plan.config.data, plan.shape.document_layout
+    pack, vocab_size = data.documents == "pack", plan.shape.text_vocab_size
     landmarks = slots.landmark is not None
     seqlen = train.seqlen if pack else slots.num_text_slots(train.seqlen)
     if data.source == "synthetic":
@@ -120,7 +120,7 @@ def make_trainer(plan: Plan, mesh: Mesh, dataset: Dataset, peak: Peak) -> Traine
         micro_batch_size=train.micro_batch_size,
         global_batch_size=train.global_batch_size,
         documents=plan.config.data.documents,
-        document_layout=plan.slots,
+        document_layout=plan.shape.document_layout,
         balance=plan.config.data.balance,
     )
     engine = MegatronEngine(plan, mesh, build_model(plan, mesh.device))
@@ -226,7 +226,7 @@ def _train(trainer: Trainer, console: Console | None) -> Outcome:
         write_config(folder, config)
         write_status(folder, "running", trainer.step, reason)
         header = RunHeader(
-            plan=dict(trainer.plan.rows()),
+            plan=dict(plan_rows(trainer.plan)),
             device=device_name(mesh.device),
             peak=asdict(trainer.peak),
             world_size=mesh.world_size,

@@ -54,9 +54,9 @@ def open_session(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[
     trained = make_plan(_one_sample_a_rank(config), world_size())
     dense = evaluation_layers(trained.layers, config.evaluate.attention)
     plan = replace(trained, layers=dense)
-    attention = plan.attention_name
-    if attention != trained.attention_name:
-        attention += f" (dense; trained with {trained.attention_name})"
+    attention = plan.shape.attention_name
+    if attention != trained.shape.attention_name:
+        attention += f" (dense; trained with {trained.shape.attention_name})"
     start_world(config.parallel.timeout)
     mesh = build_mesh(config.parallel, config.train.seed)
     checkpoint = run_on_rank_zero(lambda: open_checkpoint(path))
@@ -82,7 +82,9 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         )
     split = TokenSplit(held_out_folder(config.data), "valid")
     vocab_size = config.model.vocab_size
-    check_vocabulary(split.meta, vocab_size, reserved=vocab_size - session.plan.text_vocab_size)
+    check_vocabulary(
+        split.meta, vocab_size, reserved=vocab_size - session.plan.shape.text_vocab_size
+    )
     lengths = tuple(sorted(config.evaluate.lengths))
     text = held_out_text(split, lengths[-1] * mesh.dp_size, config.evaluate.tokens)
     engine = MegatronEngine(session.plan, mesh, session.chunks)

@@ -95,7 +95,7 @@ def perplexity_by_length(
     engine: MegatronEngine, mesh: Mesh, text: Text, lengths: tuple[int, ...]
 ) -> list[Score]:
     """The score of `text` at each length, over all ranks; every rank gets the same numbers."""
-    plan, slots = engine.plan, engine.plan.slots
+    plan, slots = engine.plan, engine.plan.shape.document_layout
     scores = []
     for length in lengths:
         windows = Windows(text, length, plan.config.model.vocab_size)

@@ -17,26 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-# Dense bf16 tensor-core TFLOP/s by the words of the device's name, the more particular first.
-# Source: the makers' data sheets and architecture whitepapers; figures given "with sparsity" are
-# halved, and the MI250X, which shows itself as two devices, is counted per die.
-DATA_SHEETS: tuple[tuple[tuple[str, ...], float], ...] = (
-    (("H200", "NVL"), 835.5),
-    (("H200",), 989.4),
-    (("GH200",), 989.4),
-    (("H100", "NVL"), 835.5),
-    (("H100", "PCIE"), 756.5),
-    (("H100",), 989.4),
-    (("A100",), 312.0),
-    (("B200",), 2250.0),
-    (("L40S",), 362.05),
-    (("L4",), 121.0),
-    (("A40",), 149.7),
-    (("A10",), 125.0),
-    (("MI325X",), 1307.4),
-    (("MI300X",), 1307.4),
-    (("MI250X",), 191.5),
-)
+from lcdist.hardware.gpu_specs import find_gpu
 
 ROUNDS = 10
 
@@ -59,18 +40,10 @@ def device_peak(device: torch.device, dtype: torch.dtype, configured_tflops: flo
     if configured_tflops > 0:
         return Peak(configured_tflops * 1e12, "config")
     if device.type == "cuda" and dtype == torch.bfloat16:
-        known = data_sheet_tflops(torch.cuda.get_device_name(device))
-        if known is not None:
-            return Peak(known * 1e12, "data sheet")
+        known = find_gpu(torch.cuda.get_device_name(device))
+        if known is not None and known.bf16_flops is not None:
+            return Peak(known.bf16_flops, "data sheet")
     return Peak(measure_flops(device, dtype), "measured")
-
-
-def data_sheet_tflops(name: str) -> float | None:
-    """Dense bf16 TFLOP/s of the GPU called `name`; None where unknown, or where it is a slice."""
-    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
-    if "MIG" in words:
-        return None
-    return next((tflops for key, tflops in DATA_SHEETS if words.issuperset(key)), None)
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:

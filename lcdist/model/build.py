@@ -126,7 +126,7 @@ def build_model(plan: Plan, device: torch.device) -> list[CausalLM]:
             "layers": plan.layers,
             "impl": config.attention.impl,
             "layout": plan.layout,
-            "rotary": rotary_by_length(config.model.rope, plan.head_dim),
+            "rotary": rotary_by_length(config.model.rope, plan.shape.head_dim),
         },
     )
     chunks = []
@@ -142,8 +142,8 @@ def _chunk(
     plan: Plan, megatron: TransformerConfig, core: ModuleSpec, vp_stage: int | None
 ) -> CausalLM:
     num_layers = get_num_layers_to_build(megatron, vp_stage)
-    store = CpuOffload() if plan.offloads else None
-    keeping = MemoryPolicy(plan.recompute, plan.mlp_chunk, store)
+    store = CpuOffload() if plan.memory.offloads else None
+    keeping = MemoryPolicy(plan.memory.recompute, plan.memory.mlp_chunk, store)
     spec = TransformerBlockSubmodules(
         layer_specs=[_layer_spec(core, keeping, plan.config.lora)] * num_layers,
         layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
@@ -152,8 +152,8 @@ def _chunk(
     model = CausalLM(
         config=megatron,
         transformer_layer_spec=spec,  # type: ignore[arg-type]
-        vocab_size=plan.padded_vocab_size,
-        max_sequence_length=plan.seqlen,
+        vocab_size=plan.shape.padded_vocab_size,
+        max_sequence_length=plan.shape.seqlen,
         pre_process=parallel_state.is_pipeline_first_stage(**where),
         post_process=parallel_state.is_pipeline_last_stage(**where),
         share_embeddings_and_output_weights=plan.config.model.tied_embeddings,
@@ -161,9 +161,9 @@ def _chunk(
         vp_stage=vp_stage,
     )
     model.true_vocab_size = plan.config.model.vocab_size
-    model.slots = plan.slots
+    model.slots = plan.shape.document_layout
     model.rotary = core.params["rotary"]
-    model.loss_chunk = plan.loss_chunk
+    model.loss_chunk = plan.memory.loss_chunk
     return model
 
 

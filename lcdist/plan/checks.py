@@ -3,14 +3,15 @@
 Each check adds to `errors` one line a contradiction, with the values and the remedy, and goes on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from lcdist.attention import HeadSlice
 from lcdist.config.lora import LoraConfig
 from lcdist.config.rope import RopeLlama3, RopeYarn
-from lcdist.config.schema import Config
-from lcdist.data.datasets.build import data_errors
+from lcdist.config.schema import Config, DataConfig
+from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.layout import ContextLayout
 from lcdist.plan.resolve import LayerAttention, document_layout_for
 
@@ -174,7 +175,7 @@ def check_schedule(config: Config, errors: list[str]) -> None:
             f"optim.decay_steps = {optim.decay_steps} has no meaning with optim.schedule = "
             f"'{optim.schedule}'; set it to 0 or use 'wsd'"
         )
-    errors.extend(data_errors(data))
+    errors.extend(_data_errors(data))
     if any(length < 2 for length in config.evaluate.lengths):
         errors.append(f"evaluate.lengths = {config.evaluate.lengths}: each must be at least 2")
 
@@ -222,3 +223,68 @@ def check_layers(
         errors.append(
             f"train.seqlen = {config.train.seqlen} holds no two tokens of text between landmarks"
         )
+
+
+def _data_errors(data: DataConfig) -> Iterator[str]:
+    """What in `[data]` does not go together, a line each."""
+    if data.source == "synthetic":
+        yield from _made_up_errors(data)
+    elif not data.path and not data.mixture:
+        yield (
+            "data.path is empty: name a folder made by 'lcdist tokenize', or set "
+            "data.source = 'synthetic'"
+        )
+    if data.documents == "join":
+        if data.packing != "cut":
+            yield (
+                "data.packing = 'best_fit' keeps documents whole, and data.documents = 'join' does "
+                "not know them; set data.documents = 'pack', or data.packing = 'cut'"
+            )
+        if data.balance:
+            yield (
+                "data.balance = true: with data.documents = 'join' all samples are the same work; "
+                "set data.documents = 'pack', or data.balance = false"
+            )
+    yield from _mixture_errors(data)
+    yield from _long_errors(data)
+
+
+def _made_up_errors(data: DataConfig) -> Iterator[str]:
+    if data.path:
+        yield f"data.path = '{data.path}' has no meaning with data.source = 'synthetic'"
+    for key in ("mixture", "long_from", "long_factor"):
+        if getattr(data, key):
+            yield (
+                f"data.{key} has no meaning with data.source = 'synthetic'; leave it out, or read "
+                "folders with data.source = 'tokens'"
+            )
+    if data.packing != "cut":
+        yield "data.packing = 'best_fit' is for data.source = 'tokens'; use 'cut'"
+
+
+def _mixture_errors(data: DataConfig) -> Iterator[str]:
+    paths: dict[Path, str] = {}
+    for name, source in data.mixture.items():
+        if not source.path:
+            yield f"data.mixture.{name}.path is empty: name a folder made by 'lcdist tokenize'"
+        twin = paths.setdefault(Path(source.path), name)
+        if twin != name:
+            yield (
+                f"data.mixture.{name}.path = '{source.path}' is that of data.mixture.{twin} too; "
+                "leave one out and give the other the sum of their weights"
+            )
+
+
+def _long_errors(data: DataConfig) -> Iterator[str]:
+    bounds, factors = list(data.long_from), list(data.long_factor)
+    if len(bounds) != len(factors):
+        yield (
+            f"data.long_from = {bounds} and data.long_factor = {factors}: every length needs a "
+            "factor"
+        )
+    elif bounds != sorted(set(bounds)):
+        yield f"data.long_from = {bounds}: lengths must ascend"
+    try:
+        _ = LongDocuments(data.long_from, data.long_factor).copies_by_band
+    except ValueError as error:
+        yield str(error)

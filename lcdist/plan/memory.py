@@ -1,193 +1,233 @@
-"""What a rank holds of a run for as long as it runs: its share of parameters and their states."""
+"""Estimate memory per rank, and choose recomputation, offload and chunk sizes."""
 
 from dataclasses import dataclass
-from functools import cached_property
-from math import lcm, prod
 
-from lcdist.config.lora_sizes import adapter_tensors
-from lcdist.config.schema import Config
-from lcdist.layout import ContextLayout
-from lcdist.plan.resolve import LayerAttention
+from lcdist.plan.parameters import ParameterCounts
+from lcdist.plan.shape import RunShape
 
-VOCAB_MULTIPLE = 128
 FP32_BYTES = 4
 INT64_BYTES = 8
-ITEMSIZE = {"fp32": 4, "bf16": 2}
-# A chunk of the loss or the MLP: logits, or gate and up, of this size, but so many tokens at least:
-# with fewer, a matrix product spends its time on fetching the weight.
+# Chunks of the loss or the MLP have logits, or gate and up, of this size, but at least so many
+# tokens: with fewer, a matrix product spends its time on loading the weight.
 CHUNK_BYTES = 2**27
 CHUNK_TOKENS = 1024
+# With more tokens a rank, activations fill the memory: "auto" then recomputes, offloads and tiles.
+LONG_SEQUENCE_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """The facts a run is resolved to, and what follows from them for a rank's memory, in bytes.
+class MemoryEstimate:
+    """Bytes per rank: weights, gradients, optimizer states and activations.
 
-    config: as given. seqlen (of `layout`) is the training length padded so that the layout cuts
-    it evenly. layers: the attention of every layer. dtype: of the weights, "fp32" or "bf16".
+    Attributes:
+        shape: The run.
+        parameters: Numbers of parameters.
+        may_offload: Whether `train.offload = "auto"` may use the host's memory.
     """
 
-    config: Config
-    world_size: int
-    dp_size: int
-    layers: tuple[LayerAttention, ...]
-    layout: ContextLayout
-    dtype: str
+    shape: RunShape
+    parameters: ParameterCounts
+    may_offload: bool
 
-    @property
-    def seqlen(self) -> int:
-        """Tokens of a sample as the model sees it, padding included."""
-        return self.layout.seqlen
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Forward and backward passes a step on each data-parallel rank."""
-        train = self.config.train
-        return train.global_batch_size // (train.micro_batch_size * self.dp_size)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one weight or activation."""
-        return ITEMSIZE[self.dtype]
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        model = self.config.model
-        return model.head_dim or model.hidden_size // model.nheads
-
-    @property
-    def nheads_kv(self) -> int:
-        """Key and value heads of the whole model."""
-        return self.config.model.nheads_kv or self.config.model.nheads
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding: the vocabulary rounded up; padding never takes part in a loss."""
-        step = lcm(VOCAB_MULTIPLE, self.config.parallel.tp_size)
-        return -(-self.config.model.vocab_size // step) * step
-
-    @cached_property
-    def stage_layers(self) -> tuple[tuple[int, ...], ...]:
-        """The numbers of the layers that each pipeline stage holds, from 0."""
-        parallel = self.config.parallel
-        chunk = self.config.model.num_layers // (parallel.pp_size * parallel.vp_size)
-        # Interleaving deals chunks out to the stages in turn.
-        firsts = [
-            [(turn * parallel.pp_size + stage) * chunk for turn in range(parallel.vp_size)]
-            for stage in range(parallel.pp_size)
-        ]
-        return tuple(tuple(first + i for first in stage for i in range(chunk)) for stage in firsts)
-
-    def learnable_extras(self, layer: int) -> int:
-        """Parameters that the attention of layer number `layer` learns beside its projections."""
-        chosen = self.layers[layer]
-        sizes = chosen.method.parameters(chosen.options, self.config.model.nheads).values()
-        return sum(prod(size) for size in sizes)
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of one layer, learnable extras of its attention left out."""
-        model = self.config.model
-        width = self.head_dim * (2 * model.nheads + 2 * self.nheads_kv)
-        return model.hidden_size * (width + 3 * model.ffn_hidden_size + 2) + self.layer_biases
-
-    @property
-    def layer_biases(self) -> int:
-        """Elements of one layer's biases: of its queries, keys and values, where it has them."""
-        model = self.config.model
-        return self.head_dim * (model.nheads + 2 * self.nheads_kv) if model.qkv_bias else 0
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the whole model, adapters and padding of the vocabulary included."""
-        model = self.config.model
-        tables = 1 if model.tied_embeddings else 2
-        outside = (tables * self.padded_vocab_size + 1) * model.hidden_size
-        extras = sum(map(self.learnable_extras, range(model.num_layers)))
-        layer = self.layer_parameters + self.layer_adapters(1)
-        return outside + model.num_layers * layer + extras
-
-    def layer_adapters(self, tp_size: int) -> int:
-        """Parameters of one layer's adapters on a rank of `tp_size`."""
-        return sum(adapter_tensors(self.config, tp_size).values())
-
-    @property
-    def trained_parameters(self) -> int:
-        """Parameters of the whole model that are trained: with LoRA not all."""
-        model, lora = self.config.model, self.config.lora
-        if not lora.rank:
-            return self.num_parameters
-        tables = lora.embeddings + (lora.head and not model.tied_embeddings)
-        norms = lora.norms * (2 * model.num_layers + 1)
-        extras = sum(map(self.learnable_extras, range(model.num_layers)))
-        outside = (tables * self.padded_vocab_size + norms) * model.hidden_size
-        return outside + model.num_layers * self.layer_adapters(1) + extras
-
-    @property
-    def stage_parameters(self) -> tuple[int, int]:
-        """Parameters one rank holds on the (first, last) pipeline stage; one stage is both."""
-        model, tp_size = self.config.model, self.config.parallel.tp_size
-        norms = 2 * model.hidden_size
-        layer = (self.layer_parameters - norms) // tp_size + norms + self.layer_adapters(tp_size)
-        return self._on_stages(layer, embeddings=True, head=True, norms=True)
-
-    @property
-    def stage_trained(self) -> tuple[int, int]:
-        """Of `stage_parameters`, those that are trained and so have a gradient."""
-        model, lora = self.config.model, self.config.lora
-        if not lora.rank:
-            return self.stage_parameters
-        layer = self.layer_adapters(self.config.parallel.tp_size)
-        layer += lora.norms * 2 * model.hidden_size
-        return self._on_stages(layer, lora.embeddings, lora.head, lora.norms)
-
-    def _on_stages(self, layer: int, embeddings: bool, head: bool, norms: bool) -> tuple[int, int]:
-        """Of `layer` parameters a layer with its extras, and of what is asked for beside layers."""
-        model, parallel = self.config.model, self.config.parallel
-        first, last = (
-            sum(layer + self.learnable_extras(n) // parallel.tp_size for n in stage)
-            for stage in (self.stage_layers[0], self.stage_layers[-1])
-        )
-        table = self.padded_vocab_size // parallel.tp_size * model.hidden_size
-        # With tied embeddings the head is the embedding, of which the last stage has a copy.
-        output = embeddings if model.tied_embeddings else head
-        last += norms * model.hidden_size
-        if parallel.pp_size == 1:
-            whole = last + (embeddings + (output and not model.tied_embeddings)) * table
-            return whole, whole
-        return first + embeddings * table, last + output * table
+    # --- weights and states -----------------------------------------------------------------------
 
     @property
     def state_bytes(self) -> int:
         """Weights, fp32 gradients and this rank's part of AdamW's fp32 state, on the fullest rank.
 
-        The optimizer shares out whole tensors, so its part is taken as an even share, or as the
+        The optimizer distributes whole tensors. Its part is taken as an even share, or as the
         largest tensor where that is more; the fullest rank holds at most both together.
         """
-        parallel, trained = self.config.parallel, max(self.stage_trained)
-        share = max(-(-trained // (self.dp_size * parallel.cp_size)), self._largest_trained)
-        master = FP32_BYTES if self.itemsize < FP32_BYTES else 0
-        held = max(
-            weights * self.itemsize + gradients * FP32_BYTES
-            for weights, gradients in zip(self.stage_parameters, self.stage_trained, strict=True)
+        parallel, counts = self.shape.config.parallel, self.parameters
+        even_share = -(-max(counts.trained_stages) // (self.shape.dp_size * parallel.cp_size))
+        optimizer_elements = max(even_share, counts.largest_trained)
+        weights_and_gradients = max(
+            weights * self.shape.itemsize + gradients * FP32_BYTES
+            for weights, gradients in zip(counts.stages, counts.trained_stages, strict=True)
         )
-        return held + share * (2 * FP32_BYTES + master)
-
-    @property
-    def _largest_trained(self) -> int:
-        """Elements of the largest trained tensor on a rank."""
-        model, lora, tp_size = self.config.model, self.config.lora, self.config.parallel.tp_size
-        rows = self.padded_vocab_size
-        if not lora.rank:
-            rows = max(rows, 2 * model.ffn_hidden_size)
-        elif not (lora.embeddings or lora.head):
-            return max(adapter_tensors(self.config, tp_size).values())
-        return rows // tp_size * model.hidden_size
+        return weights_and_gradients + optimizer_elements * self._optimizer_bytes
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of one checkpoint, all ranks' files together: weights and AdamW's state."""
-        master = FP32_BYTES if self.itemsize < FP32_BYTES else 0
-        states = self.trained_parameters * (2 * FP32_BYTES + master)
-        return self.num_parameters * self.itemsize + states
+        """Bytes of one checkpoint, files of all ranks together: weights and AdamW's state."""
+        states = self.parameters.trained * self._optimizer_bytes
+        return self.parameters.total * self.shape.itemsize + states
+
+    @property
+    def device_bytes(self) -> int:
+        """Weights, states and activations on the fullest rank."""
+        return self.state_bytes + self.activation_bytes
+
+    @property
+    def _optimizer_bytes(self) -> int:
+        """AdamW's bytes a parameter: two moments, and a master weight beside bf16 weights."""
+        master = FP32_BYTES if self.shape.itemsize < FP32_BYTES else 0
+        return 2 * FP32_BYTES + master
+
+    # --- choices ----------------------------------------------------------------------------------
+
+    @property
+    def recompute(self) -> str:
+        """Activation checkpointing of a layer: "none", "selective" or "full"."""
+        train = self.shape.config.train
+        if train.recompute != "auto":
+            return train.recompute
+        return "full" if self._is_long or train.offload == "host" else "none"
+
+    @property
+    def offloads(self) -> bool:
+        """Whether layer inputs wait for backward in the host's memory."""
+        offload = self.shape.config.train.offload
+        if offload != "auto":
+            return offload == "host"
+        return self.may_offload and self._is_long and self.recompute == "full"
+
+    def mlp_chunk(self, tokens: int) -> int | None:
+        """Return how many of a rank's `tokens` the MLP runs at once; None: all, no tiling."""
+        train, model = self.shape.config.train, self.shape.config.model
+        if train.mlp == "whole" or (train.mlp == "auto" and tokens <= LONG_SEQUENCE_TOKENS):
+            return None
+        gate_up = 2 * model.ffn_hidden_size // self._tp_size * self.shape.itemsize
+        return min(train.mlp_chunk or max(CHUNK_BYTES // gate_up, CHUNK_TOKENS), tokens)
+
+    def loss_chunk(self, tokens: int) -> int | None:
+        """Return how many of a rank's `tokens` get logits at once; None: all, logits are saved."""
+        train = self.shape.config.train
+        if train.loss == "whole" or (train.loss == "auto" and tokens <= LONG_SEQUENCE_TOKENS):
+            return None
+        fitting = max(CHUNK_BYTES // (FP32_BYTES * self._local_vocab_size), CHUNK_TOKENS)
+        return min(train.loss_chunk or fitting, tokens)
+
+    @property
+    def _is_long(self) -> bool:
+        return self.shape.local_tokens > LONG_SEQUENCE_TOKENS
+
+    # --- activations ------------------------------------------------------------------------------
+
+    @property
+    def activation_bytes(self) -> int:
+        """Activations saved for backward on the fullest rank, and the loss's and MLP's buffers.
+
+        Counted tensor by tensor for full attention on a CPU: within 2 % of what autograd saves
+        there, on meshes without pipelining. Fused norms on a GPU save less;
+        `attention.impl = "reference"` saves dense scores on top; frozen weights save less.
+        Temporary memory of backward is left out, except for the one layer that full recompute
+        computes again, and a tile of the MLP.
+        """
+        layers, recomputed = self.shape.chunk_layers * self.layer_bytes, self.recompute_bytes
+        first, last = (layers * chunks for chunks in self._chunks_in_flight)
+        saved_by_loss, loss_buffers = self.loss_bytes
+        # The loss has finished when the first layer is recomputed.
+        last += 3 * self._hidden_bytes + saved_by_loss + max(recomputed, loss_buffers)
+        return max(first + recomputed, last)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes one layer saves on the device for the backward pass of one micro-batch."""
+        if self.recompute != "full":
+            return self.saved_bytes(selective=self.recompute == "selective")
+        return 0 if self.offloads else self._hidden_bytes
+
+    @property
+    def recompute_bytes(self) -> int:
+        """Bytes that the backward pass of one layer recomputes and holds at the same time."""
+        recomputed = self.tile_bytes
+        if self.recompute == "full":
+            # With offload, the next layer's input is loaded while this one is used.
+            prefetched = self._hidden_bytes if self.offloads else 0
+            recomputed += self.saved_bytes(selective=False) + prefetched
+        return recomputed
+
+    @property
+    def tile_bytes(self) -> int:
+        """Most bytes that the backward pass of one MLP tile holds; 0 without tiling."""
+        model = self.shape.config.model
+        chunk = self.mlp_chunk(self.shape.local_tokens)
+        if chunk is None:
+            return 0
+        # Gate, up and their product with a gradient of each, and four hidden states.
+        width = 6 * model.ffn_hidden_size // self._tp_size + 4 * model.hidden_size
+        # Each weight's gradient: the fp32 sum over tiles, and this tile's part.
+        weights = 3 * model.ffn_hidden_size // self._tp_size * model.hidden_size
+        frozen = bool(self.shape.config.lora.rank)
+        gradients = 0 if frozen else weights * (FP32_BYTES + self.shape.itemsize)
+        return chunk * width * self.shape.itemsize + gradients
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that one rank fills with layer inputs; 0 without offload."""
+        if not self.offloads:
+            return 0
+        # torch rounds every pinned tensor up to a power of two.
+        buffer = 1 << (self._hidden_bytes - 1).bit_length()
+        return self.shape.chunk_layers * max(self._chunks_in_flight) * buffer
+
+    @property
+    def loss_bytes(self) -> tuple[int, int]:
+        """(saved for backward, temporary buffers) of a micro-batch's loss, in bytes.
+
+        Without hidden states and the output weight's gradient.
+        """
+        tokens = self.shape.local_tokens
+        chunk = self.loss_chunk(tokens)
+        if chunk is None:
+            return self.whole_logits_bytes, 0
+        # Beside the chunk's fp32 logits, their gradient in the dtype of the matrix products.
+        itemsize = self.shape.itemsize
+        gradient = itemsize if itemsize < FP32_BYTES else 0
+        buffers = chunk * self._local_vocab_size * (FP32_BYTES + gradient)
+        return tokens * (FP32_BYTES + INT64_BYTES), buffers
+
+    @property
+    def whole_logits_bytes(self) -> int:
+        """Fp32 logits of a micro-batch's tokens, for this rank's part of the vocabulary."""
+        return self.shape.local_tokens * FP32_BYTES * self._local_vocab_size
+
+    def saved_bytes(self, selective: bool) -> int:
+        """Return the bytes a layer saves for backward without full recompute.
+
+        Args:
+            selective: Whether norms and the MLP's activation are recomputed.
+        """
+        shape, model, parallel = self.shape, self.shape.config.model, self.shape.config.parallel
+        # On one rank the values are a view that keeps the whole q, k, v projection alive.
+        heads = (3 if parallel.cp_size == 1 else 2) * (model.nheads + shape.nheads_kv)
+        width = heads * shape.head_dim
+        # Each half of the layer saves its input, and its norm two tensors more.
+        hidden = 2 if selective else 6
+        if self.mlp_chunk(shape.local_tokens) is None:
+            width += (2 if selective else 5) * model.ffn_hidden_size
+        elif not selective:
+            hidden = 4
+        # The softmax statistics of attention are fp32.
+        bytes_per_token = width * shape.itemsize + FP32_BYTES * model.nheads
+        return shape.local_tokens * (bytes_per_token // self._tp_size) + hidden * self._hidden_bytes
+
+    @property
+    def _tp_size(self) -> int:
+        return self.shape.config.parallel.tp_size
+
+    @property
+    def _hidden_bytes(self) -> int:
+        """Hidden states of a micro-batch on this rank, in bytes."""
+        parallel = self.shape.config.parallel
+        bytes_per_token = self.shape.itemsize * self.shape.config.model.hidden_size
+        split = parallel.tp_size if parallel.sequence_parallel else 1
+        return self.shape.local_tokens * (bytes_per_token // split)
+
+    @property
+    def _local_vocab_size(self) -> int:
+        return self.shape.padded_vocab_size // self._tp_size
+
+    @property
+    def _chunks_in_flight(self) -> tuple[int, int]:
+        """Forward passes of model chunks that wait for backward, on the (first, last) stage.
+
+        1F1B and its interleaved form (arXiv:2104.04473).
+        """
+        parallel, num_micro_batches = self.shape.config.parallel, self.shape.num_micro_batches
+        pp_size, vp_size = parallel.pp_size, parallel.vp_size
+        if vp_size == 1:
+            return min(pp_size, num_micro_batches), 1
+        most, last = num_micro_batches * vp_size, (vp_size - 1) * pp_size + 1
+        return min(most, last + 2 * (pp_size - 1)), min(most, last)

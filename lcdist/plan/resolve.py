@@ -14,6 +14,7 @@ from lcdist.attention import METHODS, AttentionMethod
 from lcdist.config import ConfigError
 from lcdist.config.load import build_options
 from lcdist.config.schema import OPTIONS, Config, RawOptions
+from lcdist.layout import ContextLayout, pieces_needed
 from lcdist.layout.documents import DocumentLayout
 
 
@@ -66,6 +67,45 @@ def common_layouts(layers: Sequence[LayerAttention]) -> tuple[str, ...]:
 def common_multiple(layers: Sequence[LayerAttention], cp_size: int, kind: str) -> int:
     """What the length of a sequence must be a multiple of for every layer."""
     return lcm(*(layer.method.multiple_of(layer.options, cp_size, kind) for layer in layers))
+
+
+def resolve_layout(
+    config: Config, layers: tuple[LayerAttention, ...], errors: list[str]
+) -> ContextLayout | None:
+    parallel, legal = config.parallel, common_layouts(layers)
+    kind = parallel.layout
+    names = ", ".join(dict.fromkeys(f"'{layer.method.name}'" for layer in layers))
+    if not legal:
+        takes = "; ".join(
+            f"'{layer.method.name}' takes {', '.join(layer.method.layouts_for(layer.options))}"
+            for layer in dict.fromkeys(layers)
+        )
+        errors.append(f"attention.layers: the layers have no layout in common: {takes}")
+        return None
+    if kind == "auto":
+        # Zigzag gives every rank the same share of a causal mask.
+        kind = "zigzag" if "zigzag" in legal else legal[0]
+    if kind not in legal:
+        errors.append(
+            f"parallel.layout = '{kind}': attention.method = {names} takes {', '.join(legal)}"
+        )
+        return None
+    own = common_multiple(layers, parallel.cp_size, kind)
+    step = lcm(
+        own,
+        pieces_needed(kind, parallel.cp_size),
+        # Sequence parallelism cuts each rank's tokens once more.
+        parallel.cp_size * (parallel.tp_size if parallel.sequence_parallel else 1),
+    )
+    padded = -(-config.train.seqlen // step) * step
+    if padded > 2 * config.train.seqlen and own > pieces_needed(kind, parallel.cp_size):
+        errors.append(
+            f"train.seqlen = {config.train.seqlen} would be mostly padding: attention.method = "
+            f"{names} on parallel.cp_size = {parallel.cp_size} needs a multiple of {step}; use a "
+            "longer seqlen, fewer ranks or smaller blocks"
+        )
+        return None
+    return ContextLayout(kind, padded, parallel.cp_size, multiple_of=step)
 
 
 def evaluation_layers(

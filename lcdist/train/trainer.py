@@ -25,7 +25,7 @@ from lcdist.engines.megatron import MegatronEngine
 from lcdist.engines.state import load_random_states, random_states, sharded_random_states
 from lcdist.exchange import traffic
 from lcdist.hardware.peak import Peak, max_over_ranks, mfu, peak_memory
-from lcdist.plan import Plan
+from lcdist.plan import Plan, plan_rows
 from lcdist.rundir.header import versions
 from lcdist.rundir.paths import step_of
 from lcdist.rundir.records import RankTimes, StepRecord, StepTime
@@ -121,8 +121,12 @@ class Trainer:
             grad_norm=grad_norm,
             lr=lr,
             tokens_per_second=rate,
-            mfu_full=mfu(self.plan.flops_per_token_square, rate, self.peak, self.mesh.world_size),
-            mfu_causal=mfu(self.plan.flops_per_token, rate, self.peak, self.mesh.world_size),
+            mfu_full=mfu(
+                self.plan.compute.flops_per_token_square, rate, self.peak, self.mesh.world_size
+            ),
+            mfu_causal=mfu(
+                self.plan.compute.flops_per_token, rate, self.peak, self.mesh.world_size
+            ),
             memory_bytes=most["memory"],
             exchange_bytes={verb: most[verb] for verb in VERBS if most[verb]},
             time=StepTime(
@@ -168,7 +172,7 @@ class Trainer:
         state["rng"] = sharded_random_states(self.mesh.rank, self.mesh.world_size)
         manifest = {
             "config": dump(self.plan.config),
-            "plan": dict(self.plan.rows()),
+            "plan": dict(plan_rows(self.plan)),
             "dtype": self.plan.dtype,
             "world_size": self.mesh.world_size,
             "loader": self.loader.state_dict(),

@@ -99,7 +99,7 @@ def check_host_memory(plan: Plan, available: int | None = None) -> Plan:
     All ranks call it. available: bytes on this rank's host; None: as found. Raises ValueError on
     every rank where memory is short for `train.offload = "host"`.
     """
-    if not plan.offloads:
+    if not plan.memory.offloads:
         return plan
     mine = (socket.gethostname(), host_memory() if available is None else available)
     everyone: list[tuple[str, int]] = [mine] * dist.get_world_size()
@@ -109,9 +109,9 @@ def check_host_memory(plan: Plan, available: int | None = None) -> Plan:
         free[host] = min(found, free.get(host, found))
     short = [
         f"{host} has {free[host] / 2**30:.2f} GiB of memory left and its {count} ranks would fill "
-        f"{count * plan.host_bytes / 2**30:.2f} GiB with inputs of layers"
+        f"{count * plan.memory.host_bytes / 2**30:.2f} GiB with inputs of layers"
         for host, count in sorted(ranks.items())
-        if count * plan.host_bytes > free[host]
+        if count * plan.memory.host_bytes > free[host]
     ]
     if not has_cuda() and dist.get_rank() == 0:
         log.warning("train.offload = 'host' on a CPU copies within one memory and saves nothing")

@@ -106,7 +106,7 @@ def read_densely(trainer: Trainer) -> None:
 def text_logits(trainer: Trainer, x: Tensor) -> Tensor:
     """Logits `[b, s, vocab]` of text `[b, s]`, which is laid out in slots to be read."""
     plan, count = trainer.plan, x.shape[1]
-    slots = plan.slots
+    slots = plan.shape.document_layout
     laid = torch.stack([slots.place(row, 0, slots.num_slots(count), count) for row in x])
     logits = whole_logits(trainer.engine.chunks, trainer.mesh, plan, laid)
     if logits is None:

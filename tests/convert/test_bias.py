@@ -42,11 +42,11 @@ def test_biases_begin_at_0_and_do_not_decay_and_are_counted() -> None:
     count, zero, beside, total = run_ranks(start, 1)[0]
     assert count == 4 and zero and beside == 0
     plan = make_plan(small("model.qkv_bias=true"), 1)
-    assert plan.num_parameters == total
+    assert plan.parameters.total == total
     without = make_plan(small(), 1)
     # Four heads, two key heads and two value heads of 16, in each of four layers.
-    assert plan.num_parameters - without.num_parameters == 4 * 16 * (4 + 2 * 2)
-    assert plan.product_flops_per_token == without.product_flops_per_token
+    assert plan.parameters.total - without.parameters.total == 4 * 16 * (4 + 2 * 2)
+    assert plan.compute.product_flops_per_token == without.compute.product_flops_per_token
 
 
 def test_the_default_is_no_bias() -> None:

@@ -62,7 +62,7 @@ def train_all(rank: int, world_size: int, folder: Path) -> Any:
         trainer.engine.update(0.1)
         trainer.step += 1
         trainer.save(wait=True)
-        dense = trainer.plan.attention_name == "full"
+        dense = trainer.plan.shape.attention_name == "full"
         answers[name] = [
             whole_logits(trainer.engine.chunks, trainer.mesh, trainer.plan, tokens(count))
             for count in ((12, SEQLEN) if dense else ())

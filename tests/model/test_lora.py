@@ -120,10 +120,10 @@ def held(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[tuple
             sum(master.numel() for master in trainer.engine.optimizer.masters),
         )
         plan = trainer.plan
-        said = (plan.stage_parameters, plan.stage_trained, plan.state_bytes)
-        whole = (plan.num_parameters, plan.trained_parameters, plan.trained_parameters)
+        said = (plan.parameters.stages, plan.parameters.trained_stages, plan.memory.state_bytes)
+        whole = (plan.parameters.total, plan.parameters.trained, plan.parameters.trained)
         masters = 12 if plan.dtype == "bf16" else 8
-        bytes_held = sizes[0] * plan.itemsize + sizes[1] * 4 + sizes[2] * masters
+        bytes_held = sizes[0] * plan.shape.itemsize + sizes[1] * 4 + sizes[2] * masters
         found.append((said, whole, sizes, bytes_held, kept))
     return found
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lcdist.config import ConfigError
-from lcdist.plan import Plan, make_plan
+from lcdist.plan import Plan, make_plan, plan_rows
 from tests.model.small import small
 
 SIZES = (
@@ -22,40 +22,40 @@ def plan_of(*words: str, world_size: int = 1) -> Plan:
 
 def test_parameters_and_operations_by_hand() -> None:
     plain, plan = plan_of(), plan_of(*SOME)
-    assert plan.layer_adapters(1) == ADAPTERS
-    assert plan.num_parameters == plain.num_parameters + 3 * ADAPTERS
-    assert plan.trained_parameters == 3 * ADAPTERS
+    assert plan.parameters.layer_adapters(1) == ADAPTERS
+    assert plan.parameters.total == plain.parameters.total + 3 * ADAPTERS
+    assert plan.parameters.trained == 3 * ADAPTERS
     forward = 2 * (3 * (PRODUCTS + ADAPTERS) + 128 * 8)
     # Forward and the gradient of what goes in; of the weights that of the adapters alone.
     products = 2 * forward + 2 * 3 * ADAPTERS
-    assert plan.flops_per_token == products + 3 * plan.attention_flops_per_token
-    assert plain.flops_per_token == 3 * (2 * (3 * PRODUCTS + 128 * 8)) + (
-        3 * plain.attention_flops_per_token
+    assert plan.compute.flops_per_token == products + 3 * plan.compute.attention_flops_per_token
+    assert plain.compute.flops_per_token == 3 * (2 * (3 * PRODUCTS + 128 * 8)) + (
+        3 * plain.compute.attention_flops_per_token
     )
     head = plan_of(*SOME, "lora.head=true", "lora.norms=true")
-    assert head.flops_per_token == plan.flops_per_token + 2 * 128 * 8
-    assert head.trained_parameters == plan.trained_parameters + 128 * 8 + 7 * 8
+    assert head.compute.flops_per_token == plan.compute.flops_per_token + 2 * 128 * 8
+    assert head.parameters.trained == plan.parameters.trained + 128 * 8 + 7 * 8
     tied = plan_of(*SOME, "lora.embeddings=true", "model.tied_embeddings=true")
-    assert tied.flops_per_token == head.flops_per_token
-    assert tied.trained_parameters == plan.trained_parameters + 128 * 8
+    assert tied.compute.flops_per_token == head.compute.flops_per_token
+    assert tied.parameters.trained == plan.parameters.trained + 128 * 8
 
 
 def test_a_rank_has_its_part_of_the_adapters() -> None:
     # A of k and up and B of o and down are whole; k's B too, for want of a head for each rank.
     two = 2 * ((8 + 6) + (6 + 8) + (8 + 5) + (5 + 8))
-    assert plan_of(*SOME, "parallel.tp_size=2", world_size=2).layer_adapters(2) == two
+    assert plan_of(*SOME, "parallel.tp_size=2", world_size=2).parameters.layer_adapters(2) == two
 
 
 def test_gradients_and_states_are_those_of_what_is_trained() -> None:
     plan, bf16 = plan_of(*SOME), plan_of(*SOME, "train.dtype=bf16")
-    whole, trained = plan.num_parameters, 3 * ADAPTERS
-    assert plan.state_bytes == 4 * whole + (4 + 8) * trained
-    assert plan.checkpoint_bytes == 4 * whole + 8 * trained
-    assert bf16.state_bytes == 2 * whole + (4 + 12) * trained
-    assert bf16.checkpoint_bytes == 2 * whole + 12 * trained
-    [row] = [much for what, much in plan.rows() if what == "trained"]
+    whole, trained = plan.parameters.total, 3 * ADAPTERS
+    assert plan.memory.state_bytes == 4 * whole + (4 + 8) * trained
+    assert plan.memory.checkpoint_bytes == 4 * whole + 8 * trained
+    assert bf16.memory.state_bytes == 2 * whole + (4 + 12) * trained
+    assert bf16.memory.checkpoint_bytes == 2 * whole + 12 * trained
+    [row] = [much for what, much in plan_rows(plan) if what == "trained"]
     assert row == f"{trained:,} ({trained / whole:.3%}): LoRA of rank 2 on k, o, up, down"
-    assert "trained" not in dict(plan_of().rows())
+    assert "trained" not in dict(plan_rows(plan_of()))
 
 
 TIED = "model.tied_embeddings=true"

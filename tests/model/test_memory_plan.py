@@ -15,7 +15,7 @@ from lcdist.distributed.mesh import build_mesh
 from lcdist.model.build import build_model
 from lcdist.model.memory.layer import Layer
 from lcdist.model.sequence import SequenceParams
-from lcdist.plan import Plan, make_plan
+from lcdist.plan import Plan, make_plan, plan_rows
 from lcdist.verify import preflight as checks
 from lcdist.verify.preflight import check_host_memory, host_memory
 from tests.distributed import run_ranks
@@ -60,7 +60,7 @@ def held(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[tuple
             losses = model(tokens, None, None, labels=tokens, packed_seq_params=sequence)
             kept = live.now
             losses.sum().backward()
-        found.append((kept, live.peak, plan.host_bytes))
+        found.append((kept, live.peak, plan.memory.host_bytes))
     return found
 
 
@@ -86,7 +86,7 @@ def test_a_layer_keeps_what_the_plan_says(
             # The host's copies are in the same memory here, rounded up on a GPU alone.
             inputs = host // 2
             assert bool(inputs) == (HOST in way)
-            expected = plan.layer_bytes + inputs
+            expected = plan.memory.layer_bytes + inputs
             # Random generators' states, and small tables of the attention.
             assert two - one == pytest.approx(expected, rel=0.01, abs=2**14), way
 
@@ -99,8 +99,8 @@ def test_recomputation_and_tiles_lower_the_peak_as_the_plan_says() -> None:
     plans = {way: plan_of(*words) for way, words in zip(WAYS, cases, strict=True)}
     for way, peak in peaks.items():
         # Beyond what is counted, backward has gradients of what one layer has: less than of all.
-        layer = plans[()].layer_bytes
-        counted = plans[way].activation_bytes
+        layer = plans[()].memory.layer_bytes
+        counted = plans[way].memory.activation_bytes
         assert 0.9 * counted < peak < counted + layer, way
     order = [(), (SELECTIVE,), (SELECTIVE, *TORCH_IMPL), (FULL, *TORCH_IMPL), (HOST, *TORCH_IMPL)]
     values = [peaks[way] for way in order]
@@ -113,48 +113,52 @@ def test_recomputation_and_tiles_lower_the_peak_as_the_plan_says() -> None:
 
 def test_all_of_it_is_on_above_16k_tokens_a_rank() -> None:
     below, above = plan_of("train.seqlen=16384"), plan_of("train.seqlen=16385")
-    assert (below.recompute, below.mlp_chunk(16384), below.offloads) == ("none", None, False)
-    assert (above.recompute, above.offloads) == ("full", False)
+    assert (below.memory.recompute, below.memory.mlp_chunk(16384), below.memory.offloads) == (
+        "none",
+        None,
+        False,
+    )
+    assert (above.memory.recompute, above.memory.offloads) == ("full", False)
     # 128 MiB would hold gate and up of 174,762 tokens.
-    assert above.mlp_chunk(16385) == 16385
+    assert above.memory.mlp_chunk(16385) == 16385
     wide = ("train.seqlen=32768", "model.ffn_hidden_size=16384")
-    assert plan_of(*wide).mlp_chunk(32768) == 1024
-    assert plan_of(*wide, TP, world_size=2).mlp_chunk(32768) == 2048
-    assert plan_of(*wide, "train.mlp_chunk=5").mlp_chunk(32768) == 5
+    assert plan_of(*wide).memory.mlp_chunk(32768) == 1024
+    assert plan_of(*wide, TP, world_size=2).memory.mlp_chunk(32768) == 2048
+    assert plan_of(*wide, "train.mlp_chunk=5").memory.mlp_chunk(32768) == 5
     # Halved by context parallelism, doubled by the micro-batch.
-    assert plan_of("train.seqlen=32768", CP, world_size=2).recompute == "none"
-    assert plan_of("train.seqlen=16384", "train.micro_batch_size=2").recompute == "full"
+    assert plan_of("train.seqlen=32768", CP, world_size=2).memory.recompute == "none"
+    assert plan_of("train.seqlen=16384", "train.micro_batch_size=2").memory.recompute == "full"
     for way in ("none", "selective"):
-        assert plan_of("train.seqlen=32768", f"train.recompute={way}").recompute == way
-    assert plan_of("train.seqlen=32768", "train.mlp=whole").mlp_chunk(32768) is None
-    assert plan_of(HOST).recompute == "full"
+        assert plan_of("train.seqlen=32768", f"train.recompute={way}").memory.recompute == way
+    assert plan_of("train.seqlen=32768", "train.mlp=whole").memory.mlp_chunk(32768) is None
+    assert plan_of(HOST).memory.recompute == "full"
 
 
 def test_auto_offloads_on_a_gpu_alone() -> None:
     long = plan_of("train.seqlen=16385")
-    assert not long.offloads and long.host_bytes == 0
+    assert not long.memory.offloads and long.memory.host_bytes == 0
     gpu = replace(long, may_offload=True)
     # Four inputs of 16,385 x 64 fp32, each rounded up to a power of two.
-    assert gpu.offloads and gpu.host_bytes == 4 * 2**23
-    assert gpu.layer_bytes == 0 and long.layer_bytes == 16385 * 64 * 4
-    assert not replace(plan_of("train.seqlen=16384"), may_offload=True).offloads
+    assert gpu.memory.offloads and gpu.memory.host_bytes == 4 * 2**23
+    assert gpu.memory.layer_bytes == 0 and long.memory.layer_bytes == 16385 * 64 * 4
+    assert not replace(plan_of("train.seqlen=16384"), may_offload=True).memory.offloads
     for word in ("train.offload=none", "train.recompute=none", SELECTIVE):
-        assert not replace(plan_of("train.seqlen=16385", word), may_offload=True).offloads
+        assert not replace(plan_of("train.seqlen=16385", word), may_offload=True).memory.offloads
     # On the first stage two micro-batches of two layers are in flight.
     stages = plan_of("train.seqlen=16384", HOST, PP, world_size=2)
-    assert stages.host_bytes == 2 * 2 * 2**22
+    assert stages.memory.host_bytes == 2 * 2 * 2**22
 
 
 def test_the_plan_tells_people() -> None:
-    rows = dict(plan_of("train.seqlen=16384").rows())
+    rows = dict(plan_rows(plan_of("train.seqlen=16384")))
     assert rows["MLP"] == "whole" and rows["offload"] == "none"
     assert rows["recompute"] == "none; kept for backward: 0.071 GiB a layer"
-    rows = dict(plan_of("train.seqlen=16384", HOST, *TORCH_IMPL).rows())
+    rows = dict(plan_rows(plan_of("train.seqlen=16384", HOST, *TORCH_IMPL)))
     assert rows["MLP"] == "256 tokens at a time"
     assert rows["recompute"] == "full; kept for backward: 0.000 GiB a layer"
     assert rows["offload"] == "inputs of layers to 0.016 GiB of host memory a rank"
     # A login node may have no GPU: what the run would do where there are some.
-    rows = dict(plan_of("train.seqlen=16385").rows())
+    rows = dict(plan_rows(plan_of("train.seqlen=16385")))
     there = "none; on a GPU whose host has the room, inputs of layers to 0.031 GiB of host memory a"
     assert rows["offload"].startswith(there) and "activations" in rows["offload"]
 
@@ -216,7 +220,7 @@ def looked(rank: int, world_size: int, word: str, free: list[int]) -> tuple[Any,
     handler.emit = lambda record: records.append(record.getMessage())
     checks.log.addHandler(handler)
     try:
-        return check_host_memory(plan, free[rank]).offloads, records
+        return check_host_memory(plan, free[rank]).memory.offloads, records
     except ValueError as error:
         return str(error), records
 

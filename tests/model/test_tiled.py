@@ -277,10 +277,10 @@ def test_the_peak_is_that_of_a_tile() -> None:
     assert whole_kept == pytest.approx(5 * ffn + 2 * hidden, rel=0.01)
     assert whole_peak > whole_kept
     plan = make_plan(small(*WIDE), 1)
-    assert plan.mlp_chunk(TOKENS) == CHUNK
+    assert plan.memory.mlp_chunk(TOKENS) == CHUNK
     # y and dx, and what a tile has.
-    assert peak < 2 * hidden + plan.tile_bytes
-    assert peak == pytest.approx(2 * hidden + plan.tile_bytes, rel=0.02)
+    assert peak < 2 * hidden + plan.memory.tile_bytes
+    assert peak == pytest.approx(2 * hidden + plan.memory.tile_bytes, rel=0.02)
 
 
 def test_a_tile_has_two_tensors_less_than_megatrons_would() -> None:

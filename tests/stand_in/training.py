@@ -43,7 +43,7 @@ def train(words: str, stand_in: StandIn) -> None:
     engine.evaluate(batches, plan.layout, config.train.seqlen)
     parallel = config.parallel
     if parallel.cp_size == parallel.pp_size == 1 and not parallel.sequence_parallel:
-        prompt = torch.randint(plan.text_vocab_size, (37,), device=mesh.device)
+        prompt = torch.randint(plan.shape.text_vocab_size, (37,), device=mesh.device)
         assert generate(engine.chunks[0], prompt, 5).shape == (42,)
     said["waits in use"] = dict(stand_in.waits)
     for chunk in engine.chunks:

@@ -17,9 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lcdist.config.schema import Config, LogConfig, ModelConfig, TrainConfig
 from lcdist.hardware.device import device_name
+from lcdist.hardware.gpu_specs import find_gpu
 from lcdist.hardware.peak import (
     Peak,
-    data_sheet_tflops,
     device_peak,
     max_over_ranks,
     mfu,
@@ -301,7 +301,8 @@ def test_a_broken_header_is_named_with_its_line(tmp_path):
     ],
 )
 def test_a_gpus_name_is_matched_word_by_word(name, tflops):
-    assert data_sheet_tflops(name) == tflops
+    gpu = find_gpu(name)
+    assert (gpu and gpu.bf16_flops) == (tflops and tflops * 1e12)
 
 
 def test_the_peak_says_where_it_comes_from():

@@ -75,7 +75,7 @@ def for_own_model(config: Config, hf: HFModel, overrides: Sequence[str], world_s
     found = parse(tomllib.loads(dump(found)), overrides)
     _check_shape(found.model, hf.model)
     reading(found.model, found.attention)  # what cannot be exported is refused now
-    landmarks = found.model.vocab_size - make_plan(found, world_size).text_vocab_size
+    landmarks = found.model.vocab_size - make_plan(found, world_size).shape.text_vocab_size
     rows = max(hf.model.vocab_size, text_rows(hf) + landmarks)
     return replace(found, model=replace(found.model, vocab_size=rows))
 

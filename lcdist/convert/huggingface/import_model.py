@@ -37,7 +37,7 @@ from lcdist.convert.huggingface.tokenizer import check_tokenizer, copy_tokenizer
 from lcdist.convert.huggingface.weights import Weights, open_weights
 from lcdist.convert.streamed_forward import check_alone
 from lcdist.distributed.mesh import start_world
-from lcdist.plan import Plan, make_plan, smallest_world
+from lcdist.plan import Plan, make_plan, plan_rows, smallest_world
 from lcdist.rundir.header import versions
 from lcdist.rundir.paths import LATEST, checkpoint_name
 from lcdist.utils.atomic import atomic_folder, check_free, write_file
@@ -228,7 +228,7 @@ def _of_vocabulary(ours: FusedTensor, weights: Weights, plan: Plan) -> Tensors:
             out[max(0, known - first) : max(0, asked - first)] = mean
         return out
 
-    return Tensors(ours.key, (plan.padded_vocab_size, *ours.rest), dtype, rows)
+    return Tensors(ours.key, (plan.shape.padded_vocab_size, *ours.rest), dtype, rows)
 
 
 def _mean(ours: FusedTensor, weights: Weights) -> Tensor:
@@ -244,7 +244,7 @@ def _finish(folder: Path, plan: Plan, source: Path) -> None:
         "format": FORMAT,
         "step": 0,
         "config": dump(plan.config),
-        "plan": dict(plan.rows()),
+        "plan": dict(plan_rows(plan)),
         "dtype": plan.dtype,
         "world_size": plan.world_size,
         "loader": {},

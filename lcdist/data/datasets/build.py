@@ -1,6 +1,5 @@
 """Build the training dataset from `[data]`, check its settings, and report what a run reads."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,71 +10,6 @@ from lcdist.data.datasets.mixture import FolderDataset, Mixture, round_tokens, s
 from lcdist.data.datasets.packed import PackedDataset
 from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.layout.documents import DocumentLayout
-
-
-def data_errors(data: DataConfig) -> Iterator[str]:
-    """What in `[data]` does not go together, a line each."""
-    if data.source == "synthetic":
-        yield from _made_up_errors(data)
-    elif not data.path and not data.mixture:
-        yield (
-            "data.path is empty: name a folder made by 'lcdist tokenize', or set "
-            "data.source = 'synthetic'"
-        )
-    if data.documents == "join":
-        if data.packing != "cut":
-            yield (
-                "data.packing = 'best_fit' keeps documents whole, and data.documents = 'join' does "
-                "not know them; set data.documents = 'pack', or data.packing = 'cut'"
-            )
-        if data.balance:
-            yield (
-                "data.balance = true: with data.documents = 'join' all samples are the same work; "
-                "set data.documents = 'pack', or data.balance = false"
-            )
-    yield from _mixture_errors(data)
-    yield from _long_errors(data)
-
-
-def _made_up_errors(data: DataConfig) -> Iterator[str]:
-    if data.path:
-        yield f"data.path = '{data.path}' has no meaning with data.source = 'synthetic'"
-    for key in ("mixture", "long_from", "long_factor"):
-        if getattr(data, key):
-            yield (
-                f"data.{key} has no meaning with data.source = 'synthetic'; leave it out, or read "
-                "folders with data.source = 'tokens'"
-            )
-    if data.packing != "cut":
-        yield "data.packing = 'best_fit' is for data.source = 'tokens'; use 'cut'"
-
-
-def _mixture_errors(data: DataConfig) -> Iterator[str]:
-    paths: dict[Path, str] = {}
-    for name, source in data.mixture.items():
-        if not source.path:
-            yield f"data.mixture.{name}.path is empty: name a folder made by 'lcdist tokenize'"
-        twin = paths.setdefault(Path(source.path), name)
-        if twin != name:
-            yield (
-                f"data.mixture.{name}.path = '{source.path}' is that of data.mixture.{twin} too; "
-                "leave one out and give the other the sum of their weights"
-            )
-
-
-def _long_errors(data: DataConfig) -> Iterator[str]:
-    bounds, factors = list(data.long_from), list(data.long_factor)
-    if len(bounds) != len(factors):
-        yield (
-            f"data.long_from = {bounds} and data.long_factor = {factors}: every length needs a "
-            "factor"
-        )
-    elif bounds != sorted(set(bounds)):
-        yield f"data.long_from = {bounds}: lengths must ascend"
-    try:
-        _ = LongDocuments(data.long_from, data.long_factor).copies_by_band
-    except ValueError as error:
-        yield str(error)
 
 
 def build_dataset(
