@@ -21,6 +21,6 @@ def test_words_reach_the_settings_and_what_is_left_out_is_said(
     assert main([*words, "--on-error", "skip"]) == 0
     said = capsys.readouterr().out
     assert "10 tokens for train, vocabulary of 258" in said and "1 .png" in said
-    assert "skipped 1 unreadable pieces" in said and "a.jsonl, line 2: not JSON" in said
+    assert "skipped 1 unreadable documents" in said and "a.jsonl, line 2: not JSON" in said
     meta = read_meta(tmp_path / "out")
     assert meta.settings["field"] == "body" and meta.settings["add_bos"] is True

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from lcdist.data.prepare import chunks as parts
+from lcdist.data.prepare import chunks as chunks_module
 from lcdist.data.prepare.chunks import (
     OnError,
     ReadOptions,
     SkipCounts,
-    cut,
-    documents,
-    number_lines,
+    read_documents,
+    shift_lines,
+    split_file,
 )
 from lcdist.data.prepare.corpus import Source, SourceFile, list_files, standard_library
 
@@ -24,10 +24,12 @@ def read(
     how, found, skipped = ReadOptions(on_error, field), [], []
     for file in list_files(Source(folder, **options)):
         lines = 0
-        for part in cut(file):
+        for part in split_file(file):
             tally = SkipCounts()
-            found += [(document.name, document.text) for document in documents(part, how, tally)]
-            skipped += number_lines(tally.skipped, lines)
+            found += [
+                (document.name, document.text) for document in read_documents(part, how, tally)
+            ]
+            skipped += shift_lines(tally.skipped, lines)
             lines += tally.lines
     return found, skipped
 
@@ -54,10 +56,10 @@ def test_max_bytes_bounds_the_files_taken(tmp_path: Path) -> None:
 def test_missing_empty_and_foreign_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere: no such file or folder"):
         list_files(Source(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="holds no file"):
+    with pytest.raises(ValueError, match="has no file"):
         list_files(Source(tmp_path))
     (tmp_path / "a.png").touch()
-    with pytest.raises(ValueError, match=r"ends in \.txt.*it holds \.png \(1\)"):
+    with pytest.raises(ValueError, match=r"ends in \.txt.*it has \.png \(1\)"):
         list_files(Source(tmp_path))
 
 
@@ -65,11 +67,13 @@ def test_missing_empty_and_foreign_folders_are_named(tmp_path: Path) -> None:
 def test_parts_tile_a_file_without_breaking_a_character(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", 500)
+    monkeypatch.setattr(chunks_module, "CHUNK_BYTES", 500)
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
-    found = cut(SourceFile(path, "a.txt", path.stat().st_size), [77, 1300])
-    read_in = [d for part in found for d in documents(part, ReadOptions("refuse"), SkipCounts())]
+    found = split_file(SourceFile(path, "a.txt", path.stat().st_size), [77, 1300])
+    read_in = [
+        d for part in found for d in read_documents(part, ReadOptions("refuse"), SkipCounts())
+    ]
     assert "".join(document.text for document in read_in) == text
     assert len(found) == 1 or max(part.stop - part.start for part in found) < 600
     names = [document.name for document in read_in]
@@ -106,7 +110,7 @@ BAD = {
 def test_jsonl_names_the_bad_line(
     line: bytes, part_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(chunks_module, "CHUNK_BYTES", part_bytes)
     path = tmp_path / "a.jsonl"
     head = f"{GOOD[0]}\n\n".encode()
     path.write_bytes(head + line + f"\n{GOOD[1]}\n{GOOD[2]}".encode())

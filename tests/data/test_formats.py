@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from lcdist.data.prepare import readers as records
-from lcdist.data.prepare.corpus import Source, list_files, walk
+from lcdist.data.prepare.corpus import Source, list_files, scan_source
 from lcdist.data.prepare.prepare import prepare
 from tests.data.test_corpus import read
 from tests.data.test_prepare import SETTINGS, change, contents
@@ -46,7 +46,7 @@ def test_packed_lines_are_the_lines(ending: str, tmp_path: Path) -> None:
 def test_bad_lines_of_packed_files_are_named(
     ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lcdist.data.prepare.chunks.PART_BYTES", 200)
+    monkeypatch.setattr("lcdist.data.prepare.chunks.CHUNK_BYTES", 200)
     lines = [line.encode() for line in LINES]
     lines[7], lines[30], lines[31] = b"{", b'{"text": 3, "id": 4}', b'{"text": "\xff"}'
     path = pack(tmp_path / f"a.jsonl{ending}", b"\n".join(lines))
@@ -70,7 +70,7 @@ def test_a_damaged_packed_file_is_named_not_cut_short(
     path = pack(tmp_path / f"a.jsonl{ending}", content.encode())
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2 + 7] if damage == "cut" else content.encode())
-    with pytest.raises(ValueError, match=r"a\.jsonl.*damaged or cut off"):
+    with pytest.raises(ValueError, match=r"a\.jsonl.*damaged or truncated"):
         read(path)
     found, skipped = read(path, "skip")
     assert len(found) < 40000 and len(skipped) == 1
@@ -81,11 +81,13 @@ def test_a_damaged_packed_file_is_named_not_cut_short(
 def test_files_packed_otherwise_are_refused_and_others_counted(tmp_path: Path) -> None:
     for name in ("a.txt", "b.png", "c.png", "d.tar.gz"):
         (tmp_path / name).write_text("text")
-    assert walk(Source(tmp_path))[1] == {".gz": 1, ".png": 2}
+    assert scan_source(Source(tmp_path))[1] == {".gz": 1, ".png": 2}
     made = prepare(Source(tmp_path), tmp_path / "out", change(vocab_size=None), "bytes")
     assert made.meta.source["left_out"] == {".gz": 1, ".png": 2}
     for name in ("d.tar.gz",):
-        with pytest.raises(ValueError, match=r"d\.tar\.gz: is packed in a way that is not read"):
+        with pytest.raises(
+            ValueError, match=r"d\.tar\.gz: this kind of compressed file is not supported"
+        ):
             list_files(Source(tmp_path / name))
 
 
@@ -113,12 +115,12 @@ def test_parquet_is_read_in_row_groups(
         return batches(self, size, **words)
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", counted)
-    monkeypatch.setattr(records, "_ROWS", 7)
+    monkeypatch.setattr(records, "_BATCH_ROWS", 7)
     found, skipped = read(path)
     assert [text for _, text in found] == texts and not skipped
     assert [name for name, _ in found] == [f"a.parquet@{row}" for row in range(1, 101)]
     assert asked == [(7, group) for group in range(4)]
-    groups = records.parquet_groups(list_files(Source(path))[0])
+    groups = records.parquet_row_groups(list_files(Source(path))[0])
     assert [group[:2] for group in groups] == [(0, 33), (33, 66), (66, 99), (99, 100)]
     assert sum(group[2] for group in groups) == path.stat().st_size
 

@@ -12,13 +12,13 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401  # isort: skip
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # isort: skip
 
 from lcdist.data.meta import check_vocabulary
-from lcdist.data.prepare import chunks as parts_module
+from lcdist.data.prepare import chunks as chunks_module
 from lcdist.data.prepare import shards as shards_module
 from lcdist.data.prepare.corpus import Source
 from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.data.prepare.prepare import Prepared, prepare
 from lcdist.data.prepare.settings import TokenizeSettings
-from lcdist.data.tokenizers.sentencepiece_bpe import Tokenizer
+from lcdist.data.tokenizers.sentencepiece_bpe import SentencePieceTokenizer
 from tests.data.conftest import SETTINGS, write_corpus
 
 
@@ -28,7 +28,7 @@ def change(**values) -> TokenizeSettings:
 
 def texts_of(made: Prepared, split: str) -> list[str]:
     """The texts of a split's documents; each has to end with eos."""
-    tokenizer = Tokenizer(made.folder / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(made.folder / "tokenizer.model")
     # Bound to a name: the tokens that Megatron's class returns die with it.
     data = IndexedDataset(str(made.folder / split))
     assert all(data[i][-1] == tokenizer.eos_id for i in range(len(data)))
@@ -56,7 +56,7 @@ def test_the_files_are_those_megatron_writes(tmp_path: Path, vocab_size: int) ->
 
 
 def test_every_document_is_there_once_with_its_eos(corpus: Path, prepared: Prepared) -> None:
-    tokenizer = Tokenizer(prepared.folder / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(prepared.folder / "tokenizer.model")
     texts = []
     for split in ("train", "valid"):
         data = IndexedDataset(str(prepared.folder / split))
@@ -121,7 +121,7 @@ def test_jsonl_is_split_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     first = prepare(Source(path), tmp_path / "a", SETTINGS)
     assert sum(first.meta.documents.values()) == 200 and 20 < first.meta.documents["valid"] < 60
-    monkeypatch.setattr(parts_module, "PART_BYTES", 64)
+    monkeypatch.setattr(chunks_module, "CHUNK_BYTES", 64)
     second = prepare(Source(path), tmp_path / "b", SETTINGS, first.folder / "tokenizer.model")
     assert contents(second.folder)["valid.bin"] == contents(first.folder)["valid.bin"]
 
@@ -132,7 +132,7 @@ def test_again_is_done_and_anything_else_is_refused(corpus: Path, tmp_path: Path
     before = contents(out)
     again = prepare(Source(corpus), out, change(workers=2))
     assert (first.fresh, again.fresh, again.meta) == (True, False, first.meta)
-    with pytest.raises(ValueError, match="out: already holds tokens of other text or of other"):
+    with pytest.raises(ValueError, match="out: already has tokens of other text or other"):
         prepare(Source(corpus), out, change(seed=1))
     assert contents(out) == before
     replaced = prepare(Source(corpus), out, change(seed=1), overwrite=True)
@@ -140,14 +140,14 @@ def test_again_is_done_and_anything_else_is_refused(corpus: Path, tmp_path: Path
     assert os.listdir(tmp_path) == ["out"]
     changed = write_corpus(tmp_path / "changed")
     (changed / "even" / "00.txt").write_text("changed")
-    with pytest.raises(ValueError, match="already holds tokens of other text"):
+    with pytest.raises(ValueError, match="already has tokens of other text"):
         prepare(Source(changed), out, change(seed=1))
 
 
 def test_foreign_and_half_written_folders_are_left_alone(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(b"half")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="no whole token folder .meta.json is missing"):
+        with pytest.raises(ValueError, match="not a complete token folder .meta.json is missing"):
             prepare(Source(corpus), tmp_path, SETTINGS, overwrite=overwrite)
     assert os.listdir(tmp_path) == ["train.bin"]
 
@@ -206,7 +206,7 @@ def test_settings_that_cannot_be_are_named(
     taken = prepare(Source(corpus), tmp_path / "out", change(vocab_size=None), model)
     assert taken.meta.fingerprint == prepared.meta.fingerprint
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match="train split holds no document .0 skipped, 1 empty"):
+    with pytest.raises(ValueError, match="train split has no document .0 skipped, 1 empty"):
         prepare(Source(tmp_path / "empty.txt"), tmp_path / "none", change(vocab_size=None), model)
 
 

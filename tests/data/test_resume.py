@@ -17,7 +17,7 @@ from lcdist.data.prepare.chunks import FileChunk
 from lcdist.data.prepare.corpus import Source
 from lcdist.data.prepare.prepare import Prepared, prepare
 from lcdist.data.prepare.settings import TokenizeSettings
-from lcdist.data.prepare.workers import tokenize_all
+from lcdist.data.prepare.workers import tokenize_shards
 from tests.data.test_prepare import SETTINGS, change, contents
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +151,7 @@ def test_the_first_bad_line_is_the_one_that_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 600)
-    monkeypatch.setattr("lcdist.data.prepare.chunks.PART_BYTES", 300)
+    monkeypatch.setattr("lcdist.data.prepare.chunks.CHUNK_BYTES", 300)
     source = Source(bad_lines(tmp_path, 200, {140, 171, 199}))
     first = prepare_bytes(source, tmp_path / "first", change(workers=workers, on_error="skip"))
     assert [(e["line"], e["file"]) for e in first.meta.skipped] == [
@@ -173,7 +173,7 @@ def test_what_a_try_skipped_is_refused_by_the_next_that_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 600)
-    monkeypatch.setattr("lcdist.data.prepare.chunks.PART_BYTES", 300)
+    monkeypatch.setattr("lcdist.data.prepare.chunks.CHUNK_BYTES", 300)
     source, out = Source(bad_lines(tmp_path, 200, {3})), tmp_path / "out"
 
     def stop(what: str, done: int, _total: int) -> None:
@@ -211,5 +211,5 @@ def test_a_process_that_dies_is_named_and_nobody_waits(corpus: Path, tmp_path: P
     begun = time.monotonic()
     # No such tokenizer: both processes end before they have answered.
     with pytest.raises(ValueError, match=r"process ended with status 1 .*--workers"):
-        tokenize_all(work, shards, tmp_path / "nowhere", 2, lambda size: None)
+        tokenize_shards(work, shards, tmp_path / "nowhere", 2, lambda size: None)
     assert time.monotonic() - begun < 60

@@ -8,22 +8,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lcdist.data.prepare.prepare import Prepared
-from lcdist.data.tokenizers.sentencepiece_bpe import Tokenizer, train_tokenizer
+from lcdist.data.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_tokenizer
 
 TEXTS = ["def f(x):\n\treturn x + 1\n" * 20, "  the quick brown fox jumps over dogs  \n\n" * 20]
 ODD = [" ", "\t", "\n", "\r\n", "▁", "a▁ b", "é", "<s>", "</s>", "<0x41>", "\0", "😀", "  x", " ⁇ "]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(prepared: Prepared) -> Tokenizer:
-    return Tokenizer(prepared.folder / "tokenizer.model")
+def tokenizer(prepared: Prepared) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(prepared.folder / "tokenizer.model")
 
 
 @given(parts=st.lists(st.sampled_from(ODD) | st.text(max_size=8), max_size=12))
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_every_text_comes_back(tokenizer: Tokenizer, parts: list[str]) -> None:
+def test_every_text_comes_back(tokenizer: SentencePieceTokenizer, parts: list[str]) -> None:
     text = "".join(parts)
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
@@ -52,16 +52,16 @@ def test_an_error_of_the_corpus_is_not_the_trainers() -> None:
         train_tokenizer(texts(), 300)
 
 
-def test_bad_input_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_bad_input_is_named(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vocab_size = 200: must be at least 300"):
         train_tokenizer(TEXTS, 200)
     with pytest.raises(ValueError, match="no text"):
         train_tokenizer(["", ""], 300)
     with pytest.raises(ValueError, match="nowhere.model: no such file"):
-        Tokenizer(tmp_path / "nowhere.model")
+        SentencePieceTokenizer(tmp_path / "nowhere.model")
     (tmp_path / "junk.model").write_bytes(b"junk")
     with pytest.raises(ValueError, match="junk.model: not a sentencepiece model"):
-        Tokenizer(tmp_path / "junk.model")
+        SentencePieceTokenizer(tmp_path / "junk.model")
     with pytest.raises(ValueError, match="surrogates not allowed"):
         tokenizer.encode("a\ud800")
     with pytest.raises(ValueError, match=f"token 320: .*0..{tokenizer.vocab_size - 1}"):

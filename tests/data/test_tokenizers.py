@@ -14,7 +14,7 @@ from lcdist.data.prepare.prepare import Prepared, prepare
 from lcdist.data.tokenizers.byte_tokenizer import ByteTokenizer
 from lcdist.data.tokenizers.files import bos_prefix, open_tokenizer
 from lcdist.data.tokenizers.huggingface import HuggingFaceTokenizer, SpecialTokens
-from lcdist.data.tokenizers.sentencepiece_bpe import Tokenizer
+from lcdist.data.tokenizers.sentencepiece_bpe import SentencePieceTokenizer
 from tests.data.test_prepare import change
 
 TEXT = "alpha <|end|> beta é\n\t= 3"
@@ -47,12 +47,12 @@ def test_ends_are_found_beside_it(tmp_path: Path) -> None:
     plain = make(tmp_path / "a", eos_token="<|end|>")
     opened = HuggingFaceTokenizer(plain)
     assert (opened.eos_id, opened.bos_id, opened.vocab_size) == (257, None, 259)
-    assert not opened.begins and bos_prefix(opened) == []
+    assert not opened.add_bos and bos_prefix(opened) == []
     table = make(tmp_path / "b", True, eos_token={"content": "<|end|>"}, bos_token="<|begin|>")
     opened = HuggingFaceTokenizer(table)
     # Its own template begins texts with bos, so documents do too, unless told otherwise.
     assert (opened.eos_id, opened.bos_id, bos_prefix(opened)) == (257, 256, [256])
-    assert not HuggingFaceTokenizer(table, SpecialTokens(add_bos=False)).begins
+    assert not HuggingFaceTokenizer(table, SpecialTokens(add_bos=False)).add_bos
     (tmp_path / "b" / "tokenizer_config.json").unlink()
     names = {"bos_token": {"content": "<|begin|>"}, "eos_token": "<|pad|>"}
     (tmp_path / "b" / "special_tokens_map.json").write_text(json.dumps(names))
@@ -118,7 +118,7 @@ def test_a_token_folder_opens_as_its_own_tokenizer(
     opened = open_tokenizer(made.folder)
     assert opened.kind == made.meta.kind == kind
     assert opened.fingerprint == made.meta.fingerprint and opened.eos_id == made.meta.eos_id
-    assert opened.begins == (kind != "sentencepiece")
+    assert opened.add_bos == (kind != "sentencepiece")
     split = TokenSplit(made.folder, "train")
     first = split.document(0).tolist()
     assert first[-1] == opened.eos_id
@@ -134,17 +134,17 @@ def test_what_is_not_for_this_tokenizer_is_refused(
 ) -> None:
     model = prepared.folder / "tokenizer.model"
     for path in ("bytes", model):
-        with pytest.raises(ValueError, match="--eos-token are for a tokenizer.json alone"):
+        with pytest.raises(ValueError, match="--eos-token apply to a tokenizer.json only"):
             open_tokenizer(path, SpecialTokens(eos="x"))
     with pytest.raises(ValueError, match="has no piece that begins a text"):
         open_tokenizer(model, SpecialTokens(add_bos=True))
-    with pytest.raises(ValueError, match="are for a given tokenizer"):
+    with pytest.raises(ValueError, match="need a given tokenizer"):
         prepare(
             Source(corpus), tmp_path / "out", change(special_tokens=SpecialTokens(add_bos=True))
         )
-    with pytest.raises(ValueError, match=r"holds no tokenizer\.json and no tokenizer\.model"):
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json and no tokenizer\.model"):
         open_tokenizer(corpus)
-    assert isinstance(open_tokenizer(prepared.folder), Tokenizer)
+    assert isinstance(open_tokenizer(prepared.folder), SentencePieceTokenizer)
 
 
 def test_published_models_may_have_more_rows_than_their_tokenizer() -> None:

@@ -1,1 +1,1 @@
-"""Prepare token folders from text, JSONL or parquet files."""
+"""Tokenize text, JSONL or parquet files into token folders."""

@@ -1,35 +1,38 @@
-"""Documents out of files, read in parts so that none is too big: text, JSONL and parquet.
+"""Split files into chunks of bounded size and read the documents of a chunk.
 
-A text file is one document, or several of about a mebibyte where it is longer, cut at line ends;
-in JSONL every line is one, in parquet every row. Whatever cannot be read is refused or listed,
-never lost in silence.
+A text file is one document, or several of about a mebibyte if it is longer, cut at line ends. In
+JSONL every line is a document, in parquet every row. An unreadable document raises an error or is
+listed, and is never dropped silently.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lcdist.data.prepare.corpus import SourceFile
+from lcdist.data.prepare.corpus import OnBytes, SourceFile, ignore_bytes
 from lcdist.data.prepare.readers import (
     Text,
     Unreadable,
+    compressed_json_lines,
     json_lines,
-    packed_lines,
-    parquet_groups,
+    parquet_row_groups,
     parquet_rows,
 )
 
-PART_BYTES = 2**20
+CHUNK_BYTES = 2**20
 OnError = Literal["refuse", "skip"]
 
 
 @dataclass(frozen=True)
 class FileChunk:
-    """Some of a file: one document of text, or some lines of JSONL or rows of parquet.
+    """A part of a file: one text document, some lines of JSONL or some rows of parquet.
 
-    start, stop: bytes of the file; all of it where it is packed; rows of parquet. size: bytes of
-    the file that it stands for. group: row group of parquet.
+    Attributes:
+        file: the file.
+        start, stop: byte range; the whole file if it is compressed; for parquet a range of rows.
+        size: number of bytes of the file that the chunk represents.
+        group: row group of parquet.
     """
 
     file: SourceFile
@@ -41,7 +44,7 @@ class FileChunk:
 
 @dataclass(frozen=True)
 class Document:
-    """One document: a name that does not depend on the machine, and its text."""
+    """A document: its text, and a name that is the same on every machine."""
 
     name: str
     text: str
@@ -49,7 +52,15 @@ class Document:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How documents are read: what to do with one that cannot be, and where records have text."""
+    """Options for reading documents.
+
+    Attributes:
+        on_error: "refuse" raises at an unreadable document, "skip" lists it and continues.
+        field: key or column that holds the text of a record.
+
+    Raises:
+        ValueError: `on_error` is unknown.
+    """
 
     on_error: OnError
     field: str = "text"
@@ -61,124 +72,151 @@ class ReadOptions:
 
 @dataclass
 class SkipCounts:
-    """What came beside documents: what could not be read, and how many line ends there were.
+    """Skipped documents and line ends of a chunk, filled in while it is read.
 
-    skipped: each as {"file", "offset" (bytes), "reason"}, with "line" or "row", from 1, where there
-    are such. A line of a file that is read in parts counts from the part's start until
-    `number_lines` has put the lines before it on top.
+    Attributes:
+        skipped: each as {"file", "offset" (bytes), "reason"}, with "line" or "row" from 1 if there
+            is one. In a file of several chunks, lines count from the start of the chunk until
+            `shift_lines` adds the lines before it.
+        lines: number of line ends.
     """
 
     skipped: list[dict] = field(default_factory=list)
     lines: int = 0
 
 
-def cut(file: SourceFile, cuts: Sequence[int] = (), part_bytes: int = 0) -> list[FileChunk]:
-    """The parts of a file, each of about `part_bytes` (0: `PART_BYTES`), cut at line ends.
+def split_file(
+    file: SourceFile, boundaries: Sequence[int] = (), chunk_bytes: int = 0
+) -> list[FileChunk]:
+    """Split a file into chunks at line ends.
 
-    cuts: further byte offsets to cut at, each moved on to the next line end. Text without line
-    ends is cut between characters; a line of JSONL is never cut. A packed file is one part, since
-    it can only be read from its start; a row group of parquet is one. Raises ValueError where the
-    library that reads parquet is not installed.
+    Text without line ends is split between characters; a line of JSONL is never split. A compressed
+    file is one chunk, because it can only be read from its start. In parquet, every row group is
+    one chunk.
+
+    Args:
+        file: the file.
+        boundaries: additional byte offsets to split at, each moved to the next line end.
+        chunk_bytes: approximate size of a chunk of text; 0 for `CHUNK_BYTES`.
+
+    Raises:
+        ValueError: the file is parquet and pyarrow is not installed.
     """
     if file.kind == ".parquet":
-        return [FileChunk(file, *group) for group in parquet_groups(file)]
+        return [FileChunk(file, *row_group) for row_group in parquet_row_groups(file)]
     if file.kind in (".jsonl.gz", ".jsonl.zst"):
         return [FileChunk(file, 0, file.size, file.size)]
-    size = PART_BYTES if file.kind or not part_bytes else part_bytes
-    wanted = sorted({*range(size, file.size, size), *cuts})
-    borders = [0]
+    size = CHUNK_BYTES if file.kind or not chunk_bytes else chunk_bytes
+    wanted = sorted({*range(size, file.size, size), *boundaries})
+    offsets = [0]
     with open(file.path, "rb") as stream:
         for offset in wanted:
-            if borders[-1] < offset < file.size:
-                borders.append(_border(stream, offset, file.kind == ".jsonl"))
-    borders.append(file.size)
-    pairs = zip(borders, borders[1:], strict=False)
+            if offsets[-1] < offset < file.size:
+                offsets.append(_next_boundary(stream, offset, file.kind == ".jsonl"))
+    offsets.append(file.size)
+    pairs = zip(offsets, offsets[1:], strict=False)
     return [FileChunk(file, a, b, b - a) for a, b in pairs if a < b or not a]
 
 
-def _border(stream, offset: int, jsonl: bool) -> int:
+def _next_boundary(stream, offset: int, jsonl: bool) -> int:
+    """Return the first line end, or character border of long lines of text, from `offset` on."""
     stream.seek(offset - 1)
-    line = stream.readline(-1 if jsonl else PART_BYTES // 16)
+    line = stream.readline(-1 if jsonl else CHUNK_BYTES // 16)
     if jsonl or line.endswith(b"\n"):
         return offset - 1 + len(line)
     stream.seek(offset)
-    # A byte 10xxxxxx continues a character of UTF-8, which has at most three of them.
+    # A byte 10xxxxxx continues a UTF-8 character, which has at most three such bytes.
     return offset + next((i for i, byte in enumerate(stream.read(4)) if byte & 0xC0 != 0x80), 0)
 
 
-def documents(
-    part: FileChunk,
-    how: ReadOptions,
-    tally: SkipCounts,
-    read: Callable[[int], None] = lambda size: None,
+def read_documents(
+    chunk: FileChunk,
+    options: ReadOptions,
+    skip_counts: SkipCounts,
+    on_bytes: OnBytes = ignore_bytes,
 ) -> Iterator[Document]:
-    """The documents of a part, in order; empty ones too.
+    """Yield the documents of a chunk in order, empty documents included.
 
-    How "refuse" raises ValueError naming file, line and byte offset at the first one that cannot
-    be read; "skip" adds it to `tally` and goes on. read: hears of bytes read, as they are.
+    Args:
+        chunk: part of a file.
+        options: how to read records and treat errors.
+        skip_counts: receives skipped documents and line ends.
+        on_bytes: called with the number of bytes after each read.
+
+    Raises:
+        ValueError: a document is unreadable and options.on_error is "refuse". The message names
+            file, line and byte offset.
     """
-    for found in _texts(part, how.field, tally, read):
-        if isinstance(found, Text):
-            yield Document(part.file.name + found.suffix, found.text)
-        elif how.on_error == "refuse":
-            place = _place(part, found)
+    for record in _read_records(chunk, options.field, skip_counts, on_bytes):
+        if isinstance(record, Text):
+            yield Document(chunk.file.name + record.name_suffix, record.text)
+        elif options.on_error == "refuse":
+            place = _location(chunk, record)
             raise ValueError(
-                f"{part.file.path}{place}: {found.reason}; mend the file, take it out, or "
-                'skip such documents with on_error = "skip" (--on-error skip)'
+                f"{chunk.file.path}{place}: {record.reason}; correct or remove the file, or skip "
+                'such documents with on_error = "skip" (--on-error skip)'
             )
         else:
-            number = {found.unit: found.number} if found.unit else {}
-            entry = {"file": part.file.name, "offset": found.offset} | number
-            tally.skipped.append(entry | {"reason": found.reason})
+            number = {record.unit: record.number} if record.unit else {}
+            entry = {"file": chunk.file.name, "offset": record.offset} | number
+            skip_counts.skipped.append(entry | {"reason": record.reason})
 
 
-def _texts(
-    part: FileChunk, name: str, tally: SkipCounts, read: Callable[[int], None]
+def _read_records(
+    chunk: FileChunk, field_name: str, skip_counts: SkipCounts, on_bytes: OnBytes
 ) -> Iterator[Text | Unreadable]:
-    kind = part.file.kind
+    kind = chunk.file.kind
     if kind == ".parquet":
-        yield from parquet_rows(part.file.path, (part.start, part.stop), part.group, name)
-        read(part.size)
+        rows = (chunk.start, chunk.stop)
+        yield from parquet_rows(chunk.file.path, rows, chunk.group, field_name)
+        on_bytes(chunk.size)
     elif kind in (".jsonl.gz", ".jsonl.zst"):
-        yield from packed_lines(part.file.path, kind, name, read)
+        yield from compressed_json_lines(chunk.file.path, kind, field_name, on_bytes)
     else:
-        with open(part.file.path, "rb") as stream:
-            stream.seek(part.start)
-            data = stream.read(part.stop - part.start)
+        with open(chunk.file.path, "rb") as stream:
+            stream.seek(chunk.start)
+            data = stream.read(chunk.stop - chunk.start)
         if kind:
-            tally.lines += data.count(b"\n")
-            # Not splitlines: it also cuts at a bare carriage return, which JSON takes for a space.
-            yield from json_lines(data.split(b"\n"), part.start, name)
+            skip_counts.lines += data.count(b"\n")
+            # Not splitlines: it also splits at a bare carriage return, which is a space in JSON.
+            yield from json_lines(data.split(b"\n"), chunk.start, field_name)
         else:
-            yield _whole(data, part.start)
-        read(part.size)
+            yield _decode_text(data, chunk.start)
+        on_bytes(chunk.size)
 
 
-def _whole(data: bytes, start: int) -> Text | Unreadable:
+def _decode_text(data: bytes, start: int) -> Text | Unreadable:
     try:
         return Text(f"@{start}" if start else "", data.decode())
     except UnicodeDecodeError as error:
         return Unreadable(f"not UTF-8 ({error.reason})", start + error.start)
 
 
-def number_lines(skipped: list[dict], before: int) -> list[dict]:
-    """The entries of a part of JSONL with lines counted from the file's start, `before` it."""
-    return [e | {"line": e["line"] + before} if "line" in e else e for e in skipped]
+def shift_lines(skipped: list[dict], lines_before: int) -> list[dict]:
+    """Return the skipped entries of a JSONL chunk with lines counted from the file's start.
+
+    Args:
+        skipped: entries of `SkipCounts.skipped`.
+        lines_before: lines of the file before the chunk.
+    """
+    return [e | {"line": e["line"] + lines_before} if "line" in e else e for e in skipped]
 
 
-def _place(part: FileChunk, found: Unreadable) -> str:
-    number = found.number
-    if part.file.kind == ".jsonl":
-        number += _lines_before(part.file.path, part.start)
-    if found.unit == "row":
+def _location(chunk: FileChunk, record: Unreadable) -> str:
+    """Return the line or row and the byte offset of an unreadable record, for a message."""
+    number = record.number
+    if chunk.file.kind == ".jsonl":
+        number += _count_lines(chunk.file.path, chunk.start)
+    if record.unit == "row":
         return f", row {number}" if number else ""
-    return (f", line {number}" if found.unit else "") + f", byte {found.offset}"
+    return (f", line {number}" if record.unit else "") + f", byte {record.offset}"
 
 
-def _lines_before(path: Path, size: int) -> int:
+def _count_lines(path: Path, size: int) -> int:
+    """Return the number of line ends in the first `size` bytes of a file."""
     lines = 0
     with open(path, "rb") as stream:
-        while size and (chunk := stream.read(min(size, PART_BYTES))):
-            size -= len(chunk)
-            lines += chunk.count(b"\n")
+        while size and (data := stream.read(min(size, CHUNK_BYTES))):
+            size -= len(data)
+            lines += data.count(b"\n")
     return lines

@@ -1,4 +1,4 @@
-"""Which files a corpus is made of, in an order and under names that no machine changes."""
+"""List the files of a corpus, in an order and with names that are the same on every machine."""
 
 import hashlib
 import os
@@ -8,20 +8,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Read as records, one document each, by the ending of the file's name.
+# Suffixes of files that hold records, one document each.
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 SUFFIXES = (".txt", ".md", ".rst", ".py", *RECORDS)
-# Never text, whatever is in them.
-_PACKED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z")
-_BLOCK = 8 * 2**20
+# Suffixes of compressed files, which are never plain text.
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z")
+_READ_BYTES = 8 * 2**20
+
+# Called with the number of input bytes processed since the last call.
+OnBytes = Callable[[int], None]
+
+
+def ignore_bytes(size: int) -> None:
+    """Report no progress: the default `OnBytes`."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where text comes from: a folder (read recursively, hidden folders left out) or one file.
+    """A folder of text, read recursively without hidden folders, or a single file.
 
-    suffixes: endings of the files taken from a folder. exclude: names of folders left out.
-    max_bytes: keep only so many bytes of files, chosen by a hash of their names (None: all).
+    Attributes:
+        path: the folder or file.
+        suffixes: suffixes of the files to use from a folder.
+        exclude: names of folders to leave out.
+        max_bytes: upper bound on the bytes of files to use, chosen by a hash of their names. None:
+            use all files.
     """
 
     path: str | Path
@@ -32,7 +43,7 @@ class Source:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source: where it lies, its name relative to the source, its size in bytes."""
+    """A file of a source: its path, its name relative to the source, and its size in bytes."""
 
     path: Path
     name: str
@@ -40,14 +51,15 @@ class SourceFile:
 
     @property
     def kind(self) -> str:
-        """The ending of `RECORDS` that says how documents are found in it, or "" for plain text."""
-        return next((ending for ending in RECORDS if self.path.name.endswith(ending)), "")
+        """The suffix in `RECORDS` that determines the file's format, or "" for plain text."""
+        return next((suffix for suffix in RECORDS if self.path.name.endswith(suffix)), "")
 
 
 def standard_library(max_bytes: int | None = None) -> Source:
-    """The running interpreter's own Python sources, without its tests and installed packages.
+    """Return the Python sources of the running interpreter, without tests and packages.
 
-    max_bytes: see `Source`; the whole is about 12 MB.
+    Args:
+        max_bytes: see `Source`; all files together are about 12 MB.
     """
     return Source(
         path=sysconfig.get_path("stdlib"),
@@ -57,82 +69,88 @@ def standard_library(max_bytes: int | None = None) -> Source:
     )
 
 
-def share(seed: int, name: str) -> float:
-    """A number in [0, 1) that depends on `seed` and `name` alone, the same on every machine."""
+def hash_fraction(seed: int, name: str) -> float:
+    """Return a number in [0, 1) that depends on `seed` and `name` alone."""
     digest = hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def list_files(source: Source) -> list[SourceFile]:
-    """The files of `source`, sorted by name.
+    """Return the files of `source`, sorted by name.
 
-    Raises ValueError where the path is missing, the folder is empty, no file has one of the
-    wanted endings, or a file is packed in a way that is not read.
+    Raises:
+        ValueError: the path is missing, the folder is empty, no file has one of the suffixes, or a
+            file has an unsupported compression.
     """
-    files = walk(source)[0]
+    files, _ = scan_source(source)
     for file in files:
-        if not file.kind and file.path.name.endswith(_PACKED):
+        if not file.kind and file.path.name.endswith(_COMPRESSED):
             raise ValueError(
-                f"{file.path}: is packed in a way that is not read; unpack it, or give text, "
-                f"{', '.join(RECORDS)}"
+                f"{file.path}: this kind of compressed file is not supported; decompress it, or "
+                f"give text, {', '.join(RECORDS)}"
             )
     return files
 
 
-def walk(source: Source) -> tuple[list[SourceFile], dict[str, int]]:
-    """The files of `source`, sorted by name, and how many others it has, by ending."""
+def scan_source(source: Source) -> tuple[list[SourceFile], dict[str, int]]:
+    """Return the files of `source`, sorted by name, and the number of other files by suffix."""
     root = Path(source.path)
     if root.is_file():
         return [SourceFile(root, root.name, root.stat().st_size)], {}
     if not root.is_dir():
         raise ValueError(f"{root}: no such file or folder; give a folder of text or a file")
-    files, left = [], Counter()
-    for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if name not in source.exclude and name[0] != "."]
+    files, other_suffixes = [], Counter()
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [n for n in subfolders if n not in source.exclude and n[0] != "."]
         for path in (Path(folder, name) for name in names):
             if path.name.endswith(source.suffixes) and path.is_file():
                 name = path.relative_to(root).as_posix()
                 files.append(SourceFile(path, name, path.stat().st_size))
             else:
-                left[path.suffix] += 1
-    if not files and not left:
-        raise ValueError(f"{root}: the folder holds no file; put text in it or give another one")
+                other_suffixes[path.suffix] += 1
+    if not files and not other_suffixes:
+        raise ValueError(f"{root}: the folder has no file; put text in it or give another one")
     if not files:
-        seen = ", ".join(f"{ending or 'no ending'} ({n})" for ending, n in left.most_common(5))
+        common = other_suffixes.most_common(5)
+        listed = ", ".join(f"{suffix or 'no suffix'} ({n})" for suffix, n in common)
         raise ValueError(
-            f"{root}: none of its files ends in {', '.join(source.suffixes)}; it holds {seen}; "
-            "name the endings to take, or give another folder"
+            f"{root}: no file ends in {', '.join(source.suffixes)}; it has {listed}; "
+            "give the suffixes to use, or another folder"
         )
     if source.max_bytes is not None:
-        files = _bounded(files, source.max_bytes)
-    return sorted(files, key=lambda file: file.name), dict(sorted(left.items()))
+        files = _select_files(files, source.max_bytes)
+    return sorted(files, key=lambda file: file.name), dict(sorted(other_suffixes.items()))
 
 
-def _bounded(files: list[SourceFile], max_bytes: int) -> list[SourceFile]:
-    kept, total = [], 0
-    for file in sorted(files, key=lambda file: share(0, file.name)):
+def _select_files(files: list[SourceFile], max_bytes: int) -> list[SourceFile]:
+    """Return files of at most `max_bytes` together, in an order drawn from their names."""
+    selected, total = [], 0
+    for file in sorted(files, key=lambda file: hash_fraction(0, file.name)):
         if total + file.size <= max_bytes:
-            kept.append(file)
+            selected.append(file)
             total += file.size
-    if not kept:
+    if not selected:
         smallest = min(file.size for file in files)
         raise ValueError(
             f"max_bytes = {max_bytes}: no file is that small; the smallest has {smallest} bytes"
         )
-    return kept
+    return selected
 
 
-def digest_files(
-    files: Sequence[SourceFile], read: Callable[[int], None] = lambda size: None
-) -> str:
-    """sha256 over the names, sizes and contents of `files`, in hex; `read` hears of bytes read."""
-    whole = hashlib.sha256()
+def digest_files(files: Sequence[SourceFile], on_bytes: OnBytes = ignore_bytes) -> str:
+    """Return the sha256, in hex, over the names, sizes and contents of `files`.
+
+    Args:
+        files: the files in order.
+        on_bytes: called with the number of bytes after each read.
+    """
+    corpus_hash = hashlib.sha256()
     for file in files:
-        content = hashlib.sha256()
+        file_hash = hashlib.sha256()
         with open(file.path, "rb") as stream:
-            while block := stream.read(_BLOCK):
-                content.update(block)
-                read(len(block))
-        line = f"{file.name}\0{file.size}\0{content.hexdigest()}\n"
-        whole.update(line.encode("utf-8", "surrogateescape"))
-    return whole.hexdigest()
+            while block := stream.read(_READ_BYTES):
+                file_hash.update(block)
+                on_bytes(len(block))
+        line = f"{file.name}\0{file.size}\0{file_hash.hexdigest()}\n"
+        corpus_hash.update(line.encode("utf-8", "surrogateescape"))
+    return corpus_hash.hexdigest()

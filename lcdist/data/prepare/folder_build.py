@@ -1,7 +1,8 @@
-"""A folder that is built beside its place and takes it when it is whole, over several tries.
+"""Build a token folder beside its final path, resumably, and rename it when it is complete.
 
-A killed process leaves it behind, without meta.json until it is whole; the next one, which can lock
-it then, goes on if it wants the same, and empties it otherwise.
+A killed process leaves the partial folder behind, without meta.json until it is complete. The next
+process locks it. It continues if it has the same inputs and settings, and otherwise empties the
+folder.
 """
 
 import contextlib
@@ -13,25 +14,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcdist.data.meta import META, read_meta
+from lcdist.utils.atomic import replace_folder
 
-_SHARDS, _GONE = "shards", "gone"
+_SHARDS, _REMOVED_SHARDS = "shards", "gone"
 
 
 @dataclass(frozen=True)
 class FolderBuild:
-    """The folder being built, and the folder in it for shards, named by what they are made from."""
+    """A token folder that is being built.
+
+    Attributes:
+        folder: the partial folder.
+        shards: folder for shards in it, named by a digest of their inputs.
+    """
 
     folder: Path
     shards: Path
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the files, by name."""
+        """Return the sizes of the files in bytes, by name."""
         files = sorted(path for path in self.folder.iterdir() if path.is_file())
         return {path.name: path.stat().st_size for path in files if path.name != META}
 
 
-def is_whole(folder: Path, digest: str) -> bool:
-    """Whether all of the folder that `digest` stands for is there: only its name was missing."""
+def is_complete(folder: Path, digest: str) -> bool:
+    """Return whether `folder` is complete with this digest: only the rename was missing."""
     try:
         return (folder / META).is_file() and read_meta(folder).digest == digest
     except ValueError:
@@ -40,36 +47,29 @@ def is_whole(folder: Path, digest: str) -> bool:
 
 @contextlib.contextmanager
 def folder_build(out: Path, key: str, digest: str) -> Iterator[FolderBuild]:
-    """A folder beside `out` that takes its place at the end.
+    """Lock a partial folder beside `out` and rename it to `out` at the end.
 
-    key: says what its shards are of. digest: of meta.json, where all of it is there already.
-    On an error it stays if a shard is done, so that the next try goes on, and is removed
-    otherwise. Raises ValueError where another process is building it.
+    On an error the partial folder remains if a shard is complete, so that the next process can
+    continue. Otherwise it is removed.
+
+    Args:
+        out: final path; an existing folder is replaced.
+        key: digest of the inputs of the shards.
+        digest: digest in meta.json of the complete folder.
+
+    Raises:
+        ValueError: another process is building the folder.
     """
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not partial.exists() or os.fstat(lock).st_ino != partial.stat().st_ino:
-            raise BlockingIOError
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(
-            f"{out}: another process is making it; wait for that one, or give another folder"
-        ) from None
+    lock = _lock_folder(partial, out)
     shards = partial / _SHARDS / key[:16]
     try:
-        if not is_whole(partial, digest):
-            _clear(partial, shards)
+        if not is_complete(partial, digest):
+            _reset(partial, shards)
         yield FolderBuild(partial, shards)
-        _without_shards(partial)
-        replaced = out.with_name(f".{out.name}.replaced")
-        if out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            out.rename(replaced)
-        partial.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove_shards(partial)
+        replace_folder(partial, out, out.with_name(f".{out.name}.replaced"))
     except BaseException:
         if not shards.is_dir() or not any(path.suffix == "" for path in shards.iterdir()):
             shutil.rmtree(partial, ignore_errors=True)
@@ -78,22 +78,38 @@ def folder_build(out: Path, key: str, digest: str) -> Iterator[FolderBuild]:
         os.close(lock)
 
 
-def _clear(partial: Path, shards: Path) -> None:
-    """Take away what an earlier try left, but for its tokenizer and shards if they are ours."""
+def _lock_folder(partial: Path, out: Path) -> int:
+    """Return a file descriptor that holds an exclusive lock on `partial`."""
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The last holder may have renamed the folder before this process locked it.
+        if not partial.exists() or os.fstat(lock).st_ino != partial.stat().st_ino:
+            raise BlockingIOError
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(
+            f"{out}: another process is making it; wait for it to end, or give another folder"
+        ) from None
+    return lock
+
+
+def _reset(partial: Path, shards: Path) -> None:
+    """Remove what an earlier process left, except for shards and tokenizer with the same key."""
     if not shards.is_dir():
-        _without_shards(partial)
-        for old in partial.iterdir():
-            old.unlink()
+        _remove_shards(partial)
+        for path in partial.iterdir():
+            path.unlink()
     (partial / META).unlink(missing_ok=True)
-    # Half shards stay until the end: a process that outlived its parent may be writing one.
+    # Partial shards stay until the end: a worker that outlived its parent may be writing one.
     shards.mkdir(parents=True, exist_ok=True)
 
 
-def _without_shards(partial: Path) -> None:
-    """Take all shards away, also from a process that outlived its parent and still writes there."""
-    gone = partial / _GONE
-    shutil.rmtree(gone, ignore_errors=True)
+def _remove_shards(partial: Path) -> None:
+    """Remove all shards, even while a worker that outlived its parent still writes to them."""
+    removed = partial / _REMOVED_SHARDS
+    shutil.rmtree(removed, ignore_errors=True)
     if (partial / _SHARDS).is_dir():
-        # Under another name nothing can be added to it any more.
-        (partial / _SHARDS).rename(gone)
-        shutil.rmtree(gone)
+        # After the rename no worker can add a shard.
+        (partial / _SHARDS).rename(removed)
+        shutil.rmtree(removed)

@@ -1,8 +1,8 @@
-"""Writes Megatron's indexed format (.bin, .idx) as a stream, without Megatron or torch.
+"""Write Megatron's indexed format (.bin, .idx) as a stream, without Megatron or torch.
 
-The format, of megatron.core.datasets.indexed_dataset: the .bin is all tokens one after another;
-the .idx is a header of 34 bytes, then for every sequence its length in tokens (int32) and its
-byte offset (int64), then the sequence number at which each document starts (int64).
+The format, of megatron.core.datasets.indexed_dataset: the .bin file is all tokens one after
+another. The .idx file is a header of 34 bytes, then for every sequence its length in tokens (int32)
+and its byte offset (int64), then the sequence number at which each document starts (int64).
 """
 
 import shutil
@@ -15,13 +15,15 @@ from types import TracebackType
 import numpy as np
 
 _MAGIC = b"MMIDIDX\x00\x00"
-_CODES = {np.uint16: 8, np.int32: 4}
+_DTYPE_CODES = {np.uint16: 8, np.int32: 4}
 
 
 class IndexedWriter:
-    """Writes documents to `prefix`.bin and, on a clean exit, their index to `prefix`.idx.
+    """Write documents to `prefix`.bin and, on a clean exit, their index to `prefix`.idx.
 
-    vocab_size decides the width, as in Megatron: 2 bytes a token below 65,500, else 4.
+    Args:
+        prefix: path without suffix.
+        vocab_size: determines the width of a token, as in Megatron: 2 bytes below 65,500, else 4.
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int) -> None:
@@ -33,7 +35,7 @@ class IndexedWriter:
 
     @property
     def documents(self) -> int:
-        """How many documents have been written."""
+        """Number of documents written so far."""
         return len(self._lengths)
 
     def add(self, tokens: Sequence[int]) -> None:
@@ -43,12 +45,12 @@ class IndexedWriter:
         self.tokens += len(tokens)
 
     def add_all(self, prefix: str | Path) -> None:
-        """Append the documents of another such pair of files, written for the same vocab_size."""
+        """Append the documents of another pair of files, written for the same vocab_size."""
         with open(f"{prefix}.bin", "rb") as tokens:
             shutil.copyfileobj(tokens, self._bin, 2**22)
         with open(f"{prefix}.idx", "rb") as index:
-            head = index.read(len(_MAGIC) + 25)
-            (count,) = struct.unpack_from("<Q", head, len(_MAGIC) + 9)
+            header = index.read(len(_MAGIC) + 25)
+            (count,) = struct.unpack_from("<Q", header, len(_MAGIC) + 9)
             lengths = np.frombuffer(index.read(4 * count), np.int32)
         self._lengths.frombytes(lengths.tobytes())
         self.tokens += int(lengths.sum(dtype=np.int64))
@@ -60,7 +62,7 @@ class IndexedWriter:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        at: TracebackType | None,
+        trace: TracebackType | None,
     ) -> None:
         self._bin.close()
         if kind is not None:
@@ -69,7 +71,7 @@ class IndexedWriter:
         ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(self._dtype).itemsize
         starts = np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)]
         with open(self._index_path, "wb") as index:
-            index.write(_MAGIC + struct.pack("<QB", 1, _CODES[self._dtype]))
+            index.write(_MAGIC + struct.pack("<QB", 1, _DTYPE_CODES[self._dtype]))
             index.write(struct.pack("<QQ", len(lengths), len(lengths) + 1))
             for table in (lengths, starts, np.arange(len(lengths) + 1, dtype=np.int64)):
                 index.write(table.tobytes())

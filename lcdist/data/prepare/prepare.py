@@ -1,7 +1,8 @@
-"""From text to a folder of tokens: tokenizer, train and valid split in Megatron's indexed format.
+"""Tokenize text into a token folder: tokenizer, train and valid split in Megatron's format.
 
-The folder is built beside its place and renamed when it is whole, so a folder with its name is a
-whole one. What comes out depends on texts, names and settings alone, not on machine or processes.
+The folder is built beside its final path and renamed when it is complete, so a folder with that
+name is always complete. The result depends on texts, names and settings alone, not on the machine
+or the number of processes.
 """
 
 import dataclasses
@@ -12,22 +13,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcdist.data.meta import FORMAT, META, Meta, read_meta, write_meta
-from lcdist.data.prepare.chunks import PART_BYTES, FileChunk, ReadOptions, SkipCounts, cut
-from lcdist.data.prepare.corpus import Source, SourceFile, digest_files, list_files, share, walk
-from lcdist.data.prepare.folder_build import FolderBuild, folder_build, is_whole
+from lcdist.data.prepare.chunks import CHUNK_BYTES, FileChunk, ReadOptions, SkipCounts, split_file
+from lcdist.data.prepare.corpus import (
+    OnBytes,
+    Source,
+    SourceFile,
+    digest_files,
+    hash_fraction,
+    list_files,
+    scan_source,
+)
+from lcdist.data.prepare.folder_build import FolderBuild, folder_build, is_complete
 from lcdist.data.prepare.settings import TokenizeSettings, check_settings
-from lcdist.data.prepare.shards import SHARD_BYTES, ShardJob, drawn_documents, join, shards_of
-from lcdist.data.prepare.workers import tokenize_all
+from lcdist.data.prepare.shards import (
+    SHARD_BYTES,
+    PlannedChunk,
+    ShardJob,
+    group_into_shards,
+    merge_shards,
+    read_chunk,
+)
+from lcdist.data.prepare.workers import tokenize_shards
 from lcdist.data.tokenizers.files import TextTokenizer, open_tokenizer
 from lcdist.data.tokenizers.sentencepiece_bpe import MODEL_FILE, train_tokenizer
 
-# Called with what is being done, the bytes of input done and the bytes there are.
+# Called with the stage, the input bytes processed so far and the total.
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A whole token folder; `fresh` is False where it was already there."""
+    """A complete token folder; `fresh` is False if it existed before."""
 
     folder: Path
     meta: Meta
@@ -44,38 +60,47 @@ def prepare(
 ) -> Prepared:
     """Tokenize `source` into `out_folder`: {train,valid}.{bin,idx}, the tokenizer, meta.json.
 
-    tokenizer: what `open_tokenizer` opens; None trains one on the train split. Every document ends
-    with eos. Where the folder already holds the same text under the same settings nothing is done;
-    where an earlier call was interrupted, it goes on. Raises ValueError on bad input, where the
-    folder holds anything else and `overwrite` is False, where it is no token folder at all, and
-    where another process is making it.
+    Every document ends with eos. If the folder already has the same text with the same settings,
+    nothing is done. If an earlier call was interrupted, this one continues.
+
+    Args:
+        source: text to tokenize.
+        out_folder: destination.
+        settings: settings of the tokenization.
+        tokenizer: name or path for `open_tokenizer`. None: train one on the train split.
+        overwrite: whether to replace a token folder with other contents.
+        progress: called with the progress of each stage.
+
+    Raises:
+        ValueError: an input is invalid; the folder exists with other contents and `overwrite` is
+            False, or is not a token folder; or another process is building it.
     """
     given = None if tokenizer is None else open_tokenizer(tokenizer, settings.special_tokens)
     check_settings(settings, given, tokenizer)
     files = list_files(source)
     total = sum(file.size for file in files)
-    described = {
+    source_record = {
         "path": str(source.path),
         "files": len(files),
         "bytes": total,
-        "digest": digest_files(files, _counter("reading", total, progress)),
-        "left_out": walk(source)[1],
+        "digest": digest_files(files, _byte_counter("reading", total, progress)),
+        "left_out": scan_source(source)[1],
     }
     recorded = settings.recorded(given)
-    digest = _digest([FORMAT, described["digest"], recorded])
-    # What is skipped and what is refused gives the same tokens as far as it goes.
-    basis = {key: value for key, value in recorded.items() if key != "on_error"}
-    key = _digest([FORMAT, described["digest"], basis, PART_BYTES, SHARD_BYTES])
+    digest = _digest([FORMAT, source_record["digest"], recorded])
+    # on_error does not change the tokens of the documents that are read.
+    shard_settings = {name: value for name, value in recorded.items() if name != "on_error"}
+    key = _digest([FORMAT, source_record["digest"], shard_settings, CHUNK_BYTES, SHARD_BYTES])
     out = Path(out_folder)
-    if _taken(out, digest, overwrite):
+    if _is_up_to_date(out, digest, overwrite):
         return Prepared(out, read_meta(out), fresh=False)
-    with folder_build(out, key, digest) as at:
-        if not is_whole(at.folder, digest):
-            plan = _plan(files, settings)
-            opened = _tokenizer(at, plan, settings, given)
-            meta = _tokenize(at, plan, opened, settings, progress)
-            meta = dataclasses.replace(meta, digest=digest, source=described, settings=recorded)
-            write_meta(at.folder, meta)
+    with folder_build(out, key, digest) as build:
+        if not is_complete(build.folder, digest):
+            chunks = _plan_chunks(files, settings)
+            opened = _provide_tokenizer(build, chunks, settings, given)
+            meta = _tokenize(build, chunks, opened, settings, progress)
+            meta = dataclasses.replace(meta, digest=digest, source=source_record, settings=recorded)
+            write_meta(build.folder, meta)
     return Prepared(out, read_meta(out), fresh=True)
 
 
@@ -83,104 +108,109 @@ def _digest(inputs: list) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def _counter(stage: str, total: int, progress: Progress | None) -> Callable[[int], None]:
-    done = 0
+def _byte_counter(stage: str, total: int, progress: Progress | None) -> OnBytes:
+    """Return a function that sums bytes and reports them to `progress`."""
+    processed = 0
 
     def count(size: int) -> None:
-        nonlocal done
-        done += size
+        nonlocal processed
+        processed += size
         if progress is not None:
-            progress(stage, done, total)
+            progress(stage, processed, total)
 
     return count
 
 
-def _taken(out: Path, digest: str, overwrite: bool) -> bool:
+def _is_up_to_date(out: Path, digest: str, overwrite: bool) -> bool:
+    """Return whether `out` has the wanted contents.
+
+    Raises:
+        ValueError: `out` has other contents that may not be overwritten.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / META).is_file():
         raise ValueError(
-            f"{out}: exists and is no whole token folder ({META} is missing); remove it or give "
-            "another folder"
+            f"{out}: exists and is not a complete token folder ({META} is missing); remove it or "
+            "give another folder"
         )
     try:
         if read_meta(out).digest == digest:
             return True
     except ValueError:
-        # A damaged folder may be replaced, but only by who says so.
+        # A damaged folder may be replaced, but only on request.
         if not overwrite:
             raise
     if overwrite:
         return False
     raise ValueError(
-        f"{out}: already holds tokens of other text or of other settings; give another folder, "
-        "or tell it to overwrite"
+        f"{out}: already has tokens of other text or other settings; give another folder, or "
+        "overwrite it"
     )
 
 
-def _plan(
-    files: Sequence[SourceFile], settings: TokenizeSettings
-) -> list[tuple[FileChunk, str | None]]:
-    """Parts and their splits: text files by the hash of their names, records by theirs (None).
+def _plan_chunks(files: Sequence[SourceFile], settings: TokenizeSettings) -> list[PlannedChunk]:
+    """Split all files into chunks and assign a split to each chunk.
 
-    A lone text file is cut in two at a line end, its last part for validation; of several, the
-    one drawn first goes there if chance would send none.
+    The split of a text file depends on the hash of its name. The split of a record is decided
+    later, by the hash of its own name (None). A single text file is divided at a line end, and its
+    last part is used for validation. If chance would select none of several text files, the file
+    with the lowest hash is used for validation.
     """
-    fraction, seed, size = settings.valid_fraction, settings.seed, settings.document_bytes or 0
-    full = [file for file in files if file.size]
-    text = [file for file in full if not file.kind]
-    if fraction and len(full) == len(text) == 1:
-        border = int(text[0].size * (1 - fraction))
-        parts = [part for file in files for part in cut(file, [border], size)]
-        return [(part, "valid" if part.start >= border else "train") for part in parts]
-    valid = {file.name for file in text if share(seed, file.name) < fraction}
-    if fraction and len(text) == len(full) > 1 and not valid:
-        valid = {min(text, key=lambda file: share(seed, file.name)).name}
+    fraction, seed = settings.valid_fraction, settings.seed
+    chunk_bytes = settings.document_bytes or 0
+    nonempty = [file for file in files if file.size]
+    text = [file for file in nonempty if not file.kind]
+    if fraction and len(nonempty) == len(text) == 1:
+        boundary = int(text[0].size * (1 - fraction))
+        chunks = [chunk for file in files for chunk in split_file(file, [boundary], chunk_bytes)]
+        return [(chunk, "valid" if chunk.start >= boundary else "train") for chunk in chunks]
+    valid = {file.name for file in text if hash_fraction(seed, file.name) < fraction}
+    if fraction and len(text) == len(nonempty) > 1 and not valid:
+        valid = {min(text, key=lambda file: hash_fraction(seed, file.name)).name}
     return [
-        (part, None if file.kind else "valid" if file.name in valid else "train")
+        (chunk, None if file.kind else "valid" if file.name in valid else "train")
         for file in files
-        for part in cut(file, part_bytes=size)
+        for chunk in split_file(file, chunk_bytes=chunk_bytes)
     ]
 
 
-def _tokenizer(
-    at: FolderBuild,
-    plan: list[tuple[FileChunk, str | None]],
+def _provide_tokenizer(
+    build: FolderBuild,
+    chunks: list[PlannedChunk],
     settings: TokenizeSettings,
     given: TextTokenizer | None,
 ) -> TextTokenizer:
-    """The tokenizer, its files in the folder being built; a trained one is trained once."""
+    """Write the tokenizer's files to the folder and return it; train it if it is not there."""
     if given is not None:
         for name, content in given.files.items():
-            (at.folder / name).write_bytes(content)
+            (build.folder / name).write_bytes(content)
         return given
-    file = at.folder / MODEL_FILE
+    file = build.folder / MODEL_FILE
     if not file.is_file():
-        work = _work(at, settings, add_bos=False)
+        job = _shard_job(build, settings, add_bos=False)
         partial = file.with_suffix(".partial")
-        texts = _training_texts(work, plan, settings.seed + 1)
+        texts = _training_texts(job, chunks, settings.seed + 1)
         partial.write_bytes(train_tokenizer(texts, settings.vocab_size or 0))
         partial.rename(file)
     return open_tokenizer(file)
 
 
-def _training_texts(
-    work: ShardJob, plan: list[tuple[FileChunk, str | None]], seed: int
-) -> Iterator[str]:
-    """Texts of the train split, part after part in an order drawn from the names."""
-    for part, split in sorted(plan, key=lambda one: share(seed, _part_name(one[0]))):
-        for drawn, document in drawn_documents(work, part, split, SkipCounts()):
-            if drawn == "train":
+def _training_texts(job: ShardJob, chunks: list[PlannedChunk], seed: int) -> Iterator[str]:
+    """Yield the texts of the train split; the order of chunks is drawn from their names."""
+    for planned in sorted(chunks, key=lambda one: hash_fraction(seed, _chunk_name(one[0]))):
+        for split, document in read_chunk(job, planned, SkipCounts()):
+            if split == "train":
                 yield document.text
 
 
-def _part_name(part: FileChunk) -> str:
-    return f"{part.file.name}@{part.start}"
+def _chunk_name(chunk: FileChunk) -> str:
+    return f"{chunk.file.name}@{chunk.start}"
 
 
-def _work(at: FolderBuild, settings: TokenizeSettings, add_bos: bool) -> ShardJob:
+def _shard_job(build: FolderBuild, settings: TokenizeSettings, add_bos: bool) -> ShardJob:
     return ShardJob(
-        folder=str(at.shards),
+        folder=str(build.shards),
         splits=("train", "valid") if settings.valid_fraction else ("train",),
         valid_fraction=settings.valid_fraction,
         seed=settings.seed,
@@ -190,26 +220,29 @@ def _work(at: FolderBuild, settings: TokenizeSettings, add_bos: bool) -> ShardJo
 
 
 def _tokenize(
-    at: FolderBuild,
-    plan: list[tuple[FileChunk, str | None]],
+    build: FolderBuild,
+    chunks: list[PlannedChunk],
     tokenizer: TextTokenizer,
     settings: TokenizeSettings,
     progress: Progress | None,
 ) -> Meta:
-    work, shards = _work(at, settings, tokenizer.begins), shards_of(plan)
+    """Tokenize and merge all shards. Returns the meta data without digest, source and settings."""
+    job, shards = _shard_job(build, settings, tokenizer.add_bos), group_into_shards(chunks)
     total = sum(shard.size for shard in shards)
-    count = _counter("tokenizing", total, progress)
-    tokenize_all(work, shards, at.folder, settings.workers, count)
-    done = join(work, shards, at.folder, tokenizer.vocab_size, _counter("joining", total, progress))
-    if done.skipped and settings.on_error == "refuse":
-        # Shards of an earlier try that was told to skip.
-        raise ValueError(f"{done.skipped[0]}: mend the file, take it out, or use --on-error skip")
-    for name, documents in done.documents.items():
-        if not documents:
+    count_tokenized = _byte_counter("tokenizing", total, progress)
+    tokenize_shards(job, shards, build.folder, settings.workers, count_tokenized)
+    count_merged = _byte_counter("joining", total, progress)
+    totals = merge_shards(job, shards, build.folder, tokenizer.vocab_size, count_merged)
+    if totals.skipped and settings.on_error == "refuse":
+        # These shards are from an earlier call with on_error = "skip".
+        raise ValueError(f"{totals.skipped[0]}: correct or remove the file, or use --on-error skip")
+    for split, num_documents in totals.documents.items():
+        if not num_documents:
+            first = f"; the first skipped document: {totals.skipped[0]}" if totals.skipped else ""
             raise ValueError(
-                f"the {name} split holds no document ({len(done.skipped)} skipped, {done.empty} "
-                f"empty): give more documents, or another valid_fraction than "
-                f"{settings.valid_fraction}{_first(done.skipped)}"
+                f"the {split} split has no document ({len(totals.skipped)} skipped, "
+                f"{totals.empty} empty): give more documents, or another valid_fraction than "
+                f"{settings.valid_fraction}{first}"
             )
     return Meta(
         format=FORMAT,
@@ -217,33 +250,30 @@ def _tokenize(
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         fingerprint=tokenizer.fingerprint,
-        documents=done.documents,
-        tokens=done.tokens,
+        documents=totals.documents,
+        tokens=totals.tokens,
         source={},
         settings={},
-        empty=done.empty,
-        skipped=done.skipped,
-        files=at.sizes(),
+        empty=totals.empty,
+        skipped=totals.skipped,
+        files=build.sizes(),
         kind=tokenizer.kind,
     )
 
 
-def _first(skipped: list[dict]) -> str:
-    return f"; the first that was skipped: {skipped[0]}" if skipped else ""
-
-
 def summary_lines(prepared: Prepared) -> list[str]:
-    """What was made and what was left out, a line each, for people."""
+    """Describe a token folder and what was left out, one fact per line."""
     meta = prepared.meta
     counts = ", ".join(f"{n:,} tokens for {split}" for split, n in meta.tokens.items())
-    state = "wrote" if prepared.fresh else "already done:"
+    state = "wrote" if prepared.fresh else "already complete:"
     lines = [f"{state} {prepared.folder}: {counts}, vocabulary of {meta.vocab_size}"]
-    left = meta.source.get("left_out") or {}
-    if left:
-        named = ", ".join(f"{n} {ending or 'without ending'}" for ending, n in left.items())
-        lines.append(f"left out files of other endings: {named}")
+    left_out = meta.source.get("left_out") or {}
+    if left_out:
+        listed = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in left_out.items())
+        lines.append(f"left out files with other suffixes: {listed}")
     if meta.skipped:
-        lines.append(f"skipped {len(meta.skipped)} unreadable pieces, listed in {META}; the first:")
+        num_skipped = len(meta.skipped)
+        lines.append(f"skipped {num_skipped} unreadable documents, listed in {META}; the first:")
     for entry in meta.skipped[:3]:
         unit = next((f", {u} {entry[u]}" for u in ("line", "row") if entry.get(u)), "")
         lines.append(f"  {entry['file']}{unit}: {entry['reason']}")

@@ -1,36 +1,43 @@
-"""Records to texts: lines of JSON, packed or not, and rows of parquet.
+"""Read the texts of records: lines of JSON, compressed or not, and rows of parquet.
 
-Each reader yields, in order, the texts and what could not be read, and goes on after the latter as
-long as the file lets it.
+Each reader yields texts and unreadable records in order. After an unreadable record it continues as
+long as the file allows.
 """
 
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcdist.data.prepare.corpus import SourceFile
+from lcdist.data.prepare.corpus import OnBytes, SourceFile
 
-# Rows decoded at once: a row group may have a million.
-_ROWS = 64
-# Bytes of a packed file between two words about progress.
-_TOLD = 2**20
+# Parquet rows decoded at once; a row group may have a million.
+_BATCH_ROWS = 64
+# Bytes of a compressed file between two progress reports.
+_PROGRESS_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Text:
-    """A document's text, and what its name has after the file's."""
+    """The text of a document. `name_suffix` follows the file's name in the document's name."""
 
-    suffix: str
+    name_suffix: str
     text: str
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Why there is no text at byte `offset`, and the line or row (`unit`) it has, from 1."""
+    """A record without text.
+
+    Attributes:
+        reason: why there is no text.
+        offset: position in bytes.
+        unit: "line", "row" or "".
+        number: line or row, from 1.
+    """
 
     reason: str
     offset: int
@@ -38,8 +45,8 @@ class Unreadable:
     number: int = 0
 
 
-class _Bad(ValueError):
-    """A record without a text; `offset` counts bytes from its start."""
+class _RecordError(ValueError):
+    """A record has no text; `offset` counts bytes from the record's start."""
 
     def __init__(self, reason: str, offset: int = 0) -> None:
         super().__init__(reason)
@@ -47,16 +54,20 @@ class _Bad(ValueError):
 
 
 def json_lines(
-    lines: Iterable[bytes], start: int, name: str, newline: int = 1
+    lines: Iterable[bytes], start: int, field_name: str, newline: int = 1
 ) -> Iterator[Text | Unreadable]:
-    """The strings under `name`, one a line; lines of white space have none.
+    """Yield the string under `field_name` of each line; skip lines of white space.
 
-    start: the offset of the first line. newline: bytes between lines that are not part of them.
+    Args:
+        lines: the lines in order.
+        start: byte offset of the first line.
+        field_name: key of the text.
+        newline: bytes between two lines that are not part of them.
     """
     for number, line in enumerate(lines, 1):
         try:
-            text = _json_text(line, name)
-        except _Bad as error:
+            text = _json_text(line, field_name)
+        except _RecordError as error:
             yield Unreadable(str(error), start + error.offset, "line", number)
         except UnicodeDecodeError as error:
             reason = f"not UTF-8 ({error.reason})"
@@ -67,7 +78,7 @@ def json_lines(
         start += len(line) + newline
 
 
-def _json_text(line: bytes, name: str) -> str | None:
+def _json_text(line: bytes, field_name: str) -> str | None:
     if not line.strip():
         return None
     decoded = line.decode()
@@ -75,31 +86,39 @@ def _json_text(line: bytes, name: str) -> str | None:
         record = json.loads(decoded)
     except json.JSONDecodeError as error:
         offset = len(decoded[: error.pos].encode())
-        raise _Bad(f"not JSON ({error.msg})", offset) from error
+        raise _RecordError(f"not JSON ({error.msg})", offset) from error
     except (ValueError, RecursionError) as error:
-        raise _Bad(f"JSON that cannot be read ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get(name), str):
+        raise _RecordError(f"JSON that cannot be read ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get(field_name), str):
         keys = f"; it has {', '.join(list(record)[:8])}" if isinstance(record, dict) else ""
-        raise _Bad(f'not an object with a string under "{name}"{keys}')
-    return _checked(record[name])
+        raise _RecordError(f'not an object with a string under "{field_name}"{keys}')
+    return _check_surrogates(record[field_name])
 
 
-def _checked(text: str) -> str:
+def _check_surrogates(text: str) -> str:
+    """Return `text`; raise _RecordError if it contains a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _Bad(f"its text holds a lone surrogate ({error.reason})") from error
+        raise _RecordError(f"its text contains a lone surrogate ({error.reason})") from error
     return text
 
 
-def packed_lines(
-    path: Path, kind: str, name: str, read: Callable[[int], None]
+def compressed_json_lines(
+    path: Path, kind: str, field_name: str, on_bytes: OnBytes
 ) -> Iterator[Text | Unreadable]:
-    """The texts of a .jsonl.gz or .jsonl.zst; offsets and lines are those of the unpacked text.
+    """Yield the texts of a .jsonl.gz or .jsonl.zst file.
 
-    A file that breaks off, or is damaged, ends there with an `Unreadable` that says so.
+    Offsets and lines are those of the decompressed text. A truncated or damaged file ends with an
+    `Unreadable` that says so.
+
+    Args:
+        path: the file.
+        kind: ".jsonl.gz" or ".jsonl.zst".
+        field_name: key of the text.
+        on_bytes: called with the number of compressed bytes after about each mebibyte.
     """
-    at = done = 0
+    offset = reported = 0
     with open(path, "rb") as raw:
         stream = gzip.GzipFile(fileobj=raw) if kind == ".jsonl.gz" else _zstd(path, raw)
         number = 0
@@ -107,107 +126,120 @@ def packed_lines(
             try:
                 line = stream.readline()
             except (EOFError, OSError, zlib.error) as error:
-                reason = f"damaged or cut off ({error}); what follows in the file is lost"
-                yield Unreadable(reason, at, "line", number + 1)
+                reason = f"damaged or truncated ({error}); the rest of the file is lost"
+                yield Unreadable(reason, offset, "line", number + 1)
                 break
             if not line:
                 break
             number += 1
-            for found in json_lines([line], at, name, newline=0):
-                if isinstance(found, Unreadable):
-                    found = Unreadable(found.reason, found.offset, "line", number)
-                yield found
-            at += len(line)
-            if raw.tell() - done >= _TOLD:
-                read(raw.tell() - done)
-                done = raw.tell()
-    read(path.stat().st_size - done)
+            for record in json_lines([line], offset, field_name, newline=0):
+                if isinstance(record, Unreadable):
+                    record = Unreadable(record.reason, record.offset, "line", number)
+                yield record
+            offset += len(line)
+            if raw.tell() - reported >= _PROGRESS_BYTES:
+                on_bytes(raw.tell() - reported)
+                reported = raw.tell()
+    on_bytes(path.stat().st_size - reported)
 
 
 def _zstd(path: Path, raw: Any) -> Any:
-    arrow = _arrow(path)
-    return _Lines(arrow.CompressedInputStream(arrow.PythonFile(raw, "r"), "zstd"))
+    arrow = _import_pyarrow(path)
+    return _LineReader(arrow.CompressedInputStream(arrow.PythonFile(raw, "r"), "zstd"))
 
 
-class _Lines:
-    """readline over a stream that has none."""
+class _LineReader:
+    """Add `readline` to a stream that has only `read`."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._held = stream, b""
+        self._stream, self._buffer = stream, b""
 
     def readline(self) -> bytes:
-        """Up to and with the next newline, or what remains."""
-        pieces = [self._held]
+        """Return the bytes up to and including the next newline, or the rest of the stream."""
+        pieces = [self._buffer]
         while b"\n" not in pieces[-1]:
             more = self._stream.read(2**18)
             if not more:
                 break
             pieces.append(more)
-        whole = b"".join(pieces)
-        end = whole.find(b"\n") + 1 or len(whole)
-        line, self._held = whole[:end], whole[end:]
+        data = b"".join(pieces)
+        end = data.find(b"\n") + 1 or len(data)
+        line, self._buffer = data[:end], data[end:]
         return line
 
 
-def parquet_groups(file: SourceFile) -> list[tuple[int, int, int, int]]:
-    """(first row, last row + 1, bytes, number) of every row group.
+def parquet_row_groups(file: SourceFile) -> list[tuple[int, int, int, int]]:
+    """Return (first row, last row + 1, bytes, number) of every row group.
 
-    A file that is not parquet has one group without rows, so that reading it tells. Raises
-    ValueError where pyarrow is not installed.
+    A file that is not parquet gets one group without rows; reading that group reports the error.
+
+    Raises:
+        ValueError: pyarrow is not installed.
     """
-    arrow = _arrow(file.path)
+    arrow = _import_pyarrow(file.path)
     try:
         with arrow.parquet.ParquetFile(file.path) as opened:
             meta = opened.metadata
             rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
-            held = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
+            sizes = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
     except (arrow.ArrowException, OSError):
         return [(0, 0, file.size, 0)]
-    groups, first, told = [], 0, 0
+    groups, first, previous_end = [], 0, 0
     for number, count in enumerate(rows):
-        share = file.size * sum(held[: number + 1]) // max(1, sum(held))
-        groups.append((first, first + count, share - told, number))
-        first, told = first + count, share
+        # The file's bytes are divided in proportion to the uncompressed sizes of the groups.
+        end = file.size * sum(sizes[: number + 1]) // max(1, sum(sizes))
+        groups.append((first, first + count, end - previous_end, number))
+        first, previous_end = first + count, end
     return groups or [(0, 0, file.size, 0)]
 
 
 def parquet_rows(
-    path: Path, rows: tuple[int, int], group: int, name: str
+    path: Path, rows: tuple[int, int], group: int, field_name: str
 ) -> Iterator[Text | Unreadable]:
-    """The strings of column `name` in a row group whose rows are `rows`, a few rows at a time."""
-    arrow = _arrow(path)
+    """Yield the strings of one column in a row group, decoding a few rows at a time.
+
+    Args:
+        path: the file.
+        rows: first row and last row + 1 of the row group.
+        group: number of the row group.
+        field_name: name of the column.
+    """
+    arrow = _import_pyarrow(path)
     row = rows[0]
     try:
         with arrow.parquet.ParquetFile(path, pre_buffer=False) as opened:
-            wrong = _no_text(arrow, opened.schema_arrow, name)
-            if wrong:
-                # Of the whole file, and so said once.
+            problem = _column_problem(arrow, opened.schema_arrow, field_name)
+            if problem:
+                # It concerns the whole file, so only the first group reports it.
                 if not group:
-                    yield Unreadable(wrong, 0, "row", 0)
+                    yield Unreadable(problem, 0, "row", 0)
                 return
             if not opened.metadata.num_row_groups:
                 return
-            for batch in opened.iter_batches(_ROWS, row_groups=[group], columns=[name]):
+            for batch in opened.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[field_name]):
                 for value in batch.column(0):
                     row += 1
-                    yield _cell(value, row)
+                    yield _cell_text(value, row)
     except (arrow.ArrowException, OSError) as error:
-        lost = f"rows {row + 1} to {rows[1]} are lost" if rows[1] else "all of it is lost"
+        lost = f"rows {row + 1} to {rows[1]} are lost" if rows[1] else "the whole file is lost"
         yield Unreadable(f"not parquet, or damaged ({error}); {lost}", 0, "row", row + 1)
 
 
-def _no_text(arrow: Any, schema: Any, name: str) -> str:
-    if name not in schema.names:
-        return f'no column "{name}"; it has {", ".join(schema.names[:8])}'
-    kind = schema.field(name).type
-    value = kind.value_type if arrow.types.is_dictionary(kind) else kind
-    text = ("is_string", "is_large_string", "is_string_view")
-    if not any(getattr(arrow.types, test, lambda _: False)(value) for test in text):
-        return f'column "{name}" holds {kind}, not text'
+def _column_problem(arrow: Any, schema: Any, field_name: str) -> str:
+    """Return why a column has no text: it is missing or of another type. "" if it has text."""
+    if field_name not in schema.names:
+        return f'no column "{field_name}"; it has {", ".join(schema.names[:8])}'
+    column_type = schema.field(field_name).type
+    is_dictionary = arrow.types.is_dictionary(column_type)
+    value_type = column_type.value_type if is_dictionary else column_type
+    # Older versions of pyarrow lack is_string_view.
+    tests = ("is_string", "is_large_string", "is_string_view")
+    if not any(getattr(arrow.types, test, lambda _: False)(value_type) for test in tests):
+        return f'column "{field_name}" holds {column_type}, not text'
     return ""
 
 
-def _cell(value: Any, row: int) -> Text | Unreadable:
+def _cell_text(value: Any, row: int) -> Text | Unreadable:
     try:
         text = value.as_py()
     except UnicodeDecodeError as error:
@@ -215,7 +247,8 @@ def _cell(value: Any, row: int) -> Text | Unreadable:
     return Unreadable("no text (null)", 0, "row", row) if text is None else Text(f"@{row}", text)
 
 
-def _arrow(path: Path) -> Any:
+def _import_pyarrow(path: Path) -> Any:
+    """Return pyarrow; raise ValueError with the remedy if it is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet

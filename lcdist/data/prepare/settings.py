@@ -1,4 +1,4 @@
-"""What tokens depend on besides their text."""
+"""Settings of tokenization, and their checks."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,13 +11,18 @@ from lcdist.data.tokenizers.huggingface import SpecialTokens
 
 @dataclass(frozen=True)
 class TokenizeSettings:
-    """What a token folder depends on besides its text.
+    """Settings that determine a token folder, besides its text.
 
-    vocab_size: pieces of the tokenizer (None: as many as the given tokenizer has).
-    valid_fraction: share of documents, in [0, 1), that are kept out of training. seed: of the
-    split. on_error: "refuse" or "skip" what cannot be read. field: of a record, where its text is.
-    document_bytes: about how long a document of plain text may get; None: `PART_BYTES`.
-    special_tokens: at the ends of documents. workers: processes; they do not change the result.
+    Attributes:
+        vocab_size: pieces of the tokenizer to train. None: use the vocabulary of a given tokenizer.
+        valid_fraction: share of documents, in [0, 1), that are kept out of training.
+        seed: seed of the split.
+        on_error: "refuse" or "skip" unreadable documents.
+        field: key or column that holds the text of a record.
+        document_bytes: approximate upper bound on the length of a text document. None:
+            `CHUNK_BYTES`.
+        special_tokens: tokens at the ends of documents.
+        workers: number of processes; does not change the result.
     """
 
     vocab_size: int | None
@@ -29,42 +34,52 @@ class TokenizeSettings:
     special_tokens: SpecialTokens = dataclasses.field(default_factory=SpecialTokens)
     workers: int = 1
 
-    def recorded(self, given: TextTokenizer | None) -> dict:
-        """What the tokens depend on; what is as it always was is left out."""
-        kept = {
+    def recorded(self, tokenizer: TextTokenizer | None) -> dict:
+        """Return the settings that determine the tokens, for meta.json.
+
+        Later additions are left out while they have their default, so that digests of older folders
+        stay valid.
+
+        Args:
+            tokenizer: the given tokenizer, or None if one is trained.
+        """
+        recorded = {
             "vocab_size": self.vocab_size,
             "valid_fraction": self.valid_fraction,
             "seed": self.seed,
             "on_error": self.on_error,
-            "tokenizer": given and given.fingerprint,
+            "tokenizer": tokenizer and tokenizer.fingerprint,
         }
         if self.field != "text":
-            kept["field"] = self.field
+            recorded["field"] = self.field
         if self.document_bytes is not None:
-            kept["document_bytes"] = self.document_bytes
-        if given is not None and given.begins:
-            kept["add_bos"] = True
-        return kept
+            recorded["document_bytes"] = self.document_bytes
+        if tokenizer is not None and tokenizer.add_bos:
+            recorded["add_bos"] = True
+        return recorded
 
 
 def check_settings(
-    settings: TokenizeSettings, given: TextTokenizer | None, tokenizer: str | Path | None
+    settings: TokenizeSettings, tokenizer: TextTokenizer | None, tokenizer_name: str | Path | None
 ) -> None:
-    """Raise ValueError where a setting is out of range, or contradicts the given tokenizer.
+    """Raise ValueError if a setting is out of range or conflicts with the given tokenizer.
 
-    tokenizer: how that was named.
+    Args:
+        settings: settings to check.
+        tokenizer: the given tokenizer, or None if one is trained.
+        tokenizer_name: name of that tokenizer, for messages.
     """
-    if given is None and settings.vocab_size is None:
+    if tokenizer is None and settings.vocab_size is None:
         raise ValueError("give a vocab_size to train a tokenizer, or a trained tokenizer")
-    if given is None and settings.special_tokens != SpecialTokens():
+    if tokenizer is None and settings.special_tokens != SpecialTokens():
         raise ValueError(
-            "--bos-token, --eos-token and --add-bos are for a given tokenizer: name one with "
+            "--bos-token, --eos-token and --add-bos need a given tokenizer: name one with "
             "--tokenizer, or leave them out"
         )
-    if given is not None and settings.vocab_size not in (None, given.vocab_size):
+    if tokenizer is not None and settings.vocab_size not in (None, tokenizer.vocab_size):
         raise ValueError(
-            f"vocab_size = {settings.vocab_size}, but the tokenizer {tokenizer} has "
-            f"{given.vocab_size} pieces: leave vocab_size out, or leave the tokenizer out to "
+            f"vocab_size = {settings.vocab_size}, but the tokenizer {tokenizer_name} has "
+            f"{tokenizer.vocab_size} pieces: leave vocab_size out, or leave the tokenizer out to "
             "train one"
         )
     if not 0 <= settings.valid_fraction < 1:

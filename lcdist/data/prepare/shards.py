@@ -1,8 +1,8 @@
-"""Shards of a corpus: some parts each, tokenized apart from all others, joined in their order.
+"""Tokenize a corpus in shards of some chunks each, and merge the shards in order.
 
-A shard is a folder that gets its name when it is whole, so a process may be killed at any moment
-and what it had finished stays. What a shard holds depends on its parts alone, so neither the number
-of processes nor an interruption changes a byte.
+A shard is a folder that is renamed to its final name when it is complete. A process can be killed
+at any moment, and the shards that it has finished remain. The contents of a shard depend on its
+chunks alone, so neither the number of processes nor an interruption changes a byte.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,26 +19,30 @@ from lcdist.data.prepare.chunks import (
     FileChunk,
     ReadOptions,
     SkipCounts,
-    documents,
-    number_lines,
+    read_documents,
+    shift_lines,
 )
-from lcdist.data.prepare.corpus import SourceFile, share
+from lcdist.data.prepare.corpus import OnBytes, SourceFile, hash_fraction, ignore_bytes
 from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.data.tokenizers.files import TextTokenizer, bos_prefix
 
-# Bytes of input: a few seconds of work, which is what an interruption costs a process.
+# Input bytes per shard: a few seconds of work, which a process loses if it is interrupted.
 SHARD_BYTES = 8 * 2**20
 _RECORD = "shard.json"
-# Bytes of text read so far, told while it is read.
-Read = Callable[[int], None]
+# A chunk and its split. None: decided by the name of each document.
+PlannedChunk = tuple[FileChunk, str | None]
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What every shard is made with.
+    """Settings that all shards have in common.
 
-    folder: where shards go. splits: names of the splits there are. valid_fraction, seed: decide the
-    split of a document that its part does not decide. add_bos: whether documents begin with bos.
+    Attributes:
+        folder: folder that contains the shards.
+        splits: names of the splits.
+        valid_fraction, seed: determine the split of a document if its chunk does not.
+        add_bos: whether documents begin with bos.
+        reading: options for reading documents.
     """
 
     folder: str
@@ -48,86 +52,88 @@ class ShardJob:
     add_bos: bool
     reading: ReadOptions
 
-    def split(self, name: str) -> str:
-        """The split of the document of that name."""
-        return "valid" if share(self.seed, name) < self.valid_fraction else "train"
+    def split_of(self, document_name: str) -> str:
+        """Return the split of the document with this name."""
+        return "valid" if hash_fraction(self.seed, document_name) < self.valid_fraction else "train"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive parts, each with its split (None: decided by document)."""
+    """Consecutive chunks of the corpus, each with its split."""
 
     number: int
-    parts: tuple[tuple[FileChunk, str | None], ...]
+    chunks: tuple[PlannedChunk, ...]
 
     @property
     def size(self) -> int:
-        """Bytes of its files."""
-        return sum(part.size for part, _ in self.parts)
+        """Number of input bytes."""
+        return sum(chunk.size for chunk, _ in self.chunks)
 
-    def folder(self, work: ShardJob) -> Path:
-        """Where it lies when it is whole."""
-        return Path(work.folder, f"{self.number:06}")
+    def folder(self, job: ShardJob) -> Path:
+        """Return the path of the complete shard."""
+        return Path(job.folder, f"{self.number:06}")
 
 
-def shards_of(parts: Iterable[tuple[FileChunk, str | None]]) -> list[Shard]:
-    """Parts to shards of at least `SHARD_BYTES`, but for the last."""
-    shards, held, size = list[Shard](), list[tuple[FileChunk, str | None]](), 0
-    for part, split in parts:
-        held.append((part, split))
-        size += part.size
+def group_into_shards(chunks: Iterable[PlannedChunk]) -> list[Shard]:
+    """Group chunks into shards of at least `SHARD_BYTES`, except for the last one."""
+    shards, group, size = list[Shard](), list[PlannedChunk](), 0
+    for chunk, split in chunks:
+        group.append((chunk, split))
+        size += chunk.size
         if size >= SHARD_BYTES:
-            shards.append(Shard(len(shards), tuple(held)))
-            held, size = [], 0
-    return [*shards, Shard(len(shards), tuple(held))] if held else shards
+            shards.append(Shard(len(shards), tuple(group)))
+            group, size = [], 0
+    return [*shards, Shard(len(shards), tuple(group))] if group else shards
 
 
-def drawn_documents(
-    work: ShardJob,
-    part: FileChunk,
-    split: str | None,
-    tally: SkipCounts,
-    read: Read = lambda size: None,
+def read_chunk(
+    job: ShardJob,
+    planned: PlannedChunk,
+    skip_counts: SkipCounts,
+    on_bytes: OnBytes = ignore_bytes,
 ) -> Iterator[tuple[str, Document]]:
-    """The documents of a part, each with its split."""
-    for document in documents(part, work.reading, tally, read):
-        yield split or work.split(document.name), document
+    """Yield (split, document) for each document of a chunk."""
+    chunk, split = planned
+    for document in read_documents(chunk, job.reading, skip_counts, on_bytes):
+        yield split or job.split_of(document.name), document
 
 
-def tokenize_shard(work: ShardJob, shard: Shard, tokenizer: TextTokenizer, read: Read) -> None:
-    """Write `shard` under its name. Raises ValueError where a document is refused."""
+def tokenize_shard(
+    job: ShardJob, shard: Shard, tokenizer: TextTokenizer, on_bytes: OnBytes
+) -> None:
+    """Tokenize `shard` into its folder. Raises ValueError at an unreadable document to refuse."""
     name = {"prefix": f"{shard.number:06}.", "suffix": ".partial"}
-    partial = Path(tempfile.mkdtemp(dir=work.folder, **name))
-    first, empty, parts = bos_prefix(tokenizer), 0, []
+    partial = Path(tempfile.mkdtemp(dir=job.folder, **name))
+    prefix, num_empty, chunk_records = bos_prefix(tokenizer), 0, []
     with contextlib.ExitStack() as stack:
         writers = {
-            name: stack.enter_context(IndexedWriter(partial / name, tokenizer.vocab_size))
-            for name in work.splits
+            split: stack.enter_context(IndexedWriter(partial / split, tokenizer.vocab_size))
+            for split in job.splits
         }
-        for part, split in shard.parts:
-            tally = SkipCounts()
-            for drawn, document in drawn_documents(work, part, split, tally, read):
+        for planned in shard.chunks:
+            skip_counts = SkipCounts()
+            for split, document in read_chunk(job, planned, skip_counts, on_bytes):
                 if document.text:
                     tokens = tokenizer.encode(document.text)
-                    writers[drawn].add([*first, *tokens, tokenizer.eos_id])
+                    writers[split].add([*prefix, *tokens, tokenizer.eos_id])
                 else:
-                    empty += 1
-            parts.append([part.file.name, tally.lines, tally.skipped])
+                    num_empty += 1
+            chunk_records.append([planned[0].file.name, skip_counts.lines, skip_counts.skipped])
     sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
-    record = {"empty": empty, "parts": parts, "sizes": sizes}
+    record = {"empty": num_empty, "parts": chunk_records, "sizes": sizes}
     (partial / _RECORD).write_text(json.dumps(record), "utf-8")
     try:
-        partial.rename(shard.folder(work))
+        partial.rename(shard.folder(job))
     except OSError:
-        # A process that outlived its parent may have been first, with the same bytes.
+        # A worker that outlived its parent may have written the same bytes first.
         shutil.rmtree(partial, ignore_errors=True)
-        if not is_done(work, shard):
+        if not shard_is_complete(job, shard):
             raise
 
 
-def is_done(work: ShardJob, shard: Shard) -> bool:
-    """Whether the shard lies there whole; one that is damaged is taken away."""
-    folder = shard.folder(work)
+def shard_is_complete(job: ShardJob, shard: Shard) -> bool:
+    """Return whether the shard is complete on disk; remove it if it is damaged."""
+    folder = shard.folder(job)
     if not folder.is_dir():
         return False
     try:
@@ -135,7 +141,7 @@ def is_done(work: ShardJob, shard: Shard) -> bool:
         if all((folder / name).stat().st_size == size for name, size in sizes.items()):
             return True
     except (OSError, ValueError):
-        # Written before a power cut, and lost in it.
+        # Files written shortly before a power failure can be lost or truncated.
         pass
     shutil.rmtree(folder)
     return False
@@ -143,7 +149,14 @@ def is_done(work: ShardJob, shard: Shard) -> bool:
 
 @dataclass(frozen=True)
 class ShardTotals:
-    """Totals of all shards: documents and tokens by split, empty documents, what was skipped."""
+    """Totals of all shards.
+
+    Attributes:
+        documents: number of documents by split.
+        tokens: number of tokens by split.
+        empty: number of empty documents.
+        skipped: entries of `SkipCounts.skipped`, with lines counted from the start of each file.
+    """
 
     documents: dict[str, int]
     tokens: dict[str, int]
@@ -151,58 +164,65 @@ class ShardTotals:
     skipped: list[dict]
 
 
-def join(
-    work: ShardJob,
+def merge_shards(
+    job: ShardJob,
     shards: Sequence[Shard],
     folder: Path,
     vocab_size: int,
-    joined: Read = lambda size: None,
+    on_bytes: OnBytes = ignore_bytes,
 ) -> ShardTotals:
-    """All shards, in order, as one pair of files a split in `folder`; `joined` hears of bytes."""
-    empty, skipped, lines = 0, list[dict](), dict[str, int]()
+    """Concatenate all shards in order into one pair of files for each split.
+
+    Args:
+        job: settings of the shards.
+        shards: complete shards.
+        folder: destination.
+        vocab_size: vocabulary size of the tokenizer.
+        on_bytes: called with the input bytes of each merged shard.
+    """
+    num_empty, skipped, lines_before = 0, list[dict](), dict[str, int]()
     with contextlib.ExitStack() as stack:
         writers = {
-            name: stack.enter_context(IndexedWriter(folder / name, vocab_size))
-            for name in work.splits
+            split: stack.enter_context(IndexedWriter(folder / split, vocab_size))
+            for split in job.splits
         }
         for shard in shards:
-            place = shard.folder(work)
-            for name, writer in writers.items():
-                writer.add_all(place / name)
-            record = json.loads((place / _RECORD).read_text("utf-8"))
-            empty += record["empty"]
-            for file, count, bad in record["parts"]:
-                skipped += number_lines(bad, lines.get(file, 0))
-                lines[file] = lines.get(file, 0) + count
-            joined(shard.size)
+            shard_folder = shard.folder(job)
+            for split, writer in writers.items():
+                writer.add_all(shard_folder / split)
+            record = json.loads((shard_folder / _RECORD).read_text("utf-8"))
+            num_empty += record["empty"]
+            for file, num_lines, entries in record["parts"]:
+                skipped += shift_lines(entries, lines_before.get(file, 0))
+                lines_before[file] = lines_before.get(file, 0) + num_lines
+            on_bytes(shard.size)
     return ShardTotals(
-        documents={name: writer.documents for name, writer in writers.items()},
-        tokens={name: writer.tokens for name, writer in writers.items()},
-        empty=empty,
+        documents={split: writer.documents for split, writer in writers.items()},
+        tokens={split: writer.tokens for split, writer in writers.items()},
+        empty=num_empty,
         skipped=skipped,
     )
 
 
 def to_json(value: ShardJob | Shard) -> str:
-    """One line that a worker process reads."""
+    """Return one line of JSON for a worker process."""
     table = dataclasses.asdict(value)
     return json.dumps(table, default=str)
 
 
-def work_from(text: str) -> ShardJob:
-    """What `to_json` wrote of a `ShardJob`."""
+def job_from_json(text: str) -> ShardJob:
+    """Inverse of `to_json` for a `ShardJob`."""
     table = json.loads(text)
     reading = ReadOptions(**table.pop("reading"))
     return ShardJob(**table | {"reading": reading, "splits": tuple(table["splits"])})
 
 
-def shard_from(text: str) -> Shard:
-    """What `to_json` wrote of a `Shard`."""
+def shard_from_json(text: str) -> Shard:
+    """Inverse of `to_json` for a `Shard`."""
     table = json.loads(text)
-    parts = []
-    for part, split in table["parts"]:
-        file = part.pop("file")
-        parts.append(
-            (FileChunk(SourceFile(Path(file["path"]), file["name"], file["size"]), **part), split)
-        )
-    return Shard(table["number"], tuple(parts))
+    chunks = []
+    for chunk, split in table["chunks"]:
+        file = chunk.pop("file")
+        source_file = SourceFile(Path(file["path"]), file["name"], file["size"])
+        chunks.append((FileChunk(source_file, **chunk), split))
+    return Shard(table["number"], tuple(chunks))

@@ -1,8 +1,8 @@
-"""Processes that tokenize shards: each asks for the next one when it is done with the last.
+"""Tokenize shards with several worker processes; each gets its next shard when it is idle.
 
-A worker is a program of its own that reads shards as lines of JSON and answers in lines of JSON, so
-that it imports what it needs and no more, and so that nothing of the parent (threads, locks, a
-script without a guard) is copied into it.
+A worker is a separate program that reads shards as lines of JSON and answers in lines of JSON. It
+imports only what it needs, and inherits nothing from the parent: no threads, no locks, and no main
+script that lacks a guard.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lcdist.data.prepare.corpus import OnBytes
 from lcdist.data.prepare.shards import (
-    Read,
     Shard,
     ShardJob,
-    is_done,
-    shard_from,
+    job_from_json,
+    shard_from_json,
+    shard_is_complete,
     to_json,
     tokenize_shard,
-    work_from,
 )
 from lcdist.data.tokenizers.files import TextTokenizer, open_tokenizer
 from lcdist.data.tokenizers.huggingface import SpecialTokens
@@ -31,50 +31,60 @@ from lcdist.data.tokenizers.huggingface import SpecialTokens
 _PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from lcdist.data.prepare.workers import serve
-serve()
+from lcdist.data.prepare.workers import work
+work()
 """
-_Answer = tuple[int, str, object]
+# Shard number, kind ("read", "refused" or "ended") and value.
+_Event = tuple[int, str, object]
 
 
-def tokenize_all(
-    work: ShardJob, shards: Sequence[Shard], tokenizer: Path, workers: int, read: Read
+def tokenize_shards(
+    job: ShardJob, shards: Sequence[Shard], tokenizer: Path, workers: int, on_bytes: OnBytes
 ) -> None:
-    """Write all of `shards` that are not there yet, with `workers` processes (1: this one).
+    """Tokenize all of `shards` that are not complete yet.
 
-    tokenizer: what `open_tokenizer` opens. read: hears of bytes of text done. Raises ValueError for
-    the first document, in the order of the corpus, that is refused, and where a process dies.
+    Args:
+        job: settings of the shards.
+        shards: all shards in the order of the corpus.
+        tokenizer: path for `open_tokenizer`.
+        workers: number of processes; 1 uses this process.
+        on_bytes: called with the number of input bytes after each read.
+
+    Raises:
+        ValueError: for the first document, in the order of the corpus, that is refused; or a worker
+            process has died.
     """
-    left = []
+    pending = []
     for shard in shards:
-        if is_done(work, shard):
-            read(shard.size)
+        if shard_is_complete(job, shard):
+            on_bytes(shard.size)
         else:
-            left.append(shard)
-    workers = min(workers, len(left))
+            pending.append(shard)
+    workers = min(workers, len(pending))
     if workers <= 1:
-        opened = _opened(work, tokenizer)
-        for shard in left:
-            tokenize_shard(work, shard, opened, read)
+        opened = _open_tokenizer(job, tokenizer)
+        for shard in pending:
+            tokenize_shard(job, shard, opened, on_bytes)
         return
-    _Pool(work, left, tokenizer).run(workers, read)
+    _WorkerPool(job, pending, tokenizer).run(workers, on_bytes)
 
 
-def _opened(work: ShardJob, tokenizer: Path) -> TextTokenizer:
-    return open_tokenizer(tokenizer, SpecialTokens(add_bos=work.add_bos))
+def _open_tokenizer(job: ShardJob, tokenizer: Path) -> TextTokenizer:
+    return open_tokenizer(tokenizer, SpecialTokens(add_bos=job.add_bos))
 
 
-class _Pool:
-    """One thread a worker hands it shards and collects what it says."""
+class _WorkerPool:
+    """Worker processes with one thread each, which sends shards and collects the answers."""
 
-    def __init__(self, work: ShardJob, shards: Sequence[Shard], tokenizer: Path) -> None:
-        self._work, self._tokenizer = work, tokenizer
-        self._left = iter(shards)
+    def __init__(self, job: ShardJob, shards: Sequence[Shard], tokenizer: Path) -> None:
+        self._job, self._tokenizer = job, tokenizer
+        self._pending = iter(shards)
         self._lock, self._stopping = threading.Lock(), threading.Event()
-        self._answers: queue.Queue[_Answer] = queue.Queue()
+        self._events: queue.Queue[_Event] = queue.Queue()
 
-    def run(self, workers: int, read: Read) -> None:
-        refused: dict[int, str] = {}
+    def run(self, workers: int, on_bytes: OnBytes) -> None:
+        """Tokenize all shards. Raises ValueError as `tokenize_shards`."""
+        errors: dict[int, str] = {}
         with self._started(workers) as processes:
             threads = [threading.Thread(target=self._serve, args=(p,)) for p in processes]
             for thread in threads:
@@ -82,85 +92,92 @@ class _Pool:
             try:
                 running = len(threads)
                 while running:
-                    number, word, value = self._answers.get()
-                    if word == "read":
-                        read(int(str(value)))
-                    elif word == "ended":
+                    number, kind, value = self._events.get()
+                    if kind == "read":
+                        on_bytes(int(str(value)))
+                    elif kind == "ended":
                         running -= 1
                     else:
-                        # Shards are handed out in order: those before this one are under way.
+                        # Shards are sent in order, so all earlier ones are running or complete.
                         self._stopping.set()
-                        refused[number] = str(value)
+                        errors[number] = str(value)
             finally:
                 self._stopping.set()
                 for process in processes:
                     process.kill()
                 for thread in threads:
                     thread.join()
-        if refused:
-            raise ValueError(refused[min(refused)])
+        if errors:
+            raise ValueError(errors[min(errors)])
 
     @contextlib.contextmanager
     def _started(self, workers: int) -> Iterator[list[subprocess.Popen[str]]]:
-        words = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path)]
-        words += [to_json(self._work), str(self._tokenizer)]
-        piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path)]
+        command += [to_json(self._job), str(self._tokenizer)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         processes: list[subprocess.Popen[str]] = []
         try:
-            processes += [subprocess.Popen(words, **piped) for _ in range(workers)]
+            processes += [subprocess.Popen(command, **pipes) for _ in range(workers)]
             yield processes
         finally:
             for process in processes:
                 process.kill()
-                # What was written to a dead process and never read goes nowhere.
+                # Data written to a dead process and never read is dropped.
                 with contextlib.suppress(BrokenPipeError):
                     process.communicate()
 
-    def _next(self) -> Shard | None:
+    def _next_shard(self) -> Shard | None:
         with self._lock:
-            return None if self._stopping.is_set() else next(self._left, None)
+            return None if self._stopping.is_set() else next(self._pending, None)
 
     def _serve(self, process: subprocess.Popen[str]) -> None:
         assert process.stdin is not None and process.stdout is not None
-        while (shard := self._next()) is not None:
+        while (shard := self._next_shard()) is not None:
             try:
                 process.stdin.write(to_json(shard) + "\n")
                 process.stdin.flush()
             except BrokenPipeError:
-                self._answers.put((shard.number, "refused", self._death(process)))
+                self._events.put((shard.number, "refused", self._death_message(process)))
                 break
-            word = ""
-            while word not in ("done", "refused"):
+            kind = ""
+            while kind not in ("done", "refused"):
                 line = process.stdout.readline()
-                word, value = json.loads(line) if line else ("refused", self._death(process))
-                if word != "done":
-                    self._answers.put((shard.number, word, value))
-        self._answers.put((-1, "ended", None))
+                if line:
+                    kind, value = json.loads(line)
+                else:
+                    kind, value = "refused", self._death_message(process)
+                if kind != "done":
+                    self._events.put((shard.number, kind, value))
+        self._events.put((-1, "ended", None))
 
-    def _death(self, process: subprocess.Popen[str]) -> str:
+    def _death_message(self, process: subprocess.Popen[str]) -> str:
         status = process.wait()
         return (
-            f"a tokenizing process ended with status {status} (a negative one is a signal; -9 is "
-            "often a lack of memory): give fewer --workers; the same command goes on where it was"
+            f"a tokenizing process ended with status {status} (a negative status is a signal; -9 "
+            "often means a lack of memory): use fewer --workers; run the same command again to "
+            "continue"
         )
 
 
-def serve() -> None:
-    """A worker's whole life: shards in on standard input, answers out, until there are no more."""
-    # Ctrl-C reaches the whole terminal; the parent ends its workers itself.
+def work() -> None:
+    """Run a worker: read shards from standard input and write answers until the input ends."""
+    # Ctrl-C reaches every process of the terminal; the parent ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    work = work_from(sys.argv[2])
-    tokenizer = _opened(work, Path(sys.argv[3]))
+    job = job_from_json(sys.argv[2])
+    tokenizer = _open_tokenizer(job, Path(sys.argv[3]))
 
-    def say(word: str, value: object = None) -> None:
-        sys.stdout.write(json.dumps([word, value]) + "\n")
+    def answer(kind: str, value: object = None) -> None:
+        sys.stdout.write(json.dumps([kind, value]) + "\n")
         sys.stdout.flush()
+
+    def report_bytes(size: int) -> None:
+        answer("read", size)
 
     with contextlib.suppress(BrokenPipeError):
         for line in sys.stdin:
             try:
-                tokenize_shard(work, shard_from(line), tokenizer, lambda size: say("read", size))
+                tokenize_shard(job, shard_from_json(line), tokenizer, report_bytes)
             except ValueError as error:
-                say("refused", str(error))
+                answer("refused", str(error))
             else:
-                say("done")
+                answer("done")

@@ -1,7 +1,7 @@
-"""Any tokenizer by its file or folder: sentencepiece, Hugging Face's, or bytes."""
+"""Open a tokenizer from its file or folder: sentencepiece, Hugging Face, or bytes."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -9,82 +9,97 @@ from typing import Protocol
 from lcdist.data.meta import META
 from lcdist.data.tokenizers.byte_tokenizer import BYTES_FILE, ByteTokenizer
 from lcdist.data.tokenizers.huggingface import HF_FILE, HuggingFaceTokenizer, SpecialTokens
-from lcdist.data.tokenizers.sentencepiece_bpe import MODEL_FILE, Tokenizer
+from lcdist.data.tokenizers.sentencepiece_bpe import MODEL_FILE, SentencePieceTokenizer
 
 BYTES = "bytes"
 
 
 class TextTokenizer(Protocol):
-    """Text to token numbers and back.
+    """Interface of tokenizers: convert text to token numbers and back.
 
-    fingerprint: sha256, in hex, of what decides the numbers. begins: whether a document begins
-    with bos. files: by name, what a token folder keeps so that it can be opened there.
+    Attributes:
+        kind: "sentencepiece", "huggingface" or "bytes".
+        vocab_size: number of rows that an embedding needs.
+        eos_id: token that ends a document.
+        bos_id: token that begins a document, or None.
+        add_bos: whether documents begin with bos.
+        fingerprint: sha256, in hex, of everything that determines the token numbers.
+        files: contents by name of the files that a token folder keeps, to open the tokenizer again.
     """
 
     kind: str
     vocab_size: int
     eos_id: int
     bos_id: int | None
-    begins: bool
+    add_bos: bool
     fingerprint: str
 
     @property
     def files(self) -> Mapping[str, bytes]: ...
 
     def encode(self, text: str) -> list[int]:
-        """The token numbers of `text`, no bos and no eos."""
+        """Return the tokens of `text` without bos and eos."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`."""
+        """Return the text of `tokens`."""
         ...
 
 
-def open_tokenizer(path: str | Path, specials: SpecialTokens | None = None) -> TextTokenizer:
-    """The tokenizer that `path` names.
+def open_tokenizer(path: str | Path, special_tokens: SpecialTokens | None = None) -> TextTokenizer:
+    """Open the tokenizer at `path`.
 
-    path: "bytes", a sentencepiece .model, a tokenizer.json, or a folder with one of these: a token
-    folder, or that of a model. specials: what was asked for about the ends of documents. Raises
-    ValueError where there is none, or where it has no token that ends a text.
+    Args:
+        path: "bytes", a sentencepiece .model, a tokenizer.json, or a folder that contains one of
+            them: a token folder or a model's folder.
+        special_tokens: requested tokens at the ends of documents.
+
+    Raises:
+        ValueError: there is no tokenizer, or it has no token that ends a text.
     """
     if str(path) == BYTES:
-        return _plain(ByteTokenizer, specials)
-    place = Path(path)
-    if place.is_dir():
-        if (place / META).is_file():
-            specials = _as_made(place, specials)
-        if (place / BYTES_FILE).is_file():
-            return _plain(ByteTokenizer, specials)
-        found = [place / name for name in (HF_FILE, MODEL_FILE) if (place / name).is_file()]
-        if not found:
+        return _open_without_names(ByteTokenizer, special_tokens)
+    file = Path(path)
+    if file.is_dir():
+        if (file / META).is_file():
+            special_tokens = _recorded_special_tokens(file, special_tokens)
+        if (file / BYTES_FILE).is_file():
+            return _open_without_names(ByteTokenizer, special_tokens)
+        candidates = [file / name for name in (HF_FILE, MODEL_FILE) if (file / name).is_file()]
+        if not candidates:
             raise ValueError(
-                f"tokenizer {path}: the folder holds no {HF_FILE} and no {MODEL_FILE}; name a "
+                f"tokenizer {path}: the folder has no {HF_FILE} and no {MODEL_FILE}; name a "
                 f"tokenizer's file, or '{BYTES}'"
             )
-        place = found[0]
-    if place.suffix == ".json":
-        return HuggingFaceTokenizer(place, specials)
-    return _plain(lambda begins=False: Tokenizer(place, begins), specials)
+        file = candidates[0]
+    if file.suffix == ".json":
+        return HuggingFaceTokenizer(file, special_tokens)
+    return _open_without_names(
+        lambda add_bos=False: SentencePieceTokenizer(file, add_bos), special_tokens
+    )
 
 
 def bos_prefix(tokenizer: TextTokenizer) -> list[int]:
-    """The tokens before a document's text: bos, or none."""
-    return [tokenizer.bos_id] if tokenizer.begins and tokenizer.bos_id is not None else []
+    """Return the tokens before a document's text: [bos] or []."""
+    return [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
 
 
-def _plain(make, specials: SpecialTokens | None) -> TextTokenizer:
-    asked = specials or SpecialTokens()
-    if asked.bos is not None or asked.eos is not None:
+def _open_without_names(
+    make: Callable[..., TextTokenizer], special_tokens: SpecialTokens | None
+) -> TextTokenizer:
+    """Open a tokenizer whose bos and eos cannot be chosen by name."""
+    requested = special_tokens or SpecialTokens()
+    if requested.bos is not None or requested.eos is not None:
         raise ValueError(
-            "--bos-token and --eos-token are for a tokenizer.json alone: bytes and a sentencepiece "
-            "model know their own"
+            "--bos-token and --eos-token apply to a tokenizer.json only: bytes and sentencepiece "
+            "models define these tokens themselves"
         )
-    return make(begins=bool(asked.add_bos))
+    return make(add_bos=bool(requested.add_bos))
 
 
-def _as_made(folder: Path, specials: SpecialTokens | None) -> SpecialTokens:
-    """A token folder's tokenizer begins documents as those in the folder do."""
-    asked = specials or SpecialTokens()
+def _recorded_special_tokens(folder: Path, special_tokens: SpecialTokens | None) -> SpecialTokens:
+    """Return `special_tokens`, with add_bos as recorded in a token folder if it is None."""
+    requested = special_tokens or SpecialTokens()
     settings = json.loads((folder / META).read_text("utf-8")).get("settings") or {}
-    kept = settings.get("add_bos")
-    return replace(asked, add_bos=kept) if asked.add_bos is None else asked
+    recorded = settings.get("add_bos")
+    return replace(requested, add_bos=recorded) if requested.add_bos is None else requested

@@ -1,7 +1,7 @@
-"""Tokenizers in Hugging Face's format: a tokenizer.json, and files beside it that name its ends.
+"""Tokenizers in Hugging Face's format: a tokenizer.json with files beside it.
 
-tokenizer.json alone does not say which token ends a text: tokenizer_config.json or
-special_tokens_map.json beside it do, or the user does.
+tokenizer.json alone does not say which token ends a text. tokenizer_config.json or
+special_tokens_map.json beside it name the token, or the user does.
 """
 
 import hashlib
@@ -14,17 +14,20 @@ from typing import Any
 import tokenizers
 
 HF_FILE = "tokenizer.json"
-# Written into token folders: what was decided about the tokens that stand at the ends.
-SPECIALS_FILE = "tokenizer_specials.json"
-# In the order they are asked; the first that names a token wins.
-_BESIDE = (SPECIALS_FILE, "tokenizer_config.json", "special_tokens_map.json")
+# Written to token folders: the resolved bos, eos and add_bos.
+SPECIAL_TOKENS_FILE = "tokenizer_specials.json"
+# Files that may name a special token, in order of priority.
+_CONFIG_FILES = (SPECIAL_TOKENS_FILE, "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Tokens, as text, that begin and end a document; None: as the tokenizer's files say.
+    """Requested tokens at the ends of documents; None uses what the tokenizer's files say.
 
-    add_bos: whether documents begin with one; None: where the tokenizer itself would add it.
+    Attributes:
+        bos: text of the token that begins a document.
+        eos: text of the token that ends a document.
+        add_bos: whether documents begin with bos. None: if the tokenizer's template adds it.
     """
 
     bos: str | None = None
@@ -33,15 +36,16 @@ class SpecialTokens:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json, by the `tokenizers` library.
+    """A tokenizer.json, opened with the `tokenizers` library.
 
-    Raises ValueError where the file is missing or no tokenizer, where nothing says which token
-    ends a text, or where a named token is not in its vocabulary.
+    Raises:
+        ValueError: the file is missing or not a tokenizer, no file names the token that ends a
+            text, or a named token is not in the vocabulary.
     """
 
     kind = "huggingface"
 
-    def __init__(self, path: str | Path, specials: SpecialTokens | None = None) -> None:
+    def __init__(self, path: str | Path, special_tokens: SpecialTokens | None = None) -> None:
         self._path = Path(path)
         if not self._path.is_file():
             raise ValueError(f"tokenizer {path}: no such file; give a tokenizer.json")
@@ -50,53 +54,59 @@ class HuggingFaceTokenizer:
             self._model = tokenizers.Tokenizer.from_str(self._content.decode())
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"tokenizer {path}: not a tokenizer.json ({error})") from error
-        # Otherwise a limit in the file would cut documents, and "</s>" in a text would end one.
+        # A length limit in the file would cut documents, and "</s>" in a text would end one.
         self._model.no_truncation()
         self._model.no_padding()
         self._model.encode_special_tokens = True
         vocabulary = self._model.get_vocab(with_added_tokens=True)
-        # Numbers may have holes: what counts is how many rows an embedding needs.
+        # Token numbers may have gaps: vocab_size is the number of rows that an embedding needs.
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
-        asked = specials or SpecialTokens()
-        beside = [(name, _table(self._path.with_name(name))) for name in _BESIDE]
-        bos, eos = (
-            next(filter(None, (_named(table.get(key)) for _, table in beside)), None)
-            for key in ("bos_token", "eos_token")
-        )
-        self._bos, self._eos = asked.bos or bos, asked.eos or eos
-        self.eos_id: int = self._end(vocabulary)
-        self.bos_id: int | None = self._number(vocabulary, self._bos, "bos")
-        kept = beside[0][1].get("add_bos")
-        self.begins: bool = self._begins(asked.add_bos if asked.add_bos is not None else kept)
-        whole = hashlib.sha256(self._content)
-        whole.update(self.files[SPECIALS_FILE])
-        self.fingerprint: str = whole.hexdigest()
+        requested = special_tokens or SpecialTokens()
+        configs = [_read_json(self._path.with_name(name)) for name in _CONFIG_FILES]
+        self._bos = requested.bos or _first_token(configs, "bos_token")
+        self._eos = requested.eos or _first_token(configs, "eos_token")
+        self.eos_id: int = self._require_eos(vocabulary)
+        self.bos_id: int | None = self._token_id(vocabulary, self._bos, "bos")
+        recorded = configs[0].get("add_bos")
+        add_bos = recorded if requested.add_bos is None else requested.add_bos
+        self.add_bos: bool = self._resolve_add_bos(add_bos)
+        content_hash = hashlib.sha256(self._content)
+        content_hash.update(self.files[SPECIAL_TOKENS_FILE])
+        self.fingerprint: str = content_hash.hexdigest()
 
     @property
     def files(self) -> Mapping[str, bytes]:
-        """What a token folder keeps of it."""
-        table = {"bos_token": self._bos, "eos_token": self._eos, "add_bos": self.begins}
+        """Files that a token folder keeps, by name."""
+        table = {"bos_token": self._bos, "eos_token": self._eos, "add_bos": self.add_bos}
         return {
             HF_FILE: self._content,
-            SPECIALS_FILE: (json.dumps(table, sort_keys=True) + "\n").encode(),
+            SPECIAL_TOKENS_FILE: (json.dumps(table, sort_keys=True) + "\n").encode(),
         }
 
     def encode(self, text: str) -> list[int]:
-        """The token numbers of `text`, no bos and no eos. Raises ValueError on a lone surrogate."""
+        """Return the tokens of `text` without bos and eos.
+
+        Raises:
+            ValueError: the text contains a lone surrogate.
+        """
         text.encode()
         return self._model.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`; special ones have none. Raises ValueError on an unknown number."""
+        """Return the text of `tokens`; special tokens have none.
+
+        Raises:
+            ValueError: a number is not a token.
+        """
         for token in tokens:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(
-                    f"token {token}: this tokenizer has the numbers 0..{self.vocab_size - 1}"
+                    f"token {token}: the tokens of this tokenizer are 0..{self.vocab_size - 1}"
                 )
         return self._model.decode([int(token) for token in tokens], skip_special_tokens=True)
 
-    def _end(self, vocabulary: Mapping[str, int]) -> int:
-        number = self._number(vocabulary, self._eos, "eos")
+    def _require_eos(self, vocabulary: Mapping[str, int]) -> int:
+        number = self._token_id(vocabulary, self._eos, "eos")
         if number is None:
             added = self._model.get_added_tokens_decoder()
             listed = ", ".join(token.content for token in list(added.values())[:8]) or "none"
@@ -107,7 +117,7 @@ class HuggingFaceTokenizer:
             )
         return number
 
-    def _number(self, vocabulary: Mapping[str, int], token: str | None, name: str) -> int | None:
+    def _token_id(self, vocabulary: Mapping[str, int], token: str | None, name: str) -> int | None:
         if token is None:
             return None
         if token not in vocabulary:
@@ -117,29 +127,37 @@ class HuggingFaceTokenizer:
             )
         return vocabulary[token]
 
-    def _begins(self, asked: bool | None) -> bool:
-        """Whether documents begin with bos: as asked, or as the tokenizer's own template does."""
-        if asked is None:
+    def _resolve_add_bos(self, requested: bool | None) -> bool:
+        """Return whether documents begin with bos; None follows the tokenizer's own template."""
+        if requested is None:
             return self.bos_id is not None and self.bos_id in self._model.encode("").ids[:1]
-        if asked and self.bos_id is None:
+        if requested and self.bos_id is None:
             raise ValueError(
                 f"tokenizer {self._path}: nothing says which token begins a text; name it with "
                 "--bos-token, or leave --add-bos out"
             )
-        return asked
+        return requested
 
 
-def _table(path: Path) -> Mapping[str, Any]:
+def _read_json(path: Path) -> Mapping[str, Any]:
+    """Return the object in a JSON file; {} if the file is missing or holds no object."""
     if not path.is_file():
         return {}
     try:
         table = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); mend it or take it away") from error
+        raise ValueError(f"{path}: not JSON ({error}); correct or remove it") from error
     return table if isinstance(table, dict) else {}
 
 
-def _named(token: Any) -> str | None:
-    """The text of a token that is written as itself or as a table with its `content`."""
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
+def _first_token(configs: Sequence[Mapping[str, Any]], key: str) -> str | None:
+    """Return the text of the token that the first config with a token names under `key`.
+
+    A token is written as its text, or as an object with the text under "content".
+    """
+    for config in configs:
+        token = config.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str) and text:
+            return text
+    return None

@@ -1,6 +1,6 @@
-"""Text to token numbers and back without loss: sentencepiece BPE with byte fallback.
+"""Train and use sentencepiece BPE tokenizers with byte fallback, which are lossless.
 
-Byte-pair encoding after arXiv:1508.07909, as sentencepiece implements it (arXiv:1808.06226).
+Byte-pair encoding as in arXiv:1508.07909, implemented by sentencepiece (arXiv:1808.06226).
 """
 
 import hashlib
@@ -11,21 +11,22 @@ from pathlib import Path
 import sentencepiece
 
 MODEL_FILE = "tokenizer.model"
-# Bounds the time and memory of training; 16 MiB of code take about two seconds.
+# Limits the time and memory of training; 16 MiB of code take about two seconds.
 TRAIN_BYTES = 16 * 2**20
-# The trainer counts words per sentence; its own limit of 4,192 bytes would drop longer ones.
-_SENTENCE = 2000
-# sentencepiece writes a space as this character, so a real one has to go in as bytes.
+# Characters per training sentence; the trainer drops sentences above its limit, 4,192 bytes.
+_SENTENCE_CHARS = 2000
+# sentencepiece represents a space by this character, so a literal one is encoded as bytes.
 _SPACE_MARK = "\u2581"
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts in pieces for the trainer, at most `TRAIN_BYTES` in total."""
     budget = TRAIN_BYTES
     for text in texts:
-        # The trainer drops every sentence that holds a tab.
+        # The trainer drops every sentence that contains a tab.
         clean = text.replace("\t", " ").replace(_SPACE_MARK, " ")
-        for start in range(0, len(clean), _SENTENCE):
-            sentence = clean[start : start + _SENTENCE]
+        for start in range(0, len(clean), _SENTENCE_CHARS):
+            sentence = clean[start : start + _SENTENCE_CHARS]
             budget -= len(sentence.encode())
             if budget < 0:
                 return
@@ -33,17 +34,20 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """The bytes of a sentencepiece model of `vocab_size` pieces, trained on `texts`.
+    """Train a sentencepiece model of `vocab_size` pieces on `texts` and return its bytes.
 
-    Reads at most `TRAIN_BYTES` of text; the same texts give the same bytes. Piece 0 is the
-    unknown, piece 1 the end of a document (eos). Raises ValueError where there is no text, or
-    where the text does not hold `vocab_size` pieces.
+    At most `TRAIN_BYTES` of text are used. The same texts give the same bytes. Piece 0 is the
+    unknown token, piece 1 ends a document (eos).
+
+    Raises:
+        ValueError: vocab_size is below 300, there is no text, or the text has fewer possible
+            pieces than `vocab_size`.
     """
     if vocab_size < 300:
         raise ValueError(
-            f"vocab_size = {vocab_size}: must be at least 300, 256 of them stand for the bytes"
+            f"vocab_size = {vocab_size}: must be at least 300; 256 pieces are the bytes"
         )
-    # A list, because the trainer would wrap an error raised by an iterator in one of its own.
+    # A list: the trainer would hide an error that an iterator raises behind its own error.
     sentences = list(_sentences(texts))
     if not sentences:
         raise ValueError("no text to train a tokenizer on: every document is empty")
@@ -65,7 +69,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             eos_id=1,
             bos_id=-1,
             pad_id=-1,
-            max_sentence_length=8 * _SENTENCE,
+            max_sentence_length=8 * _SENTENCE_CHARS,
             input_sentence_size=0,
             shuffle_input_sentence=False,
             num_threads=1,
@@ -80,17 +84,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-class Tokenizer:
+class SentencePieceTokenizer:
     """A trained sentencepiece model.
 
     For models of `train_tokenizer`, `decode(encode(text)) == text` for every text that UTF-8 can
-    hold. begins: whether documents begin with bos. Raises ValueError where the file is missing, is
-    no sentencepiece model, has no eos, or has no bos where one is asked for.
+    represent.
+
+    Args:
+        path: the .model file.
+        add_bos: whether documents begin with bos.
+
+    Raises:
+        ValueError: the file is missing or not a sentencepiece model, it has no eos, or add_bos is
+            set and it has no bos.
     """
 
     kind = "sentencepiece"
 
-    def __init__(self, path: str | Path, begins: bool = False) -> None:
+    def __init__(self, path: str | Path, add_bos: bool = False) -> None:
         if not Path(path).is_file():
             raise ValueError(f"tokenizer {path}: no such file; give a sentencepiece .model")
         model = self._bytes = Path(path).read_bytes()
@@ -104,35 +115,39 @@ class Tokenizer:
         self.eos_id: int = self._model.eos_id()
         if self.eos_id < 0:
             raise ValueError(
-                f"tokenizer {path}: has no end-of-sentence piece to part documents with; "
+                f"tokenizer {path}: has no end-of-sentence piece to separate documents; "
                 "train it with eos_id >= 0"
             )
         bos_id = self._model.bos_id()
         self.bos_id: int | None = bos_id if bos_id >= 0 else None
-        self.begins = begins
-        if begins and self.bos_id is None:
-            raise ValueError(f"tokenizer {path}: has no piece that begins a text; no --add-bos")
-        mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
-        self._mark: list[int] = mark if all(map(self._model.is_byte, mark)) else []
+        self.add_bos = add_bos
+        if add_bos and self.bos_id is None:
+            raise ValueError(
+                f"tokenizer {path}: has no piece that begins a text; leave --add-bos out"
+            )
+        mark_bytes = [self._model.piece_to_id(f"<0x{b:02X}>") for b in _SPACE_MARK.encode()]
+        # Byte tokens of a literal space mark; empty if the model has no byte fallback.
+        has_bytes = all(map(self._model.is_byte, mark_bytes))
+        self._mark_tokens: list[int] = mark_bytes if has_bytes else []
 
     @property
     def files(self) -> Mapping[str, bytes]:
-        """What a token folder keeps of it."""
+        """Files that a token folder keeps, by name."""
         return {MODEL_FILE: self._bytes}
 
     def encode(self, text: str) -> list[int]:
-        """The token numbers of `text`, no eos. Raises ValueError on a lone surrogate."""
+        """Return the tokens of `text` without eos. Raises ValueError on a lone surrogate."""
         text.encode()
-        if not self._mark or _SPACE_MARK not in text:
+        if not self._mark_tokens or _SPACE_MARK not in text:
             return self._model.encode(text)
-        first, *rest = (self._model.encode(part) for part in text.split(_SPACE_MARK))
-        return first + [token for part in rest for token in (*self._mark, *part)]
+        first, *rest = (self._model.encode(piece) for piece in text.split(_SPACE_MARK))
+        return first + [token for piece in rest for token in (*self._mark_tokens, *piece)]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`; eos has none. Raises ValueError on a number without a piece."""
+        """Return the text of `tokens`; eos has none. Raises ValueError if one is not a token."""
         for token in tokens:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(
-                    f"token {token}: this tokenizer has the numbers 0..{self.vocab_size - 1}"
+                    f"token {token}: the tokens of this tokenizer are 0..{self.vocab_size - 1}"
                 )
         return self._model.decode([int(token) for token in tokens])
