@@ -10,7 +10,6 @@ import torch
 
 from lcdist.attention import METHODS, HeadSlice, Shape
 from lcdist.commands.main import main
-from lcdist.commands.train import make_trainer, open_dataset
 from lcdist.config import ConfigError, load
 from lcdist.config.schema import CocaOptions
 from lcdist.distributed.mesh import build_mesh
@@ -21,7 +20,9 @@ from lcdist.model.build import build_model
 from lcdist.model.output_loss import VocabShard, output_losses
 from lcdist.model.sequence import SequenceParams
 from lcdist.plan import Plan, make_plan, plan_rows, smallest_world
+from lcdist.train.build import build_trainer, open_dataset
 from tests.distributed import run_ranks
+from tests.engines.internals import chunks_of, optimizer_of
 from tests.live import LiveTensors
 
 DEBUG = Path(__file__).parent.parent / "configs" / "debug" / "full.toml"
@@ -334,9 +335,9 @@ def held(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[tuple
     for overrides in cases:
         plan = plan_of(*ODD, *overrides, world_size=world_size)
         mesh = build_mesh(plan.config.parallel, 0)
-        trainer = make_trainer(plan, mesh, open_dataset(plan), Peak(1.0, "config"))
-        parameters = sum(p.numel() for chunk in trainer.engine.chunks for p in chunk.parameters())
-        moments = sum(master.numel() for master in trainer.engine.optimizer.masters)
+        trainer = build_trainer(plan, mesh, open_dataset(plan), Peak(1.0, "config"))
+        parameters = sum(p.numel() for chunk in chunks_of(trainer) for p in chunk.parameters())
+        moments = sum(master.numel() for master in optimizer_of(trainer).masters)
         found.append((parameters, moments))
     return found
 
@@ -504,7 +505,7 @@ def sent(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
     for overrides in cases:
         plan = plan_of(*ODD, "model.num_layers=2", *overrides, world_size=world_size)
         mesh = build_mesh(plan.config.parallel, 0)
-        trainer = make_trainer(plan, mesh, open_dataset(plan), Peak(1.0, "config"))
+        trainer = build_trainer(plan, mesh, open_dataset(plan), Peak(1.0, "config"))
         with traffic() as t:
             trainer.engine.forward_backward(trainer.loader.next_step())
         found.append(t.total)

@@ -19,20 +19,19 @@ import time
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from plain_llama import PlainLlama
 from rich.console import Console
 from rich.table import Table
 
-from lcdist.commands.train import make_trainer, open_dataset
 from lcdist.config import load
 from lcdist.config.schema import Config
 from lcdist.distributed.mesh import build_mesh, end_world, start_world
 from lcdist.hardware.peak import Peak, peak_memory
 from lcdist.model.rotary import make_rotary
 from lcdist.plan import make_plan
+from lcdist.train.build import build_trainer, open_dataset
 from lcdist.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +69,7 @@ def single(config: Config) -> Trainer:
     plan = make_plan(config, 1)
     start_world(60)
     mesh = build_mesh(config.parallel, config.train.seed)
-    return make_trainer(plan, mesh, open_dataset(plan), Peak(1e12, "config"))
+    return build_trainer(plan, mesh, open_dataset(plan), Peak(1e12, "config"))
 
 
 def gate(seqlen: int) -> str | None:
@@ -80,11 +79,11 @@ def gate(seqlen: int) -> str | None:
     batch = trainer.loader.step_at(0)[0]
     loss = plain(batch.tokens, batch.labels)
     loss.backward()
-    ours, _ = trainer.engine.forward_backward([batch])
-    name = "module.embedding.word_embeddings.weight"
-    parameters: dict[str, Any] = dict(trainer.engine.wrapped[0].named_parameters())
-    gradient = parameters[name].main_grad
-    error = (plain.embedding.weight.grad - gradient).norm() / gradient.norm()
+    ours = trainer.engine.forward_backward([batch]).mean
+    gradient = trainer.engine.gradient("embedding.word_embeddings.weight")
+    expected = plain.embedding.weight.grad
+    assert expected is not None
+    error = (expected - gradient).norm() / gradient.norm()
     end_world()
     if abs(ours - loss.item()) > GATE * abs(ours) or not error < GATE:
         return f"losses {ours} and {loss.item()}, embedding gradients apart by {error:.2g}"
@@ -93,9 +92,10 @@ def gate(seqlen: int) -> str | None:
 
 def _plain(trainer: Trainer) -> PlainLlama:
     plan = trainer.plan
-    return PlainLlama(
-        trainer.engine.chunks[0], make_rotary(plan.config.model.rope, plan.shape.head_dim)
-    )
+    state = trainer.engine.state_dict(weights_only=True)["model"]["chunk0"]
+    weights = {name: entry.data for name, entry in state.items()}
+    rotary = make_rotary(plan.config.model.rope, plan.shape.head_dim)
+    return PlainLlama(plan.config.model, weights, rotary)
 
 
 def time_plain(seqlen: int, steps: int) -> tuple[float, int]:

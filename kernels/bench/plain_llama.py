@@ -4,12 +4,13 @@ torch's own attention, norms and linears, no parallelism; weights are taken from
 so both can be checked to compute the same loss before either is timed.
 """
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lcdist.config.schema import ModelConfig
 from lcdist_kernels import Rotary
 
 
@@ -41,13 +42,11 @@ class PlainLayer(nn.Module):
 class PlainLlama(nn.Module):
     """Embedding, layers, norm, output; `forward` gives the mean loss."""
 
-    def __init__(self, model: Any, rotary: Rotary) -> None:
-        """model: an lcdist CausalLM on one rank, whose shape and weights are taken."""
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], rotary: Rotary) -> None:
+        """Take over the weights of an lcdist model on one rank, by their whole-model names."""
         super().__init__()
-        config = model.config
-        shape = (config.hidden_size, config.num_attention_heads, config.num_query_groups)
-        weights = dict(model.named_parameters())
-        self.rotary, self.vocab_size = rotary, model.true_vocab_size
+        shape = (config.hidden_size, config.nheads, config.nheads_kv or config.nheads)
+        self.rotary, self.vocab_size = rotary, config.vocab_size
         rows, width = weights["embedding.word_embeddings.weight"].shape
         self.embedding = nn.Embedding(rows, width)
         self.layers = nn.ModuleList(
@@ -58,7 +57,7 @@ class PlainLlama(nn.Module):
         self._take(weights)
 
     @torch.no_grad()
-    def _take(self, weights: dict[str, Any]) -> None:
+    def _take(self, weights: Mapping[str, Tensor]) -> None:
         self.embedding.weight.copy_(weights["embedding.word_embeddings.weight"])
         self.norm.weight.copy_(weights["decoder.final_layernorm.weight"])
         self.output.weight.copy_(weights["output_layer.weight"])

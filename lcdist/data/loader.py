@@ -38,6 +38,13 @@ class Batch:
     loss_mask: Tensor
     cu_seqlens: tuple[Tensor, ...] | None
 
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch with its tensors on `device`; document tables stay on the CPU."""
+        tokens, labels, loss_mask = (
+            x.to(device, non_blocking=True) for x in (self.tokens, self.labels, self.loss_mask)
+        )
+        return Batch(tokens, labels, loss_mask, self.cu_seqlens)
+
 
 @dataclass(frozen=True)
 class LoaderSpec:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.schema import OptimConfig
@@ -126,6 +126,13 @@ class ShardedAdamW:
                 parameter.copy_(master)
         self._broadcast()
         return norm
+
+    def gradient(self, name: str) -> Tensor:
+        """Return this rank's part of a gradient in fp32, by the parameter's whole-model name.
+
+        Raises KeyError if this rank does not train the parameter.
+        """
+        return dict(self.parameters)[name].main_grad  # type: ignore[attr-defined]
 
     def _gradient_norm(self) -> float:
         """Over every parameter of the model once: copies over TP and PP are left out.

@@ -4,7 +4,7 @@ Keys name the tensors of the whole model (`decoder.layers.3...`), never a rank's
 load what any mesh saved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.hardware.device import has_cuda
+from lcdist.model.init import whole_model_names
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -38,6 +39,37 @@ def load_model_state(chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> Non
         result = chunk.load_state_dict(loaded[f"chunk{i}"], strict=False)
         missing = [key for key in result.missing_keys if not key.endswith(_EXTRA)]
         assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+
+
+def load_whole_tensors(
+    chunks: Sequence[nn.Module], tensors: Mapping[str, Callable[[], Tensor]], tp_rank: int
+) -> None:
+    """Fill parameters from whole tensors; padding rows of a vocabulary table stay as they are.
+
+    Args:
+        chunks: this rank's model chunks.
+        tensors: by whole-model name, a function that reads the tensor; called only for parameters
+            that a chunk holds.
+        tp_rank: this rank's number among the tensor-parallel ranks.
+    """
+    with torch.no_grad():
+        for chunk in chunks:
+            names = whole_model_names(chunk)
+            for local, parameter in chunk.named_parameters():
+                if names[local] in tensors:
+                    _fill(parameter, tensors[names[local]](), tp_rank)
+
+
+def _fill(parameter: nn.Parameter, whole: Tensor, tp_rank: int) -> None:
+    shard = parameter.data
+    if getattr(parameter, "tensor_model_parallel", False):
+        dim: int = parameter.partition_dim  # type: ignore[attr-defined]
+        first = min(tp_rank * shard.shape[dim], whole.shape[dim])
+        count = min(shard.shape[dim], whole.shape[dim] - first)
+        whole, shard = whole.narrow(dim, first, count), shard.narrow(dim, 0, count)
+    else:
+        shard = shard[: len(whole)]
+    shard.copy_(whole)
 
 
 def random_states() -> dict[str, Tensor]:

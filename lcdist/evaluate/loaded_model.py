@@ -1,4 +1,4 @@
-"""A checkpoint opened for use: evaluated or continued, on any mesh, under its own configuration."""
+"""Open a checkpoint to evaluate it or to generate text, on any mesh, without training state."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +15,8 @@ from lcdist.data.meta import check_vocabulary
 from lcdist.data.tokenizers.files import bos_prefix, open_tokenizer
 from lcdist.distributed.mesh import Mesh, build_mesh, start_world, world_size
 from lcdist.distributed.rank_zero import run_on_rank_zero
-from lcdist.engines.megatron import MegatronEngine
-from lcdist.engines.state import load_model_state, model_state
+from lcdist.engines.engine import ForwardEngine
+from lcdist.engines.forward import MegatronForward
 from lcdist.evaluate.perplexity import held_out_text, perplexity_by_length
 from lcdist.inference.generate import generate
 from lcdist.model.build import CausalLM, build_model
@@ -25,26 +25,33 @@ from lcdist.plan.resolve import evaluation_layers
 
 
 @dataclass(frozen=True)
-class Session:
-    """A model with the weights of a checkpoint, on the mesh of this world.
+class LoadedModel:
+    """A model with a checkpoint's weights, on the mesh of this world.
 
-    attention: what its text is read with, in words.
+    attention: the method that reads the text, and the trained one where they differ.
+    engine: evaluates the model.
+    chunks: this rank's part of the model, for generation.
     """
 
     plan: Plan
     attention: str
     mesh: Mesh
     checkpoint: Checkpoint
+    engine: ForwardEngine
     chunks: list[CausalLM]
 
 
-def open_session(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[str]) -> Session:
-    """Load the weights at `path` (a checkpoint, or a run folder for its latest).
+def load_model(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[str]) -> LoadedModel:
+    """Build the model of a checkpoint and load its weights, without DDP and without an optimizer.
 
-    overrides: `section.key=value`, over the checkpoint's own configuration. mesh_overrides:
-    overrides that go before them, since a checkpoint's mesh is not that of who reads it. Raises
-    ConfigError or
-    CheckpointError for the user's mistakes.
+    Args:
+        path: a checkpoint, or a run folder for its latest.
+        overrides: `section.key=value`, over the checkpoint's own configuration.
+        mesh_overrides: overrides that come before `overrides`: the mesh to use by default, since
+            the checkpoint's own may not fit this world.
+
+    Raises:
+        ConfigError, CheckpointError: the checkpoint or the overrides do not fit.
     """
     # The configuration decides the mesh and so the world: it is read before there is a world.
     checkpoint = open_checkpoint(path)
@@ -52,8 +59,7 @@ def open_session(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[
     alone += ["parallel.vp_size=1", "parallel.sequence_parallel=false"]
     config = saved_config(checkpoint, [*alone, *mesh_overrides, *overrides])
     trained = make_plan(_one_sample_a_rank(config), world_size())
-    dense = evaluation_layers(trained.layers, config.evaluate.attention)
-    plan = replace(trained, layers=dense)
+    plan = replace(trained, layers=evaluation_layers(trained.layers, config.evaluate.attention))
     attention = plan.shape.attention_name
     if attention != trained.shape.attention_name:
         attention += f" (dense; trained with {trained.shape.attention_name})"
@@ -61,20 +67,25 @@ def open_session(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[
     mesh = build_mesh(config.parallel, config.train.seed)
     checkpoint = run_on_rank_zero(lambda: open_checkpoint(path))
     chunks = build_model(plan, mesh.device)
-    load_model_state(chunks, load_weights(checkpoint, model_state(chunks)))
-    return Session(plan, attention, mesh, checkpoint, chunks)
+    engine = MegatronForward(mesh, chunks)
+    engine.load_state({"model": load_weights(checkpoint, engine.state_dict()["model"])})
+    return LoadedModel(plan, attention, mesh, checkpoint, engine, chunks)
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Perplexity by length of the checkpoint on the valid split of its data.
+    """Measure a checkpoint's perplexity by length on the valid split of its data.
 
-    Without overrides the whole world is context parallel. Returns lengths, perplexity (None
-    where it overflows), scored (tokens at each length), tokens asked for, attention (what the
-    text was read with), and whether documents had to be joined.
+    Without overrides the whole world is context parallel. Raises ValueError for an imported model
+    without data of its own.
+
+    Returns:
+        checkpoint, step, lengths, perplexity (None if it overflows), scored (tokens at each
+        length), tokens (asked for), attention (method that read the text), joined (whether
+        documents were joined to fill the windows).
     """
-    session = open_session(path, overrides, [f"parallel.cp_size={world_size()}"])
-    config, mesh = session.plan.config, session.mesh
-    checkpoint = session.checkpoint
+    loaded = load_model(path, overrides, [f"parallel.cp_size={world_size()}"])
+    config, mesh = loaded.plan.config, loaded.mesh
+    checkpoint = loaded.checkpoint
     if "imported" in checkpoint.manifest and config.data == saved_config(checkpoint).data:
         raise ValueError(
             f"{path} is an imported model, which has no text of its own: say what to read with "
@@ -83,20 +94,19 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     split = TokenSplit(held_out_folder(config.data), "valid")
     vocab_size = config.model.vocab_size
     check_vocabulary(
-        split.meta, vocab_size, reserved=vocab_size - session.plan.shape.text_vocab_size
+        split.meta, vocab_size, reserved=vocab_size - loaded.plan.shape.text_vocab_size
     )
     lengths = tuple(sorted(config.evaluate.lengths))
     text = held_out_text(split, lengths[-1] * mesh.dp_size, config.evaluate.tokens)
-    engine = MegatronEngine(session.plan, mesh, session.chunks)
-    scores = perplexity_by_length(engine, mesh, text, lengths)
+    scores = perplexity_by_length(loaded.engine, loaded.plan, mesh, text, lengths)
     return {
-        "checkpoint": str(session.checkpoint.path),
-        "step": session.checkpoint.step,
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.step,
         "lengths": list(lengths),
         "perplexity": [score.perplexity for score in scores],
         "scored": [score.tokens for score in scores],
         "tokens": config.evaluate.tokens,
-        "attention": session.attention,
+        "attention": loaded.attention,
         "joined": text.joined,
     }
 
@@ -110,22 +120,25 @@ def generate_text(
     temperature: float,
     seed: int,
 ) -> str:
-    """The prompt continued by the checkpoint's model; all of the world is tensor parallel."""
-    session = open_session(path, overrides, [f"parallel.tp_size={world_size()}"])
-    for layer in session.plan.layers:
+    """Continue the prompt with the checkpoint's model; the whole world is tensor parallel.
+
+    Raises ValueError if an attention method of the model cannot decode.
+    """
+    loaded = load_model(path, overrides, [f"parallel.tp_size={world_size()}"])
+    for layer in loaded.plan.layers:
         if "decode" not in layer.method.supports:
             raise ValueError(f"attention method '{layer.method.name}' cannot generate text")
-    tokenizer = open_tokenizer(held_out_folder(session.plan.config.data))
-    read = [*bos_prefix(tokenizer), *tokenizer.encode(prompt)]
-    tokens = torch.tensor(read, dtype=torch.int64, device=session.mesh.device)
+    tokenizer = open_tokenizer(held_out_folder(loaded.plan.config.data))
+    prompt_ids = [*bos_prefix(tokenizer), *tokenizer.encode(prompt)]
+    tokens = torch.tensor(prompt_ids, dtype=torch.int64, device=loaded.mesh.device)
     out = generate(
-        session.chunks[0], tokens, max_new_tokens, temperature, seed, stop=tokenizer.eos_id
+        loaded.chunks[0], tokens, max_new_tokens, temperature, seed, stop=tokenizer.eos_id
     )
     return tokenizer.decode([t for t in out.tolist() if t != tokenizer.eos_id])
 
 
 def _one_sample_a_rank(config: Config) -> Config:
-    """Batch sizes are the training run's; here every rank reads what it is given."""
+    """Return `config` with one sample per data-parallel rank in place of the training batch."""
     parallel = config.parallel
     dp_size = max(1, world_size() // (parallel.tp_size * parallel.pp_size * parallel.cp_size))
     return replace(

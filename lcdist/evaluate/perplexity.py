@@ -16,10 +16,9 @@ from lcdist.data.datasets.sample import Sample
 from lcdist.data.datasets.tokens import TokenSplit
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.distributed.mesh import Mesh
-from lcdist.engines.megatron import MegatronEngine
+from lcdist.engines.engine import ForwardEngine
 from lcdist.layout import ContextLayout
 from lcdist.plan import Plan
-from lcdist.train.trainer import to_device
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,10 @@ def held_out_text(split: TokenSplit, length: int, tokens: int) -> Text:
 
 
 def perplexity_by_length(
-    engine: MegatronEngine, mesh: Mesh, text: Text, lengths: tuple[int, ...]
+    engine: ForwardEngine, plan: Plan, mesh: Mesh, text: Text, lengths: tuple[int, ...]
 ) -> list[Score]:
-    """The score of `text` at each length, over all ranks; every rank gets the same numbers."""
-    plan, slots = engine.plan, engine.plan.shape.document_layout
+    """Score `text` at each length over all ranks; every rank returns the same numbers."""
+    slots = plan.shape.document_layout
     scores = []
     for length in lengths:
         windows = Windows(text, length, plan.config.model.vocab_size)
@@ -108,9 +107,9 @@ def perplexity_by_length(
         loader = Loader(windows if row == length else AlignedDataset(windows, slots, row), spec)
         total, tokens = 0.0, 0
         for _ in range(windows.count // mesh.dp_size):
-            batches = [to_device(batch, mesh.device) for batch in loader.next_step()]
-            loss, count = engine.evaluate(batches, layout, row)
-            total, tokens = total + loss * count, tokens + count
+            batches = [batch.to(mesh.device) for batch in loader.next_step()]
+            loss = engine.evaluate(batches, layout, row)
+            total, tokens = total + loss.mean * loss.tokens, tokens + loss.tokens
         scores.append(Score(length, tokens, total / max(1, tokens)))
     return scores
 

@@ -1,11 +1,10 @@
-"""The loop over the steps: batches in, one update each, a record out, a checkpoint now and then."""
+"""The training loop: draw batches, update the weights, record each step, save checkpoints."""
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,10 +17,10 @@ from lcdist.checkpoint.read import (
 )
 from lcdist.checkpoint.save import Checkpointer
 from lcdist.config import dump
-from lcdist.data.loader import Batch, Loader
+from lcdist.data.loader import Loader
 from lcdist.distributed.mesh import Mesh
 from lcdist.distributed.watchdog import Noted, Watchdog
-from lcdist.engines.megatron import MegatronEngine
+from lcdist.engines.engine import TrainEngine
 from lcdist.engines.state import load_random_states, random_states, sharded_random_states
 from lcdist.exchange import traffic
 from lcdist.hardware.peak import Peak, max_over_ranks, mfu, peak_memory
@@ -35,13 +34,19 @@ from lcdist.train.schedule import learning_rate
 from lcdist.train.stop_requests import StopRequests
 
 log = logging.getLogger(__name__)
-RANKS = 2**20
+# Radix that packs a time and a rank number into one integer: more than any number of ranks.
+RANK_RADIX = 2**20
 VERBS = ("ring", "shift", "gather", "swap")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training loop ended. status: "finished" or "stopped"; reason: in a few words."""
+    """How a training loop ended.
+
+    status: "finished" or "stopped".
+    step: optimizer steps taken.
+    reason: a few words for status.json.
+    """
 
     status: str
     step: int
@@ -49,13 +54,17 @@ class Outcome:
 
 
 class Trainer:
-    """Runs steps from wherever the engine and the loader stand, to the end or a stop signal."""
+    """Runs steps from the current state of engine and loader until the end or a stop request.
+
+    also_stop: files beside the run folder's own `stop` that request a stop.
+    step: steps taken. saved_step: step of the newest complete checkpoint.
+    """
 
     def __init__(  # noqa: PLR0913
         self,
         plan: Plan,
         mesh: Mesh,
-        engine: MegatronEngine,
+        engine: TrainEngine,
         loader: Loader,
         checkpointer: Checkpointer,
         peak: Peak,
@@ -67,23 +76,29 @@ class Trainer:
         self.saved_step = 0
 
     def train(
-        self, metrics: Metrics, watchdog: Watchdog, first_step: Callable[[], None]
+        self, metrics: Metrics, watchdog: Watchdog, after_first_step: Callable[[], None]
     ) -> Outcome:
-        """Run until train.steps or until any rank is told to stop; saves before it returns.
+        """Run until train.steps, or until a rank receives a stop request; save before returning.
 
-        watchdog: hears of every part of a step. first_step: called after the first. Raises
-        FloatingPointError where a gradient is not finite.
+        Args:
+            metrics: gets one record a step.
+            watchdog: is notified of every phase of a step.
+            after_first_step: called once, after the first step's record is written.
+
+        Raises:
+            FloatingPointError: a gradient is not finite.
         """
         steps, every = self.plan.config.train.steps, self.plan.config.checkpoint.every
         asynchronous = self.plan.config.checkpoint.asynchronous
-        reason = ""
+        reason, is_first = "", True
         with StopRequests(self._stop_files()) as requests:
             while self.step < steps and not reason:
-                record, asked = self._one_step(requests, watchdog)
+                record, stop_requested = self._one_step(requests, watchdog)
                 metrics.write(record)
-                first_step()
-                first_step = _nothing
-                if asked:
+                if is_first:
+                    after_first_step()
+                    is_first = False
+                if stop_requested:
                     reason = f"told to stop ({requests.reason or 'by another rank'})"
                 ends = bool(reason) or self.step == steps
                 if ends or (every and self.step % every == 0):
@@ -94,30 +109,31 @@ class Trainer:
         return Outcome("finished", self.step, f"all {steps} steps done")
 
     def _one_step(self, requests: StopRequests, watchdog: Watchdog) -> tuple[StepRecord, bool]:
-        train, begun = self.plan.config.train, time.perf_counter()
+        """Take one step; return its record and whether any rank received a stop request."""
+        train, start = self.plan.config.train, time.perf_counter()
         watchdog.moved(self.step, "loading data")
         lr = learning_rate(self.plan.config.optim, self.step, train.steps)
-        batches = [to_device(batch, self.mesh.device) for batch in self.loader.next_step()]
-        drawn = time.perf_counter()
+        batches = [batch.to(self.mesh.device) for batch in self.loader.next_step()]
+        data_end = time.perf_counter()
         noted = Noted(batches, lambda: watchdog.moved(self.step, "forward and backward"))
         with traffic() as sent:
-            loss, tokens = self.engine.forward_backward(noted)
-        differentiated = time.perf_counter()
+            loss = self.engine.forward_backward(noted)
+        backward_end = time.perf_counter()
         watchdog.moved(self.step, "optimizer")
-        grad_norm = self.engine.update(lr)
-        updated = time.perf_counter()
+        grad_norm = self.engine.step(lr)
+        optimizer_end = time.perf_counter()
         self.step += 1
-        own = drawn - begun + self.engine.seconds_before_reduction - sent.seconds_waited
-        most = self._most(requests, sent.sent, own)
-        if self.checkpointer.unfinished and not most["writing"]:
-            self._named(self.checkpointer.finish())
-        ended = time.perf_counter()
-        rate = tokens / (ended - begun)
+        own_work = data_end - start + self.engine.seconds_before_reduction - sent.seconds_waited
+        maxima = self._max_over_ranks(requests, sent.sent, own_work)
+        if self.checkpointer.unfinished and not maxima["writing"]:
+            self._note_saved(self.checkpointer.finish())
+        end = time.perf_counter()
+        rate = loss.tokens / (end - start)
         record = StepRecord(
             step=self.step,
             samples=self.loader.sample,
-            tokens=tokens,
-            loss=loss,
+            tokens=loss.tokens,
+            loss=loss.mean,
             grad_norm=grad_norm,
             lr=lr,
             tokens_per_second=rate,
@@ -127,48 +143,57 @@ class Trainer:
             mfu_causal=mfu(
                 self.plan.compute.flops_per_token, rate, self.peak, self.mesh.world_size
             ),
-            memory_bytes=most["memory"],
-            exchange_bytes={verb: most[verb] for verb in VERBS if most[verb]},
+            memory_bytes=maxima["memory"],
+            exchange_bytes={verb: maxima[verb] for verb in VERBS if maxima[verb]},
             time=StepTime(
-                step=ended - begun,
-                data=drawn - begun,
-                forward_backward=differentiated - drawn,
-                optimizer=updated - differentiated,
+                step=end - start,
+                data=data_end - start,
+                forward_backward=backward_end - data_end,
+                optimizer=optimizer_end - backward_end,
             ),
             wall=time.time(),
             ranks=RankTimes(
-                least=-most["fastest"] / 1e6,
-                most=most["slowest"] // RANKS / 1e6,
-                slowest=most["slowest"] % RANKS,
+                least=-maxima["fastest"] / 1e6,
+                most=maxima["slowest"] // RANK_RADIX / 1e6,
+                slowest=maxima["slowest"] % RANK_RADIX,
             ),
         )
-        return record, bool(most["stop"])
+        return record, bool(maxima["stop"])
 
-    def _most(self, requests: StopRequests, sent: Mapping[str, int], own: float) -> dict[str, int]:
-        """The maximum over ranks of what each saw: one message also carries the wish to stop.
+    def _max_over_ranks(
+        self, requests: StopRequests, sent: Mapping[str, int], own_work: float
+    ) -> dict[str, int]:
+        """Return the maximum over ranks of each of this step's numbers, in one message.
 
-        own: seconds of work. "slowest" becomes the slowest rank's, in its upper bits, and its
-        number; "fastest" the fastest's, negated; in microseconds.
+        Args:
+            requests: stop requests of this rank.
+            sent: bytes sent by exchange verb.
+            own_work: seconds this rank worked without waiting for others.
+
+        Returns:
+            "stop" and "writing" as 0 or 1, "memory" and each verb in bytes. "slowest" is
+            microseconds * RANK_RADIX + rank of the slowest rank; "fastest" is the fastest rank's
+            microseconds, negated.
         """
-        micros = max(0, round(own * 1e6))
+        micros = max(0, round(own_work * 1e6))
         mine = {"stop": int(requests.look()), "memory": peak_memory(self.mesh.device)}
-        mine |= {"slowest": micros * RANKS + self.mesh.rank, "fastest": -micros}
+        mine |= {"slowest": micros * RANK_RADIX + self.mesh.rank, "fastest": -micros}
         mine["writing"] = int(self.checkpointer.writing)
         mine |= {verb: sent.get(verb, 0) for verb in VERBS}
         return max_over_ranks(mine, dist.group.WORLD, torch.device("cpu"))
 
     def _stop_files(self) -> Sequence[Path]:
-        """Rank 0 alone looks for them; the others hear of it with the step's numbers."""
+        """Return the files to watch: on rank 0 alone, which shares what it sees every step."""
         own = Path(self.plan.config.log.folder) / STOP
         return (own, *self.also_stop) if self.mesh.rank == 0 else ()
 
     def save(self, wait: bool = True) -> None:
-        """A checkpoint of everything at the current step; all ranks call it.
+        """Save a checkpoint of the whole state at the current step; all ranks call it.
 
-        wait: until it is written; else it is finished after the first step that finds it written,
-        or before the next one begins.
+        wait: return when it is complete. Otherwise it is completed after the first step that finds
+        it written, or before the next save begins.
         """
-        state = self.engine.sharded_state_dict()
+        state = self.engine.state_dict()
         state["rng"] = sharded_random_states(self.mesh.rank, self.mesh.world_size)
         manifest = {
             "config": dump(self.plan.config),
@@ -179,22 +204,22 @@ class Trainer:
             "random_states": sorted(state["rng"]),
             "versions": versions(),
         }
-        self._named(self.checkpointer.finish())
+        self._note_saved(self.checkpointer.finish())
         if wait:
-            self._named(self.checkpointer.save(self.step, state, manifest))
+            self._note_saved(self.checkpointer.save(self.step, state, manifest))
         else:
             self.checkpointer.begin(self.step, state, manifest)
 
-    def _named(self, path: Path | None) -> None:
-        """A checkpoint has got its name."""
+    def _note_saved(self, path: Path | None) -> None:
+        """Mark the checkpoint at `path` as complete and log it; do nothing for None."""
         if path is not None:
             self.saved_step = step_of(path)
             log.info("saved %s", path)
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue exactly where `checkpoint` was written, on this mesh, whatever its own was.
+        """Continue exactly where `checkpoint` was written, on this mesh.
 
-        Raises CheckpointError where the weights were kept in another dtype.
+        Raises CheckpointError if its weights have another dtype.
         """
         manifest = checkpoint.manifest
         if manifest["dtype"] != self.plan.dtype:
@@ -202,7 +227,7 @@ class Trainer:
                 f"{checkpoint.path} was trained in {manifest['dtype']}, this run in "
                 f"{self.plan.dtype}: set train.dtype = '{manifest['dtype']}'"
             )
-        state = self.engine.sharded_state_dict()
+        state = self.engine.state_dict()
         names = sorted(random_states())
         same_world = manifest["world_size"] == self.mesh.world_size
         if same_world and manifest["random_states"] == names:
@@ -218,17 +243,5 @@ class Trainer:
 
     def start_from(self, checkpoint: Checkpoint) -> None:
         """Begin a new run from the weights of `checkpoint` alone."""
-        model = load_weights(checkpoint, self.engine.weights_state_dict()["model"])
-        self.engine.load_state({"model": model}, 0)
-
-
-def _nothing() -> None: ...
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch's tensors on `device`; document tables stay where they are read, on the CPU."""
-    moved: dict[str, Any] = {
-        name: getattr(batch, name).to(device, non_blocking=True)
-        for name in ("tokens", "labels", "loss_mask")
-    }
-    return Batch(**moved, cu_seqlens=batch.cu_seqlens)
+        model = load_weights(checkpoint, self.engine.state_dict(weights_only=True)["model"])
+        self.engine.load_state({"model": model})

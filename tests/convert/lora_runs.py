@@ -10,16 +10,19 @@ from torch import Tensor
 
 from lcdist.checkpoint.read import CheckpointError, load_weights, open_checkpoint
 from lcdist.checkpoint.save import Checkpointer
-from lcdist.commands.train import begin, open_fitting
+from lcdist.convert.lora.adapter import read_adapter
 from lcdist.convert.lora.merge import merge, unmerge
 from lcdist.data.loader import Batch
 from lcdist.engines.state import model_state
-from lcdist.evaluate.loaded_model import open_session
+from lcdist.evaluate.loaded_model import load_model
 from lcdist.layout import ContextLayout
 from lcdist.model.sequence import SequenceParams
-from tests.model.lora_cases import gradient, some_b
+from lcdist.train.resume import open_fitting, restore_weights
+from lcdist.train.trainer import Trainer
+from tests.engines.internals import chunks_of, optimizer_of
+from tests.model.lora_cases import some_b
 from tests.model.small import Meshes, small, take_steps
-from tests.model.whole import gather_whole, weight
+from tests.model.whole import gather_gradients, gather_weights
 from tests.train.stored import stored_tensors
 
 TEXT = torch.arange(60).mul(37).remainder(250)
@@ -29,16 +32,23 @@ def trained(rank: int, world_size: int, folder: Path, words: tuple[str, ...]) ->
     """First step's batch, loss and gradients; then steps, and a checkpoint in `folder`."""
     with some_b():
         trainer = Meshes().trainer(small(*words))
-    begin(trainer, None)
+    start(trainer)
     engine = trainer.engine
-    initial = gather_whole(engine.chunks, weight)
-    loss, _ = engine.forward_backward(trainer.loader.next_step())
-    gradients = gather_whole(engine.chunks, gradient)
-    norms = [engine.update(1e-2), *(norm for _, norm in take_steps(trainer, 2, 1e-2))]
+    initial = gather_weights(engine)
+    loss = engine.forward_backward(trainer.loader.next_step()).mean
+    gradients = gather_gradients(engine)
+    norms = [engine.step(1e-2), *(norm for _, norm in take_steps(trainer, 2, 1e-2))]
     trainer.checkpointer = Checkpointer(folder / "checkpoints", keep_last=1)
     trainer.save()
-    last = gather_whole(engine.chunks, weight)
+    last = gather_weights(engine)
     return {"loss": loss, "initial": initial, "gradients": gradients, "norms": norms, "last": last}
+
+
+def start(trainer: Trainer) -> None:
+    """Load the weights that a new run starts from."""
+    config = trainer.plan.config
+    adapter = read_adapter(Path(config.lora.load), config) if config.lora.load else {}
+    restore_weights(trainer, None, adapter)
 
 
 def bare(words: tuple[str, ...]) -> tuple[str, ...]:
@@ -61,12 +71,12 @@ def batches(rank: int, world_size: int, words: tuple[str, ...]) -> list[Batch]:
 def started(rank: int, world_size: int, words: tuple[str, ...]) -> tuple[float, dict[str, Tensor]]:
     """(loss of the first step, weights before it) of a run that starts as `words` say."""
     trainer = Meshes().trainer(small(*words))
-    begin(trainer, None)
-    weights = gather_whole(trainer.engine.chunks, weight)
-    optimizer = trainer.engine.optimizer
+    start(trainer)
+    weights = gather_weights(trainer.engine)
+    optimizer = optimizer_of(trainer)
     for parameter, master in zip(optimizer.mine, optimizer.masters, strict=True):
         assert torch.equal(master.to(parameter.dtype), parameter)
-    return trainer.engine.forward_backward(trainer.loader.next_step())[0], weights
+    return trainer.engine.forward_backward(trainer.loader.next_step()).mean, weights
 
 
 def resumed(
@@ -75,7 +85,7 @@ def resumed(
     """(weights of the checkpoint in `folder`, losses of two more steps) on this mesh."""
     trainer = Meshes().trainer(small(*words))
     trainer.resume(open_fitting(folder, small(*words)))
-    weights = gather_whole(trainer.engine.chunks, weight)
+    weights = gather_weights(trainer.engine)
     return weights, [loss for loss, _ in take_steps(trainer, 2)]
 
 
@@ -84,9 +94,9 @@ def logits(rank: int, world_size: int, folders: list[Path], words: list[str]) ->
     os.environ["WORLD_SIZE"] = str(world_size)
     found = []
     for folder in folders:
-        session = open_session(folder, [], words)
+        loaded = load_model(folder, [], words)
         how = SequenceParams(layout=ContextLayout("contiguous", len(TEXT), 1))
-        [model] = session.chunks
+        [model] = loaded.chunks
         with torch.no_grad():
             out = model(TEXT[None], None, None, packed_seq_params=how)
         found.append(model.whole_logits(out.float())[0, :, :250])
@@ -109,7 +119,7 @@ def merged_and_back(rank: int, world_size: int, folder: Path, out: Path) -> None
 
 
 def read_without(rank: int, world_size: int, folder: Path, words: tuple[str, ...]) -> str:
-    chunks = Meshes().trainer(small(*words)).engine.chunks
+    chunks = chunks_of(Meshes().trainer(small(*words)))
     with pytest.raises(CheckpointError) as caught:
         load_weights(open_checkpoint(folder), {"chunk0": model_state(chunks)["chunk0"]})
     return str(caught.value)

@@ -11,6 +11,7 @@ from lcdist.plan.resolve import evaluation_layers
 from lcdist.train.trainer import Trainer
 from tests.convert.hf import tokens
 from tests.convert.ours import whole_logits
+from tests.engines.internals import chunks_of
 from tests.model.small import Meshes, small
 
 SEQLEN, VOCAB = 40, 250
@@ -77,13 +78,13 @@ def run_all(rank: int, world_size: int, folder: Path) -> Any:
         trainer = meshes.trainer(small(*mesh, *given, *own))
         trainer.engine.forward_backward(trainer.loader.next_step())
         # Large enough for norms and biases to leave 1 and 0.
-        trainer.engine.update(0.1)
+        trainer.engine.step(0.1)
         trainer.step += 1
         trainer.save(wait=True)
         read_densely(trainer)
         said = None
         if name not in SILENT:
-            said = generate(trainer.engine.chunks[0], text(PROMPT)[0], NEW)
+            said = generate(chunks_of(trainer)[0], text(PROMPT)[0], NEW)
         answers[name] = [text_logits(trainer, text(count)) for count in LENGTHS], said
     return answers
 
@@ -96,7 +97,7 @@ def text(count: int) -> Tensor:
 def read_densely(trainer: Trainer) -> None:
     """Put full attention in the place of patterns that are for training, as evaluation does."""
     dense = evaluation_layers(trainer.plan.layers, "auto")
-    for chunk in trainer.engine.chunks:
+    for chunk in chunks_of(trainer):
         layers: Any = chunk.decoder.layers
         for layer in layers:
             core, mine = layer.self_attention.core_attention, dense[layer.layer_number - 1]
@@ -108,7 +109,7 @@ def text_logits(trainer: Trainer, x: Tensor) -> Tensor:
     plan, count = trainer.plan, x.shape[1]
     slots = plan.shape.document_layout
     laid = torch.stack([slots.place(row, 0, slots.num_slots(count), count) for row in x])
-    logits = whole_logits(trainer.engine.chunks, trainer.mesh, plan, laid)
+    logits = whole_logits(chunks_of(trainer), trainer.mesh, plan, laid)
     if logits is None:
         return torch.empty(0)
     return logits[:, slots.is_text(laid[0])]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcdist.checkpoint.read import CheckpointError
-from lcdist.commands.train import open_fitting
 from lcdist.convert.lora.adapter import check_adapter, export_adapter
 from lcdist.convert.lora.merge import unmerge
+from lcdist.train.resume import open_fitting
 from tests.convert.lora_hf import factors, llama, peft_llama
 from tests.convert.lora_runs import (
     TEXT,

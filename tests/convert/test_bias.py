@@ -6,6 +6,7 @@ import pytest
 
 from lcdist.plan import make_plan
 from tests.distributed import run_ranks
+from tests.engines.internals import chunks_of, optimizer_of
 from tests.model.cases import Case, assert_same_gradients, run_cases
 from tests.model.small import Meshes, small
 
@@ -29,9 +30,9 @@ def test_gradients_are_those_of_one_process() -> None:
 def start(rank: int, world_size: int) -> Any:
     """(initial biases, parameters of the model, how many tensors decay) of the small model."""
     trainer = Meshes().trainer(small("model.qkv_bias=true"))
-    named = dict(trainer.engine.chunks[0].named_parameters())
+    named = dict(chunks_of(trainer)[0].named_parameters())
     biases = {name: p for name, p in named.items() if name.endswith(".bias")}
-    optimizer = trainer.engine.optimizer
+    optimizer = optimizer_of(trainer)
     decayed = sum(p.numel() for p, d in zip(optimizer.mine, optimizer.decays, strict=True) if d)
     matrices = sum(p.numel() for p in named.values() if p.ndim > 1)
     zero = not any(p.any() for p in biases.values())

@@ -22,6 +22,7 @@ from tests.convert.hf import (
 )
 from tests.convert.ours import whole_logits
 from tests.distributed import run_ranks
+from tests.engines.internals import chunks_of
 from tests.model.small import Meshes, small
 from tests.tolerance import assert_matches
 
@@ -59,12 +60,12 @@ def train_all(rank: int, world_size: int, folder: Path) -> Any:
         trainer = meshes.trainer(small(*MESH, *words, *own))
         trainer.engine.forward_backward(trainer.loader.next_step())
         # Large enough for norms and biases to leave 1 and 0.
-        trainer.engine.update(0.1)
+        trainer.engine.step(0.1)
         trainer.step += 1
         trainer.save(wait=True)
         dense = trainer.plan.shape.attention_name == "full"
         answers[name] = [
-            whole_logits(trainer.engine.chunks, trainer.mesh, trainer.plan, tokens(count))
+            whole_logits(chunks_of(trainer), trainer.mesh, trainer.plan, tokens(count))
             for count in ((12, SEQLEN) if dense else ())
         ]
     return answers

@@ -20,6 +20,7 @@ from tests.convert.hf import export_all, import_all, make_model, save
 from tests.convert.own_runs import CASES
 from tests.convert.test_export import read_all
 from tests.distributed import run_ranks
+from tests.engines.internals import chunks_of
 from tests.model.small import Meshes, small
 
 BACK = ("mixed", "mixed-marks", "fold-2")
@@ -31,7 +32,7 @@ def save_all(rank: int, world_size: int, folder: Path) -> None:
         own = ("train.seqlen=40", f"log.folder={folder / name}")
         trainer = meshes.trainer(small(*CASES[name], *own))
         with torch.no_grad():
-            for parameter in trainer.engine.chunks[0].parameters():
+            for parameter in chunks_of(trainer)[0].parameters():
                 parameter.add_(0.25 * torch.randn_like(parameter))
         trainer.save(wait=True)
     export_all(0, 1, [(folder / n, folder / "hf" / n, 60_000) for n in BACK])
@@ -175,6 +176,6 @@ def train_on(rank: int, world_size: int, ours: Path, run: Path) -> None:
     config = replace(config, checkpoint=replace(config.checkpoint, load=str(ours)))
     trainer = Meshes().trainer(config)
     trainer.engine.forward_backward(trainer.loader.next_step())
-    trainer.engine.update(1e-3)
+    trainer.engine.step(1e-3)
     trainer.step += 1
     trainer.save(wait=True)

@@ -1,5 +1,6 @@
 """Perplexity by length: the right text, every token once, one number on every mesh."""
 
+import gc
 import math
 import os
 from pathlib import Path
@@ -13,12 +14,16 @@ from lcdist.checkpoint.save import Checkpointer
 from lcdist.data.datasets.tokens import TokenSplit
 from lcdist.data.meta import Meta, write_meta
 from lcdist.data.prepare.indexed import IndexedWriter
-from lcdist.evaluate.loaded_model import evaluate_checkpoint
-from lcdist.evaluate.perplexity import Score, Windows, held_out_text
+from lcdist.engines.optimizer import ShardedAdamW
+from lcdist.evaluate.loaded_model import evaluate_checkpoint, load_model
+from lcdist.evaluate.perplexity import Score, Windows, held_out_text, perplexity_by_length
 from lcdist.layout import ContextLayout
 from lcdist.model.build import CausalLM
 from lcdist.model.sequence import SequenceParams
+from megatron.core.distributed import DistributedDataParallel
 from tests.distributed import run_ranks
+from tests.engines.internals import chunks_of
+from tests.live import LiveTensors, id_of
 from tests.model.small import Meshes, small, take_steps
 
 VOCAB = 250
@@ -107,7 +112,7 @@ def train_and_score(
     take_steps(trainer, 3)
     trainer.checkpointer = Checkpointer(folder / "checkpoints", keep_last=1)
     trainer.save()
-    [model] = trainer.engine.chunks
+    [model] = chunks_of(trainer)
     stored: Tensor = TokenSplit(folder / "data", "valid").document(1)
     found = {}
     for length in LENGTHS:
@@ -229,3 +234,35 @@ def test_made_up_text_has_no_valid_split(trained: Any) -> None:
     folder, _ = trained
     with pytest.raises(ValueError, match="has no valid split"):
         run_ranks(evaluated, 1, folder, [["data.source=synthetic", "data.path="]])
+
+
+def held_by_evaluation(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Bytes of the model's weights, bytes alive and peak of an evaluation, and training objects."""
+    os.environ["WORLD_SIZE"] = str(world_size)
+    gc.collect()
+    before = {id(x) for x in gc.get_objects()}
+    loaded = load_model(folder / "checkpoints", [], [f"parallel.cp_size={world_size}"])
+    text = held_out_text(TokenSplit(folder / "data", "valid"), 96, 96)
+    with LiveTensors() as live:
+        perplexity_by_length(loaded.engine, loaded.plan, loaded.mesh, text, (96,))
+    gc.collect()
+    new = [x for x in gc.get_objects() if id(x) not in before]
+    weights = [p for chunk in loaded.chunks for p in chunk.parameters()]
+    tensors = {id_of(x): x for x in new if isinstance(x, Tensor) and x.is_floating_point()}
+    training = torch.optim.Optimizer | ShardedAdamW | DistributedDataParallel
+    return {
+        "weights": sum(p.nbytes for p in weights),
+        "alive": sum(x.untyped_storage().nbytes() for x in tensors.values()),
+        "left by evaluation": live.now,
+        "training objects": [type(x).__name__ for x in new if isinstance(x, training)],
+        "gradients": [p for p in weights if p.grad is not None or hasattr(p, "main_grad")],
+    }
+
+
+def test_evaluation_has_no_optimizer_state_and_no_gradient_buffer(trained: Any) -> None:
+    folder, _ = trained
+    for found in run_ranks(held_by_evaluation, 2, folder):
+        assert found["training objects"] == [] and found["gradients"] == []
+        # Rotation tables, masks and the text are small beside the weights.
+        assert found["weights"] <= found["alive"] < 1.1 * found["weights"]
+        assert found["left by evaluation"] < 0.1 * found["weights"]

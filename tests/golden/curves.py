@@ -50,9 +50,9 @@ def curve(name: str, mesh: tuple[str, ...], meshes: Meshes) -> dict[str, list[fl
     trainer = meshes.trainer(config)
     losses, norms = [], []
     for step in range(STEPS):
-        loss, _ = trainer.engine.forward_backward(trainer.loader.next_step())
-        losses.append(loss)
-        norms.append(trainer.engine.update(learning_rate(config.optim, step, config.train.steps)))
+        loss = trainer.engine.forward_backward(trainer.loader.next_step())
+        losses.append(loss.mean)
+        norms.append(trainer.engine.step(learning_rate(config.optim, step, config.train.steps)))
     return {"loss": losses, "grad_norm": norms}
 
 

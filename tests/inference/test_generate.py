@@ -13,6 +13,7 @@ from lcdist.layout import ContextLayout
 from lcdist.model.build import CausalLM
 from lcdist.model.sequence import SequenceParams
 from tests.distributed import run_ranks
+from tests.engines.internals import chunks_of
 from tests.model.small import Meshes, small
 
 NEW = 12
@@ -82,7 +83,7 @@ def generated(rank: int, world_size: int) -> list[dict[str, Tensor]]:
     meshes, found = Meshes(), []
     for variant in VARIANTS:
         trainer = meshes.trainer(small(f"parallel.tp_size={world_size}", *variant))
-        [model] = trainer.engine.chunks
+        [model] = chunks_of(trainer)
         found.append(
             {
                 "greedy": generate(model, PROMPT, NEW),
@@ -104,7 +105,7 @@ def generated_by_methods(rank: int, world_size: int) -> dict[str, tuple[Tensor, 
     meshes, found = Meshes(), {}
     for words in METHOD_WORDS:
         trainer = meshes.trainer(small(f"parallel.tp_size={world_size}", *VARIANTS[1], *words))
-        [model] = trainer.engine.chunks
+        [model] = chunks_of(trainer)
         passes = greedy_by_full_passes(model, METHOD_PROMPT, METHOD_NEW)
         found[" ".join(words)] = (generate(model, METHOD_PROMPT, METHOD_NEW), passes)
     return found
@@ -166,11 +167,11 @@ def refusals(rank: int, world_size: int) -> list[str]:
     for mesh in (("parallel.pp_size=2",), ("parallel.cp_size=2",), sequence_parallel):
         trainer = meshes.trainer(small(*mesh))
         with pytest.raises(ValueError) as caught:
-            generate(trainer.engine.chunks[0], PROMPT, 1)
+            generate(chunks_of(trainer)[0], PROMPT, 1)
         messages.append(str(caught.value))
     trainer = meshes.trainer(small())
     with pytest.raises(ValueError) as caught:
-        generate(trainer.engine.chunks[0], PROMPT[:0], 1)
+        generate(chunks_of(trainer)[0], PROMPT[:0], 1)
     dist.barrier()
     return [*messages, str(caught.value)]
 

@@ -12,7 +12,7 @@ from lcdist.data.loader import Batch
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, ShortSamples, mesh_name, small
-from tests.model.whole import digest, gather_whole, gradient, weight
+from tests.model.whole import digest, gather_gradients, gather_weights
 from tests.tolerance import assert_matches
 
 TOLERANCE = 1e-5
@@ -70,9 +70,9 @@ def differentiate(case: Case, meshes: Meshes) -> tuple[float, int, str, dict[str
     batches = trainer.loader.next_step()
     if case.holes:
         batches = with_holes(batches, trainer)
-    initial = gather_whole(trainer.engine.chunks, weight) if shows_weights(case) else {}
-    loss, tokens = trainer.engine.forward_backward(batches)
-    return loss, tokens, digest(initial), gather_whole(trainer.engine.chunks, gradient)
+    initial = gather_weights(trainer.engine) if shows_weights(case) else {}
+    loss = trainer.engine.forward_backward(batches)
+    return loss.mean, loss.tokens, digest(initial), gather_gradients(trainer.engine)
 
 
 def differentiate_all(rank: int, world_size: int, cases: list[Case]) -> list[Any]:

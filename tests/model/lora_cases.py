@@ -5,11 +5,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lcdist.model.init as init
 from tests.model.small import Meshes, small, take_steps
-from tests.model.whole import gather_whole, weight
+from tests.model.whole import gather_gradients, gather_weights
 
 EVERY = 'lora.targets=["q","k","v","o","gate","up","down"]'
 LORA = ("lora.rank=3", EVERY)
@@ -39,12 +39,6 @@ def some_b() -> Any:
     return mock.patch.object(init, "_adapter", drawn)
 
 
-def gradient(parameter: nn.Parameter) -> Tensor:
-    """A trained parameter's gradient; nothing of a frozen one."""
-    held = parameter.main_grad if parameter.requires_grad else parameter.detach() * 0  # type: ignore[attr-defined]
-    return held.clone()
-
-
 def steps(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[Steps]:
     """Three steps of each case, with other learning rates for B and a norm that is clipped.
 
@@ -56,8 +50,8 @@ def steps(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[Step
         with some_b():
             trainer = meshes.trainer(small(*words, *how))
         engine = trainer.engine
-        loss, _ = engine.forward_backward(trainer.loader.next_step())
-        gradients = gather_whole(engine.chunks, gradient)
-        numbers = [(loss, engine.update(1e-3)), *take_steps(trainer, 2, 1e-3)]
-        found.append(Steps(numbers, gradients, gather_whole(engine.chunks, weight)))
+        loss = engine.forward_backward(trainer.loader.next_step()).mean
+        gradients = gather_gradients(engine)
+        numbers = [(loss, engine.step(1e-3)), *take_steps(trainer, 2, 1e-3)]
+        found.append(Steps(numbers, gradients, gather_weights(engine)))
     return found

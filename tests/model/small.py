@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from lcdist.commands.train import make_trainer, open_dataset
 from lcdist.config import parse
 from lcdist.config.schema import Config
 from lcdist.data.datasets.sample import Dataset, Sample
@@ -12,6 +11,7 @@ from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.distributed.mesh import Mesh, build_mesh
 from lcdist.hardware.peak import Peak
 from lcdist.plan import make_plan
+from lcdist.train.build import build_trainer, open_dataset
 from lcdist.train.trainer import Trainer
 
 # 250 is no multiple of 128, so that the vocabulary is padded.
@@ -59,7 +59,7 @@ class Meshes:
         plan = make_plan(config, dist.get_world_size())
         if self.built is None or self.built[0] != config.parallel:
             self.built = config.parallel, build_mesh(config.parallel, config.train.seed)
-        return make_trainer(plan, self.built[1], dataset or open_dataset(plan), PEAK)
+        return build_trainer(plan, self.built[1], dataset or open_dataset(plan), PEAK)
 
 
 PEAK = Peak(1e12, "config")
@@ -69,8 +69,8 @@ def take_steps(trainer: Trainer, count: int, lr: float = 1e-3) -> list[tuple[flo
     """(loss, gradient norm) of `count` steps at a fixed learning rate."""
     numbers = []
     for _ in range(count):
-        loss, _ = trainer.engine.forward_backward(trainer.loader.next_step())
-        numbers.append((loss, trainer.engine.update(lr)))
+        loss = trainer.engine.forward_backward(trainer.loader.next_step())
+        numbers.append((loss.mean, trainer.engine.step(lr)))
         trainer.step += 1
     return numbers
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed import run_ranks
+from tests.engines.internals import chunks_of, ddp_wrappers_of, optimizer_of
 from tests.model.lora_cases import (
     CP,
     INTERLEAVED,
@@ -21,7 +22,7 @@ from tests.model.lora_cases import (
     steps,
 )
 from tests.model.small import Meshes, mesh_name, small, take_steps
-from tests.model.whole import gather_whole, weight
+from tests.model.whole import gather_weights
 from tests.tolerance import assert_matches
 
 TIED, ONE_KV = "model.tied_embeddings=true", "model.nheads_kv=1"
@@ -108,16 +109,16 @@ def held(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[tuple
     for words in cases:
         trainer = meshes.trainer(small(*words))
         take_steps(trainer, 1)
-        chunks: Any = trainer.engine.chunks
+        chunks: Any = chunks_of(trainer)
         named = [pair for chunk in chunks for pair in chunk.named_parameters()]
         assert all(p.grad is None for _, p in named)
         kept = [name for name, p in named if hasattr(p, "main_grad")]
-        wrapped: Any = trainer.engine.wrapped
+        wrapped: Any = ddp_wrappers_of(trainer)
         buffers = [b for w in wrapped for b in w.buffers]
         sizes = (
             sum(p.numel() for _, p in named),
             sum(sum(p.numel() for p in b.params) for b in buffers),
-            sum(master.numel() for master in trainer.engine.optimizer.masters),
+            sum(master.numel() for master in optimizer_of(trainer).masters),
         )
         plan = trainer.plan
         said = (plan.parameters.stages, plan.parameters.trained_stages, plan.memory.state_bytes)
@@ -160,7 +161,7 @@ def moved(rank: int, world_size: int) -> dict[str, tuple[float, float]]:
     )
     with some_b():
         trainer = Meshes().trainer(small(*LORA, *words, "optim.clip_norm=0"))
-    named = dict(trainer.engine.chunks[0].named_parameters())
+    named = dict(chunks_of(trainer)[0].named_parameters())
     before = {name: p.detach().clone() for name, p in named.items()}
     take_steps(trainer, 1, 1e-3)
     # Adam's first step is the learning rate wherever the gradient is no noise.
@@ -186,7 +187,7 @@ def test_b_learns_faster_and_matrices_alone_decay() -> None:
 
 def initial(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[dict[str, Tensor]]:
     meshes = Meshes()
-    return [gather_whole(meshes.trainer(small(*w)).engine.chunks, weight) for w in cases]
+    return [gather_weights(meshes.trainer(small(*w)).engine) for w in cases]
 
 
 def test_factors_begin_within_bounds_and_the_same_on_every_mesh() -> None:

@@ -10,6 +10,7 @@ from lcdist.inference.generate import generate
 from lcdist.model.output_loss import VocabShard, output_losses
 from megatron.core import tensor_parallel
 from tests.distributed import run_ranks
+from tests.engines.internals import chunks_of, ddp_wrappers_of
 from tests.live import LiveTensors
 from tests.model.cases import Case, assert_same_gradients, results
 from tests.model.small import Meshes, small, take_steps
@@ -62,11 +63,11 @@ def two_steps(rank: int, world_size: int, ways: list[tuple[str, ...]]) -> list[S
     for words in ways:
         trainer = meshes.trainer(small(*words))
         asked: set[int] = set()
-        for chunk in trainer.engine.chunks:
+        for chunk in chunks_of(trainer):
             choose = chunk.loss_chunk
             chunk.loss_chunk = lambda n, asked=asked, choose=choose: asked.add(n) or choose(n)
         numbers = take_steps(trainer, 2)
-        groups = [group for wrapped in trainer.engine.wrapped for group in wrapped.bucket_groups]
+        groups = [group for wrapped in ddp_wrappers_of(trainer) for group in wrapped.bucket_groups]
         counts = {n for group in groups for n in group.golden_per_param_grad_ready_counts.values()}
         found.append((numbers, counts, asked))
     return found
@@ -109,12 +110,12 @@ def largest_tensors(
     engine, layout = trainer.engine, trainer.plan.layout
     with LiveTensors() as step:
         engine.forward_backward(trainer.loader.next_step())
-        engine.update(1e-3)
+        engine.step(1e-3)
     with LiveTensors() as read:
         engine.evaluate(trainer.loader.next_step(), layout, layout.seqlen)
     with LiveTensors() as decoded:
         if not any("pp_size" in word or word == SP or "cp_size" in word for word in mesh):
-            generate(engine.chunks[0], torch.arange(TOKENS), 1)
+            generate(chunks_of(trainer)[0], torch.arange(TOKENS), 1)
     return step.largest, read.largest, decoded.largest
 
 

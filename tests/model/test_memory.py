@@ -15,6 +15,7 @@ from lcdist.model.memory.offload import CpuOffload
 from lcdist.model.memory.recompute import Cheap, recomputed
 from lcdist.plan import make_plan
 from tests.distributed import run_ranks
+from tests.engines.internals import ddp_wrappers_of
 from tests.live import LiveTensors
 from tests.model.cases import Case, assert_same_gradients, results
 from tests.model.small import Meshes, mesh_name, small, take_steps
@@ -80,7 +81,7 @@ def two_steps(rank: int, world_size: int, ways: list[tuple[str, ...]]) -> list[A
     for words in ways:
         trainer = meshes.trainer(small(*words))
         numbers = take_steps(trainer, 2)
-        groups = [group for wrapped in trainer.engine.wrapped for group in wrapped.bucket_groups]
+        groups = [group for wrapped in ddp_wrappers_of(trainer) for group in wrapped.bucket_groups]
         counts = {n for group in groups for n in group.golden_per_param_grad_ready_counts.values()}
         found.append((numbers, counts))
     return found

@@ -10,6 +10,7 @@ from lcdist.model.build import CausalLM
 from lcdist.model.core_attention import LongContextAttention
 from lcdist.model.init import whole_model_names
 from tests.distributed import run_ranks
+from tests.engines.internals import chunks_of
 from tests.model.cases import Case, assert_same_gradients, run_cases
 from tests.model.small import Meshes, small
 
@@ -75,7 +76,7 @@ def methods_by_layer(rank: int, world_size: int, mesh: tuple[str, ...]) -> dict[
     trainer = Meshes().trainer(small(*mesh, *MIXED, "train.global_batch_size=8"))
     return {
         whole_model_names(chunk)[name].split(".")[2]: module.method.name
-        for chunk in trainer.engine.chunks
+        for chunk in chunks_of(trainer)
         for name, module in attention_modules(chunk)
     }
 

@@ -5,16 +5,15 @@ description under which it is saved.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.engines.megatron import MegatronEngine
-from lcdist.engines.state import model_state
+from lcdist.engines.engine import ForwardEngine, TrainEngine
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
@@ -22,41 +21,41 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 Shard = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
 
 
-def weight(parameter: nn.Parameter) -> Tensor:
-    """A parameter's value."""
-    return parameter.detach()
+def gather_weights(engine: ForwardEngine) -> dict[str, Tensor]:
+    """Return every parameter of the model, whole, by name; on rank 0, elsewhere empty.
 
-
-def gradient(parameter: nn.Parameter) -> Tensor:
-    """A parameter's gradient as Megatron's DDP keeps it, fp32."""
-    return parameter.main_grad  # type: ignore[attr-defined]
-
-
-def gather_whole(
-    chunks: Sequence[nn.Module], pick: Callable[[nn.Parameter], Tensor]
-) -> dict[str, Tensor]:
-    """`pick` of every parameter, whole, by the parameter's name; on rank 0, elsewhere empty.
-
-    All ranks call it. Fails where ranks that hold the same piece hold different bits, or where an
-    element is nowhere.
+    All ranks call it. Fails if ranks that hold the same piece hold different bits, or if no rank
+    holds an element.
     """
-    return _assemble(
-        [
-            shard
-            for entry in nested_values(model_state(chunks))
-            for shard in _shards(entry, pick(entry.data))
-        ]
-    )
+    return _assemble([s for entry in _entries(engine) for s in _shards(entry, entry.data.detach())])
 
 
-def gather_moments(engine: MegatronEngine) -> dict[str, Tensor]:
-    """The optimizer's tensors, whole, named "exp_avg.NAME" and so on; on rank 0, elsewhere empty.
+def gather_gradients(engine: TrainEngine) -> dict[str, Tensor]:
+    """Return every parameter's fp32 gradient as `gather_weights` does; 0 for frozen parameters."""
+    return _assemble([s for e in _entries(engine) for s in _shards(e, _gradient(engine, e))])
 
-    All ranks call it. Only a parameter's owner names its state, so every piece comes once.
+
+def gather_moments(engine: TrainEngine) -> dict[str, Tensor]:
+    """Return the optimizer's tensors as `gather_weights` does, named "exp_avg.NAME" and so on.
+
+    Only a parameter's owner names its state, so every piece comes once.
     """
-    state = engine.optimizer.sharded_state_dict(model_state(engine.chunks))
-    shards = [s for entry in nested_values(state) for s in _pieces(entry)]
+    shards = [
+        s for entry in nested_values(engine.state_dict()["optimizer"]) for s in _pieces(entry)
+    ]
     return _assemble([(k.removeprefix("optimizer."), *rest) for k, *rest in shards])
+
+
+def _entries(engine: ForwardEngine) -> Iterator[Any]:
+    for entry in nested_values(engine.state_dict(weights_only=True)["model"]):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory):
+            yield entry
+
+
+def _gradient(engine: TrainEngine, entry: Any) -> Tensor:
+    if not entry.data.requires_grad:
+        return torch.zeros_like(entry.data)
+    return engine.gradient(entry.key)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -69,8 +68,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _shards(entry: Any, tensor: Tensor) -> Iterator[Shard]:
-    if isinstance(entry, ShardedTensor | ShardedTensorFactory):
-        yield from _pieces(make_sharded_optimizer_tensor(entry, tensor, "_"))
+    yield from _pieces(make_sharded_optimizer_tensor(entry, tensor, "_"))
 
 
 def _pieces(entry: Any) -> Iterator[Shard]:

@@ -16,13 +16,13 @@ from tests.stand_in.cuda import StandIn, install, leave
 
 STAND_IN = install(*map(int, sys.argv[1:3]))
 
-from lcdist.commands.train import make_trainer, open_dataset  # noqa: E402
 from lcdist.config import load  # noqa: E402
 from lcdist.distributed.mesh import build_mesh  # noqa: E402
 from lcdist.hardware.peak import Peak  # noqa: E402
 from lcdist.inference.generate import generate  # noqa: E402
 from lcdist.plan import make_plan  # noqa: E402
-from lcdist.train.trainer import to_device  # noqa: E402
+from lcdist.train.build import build_trainer, open_dataset  # noqa: E402
+from tests.engines.internals import chunks_of  # noqa: E402
 
 
 def train(words: str, stand_in: StandIn) -> None:
@@ -30,23 +30,23 @@ def train(words: str, stand_in: StandIn) -> None:
     config = load(path, overrides)
     plan = make_plan(config, int(sys.argv[2]))
     mesh = build_mesh(config.parallel, config.train.seed)
-    trainer = make_trainer(plan, mesh, open_dataset(plan), Peak(1.0, "not measured"))
+    trainer = build_trainer(plan, mesh, open_dataset(plan), Peak(1.0, "not measured"))
     engine = trainer.engine
     for _ in range(2):
         stand_in.launches.clear()
         stand_in.waits.clear()
-        engine.forward_backward([to_device(b, mesh.device) for b in trainer.loader.next_step()])
-        engine.update(1e-3)
+        engine.forward_backward([b.to(mesh.device) for b in trainer.loader.next_step()])
+        engine.step(1e-3)
     said = {"launches": dict(stand_in.launches), "waits": dict(stand_in.waits)}
     stand_in.waits.clear()
-    batches = [to_device(batch, mesh.device) for batch in trainer.loader.next_step()]
+    batches = [batch.to(mesh.device) for batch in trainer.loader.next_step()]
     engine.evaluate(batches, plan.layout, config.train.seqlen)
     parallel = config.parallel
     if parallel.cp_size == parallel.pp_size == 1 and not parallel.sequence_parallel:
         prompt = torch.randint(plan.shape.text_vocab_size, (37,), device=mesh.device)
-        assert generate(engine.chunks[0], prompt, 5).shape == (42,)
+        assert generate(chunks_of(trainer)[0], prompt, 5).shape == (42,)
     said["waits in use"] = dict(stand_in.waits)
-    for chunk in engine.chunks:
+    for chunk in chunks_of(trainer):
         assert all(x.is_cuda for x in (*chunk.parameters(), *chunk.buffers()))
     assert plan.dtype == "bf16" and mesh.device.type == "cuda"
     print(json.dumps({"of": words, **said}), flush=True)

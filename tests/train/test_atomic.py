@@ -14,7 +14,7 @@ from lcdist.checkpoint.save import Checkpointer
 from lcdist.rundir.paths import latest_in
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
-from tests.model.whole import digest, gather_whole, weight
+from tests.model.whole import digest, gather_weights
 from tests.train.stored import assert_same_tensors
 
 
@@ -101,7 +101,7 @@ def kill_at_every_stage(rank: int, world_size: int, folder: Path) -> dict[str, l
         bits = {}
         for _ in range(3):
             take_steps(trainer, 1)
-            bits[trainer.step] = digest(gather_whole(trainer.engine.chunks, weight))
+            bits[trainer.step] = digest(gather_weights(trainer.engine))
             if trainer.step < 3:
                 trainer.save()
         with stage(), pytest.raises(Killed):
@@ -110,10 +110,10 @@ def kill_at_every_stage(rank: int, world_size: int, folder: Path) -> dict[str, l
         again.checkpointer = Checkpointer(folder / name, keep_last=2)
         again.resume(open_checkpoint(folder / name))
         step = again.step
-        right = digest(gather_whole(again.engine.chunks, weight)) == bits[step]
+        right = digest(gather_weights(again.engine)) == bits[step]
         take_steps(again, 3 - step)
         again.save()
-        right &= digest(gather_whole(again.engine.chunks, weight)) == bits[3]
+        right &= digest(gather_weights(again.engine)) == bits[3]
         left = sorted(path.name for path in (folder / name).iterdir())
         found[name] = [step, right, left, latest_in(folder / name)]
     return found

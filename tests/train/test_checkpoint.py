@@ -18,12 +18,13 @@ from lcdist.checkpoint.read import (
     saved_config,
 )
 from lcdist.checkpoint.save import Checkpointer
-from lcdist.commands.train import open_fitting
 from lcdist.rundir.paths import latest_in
+from lcdist.train.resume import open_fitting
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
+from tests.engines.internals import optimizer_of
 from tests.model.small import Meshes, small, take_steps
-from tests.model.whole import gather_whole, weight
+from tests.model.whole import gather_weights
 from tests.train.stored import stored_tensors
 
 
@@ -184,7 +185,7 @@ def test_what_is_left_out_of_a_shape_is_what_it_stands_for(
 ) -> None:
     # A model that comes from elsewhere names all its sizes; a configuration may leave two out.
     named = small("model.num_layers=1", "model.nheads_kv=4", "model.head_dim=16")
-    monkeypatch.setattr("lcdist.commands.train.saved_config", lambda checkpoint: named)
+    monkeypatch.setattr("lcdist.train.resume.saved_config", lambda checkpoint: named)
     open_fitting(original, small("model.num_layers=1", "model.nheads_kv=0"))
     with pytest.raises(CheckpointError) as caught:
         open_fitting(original, small("model.num_layers=1", "model.head_dim=8"))
@@ -201,10 +202,10 @@ def in_bf16(rank: int, world_size: int, checkpoint: Path) -> dict[str, torch.Ten
     trainer.start_from(open_checkpoint(checkpoint))
     assert trainer.step == trainer.loader.sample == 0
     for parameter, master in zip(
-        trainer.engine.optimizer.mine, trainer.engine.optimizer.masters, strict=True
+        optimizer_of(trainer).mine, optimizer_of(trainer).masters, strict=True
     ):
         assert torch.equal(master, parameter.float())
-    return gather_whole(trainer.engine.chunks, weight)
+    return gather_weights(trainer.engine)
 
 
 def test_another_dtype_resumes_nothing_and_starts_from_its_weights(original: Path) -> None:

@@ -14,8 +14,9 @@ from lcdist.checkpoint.save import Checkpointer
 from lcdist.model.init import EXTRAS
 from lcdist.rundir.paths import latest_in
 from tests.distributed import run_ranks
+from tests.engines.internals import ddp_wrappers_of
 from tests.model.small import Meshes, small, take_steps
-from tests.model.whole import gather_whole, weight
+from tests.model.whole import gather_weights
 
 TENSORIZED = ("attention.method=tensorized", "attention.modes=[4]", "train.seqlen=64")
 FULL = ("train.seqlen=64",)
@@ -37,7 +38,7 @@ def save(rank: int, world_size: int, folder: Path, words: tuple[str, ...]) -> di
     take_steps(trainer, 2)
     trainer.checkpointer = Checkpointer(folder, keep_last=1)
     trainer.save()
-    return gather_whole(trainer.engine.chunks, weight)
+    return gather_weights(trainer.engine)
 
 
 def start(
@@ -49,7 +50,7 @@ def start(
     latest = latest_in(folder)
     assert latest is not None
     trainer.start_from(open_checkpoint(latest))
-    return gather_whole(trainer.engine.chunks, weight), heard.lines
+    return gather_weights(trainer.engine), heard.lines
 
 
 MESHES = [(1, ()), (4, ("parallel.tp_size=2", "parallel.pp_size=2"))]
@@ -78,11 +79,11 @@ def test_a_full_model_starts_a_tensorized_one_and_back(
 def idle_step(rank: int, world_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weights before and after a step without gradients: what weight decay alone does."""
     trainer = Meshes().trainer(small(*TENSORIZED, "optim.weight_decay=0.5"))
-    before = {k: v.clone() for k, v in gather_whole(trainer.engine.chunks, weight).items()}
-    for chunk in trainer.engine.wrapped:
+    before = {k: v.clone() for k, v in gather_weights(trainer.engine).items()}
+    for chunk in ddp_wrappers_of(trainer):
         chunk.zero_grad_buffer()
-    trainer.engine.update(1e-2)
-    return before, gather_whole(trainer.engine.chunks, weight)
+    trainer.engine.step(1e-2)
+    return before, gather_weights(trainer.engine)
 
 
 def test_only_matrices_decay() -> None:

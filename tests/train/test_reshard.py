@@ -13,8 +13,9 @@ from lcdist.checkpoint.save import Checkpointer
 from lcdist.config.schema import Config
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
+from tests.engines.internals import chunks_of, optimizer_of
 from tests.model.small import Meshes, mesh_name, small, take_steps
-from tests.model.whole import digest, gather_moments, gather_whole, weight
+from tests.model.whole import digest, gather_moments, gather_weights
 
 TP, PP, CP = "parallel.tp_size=2", "parallel.pp_size=2", "parallel.cp_size=2"
 SP, VP, TP3 = "parallel.sequence_parallel=true", "parallel.vp_size=2", "parallel.tp_size=3"
@@ -82,10 +83,10 @@ def config_for(kind: str, mesh: Mesh) -> Config:
 def standing(trainer: Trainer) -> Standing:
     """All ranks call it; takes AFTER more steps."""
     engine = trainer.engine
-    weights, moments = gather_whole(engine.chunks, weight), gather_moments(engine)
+    weights, moments = gather_weights(engine), gather_moments(engine)
     for tensor in (*weights.values(), *moments.values()):
         assert tensor.isfinite().all()
-    adamw = engine.optimizer.adamw
+    adamw = optimizer_of(trainer).adamw
     updates = {float(state["step"]) for state in adamw.state.values()} if adamw else set()
     step, sample = trainer.step, trainer.loader.sample
     losses = [loss for loss, _ in take_steps(trainer, AFTER)]
@@ -118,7 +119,7 @@ def load_all(rank: int, world_size: int, folder: Path) -> dict[tuple[str, Mesh, 
     for kind, source, mesh in sorted(chosen, key=lambda case: case[2]):
         trainer = meshes.trainer(config_for(kind, mesh))
         with torch.no_grad():
-            for chunk in trainer.engine.chunks:
+            for chunk in chunks_of(trainer):
                 for parameter in chunk.parameters():
                     parameter.add_(1.0)
         trainer.resume(open_checkpoint(folder / f"{kind}-{source}"))

@@ -174,7 +174,7 @@ def interrupted(rank: int, world_size: int, folder: Path) -> list[Any]:
         before = (trainer.checkpointer.writing, trainer.saved_step, latest_in(folder))
         half = [path.name for path in folder.iterdir() if path.name.startswith(".")]
         looked.set()
-        trainer._named(trainer.checkpointer.finish())
+        trainer._note_saved(trainer.checkpointer.finish())
     return [before, half, trainer.saved_step, latest_in(folder)]
 
 

@@ -8,13 +8,14 @@ rotation or the attention: it belongs on what `lcdist convert export` makes of t
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.checkpoint.read import Checkpoint, CheckpointError, open_checkpoint, saved_config
@@ -33,7 +34,7 @@ from lcdist.convert.huggingface.names import (
     layer_prefix,
 )
 from lcdist.convert.huggingface.safetensors import Entry, Source, read_header, write_tensors
-from lcdist.model.init import EXTRAS, LORA, whole_model_names
+from lcdist.model.init import EXTRAS, LORA
 from lcdist.utils.atomic import atomic_folder, check_free, sync_folder, write_file
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -265,30 +266,10 @@ def _alike(one: Entry | None, other: Entry | None) -> bool:
     return all(torch.equal(one.rows(*span), other.rows(*span)) for span in spans)
 
 
-def import_adapter(folder: Path, config: Config, chunks: Sequence[nn.Module]) -> None:
-    """Fill this rank's parameters from the PEFT adapter in `folder`; every rank calls it.
+def read_adapter(folder: Path, config: Config) -> dict[str, Callable[[], Tensor]]:
+    """Return, by our name, a function that reads each whole tensor of the PEFT adapter in `folder`.
 
-    config: of the run. An optimizer that keeps fp32 masters has to take them anew. Raises as
-    `check_adapter`.
+    Raises as `check_adapter` does.
     """
     entries = check_adapter(folder, config)
-    for chunk in chunks:
-        names = whole_model_names(chunk)
-        rank: int = chunk.pg_collection.tp.rank()  # type: ignore[union-attr,assignment]
-        with torch.no_grad():
-            for local, parameter in chunk.named_parameters():
-                if names[local] in entries:
-                    _fill(parameter, entries[names[local]], rank)
-
-
-def _fill(parameter: nn.Parameter, entry: Entry, tp_rank: int) -> None:
-    """This rank's part of a whole tensor; a table's padding stays as it is."""
-    whole, into = entry.rows(0, entry.shape[0]), parameter.data
-    if getattr(parameter, "tensor_model_parallel", False):
-        dim: int = parameter.partition_dim  # type: ignore[attr-defined]
-        first = min(tp_rank * into.shape[dim], whole.shape[dim])
-        count = min(into.shape[dim], whole.shape[dim] - first)
-        whole, into = whole.narrow(dim, first, count), into.narrow(dim, 0, count)
-    else:
-        into = into[: len(whole)]
-    into.copy_(whole)
+    return {name: partial(entry.rows, 0, entry.shape[0]) for name, entry in entries.items()}

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from lcdist.config.schema import Config, OptimConfig
 from lcdist.distributed.mesh import build_mesh
 from lcdist.engines import optimizer as room
+from lcdist.engines.forward import MegatronForward
 from lcdist.engines.optimizer import ShardedAdamW, assign_owners
 from lcdist.model.build import build_model
 from lcdist.model.init import whole_model_names
 from lcdist.model.sequence import SequenceParams
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
+from tests.engines.internals import chunks_of, optimizer_of
 from tests.model.small import Meshes, small, take_steps
-from tests.model.whole import digest, gather_moments, gather_whole, weight
+from tests.model.whole import digest, gather_moments, gather_weights
 from tests.tolerance import assert_matches
 
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.5, clip_norm=0.5)
@@ -136,7 +138,7 @@ def poison(rank: int, world_size: int, mesh: tuple[str, ...]) -> tuple[str, bool
     trainer = Meshes().trainer(small(*mesh))
     take_steps(trainer, 1)
     engine = trainer.engine
-    [chunk] = engine.chunks
+    [chunk] = chunks_of(trainer)
     if rank == world_size - 1:
         named = whole_model_names(chunk)
         [weights] = [p for name, p in chunk.named_parameters() if named[name] == POISONED]
@@ -144,7 +146,7 @@ def poison(rank: int, world_size: int, mesh: tuple[str, ...]) -> tuple[str, bool
     engine.forward_backward(trainer.loader.next_step())
     before = everything(trainer)
     with pytest.raises(FloatingPointError) as caught:
-        engine.update(1e-3)
+        engine.step(1e-3)
     return str(caught.value), everything(trainer) == before
 
 
@@ -154,9 +156,9 @@ POISONED = "decoder.layers.3.self_attention.linear_qkv.weight"
 
 def everything(trainer: Trainer) -> str:
     engine = trainer.engine
-    steps = [float(s["step"]) for s in (engine.optimizer.adamw or nothing()).state.values()]
-    own = digest({str(i): p.detach() for i, p in enumerate(engine.optimizer.masters)})
-    whole = gather_whole(engine.chunks, weight) | gather_moments(engine)
+    steps = [float(s["step"]) for s in (optimizer_of(trainer).adamw or nothing()).state.values()]
+    own = digest({str(i): p.detach() for i, p in enumerate(optimizer_of(trainer).masters)})
+    whole = gather_weights(engine) | gather_moments(engine)
     return f"{digest(whole)} {own} {steps}"
 
 
@@ -180,7 +182,7 @@ def engine_steps(rank: int, world_size: int, mesh: tuple[str, ...]) -> Steps:
     """(loss, gradient norm) of each step, and the weights after them."""
     trainer = Meshes().trainer(plain_config(*mesh))
     numbers = take_steps(trainer, STEPS, lr=plain_config().optim.lr)
-    return numbers, gather_whole(trainer.engine.chunks, weight)
+    return numbers, gather_weights(trainer.engine)
 
 
 def plain_config(*mesh: str) -> Config:
@@ -223,7 +225,7 @@ def plain_loop(rank: int, world_size: int) -> Steps:
         assert norm > optim.clip_norm, "nothing was clipped"
         adamw.step()
         numbers.append((float(total / tokens), float(norm)))
-    return numbers, gather_whole([model], weight)
+    return numbers, gather_weights(MegatronForward(trainer.mesh, [model]))
 
 
 @pytest.mark.parametrize(
@@ -242,16 +244,15 @@ def test_the_engine_is_a_plain_loop(world_size: int, mesh: tuple[str, ...]) -> N
 
 def bf16_steps(rank: int, world_size: int, mesh: tuple[str, ...]) -> list[tuple[float, float]]:
     trainer = Meshes().trainer(small("train.dtype=bf16", *mesh))
-    engine = trainer.engine
-    assert {p.dtype for chunk in engine.chunks for p in chunk.parameters()} == {torch.bfloat16}
+    assert {p.dtype for chunk in chunks_of(trainer) for p in chunk.parameters()} == {torch.bfloat16}
     numbers = take_steps(trainer, STEPS)
-    pairs = zip(engine.optimizer.mine, engine.optimizer.masters, strict=True)
+    pairs = zip(optimizer_of(trainer).mine, optimizer_of(trainer).masters, strict=True)
     for parameter, master in pairs:
         assert master.dtype == torch.float32
         assert torch.equal(parameter, master.bfloat16())
     # The update of a step is below bf16's resolution for most weights: masters must hold more.
     lost: Callable[[Tensor], bool] = lambda m: not torch.equal(m, m.bfloat16().float())  # noqa: E731
-    assert all(lost(m.detach()) for m in engine.optimizer.masters if m.ndim > 1)
+    assert all(lost(m.detach()) for m in optimizer_of(trainer).masters if m.ndim > 1)
     dist.barrier()
     return numbers
 

@@ -1,0 +1,104 @@
+"""The two engine protocols: all that training, evaluation and tests know of an engine.
+
+An engine owns this rank's part of the model and runs it over the mesh. Only an engine touches model
+chunks, gradient buffers and the optimizer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lcdist.data.loader import Batch
+from lcdist.layout import ContextLayout
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of some micro-batches over all ranks; the same on every rank.
+
+    mean: nats a token, 0.0 without tokens.
+    tokens: tokens with a loss, over all ranks.
+    """
+
+    mean: float
+    tokens: int
+
+
+class ForwardEngine(Protocol):
+    """Forward passes over any mesh: weights alone, no gradient buffers and no optimizer state."""
+
+    def evaluate(self, batches: Sequence[Batch], layout: ContextLayout, seqlen: int) -> StepLoss:
+        """Return the loss of all ranks' batches, without gradients.
+
+        Args:
+            batches: this rank's micro-batches, on its device.
+            layout: how their sequences are cut over the context-parallel ranks.
+            seqlen: tokens of their sequences without the layout's padding.
+        """
+        ...
+
+    def state_dict(self, weights_only: bool = False) -> dict[str, Any]:
+        """Return this rank's state as Megatron's sharded tensors, to save or to load into.
+
+        The key "model" holds the weights. A training engine adds its optimizer state under
+        "optimizer", unless `weights_only`.
+        """
+        ...
+
+    def load_state(self, loaded: dict[str, Any], steps_taken: int = 0) -> None:
+        """Take over state loaded in the shape that `state_dict` returned.
+
+        Args:
+            loaded: weights, and the optimizer state where there is one.
+            steps_taken: optimizer steps behind the loaded state.
+        """
+        ...
+
+
+class TrainEngine(ForwardEngine, Protocol):
+    """A forward engine that also computes gradients and updates the weights."""
+
+    @property
+    def seconds_before_reduction(self) -> float:
+        """Seconds of the last forward and backward until gradients were summed over ranks."""
+        ...
+
+    def forward_backward(
+        self, batches: Sequence[Batch], while_waiting: Callable[[], None] | None = None
+    ) -> StepLoss:
+        """Compute the gradients of the mean loss over all tokens of all ranks' batches.
+
+        Args:
+            batches: this rank's micro-batches, on its device.
+            while_waiting: called once, when the step's work is queued and its loss not yet read.
+        """
+        ...
+
+    def step(self, lr: float) -> float:
+        """Update the weights at learning rate `lr`; return the gradient norm before clipping.
+
+        Raises FloatingPointError, before any weight changes, if a gradient is not finite.
+        """
+        ...
+
+    def gradient(self, name: str) -> Tensor:
+        """Return this rank's part of a gradient in fp32, by the parameter's whole-model name.
+
+        Raises KeyError if this rank does not train the parameter.
+        """
+        ...
+
+    def load_adapter(self, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
+        """Replace the weights that `tensors` names.
+
+        Args:
+            tensors: by whole-model name, a function that reads the whole tensor. It is called only
+                where this rank holds a part of it.
+        """
+        ...
+
+    def weights_changed(self) -> None:
+        """Copy the weights into the optimizer's fp32 masters after a change from outside."""
+        ...

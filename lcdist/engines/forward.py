@@ -1,0 +1,104 @@
+"""Forward passes with Megatron's pipeline schedules, without DDP and without an optimizer."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.data.loader import Batch
+from lcdist.distributed.mesh import Mesh
+from lcdist.engines.engine import StepLoss
+from lcdist.engines.loss import loss_sum
+from lcdist.engines.state import load_model_state, model_state
+from lcdist.layout import ContextLayout
+from lcdist.model.build import CausalLM
+from lcdist.model.sequence import SequenceParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+
+class MegatronForward:
+    """A `ForwardEngine` over the model chunks of this rank."""
+
+    def __init__(self, mesh: Mesh, chunks: Sequence[CausalLM]) -> None:
+        self.mesh, self.chunks = mesh, list(chunks)
+
+    def evaluate(self, batches: Sequence[Batch], layout: ContextLayout, seqlen: int) -> StepLoss:
+        """Return the loss of all ranks' batches, without gradients; as `ForwardEngine` says."""
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            losses = run_schedule(self.chunks, batches, layout, seqlen, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        return self._global_mean(losses)
+
+    def state_dict(self, weights_only: bool = False) -> dict[str, Any]:
+        """Return the sharded weights under "model"."""
+        return {"model": model_state(self.chunks)}
+
+    def load_state(self, loaded: dict[str, Any], steps_taken: int = 0) -> None:
+        """Take over loaded weights."""
+        load_model_state(self.chunks, loaded["model"])
+
+    def _global_mean(self, losses: list[Tensor]) -> StepLoss:
+        """Sum over the ranks that hold a loss, each loss once; divide once by all tokens."""
+        total = torch.zeros(2, dtype=torch.float64)
+        if self.mesh.is_last_stage and self.mesh.tp_rank == 0:
+            total += torch.stack(losses).sum(0).cpu()
+        dist.all_reduce(total)
+        tokens = int(total[1].item())
+        return StepLoss(total[0].item() / max(1, tokens), tokens)
+
+
+def run_schedule(
+    models: Sequence[nn.Module],
+    batches: Sequence[Batch],
+    layout: ContextLayout,
+    seqlen: int,
+    forward_only: bool,
+) -> list[Tensor]:
+    """Run every micro-batch through this rank's model chunks, as Megatron schedules them.
+
+    Args:
+        models: the chunks, or their DDP wrappers for a backward pass.
+        batches: micro-batches, on this rank's device.
+        layout: how their sequences are cut over the context-parallel ranks.
+        seqlen: tokens of their sequences without the layout's padding.
+        forward_only: leave out the backward pass.
+
+    Returns:
+        The log entries of `loss_sum`, one a micro-batch; an empty list before the last stage.
+    """
+    # One iterator a chunk: with interleaving each chunk draws all micro-batches itself.
+    iterators: Any = [iter(batches) for _ in models]
+    single = len(models) == 1
+    schedule: Callable[..., list[Tensor]] = get_forward_backward_func()
+    return schedule(
+        forward_step_func=partial(_forward_step, layout, seqlen),
+        data_iterator=iterators[0] if single else iterators,
+        model=models[0] if single else [*models],
+        num_microbatches=len(batches),
+        seq_length=layout.seqlen,
+        micro_batch_size=batches[0].tokens.shape[0],
+        forward_only=forward_only,
+    )
+
+
+def _forward_step(
+    layout: ContextLayout, seqlen: int, iterator: Any, model: Any
+) -> tuple[Tensor, Any]:
+    batch: Batch = next(iterator)
+    sequence = SequenceParams(layout=layout, seqlen=seqlen, cu_seqlens=batch.cu_seqlens)
+    # Attention computes positions itself; Megatron's signature still requires the argument.
+    losses = model(
+        batch.tokens,
+        None,
+        None,
+        labels=batch.labels,
+        packed_seq_params=sequence,
+    )
+    return losses, lambda output: loss_sum(output, batch.loss_mask)

@@ -1,0 +1,64 @@
+"""Build a run's dataset and its trainer from the plan."""
+
+import logging
+from pathlib import Path
+
+from lcdist.checkpoint.save import Checkpointer
+from lcdist.data.datasets.aligned import AlignedDataset, PackedSyntheticDataset
+from lcdist.data.datasets.build import build_dataset, coverage_lines
+from lcdist.data.datasets.sample import Dataset
+from lcdist.data.datasets.synthetic import SyntheticDataset
+from lcdist.data.loader import Loader, LoaderSpec
+from lcdist.data.meta import check_vocabulary
+from lcdist.distributed.mesh import Mesh
+from lcdist.engines.megatron import MegatronEngine
+from lcdist.hardware.peak import Peak
+from lcdist.layout.documents import DocumentLayout
+from lcdist.model.build import build_model
+from lcdist.plan import Plan
+from lcdist.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def open_dataset(plan: Plan) -> Dataset:
+    """Open the training samples of `plan`, in the document layout of its attention.
+
+    Raises ValueError if the samples do not fit the plan.
+    """
+    train, data, slots = plan.config.train, plan.config.data, plan.shape.document_layout
+    pack, vocab_size = data.documents == "pack", plan.shape.text_vocab_size
+    landmarks = slots.landmark is not None
+    seqlen = train.seqlen if pack else slots.num_text_slots(train.seqlen)
+    if data.source == "synthetic":
+        synthetic = SyntheticDataset(vocab_size, seqlen, train.seed)
+        if pack and not slots.plain:
+            return PackedSyntheticDataset(synthetic, slots)
+        aligned = landmarks and not pack
+        return AlignedDataset(synthetic, slots, train.seqlen) if aligned else synthetic
+    dataset = build_dataset(data, seqlen, train.seed, slots if pack else DocumentLayout())
+    check_vocabulary(dataset.meta, plan.config.model.vocab_size, reserved=landmarks)
+    for line in coverage_lines(dataset, train.steps * train.global_batch_size):
+        log.info(line)
+    return AlignedDataset(dataset, slots, train.seqlen) if landmarks and not pack else dataset
+
+
+def build_trainer(plan: Plan, mesh: Mesh, dataset: Dataset, peak: Peak) -> Trainer:
+    """Build this rank's model, engine, loader and checkpointer; return the trainer over them."""
+    train = plan.config.train
+    spec = LoaderSpec(
+        layout=plan.layout,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        cp_rank=mesh.cp_rank,
+        micro_batch_size=train.micro_batch_size,
+        global_batch_size=train.global_batch_size,
+        documents=plan.config.data.documents,
+        document_layout=plan.shape.document_layout,
+        balance=plan.config.data.balance,
+    )
+    engine = MegatronEngine(plan, mesh, build_model(plan, mesh.device))
+    folder = Path(plan.config.log.folder) / "checkpoints"
+    retention = plan.config.checkpoint
+    checkpointer = Checkpointer(folder, retention.keep_last, retention.keep_every)
+    return Trainer(plan, mesh, engine, Loader(dataset, spec), checkpointer, peak)

@@ -1,0 +1,28 @@
+"""The Megatron parts behind a trainer's engine, for tests that look inside or change the model.
+
+The only place in the tests that knows how `MegatronEngine` names them.
+"""
+
+from typing import Any
+
+from lcdist.engines.optimizer import ShardedAdamW
+from lcdist.model.build import CausalLM
+from lcdist.train.trainer import Trainer
+
+
+def chunks_of(trainer: Trainer) -> list[CausalLM]:
+    """Return this rank's model chunks."""
+    engine: Any = trainer.engine
+    return engine.chunks
+
+
+def ddp_wrappers_of(trainer: Trainer) -> list[Any]:
+    """Return the DDP wrappers of this rank's model chunks."""
+    engine: Any = trainer.engine
+    return engine.wrapped
+
+
+def optimizer_of(trainer: Trainer) -> ShardedAdamW:
+    """Return this rank's share of the optimizer."""
+    engine: Any = trainer.engine
+    return engine.optimizer
