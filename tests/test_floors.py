@@ -33,7 +33,10 @@ FLOORS = (
     {"lcdist.commands"},
 )
 # Within attention/, lowest first; the folders of methods stand between these and the registry.
-ATTENTION_LOW = ("shape", "context", "shared", "interface", "table", "common", "method")
+ATTENTION_LOW = (
+    *("shape", "context", "facts", "shared", "interface", "table"),
+    *("common", "method"),  # deprecated import paths
+)
 ATTENTION_HIGH = ("registry", "__init__")
 MEETS_MEGATRON = (
     "lcdist.checkpoint",

@@ -1,7 +1,7 @@
-"""All attention methods by name: the built-in ones and those that installed packages bring.
+"""`METHODS`: all attention methods by name, built in or from installed packages.
 
-A package brings one by an entry point in the group `lcdist.attention_methods`: its name is the
-method's, its value `module:METHOD`.
+A package adds a method with an entry point in the group `lcdist.attention_methods`. The entry
+point has the method's name and the value `module:METHOD`.
 """
 
 from collections.abc import Iterable
@@ -15,29 +15,31 @@ BUILT_IN = (full.METHOD, coca.METHOD, scca.METHOD, tensorized.METHOD, landmark.M
 
 
 def load_methods(points: Iterable[EntryPoint]) -> dict[str, AttentionMethod]:
-    """The built-in methods and those of `points`, by name.
+    """Return the built-in methods and those of the entry points `points`, by name.
 
-    Raises ValueError, naming the entry point and its distribution, where one cannot be imported,
-    is not an AttentionMethod, is named otherwise than its method, or takes a name that is taken.
+    Raises ValueError if an entry point cannot be imported, is not an AttentionMethod, has another
+    name than its method, or repeats a name. The message names the entry point and its distribution.
     """
     methods = {method.name: method for method in BUILT_IN}
     origins = dict.fromkeys(methods, "lcdist itself")
     for point in points:
         origin = point.dist.name if point.dist else "an unnamed distribution"
-        where = f"entry point {point.name!r} = {point.value!r} of {origin} (group {GROUP})"
+        place = f"entry point {point.name!r} = {point.value!r} of {origin} (group {GROUP})"
         try:
             method = point.load()
         except (ImportError, AttributeError) as error:
             raise ValueError(
-                f"{where}: cannot be imported: {error}; mend or uninstall it"
+                f"{place}: cannot be imported: {error}; fix or uninstall it"
             ) from error
         if not isinstance(method, AttentionMethod):
-            raise ValueError(f"{where}: is a {type(method).__name__}, expected an AttentionMethod")
+            raise ValueError(f"{place}: is a {type(method).__name__}, expected an AttentionMethod")
         if method.name != point.name:
-            raise ValueError(f"{where}: the method calls itself {method.name!r}; names must agree")
+            raise ValueError(
+                f"{place}: its method is named {method.name!r}; the two names must agree"
+            )
         if method.name in methods:
             raise ValueError(
-                f"{where}: the name is taken by {origins[method.name]}; rename or uninstall one"
+                f"{place}: the name is taken by {origins[method.name]}; rename or uninstall one"
             )
         methods[method.name] = method
         origins[method.name] = origin

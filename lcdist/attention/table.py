@@ -1,4 +1,4 @@
-"""The table of methods in the README, made from what the methods say of themselves."""
+"""The README's table of attention methods, made from their facts."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ COLUMNS = ("method", "paper", "options", "layouts", "exchange", "supports")
 
 
 def method_table(methods: Iterable[AttentionMethod]) -> str:
-    """Markdown, one row a method in the order given; no newline at its end."""
+    """Return the table as Markdown, one row per method, in order, without a final newline."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *map(_row, methods)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

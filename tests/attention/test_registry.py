@@ -1,4 +1,4 @@
-"""METHODS: what installed packages bring is taken, or refused by name."""
+"""Methods of installed packages are registered, or refused with an error that names them."""
 
 import dataclasses
 import importlib
@@ -17,7 +17,7 @@ def point(name: str, attribute: str, module: str = __name__) -> EntryPoint:
     return EntryPoint(name, f"{module}:{attribute}", GROUP)
 
 
-def test_a_method_of_a_package_joins_the_built_in_ones() -> None:
+def test_method_of_a_package_joins_the_built_in_methods() -> None:
     methods = load_methods([point("mine", "MINE")])
     assert methods["mine"] is MINE and methods["full"] is METHODS["full"]
 
@@ -31,12 +31,12 @@ def test_a_method_of_a_package_joins_the_built_in_ones() -> None:
         ),
         ([point("mine", "MINE"), point("mine", "MINE")], "taken by an unnamed distribution"),
         ([point("mine", "NOT_A_METHOD")], "is a str, expected an AttentionMethod"),
-        ([point("yours", "MINE")], "calls itself 'mine'"),
+        ([point("yours", "MINE")], "its method is named 'mine'"),
         ([point("mine", "GONE")], "cannot be imported.*GONE"),
         ([point("mine", "MINE", "no_such_module")], "cannot be imported.*no_such_module"),
     ],
 )
-def test_what_is_wrong_is_named(points: list[EntryPoint], says: str) -> None:
+def test_wrong_entry_point_is_named(points: list[EntryPoint], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         load_methods(points)
 

@@ -35,13 +35,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     ctx.softmax_scale takes the place of ln(head_dim). Raises ValueError if the power is below 1 in
     half precision.
     """
-    reference, reweight = ctx.impl == "reference", _reweight(ctx)
-    what = "lssar attention under context parallelism"
-    impl = None if reference else ops.select_lssar_impl(ctx.impl, q, what, reweight)
     queries = _directions(q, ctx, ctx.rank)
     queries = queries * ops.logit_scales(_band(ctx, ctx.rank).counts, ctx.softmax_scale, queries)
-    if impl is None:
+    if ctx.impl == "reference":
         return _reference_ring(queries, k, v, ctx).to(q.dtype)
+    what = "lssar attention under context parallelism"
+    impl = ops.select_lssar_impl(ctx.impl, q, what, _reweight(ctx))
     return _RingLssar.apply(queries, _directions(k, ctx, ctx.rank), k, v, ctx, impl)
 
 
@@ -111,7 +110,7 @@ class _RingLssar(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0913
+    def forward(
         node: Any,
         queries: Tensor,
         keys: Tensor,

@@ -1,4 +1,4 @@
-"""What the methods that look at every earlier token share: who holds what, and what is refused."""
+"""Checks and small functions that several attention methods use."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,16 +12,16 @@ from lcdist_kernels.common import check_qkv, document_starts
 
 
 def tokens(layout: ContextLayout, rank: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The global numbers of `rank`'s tokens, and the first token of each one's document.
+    """Return the global positions of a rank's tokens, and the first token of each one's document.
 
-    Both int64 `[local_seqlen]` on the CPU. cu_seqlens: see `document_starts`.
+    Both are int64 `[local_seqlen]` on the CPU. For methods without an `AttentionContext`.
     """
-    index = layout.positions(rank)
-    return index, document_starts(cu_seqlens, index, layout.seqlen)
+    token_ids = layout.positions(rank)
+    return token_ids, document_starts(cu_seqlens, token_ids, layout.seqlen)
 
 
 def check_shard(q: Tensor, k: Tensor, layout: ContextLayout, group: Group) -> None:
-    """Raises ValueError unless q and k are a rank's shard of `layout` and `group` has its size."""
+    """Raise ValueError unless q and k are one rank's shard and `group` has the layout's size."""
     if group_size(group) != layout.cp_size:
         raise ValueError(
             f"the layout is for cp_size = {layout.cp_size}, the group has {group_size(group)} ranks"
@@ -40,9 +40,9 @@ def check_plain(
     heads: HeadSlice | None,
     method: str,
 ) -> None:
-    """For a method that treats all heads alike and learns nothing of its own.
+    """Raise ValueError if `params` are given, or as `held_heads`.
 
-    Raises ValueError where `params` are given, and as `held_heads`.
+    For methods without an `AttentionContext` that have no learnable parameters.
     """
     if params:
         raise ValueError(f"params = {sorted(params)}: {method} attention has no learnable extras")
@@ -50,10 +50,10 @@ def check_plain(
 
 
 def held_heads(heads: HeadSlice | None, q: Tensor, k: Tensor) -> HeadSlice:
-    """Which of the model's heads q and k hold; None: all there are.
+    """Return the position of q's and k's heads in the model; None stands for all heads.
 
-    Raises ValueError where the model has not so many, or where q's heads and k's do not pair as
-    the model's do.
+    Raises ValueError if the model has fewer heads, or if q's and k's heads do not pair as the
+    model's do.
     """
     held, held_kv = q.shape[2], k.shape[2]
     if heads is None:
@@ -71,17 +71,22 @@ def held_heads(heads: HeadSlice | None, q: Tensor, k: Tensor) -> HeadSlice:
     return heads
 
 
-Decode = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(q, k, v, positions) -> out, with positions `[n]` and a cache of just what they may read."""
+DecodeRow = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(q, k, v, positions) -> out, with positions `[n]` and the cache cut after the greatest one."""
 
 
 def decode_rows(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, decode: Decode
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, decode_row: DecodeRow
 ) -> Tensor:
-    """`decode` of new tokens over the filled part of a cache, row by row where positions differ.
+    """Apply `decode_row` to the filled part of a cache, row by row if positions are `[b, n]`.
 
-    q `[b, n, h, d]`; caches `[b, s_cache, h_kv, d]`; positions: integers on the CPU, `[n]` or
-    `[b, n]`. Raises ValueError where shapes do not fit or a position lies outside the cache.
+    Args:
+        q: the new tokens, `[b, n, h, d]`.
+        k_cache, v_cache: `[b, s_cache, h_kv, d]`.
+        positions: integers on the CPU, `[n]` or `[b, n]`.
+
+    Raises:
+        ValueError: shapes do not fit, or a position lies outside the cache.
     """
     check_qkv(q, k_cache, v_cache)
     if positions.shape not in (q.shape[1:2], q.shape[:2]):
@@ -96,13 +101,16 @@ def decode_rows(
         )
     if positions.dim() == 1:
         filled = int(positions.max()) + 1
-        return decode(q, k_cache[:, :filled], v_cache[:, :filled], positions)
+        return decode_row(q, k_cache[:, :filled], v_cache[:, :filled], positions)
     rows = zip(q.split(1), k_cache.split(1), v_cache.split(1), positions, strict=True)
-    return torch.cat([decode_rows(*row, decode) for row in rows])
+    return torch.cat([decode_rows(*row, decode_row) for row in rows])
 
 
 def causal_flops(shape: Shape) -> int:
-    """Forward operations of one layer: 4 head_dim for each of the s (s + 1) / 2 visible pairs."""
+    """Count forward operations of one layer: 4 head_dim per visible pair, s (s + 1) / 2 pairs.
+
+    Raises ValueError without shape.seqlen.
+    """
     if shape.seqlen is None:
         raise ValueError(f"{shape}: seqlen is needed to count operations")
     pairs = shape.seqlen * (shape.seqlen + 1) // 2
