@@ -1,16 +1,13 @@
 """The documents keep up with the code: table, commands, links, and the example of a new method."""
 
-import ast
 import re
 import shlex
-import tomllib
-from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
 
-from lcdist.attention import METHODS, AttentionMethod
-from lcdist.attention.registry import BUILT_IN, GROUP
+from lcdist.attention import METHODS
+from lcdist.attention.registry import BUILT_IN
 from lcdist.attention.table import method_table
 from lcdist.commands.main import parse_words
 from lcdist.config.stages import load_stages
@@ -101,23 +98,6 @@ def test_the_tree_in_the_architecture_is_the_tree() -> None:
     rooms |= {p.name for p in (ROOT / "lcdist").glob("*.py") if not p.name.startswith("__")}
     drawn = blocks("docs/architecture.md", "")[0] + tree
     assert [room for room in sorted(rooms) if room not in drawn] == []
-
-
-def test_the_example_of_a_new_method_is_python_that_names_real_fields() -> None:
-    (example,) = blocks("CONTRIBUTING.md", "python")
-    (call,) = [
-        node
-        for node in ast.walk(ast.parse(example))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "AttentionMethod"
-    ]
-    given = {keyword.arg for keyword in call.keywords}
-    fields = AttentionMethod.__dataclass_fields__
-    required = {name for name, field in fields.items() if field.default is MISSING}
-    assert required <= given <= fields.keys()
-    (table,) = blocks("CONTRIBUTING.md", "toml")
-    assert tomllib.loads(table)["project"]["entry-points"] == {
-        GROUP: {"window": "lcdist_window:METHOD"}
-    }
 
 
 def test_the_reading_order_is_short() -> None:
