@@ -240,7 +240,7 @@ def test_stages_become_longer_and_read_other_samples(path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_what_it_starts_from_is_made_as_it_says(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    found = re.findall(r"^# It starts from: (.*)$", text, re.M)
+    found = re.findall(r"^# Start from the result of: (.*)$", text, re.M)
     assert bool(found) == (name(path) not in OWN)
     config = load_stages(path)[0].config
     known = PUBLISHED[begins_with(path)].model.vocab_size
