@@ -1,5 +1,6 @@
-"""What is shipped: a wheel of two packages that works alone, and no trace of a machine."""
+"""The distribution: a wheel of two packages that works alone, without traces of a machine."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -91,6 +92,33 @@ def test_the_wheel_works_where_there_is_nothing_else(built: Path, tmp_path: Path
     shown = run("-c", program, cwd=empty, PYTHONPATH=str(place)).splitlines()
     assert shown[0] == f"{place}/lcdist/__init__.py {place}/lcdist_kernels/__init__.py"
     assert any("`full`" in line for line in shown)
+
+
+@pytest.mark.exhaustive
+def test_wheel_in_a_fresh_environment_plans_a_run(built: Path, tmp_path: Path) -> None:
+    """Install the wheel with its declared dependencies alone, and plan a file of the user's."""
+    (wheel,) = built.glob("*.whl")
+    venv, folder = tmp_path / "venv", tmp_path / "user"
+    folder.mkdir()
+    shutil.copyfile(ROOT / "configs" / "debug" / "full.toml", folder / "mine.toml")
+    run("-m", "venv", str(venv), cwd=folder)
+    programs = venv / "bin"
+
+    def in_venv(*words: str) -> str:
+        done = subprocess.run(
+            [str(programs / words[0]), *words[1:]],
+            cwd=folder,
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    in_venv("pip", "install", "--quiet", str(wheel))
+    assert re.search(r"\d+\.\d+", in_venv("lcdist", "--version"))
+    assert "parameters" in in_venv("lcdist", "plan", "mine.toml", "parallel.cp_size=2")
+    assert "`landmark`" in in_venv("lcdist", "methods")
 
 
 def test_kernels_and_launch_are_no_packages() -> None:
