@@ -67,7 +67,9 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-LIBRARY = sorted((ROOT / "lcdist").rglob("*.py"))
+# Shipped with exported models, where they import each other; lcdist never imports them.
+REMOTE_CODE = ROOT / "lcdist" / "convert" / "remote_code"
+LIBRARY = sorted(p for p in (ROOT / "lcdist").rglob("*.py") if p.parent != REMOTE_CODE)
 KERNELS = sorted((ROOT / "kernels" / "lcdist_kernels").rglob("*.py"))
 PROGRAMS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "kernels" / "bench").glob("*.py")])
 OURS = {module_name(path): path for path in (*LIBRARY, *KERNELS)}

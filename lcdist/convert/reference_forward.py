@@ -18,7 +18,7 @@ from torch import Tensor
 from lcdist.convert.huggingface.names import HF_EMBEDDING, HF_FINAL_NORM, HF_OUTPUT, hf_prefix
 from lcdist.convert.huggingface.rope import DEFAULT_BASE, ORIGINAL, block_of, type_of
 from lcdist.convert.huggingface.weights import Weights
-from lcdist.convert.remote_code.attention_lcdist import attend, rotation
+from lcdist.convert.remote_files import load_remote_attention
 
 # Of a weight, how many elements are held at once.
 HELD_ELEMENTS = 2**20
@@ -109,8 +109,9 @@ def _own_attention(
     """Attention by another method, as the exported file has it. asked: which, and its bias."""
     width = _width(table)
     q, k, v = (linear(f"{names}{one}_proj", x).unflatten(-1, (-1, width))[None] for one in "qkv")
-    rotate = rotation(block_of(table)[0], width, table["max_position_embeddings"], len(x))
-    out = attend(asked[0], (q, k, v), rotate, asked[1])
+    remote = load_remote_attention()
+    rotate = remote.rotation(block_of(table)[0], width, table["max_position_embeddings"], len(x))
+    out = remote.attend(asked[0], (q, k, v), rotate, asked[1])
     return linear(f"{names}o_proj", out[0].flatten(1))
 
 

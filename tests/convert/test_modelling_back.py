@@ -11,11 +11,10 @@ import torch
 from lcdist.checkpoint.read import open_checkpoint, saved_config
 from lcdist.checkpoint.tensors import Stored
 from lcdist.commands.main import main
-from lcdist.convert import reference_forward as reference
 from lcdist.convert.check import ConversionError
 from lcdist.convert.huggingface.export_model import export_model
 from lcdist.convert.huggingface.import_model import import_model
-from lcdist.convert.remote_code import attention_lcdist
+from lcdist.convert.remote_files import ATTENTION_FILE, load_remote_attention, read_remote_files
 from tests.convert.hf import export_all, import_all, make_model, save
 from tests.convert.own_runs import CASES
 from tests.convert.test_export import read_all
@@ -124,11 +123,11 @@ def test_an_export_that_computes_something_else_is_not_kept(
     right: str, wrong: str, there_and_back: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The code that goes along is what is compared with the training model."""
-    text = Path(attention_lcdist.__file__).read_text()
+    text = read_remote_files()[ATTENTION_FILE]
     assert text.count(right) == 1
     faulty: dict[str, Any] = {}
     exec(compile(text.replace(right, wrong), "faulty", "exec"), faulty)
-    monkeypatch.setattr(reference, "attend", faulty["attend"])
+    monkeypatch.setattr(load_remote_attention(), "attend", faulty["attend"])
     with pytest.raises(ConversionError, match="this is no rounding"):
         export_model(there_and_back / "fold-2", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

@@ -28,10 +28,13 @@ from lcdist.config.schema import (
     TensorizedOptions,
 )
 from lcdist.convert.huggingface.rope import block_of, to_hf
-from lcdist.convert.remote_code import attention_lcdist
-from lcdist.convert.remote_code.attention_lcdist import attend, frequencies, rotation
+from lcdist.convert.remote_files import load_remote_attention
 from lcdist.model.rotary import attention_factor, inverse_frequencies, make_rotary
 from tests.tolerance import assert_matches
+
+attention_lcdist = load_remote_attention()
+attend, frequencies = attention_lcdist.attend, attention_lcdist.frequencies
+rotation = attention_lcdist.rotation
 
 OPTIONS = {
     "full": [FullOptions()],

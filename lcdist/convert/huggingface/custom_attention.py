@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from lcdist.config.load import build
@@ -22,6 +21,7 @@ from lcdist.config.schema import (
     TrainConfig,
 )
 from lcdist.convert.huggingface.names import FusedTensor, SourceRows, hf_prefix, layer_prefix
+from lcdist.convert.remote_files import read_remote_files
 from lcdist.model.init import EXTRAS
 from lcdist.plan.resolve import LayerAttention, evaluation_layers, resolve_layers
 
@@ -30,9 +30,6 @@ AUTO_MAP = {
     "AutoConfig": "modeling_lcdist.LcdistConfig",
     "AutoModelForCausalLM": f"modeling_lcdist.{FAMILY}",
 }
-_FILES = ("modeling_lcdist.py", "attention_lcdist.py")
-# In an export the second file lies beside the first.
-_HERE, _THERE = "from lcdist.convert.", "from ."
 
 
 def reading(model: ModelConfig, attention: AttentionConfig) -> tuple[LayerAttention, ...]:
@@ -88,8 +85,6 @@ def modelling(layers: Sequence[LayerAttention]) -> tuple[dict[str, str], dict[st
     """(text by file name, keys of config.json) that an export has besides, for these layers."""
     if is_plain(layers):
         return {}, {}
-    texts = {name: Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _FILES}
-    files = {name: text.replace(_HERE, _THERE) for name, text in texts.items()}
     keys = {
         "architectures": [FAMILY],
         "model_type": KIND,
@@ -98,7 +93,7 @@ def modelling(layers: Sequence[LayerAttention]) -> tuple[dict[str, str], dict[st
         "mlp_bias": False,
         "use_cache": False,
     }
-    return files, keys
+    return read_remote_files(), keys
 
 
 def about(config: Config, step: int) -> dict[str, Any]:

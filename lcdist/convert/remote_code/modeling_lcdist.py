@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-from lcdist.convert.remote_code.attention_lcdist import METHODS, Rotate, attend, rotation
+from .attention_lcdist import METHODS, Rotate, attend, rotation
 
 logger = logging.get_logger(__name__)
 

@@ -1,1 +1,0 @@
-"""Model code that is copied into exported folders; lcdist never imports it."""
