@@ -1,23 +1,16 @@
-"""Sharded checkpoints as they are found and read: Megatron's torch_dist format, and a manifest.
+"""Find, check and load sharded checkpoints."""
 
-A checkpoint is a folder `step_00000020` with Megatron's files and a manifest, `lcdist.json`, that
-holds everything that is not a tensor: step, sample index, mesh, configuration, and the size of
-every file. A name that begins with `step_` always means a whole checkpoint (`saving` sees to it).
-`latest` names the newest.
-"""
-
-import json
 import logging
 import pickle
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.checkpoint.manifest import MANIFEST, Checkpoint, read_manifest
 from lcdist.config import parse
 from lcdist.config.schema import Config
 from lcdist.model.init import EXTRAS, LORA
@@ -32,13 +25,9 @@ from megatron.core import dist_checkpointing
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST = "lcdist.json"
-HALF = ".writing-"
-
-# All that torch's own writer puts into `.metadata` when every entry is a tensor, as here: an entry
-# of bytes would be unpickled. A file that asks for anything else is not opened.
-_PICKLED = {
+# All classes that torch's writer puts into `.metadata` when every entry is a tensor, as here; an
+# entry of bytes would be unpickled. A file that names any other class is not opened.
+_ALLOWED_CLASSES = {
     "torch": {"Size", "bfloat16", "float32", "uint8"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.metadata": {
@@ -59,150 +48,133 @@ _PICKLED = {
     },
 }
 
-# What unpickling raises on damaged bytes: whatever the opcodes they happen to spell run into.
-_DAMAGED = (
+# Everything that unpickling damaged bytes raises, depending on the opcodes they happen to form.
+_UNPICKLING_ERRORS = (
     *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError),
     *(ArithmeticError, MemoryError, RuntimeError),
 )
 
-
-MERGE = "set [lora] as it was there, or merge them into the weights first: 'lcdist convert merge'"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A whole checkpoint on disk. manifest: the content of its `lcdist.json`."""
-
-    path: Path
-    manifest: Mapping[str, Any]
-
-    @property
-    def step(self) -> int:
-        """Steps taken when it was written."""
-        return self.manifest["step"]
+LORA_REMEDY = (
+    "set [lora] as in the checkpoint, or merge the adapters into the weights first: "
+    "'lcdist convert merge'"
+)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, or the latest one where `path` is a folder of them or a run.
+    """Open the checkpoint at `path`, or the latest one if `path` is a run or checkpoints folder.
 
-    Raises CheckpointError where there is none, where a file is missing or has another size than
-    when it was written, or where the metadata would run foreign code.
+    Raises:
+        CheckpointError: there is no checkpoint, a file is missing or has another size than when it
+            was written, or the metadata would run foreign code.
     """
-    folder = _resolve(path)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder} has checkpoint format {manifest.get('format')!r}; this version reads "
-            f"{FORMAT}"
-        )
-    for name, size in manifest["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{folder}: file {name} is missing; {RESTORE_OR_DELETE}")
-        if file.stat().st_size != size:
-            raise CheckpointError(
-                f"{folder}: file {name} has {file.stat().st_size} bytes, not {size}; "
-                f"{RESTORE_OR_DELETE}"
-            )
-    refuse_foreign_pickle(folder / ".metadata")
+    folder = _find_folder(path)
+    manifest = read_manifest(folder)
+    check_metadata(folder / ".metadata")
     return Checkpoint(folder, manifest)
 
 
 def saved_config(checkpoint: Checkpoint, overrides: Sequence[str] = ()) -> Config:
-    """The configuration a checkpoint was written under, with `section.key=value` overrides."""
+    """Return the configuration of a checkpoint, with `section.key=value` overrides."""
     return parse(tomllib.loads(checkpoint.manifest["config"]), overrides)
 
 
-def _resolve(path: Path) -> Path:
+def _find_folder(path: Path) -> Path:
     for folder in (path, path / CHECKPOINTS):
         if (folder / MANIFEST).exists() or folder.name.startswith(STEP_PREFIX):
             return folder
         newest = latest_in(folder)
         if newest is not None:
             return newest
-    what = "holds no checkpoint" if path.exists() else "does not exist"
+    problem = "holds no checkpoint" if path.exists() else "does not exist"
     raise CheckpointError(
-        f"checkpoint '{path}': {what}; give the folder of a checkpoint, or of a run that saved one"
+        f"checkpoint '{path}': {problem}; give the folder of a checkpoint, or of a run that saved "
+        "one"
     )
 
 
 def load_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of `checkpoint` in the shape and sharding that `state` asks for."""
+    """Load the tensors of `checkpoint` in the shape and sharding that `state` describes."""
     loaded: Any = dist_checkpointing.load(state, str(checkpoint.path))
     return loaded
 
 
 def load_weights(checkpoint: Checkpoint, model: dict[str, Any]) -> dict[str, Any]:
-    """The weights of `checkpoint` for the chunks' sharded state `model`; all ranks call it.
+    """Load the weights of `checkpoint` into the sharded state `model`; all ranks call it.
 
-    What an attention method learns beside its projections may be on one side alone: absent, it
-    keeps its present value; not asked for, it is left out. Either is logged. Adapters keep their
-    initial values where the checkpoint has none; raises CheckpointError where it has others.
+    Tensors that attention methods learn besides the projections are optional. One that the
+    checkpoint lacks keeps its present value; one that the model lacks is ignored; both are logged.
+    Adapters keep their initial values if the checkpoint has none.
+
+    Args:
+        checkpoint: opened checkpoint.
+        model: sharded state of each of this rank's model chunks, by chunk name.
+
+    Returns:
+        The state of each chunk with loaded tensors.
+
+    Raises:
+        CheckpointError: the checkpoint has adapters that differ from the model's.
     """
-    shapes: Any = dist_checkpointing.load_tensors_metadata(str(checkpoint.path))
-    saved = {key: tuple(tensor.global_shape) for key, tensor in shapes.items()}
+    metadata: Any = dist_checkpointing.load_tensors_metadata(str(checkpoint.path))
+    saved = {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
     optional = {
-        e.key: tuple(e.global_shape)
+        entry.key: tuple(entry.global_shape)
         for chunk in model.values()
-        for e in chunk.values()
-        if EXTRAS in e.key or LORA in e.key
+        for entry in chunk.values()
+        if EXTRAS in entry.key or LORA in entry.key
     }
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, optional)
-    asked = {key: shape for mine in everywhere for key, shape in mine.items()}
-    _check_adapters(checkpoint, saved, asked)
-    here = {
-        name: {k: entry for k, entry in chunk.items() if entry.key not in asked.keys() - saved}
+    per_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(per_rank, optional)
+    requested = {key: shape for shapes in per_rank for key, shape in shapes.items()}
+    _check_adapters(checkpoint, saved, requested)
+    absent = requested.keys() - saved
+    to_load = {
+        name: {k: entry for k, entry in chunk.items() if entry.key not in absent}
         for name, chunk in model.items()
     }
-    loaded = load_state(checkpoint, here)
+    loaded = load_state(checkpoint, to_load)
     for name, chunk in model.items():
-        kept = {key: entry.data for key, entry in chunk.items() if key not in here[name]}
+        kept = {key: entry.data for key, entry in chunk.items() if key not in to_load[name]}
         loaded[name].update(kept)
-    unread = {key for key in saved if EXTRAS in key and not key.startswith("optimizer.")}
+    stored = {key for key in saved if EXTRAS in key and not key.startswith("optimizer.")}
     if dist.get_rank() == 0:
-        for key in sorted(key for key in asked.keys() - saved if EXTRAS in key):
+        for key in sorted(key for key in absent if EXTRAS in key):
             log.warning("%s has no %s: it keeps its initial value", checkpoint.path, key)
-        for key in sorted(unread - asked.keys()):
-            log.warning("%s: %s is left out: nothing here learns it", checkpoint.path, key)
+        for key in sorted(stored - requested.keys()):
+            log.warning("%s: %s is ignored: the model does not have it", checkpoint.path, key)
     return loaded
 
 
 def _check_adapters(
-    checkpoint: Checkpoint, saved: Mapping[str, tuple], asked: Mapping[str, tuple]
+    checkpoint: Checkpoint, saved: Mapping[str, tuple], requested: Mapping[str, tuple]
 ) -> None:
-    """Adapters there are those asked for here, or there are none there."""
-    there = {k: s for k, s in saved.items() if LORA in k and not k.startswith("optimizer.")}
-    here = {k: s for k, s in asked.items() if LORA in k}
-    if not there or there == here:
+    """Raise CheckpointError if the checkpoint has adapters that differ from the model's."""
+    stored = {k: s for k, s in saved.items() if LORA in k and not k.startswith("optimizer.")}
+    wanted = {k: s for k, s in requested.items() if LORA in k}
+    if not stored or stored == wanted:
         return
-    differing = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
-    key = differing[0]
-    what = [f"of shape {side[key]}" if key in side else "absent" for side in (there, here)]
+    different = sorted(k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k))
+    key = different[0]
+    shapes = [f"has shape {side[key]}" if key in side else "is absent" for side in (stored, wanted)]
     raise CheckpointError(
-        f"{checkpoint.path} has LoRA adapters, other than lora asks for: {key} is {what[0]} there "
-        f"and {what[1]} here ({len(differing)} differ); {MERGE}"
+        f"{checkpoint.path} has other LoRA adapters than [lora] describes: {key} {shapes[0]} in "
+        f"the checkpoint and {shapes[1]} in the model ({len(different)} differ); {LORA_REMEDY}"
     )
 
 
-def refuse_foreign_pickle(file: Path) -> None:
-    """Raise CheckpointError unless the pickle `file` holds only what torch's writer puts there."""
+def check_metadata(file: Path) -> None:
+    """Raise CheckpointError if the pickle `file` names a class that torch's writer does not use."""
     try:
         with file.open("rb") as stream:
-            _Guard(stream).load()
+            _RestrictedUnpickler(stream).load()
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent}: file {file.name} is missing") from None
-    except _DAMAGED as error:
+    except _UNPICKLING_ERRORS as error:
         raise CheckpointError(f"{file} is not opened: {error}; {RESTORE_OR_DELETE}") from error
 
 
-class _Guard(pickle.Unpickler):
+class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name in _PICKLED.get(module, ()):
+        if name in _ALLOWED_CLASSES.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")

@@ -1,14 +1,11 @@
-"""Writes checkpoints that are whole or not there, while training waits or while it goes on.
+"""Write checkpoints atomically, while training waits or in the background.
 
-A checkpoint is written under another name and renamed when all of it is there, manifest included,
-so a kill at any moment leaves the ones before it as they were. Written asynchronously, the state is
-copied to the host first and the next steps are taken while threads write the copy; there is never
+A checkpoint is written under a temporary name and renamed when it is complete, manifest included.
+A process killed at any moment leaves the earlier checkpoints as they were. In the background, the
+state is first copied to the host, and threads write the copy during the next steps. There is never
 more than one copy.
 """
 
-import json
-import logging
-import os
 import shutil
 import threading
 from collections.abc import Mapping
@@ -19,25 +16,25 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.checkpoint.read import FORMAT, HALF, MANIFEST
-from lcdist.checkpoint.writer import staged, write_in_this_process
+from lcdist.checkpoint.manifest import write_latest, write_manifest
+from lcdist.checkpoint.writer import copy_to_host, write_with_threads
 from lcdist.distributed.rank_zero import run_on_rank_zero
 from lcdist.rundir.paths import (
-    LATEST,
     STEP_PREFIX,
     CheckpointError,
     checkpoint_name,
     latest_in,
     step_of,
 )
+from lcdist.utils.atomic import sync_folder
 from megatron.core import dist_checkpointing
 
-log = logging.getLogger(__name__)
+PARTIAL_PREFIX = ".writing-"
 
 
 @dataclass
-class _Writing:
-    """A checkpoint under way: its step, its manifest, Megatron's request and who carries it out."""
+class _PendingSave:
+    """A checkpoint being written. request: Megatron's; thread: writes this rank's share."""
 
     step: int
     manifest: Mapping[str, Any]
@@ -46,88 +43,99 @@ class _Writing:
 
 
 class Checkpointer:
-    """Writes checkpoints of one run into `folder`, keeping the last `keep_last`.
+    """Writes the checkpoints of one run and deletes old ones.
 
-    keep_every: those of multiples of so many steps are kept as well; 0: none.
+    Args:
+        folder: folder of the run's checkpoints.
+        keep_last: number of newest checkpoints to keep.
+        keep_every: checkpoints at multiples of this many steps are kept too; 0 for none.
     """
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int = 0) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
-        self._writing: _Writing | None = None
-        write_in_this_process()
+        self._pending: _PendingSave | None = None
+        write_with_threads()
 
     def save(self, step: int, state: dict[str, Any], manifest: Mapping[str, Any]) -> Path:
-        """Write the sharded `state` and the manifest as `step_<step>`; all ranks call it.
+        """Write the sharded `state` and the manifest, and return the folder; all ranks call it.
 
-        Returns the folder's final name. Nothing carries that name before all of it is written.
-        Raises CheckpointError on every rank where it cannot be.
+        Raises:
+            CheckpointError: on every rank, if the checkpoint cannot be written.
         """
-        self._start(step, state, manifest, own=False)
+        self._start(step, state, manifest, copy=False)
         self.finish()
         return self._final(step)
 
     def begin(self, step: int, state: dict[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Copy the state to the host and start to write it; all ranks call it, then `finish`.
+        """Copy the state to the host and start writing it; all ranks call it, and `finish` later.
 
-        What was begun before has been finished. Raises as `save`.
+        An earlier save must have been finished. Raises as `save`.
         """
-        self._start(step, state, manifest, own=True)
+        self._start(step, state, manifest, copy=True)
 
     def _start(
-        self, step: int, state: dict[str, Any], manifest: Mapping[str, Any], own: bool
+        self, step: int, state: dict[str, Any], manifest: Mapping[str, Any], copy: bool
     ) -> None:
-        assert not self.unfinished, "one at a time: finish what was begun"
-        half = self._half(step)
+        assert not self.unfinished, "one save at a time: finish the earlier one first"
+        partial = self._partial(step)
 
         def prepare() -> None:
             self.sweep()
-            self._check_room()
-            half.mkdir(parents=True)
+            self._check_free_space()
+            partial.mkdir(parents=True)
 
         run_on_rank_zero(prepare)
-        request: Any = dist_checkpointing.save(state, str(half), async_sharded_save=True)
-        # Not a daemon: leaving the interpreter waits until it has written.
+        request: Any = dist_checkpointing.save(state, str(partial), async_sharded_save=True)
+        # Not a daemon: the interpreter exits only after the thread has written.
         thread = threading.Thread(target=lambda: None)
         if request.async_fn is not None:
-            # A rank may have nothing to write.
+            # None if this rank has nothing to write.
             rank, buckets, results = request.async_fn_args
-            arguments = (rank, staged(buckets, own), results)
+            arguments = (rank, copy_to_host(buckets, copy), results)
             thread = threading.Thread(target=request.async_fn, args=arguments)
         thread.start()
-        self._writing = _Writing(step, manifest, request, thread)
+        self._pending = _PendingSave(step, manifest, request, thread)
 
     @property
     def writing(self) -> bool:
-        """Whether this rank still writes."""
-        return self._writing is not None and self._writing.thread.is_alive()
+        """Whether this rank is still writing."""
+        return self._pending is not None and self._pending.thread.is_alive()
 
     @property
     def unfinished(self) -> bool:
-        """Whether a checkpoint was begun and not finished: the same on all ranks."""
-        return self._writing is not None
+        """Whether a save was begun and not finished; the same on all ranks."""
+        return self._pending is not None
 
     def finish(self) -> Path | None:
-        """Wait for what was begun and give it its name; all ranks call it. None: nothing was."""
-        if self._writing is None:
+        """Wait for the pending save and rename its folder; all ranks call it.
+
+        Returns:
+            The folder of the checkpoint, or None if no save was pending.
+
+        Raises:
+            CheckpointError: the checkpoint could not be written.
+        """
+        if self._pending is None:
             return None
-        writing, self._writing = self._writing, None
-        writing.thread.join()
-        half, final = self._half(writing.step), self._final(writing.step)
+        pending, self._pending = self._pending, None
+        pending.thread.join()
+        final = self._final(pending.step)
         try:
-            for finalize in writing.request.finalize_fns:
+            for finalize in pending.request.finalize_fns:
                 finalize()
         except CheckpointException as error:
-            raise CheckpointError(self._not_written(final, error)) from error
-        run_on_rank_zero(lambda: self._finish(half, final, writing))
+            raise CheckpointError(self._write_error(final, error)) from error
+        run_on_rank_zero(lambda: self._publish(pending))
         return final
 
     def _final(self, step: int) -> Path:
         return self.folder / checkpoint_name(step)
 
-    def _half(self, step: int) -> Path:
-        return self.folder / f"{HALF}{self._final(step).name}"
+    def _partial(self, step: int) -> Path:
+        return self.folder / f"{PARTIAL_PREFIX}{checkpoint_name(step)}"
 
-    def _check_room(self) -> None:
+    def _check_free_space(self) -> None:
+        """Raise CheckpointError if the disk has less free space than the last checkpoint needs."""
         newest = latest_in(self.folder)
         if newest is None:
             return
@@ -136,53 +144,41 @@ class Checkpointer:
         if free < needed:
             raise CheckpointError(
                 f"no room for a checkpoint in {self.folder}: {free / 2**30:.2f} GiB are free, the "
-                f"last one has {needed / 2**30:.2f} GiB. It is whole: free some space, or lower "
+                f"last one has {needed / 2**30:.2f} GiB. It is complete: free some space, or lower "
                 "checkpoint.keep_last, then start the same command again"
             )
 
-    def _not_written(self, final: Path, error: CheckpointException) -> str:
+    def _write_error(self, final: Path, error: CheckpointException) -> str:
         causes = {str(cause[0]) for cause in error.failures.values()}
-        said = f" ({'; '.join(sorted(causes))})" if causes else ""
+        listed = f" ({'; '.join(sorted(causes))})" if causes else ""
         return (
-            f"{final} could not be written{said}. The checkpoints before it are whole: free space "
-            "or mend the file system, then start the same command again"
+            f"{final} could not be written{listed}. The earlier checkpoints are complete: free "
+            "space or repair the file system, then start the same command again"
         )
 
-    def _finish(self, half: Path, final: Path, writing: _Writing) -> None:
-        files = {p.name: p.stat().st_size for p in sorted(half.iterdir()) if p.is_file()}
-        content = {"format": FORMAT, "step": writing.step, **writing.manifest, "files": files}
-        _write_durably(half / MANIFEST, json.dumps(content, indent=1))
+    def _publish(self, pending: _PendingSave) -> None:
+        """Write the manifest, rename the folder, update `latest`, delete old checkpoints."""
+        partial, final = self._partial(pending.step), self._final(pending.step)
+        write_manifest(partial, pending.step, pending.manifest)
         if final.exists():
-            # The same step again, after resuming from an older one: same content, newer name.
-            final.rename(self.folder / f"{HALF}old-{final.name}")
-        half.rename(final)
-        _write_durably(self.folder / f"{LATEST}.new", final.name + "\n")
-        (self.folder / f"{LATEST}.new").replace(self.folder / LATEST)
-        _sync(self.folder)
+            # The same step after resuming from an older one: the newer checkpoint replaces it.
+            final.rename(self._discarded(final))
+        partial.rename(final)
+        write_latest(final)
+        sync_folder(self.folder)
         for old in sorted(self.folder.glob(f"{STEP_PREFIX}*"))[: -self.keep_last]:
-            if old != final and not self._stays(old):
-                old.rename(self.folder / f"{HALF}old-{old.name}")
+            if old != final and not self._is_kept(old):
+                old.rename(self._discarded(old))
         self.sweep()
 
-    def _stays(self, checkpoint: Path) -> bool:
+    def _discarded(self, checkpoint: Path) -> Path:
+        """Return the name a checkpoint gets before it is deleted: no `step_` folder is partial."""
+        return self.folder / f"{PARTIAL_PREFIX}old-{checkpoint.name}"
+
+    def _is_kept(self, checkpoint: Path) -> bool:
         return bool(self.keep_every) and step_of(checkpoint) % self.keep_every == 0
 
     def sweep(self) -> None:
-        """Remove what an interrupted save left behind; rank 0 only."""
-        for half in self.folder.glob(f"{HALF}*"):
-            shutil.rmtree(half)
-
-
-def _write_durably(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        """Delete the leftovers of an interrupted save; rank 0 only."""
+        for leftover in self.folder.glob(f"{PARTIAL_PREFIX}*"):
+            shutil.rmtree(leftover)

@@ -1,10 +1,10 @@
-"""Megatron's checkpoint writer, kept to this process.
+"""Make Megatron's checkpoint writer use threads of this process.
 
-As it comes, it forks a copy of the process for each file and collects their results through a
-queue that yet another process serves. A copy whose rank is killed waits for ever and keeps the run
-folder's lock; the queue's server ends with a SIGTERM to the process group, as torchrun sends it,
-and then the last save fails. Threads write as fast, since writing holds no lock of the interpreter,
-and end with their process. Checked with megatron-core 0.16.1.
+Megatron forks a process for each file and collects results through a queue that another process
+serves. A forked writer whose rank is killed waits for ever and keeps the run folder's lock. The
+queue's server ends with the SIGTERM that torchrun sends to the process group, and then the last
+save fails. Threads write as fast, since writing releases the interpreter lock, and end with their
+process. Checked with megatron-core 0.16.1.
 """
 
 import queue
@@ -18,20 +18,23 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
-def write_in_this_process() -> None:
-    """From now on `dist_checkpointing.save` starts no process; twice is the same as once."""
+def write_with_threads() -> None:
+    """Make `dist_checkpointing.save` start no process from now on; repeated calls do nothing."""
     writer: Any = filesystem_async.FileSystemWriterAsync
-    writer.write_preloaded_data_multiproc = staticmethod(_write)
+    writer.write_preloaded_data_multiproc = staticmethod(_write_buckets)
     filesystem_async._get_write_results_queue = queue.Queue
 
 
-def _write(
+def _write_buckets(
     transforms: list[Any], use_msc: bool, rank: int, buckets: Sequence[Any], results: queue.Queue
 ) -> None:
-    """One file a bucket, each by a thread; their results, or the first error, into `results`."""
+    """Write each bucket to a file in a thread; put their results or the first error in `results`.
+
+    The signature is that of Megatron's `write_preloaded_data_multiproc`.
+    """
 
     def write(number: int) -> Any:
-        # The annotations ask for queues between processes; threads need none.
+        # Megatron annotates these as queues between processes; threads need none.
         answer: Any = queue.Queue()
         counter: Any = queue.Queue()
         counter.put(number)
@@ -42,24 +45,24 @@ def _write(
 
     with ThreadPoolExecutor(len(buckets)) as pool:
         writes = [pool.submit(write, number) for number in range(len(buckets))]
-    raised = [error for error in (one.exception() for one in writes) if error is not None]
-    # Megatron's own way to tell of an error is to return it.
-    told = raised or [one.result() for one in writes]
-    errors = [outcome for outcome in told if isinstance(outcome, BaseException)]
-    results.put(errors[0] if errors else dict(enumerate(told)))
+    raised = [error for error in (each.exception() for each in writes) if error is not None]
+    # Megatron's writer may also return an error instead of raising it.
+    outcomes = raised or [each.result() for each in writes]
+    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    results.put(errors[0] if errors else dict(enumerate(outcomes)))
 
 
-def staged(buckets: Sequence[Any], own: bool) -> list[Any]:
-    """Megatron's buckets with their tensors in the host's memory.
+def copy_to_host(buckets: Sequence[Any], copy_host_tensors: bool) -> list[Any]:
+    """Return Megatron's buckets with all tensors in host memory.
 
-    own: what lies there already is copied too, since it is the parameters themselves, which the
-    next step overwrites.
+    copy_host_tensors: copy tensors that are already there too. They are the parameters themselves,
+    which the next step overwrites.
     """
 
     def on_host(x: torch.Tensor) -> torch.Tensor:
         if not x.is_cpu:
             return x.detach().to("cpu")
-        return x.detach().clone() if own else x
+        return x.detach().clone() if copy_host_tensors else x
 
     return [
         (*names, (written, [(item, on_host(x)) for item, x in tensors]))

@@ -15,7 +15,7 @@ from lcdist.config import dump, load
 from lcdist.config.rope import Rope
 from lcdist.config.schema import Config
 from lcdist.convert.huggingface.export_model import export_model
-from lcdist.convert.huggingface.fit_config import for_own_model, open_own_model
+from lcdist.convert.huggingface.fit_config import fit_config, open_user_model
 from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.lora.merge import merge
 from lcdist.distributed.mesh import end_world
@@ -35,7 +35,7 @@ class OwnModel(Job):
     def __init__(self, folder: Path, ranks: int, source: Path, text: str) -> None:
         super().__init__(folder, ranks)
         self.source, self.text = source, text
-        self.hf = open_own_model(source)
+        self.hf = open_user_model(source)
         self.name = source.resolve().name
 
     def run(self, file: Path, words: Sequence[str]) -> bool:
@@ -74,7 +74,7 @@ class OwnModel(Job):
         own = [f"log.folder={self.folder / 'extend'}", f"data.path={self.folder / 'data'}"]
         own += [f"parallel.cp_size={self.ranks}"]
         config = load(file, [*own, *(word for word in words if word not in of_model)])
-        config = for_own_model(config, self.hf, of_model, self.ranks)
+        config = fit_config(config, self.hf, of_model, self.ranks)
         start = self.folder / ("grown" if self._grown(config) else "model")
         return replace(config, checkpoint=replace(config.checkpoint, load=str(start)))
 

@@ -1,1 +1,1 @@
-"""Plain LLaMA-family models in and out: Hugging Face folders to checkpoints of a run, and back."""
+"""Convert checkpoints to and from Hugging Face folders and PEFT adapters."""

@@ -1,84 +1,97 @@
-"""What ends every conversion: both sides read from disk again, and their logits compared."""
+"""Compare both sides of a conversion, read from disk again, by their logits."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lcdist.checkpoint.tensors import Stored
+from lcdist.checkpoint.tensors import CheckpointTensors
 from lcdist.config.schema import Config
 from lcdist.convert.huggingface.config import HFModel
-from lcdist.convert.huggingface.custom_attention import reading, shrunk, tables
+from lcdist.convert.huggingface.custom_attention import (
+    inference_layers,
+    layer_tables,
+    with_short_blocks,
+)
 from lcdist.convert.huggingface.names import head_dim
 from lcdist.convert.huggingface.weights import Weights
 from lcdist.convert.reference_forward import hf_frequencies, hf_logits
-from lcdist.convert.streamed_forward import our_logits
+from lcdist.convert.streamed_forward import streamed_logits
 from lcdist.model.rotary import attention_factor, inverse_frequencies
 from lcdist.plan.resolve import document_layout_for
 
-# Both sides compute in float64 from the same numbers: what remains is rounding.
+# Both sides compute in float64 from the same numbers, so only rounding remains.
 TOLERANCE = 1e-8
-TOKENS = 33
+NUM_TOKENS = 33
 
 
 @dataclass(frozen=True)
-class Difference:
-    """The greatest difference of logits, and the greatest logit, over `tokens` random tokens."""
+class LogitDifference:
+    """Maximum absolute difference of logits, and maximum absolute logit, over random tokens."""
 
-    greatest: float
-    logit: float
-    tokens: int
+    max_difference: float
+    max_logit: float
+    num_tokens: int
 
     def __str__(self) -> str:
         return (
-            f"greatest difference of logits {self.greatest:.2e}, in float64 over {self.tokens} "
-            f"random tokens (greatest logit {self.logit:.3g})"
+            f"maximum difference of logits {self.max_difference:.2e}, in float64 over "
+            f"{self.num_tokens} random tokens (maximum logit {self.max_logit:.3g})"
         )
 
 
 class ConversionError(ValueError):
-    """What was written does not compute what was read: a fault of ours, and nothing is kept."""
+    """The result does not compute what the source computes: a bug in lcdist; nothing is kept."""
 
 
-def compare(hf: HFModel, weights: Weights, config: Config, stored: Stored) -> Difference:
-    """Compare a Hugging Face folder with a checkpoint. Raises ConversionError beyond rounding.
+def compare(
+    hf: HFModel, weights: Weights, config: Config, tensors: CheckpointTensors
+) -> LogitDifference:
+    """Compare the logits of a Hugging Face folder with those of a checkpoint.
 
-    A checkpoint may have tokens that the folder lacks: these are left out. Methods are compared
-    with short blocks, landmarks put in, so that the tokens reach across several.
+    Tokens that only the checkpoint has are left out. Methods are compared with short blocks and
+    with landmarks inserted, so that the tokens span several blocks.
+
+    Raises:
+        ConversionError: logits or rotations differ by more than rounding.
     """
     compare_rotation(hf, config)
     vocab_size = min(hf.model.vocab_size, config.model.vocab_size)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab_size, (TOKENS,), generator=generator)
-    layers = shrunk(reading(hf.model, hf.attention))
+    text = torch.randint(vocab_size, (NUM_TOKENS,), generator=generator)
+    layers = with_short_blocks(inference_layers(hf.model, hf.attention))
     slots = document_layout_for(layers, vocab_size)
-    tokens = slots.place(tokens, 0, slots.num_slots(TOKENS), TOKENS)
-    theirs = hf_logits(hf.table, weights, tokens, tables(layers))[:, :vocab_size]
-    ours = our_logits(config, stored, tokens, layers)[:, :vocab_size]
-    found = Difference(_greatest(theirs - ours), _greatest(theirs), TOKENS)
-    # Not "greater than": a number that is none has to fail.
-    if not found.greatest <= TOLERANCE * max(1.0, found.logit):
-        raise ConversionError(f"{found}: this is no rounding, and nothing is kept")
-    return found
+    tokens = slots.place(text, 0, slots.num_slots(NUM_TOKENS), NUM_TOKENS)
+    theirs = hf_logits(hf.table, weights, tokens, layer_tables(layers))[:, :vocab_size]
+    ours = streamed_logits(config, tensors, tokens, layers)[:, :vocab_size]
+    difference = LogitDifference(_max_abs(theirs - ours), _max_abs(theirs), NUM_TOKENS)
+    # Written as "not less or equal" so that NaN fails.
+    if not difference.max_difference <= TOLERANCE * max(1.0, difference.max_logit):
+        raise ConversionError(f"{difference}: this is more than rounding, and nothing is kept")
+    return difference
 
 
 def compare_rotation(hf: HFModel, config: Config) -> None:
-    """Raise ConversionError unless both sides rotate alike, for short texts and as long as trained.
+    """Compare rotary frequencies at several lengths, from a few tokens to beyond the training's.
 
-    A few tokens do not reach the lengths where some rules begin to scale.
+    Some rules scale only at lengths that the comparison of logits does not reach.
+
+    Raises:
+        ConversionError: frequencies or attention factors differ.
     """
     width = head_dim(config.model)
-    for seqlen in (TOKENS, hf.seqlen, config.train.seqlen, 8 * config.train.seqlen):
+    for seqlen in (NUM_TOKENS, hf.seqlen, config.train.seqlen, 8 * config.train.seqlen):
         theirs, their_factor = hf_frequencies(hf.table, width, seqlen)
         ours = inverse_frequencies(config.model.rope, width, seqlen)
-        away = _greatest(theirs / ours - 1)
+        difference = _max_abs(theirs / ours - 1)
         our_factor = attention_factor(config.model.rope)
-        if not max(away, abs(their_factor - our_factor)) <= TOLERANCE:
+        if not max(difference, abs(their_factor - our_factor)) <= TOLERANCE:
             raise ConversionError(
-                f"rotation at {seqlen} tokens: frequencies differ by up to {away:.2e} of their "
-                f"size, factors are {their_factor} there and {our_factor} here; nothing is kept"
+                f"rotation at {seqlen} tokens: relative difference of frequencies "
+                f"{difference:.2e}; attention factors: Hugging Face {their_factor}, lcdist "
+                f"{our_factor}; nothing is kept"
             )
 
 
-def _greatest(x: Tensor) -> float:
+def _max_abs(x: Tensor) -> float:
     return x.abs().max().item()

@@ -1,10 +1,10 @@
-"""LLaMA's forward as Hugging Face's files mean it: plain torch, tensor by tensor, in float64.
+"""Reference forward pass of a Hugging Face folder: plain torch, tensor by tensor, in float64.
 
-One side of the comparison that ends every conversion. It knows nothing of our layout: it reads the
-names of a Hugging Face folder, and makes the frequencies from its config.json by formulas of its
-own (RoFormer, arXiv:2104.09864; PI, arXiv:2306.15595; YaRN, arXiv:2309.00071; LongRoPE,
-arXiv:2402.13753), for a sequence of the length in hand. Attention that is not LLaMA's is that of
-the file that an export carries, `attention_lcdist`. No tensor is ever held whole.
+Every conversion compares it with `lcdist.convert.streamed_forward`. It is independent of our tensor
+layout: it reads Hugging Face's names, and computes rotary frequencies from config.json with its own
+formulas (RoFormer, arXiv:2104.09864; PI, arXiv:2306.15595; YaRN, arXiv:2309.00071; LongRoPE,
+arXiv:2402.13753) for the length of the input. Custom attention is computed by the exported file
+`attention_lcdist.py`. No large tensor is held whole.
 """
 
 import math
@@ -16,12 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lcdist.convert.huggingface.names import HF_EMBEDDING, HF_FINAL_NORM, HF_OUTPUT, hf_prefix
-from lcdist.convert.huggingface.rope import DEFAULT_BASE, ORIGINAL, block_of, type_of
+from lcdist.convert.huggingface.rope import (
+    DEFAULT_BASE,
+    ORIGINAL_LENGTH,
+    rope_block,
+    rope_type,
+)
 from lcdist.convert.huggingface.weights import Weights
 from lcdist.convert.remote_files import load_remote_attention
 
-# Of a weight, how many elements are held at once.
-HELD_ELEMENTS = 2**20
+# Elements of one weight that are read at a time.
+CHUNK_ELEMENTS = 2**20
 _Linear = Callable[[str, Tensor], Tensor]
 
 
@@ -31,11 +36,13 @@ def hf_logits(
     tokens: Tensor,
     layers: Sequence[Mapping[str, Any]] = (),
 ) -> Tensor:
-    """tokens int64 `[s]` to logits float64 `[s, vocab_size]`, every weight read from disk.
+    """Compute logits float64 `[s, vocab_size]`, reading every weight from disk.
 
-    table: the folder's config.json, which is read here a second time, apart from `hf_config`.
-    layers: how each attends, method and options; none: all as in a plain LLaMA. Landmarks are
-    among the tokens.
+    Args:
+        table: content of config.json; interpreted here independently of `huggingface.config`.
+        weights: the folder's weights.
+        tokens: int64 `[s]`, landmarks included.
+        layers: method and options of each layer; empty means a plain LLaMA.
     """
     eps, width = table.get("rms_norm_eps", 1e-6), _width(table)
     x = torch.stack([weights.rows(HF_EMBEDDING, t, t + 1)[0] for t in tokens.tolist()]).double()
@@ -43,7 +50,7 @@ def hf_logits(
 
     def linear(name: str, x: Tensor) -> Tensor:
         weight, bias = f"{name}.weight", f"{name}.bias"
-        out = by_rows(x, lambda a, b: weights.rows(weight, a, b), weights.shape(weight)[0])
+        out = matmul_by_rows(x, lambda a, b: weights.rows(weight, a, b), weights.shape(weight)[0])
         return out + weights.rows(bias) if bias in weights.entries else out
 
     def norm(name: str, x: Tensor) -> Tensor:
@@ -51,67 +58,70 @@ def hf_logits(
         return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * scale
 
     for layer in range(table["num_hidden_layers"]):
-        theirs = hf_prefix(layer)
-        attended = norm(f"{theirs}input_layernorm.weight", x)
-        names = f"{theirs}self_attn."
+        prefix = hf_prefix(layer)
+        normed = norm(f"{prefix}input_layernorm.weight", x)
+        names = f"{prefix}self_attn."
         if layers and layers[layer]["method"] != "full":
             bias = weights.rows(f"{names}branch_bias") if layers[layer].get("modes") else None
-            x = x + _own_attention(table, linear, names, attended, (layers[layer], bias))
+            x = x + _custom_attention(table, linear, names, normed, (layers[layer], bias))
         else:
-            x = x + _attention(table, linear, names, attended, (cos, sin))
-        inner = norm(f"{theirs}post_attention_layernorm.weight", x)
-        gate = F.silu(linear(f"{theirs}mlp.gate_proj", inner))
-        x = x + linear(f"{theirs}mlp.down_proj", gate * linear(f"{theirs}mlp.up_proj", inner))
+            x = x + _full_attention(table, linear, names, normed, (cos, sin))
+        normed = norm(f"{prefix}post_attention_layernorm.weight", x)
+        gate = F.silu(linear(f"{prefix}mlp.gate_proj", normed))
+        x = x + linear(f"{prefix}mlp.down_proj", gate * linear(f"{prefix}mlp.up_proj", normed))
     head = HF_EMBEDDING if table.get("tie_word_embeddings") else HF_OUTPUT
-    return by_rows(
+    return matmul_by_rows(
         norm(HF_FINAL_NORM, x), lambda a, b: weights.rows(head, a, b), table["vocab_size"]
     )
 
 
-def by_rows(x: Tensor, rows: Callable[[int, int], Tensor], count: int) -> Tensor:
-    """x `[s, n]` float64 times a weight `[count, n]`, whose rows are asked for some at a time."""
+def matmul_by_rows(x: Tensor, rows: Callable[[int, int], Tensor], count: int) -> Tensor:
+    """Return x `[s, n]` times the transpose of a weight `[count, n]`, in float64.
+
+    rows(first, stop) returns rows of the weight; some are read at a time.
+    """
     out = x.new_empty(len(x), count)
-    step = max(1, HELD_ELEMENTS // x.shape[-1])
+    step = max(1, CHUNK_ELEMENTS // x.shape[-1])
     for first in range(0, count, step):
         stop = min(first + step, count)
         torch.mm(x, rows(first, stop).to(x).T, out=out[:, first:stop])
     return out
 
 
-def _attention(
+def _full_attention(
     table: Mapping[str, Any],
     linear: _Linear,
     names: str,
     x: Tensor,
     rotation: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Causal attention of `[s, hidden]`, every key head serving nheads / nheads_kv neighbours."""
+    """Compute causal attention of x `[s, hidden]`; a key head serves neighbouring query heads."""
     width, nheads = _width(table), table["num_attention_heads"]
-    times = nheads // (table.get("num_key_value_heads") or nheads)
+    group = nheads // (table.get("num_key_value_heads") or nheads)
     q, k, v = (
         linear(f"{names}{one}_proj", x).unflatten(-1, (-1, width)).transpose(0, 1) for one in "qkv"
     )  # [heads, s, d]
     q, k = _rotate(q, *rotation), _rotate(k, *rotation)
-    k, v = k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     scores = q @ k.transpose(1, 2) / math.sqrt(width)
     future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
     out = scores.masked_fill(future, -math.inf).softmax(-1) @ v
     return linear(f"{names}o_proj", out.transpose(0, 1).flatten(1))
 
 
-def _own_attention(
+def _custom_attention(
     table: Mapping[str, Any],
     linear: _Linear,
     names: str,
     x: Tensor,
-    asked: tuple[Mapping[str, Any], Tensor | None],
+    layer: tuple[Mapping[str, Any], Tensor | None],
 ) -> Tensor:
-    """Attention by another method, as the exported file has it. asked: which, and its bias."""
+    """Compute attention with the exported file. layer: (method and options, learnt bias)."""
     width = _width(table)
     q, k, v = (linear(f"{names}{one}_proj", x).unflatten(-1, (-1, width))[None] for one in "qkv")
     remote = load_remote_attention()
-    rotate = remote.rotation(block_of(table)[0], width, table["max_position_embeddings"], len(x))
-    out = remote.attend(asked[0], (q, k, v), rotate, asked[1])
+    rotate = remote.rotation(rope_block(table)[0], width, table["max_position_embeddings"], len(x))
+    out = remote.attend(layer[0], (q, k, v), rotate, layer[1])
     return linear(f"{names}o_proj", out[0].flatten(1))
 
 
@@ -120,30 +130,31 @@ def _width(table: Mapping[str, Any]) -> int:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs half a head apart: (a, b) to (a cos - b sin, b cos + a sin)."""
+    """Rotate pairs half a head apart: (a, b) to (a cos - b sin, b cos + a sin)."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def _rotation(table: Mapping[str, Any], width: int, seqlen: int) -> tuple[Tensor, Tensor]:
+    """Return cos and sin float64 `[s, width / 2]`, multiplied by the attention factor."""
     theta, factor = hf_frequencies(table, width, seqlen)
     angles = torch.arange(seqlen, dtype=torch.float64)[:, None] * theta
     return angles.cos() * factor, angles.sin() * factor
 
 
 def hf_frequencies(table: Mapping[str, Any], width: int, seqlen: int) -> tuple[Tensor, float]:
-    """(theta float64 `[width / 2]`, what cos and sin are multiplied by) of a config.json.
+    """Return (theta float64 `[width / 2]`, factor of cos and sin) of a config.json.
 
-    seqlen: tokens of the sequence in hand, for the types that look at it.
+    seqlen: length of the input in tokens, which some types depend on.
     """
-    block, where = block_of(table)
-    kind, context = type_of(block, where), table["max_position_embeddings"]
+    block, source_key = rope_block(table)
+    kind, context = rope_type(block, source_key), table["max_position_embeddings"]
     base = block.get("rope_theta") or DEFAULT_BASE
     if kind == "dynamic":
         stretch = max(seqlen, context) / context
         base *= (block["factor"] * stretch - block["factor"] + 1) ** (width / (width - 2))
     theta = torch.tensor([1 / base ** (i / width) for i in range(0, width, 2)], dtype=torch.float64)
-    original = block.get(ORIGINAL) or context
+    original = block.get(ORIGINAL_LENGTH) or context
     if kind == "linear":
         return theta / block["factor"], 1.0
     if kind == "llama3":
@@ -161,7 +172,7 @@ def hf_frequencies(table: Mapping[str, Any], width: int, seqlen: int) -> tuple[T
 
 
 def _llama3(block: Mapping[str, Any], theta: Tensor, original: int) -> Tensor:
-    """By wavelength, in three branches: short ones kept, long ones divided, blended between."""
+    """Scale by wavelength: keep short ones, divide long ones by factor, blend between."""
     low, high, factor = block["low_freq_factor"], block["high_freq_factor"], block["factor"]
     scaled = []
     for one in theta.tolist():
@@ -179,7 +190,10 @@ def _llama3(block: Mapping[str, Any], theta: Tensor, original: int) -> Tensor:
 def _yarn(
     block: Mapping[str, Any], theta: Tensor, sizes: tuple[float, float, int]
 ) -> tuple[Tensor, float]:
-    """The ramp runs over the number of the feature, between the two that rotate fast and slow."""
+    """Scale with a ramp over the feature index, from fast to slow rotation.
+
+    sizes: (base, factor, original length).
+    """
     base, factor, original = sizes
     width = 2 * len(theta)
     ends = [
@@ -197,9 +211,11 @@ def _yarn(
     for i, one in enumerate(theta.tolist()):
         slow = min(max((i - first) / (last - first), 0), 1)
         scaled.append(slow * one / factor + (1 - slow) * one)
-    scale, wanted = block.get("attention_factor"), ("mscale", "mscale_all_dim")
+    scale, keys = block.get("attention_factor"), ("mscale", "mscale_all_dim")
     if scale is None:
-        above, below = (block.get(key) for key in wanted)
-        above, below = (above, below) if above and below else (1, 0)
-        scale = (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
+        numerator, denominator = (block.get(key) for key in keys)
+        numerator, denominator = (numerator, denominator) if numerator and denominator else (1, 0)
+        scale = (0.1 * numerator * math.log(factor) + 1) / (
+            0.1 * denominator * math.log(factor) + 1
+        )
     return torch.tensor(scaled, dtype=torch.float64), scale

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lcdist.checkpoint.read import (
-    MERGE,
+    LORA_REMEDY,
     Checkpoint,
     CheckpointError,
     open_checkpoint,
@@ -116,5 +116,6 @@ def _check_same_adapters(checkpoint: Checkpoint, stored: LoraConfig, wanted: Lor
     differing = [f"lora.{k} is {a} there and {b} here" for k, (a, b) in keys.items() if a != b]
     if differing:
         raise CheckpointError(
-            f"checkpoint {checkpoint.path} has other LoRA adapters: {'; '.join(differing)}; {MERGE}"
+            f"checkpoint {checkpoint.path} has other LoRA adapters: {'; '.join(differing)}; "
+            f"{LORA_REMEDY}"
         )

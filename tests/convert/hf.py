@@ -94,17 +94,17 @@ def import_all(
 ) -> list:
     """`import_model` of each job, for run_ranks, in pieces as if the tensors were large."""
     with small_pieces():
-        return [import_model(*job).difference.greatest for job in jobs]
+        return [import_model(*job).difference.max_difference for job in jobs]
 
 
 def export_all(rank: int, world_size: int, jobs: Sequence[tuple[Path, Path, int]]) -> list:
     """`export_model` of each job, for run_ranks, in pieces as if the tensors were large."""
     with small_pieces():
-        return [export_model(*job).difference.greatest for job in jobs]
+        return [export_model(*job).difference.max_difference for job in jobs]
 
 
 @contextlib.contextmanager
 def small_pieces() -> Iterator[None]:
     """Ten rows of hidden_size at a time, which divides neither vocabulary nor gate and up."""
-    with patch.object(stored, "PIECE_BYTES", 2000), patch.object(reference, "HELD_ELEMENTS", 500):
+    with patch.object(stored, "PIECE_BYTES", 2000), patch.object(reference, "CHUNK_ELEMENTS", 500):
         yield

@@ -199,9 +199,12 @@ def test_other_adapters_are_refused_by_name(runs: Any, words: tuple[str, ...]) -
 def test_weights_are_not_read_without_their_adapters(runs: Any) -> None:
     folder = runs["whole"][0]
     [message] = run_ranks(read_without, 1, folder, ("train.steps=3",))
-    assert "linear_fc1.lora.gate.A is of shape (3, 64) there and absent here (56 differ)" in message
+    assert (
+        "linear_fc1.lora.gate.A has shape (3, 64) in the checkpoint and is absent in the model (56 differ)"
+        in message
+    )
     [message] = run_ranks(read_without, 1, folder, (*LORA, "lora.rank=2"))
-    assert "of shape (3, 64) there and of shape (2, 64) here" in message
+    assert "has shape (3, 64) in the checkpoint and has shape (2, 64) in the model" in message
 
 
 def change(table: dict[str, Any], **words: Any) -> None:
@@ -217,14 +220,18 @@ BAD: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
     "rank": (lambda t: change(t, r=8), bool, "its r is 8, lora.rank is 3"),
     "alpha": (lambda t: change(t, lora_alpha=9), bool, "lora.alpha is 7.5, set it to 9"),
     "rslora": (lambda t: change(t, use_rslora=True), bool, "set it to 12.99"),
-    "dora": (lambda t: change(t, use_dora=True), bool, "use_dora is True, which lcdist has not"),
+    "dora": (
+        lambda t: change(t, use_dora=True),
+        bool,
+        "use_dora is True, which lcdist does not support",
+    ),
     "bias": (lambda t: change(t, bias="all"), bool, "bias is 'all'"),
     "pattern": (lambda t: change(t, rank_pattern={"q_proj": 2}), bool, "rank_pattern is {'q_proj'"),
     "init": (lambda t: change(t, init_lora_weights="pissa"), bool, "changes the base weights"),
     "kind": (lambda t: change(t, peft_type="IA3"), bool, "peft_type is 'IA3', not 'LORA'"),
     "shape": (bool, cut(A), f"{A} has shape [2, 64], not [3, 64]"),
     "missing": (bool, lambda t: t.pop(A), f"{A} is missing"),
-    "extra": (bool, lambda t: change(t, more=torch.ones(1)), "more is of no target"),
+    "extra": (bool, lambda t: change(t, more=torch.ones(1)), "more belongs to no target"),
 }
 
 
@@ -259,7 +266,7 @@ def test_an_output_layer_that_is_the_embedding_stays_it(runs: Any, tmp_path: Pat
     del alone["base_model.model.lm_head.weight"]
     for tensors in (apart, alone):
         save_file(tensors, file)
-        with pytest.raises(ValueError, match="trained apart"):
+        with pytest.raises(ValueError, match="differ, and model.tied_embeddings"):
             check_adapter(folder, config)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lcdist.checkpoint.read import open_checkpoint, saved_config
-from lcdist.commands.convert import size
+from lcdist.commands.convert import parse_size
 from lcdist.commands.main import main
 from lcdist.config import dump
 from lcdist.data.tokenizers.sentencepiece_bpe import train_tokenizer
@@ -36,7 +36,7 @@ def test_a_model_comes_in_is_trained_and_leaves(
     ours, run, back = tmp_path / "ours", tmp_path / "run", tmp_path / "back"
     assert main(["convert", "import", str(source), str(ours), "train.seqlen=24"]) == 0
     said = capsys.readouterr().out
-    assert f"wrote {ours}" in said and "greatest difference of logits" in said
+    assert f"wrote {ours}" in said and "maximum difference of logits" in said
     assert (ours / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
     config = saved_config(open_checkpoint(ours))
     assert config.train.seqlen == 24 and config.model.nheads_kv == 2
@@ -79,8 +79,8 @@ def test_mistakes_end_with_a_line_and_status_2(
 
 
 def test_sizes_are_read() -> None:
-    assert size("5GB") == 5 * 10**9 and size("512MiB") == 2**29
-    assert size("1.5 kb") == 1500 and size("77") == 77
+    assert parse_size("5GB") == 5 * 10**9 and parse_size("512MiB") == 2**29
+    assert parse_size("1.5 kb") == 1500 and parse_size("77") == 77
 
 
 def test_logits_matter(source: Path) -> None:

@@ -41,10 +41,10 @@ def with_parts(key: str, change: Callable[[tuple[SourceRows, ...]], tuple[Source
     """The table of names with the parts of one of our tensors changed."""
 
     def wrong(model: Any) -> list[FusedTensor]:
-        table = names.correspondence(model)
+        table = names.fused_tensors(model)
         return [replace(o, parts=change(o.parts)) if o.key.endswith(key) else o for o in table]
 
-    return patch.multiple(importing, correspondence=wrong)
+    return patch.multiple(importing, fused_tensors=wrong)
 
 
 def by_kind(parts: tuple[SourceRows, ...]) -> tuple[SourceRows, ...]:
@@ -66,7 +66,7 @@ def interleaved(parts: tuple[SourceRows, ...]) -> tuple[SourceRows, ...]:
 
 def swapped_norms() -> Any:
     def wrong(model: Any) -> list[FusedTensor]:
-        table = {ours.key: ours for ours in names.correspondence(model)}
+        table = {ours.key: ours for ours in names.fused_tensors(model)}
         for layer in range(model.num_layers):
             one, other = (
                 f"decoder.layers.{layer}.{name}.weight"
@@ -78,7 +78,7 @@ def swapped_norms() -> Any:
             )
         return list(table.values())
 
-    return patch.multiple(importing, correspondence=wrong)
+    return patch.multiple(importing, fused_tensors=wrong)
 
 
 def config_with(**changes: Any) -> Any:
@@ -93,13 +93,13 @@ def config_with(**changes: Any) -> Any:
 
 
 def norm_left() -> Any:
-    right = importing._rows
+    right = importing._fused_rows
 
     def wrong(ours: FusedTensor, *rest: Any) -> torch.Tensor:
         found = right(ours, *rest)
         return torch.ones_like(found) if ours.key.endswith("1.input_layernorm.weight") else found
 
-    return patch.multiple(importing, _rows=wrong)
+    return patch.multiple(importing, _fused_rows=wrong)
 
 
 FAULTS: dict[str, Callable[[], Any]] = {

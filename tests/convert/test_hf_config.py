@@ -1,4 +1,4 @@
-"""Configurations as they are published are read as the models they are."""
+"""Published config.json files give the models that their cards describe."""
 
 import json
 import math
@@ -86,7 +86,7 @@ QWEN25 = {
     "use_sliding_window": False,
     "vocab_size": 152064,
 }
-# Parameters as their model cards have them, in millions.
+# Parameters in millions, from the model cards.
 PUBLISHED = {
     "Llama 2 7B": (LLAMA2, 6738.4),
     "Llama 3.1 8B": (LLAMA31, 8030.3),
@@ -101,7 +101,7 @@ def write(folder: Path, table: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_model_has_its_parameters(name: str, tmp_path: Path) -> None:
+def test_published_model_has_its_parameter_count(name: str, tmp_path: Path) -> None:
     table, millions = PUBLISHED[name]
     hf = read_config(write(tmp_path, table))
     total = sum(math.prod(shape) for shape in hf_shapes(hf.model).values())
@@ -113,12 +113,12 @@ def test_a_published_model_has_its_parameters(name: str, tmp_path: Path) -> None
     assert hf.model.rope == (expected if name == "Llama 3.1 8B" else plain)
 
 
-def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     table = {**LLAMA31, "hidden_act": "gelu", "mlp_bias": True, "head_dim": 0, "scale": 3}
     table["rope_scaling"] = {"rope_type": "odd"}
     with pytest.raises(ValueError) as caught:
         read_config(write(tmp_path, table))
     lines = str(caught.value).splitlines()
     assert len(lines) == 5 and all("config.json: " in line for line in lines)
-    for said in ("head_dim = 0", "hidden_act", "mlp_bias", "scale = 3: not known", "type 'odd'"):
-        assert sum(said in line for line in lines) == 1, (said, lines)
+    for message in ("head_dim = 0", "hidden_act", "mlp_bias", "scale = 3: unknown", "type 'odd'"):
+        assert sum(message in line for line in lines) == 1, (message, lines)

@@ -38,7 +38,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
         model = save_and_keep(family, source, "50GB" if number % 2 else "60KB")
         expected[family] = (folder / family, logits_of(model, tokens()))
         jobs.append((source, folder / family, ()))
-    # Stored in bf16, trained in fp32.
+    # CheckpointTensors in bf16, trained in fp32.
     source = save(make_model("qwen2", seed=1).to(torch.bfloat16), folder / "hf-bf16")
     expected["bf16"] = (folder / "bf16", logits_of(source, tokens()))
     jobs.append((source, folder / "bf16", ()))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lcdist.checkpoint.read import open_checkpoint, saved_config
-from lcdist.checkpoint.tensors import Stored
+from lcdist.checkpoint.tensors import CheckpointTensors
 from lcdist.commands.main import main
 from lcdist.convert.check import ConversionError
 from lcdist.convert.huggingface.export_model import export_model
@@ -85,14 +85,14 @@ def edited(there_and_back: Path, tmp_path: Path, case: str, **changes: Any) -> P
     ("case", "changes", "said"),
     [
         ("fold-2", {"method": "coca"}, "unknown key 'lcdist.modes'"),
-        ("fold-2", {"attention": []}, r"lcdist.attention = \[\]: its method and options say"),
+        ("fold-2", {"attention": []}, r"lcdist.attention = \[\]: its method and options mean"),
         ("mixed", {"method": "ring", "options": {}}, "'ring': must be one of full, coca"),
-        ("mixed", {"auto_map": {"AutoConfig": "x.Y"}}, "auto_map = .* an export of ours has"),
+        ("mixed", {"auto_map": {"AutoConfig": "x.Y"}}, "auto_map = .* exports of lcdist have"),
         ("mixed", {"qkv_bias": 1}, "lcdist.qkv_bias = 1: expected true or false"),
         (
             "mixed",
             {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "auto_map": None},
-            "a plain LlamaForCausalLM computes something else",
+            "a plain LlamaForCausalLM has full attention",
         ),
     ],
 )
@@ -108,7 +108,10 @@ def test_an_import_keeps_how_layers_attend(there_and_back: Path, tmp_path: Path)
     source = there_and_back / "hf" / "mixed-marks"
     with pytest.raises(ValueError, match=r"attention.layers = 'coca@0': .* an import keeps it"):
         import_model(source, tmp_path / "out", ["attention.layers=coca@0"])
-    with pytest.raises(ValueError, match="the last of the model's 250 tokens is its landmark"):
+    with pytest.raises(
+        ValueError,
+        match="the last of the model's 250 tokens is its landmark and must stay the last",
+    ):
         import_model(source, tmp_path / "out", extra_tokens=1)
 
 
@@ -128,7 +131,7 @@ def test_an_export_that_computes_something_else_is_not_kept(
     faulty: dict[str, Any] = {}
     exec(compile(text.replace(right, wrong), "faulty", "exec"), faulty)
     monkeypatch.setattr(load_remote_attention(), "attend", faulty["attend"])
-    with pytest.raises(ConversionError, match="this is no rounding"):
+    with pytest.raises(ConversionError, match="this is more than rounding"):
         export_model(there_and_back / "fold-2", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
@@ -142,11 +145,13 @@ def test_a_vocabulary_grows_for_landmarks(
     marks = ["attention.method=landmark", "attention.block_size=5"]
     words = ["convert", "import", str(source), str(ours), "--extra-tokens", "1"]
     assert main([*words, "model.vocab_size=300"]) == 2
-    assert "--extra-tokens 1 and model.vocab_size both say" in capsys.readouterr().err
+    assert "--extra-tokens 1 and model.vocab_size both set" in capsys.readouterr().err
     assert main([*words, *marks]) == 0
-    assert "vocabulary grown by 1, new rows the mean of the others" in capsys.readouterr().out
+    assert (
+        "vocabulary extended by 1, new rows are the mean of the others" in capsys.readouterr().out
+    )
     checkpoint = open_checkpoint(ours)
-    config, stored = saved_config(checkpoint), Stored(checkpoint)
+    config, stored = saved_config(checkpoint), CheckpointTensors(checkpoint)
     assert config.model.vocab_size == 251
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         rows = stored.rows(name, 0, 251)

@@ -27,7 +27,7 @@ from lcdist.config.schema import (
     LssarOptions,
     TensorizedOptions,
 )
-from lcdist.convert.huggingface.rope import block_of, to_hf
+from lcdist.convert.huggingface.rope import rope_block, rope_to_hf
 from lcdist.convert.remote_files import load_remote_attention
 from lcdist.model.rotary import attention_factor, inverse_frequencies, make_rotary
 from tests.tolerance import assert_matches
@@ -120,8 +120,8 @@ ROPES: list[Rope] = [
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.scaling)
 def test_frequencies_are_those_of_training(rope: Rope) -> None:
     """By the config.json that is written for them, at lengths on both sides of the original one."""
-    table = to_hf(rope, WIDTH, 40)
-    block, _ = block_of(table)
+    table = rope_to_hf(rope, WIDTH, 40)
+    block, _ = rope_block(table)
     for seqlen in (1, 16, 17, 40, 1001):
         theta, factor = frequencies(block, WIDTH, table["max_position_embeddings"], seqlen)
         assert_matches(theta, inverse_frequencies(rope, WIDTH, seqlen))

@@ -1,4 +1,4 @@
-"""The block on rotary embedding, in all forms, against transformers' own frequencies."""
+"""Rotary embedding of config.json, in all forms, against transformers' frequencies."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from lcdist.config.rope import (
     RopePlain,
     RopeYarn,
 )
-from lcdist.convert.huggingface.rope import from_hf, to_hf
+from lcdist.convert.huggingface.rope import rope_from_hf, rope_to_hf
 from lcdist.convert.reference_forward import hf_frequencies
 from lcdist.model.rotary import attention_factor, inverse_frequencies
 from tests.tolerance import assert_matches
@@ -42,7 +42,7 @@ names = [f"{rope.scaling}-{i}" for i, rope in enumerate(ROPES)]
 
 
 def transformers_frequencies(table: dict[str, Any], seqlen: int) -> tuple[torch.Tensor, float]:
-    """What a model of transformers with this config.json rotates `seqlen` tokens by."""
+    """Return transformers' (frequencies, attention factor) for `seqlen` tokens."""
     shape = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1}
     config = LlamaConfig(**shape, num_attention_heads=2, head_dim=WIDTH, **table)
     rotary = LlamaForCausalLM(config).model.rotary_emb
@@ -52,9 +52,9 @@ def transformers_frequencies(table: dict[str, Any], seqlen: int) -> tuple[torch.
 
 @pytest.mark.parametrize("seqlen", [20, 100])
 @pytest.mark.parametrize("rope", ROPES, ids=names)
-def test_all_three_rotate_alike(rope: Rope, seqlen: int) -> None:
-    """transformers, our reading of its block, and our model, below and beyond the original."""
-    table = to_hf(rope, WIDTH, 128)
+def test_frequencies_match_transformers(rope: Rope, seqlen: int) -> None:
+    """Compare transformers, the reference and our model, below and beyond the original length."""
+    table = rope_to_hf(rope, WIDTH, 128)
     theirs, factor = transformers_frequencies(dict(table), seqlen)
     read, read_factor = hf_frequencies(table, WIDTH, seqlen)
     ours = inverse_frequencies(rope, WIDTH, seqlen)
@@ -65,29 +65,29 @@ def test_all_three_rotate_alike(rope: Rope, seqlen: int) -> None:
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=names)
-def test_a_rope_comes_back_from_both_forms(rope: Rope) -> None:
-    old = to_hf(rope, WIDTH, 128)
-    assert from_hf(old) == rope
+def test_rope_survives_a_round_trip_in_both_forms(rope: Rope) -> None:
+    old = rope_to_hf(rope, WIDTH, 128)
+    assert rope_from_hf(old) == rope
     block = {**(old["rope_scaling"] or {"rope_type": "default"}), "rope_theta": old["rope_theta"]}
     new = {"max_position_embeddings": old["max_position_embeddings"], "rope_parameters": block}
-    assert from_hf(new) == rope
+    assert rope_from_hf(new) == rope
     if old["rope_scaling"]:
         del old["rope_scaling"]["rope_type"]  # the oldest form has `type` alone
-        assert from_hf(old) == rope
+        assert rope_from_hf(old) == rope
 
 
-def test_ntk_is_written_as_another_base() -> None:
-    """It has no type on the other side; the frequencies are the same."""
+def test_ntk_is_written_as_a_larger_base() -> None:
+    """Hugging Face has no such type; the frequencies are the same."""
     rope = RopeNTK(base=10000.0, factor=4.0)
-    table = to_hf(rope, WIDTH, 128)
+    table = rope_to_hf(rope, WIDTH, 128)
     assert table["rope_scaling"] is None and table["max_position_embeddings"] == 128
-    back = from_hf(table)
+    back = rope_from_hf(table)
     assert isinstance(back, RopePlain)
     assert_matches(inverse_frequencies(back, WIDTH), inverse_frequencies(rope, WIDTH), 1e-14)
 
 
-def test_yarn_takes_its_factor_from_lengths_and_its_scale_from_two_weights() -> None:
-    """As DeepSeek's configurations have it."""
+def test_yarn_derives_factor_from_lengths_and_scale_from_mscale() -> None:
+    """DeepSeek's configurations have this form."""
     table = {
         "max_position_embeddings": 160,
         "rope_theta": 10000.0,
@@ -99,7 +99,7 @@ def test_yarn_takes_its_factor_from_lengths_and_its_scale_from_two_weights() -> 
             "mscale_all_dim": 0.7,
         },
     }
-    rope = from_hf(table)
+    rope = rope_from_hf(table)
     assert isinstance(rope, RopeYarn) and rope.factor == 4.0 and rope.original_seqlen == 40
     read, factor = hf_frequencies(table, WIDTH, 10)
     assert factor == pytest.approx(attention_factor(rope), rel=1e-12)
@@ -124,10 +124,10 @@ WRONG = {
         "rope_scaling": {"rope_type": "linear", "factor": 2.0},
         "rope_parameters": {"rope_type": "linear", "factor": 4.0},
     },
-    "rope_theta is 10000.0 and": {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
-    "differs from layer to layer": {
-        "rope_parameters": {"full_attention": {"rope_type": "default"}}
+    "rope_theta is 10000.0, but 5.0 in": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}
     },
+    "differs between layers": {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
     "set attention_factor": {
         "rope_scaling": {
             "rope_type": "longrope",
@@ -140,7 +140,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("said", WRONG)
-def test_what_is_not_known_is_refused_by_name(said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        from_hf({**BASE, **WRONG[said]})
+@pytest.mark.parametrize("message", WRONG)
+def test_unknown_type_or_key_is_rejected(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rope_from_hf({**BASE, **WRONG[message]})

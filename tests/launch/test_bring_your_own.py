@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from lcdist.commands.main import main
 from lcdist.config import load
 from lcdist.config.rope import RopePI
-from lcdist.convert.huggingface.fit_config import for_own_model, open_own_model
+from lcdist.convert.huggingface.fit_config import fit_config, open_user_model
 from lcdist.report.sections import report_facts
 from tests.convert.lora_runs import TEXT, logits, weights_at
 from tests.distributed import run_ranks
@@ -98,12 +98,12 @@ def test_every_method_goes_the_whole_way(
     assert found.shape[:2] == (1, len(TEXT)) and found[..., :400].isfinite().all()
     assert (job / "grown").exists() == (method == "landmark")
     # And on from there: with its own method, by its own rule, with the landmark that it has.
-    hf, on = open_own_model(job / "exported"), ["train.seqlen=512"]
+    hf, on = open_user_model(job / "exported"), ["train.seqlen=512"]
     with pytest.raises(ValueError, match=f"extend it with METHOD={method}"):
-        for_own_model(load(TINY / "extend.toml", on), hf, [], 1)
+        fit_config(load(TINY / "extend.toml", on), hf, [], 1)
     again = load(TINY / "extend.toml", [*on, f"attention.method={method}"])
     further = replace(hf.model, rope=RopePI(factor=8.0))
-    assert for_own_model(again, hf, [], 1).model == further
+    assert fit_config(again, hf, [], 1).model == further
 
 
 def test_stages_are_done_once_and_an_interrupted_one_again(

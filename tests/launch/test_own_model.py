@@ -19,7 +19,7 @@ from lcdist.config.rope import (
     RopePlain,
     RopeYarn,
 )
-from lcdist.convert.huggingface.fit_config import for_own_model, open_own_model, stretched
+from lcdist.convert.huggingface.fit_config import fit_config, open_user_model, scaled_rope
 from lcdist.data.tokenizers.sentencepiece_bpe import train_tokenizer
 from tests.convert.hf import make_model, save
 from tests.launch.conftest import TINY, Start
@@ -51,12 +51,12 @@ LONG = RopeLong(original_seqlen=64, short_factors=(1.0,) * 8, long_factors=(2.0,
     ],
 )
 def test_a_rotation_is_stretched_by_its_own_rule(rope: Rope, wanted: Rope) -> None:
-    assert stretched(rope, 512, 4096) == wanted
+    assert scaled_rope(rope, 512, 4096) == wanted
 
 
 def test_searched_factors_are_not_stretched() -> None:
     with pytest.raises(ValueError, match="searched for 512 tokens; none is known for 4096"):
-        stretched(LONG, 512, 4096)
+        scaled_rope(LONG, 512, 4096)
 
 
 @pytest.fixture(scope="module")
@@ -69,24 +69,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_configuration_gets_the_model(source: Path) -> None:
     """Shape, rotation, rate and, for landmarks, one row more; overrides have the last word."""
-    hf = open_own_model(source)
+    hf = open_user_model(source)
     config = load(TINY / "extend.toml")
-    found = for_own_model(config, hf, [], 2)
+    found = fit_config(config, hf, [], 2)
     assert found.model == replace(hf.model, rope=RopePI(base=5e5, factor=256 / 40))
     # 48 wide, and the configuration was written for 32.
     assert found.optim.lr == pytest.approx(5e-3 * 32 / 48)
     assert found.train == config.train and found.evaluate == config.evaluate
     wide = replace(config, model=replace(config.model, hidden_size=96))
-    assert for_own_model(wide, hf, [], 2).optim.lr == 5e-3
+    assert fit_config(wide, hf, [], 2).optim.lr == 5e-3
     yarn = ["model.rope.scaling=yarn", "model.rope.factor=7", "model.rope.original_seqlen=40"]
-    asked = for_own_model(config, hf, yarn, 2).model.rope
+    asked = fit_config(config, hf, yarn, 2).model.rope
     assert asked == RopeYarn(base=5e5, factor=7.0, original_seqlen=40)
     searched = replace(hf, model=replace(hf.model, rope=LONG))
     with pytest.raises(ValueError, match="model.rope.scaling=pi model.rope.factor=6.4"):
-        for_own_model(config, searched, [], 2)
-    assert for_own_model(config, searched, yarn, 2).model.rope == replace(asked, base=LONG.base)
+        fit_config(config, searched, [], 2)
+    assert fit_config(config, searched, yarn, 2).model.rope == replace(asked, base=LONG.base)
     marked = load(TINY / "extend.toml", ["attention.method=landmark"])
-    assert for_own_model(marked, hf, [], 2).model.vocab_size == 321
+    assert fit_config(marked, hf, [], 2).model.vocab_size == 321
 
 
 def test_too_little_text_is_refused_before_the_training(
@@ -107,9 +107,9 @@ def test_a_tokenizer_json_may_have_fewer_tokens_than_the_model(
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     made.save(str(own / "tokenizer.json"))
     with pytest.raises(ValueError, match="nothing says which token ends a text"):
-        open_own_model(own)
+        open_user_model(own)
     (own / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    assert open_own_model(own).model.vocab_size == 320
+    assert open_user_model(own).model.vocab_size == 320
 
 
 def without_config(folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""What an export has beside a LLaMA's weights: how every layer attends, and the code for it.
+"""Describe and export attention that a plain LLaMA does not have.
 
-`full` and `scca` are read with full attention, so theirs is a plain LLaMA. For the other methods
-`modeling_lcdist.py` and `attention_lcdist.py` go along, and an `auto_map` that names them.
+Layers of `full` and `scca` use full attention at inference, so they export as a plain LLaMA. An
+export with another method carries the model code in `remote_code/` and an `auto_map` that names it.
 """
 
 import dataclasses
@@ -25,69 +25,78 @@ from lcdist.convert.remote_files import read_remote_files
 from lcdist.model.init import EXTRAS
 from lcdist.plan.resolve import LayerAttention, evaluation_layers, resolve_layers
 
-FAMILY, KIND = "LcdistForCausalLM", "lcdist"
+ARCHITECTURE, MODEL_TYPE = "LcdistForCausalLM", "lcdist"
 AUTO_MAP = {
     "AutoConfig": "modeling_lcdist.LcdistConfig",
-    "AutoModelForCausalLM": f"modeling_lcdist.{FAMILY}",
+    "AutoModelForCausalLM": f"modeling_lcdist.{ARCHITECTURE}",
 }
 
 
-def reading(model: ModelConfig, attention: AttentionConfig) -> tuple[LayerAttention, ...]:
-    """How every layer is read, which for a pattern that is meant for training is full attention.
+def inference_layers(model: ModelConfig, attention: AttentionConfig) -> tuple[LayerAttention, ...]:
+    """Return each layer's attention at inference: full attention for training-only patterns.
 
-    Raises ValueError for what is wrong with `attention`, and for a method that was not built in,
-    of which the code that goes along knows nothing.
+    Raises:
+        ValueError: `attention` is invalid, or names a method from outside lcdist, which the
+            exported code does not know.
     """
     errors: list[str] = []
     train = TrainConfig(seqlen=1, steps=1)
-    whole = Config(model=model, attention=attention, train=train, log=LogConfig(folder=""))
-    layers = resolve_layers(whole, errors)
+    config = Config(model=model, attention=attention, train=train, log=LogConfig(folder=""))
+    layers = resolve_layers(config, errors)
     if errors:
         raise ValueError("\n".join(errors))
     layers = evaluation_layers(layers, "auto")
-    odd = [layer.method.name for layer in layers if layer.method.name not in OPTIONS]
-    if odd:
+    unknown = [layer.method.name for layer in layers if layer.method.name not in OPTIONS]
+    if unknown:
         raise ValueError(
-            f"attention.method = '{odd[0]}': not a method of lcdist's own, and it cannot be "
-            f"exported; {', '.join(OPTIONS)} can"
+            f"attention.method = '{unknown[0]}': this method is not built into lcdist and cannot "
+            f"be exported; exportable methods are {', '.join(OPTIONS)}"
         )
     return layers
 
 
-def is_plain(layers: Sequence[LayerAttention]) -> bool:
-    """Whether a plain LLaMA computes what these layers do."""
+def has_landmarks(layers: Sequence[LayerAttention]) -> bool:
+    """Return whether the last token of the vocabulary is a landmark."""
+    return any("landmarks" in layer.method.supports for layer in layers)
+
+
+def is_plain_llama(layers: Sequence[LayerAttention]) -> bool:
+    """Return whether every layer computes a plain LLaMA's attention."""
     return all(layer.method.name == "full" for layer in layers)
 
 
-def tables(layers: Sequence[LayerAttention]) -> list[dict[str, Any]]:
-    """Each layer's method and options, as JSON has them."""
+def layer_tables(layers: Sequence[LayerAttention]) -> list[dict[str, Any]]:
+    """Return each layer's method and options as JSON values."""
     return [
         {
             "method": layer.method.name,
-            **{k: _listed(v) for k, v in dataclasses.asdict(layer.options).items()},
+            **{k: _json_value(v) for k, v in dataclasses.asdict(layer.options).items()},
         }
         for layer in layers
     ]
 
 
-def learned(model: ModelConfig, layers: Sequence[LayerAttention]) -> list[FusedTensor]:
-    """What the layers learnt beside their projections; on the other side under its own name."""
-    found = []
+def method_parameters(model: ModelConfig, layers: Sequence[LayerAttention]) -> list[FusedTensor]:
+    """Return the tensors that attention methods learn besides the projections.
+
+    The Hugging Face names end in the method's own parameter names.
+    """
+    tensors = []
     for number, layer in enumerate(layers):
         for name, shape in layer.method.parameters(layer.options, model.nheads).items():
             key = f"{layer_prefix(number)}self_attention{EXTRAS}{name}"
-            part = SourceRows(f"{hf_prefix(number)}self_attn.{name}", 0, shape[0])
-            found.append(FusedTensor(key, (part,), tuple(shape[1:])))
-    return found
+            rows = SourceRows(f"{hf_prefix(number)}self_attn.{name}", 0, shape[0])
+            tensors.append(FusedTensor(key, (rows,), tuple(shape[1:])))
+    return tensors
 
 
-def modelling(layers: Sequence[LayerAttention]) -> tuple[dict[str, str], dict[str, Any]]:
-    """(text by file name, keys of config.json) that an export has besides, for these layers."""
-    if is_plain(layers):
+def remote_code_for(layers: Sequence[LayerAttention]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return (text by file name, keys of config.json) of the model code an export needs."""
+    if is_plain_llama(layers):
         return {}, {}
     keys = {
-        "architectures": [FAMILY],
-        "model_type": KIND,
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
         "auto_map": AUTO_MAP,
         "attention_bias": False,
         "mlp_bias": False,
@@ -96,74 +105,85 @@ def modelling(layers: Sequence[LayerAttention]) -> tuple[dict[str, str], dict[st
     return read_remote_files(), keys
 
 
-def about(config: Config, step: int) -> dict[str, Any]:
-    """The block "lcdist" of a config.json: how the weights were trained, as plain data.
+def training_table(config: Config, step: int) -> dict[str, Any]:
+    """Return the table "lcdist" of an exported config.json: how the weights were trained.
 
-    attention: how every layer is read, where that is not a plain LLaMA's way.
+    The key "attention" lists the layers at inference, unless all are a plain LLaMA's.
     """
-    attention, layers = config.attention, reading(config.model, config.attention)
-    others = {name: _plain(options) for name, options in attention.others.items()}
+    attention, layers = config.attention, inference_layers(config.model, config.attention)
+    others = {name: _option_table(options) for name, options in attention.others.items()}
     mixed = {"layers": attention.layers, "others": others} if attention.layers else {}
-    own = {} if is_plain(layers) else {"attention": tables(layers)}
+    custom = {} if is_plain_llama(layers) else {"attention": layer_tables(layers)}
     return {
         "version": metadata.version("lcdist"),
         "method": attention.method,
-        "options": _plain(attention.options),
+        "options": _option_table(attention.options),
         **mixed,
-        **own,
+        **custom,
         "qkv_bias": config.model.qkv_bias,
-        "rope": _plain(config.model.rope),
+        "rope": _option_table(config.model.rope),
         "seqlen": config.train.seqlen,
         "step": step,
     }
 
 
-def attention_of(block: Mapping[str, Any], model: ModelConfig) -> AttentionConfig:
-    """`[attention]` of a model that was exported with code, from its block.
+def attention_config(table: Mapping[str, Any], model: ModelConfig) -> AttentionConfig:
+    """Return `[attention]` of a model exported with code, from its table "lcdist".
 
-    Raises ValueError where the block is no such thing, or says of a layer what does not follow.
+    Raises:
+        ValueError: the table is invalid, or its list of layers does not follow from its method
+            and options.
     """
-    others = block.get("others", {})
-    options = block.get("options", {})
+    others = table.get("others", {})
+    options = table.get("options", {})
     if not isinstance(options, Mapping) or not isinstance(others, Mapping):
         raise ValueError("lcdist.options and lcdist.others: expected tables")
-    said = {"method": block.get("method"), "layers": block.get("layers", ""), **_given(options)}
-    said |= {name: _given(one) for name, one in others.items()}
+    section = {
+        "method": table.get("method"),
+        "layers": table.get("layers", ""),
+        **_without_none(options),
+        **{name: _without_none(each) for name, each in others.items()},
+    }
     errors: list[str] = []
-    attention = build(AttentionConfig, said, "lcdist", errors)
+    attention = build(AttentionConfig, section, "lcdist", errors)
     if errors:
         raise ValueError("\n".join(errors))
-    want = tables(reading(model, attention))
-    if block.get("attention") != want:
+    expected = layer_tables(inference_layers(model, attention))
+    if table.get("attention") != expected:
         raise ValueError(
-            f"lcdist.attention = {block.get('attention')!r}: its method and options say {want!r}"
+            f"lcdist.attention = {table.get('attention')!r}: its method and options mean "
+            f"{expected!r}"
         )
     return attention
 
 
-def shrunk(layers: Sequence[LayerAttention]) -> tuple[LayerAttention, ...]:
-    """The same methods with blocks so short that a few tokens reach across several."""
+def with_short_blocks(layers: Sequence[LayerAttention]) -> tuple[LayerAttention, ...]:
+    """Return the layers with blocks so short that a few tokens span several of them."""
     limits = {"block_size": 5, "select_tokens": 7, "top_k": 2}
-    found = []
+    shortened = []
     for layer in layers:
-        given = dataclasses.asdict(layer.options)
-        less = {k: min(v, limits[k]) for k, v in given.items() if k in limits and v is not None}
-        if "modes" in given:
-            less["modes"] = tuple(min(mode, 3) for mode in given["modes"])
-        found.append(LayerAttention(layer.method, replace(layer.options, **less)))
-    return tuple(found)
+        options = dataclasses.asdict(layer.options)
+        changes = {
+            name: min(value, limits[name])
+            for name, value in options.items()
+            if name in limits and value is not None
+        }
+        if "modes" in options:
+            changes["modes"] = tuple(min(mode, 3) for mode in options["modes"])
+        shortened.append(LayerAttention(layer.method, replace(layer.options, **changes)))
+    return tuple(shortened)
 
 
-def _given(options: Any) -> Any:
-    """Without what is None, for which TOML, and so a configuration, has no word."""
+def _without_none(options: Any) -> Any:
+    """Drop keys that are None: TOML, and so a configuration, has no null."""
     if not isinstance(options, Mapping):
         return options
     return {key: value for key, value in options.items() if value is not None}
 
 
-def _listed(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _plain(options: Any) -> dict[str, Any]:
+def _option_table(options: Any) -> dict[str, Any]:
     return dict(options.table) if isinstance(options, RawOptions) else dataclasses.asdict(options)

@@ -1,8 +1,8 @@
-"""A checkpoint to a Hugging Face folder: config.json, safetensors shards, the tokenizer's files.
+"""Export a checkpoint as a Hugging Face folder: config.json, safetensors shards, tokenizer files.
 
-Where attention is not a plain LLaMA's, the code for `transformers` goes along. Weights are read and
-written tensor by tensor, in the dtype they are stored in. At the end what was written is read back,
-its config included, and compared with the checkpoint.
+Models with custom attention carry their code for transformers. Weights are read and written tensor
+by tensor, in the stored dtype. At the end the folder is read back, config included, and compared
+with the checkpoint.
 """
 
 import json
@@ -16,24 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist.checkpoint.read import Checkpoint, CheckpointError, open_checkpoint, saved_config
-from lcdist.checkpoint.tensors import Stored
+from lcdist.checkpoint.manifest import Checkpoint, CheckpointError
+from lcdist.checkpoint.read import open_checkpoint, saved_config
+from lcdist.checkpoint.tensors import CheckpointTensors
 from lcdist.config.schema import Config, ModelConfig
-from lcdist.convert.check import Difference, compare
+from lcdist.convert.check import LogitDifference, compare
 from lcdist.convert.huggingface.config import CONFIG, config_table
-from lcdist.convert.huggingface.custom_attention import about, learned, modelling, reading
+from lcdist.convert.huggingface.custom_attention import (
+    inference_layers,
+    method_parameters,
+    remote_code_for,
+    training_table,
+)
 from lcdist.convert.huggingface.import_model import open_model
 from lcdist.convert.huggingface.names import (
     EMBEDDING,
     OUTPUT,
     FusedTensor,
-    correspondence,
+    fused_tensors,
     hf_shapes,
 )
-from lcdist.convert.huggingface.safetensors import Source, write_tensors
+from lcdist.convert.huggingface.safetensors import TensorStream, stream_tensors
 from lcdist.convert.huggingface.tokenizer import copy_tokenizer
 from lcdist.convert.huggingface.weights import INDEX, SINGLE
-from lcdist.convert.streamed_forward import check_alone
+from lcdist.convert.streamed_forward import check_single_process
 from lcdist.data.datasets.build import held_out_folder
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
@@ -42,175 +48,197 @@ from lcdist.utils.atomic import atomic_folder, check_free, sync_folder, write_fi
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 5 * 10**9
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @dataclass(frozen=True)
-class Exported:
-    """A Hugging Face folder that was made: where, its shards, and how it compares."""
+class ExportResult:
+    """Result of an export.
+
+    Attributes:
+        out: Hugging Face folder.
+        shards: names of the safetensors files.
+        difference: logits of the folder compared with the checkpoint's.
+    """
 
     out: Path
     shards: Sequence[str]
-    difference: Difference
+    difference: LogitDifference
 
 
-def export_model(path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Exported:
-    """Make the Hugging Face folder `out` from the checkpoint at `path`, or a run's latest.
+def export_model(path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> ExportResult:
+    """Write a checkpoint as the new Hugging Face folder `out`.
 
-    shard_bytes: of the tensors in one file at most, unless one tensor alone has more. Raises
-    CheckpointError or ValueError for what is wrong, before anything is written; ConversionError
-    where what was written does not compute what was read.
+    Args:
+        path: checkpoint, or run folder, which stands for its latest checkpoint.
+        out: folder to create.
+        shard_bytes: maximum bytes of tensors per file; a larger tensor gets a file of its own.
+
+    Raises:
+        CheckpointError, ValueError: the checkpoint or an argument is wrong; nothing is written.
+        ConversionError: the folder's logits differ from the checkpoint's; nothing is kept.
     """
     if shard_bytes < 1:
         raise ValueError(f"shard size of {shard_bytes} bytes: must be at least 1")
-    check_alone()
+    check_single_process()
     checkpoint = open_checkpoint(path)
     config = saved_config(checkpoint)
-    layers = reading(config.model, config.attention)
-    extras, (files, keys) = learned(config.model, layers), modelling(layers)
-    stored = Stored(checkpoint)
-    _check(checkpoint, config, stored, extras)
-    sources = _sources(config.model, stored, extras)
+    layers = inference_layers(config.model, config.attention)
+    extras, (code, code_keys) = method_parameters(config.model, layers), remote_code_for(layers)
+    tensors = CheckpointTensors(checkpoint)
+    _check_exportable(checkpoint, config, tensors, extras)
+    streams = _tensor_streams(config.model, tensors, extras)
     folders = _tokenizer_folders(checkpoint, config)
-    table = {**_table(checkpoint, config, stored, folders), **keys}
-    check_free(out, sum(source.nbytes for source in sources))
+    table = {**_config_table(checkpoint, config, tensors, folders), **code_keys}
+    check_free(out, sum(stream.nbytes for stream in streams))
     start_world(config.parallel.timeout)
-    with atomic_folder(out) as half:
-        names = _write_shards(half, sources, shard_bytes)
-        write_file(half / CONFIG, json.dumps(table, indent=2) + "\n")
-        for name, text in files.items():
-            write_file(half / name, text)
-        if not copy_tokenizer(folders, half):
+    with atomic_folder(out) as partial:
+        names = _write_shards(partial, streams, shard_bytes)
+        write_file(partial / CONFIG, json.dumps(table, indent=2) + "\n")
+        for name, text in code.items():
+            write_file(partial / name, text)
+        if not copy_tokenizer(folders, partial):
             log.warning("no tokenizer was found: %s has none", out)
-        hf, weights = open_model(half)
-        difference = compare(hf, weights, config, stored)
-    return Exported(out, names, difference)
+        hf, weights = open_model(partial)
+        difference = compare(hf, weights, config, tensors)
+    return ExportResult(out, names, difference)
 
 
-def _check(
-    checkpoint: Checkpoint, config: Config, stored: Stored, extras: Sequence[FusedTensor]
+def _check_exportable(
+    checkpoint: Checkpoint,
+    config: Config,
+    tensors: CheckpointTensors,
+    extras: Sequence[FusedTensor],
 ) -> None:
-    """Raise CheckpointError naming the weights that are not those of the configuration's model."""
-    if any(LORA in key for key in stored.names):
+    """Raise CheckpointError listing the weights that do not match the configuration's model."""
+    if any(LORA in key for key in tensors.names):
         raise CheckpointError(
             f"{checkpoint.path} has LoRA adapters: merge them into the weights first "
-            "(lcdist convert merge), and export that"
+            "(lcdist convert merge), then export the result"
         )
     model = config.model
     if model.hidden_size % model.nheads:
         raise ValueError(
             f"model.hidden_size = {model.hidden_size} is not a multiple of model.nheads = "
-            f"{model.nheads}: transformers reads no such model"
+            f"{model.nheads}: transformers cannot load such a model"
         )
-    wanted = {ours.key: ours for ours in (*correspondence(config.model), *extras)}
-    errors = [f"{key} is missing" for key in wanted if key not in stored.names]
+    expected = {ours.key: ours for ours in (*fused_tensors(config.model), *extras)}
+    errors = [f"{key} is missing" for key in expected if key not in tensors.names]
     errors += [
-        f"{key} {list(stored.shape(key))} is not of a plain model, and cannot be exported"
-        for key in stored.names
-        if key not in wanted
+        f"{key} {list(tensors.shape(key))} is not a tensor of the model, and cannot be exported"
+        for key in tensors.names
+        if key not in expected
     ]
-    for key, ours in wanted.items():
+    for key, ours in expected.items():
         padded = key in (EMBEDDING, OUTPUT)
-        if key in stored.names:
-            rows, *rest = stored.shape(key)
+        if key in tensors.names:
+            rows, *rest = tensors.shape(key)
             fits = rows >= ours.count if padded else rows == ours.count
             if not fits or tuple(rest) != ours.rest:
-                errors.append(f"{key} has shape {[rows, *rest]}, not {[ours.count, *ours.rest]}")
-            if stored.dtype(key) not in _DTYPES:
-                errors.append(f"{key} is of dtype {stored.dtype(key)}")
+                errors.append(f"{key} has shape {[rows, *rest]}, not {[*ours.shape]}")
+            if tensors.dtype(key) not in _DTYPES:
+                errors.append(
+                    f"{key} has dtype {tensors.dtype(key)}; exportable are float32 and bfloat16"
+                )
     if errors:
         raise CheckpointError("\n".join(f"{checkpoint.path}: {error}" for error in errors[:20]))
 
 
-def _sources(model: ModelConfig, stored: Stored, extras: Sequence[FusedTensor]) -> list[Source]:
-    """Every Hugging Face tensor, made from ours when it is written."""
-    shapes, held, sources = hf_shapes(model, extras), _Last(stored), []
-    for ours in (*correspondence(model), *extras):
+def _tensor_streams(
+    model: ModelConfig, tensors: CheckpointTensors, extras: Sequence[FusedTensor]
+) -> list[TensorStream]:
+    """Return every Hugging Face tensor as a stream that reads ours when it is written."""
+    shapes, cache, streams = hf_shapes(model, extras), _TensorCache(tensors), []
+    for ours in (*fused_tensors(model), *extras):
         for name in dict.fromkeys(part.name for part in ours.parts):
             if len(ours.parts) == 1:
-                spans = stored.pieces(ours.key, ours.count)
-                pieces = [_piece(stored.rows, ours.key, *span) for span in spans]
+                spans = tensors.pieces(ours.key, ours.count)
+                pieces = [_row_reader(tensors.rows, ours.key, *span) for span in spans]
             else:
-                spans = [(row, row + part.count) for row, part in ours.places(name)]
-                pieces = [_piece(held.rows, ours.key, *span) for span in spans]
-            sources.append(Source(name, stored.dtype(ours.key), shapes[name], pieces))
-    return sources
+                spans = [(row, row + part.count) for row, part in ours.parts_from(name)]
+                pieces = [_row_reader(cache.rows, ours.key, *span) for span in spans]
+            streams.append(TensorStream(name, tensors.dtype(ours.key), shapes[name], pieces))
+    return streams
 
 
-def _piece(
+def _row_reader(
     rows: Callable[[str, int, int], Tensor], key: str, first: int, stop: int
 ) -> Callable[[], Tensor]:
     return lambda: rows(key, first, stop)
 
 
-class _Last:
-    """The tensor asked for last, whole: the parts of a fused one are asked for one by one."""
+class _TensorCache:
+    """Holds the tensor read last, whole: the parts of a fused tensor are written one by one."""
 
-    def __init__(self, stored: Stored) -> None:
-        self._stored, self._key, self._tensor = stored, "", torch.empty(0)
+    def __init__(self, tensors: CheckpointTensors) -> None:
+        self._tensors, self._key, self._tensor = tensors, "", torch.empty(0)
 
     def rows(self, key: str, first: int, stop: int) -> Tensor:
         if key != self._key:
             self._tensor = torch.empty(0)
-            self._key, self._tensor = key, self._stored.rows(key)
+            self._key, self._tensor = key, self._tensors.rows(key)
         return self._tensor[first:stop]
 
 
-def _write_shards(folder: Path, sources: Sequence[Source], shard_bytes: int) -> list[str]:
-    shards: list[list[Source]] = [[]]
+def _write_shards(folder: Path, streams: Sequence[TensorStream], shard_bytes: int) -> list[str]:
+    """Write the tensors in order, with an index if there are several files; return the names."""
+    shards: list[list[TensorStream]] = [[]]
     filled = 0
-    for source in sources:
-        if shards[-1] and filled + source.nbytes > shard_bytes:
+    for stream in streams:
+        if shards[-1] and filled + stream.nbytes > shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(source)
-        filled += source.nbytes
+        shards[-1].append(stream)
+        filled += stream.nbytes
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else [SINGLE]
     for name, shard in zip(names, shards, strict=True):
-        with (folder / name).open("wb") as stream:
-            write_tensors(stream, shard)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with (folder / name).open("wb") as file:
+            stream_tensors(file, shard)
+            file.flush()
+            os.fsync(file.fileno())
     if count > 1:
-        where = {one.name: name for name, shard in zip(names, shards, strict=True) for one in shard}
-        size = sum(source.nbytes for source in sources)
-        index = {"metadata": {"total_size": size}, "weight_map": where}
+        file_of = {
+            stream.name: name for name, shard in zip(names, shards, strict=True) for stream in shard
+        }
+        size = sum(stream.nbytes for stream in streams)
+        index = {"metadata": {"total_size": size}, "weight_map": file_of}
         write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
     sync_folder(folder)
     return names
 
 
 def _tokenizer_folders(checkpoint: Checkpoint, config: Config) -> list[Path]:
-    """Where the tokenizer may lie: with the run, with those it began from, with its data."""
-    folders, began = [checkpoint.path.parent.parent], config.checkpoint.load
-    while began:
+    """Return folders that may hold the tokenizer: the run's, its ancestors', the data's."""
+    folders, ancestor = [checkpoint.path.parent.parent], config.checkpoint.load
+    while ancestor:
         try:
-            before = open_checkpoint(Path(began))
-        except CheckpointError:  # gone since
+            loaded = open_checkpoint(Path(ancestor))
+        except CheckpointError:  # deleted since
             break
-        folder = before.path.parent.parent
-        began = "" if folder in folders else saved_config(before).checkpoint.load
+        folder = loaded.path.parent.parent
+        ancestor = "" if folder in folders else saved_config(loaded).checkpoint.load
         folders.append(folder)
     has_text = config.data.source == "tokens" and (config.data.path or config.data.mixture)
     return folders + ([held_out_folder(config.data)] if has_text else [])
 
 
-def _table(
-    checkpoint: Checkpoint, config: Config, stored: Stored, folders: Sequence[Path]
+def _config_table(
+    checkpoint: Checkpoint, config: Config, tensors: CheckpointTensors, folders: Sequence[Path]
 ) -> dict[str, Any]:
-    dtype = _DTYPES[stored.dtype(EMBEDDING)]
-    table = config_table(config.model, config.train.seqlen, dtype, about(config, checkpoint.step))
+    dtype = _DTYPES[tensors.dtype(EMBEDDING)]
+    record = training_table(config, checkpoint.step)
+    table = config_table(config.model, config.train.seqlen, dtype, record)
     return {**table, **_special_tokens(folders)}
 
 
 def _special_tokens(folders: Sequence[Path]) -> Mapping[str, Any]:
-    """The numbers of special tokens, from the config.json of the model that was imported."""
+    """Return the ids of special tokens, from the config.json of the imported model."""
     for folder in folders:
         if (folder / CONFIG).is_file():
-            read = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            return {key: read[key] for key in _SPECIAL if key in read}
-    # Their default would be the numbers of LLaMA's tokenizer.
-    return dict.fromkeys(_SPECIAL)
+            table = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            return {key: table[key] for key in _SPECIAL_TOKENS if key in table}
+    # Missing keys would mean the ids of LLaMA's tokenizer.
+    return dict.fromkeys(_SPECIAL_TOKENS)

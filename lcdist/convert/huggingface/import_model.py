@@ -1,11 +1,10 @@
-"""A Hugging Face folder to a folder like a run's: one checkpoint that any mesh loads.
+"""Import a Hugging Face folder as a folder with one checkpoint that any mesh loads.
 
-Nothing is written before config, index, header and shape of everything have been checked; then one
-piece of a tensor at a time is read and written, and what was written is read back and compared.
-Weights keep their dtype (fp16 ones become fp32, which holds each of them exactly).
+Config, index, headers and shapes are checked before anything is written. Then one piece of a tensor
+at a time is read and written, and the result is read back and compared. Weights keep their dtype,
+except that fp16 becomes fp32, which holds every fp16 number exactly.
 """
 
-import json
 import math
 import shutil
 import tomllib
@@ -17,103 +16,120 @@ import torch
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.checkpoint.read import FORMAT, MANIFEST, open_checkpoint
-from lcdist.checkpoint.tensors import Stored, Tensors, write_tensors
+from lcdist.checkpoint.manifest import write_latest, write_manifest
+from lcdist.checkpoint.read import open_checkpoint
+from lcdist.checkpoint.tensors import CheckpointTensors, TensorSource, write_tensors
 from lcdist.config import dump, parse
 from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig, TrainConfig
-from lcdist.convert.check import Difference, compare
+from lcdist.convert.check import LogitDifference, compare
 from lcdist.convert.huggingface.config import CONFIG, HFModel, check_shapes, read_config
-from lcdist.convert.huggingface.custom_attention import learned, reading
+from lcdist.convert.huggingface.custom_attention import (
+    has_landmarks,
+    inference_layers,
+    method_parameters,
+)
 from lcdist.convert.huggingface.names import (
     EMBEDDING,
     HF_EMBEDDING,
     HF_OUTPUT,
     OUTPUT,
     FusedTensor,
-    correspondence,
+    fused_tensors,
     hf_shapes,
 )
 from lcdist.convert.huggingface.tokenizer import check_tokenizer, copy_tokenizer
 from lcdist.convert.huggingface.weights import Weights, open_weights
-from lcdist.convert.streamed_forward import check_alone
+from lcdist.convert.streamed_forward import check_single_process
 from lcdist.distributed.mesh import start_world
 from lcdist.plan import Plan, make_plan, plan_rows, smallest_world
 from lcdist.rundir.header import versions
-from lcdist.rundir.paths import LATEST, checkpoint_name
-from lcdist.utils.atomic import atomic_folder, check_free, write_file
+from lcdist.rundir.paths import CHECKPOINTS, checkpoint_name
+from lcdist.utils.atomic import atomic_folder, check_free
 
-NAME = checkpoint_name(0)
-# Made from the config by whoever runs the model; older folders hold them all the same.
-_DERIVED = ".rotary_emb.inv_freq"
+# Rotary frequencies, which older folders store; the config determines them.
+_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
-class Imported:
-    """A checkpoint that was made: where, of how many parameters, and how it compares.
+class ImportResult:
+    """Result of an import.
 
-    new_tokens: by how many the vocabulary grew.
+    Attributes:
+        out: folder of the checkpoint.
+        num_parameters: parameters of the model.
+        difference: logits of the checkpoint compared with the source's.
+        num_new_tokens: tokens added to the vocabulary.
     """
 
     out: Path
     num_parameters: int
-    difference: Difference
-    new_tokens: int = 0
+    difference: LogitDifference
+    num_new_tokens: int = 0
 
 
 def import_model(
     source: Path, out: Path, overrides: Sequence[str] = (), extra_tokens: int = 0
-) -> Imported:
-    """Make `out` from the Hugging Face folder `source`.
+) -> ImportResult:
+    """Write the Hugging Face model in `source` as a checkpoint into the new folder `out`.
 
-    overrides: `section.key=value`, over a configuration that has the model's sections alone; of the
-    model they may raise vocab_size. extra_tokens: by how many to raise it (landmark attention needs
-    one). The rows of new tokens, which come last, are the mean of the old ones. Raises ValueError
-    for everything that is wrong with the source, before anything is written; ConversionError where
-    what was written does not compute what was read.
+    Args:
+        source: Hugging Face folder.
+        out: folder to create.
+        overrides: `section.key=value` over a configuration that has only the model's sections; in
+            `[model]` they may only raise vocab_size.
+        extra_tokens: tokens to add to the vocabulary (landmark attention needs one). Their rows
+            come last and are the mean of the others.
+
+    Raises:
+        ValueError: the source or an override is wrong; nothing has been written.
+        ConversionError: the checkpoint's logits differ from the source's; nothing is kept.
     """
-    check_alone()
+    check_single_process()
     hf, weights = open_model(source)
-    config = _config(hf, out, [*overrides, *_grown(hf, overrides, extra_tokens)])
+    config = _import_config(hf, out, [*overrides, *_vocab_override(hf, overrides, extra_tokens)])
     plan = make_plan(config, smallest_world(config))
     check_free(out, weights.nbytes)
     start_world(config.parallel.timeout)
-    with atomic_folder(out) as half:
-        folder = half / "checkpoints" / NAME
+    with atomic_folder(out) as partial:
+        folder = partial / CHECKPOINTS / checkpoint_name(0)
         folder.mkdir(parents=True)
-        write_tensors(folder, _tensors(hf, weights, plan))
-        _finish(folder, plan, source)
-        copy_tokenizer([source], half)
-        # For whoever exports what was trained from here: the numbers of special tokens.
-        shutil.copyfile(source / CONFIG, half / CONFIG)
-        stored = Stored(open_checkpoint(half))
-        difference = compare(hf, weights, config, stored)
-    shapes = hf_shapes(config.model, _extras(hf)).values()
-    new_tokens = config.model.vocab_size - hf.model.vocab_size
-    return Imported(out, sum(math.prod(shape) for shape in shapes), difference, new_tokens)
+        write_tensors(folder, _tensor_sources(hf, weights, plan))
+        _write_manifest(folder, plan, source)
+        copy_tokenizer([source], partial)
+        # An export of a run that starts here takes the ids of special tokens from it.
+        shutil.copyfile(source / CONFIG, partial / CONFIG)
+        tensors = CheckpointTensors(open_checkpoint(partial))
+        difference = compare(hf, weights, config, tensors)
+    shapes = hf_shapes(config.model, _method_parameters(hf)).values()
+    num_new_tokens = config.model.vocab_size - hf.model.vocab_size
+    return ImportResult(out, sum(math.prod(shape) for shape in shapes), difference, num_new_tokens)
 
 
 def open_model(folder: Path) -> tuple[HFModel, Weights]:
-    """A Hugging Face folder whose config, weights and tokenizer fit each other.
+    """Open a Hugging Face folder and check that config, weights and tokenizer fit each other.
 
-    Raises ValueError naming all that does not.
+    Raises:
+        ValueError: naming everything that does not fit.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give one with {CONFIG} and .safetensors files")
     hf, weights = read_config(folder), open_weights(folder)
-    want = hf_shapes(hf.model, _extras(hf))
-    derived = {name for name in weights.entries if name.endswith(_DERIVED)}
-    shapes = {name: entry.shape for name, entry in weights.entries.items() if name not in derived}
-    if hf.model.tied_embeddings and shapes.get(HF_OUTPUT) == want[HF_EMBEDDING]:
+    expected = hf_shapes(hf.model, _method_parameters(hf))
+    shapes = {
+        name: entry.shape
+        for name, entry in weights.entries.items()
+        if not name.endswith(_IGNORED_SUFFIX)
+    }
+    if hf.model.tied_embeddings and shapes.get(HF_OUTPUT) == expected[HF_EMBEDDING]:
         _check_tied(weights)
         del shapes[HF_OUTPUT]
-    check_shapes(folder, shapes, want)
+    check_shapes(folder, shapes, expected)
     check_tokenizer(folder, hf.model.vocab_size)
-    needed = {name: weights.entries[name] for name in want}
-    return hf, Weights(folder, needed)
+    return hf, Weights(folder, {name: weights.entries[name] for name in expected})
 
 
 def _check_tied(weights: Weights) -> None:
-    """Raise ValueError unless a second copy of tied embeddings is one."""
+    """Raise ValueError if a tied output layer is stored and differs from the embedding."""
     count, _ = weights.shape(HF_OUTPUT)
     for first in range(0, count, 1024):
         stop = min(first + 1024, count)
@@ -121,128 +137,134 @@ def _check_tied(weights: Weights) -> None:
             weights.rows(HF_OUTPUT, first, stop), weights.rows(HF_EMBEDDING, first, stop)
         ):
             raise ValueError(
-                f"{weights.folder}: {HF_OUTPUT} differs from {HF_EMBEDDING}, which {CONFIG} says "
-                "is tied to it: set tie_word_embeddings to false, or remove the tensor"
+                f"{weights.folder}: {HF_OUTPUT} differs from {HF_EMBEDDING}, but {CONFIG} ties "
+                "them: set tie_word_embeddings to false, or remove the tensor"
             )
 
 
-def _grown(hf: HFModel, overrides: Sequence[str], extra_tokens: int) -> list[str]:
-    """The override of vocab_size that `extra_tokens` means. Raises ValueError for two of them."""
+def _vocab_override(hf: HFModel, overrides: Sequence[str], extra_tokens: int) -> list[str]:
+    """Return the override of vocab_size for `extra_tokens`.
+
+    Raises:
+        ValueError: `extra_tokens` is negative, or `overrides` set vocab_size too.
+    """
     if extra_tokens < 0:
         raise ValueError(f"--extra-tokens {extra_tokens}: must be at least 0")
     if extra_tokens and any(word.startswith("model.vocab_size=") for word in overrides):
         raise ValueError(
-            f"--extra-tokens {extra_tokens} and model.vocab_size both say how many tokens the "
-            "model is to have: leave one out"
+            f"--extra-tokens {extra_tokens} and model.vocab_size both set the size of the "
+            "vocabulary: leave one out"
         )
     return [f"model.vocab_size={hf.model.vocab_size + extra_tokens}"] if extra_tokens else []
 
 
-def _config(hf: HFModel, out: Path, overrides: Sequence[str]) -> Config:
-    """The configuration that the checkpoint carries. Raises ValueError, or ConfigError."""
-    bare = Config(
+def _import_config(hf: HFModel, out: Path, overrides: Sequence[str]) -> Config:
+    """Return the configuration of the checkpoint.
+
+    Raises:
+        ValueError: an override is invalid or changes the model.
+    """
+    base = Config(
         model=hf.model,
         attention=hf.attention,
         train=TrainConfig(seqlen=hf.seqlen, steps=1),
         data=DataConfig(path=str(out)),
         log=LogConfig(folder=str(out)),
     )
-    config = parse(tomllib.loads(dump(bare)), overrides)
-    names = [field.name for field in fields(config.model)]
-    for name in names:
+    config = parse(tomllib.loads(dump(base)), overrides)
+    for name in (field.name for field in fields(config.model)):
         theirs, ours = getattr(hf.model, name), getattr(config.model, name)
         if name not in ("vocab_size", "init_std") and theirs != ours:
             raise ValueError(
-                f"model.{name} = {ours!r}: {CONFIG} says {theirs!r}, and an import keeps the model "
-                "as it is; change it in the configuration of the run that starts from it"
+                f"model.{name} = {ours!r}: {CONFIG} says {theirs!r}, and an import keeps the "
+                "model; change it in the configuration of the run that starts from it"
             )
-    asked = replace(config.attention, impl=hf.attention.impl)
-    if hf.attention != AttentionConfig() and asked != hf.attention:
+    attention = replace(config.attention, impl=hf.attention.impl)
+    if hf.attention != AttentionConfig() and attention != hf.attention:
         raise ValueError(
-            f"attention.method = '{asked.method}', attention.layers = '{asked.layers}': {CONFIG} "
-            "says how the model attends, and an import keeps it; change it in the configuration of "
-            "the run that starts from it"
+            f"attention.method = '{attention.method}', attention.layers = '{attention.layers}': "
+            f"{CONFIG} determines the attention, and an import keeps it; change it in the "
+            "configuration of the run that starts from it"
         )
-    landmarks = any(
-        "landmarks" in layer.method.supports for layer in reading(hf.model, hf.attention)
-    )
-    if landmarks and config.model.vocab_size > hf.model.vocab_size:
+    vocab_size, hf_vocab_size = config.model.vocab_size, hf.model.vocab_size
+    if vocab_size > hf_vocab_size and has_landmarks(inference_layers(hf.model, hf.attention)):
         raise ValueError(
-            f"model.vocab_size = {config.model.vocab_size}: the last of the model's "
-            f"{hf.model.vocab_size} tokens is its landmark, and would not be the last any more"
+            f"model.vocab_size = {vocab_size}: the last of the model's {hf_vocab_size} tokens is "
+            "its landmark and must stay the last; leave model.vocab_size and --extra-tokens out"
         )
-    if config.model.vocab_size < hf.model.vocab_size:
+    if vocab_size < hf_vocab_size:
         raise ValueError(
-            f"model.vocab_size = {config.model.vocab_size}: the model has {hf.model.vocab_size} "
-            "tokens, of which none can be left out"
+            f"model.vocab_size = {vocab_size}: the model has {hf_vocab_size} tokens, and none can "
+            "be left out"
         )
     return config
 
 
-def _tensors(hf: HFModel, weights: Weights, plan: Plan) -> list[Tensors]:
+def _tensor_sources(hf: HFModel, weights: Weights, plan: Plan) -> list[TensorSource]:
     return [
-        _of_vocabulary(ours, weights, plan)
+        _vocabulary_source(ours, weights, plan)
         if ours.key in (EMBEDDING, OUTPUT)
-        else Tensors(
+        else TensorSource(
             ours.key,
-            (ours.count, *ours.rest),
-            _dtype(ours, weights),
-            lambda first, stop, ours=ours: _rows(ours, weights, first, stop),
+            ours.shape,
+            _fused_dtype(ours, weights),
+            lambda first, stop, ours=ours: _fused_rows(ours, weights, first, stop),
         )
-        for ours in (*correspondence(hf.model), *_extras(hf))
+        for ours in (*fused_tensors(hf.model), *_method_parameters(hf))
     ]
 
 
-def _extras(hf: HFModel) -> list[FusedTensor]:
-    return learned(hf.model, reading(hf.model, hf.attention))
+def _method_parameters(hf: HFModel) -> list[FusedTensor]:
+    return method_parameters(hf.model, inference_layers(hf.model, hf.attention))
 
 
-def _rows(ours: FusedTensor, weights: Weights, first: int, stop: int) -> Tensor:
-    dtype = _dtype(ours, weights)
+def _fused_rows(ours: FusedTensor, weights: Weights, first: int, stop: int) -> Tensor:
+    """Read rows first to stop of one of our tensors from its Hugging Face parts."""
+    dtype = _fused_dtype(ours, weights)
     parts = [
         weights.rows(part.name, part.first, part.first + part.count).to(dtype)
-        for part in ours.slices(first, stop)
+        for part in ours.parts_between(first, stop)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _dtype(ours: FusedTensor, weights: Weights) -> torch.dtype:
-    """Of tensors that become one, fp32 where they differ: it holds what the others hold."""
-    found = {weights.dtype(part.name) for part in ours.parts}
-    return found.pop() if len(found) == 1 else torch.float32
+def _fused_dtype(ours: FusedTensor, weights: Weights) -> torch.dtype:
+    """Return the parts' common dtype, or fp32, which holds all others, if they differ."""
+    dtypes = {weights.dtype(part.name) for part in ours.parts}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def _of_vocabulary(ours: FusedTensor, weights: Weights, plan: Plan) -> Tensors:
-    """A table by tokens: the model's rows, the mean of them for new tokens, zeros for padding."""
-    known, asked, dtype = ours.count, plan.config.model.vocab_size, _dtype(ours, weights)
-    mean = _mean(ours, weights).to(dtype) if asked > known else None
+def _vocabulary_source(ours: FusedTensor, weights: Weights, plan: Plan) -> TensorSource:
+    """Return an embedding or output layer: old rows, their mean for new tokens, zero padding."""
+    num_old, num_tokens = ours.count, plan.config.model.vocab_size
+    dtype = _fused_dtype(ours, weights)
+    mean = _mean_row(ours, weights).to(dtype) if num_tokens > num_old else None
 
     def rows(first: int, stop: int) -> Tensor:
-        if stop <= known:
-            return _rows(ours, weights, first, stop)
+        if stop <= num_old:
+            return _fused_rows(ours, weights, first, stop)
         out = torch.zeros(stop - first, *ours.rest, dtype=dtype)
-        old = max(0, min(stop, known) - first)
-        if old:
-            out[:old] = _rows(ours, weights, first, first + old)
+        old_rows = max(0, min(stop, num_old) - first)
+        if old_rows:
+            out[:old_rows] = _fused_rows(ours, weights, first, first + old_rows)
         if mean is not None:
-            out[max(0, known - first) : max(0, asked - first)] = mean
+            out[max(0, num_old - first) : max(0, num_tokens - first)] = mean
         return out
 
-    return Tensors(ours.key, (plan.shape.padded_vocab_size, *ours.rest), dtype, rows)
+    return TensorSource(ours.key, (plan.shape.padded_vocab_size, *ours.rest), dtype, rows)
 
 
-def _mean(ours: FusedTensor, weights: Weights) -> Tensor:
+def _mean_row(ours: FusedTensor, weights: Weights) -> Tensor:
+    """Return the mean of all rows, summed in float64."""
     total = torch.zeros(ours.rest, dtype=torch.float64)
     for first in range(0, ours.count, 1024):
-        total += _rows(ours, weights, first, min(first + 1024, ours.count)).double().sum(0)
+        stop = min(first + 1024, ours.count)
+        total += _fused_rows(ours, weights, first, stop).double().sum(0)
     return total / ours.count
 
 
-def _finish(folder: Path, plan: Plan, source: Path) -> None:
-    """The manifest, as a run's checkpoints have it, and what names the checkpoint."""
+def _write_manifest(folder: Path, plan: Plan, source: Path) -> None:
     content = {
-        "format": FORMAT,
-        "step": 0,
         "config": dump(plan.config),
         "plan": dict(plan_rows(plan)),
         "dtype": plan.dtype,
@@ -251,7 +273,6 @@ def _finish(folder: Path, plan: Plan, source: Path) -> None:
         "random_states": [],
         "imported": source.resolve().name,
         "versions": versions(),
-        "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()},
     }
-    write_file(folder / MANIFEST, json.dumps(content, indent=1))
-    write_file(folder.parent / LATEST, folder.name + "\n")
+    write_manifest(folder, 0, content)
+    write_latest(folder)

@@ -1,8 +1,9 @@
-"""Which rows of which Hugging Face tensor are which rows of ours: one table for both directions.
+"""Map rows of Hugging Face tensors to rows of ours: one table for import and export.
 
-Ours are the names of the whole model in a checkpoint. Queries, keys and values are one tensor: for
-each group of heads that share a key, the queries' rows, then the key's, then the value's. Gate and
-up are one, gate first. Both sides rotate pairs half a head apart, so no row moves within a head.
+Ours are the whole model's names in a checkpoint. Queries, keys and values are fused in one tensor:
+for each group of heads that share a key, the queries' rows, then the key's, then the value's. Gate
+and up projections are fused too, gate first. Both sides rotate pairs that lie half a head apart, so
+no row moves within a head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ class SourceRows:
 
 @dataclass(frozen=True)
 class FusedTensor:
-    """A tensor of ours, made of `parts` one below the other. rest: its shape without the rows."""
+    """One of our tensors: `parts` stacked along dimension 0. rest: its shape without the rows."""
 
     key: str
     parts: tuple[SourceRows, ...]
@@ -37,20 +38,25 @@ class FusedTensor:
 
     @property
     def count(self) -> int:
-        """How many rows the parts make."""
+        """Number of rows."""
         return sum(part.count for part in self.parts)
 
-    def places(self, name: str) -> list[tuple[int, SourceRows]]:
-        """The parts of `name` in its own order, each with our row where it begins."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape without padding of the vocabulary."""
+        return (self.count, *self.rest)
+
+    def parts_from(self, name: str) -> list[tuple[int, SourceRows]]:
+        """Return (first row in ours, part) for each part of the tensor `name`, in its row order."""
         row, found = 0, []
         for part in self.parts:
             if part.name == name:
                 found.append((row, part))
             row += part.count
-        return sorted(found, key=lambda place: place[1].first)
+        return sorted(found, key=lambda pair: pair[1].first)
 
-    def slices(self, first: int, stop: int) -> Iterator[SourceRows]:
-        """What our rows first to stop are made of, in order."""
+    def parts_between(self, first: int, stop: int) -> Iterator[SourceRows]:
+        """Yield the source rows of our rows first to stop, in order."""
         row = 0
         for part in self.parts:
             begin, end = max(first, row), min(stop, row + part.count)
@@ -60,60 +66,61 @@ class FusedTensor:
 
 
 def layer_prefix(layer: int) -> str:
-    """What the names of our tensors of layer number `layer` begin with."""
+    """Return the prefix of our tensor names in one layer."""
     return f"decoder.layers.{layer}."
 
 
 def hf_prefix(layer: int) -> str:
-    """The same on the other side."""
+    """Return the prefix of Hugging Face's tensor names in one layer."""
     return f"model.layers.{layer}."
 
 
 def head_dim(model: ModelConfig) -> int:
-    """Width of one attention head."""
+    """Return the width of one attention head."""
     return model.head_dim or model.hidden_size // model.nheads
 
 
-def correspondence(model: ModelConfig) -> list[FusedTensor]:
-    """Every tensor of the model, in the order in which it is written; padding of no token left out.
+def fused_tensors(model: ModelConfig) -> list[FusedTensor]:
+    """Return every tensor of the model in the order of writing, without padding of the vocabulary.
 
     Tied embeddings are one tensor on both sides.
     """
     hidden, vocab = (model.hidden_size,), model.vocab_size
-    table = [FusedTensor(EMBEDDING, (SourceRows(HF_EMBEDDING, 0, vocab),), hidden)]
+    tensors = [FusedTensor(EMBEDDING, (SourceRows(HF_EMBEDDING, 0, vocab),), hidden)]
     for layer in range(model.num_layers):
-        table += _layer(model, layer)
-    table.append(FusedTensor(FINAL_NORM, (SourceRows(HF_FINAL_NORM, 0, model.hidden_size),), ()))
+        tensors += _layer_tensors(model, layer)
+    tensors.append(FusedTensor(FINAL_NORM, (SourceRows(HF_FINAL_NORM, 0, model.hidden_size),), ()))
     if not model.tied_embeddings:
-        table.append(FusedTensor(OUTPUT, (SourceRows(HF_OUTPUT, 0, vocab),), hidden))
-    return table
+        tensors.append(FusedTensor(OUTPUT, (SourceRows(HF_OUTPUT, 0, vocab),), hidden))
+    return tensors
 
 
-def _layer(model: ModelConfig, layer: int) -> list[FusedTensor]:
+def _layer_tensors(model: ModelConfig, layer: int) -> list[FusedTensor]:
     ours, theirs = layer_prefix(layer), hf_prefix(layer)
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     width = model.nheads * head_dim(model)
 
-    def same(key: str, name: str, rows: int, *rest: int) -> FusedTensor:
+    def unfused(key: str, name: str, rows: int, *rest: int) -> FusedTensor:
         return FusedTensor(ours + key, (SourceRows(theirs + name, 0, rows),), rest)
 
-    gated = (
+    gate_and_up = (
         SourceRows(theirs + "mlp.gate_proj.weight", 0, ffn),
         SourceRows(theirs + "mlp.up_proj.weight", 0, ffn),
     )
-    biases = [_fused(model, layer, "bias", ())] if model.qkv_bias else []
+    biases = [_fused_qkv(model, layer, "bias", ())] if model.qkv_bias else []
     return [
-        same("input_layernorm.weight", "input_layernorm.weight", hidden),
-        _fused(model, layer, "weight", (hidden,)),
+        unfused("input_layernorm.weight", "input_layernorm.weight", hidden),
+        _fused_qkv(model, layer, "weight", (hidden,)),
         *biases,
-        same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", hidden, width),
-        same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", hidden),
-        FusedTensor(f"{ours}mlp.linear_fc1.weight", gated, (hidden,)),
-        same("mlp.linear_fc2.weight", "mlp.down_proj.weight", hidden, ffn),
+        unfused("self_attention.linear_proj.weight", "self_attn.o_proj.weight", hidden, width),
+        unfused("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", hidden),
+        FusedTensor(f"{ours}mlp.linear_fc1.weight", gate_and_up, (hidden,)),
+        unfused("mlp.linear_fc2.weight", "mlp.down_proj.weight", hidden, ffn),
     ]
 
 
-def _fused(model: ModelConfig, layer: int, kind: str, rest: tuple[int, ...]) -> FusedTensor:
+def _fused_qkv(model: ModelConfig, layer: int, kind: str, rest: tuple[int, ...]) -> FusedTensor:
+    """Return the fused qkv tensor of a layer. kind: "weight" or "bias"."""
     theirs, width = f"{hf_prefix(layer)}self_attn.", head_dim(model)
     groups = model.nheads_kv or model.nheads
     queries = model.nheads // groups * width
@@ -130,12 +137,12 @@ def _fused(model: ModelConfig, layer: int, kind: str, rest: tuple[int, ...]) -> 
 
 
 def hf_shapes(model: ModelConfig, extras: Sequence[FusedTensor] = ()) -> dict[str, tuple[int, ...]]:
-    """The shape of every Hugging Face tensor of the model, in the order of `correspondence`.
+    """Return the shape of every Hugging Face tensor of the model, in the order of writing.
 
-    extras: tensors beside those.
+    extras: tensors in addition to the plain model's.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for ours in (*correspondence(model), *extras):
+    for ours in (*fused_tensors(model), *extras):
         for part in ours.parts:
             rows = part.first + part.count
             shapes[part.name] = (max(rows, shapes.get(part.name, (0,))[0]), *ours.rest)

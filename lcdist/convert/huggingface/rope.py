@@ -1,8 +1,8 @@
-"""Hugging Face's block on rotary embedding to `[model.rope]` and back.
+"""Convert the rotary embedding of a config.json to `[model.rope]` and back.
 
-Read in both of its forms: `rope_theta` beside `rope_scaling` (transformers 4) and `rope_parameters`
-(transformers 5). Written in the first, which both read. What neither side has is refused by name.
-The formulas on their side are those of `reference`, ours those of `lcdist.model.rotary`.
+Reads both forms: `rope_theta` with `rope_scaling` (transformers 4) and `rope_parameters`
+(transformers 5). Writes the first, which both versions read. Unknown types and keys are refused by
+name. `lcdist.convert.reference_forward` has Hugging Face's formulas, `lcdist.model.rotary` ours.
 """
 
 import math
@@ -20,163 +20,173 @@ from lcdist.config.rope import (
     RopeYarn,
 )
 
-ORIGINAL = "original_max_position_embeddings"
-# Beside the type and the base, what each type has: needed first, then what may be left out.
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+# Keys of each type besides type and base: (required, optional).
 _KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
     "yarn": (
         (),
-        ("factor", ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale")
+        ("factor", ORIGINAL_LENGTH, "attention_factor", "beta_fast", "beta_slow", "mscale")
         + ("mscale_all_dim", "truncate"),
     ),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (ORIGINAL,)),
-    "longrope": (("short_factor", "long_factor"), ("factor", ORIGINAL, "attention_factor")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (ORIGINAL_LENGTH,)),
+    "longrope": (("short_factor", "long_factor"), ("factor", ORIGINAL_LENGTH, "attention_factor")),
 }
 DEFAULT_BASE = 10000.0
 
 
-def from_hf(table: Mapping[str, Any]) -> Rope:
-    """The rotation that a config.json asks for.
+def rope_from_hf(table: Mapping[str, Any]) -> Rope:
+    """Return the rotary embedding of a config.json.
 
-    Raises ValueError naming a type or key that is not known, or two that contradict each other.
+    Raises:
+        ValueError: naming an unknown type or key, or two keys that contradict each other.
     """
-    block, where = block_of(table)
-    kind = type_of(block, where)
-    needed, optional = _KEYS[kind]
-    given = {key: value for key, value in block.items() if value is not None}
-    odd = set(given) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    odd -= {*needed, *optional}
-    # transformers writes the original length into blocks that make no use of it.
-    odd -= {ORIGINAL} if kind in ("default", "linear") else set()
-    if odd:
-        raise ValueError(f"config.json: {where}: type '{kind}' has no key {', '.join(sorted(odd))}")
-    missing = [key for key in needed if key not in given]
-    if missing:
-        raise ValueError(f"config.json: {where}: type '{kind}' needs {', '.join(missing)}")
-    if given.get("partial_rotary_factor", 1) != 1:
+    block, source_key = rope_block(table)
+    kind = rope_type(block, source_key)
+    required, optional = _KEYS[kind]
+    values = {key: value for key, value in block.items() if value is not None}
+    unknown = set(values) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    unknown -= {*required, *optional}
+    # transformers writes the original length into types that do not use it.
+    unknown -= {ORIGINAL_LENGTH} if kind in ("default", "linear") else set()
+    if unknown:
         raise ValueError(
-            f"config.json: {where}: partial_rotary_factor = {given['partial_rotary_factor']}: "
-            "only whole heads are rotated here"
+            f"config.json: {source_key}: type '{kind}' has no key {', '.join(sorted(unknown))}"
         )
-    for key, value in given.items():
-        _check(key, value, where)
-    base = float(given.get("rope_theta", DEFAULT_BASE))
-    return _MAKERS[kind](given, base, table)
+    missing = [key for key in required if key not in values]
+    if missing:
+        raise ValueError(f"config.json: {source_key}: type '{kind}' needs {', '.join(missing)}")
+    if values.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(
+            f"config.json: {source_key}: partial_rotary_factor = "
+            f"{values['partial_rotary_factor']}: lcdist rotates whole heads only"
+        )
+    for key, value in values.items():
+        _check_value(key, value, source_key)
+    base = float(values.get("rope_theta", DEFAULT_BASE))
+    return _READERS[kind](values, base, table)
 
 
-def block_of(table: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The block of a config.json in the form of transformers 5, and the key it was found under."""
+def rope_block(table: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return (rotary keys in the form of transformers 5, the key of config.json they come from).
+
+    Raises:
+        ValueError: both forms are present and differ, or the rotation differs between layers.
+    """
     old, new = table.get("rope_scaling"), table.get("rope_parameters")
     if old and new and {**old, "type": None} != {**new, "type": None}:
         raise ValueError("config.json has both rope_scaling and rope_parameters: remove one")
-    where = "rope_parameters" if new else "rope_scaling"
+    source_key = "rope_parameters" if new else "rope_scaling"
     block = new or old or {}
     if not isinstance(block, Mapping):
-        raise ValueError(f"config.json: {where} = {block!r}: expected a table")
+        raise ValueError(f"config.json: {source_key} = {block!r}: expected a table")
     if any(isinstance(value, Mapping) for value in block.values()):
         raise ValueError(
-            f"config.json: {where} differs from layer to layer, which is not known here"
+            f"config.json: {source_key} differs between layers, which lcdist does not support"
         )
     block = dict(block)
     if table.get("rope_theta") is not None:
         if block.get("rope_theta", table["rope_theta"]) != table["rope_theta"]:
             raise ValueError(
-                f"config.json: rope_theta is {table['rope_theta']} and, in {where}, "
-                f"{block['rope_theta']}"
+                f"config.json: rope_theta is {table['rope_theta']}, but {block['rope_theta']} in "
+                f"{source_key}"
             )
         block["rope_theta"] = table["rope_theta"]
-    if ORIGINAL in table and type_of(block, where) in ("yarn", "llama3", "longrope"):
-        block[ORIGINAL] = table[ORIGINAL]
-    return block, where
+    if ORIGINAL_LENGTH in table and rope_type(block, source_key) in ("yarn", "llama3", "longrope"):
+        block[ORIGINAL_LENGTH] = table[ORIGINAL_LENGTH]
+    return block, source_key
 
 
-def type_of(block: Mapping[str, Any], where: str) -> str:
-    """Its type by name. Raises ValueError where it is not known."""
+def rope_type(block: Mapping[str, Any], source_key: str) -> str:
+    """Return the type name of rotary keys. Raises ValueError if it is unknown."""
     kind = block.get("rope_type", block.get("type", "default"))
     if kind not in _KEYS:
         raise ValueError(
-            f"config.json: {where}: type {kind!r} is not known; known are {', '.join(_KEYS)}"
+            f"config.json: {source_key}: type {kind!r} is unknown; must be one of "
+            f"{', '.join(_KEYS)}"
         )
     return kind
 
 
-def _check(key: str, value: Any, where: str) -> None:
+def _check_value(key: str, value: Any, source_key: str) -> None:
     if key in ("rope_type", "type", "truncate"):
         return
     numbers = value if isinstance(value, list) else [value]
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
-            raise ValueError(f"config.json: {where}: {key} = {value!r}: expected a number above 0")
+            raise ValueError(
+                f"config.json: {source_key}: {key} = {value!r}: expected a number above 0"
+            )
 
 
-def _original(given: Mapping[str, Any], table: Mapping[str, Any]) -> int:
-    return int(given.get(ORIGINAL, table["max_position_embeddings"]))
+def _original_length(values: Mapping[str, Any], table: Mapping[str, Any]) -> int:
+    return int(values.get(ORIGINAL_LENGTH, table["max_position_embeddings"]))
 
 
-def _factor(given: Mapping[str, Any], table: Mapping[str, Any]) -> float:
-    """What is written, or else by how much the model's length is more than the original one."""
-    stretched = table["max_position_embeddings"] / _original(given, table)
-    return float(given.get("factor", max(1.0, stretched)))
+def _factor(values: Mapping[str, Any], table: Mapping[str, Any]) -> float:
+    """Return the key `factor`; by default, model length over original length, at least 1."""
+    ratio = table["max_position_embeddings"] / _original_length(values, table)
+    return float(values.get("factor", max(1.0, ratio)))
 
 
-def _yarn(given: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> RopeYarn:
-    factor, attention_factor = _factor(given, table), given.get("attention_factor")
-    if attention_factor is None and "mscale" in given and "mscale_all_dim" in given:
-        above, below = (
-            0.1 * given[key] * math.log(factor) + 1.0 for key in ("mscale", "mscale_all_dim")
+def _yarn(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> RopeYarn:
+    factor, attention_factor = _factor(values, table), values.get("attention_factor")
+    if attention_factor is None and "mscale" in values and "mscale_all_dim" in values:
+        numerator, denominator = (
+            0.1 * values[key] * math.log(factor) + 1.0 for key in ("mscale", "mscale_all_dim")
         )
-        attention_factor = above / below
+        attention_factor = numerator / denominator
     return RopeYarn(
         base=base,
         factor=factor,
-        original_seqlen=_original(given, table),
-        beta_fast=float(given.get("beta_fast", 32)),
-        beta_slow=float(given.get("beta_slow", 1)),
+        original_seqlen=_original_length(values, table),
+        beta_fast=float(values.get("beta_fast", 32)),
+        beta_slow=float(values.get("beta_slow", 1)),
         attention_factor=None if attention_factor is None else float(attention_factor),
-        truncate=bool(given.get("truncate", True)),
+        truncate=bool(values.get("truncate", True)),
     )
 
 
-def _long(given: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> RopeLong:
-    factor, original = _factor(given, table), _original(given, table)
-    stretched = table["max_position_embeddings"] / original
-    if "attention_factor" not in given and "factor" in given and factor != stretched:
+def _long(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> RopeLong:
+    factor, original = _factor(values, table), _original_length(values, table)
+    ratio = table["max_position_embeddings"] / original
+    if "attention_factor" not in values and "factor" in values and factor != ratio:
         raise ValueError(
             f"config.json: longrope has factor = {factor}, but max_position_embeddings / "
-            f"{ORIGINAL} = {stretched}; versions of transformers differ in which they take: set "
+            f"{ORIGINAL_LENGTH} = {ratio}; transformers versions disagree on which one to use: set "
             "attention_factor"
         )
-    given_factor = given.get("attention_factor")
+    attention_factor = values.get("attention_factor")
     return RopeLong(
         base=base,
         factor=factor,
         original_seqlen=original,
-        short_factors=tuple(map(float, given["short_factor"])),
-        long_factors=tuple(map(float, given["long_factor"])),
-        attention_factor=None if given_factor is None else float(given_factor),
+        short_factors=tuple(map(float, values["short_factor"])),
+        long_factors=tuple(map(float, values["long_factor"])),
+        attention_factor=None if attention_factor is None else float(attention_factor),
     )
 
 
-def _llama3(given: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> RopeLlama3:
+def _llama3(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> RopeLlama3:
     return RopeLlama3(
         base=base,
-        factor=float(given["factor"]),
-        low_freq_factor=float(given["low_freq_factor"]),
-        high_freq_factor=float(given["high_freq_factor"]),
-        original_seqlen=_original(given, table),
+        factor=float(values["factor"]),
+        low_freq_factor=float(values["low_freq_factor"]),
+        high_freq_factor=float(values["high_freq_factor"]),
+        original_seqlen=_original_length(values, table),
     )
 
 
-def _dynamic(given: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> RopeDynamic:
+def _dynamic(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> RopeDynamic:
     original = int(table["max_position_embeddings"])
-    return RopeDynamic(base=base, factor=float(given["factor"]), original_seqlen=original)
+    return RopeDynamic(base=base, factor=float(values["factor"]), original_seqlen=original)
 
 
-_MAKERS: Mapping[str, Any] = {
-    "default": lambda given, base, table: RopePlain(base=base),
-    "linear": lambda given, base, table: RopePI(base=base, factor=float(given["factor"])),
+_READERS: Mapping[str, Any] = {
+    "default": lambda values, base, table: RopePlain(base=base),
+    "linear": lambda values, base, table: RopePI(base=base, factor=float(values["factor"])),
     "dynamic": _dynamic,
     "yarn": _yarn,
     "llama3": _llama3,
@@ -184,12 +194,12 @@ _MAKERS: Mapping[str, Any] = {
 }
 
 
-def to_hf(rope: Rope, head_dim: int, seqlen: int) -> dict[str, Any]:
-    """The keys of a config.json for `rope` and a model trained on `seqlen` tokens.
+def rope_to_hf(rope: Rope, head_dim: int, seqlen: int) -> dict[str, Any]:
+    """Return the keys of config.json for `rope` and a model trained on `seqlen` tokens.
 
-    Its length is that of the training but for two types, where it is part of the formula: for
-    `dynamic` it is the original length, and for `yarn` factor times that, which is what some
-    versions of transformers make the factor from.
+    max_position_embeddings is `seqlen`, except for two types whose formula uses it: the original
+    length for `dynamic`, and factor times the original length for `yarn`, from which some versions
+    of transformers compute the factor.
     """
     theta, length = rope.base, seqlen
     top: dict[str, Any] = {}
@@ -206,14 +216,14 @@ def to_hf(rope: Rope, head_dim: int, seqlen: int) -> dict[str, Any]:
             "factor": rope.factor,
             "low_freq_factor": rope.low_freq_factor,
             "high_freq_factor": rope.high_freq_factor,
-            ORIGINAL: rope.original_seqlen,
+            ORIGINAL_LENGTH: rope.original_seqlen,
         }
     elif isinstance(rope, RopeYarn):
         block, length = _yarn_block(rope), round(rope.factor * rope.original_seqlen)
     elif isinstance(rope, RopeLong):
         block = _long_block(rope)
-        # Versions 4 look for it here.
-        top[ORIGINAL] = rope.original_seqlen
+        # transformers 4 looks for it at the top level.
+        top[ORIGINAL_LENGTH] = rope.original_seqlen
     if block is not None:
         block["type"] = block["rope_type"]
     return {"max_position_embeddings": length, "rope_theta": theta, "rope_scaling": block, **top}
@@ -221,16 +231,16 @@ def to_hf(rope: Rope, head_dim: int, seqlen: int) -> dict[str, Any]:
 
 def _yarn_block(rope: RopeYarn) -> dict[str, Any]:
     factor = rope.attention_factor
-    # False alone is written: versions 4 do not know the key, and round.
-    ends = {} if rope.truncate else {"truncate": False}
+    # Only False is written: transformers 4 ignores the key and truncates.
+    truncation = {} if rope.truncate else {"truncate": False}
     return {
         "rope_type": "yarn",
         "factor": rope.factor,
-        ORIGINAL: rope.original_seqlen,
+        ORIGINAL_LENGTH: rope.original_seqlen,
         "attention_factor": 0.1 * math.log(rope.factor) + 1.0 if factor is None else factor,
         "beta_fast": rope.beta_fast,
         "beta_slow": rope.beta_slow,
-        **ends,
+        **truncation,
     }
 
 
@@ -240,7 +250,7 @@ def _long_block(rope: RopeLong) -> dict[str, Any]:
     return {
         "rope_type": "longrope",
         "factor": rope.factor,
-        ORIGINAL: rope.original_seqlen,
+        ORIGINAL_LENGTH: rope.original_seqlen,
         "attention_factor": default if factor is None else factor,
         "short_factor": list(rope.short_factors),
         "long_factor": list(rope.long_factors),

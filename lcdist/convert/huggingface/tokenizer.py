@@ -1,4 +1,4 @@
-"""The tokenizer's files: copied beside the weights, and refused where they do not fit them."""
+"""Copy tokenizer files beside the weights, and refuse a tokenizer that does not fit the model."""
 
 import json
 import shutil
@@ -9,13 +9,13 @@ from typing import Any
 import sentencepiece
 
 JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
-# In the order in which they say how many tokens there are; the rest is only copied.
+ADDED_TOKENS = "added_tokens.json"
 FILES = (
     JSON,
     SENTENCEPIECE,
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "added_tokens.json",
+    ADDED_TOKENS,
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
@@ -24,24 +24,24 @@ FILES = (
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Raise ValueError where a tokenizer in `folder` has tokens that the model has no row for."""
+    """Raise ValueError if a tokenizer file in `folder` has a token id of `vocab_size` or more."""
     for name, count in (
-        (JSON, _tokens_in_json),
-        (SENTENCEPIECE, _tokens_in_model),
-        ("added_tokens.json", _tokens_added),
+        (JSON, _count_json_tokens),
+        (SENTENCEPIECE, _count_sentencepiece_tokens),
+        (ADDED_TOKENS, _count_added_tokens),
     ):
         if not (folder / name).is_file():
             continue
-        found = count(folder / name)
-        if found > vocab_size:
+        num_tokens = count(folder / name)
+        if num_tokens > vocab_size:
             raise ValueError(
-                f"{folder / name} has tokens up to number {found - 1}, and the model has "
-                f"{vocab_size} (vocab_size): this is not the model's tokenizer"
+                f"{folder / name} has token ids up to {num_tokens - 1}, and the model has "
+                f"{vocab_size} tokens (vocab_size): this is not the model's tokenizer"
             )
 
 
 def copy_tokenizer(folders: Iterable[Path], out: Path) -> list[str]:
-    """Copy the files of the first folder that has a tokenizer; their names."""
+    """Copy the files of the first folder that has a tokenizer, and return their names."""
     for folder in folders:
         if (folder / JSON).is_file() or (folder / SENTENCEPIECE).is_file():
             names = [name for name in FILES if (folder / name).is_file()]
@@ -51,19 +51,20 @@ def copy_tokenizer(folders: Iterable[Path], out: Path) -> list[str]:
     return []
 
 
-def _tokens_in_json(file: Path) -> int:
-    table = _table(file)
+def _count_json_tokens(file: Path) -> int:
+    """Return the greatest token id of a tokenizer.json, plus one."""
+    table = _read_table(file)
     model = table.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocab, dict | list):
         raise ValueError(f"{file} is no tokenizer: it has no model.vocab")
-    # Unigram models list their pieces, the others number them.
-    numbers = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
+    # Unigram models list their tokens, the others map tokens to ids.
+    ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
     added = table.get("added_tokens") or []
-    return 1 + max([*numbers, *(token["id"] for token in added)], default=-1)
+    return 1 + max([*ids, *(token["id"] for token in added)], default=-1)
 
 
-def _tokens_in_model(file: Path) -> int:
+def _count_sentencepiece_tokens(file: Path) -> int:
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(file.read_bytes())
@@ -72,15 +73,16 @@ def _tokens_in_model(file: Path) -> int:
     return model.get_piece_size()
 
 
-def _tokens_added(file: Path) -> int:
-    return 1 + max(_table(file).values(), default=-1)
+def _count_added_tokens(file: Path) -> int:
+    """Return the greatest token id of an added_tokens.json, plus one."""
+    return 1 + max(_read_table(file).values(), default=-1)
 
 
-def _table(file: Path) -> dict[str, Any]:
+def _read_table(file: Path) -> dict[str, Any]:
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(table, dict):
-        raise ValueError(f"{file}: expected a table")
+        raise ValueError(f"{file}: expected a JSON object")
     return table

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder: which file holds which tensor, all checked at the start."""
+"""Open and check the weights of a Hugging Face folder: one file or indexed shards."""
 
 import json
 import math
@@ -9,42 +9,42 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lcdist.convert.huggingface.safetensors import DTYPES, Entry, read_header
+from lcdist.convert.huggingface.safetensors import DTYPES, TensorEntry, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Files that hold pickled objects, which are never opened.
+# These files hold pickled objects, which can run code: they are never opened.
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_SHOWN = 8
+_MAX_NAMES = 8
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a folder by name. Lengths and offsets of every file have been checked."""
+    """The tensors of a folder by name; the header of every file has been checked."""
 
     folder: Path
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
 
     def rows(self, name: str, first: int = 0, stop: int | None = None) -> Tensor:
-        """Rows first to stop of the tensor `name`, in its own dtype."""
+        """Return rows first to stop of the tensor `name`, in the stored dtype."""
         entry = self.entries[name]
         return entry.rows(first, entry.shape[0] if stop is None else stop)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape."""
+        """Return the shape of the tensor `name`."""
         return self.entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """What it is stored in on our side: its own dtype, or fp32, which holds every fp16 number.
+        """Return the dtype of the tensor in our checkpoint: its own, or fp32 for fp16.
 
-        bf16 would not: it has three bits of mantissa less.
+        fp32 holds every fp16 number; bf16 has three bits of mantissa less.
         """
         dtype = DTYPES[self.entries[name].dtype]
         return torch.float32 if dtype == torch.float16 else dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors as they are stored on our side."""
+        """Bytes of all tensors in our checkpoint."""
         return sum(
             math.prod(entry.shape) * self.dtype(name).itemsize
             for name, entry in self.entries.items()
@@ -52,75 +52,77 @@ class Weights:
 
 
 def open_weights(folder: Path) -> Weights:
-    """The tensors of `folder`: of model.safetensors, or of the shards that its index names.
+    """Open model.safetensors in `folder`, or the shards that its index names.
 
-    Raises ValueError naming the file or the tensor: nothing to read, a shard that is missing or
-    truncated, an index that does not say what the files hold.
+    Raises:
+        ValueError: naming the file or tensor: no weights, a missing or damaged shard, or an index
+            that disagrees with the shards.
     """
     if (folder / INDEX).is_file():
         if (folder / SINGLE).is_file():
-            raise ValueError(f"{folder} has both {SINGLE} and {INDEX}: remove the one that is old")
-        return Weights(folder, _sharded(folder))
+            raise ValueError(f"{folder} has both {SINGLE} and {INDEX}: remove the outdated one")
+        return Weights(folder, _read_shards(folder))
     if (folder / SINGLE).is_file():
         return Weights(folder, read_header(folder / SINGLE))
     present = sorted(path.name for path in folder.iterdir() if path.is_file())
-    loose = [name for name in present if name.endswith(".safetensors")]
-    if loose:
+    unindexed = [name for name in present if name.endswith(".safetensors")]
+    if unindexed:
         raise ValueError(
-            f"{folder} has {_listed(loose)} and neither {SINGLE} nor {INDEX}: a single file must "
+            f"{folder} has {_join(unindexed)} and neither {SINGLE} nor {INDEX}: a single file must "
             "have that name, shards need their index"
         )
     pickled = [name for name in present if name.endswith(_PICKLED)]
     if pickled:
         raise ValueError(
-            f"{folder} has its weights in {_listed(pickled)}, which can run code when they are "
-            "opened: convert to safetensors first (load the model where you trust it and call "
+            f"{folder} has its weights in {_join(pickled)}, which can run code when opened: "
+            "convert to safetensors first (load the model where you trust it and call "
             "save_pretrained)"
         )
     raise ValueError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
 
 
-def _sharded(folder: Path) -> dict[str, Entry]:
-    where = _weight_map(folder / INDEX)
-    files = sorted(set(where.values()))
+def _read_shards(folder: Path) -> dict[str, TensorEntry]:
+    """Read the header of every shard and compare it with the index."""
+    file_of = _read_index(folder / INDEX)
+    files = sorted(set(file_of.values()))
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
-        loose = sorted({path.name for path in folder.glob("*.safetensors")} - set(files))
-        hint = f"; it names none of {_listed(loose)}, which are there" if loose else ""
-        raise ValueError(f"{folder}: {INDEX} names {_listed(missing)}, missing here{hint}")
-    entries: dict[str, Entry] = {}
-    wrong = []
+        others = sorted({path.name for path in folder.glob("*.safetensors")} - set(files))
+        hint = f"; it does not name {_join(others)}, which the folder has" if others else ""
+        raise ValueError(f"{folder}: {INDEX} names {_join(missing)}, missing in the folder{hint}")
+    entries: dict[str, TensorEntry] = {}
+    errors = []
     for name in files:
         held = read_header(folder / name)
-        said = {tensor for tensor, file in where.items() if file == name}
-        wrong += [
-            f"{tensor} is said to be in {name}, which has no such" for tensor in said - {*held}
-        ]
-        wrong += [f"{name} has {tensor}, of which it says nothing" for tensor in {*held} - said]
+        indexed = {tensor for tensor, file in file_of.items() if file == name}
+        errors += [f"{name} lacks {tensor}" for tensor in indexed - {*held}]
+        errors += [f"{name} has {tensor}, which is not indexed" for tensor in {*held} - indexed]
         entries |= held
-    if wrong:
+    if errors:
         raise ValueError(
-            f"{folder}: {INDEX} disagrees with the files: {_listed(sorted(wrong), '; ')}"
+            f"{folder}: {INDEX} disagrees with the files: {_join(sorted(errors), '; ')}"
         )
     return entries
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _read_index(index: Path) -> dict[str, str]:
+    """Return the file name of each tensor."""
     try:
         table = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{index} is not JSON: {error}") from error
-    where = table.get("weight_map") if isinstance(table, dict) else None
-    if not isinstance(where, dict) or not where:
+    file_of = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(file_of, dict) or not file_of:
         raise ValueError(f"{index} has no table weight_map")
-    for tensor, name in where.items():
+    for tensor, name in file_of.items():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith("safetensors"):
             raise ValueError(
-                f"{index}: {tensor} in {name!r}: must be a .safetensors file beside it"
+                f"{index}: {tensor} in {name!r}: must be a .safetensors file in the same folder"
             )
-    return where
+    return file_of
 
 
-def _listed(names: list[str], between: str = ", ") -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return between.join(names[:_SHOWN]) + more
+def _join(names: list[str], separator: str = ", ") -> str:
+    """Join at most eight names, and count the others."""
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return separator.join(names[:_MAX_NAMES]) + more

@@ -1,10 +1,9 @@
-"""Adapters into the weights they were trained on, W + alpha/r B A, and out of them again.
+"""Merge LoRA adapters into the base weights, W + alpha/r B A, and remove them again.
 
-Both write a folder like a run's with one checkpoint that has no adapters. Products and sums are
-made in fp32 and rounded once to the dtype of the weights, a few rows at a time.
+Both directions write a folder like a run's with one checkpoint without adapters. Products and sums
+are computed in fp32, some rows at a time, and rounded once to the dtype of the weights.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,81 +12,97 @@ import torch
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.checkpoint.read import (
-    FORMAT,
-    MANIFEST,
-    Checkpoint,
-    CheckpointError,
-    open_checkpoint,
-    saved_config,
-)
-from lcdist.checkpoint.tensors import Stored, Tensors, write_tensors
+from lcdist.checkpoint.manifest import Checkpoint, CheckpointError, write_latest, write_manifest
+from lcdist.checkpoint.read import open_checkpoint, saved_config
+from lcdist.checkpoint.tensors import CheckpointTensors, TensorSource, write_tensors
 from lcdist.config import dump
 from lcdist.config.lora import LoraConfig, Target
 from lcdist.config.schema import Config
-from lcdist.convert.huggingface.names import FusedTensor, correspondence
-from lcdist.convert.lora.adapter import MODULES, open_adapted
-from lcdist.convert.streamed_forward import check_alone
+from lcdist.convert.huggingface.names import FusedTensor, fused_tensors
+from lcdist.convert.lora.adapter import open_lora_checkpoint
+from lcdist.convert.lora.names import MODULES
+from lcdist.convert.streamed_forward import check_single_process
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA
-from lcdist.rundir.paths import LATEST, checkpoint_name
-from lcdist.utils.atomic import atomic_folder, check_free, write_file
+from lcdist.rundir.paths import CHECKPOINTS, checkpoint_name
+from lcdist.utils.atomic import atomic_folder, check_free
 
 _TARGETS: Mapping[str, Target] = {theirs: target for target, (_, theirs) in MODULES.items()}
 
 
 def merge(path: Path, out: Path) -> None:
-    """Write the checkpoint at `path` into the new folder `out` with its adapters merged.
+    """Write the checkpoint at `path` with its adapters merged into the new folder `out`.
 
-    Raises CheckpointError where it has none, ValueError where `out` exists or where there is more
-    than one process.
+    Raises:
+        CheckpointError: the checkpoint has no adapters.
+        ValueError: `out` exists, or there is more than one process.
     """
-    check_alone()
-    checkpoint, config = open_adapted(path)
-    stored = Stored(checkpoint)
-    _write(out, checkpoint, config, _changed(stored, stored, config, 1))
+    check_single_process()
+    checkpoint, config = open_lora_checkpoint(path)
+    tensors = CheckpointTensors(checkpoint)
+    _write_checkpoint(out, checkpoint, config, _summed_tensors(tensors, tensors, config, 1))
 
 
 def unmerge(merged: Path, adapted: Path, out: Path) -> None:
-    """Write the checkpoint at `merged` into `out` without what `adapted` had merged into it.
+    """Write the checkpoint at `merged` without the adapters of `adapted` into the new folder `out`.
 
-    The base weights to rounding: what a weight lost when it was rounded after merging does not come
-    back, so each is off by up to 2^-24 of the merged weight's size in fp32, 2^-8 of it in bf16, and
-    as much of its own; the frozen weights in `adapted` are the base itself. Raises CheckpointError
-    where `adapted` trained more than adapters, which merging has replaced, or is of another model.
+    The result is the base weights up to rounding. Merging rounded each weight once: the error is up
+    to 2^-24 of the merged weight in fp32 and 2^-8 in bf16, plus as much of the base weight. The
+    frozen weights in `adapted` are the exact base.
+
+    Args:
+        merged: checkpoint with merged weights, or a run that started from one.
+        adapted: checkpoint with the adapters that were merged.
+        out: folder to create.
+
+    Raises:
+        CheckpointError: `adapted` also trained modules whole, which merging replaced, or is of
+            another model.
+        ValueError: as `merge`.
     """
-    check_alone()
-    checkpoint, config = open_adapted(adapted)
-    whole = [key for key in ("embeddings", "norms", "head") if getattr(config.lora, key)]
-    if whole:
+    check_single_process()
+    checkpoint, config = open_lora_checkpoint(adapted)
+    modules = [key for key in ("embeddings", "norms", "head") if getattr(config.lora, key)]
+    if modules:
         raise CheckpointError(
-            f"{checkpoint.path} trained {', '.join(whole)} whole (lora.{whole[0]} = true): what "
-            "they were before is in no merged checkpoint; start from the base model itself"
+            f"{checkpoint.path} trained {', '.join(modules)} whole (lora.{modules[0]} = true): no "
+            "merged checkpoint holds their earlier values; start from the base model itself"
         )
-    from_merged = open_checkpoint(merged)
-    there = saved_config(from_merged)
-    if there.lora.rank or there.model != config.model:
+    merged_checkpoint = open_checkpoint(merged)
+    merged_config = saved_config(merged_checkpoint)
+    if merged_config.lora.rank or merged_config.model != config.model:
         raise CheckpointError(
-            f"{from_merged.path} is no merged checkpoint of {checkpoint.path}: "
-            + ("it has adapters" if there.lora.rank else "it is of another model")
+            f"{merged_checkpoint.path} is not a merged checkpoint of {checkpoint.path}: "
+            + ("it has adapters" if merged_config.lora.rank else "it is of another model")
         )
-    _write(out, from_merged, there, _changed(Stored(from_merged), Stored(checkpoint), config, -1))
+    base, adapters = CheckpointTensors(merged_checkpoint), CheckpointTensors(checkpoint)
+    sources = _summed_tensors(base, adapters, config, -1)
+    _write_checkpoint(out, merged_checkpoint, merged_config, sources)
 
 
-def _changed(base: Stored, adapters: Stored, config: Config, sign: int) -> list[Tensors]:
-    """Every weight of `base`, with the products of `adapters` added `sign` times."""
-    table = {ours.key: ours for ours in correspondence(config.model)}
+def _summed_tensors(
+    base: CheckpointTensors, adapters: CheckpointTensors, config: Config, sign: int
+) -> list[TensorSource]:
+    """Return every weight of `base` plus `sign` times the scaled products of `adapters`."""
+    fused = {ours.key: ours for ours in fused_tensors(config.model)}
     scale = sign * config.lora.scale
     return [
-        Tensors(key, base.shape(key), base.dtype(key), _rows(base, key, adapters, scale, table))
+        TensorSource(
+            key, base.shape(key), base.dtype(key), _row_reader(base, key, adapters, scale, fused)
+        )
         for key in base.names
         if LORA not in key
     ]
 
 
-def _rows(
-    base: Stored, key: str, adapters: Stored, scale: float, table: Mapping[str, FusedTensor]
+def _row_reader(
+    base: CheckpointTensors,
+    key: str,
+    adapters: CheckpointTensors,
+    scale: float,
+    fused: Mapping[str, FusedTensor],
 ) -> Callable[[int, int], Tensor]:
+    """Return a function that computes rows first to stop of the weight `key`."""
     prefix = key.removesuffix("weight") + LORA.lstrip(".")
     names = [name for name in adapters.names if name.startswith(prefix)]
 
@@ -97,7 +112,7 @@ def _rows(
             return weight
         factors = {name.removeprefix(prefix): adapters.rows(name).float() for name in names}
         total, row = weight.float(), 0
-        for part in table[key].slices(first, stop):
+        for part in fused[key].parts_between(first, stop):
             target, end = _target(part.name), row + part.count
             if f"{target}.B" in factors:
                 B = factors[f"{target}.B"][part.first : part.first + part.count]
@@ -110,30 +125,27 @@ def _rows(
 
 
 def _target(name: str) -> Target:
-    """The target whose projection is the Hugging Face tensor `name`."""
+    """Return the target whose projection is the Hugging Face tensor `name`."""
     module = ".".join(name.split(".")[-3:-1])
     return _TARGETS[module]
 
 
-def _write(out: Path, source: Checkpoint, config: Config, tensors: list[Tensors]) -> None:
-    """A folder like a run's with one checkpoint, of `source`'s step and without [lora]."""
-    bare = replace(config, lora=LoraConfig())
+def _write_checkpoint(
+    out: Path, source: Checkpoint, config: Config, tensors: list[TensorSource]
+) -> None:
+    """Write a folder like a run's with one checkpoint of the source's step, without [lora]."""
     start_world(config.parallel.timeout)
     check_free(out, sum(torch.Size(t.shape).numel() * t.dtype.itemsize for t in tensors))
-    kept = ("dtype", "world_size", "versions")
-    with atomic_folder(out) as half:
-        folder = half / "checkpoints" / checkpoint_name(source.step)
+    content = {
+        "config": dump(replace(config, lora=LoraConfig())),
+        "plan": {},
+        **{key: source.manifest[key] for key in ("dtype", "world_size", "versions")},
+        "loader": {},
+        "random_states": [],
+    }
+    with atomic_folder(out) as partial:
+        folder = partial / CHECKPOINTS / checkpoint_name(source.step)
         folder.mkdir(parents=True)
         write_tensors(folder, tensors)
-        content = {
-            "format": FORMAT,
-            "step": source.step,
-            "config": dump(bare),
-            "plan": {},
-            **{key: source.manifest[key] for key in kept},
-            "loader": {},
-            "random_states": [],
-            "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()},
-        }
-        write_file(folder / MANIFEST, json.dumps(content, indent=1))
-        write_file(folder.parent / LATEST, folder.name + "\n")
+        write_manifest(folder, source.step, content)
+        write_latest(folder)
