@@ -199,10 +199,8 @@ def test_other_adapters_are_refused_by_name(runs: Any, words: tuple[str, ...]) -
 def test_weights_are_not_read_without_their_adapters(runs: Any) -> None:
     folder = runs["whole"][0]
     [message] = run_ranks(read_without, 1, folder, ("train.steps=3",))
-    assert (
-        "linear_fc1.lora.gate.A has shape (3, 64) in the checkpoint and is absent in the model (56 differ)"
-        in message
-    )
+    assert "linear_fc1.lora.gate.A has shape (3, 64) in the checkpoint and is absent" in message
+    assert "(56 differ)" in message
     [message] = run_ranks(read_without, 1, folder, (*LORA, "lora.rank=2"))
     assert "has shape (3, 64) in the checkpoint and has shape (2, 64) in the model" in message
 

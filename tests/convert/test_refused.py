@@ -94,9 +94,9 @@ def tie_different_tensors(folder: Path) -> None:
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 SOURCES: dict[str, Callable[[Path], Any]] = {
-    f"{FIRST} \\(59068 bytes\\) is truncated, damaged or no .*; copy or download it again$": truncate,
+    f"{FIRST} \\(48124 bytes\\) is truncated, .*; copy or download it again$": truncate,
     f"{FIRST} \\(20 bytes\\) is truncated, damaged or no safetensors file": cut_header,
-    f"{FIRST} \\(59076 bytes\\) is truncated, damaged or no safetensors file": append_bytes,
+    f"{FIRST} \\(48132 bytes\\) is truncated, damaged or no safetensors file": append_bytes,
     f"names {FIRST}, missing in the folder$": lambda f: (f / FIRST).unlink(),
     f"names {FIRST}, missing in the folder; it does not name odd.safetensors, which": lambda f: (
         f / FIRST

@@ -55,7 +55,7 @@ def test_a_rotation_is_stretched_by_its_own_rule(rope: Rope, wanted: Rope) -> No
 
 
 def test_searched_factors_are_not_stretched() -> None:
-    with pytest.raises(ValueError, match="searched for 512 tokens; none is known for 4096"):
+    with pytest.raises(ValueError, match="searched for 512 tokens; none are known for 4096"):
         scaled_rope(LONG, 512, 4096)
 
 
@@ -152,7 +152,7 @@ def nothing(folder: Path) -> None: ...
         (
             long_already,
             (),
-            "reads 256 tokens already, and the run is to extend it to 256",
+            "already has a context of 256 tokens, and the run extends it to 256",
         ),
         (two_heads, ("--method", "scca", "attention.pattern=longmixed"), "at least 4 query heads"),
         (nothing, ("model.rope.factors=3",), "model.rope.factor"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lcdist.checkpoint import manifest
 from lcdist.checkpoint import save as room
 from lcdist.checkpoint.read import open_checkpoint
 from lcdist.checkpoint.save import Checkpointer
@@ -23,21 +24,23 @@ class Killed(BaseException):
 
 
 def dies_in(name: str, condition: Callable[..., bool], torn: bool = False) -> Any:
-    """Stage: the first call of `room`'s function `name` that meets the condition kills.
+    """Return a stage in which the first call of the function `name` that meets `condition` kills.
 
-    torn: half of what it writes is written before.
+    torn: `write_file` has written half of its temporary file.
     """
 
     @contextmanager
     def stage() -> Iterator[None]:
-        owner = Path if name in ("rename", "replace") else room.shutil if name == "rmtree" else room
+        owners = {"rename": Path, "replace": Path, "rmtree": room.shutil, "write_file": manifest}
+        owner = owners[name]
         real = getattr(owner, name)
 
         def fake(*args: Any) -> Any:
             if not condition(*args):
                 return real(*args)
             if torn:
-                real(args[0], args[1][: len(args[1]) // 2])
+                path, text = args
+                path.with_name(f".{path.name}.part").write_text(text[: len(text) // 2])
             raise Killed
 
         setattr(owner, name, fake)
@@ -73,15 +76,15 @@ def dies_writing(share: float) -> Iterator[None]:
 STAGES: dict[str, tuple[Any, int]] = {
     "empty folder": (lambda: dies_writing(0.0), 2),
     "tensors half written": (lambda: dies_writing(0.5), 2),
-    "no manifest": (dies_in("_write_durably", lambda file, text: file.name == room.MANIFEST), 2),
+    "no manifest": (dies_in("write_file", lambda file, text: file.name == manifest.MANIFEST), 2),
     "half a manifest": (
-        dies_in("_write_durably", lambda file, text: file.name == room.MANIFEST, torn=True),
+        dies_in("write_file", lambda file, text: file.name == manifest.MANIFEST, torn=True),
         2,
     ),
     "not renamed": (dies_in("rename", lambda old, new: new.name == "step_00000003"), 2),
-    "no pointer": (dies_in("_write_durably", lambda file, text: "latest" in file.name), 2),
+    "no pointer": (dies_in("write_file", lambda file, text: "latest" in file.name), 2),
     "half a pointer": (
-        dies_in("_write_durably", lambda file, text: "latest" in file.name, torn=True),
+        dies_in("write_file", lambda file, text: "latest" in file.name, torn=True),
         2,
     ),
     "old pointer": (dies_in("replace", lambda old, new: new.name == "latest"), 2),

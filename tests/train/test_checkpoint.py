@@ -127,7 +127,7 @@ def plant(checkpoint: Path, name: str, content: bytes) -> None:
 def test_a_foreign_pickle_is_refused_and_not_run(copied: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     plant(copied, ".metadata", pickle.dumps(Evil(victim)))
-    with pytest.raises(CheckpointError, match=r"metadata is not opened: it asks for \w+.mkdir"):
+    with pytest.raises(CheckpointError, match=r"metadata is not opened: it names \w+.mkdir"):
         open_checkpoint(copied)
     assert not victim.exists()
 
