@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from lcdist.attention import METHODS
-from lcdist.commands.extend_job import ROOT, Job, console
-from lcdist.commands.own_model import OwnModel
+from lcdist.commands.extend_steps import ROOT, Job, console
+from lcdist.commands.extend_own_model import OwnModel
 from lcdist.config import dump, load
 from lcdist.plan import make_plan
 from lcdist.report.sections import report_facts

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lcdist.commands.extend_job import Job, console
+from lcdist.commands.extend_steps import Job, console
 from lcdist.config import dump, load
 from lcdist.config.rope import Rope
 from lcdist.config.schema import Config
