@@ -18,7 +18,7 @@ WITH   ?=
 .PHONY: extend test test-fast test-all slurm-test checks bench gpu-check install clean
 
 extend: install
-	$(BIN)/python lcdist/commands/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
+	$(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
 		--model "$(MODEL)" --lora "$(LORA)" $(WITH)
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup

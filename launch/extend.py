@@ -1,8 +1,8 @@
-"""Start the main job: `python launch/extend.py --help` lists its options."""
+"""Run `lcdist extend`: `python launch/extend.py --help` lists its options."""
 
 import sys
 
-from lcdist.commands.extend import main
+from lcdist.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["extend", *sys.argv[1:]]))

@@ -1,8 +1,8 @@
 """Start a training run.
 
-torchrun --nproc-per-node N launch/train.py CONFIG [section.key=value ...]
+    torchrun --nproc-per-node N launch/train.py CONFIG [section.key=value ...]
 
-Alone, without torchrun, it is a world of one. The same as `lcdist train`.
+Without torchrun it runs in a world of one process. The same as `lcdist train`.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""`python -m lcdist` is the command `lcdist`, also under torchrun."""
+"""Run the command `lcdist` as `python -m lcdist`, also under torchrun."""
 
 import sys
 

@@ -163,7 +163,7 @@ train() {
     shift
   fi
   [[ -r $config ]] || refuse "$root/$config is not there: name a configuration, before the overrides"
-  run=$(on_one_node "$LCDIST_PYTHON" slurm/run_folder.py \
+  run=$(on_one_node "$LCDIST_PYTHON" -m lcdist run-folder \
     "$SLURM_JOB_NUM_NODES" "$LCDIST_PROCS_PER_NODE" "$config" "$@") || give_up 1
   mkdir -p "$run/slurm"
   # What an earlier start has left says nothing of this one.

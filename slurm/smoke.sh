@@ -17,5 +17,5 @@ set -euo pipefail
 cd "${LCDIST_ROOT:-${SLURM_SUBMIT_DIR:-.}}"
 source slurm/job.sh
 export LCDIST_RANK_LOGS="runs/smoke-$SLURM_JOB_ID/slurm"
-on_all_nodes -m lcdist.commands.smoke "runs/smoke-$SLURM_JOB_ID" "$@"
+on_all_nodes -m lcdist smoke "runs/smoke-$SLURM_JOB_ID" "$@"
 say "this cluster works"

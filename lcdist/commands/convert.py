@@ -10,14 +10,14 @@ from lcdist.convert.huggingface.export_model import SHARD_BYTES, export_model
 from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.lora.adapter import export_adapter
 from lcdist.convert.lora.merge import merge, unmerge
+from lcdist.distributed.mesh import end_world
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def add_commands(commands: Any) -> None:
-    """Add `convert` to the subparsers `commands`."""
-    convert = commands.add_parser("convert", help="convert to and from Hugging Face's format")
-    directions = convert.add_subparsers(required=True, metavar="DIRECTION")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one subcommand for each conversion."""
+    directions = parser.add_subparsers(required=True, metavar="DIRECTION")
 
     importing = directions.add_parser("import", help="a Hugging Face folder to a checkpoint")
     importing.add_argument("source", type=Path, metavar="HF_FOLDER", help="with safetensors files")
@@ -44,6 +44,15 @@ def add_commands(commands: Any) -> None:
     )
     exporting.set_defaults(action=_export)
     _add_lora_commands(directions)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the conversion that was chosen."""
+    try:
+        arguments.action(arguments)
+    finally:
+        end_world()
+    return 0
 
 
 def _add_lora_commands(directions: Any) -> None:

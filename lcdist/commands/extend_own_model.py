@@ -1,7 +1,4 @@
-"""The main job with a model of the user's own: from Hugging Face's format, extended, and back.
-
-Imported by extend.py beside it.
-"""
+"""`lcdist extend --model`: import a Hugging Face model, extend it, and export it."""
 
 import json
 import shutil
@@ -10,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lcdist.commands.extend_steps import Job, console
+from lcdist.commands.extend_steps import ExtendJob, console
 from lcdist.config import dump, load
 from lcdist.config.rope import Rope
 from lcdist.config.schema import Config
@@ -25,126 +22,140 @@ from lcdist.utils.atomic import write_file
 MODEL_SECTION = "model."
 
 
-class OwnModel(Job):
-    """A Hugging Face folder is imported, extended, evaluated and exported."""
+class OwnModelJob(ExtendJob):
+    """Import a Hugging Face folder, extend, evaluate and export the model."""
 
     titles = ("import", "tokenizing", "extending", "perplexity by length, before and after")
     titles += ("a sample", "export", "report")
-    stages = ("extend",)
+    runs = ("extend",)
 
-    def __init__(self, folder: Path, ranks: int, source: Path, text: str) -> None:
-        super().__init__(folder, ranks)
+    def open(self, source: Path, text: str) -> None:
+        """Read the model's config.
+
+        Args:
+            source: Hugging Face folder with its tokenizer.
+            text: folder or file of text.
+        """
         self.source, self.text = source, text
         self.hf = open_user_model(source)
         self.name = source.resolve().name
 
-    def run(self, file: Path, words: Sequence[str]) -> bool:
-        """All stages in order; whether anything was left to do. Raises at the first failure.
+    def run(self, file: Path, settings: Sequence[str]) -> bool:
+        """Run all stages in order; raise at the first failure.
 
-        file: a configuration for some other model. words: `section.key=value` over it.
+        Args:
+            file: a configuration, written for another model.
+            settings: `section.key=value` overrides.
+
+        Returns:
+            Whether any stage had to run.
         """
-        config = self._config(file, words)
-        # Every contradiction now, and not from a launcher in the middle of the job.
+        config = self._fit_config(file, settings)
+        # Report conflicting settings now instead of in the middle of the job.
         make_plan(config, self.ranks)
         source = str(self.source.resolve())
-        self.claim_name({"extend": dump(config), "text": self.text, "model": source})
-        resolved = self.folder / "extend.toml"
-        write_file(resolved, dump(config))
+        self.claim_folder({"extend": dump(config), "text": self.text, "model": source})
+        config_file = self.folder / "extend.toml"
+        write_file(config_file, dump(config))
         labels = {
             "before_label": f"{self.name} as it came, made for {self.hf.seqlen} tokens",
             "after_label": f"extended to {config.train.seqlen} with {config.attention.method}",
         }
-        self._about(config)
-        done = [
-            self._import("model", self.hf.model.vocab_size),
-            self._grown(config) and self._import("grown", config.model.vocab_size),
-            self.tokenize(self.text, "--tokenizer", str(self.source)),
-        ]
-        self.check_text(config)
-        done += [
-            self.train("extend", "extending", [str(resolved)], config),
+        self._record_facts(config)
+        fresh = [self._import("model", self.hf.model.vocab_size)]
+        if self._needs_landmark_row(config):
+            fresh.append(self._import("grown", config.model.vocab_size))
+        fresh.append(self.tokenize(self.text, "--tokenizer", str(self.source)))
+        self.check_held_out_text(config)
+        fresh += [
+            self.train("extend", "extending", [str(config_file)], config),
             self.evaluate(config, "model", [f"data.path={self.folder / 'data'}"], labels),
             self.sample(),
             self._export(config),
         ]
-        return self.report(any(done))
+        return self.report(any(fresh))
 
-    def _config(self, file: Path, words: Sequence[str]) -> Config:
-        of_model = [word for word in words if word.startswith(MODEL_SECTION)]
-        own = [f"log.folder={self.folder / 'extend'}", f"data.path={self.folder / 'data'}"]
-        own += [f"parallel.cp_size={self.ranks}"]
-        config = load(file, [*own, *(word for word in words if word not in of_model)])
-        config = fit_config(config, self.hf, of_model, self.ranks)
-        start = self.folder / ("grown" if self._grown(config) else "model")
+    def _fit_config(self, file: Path, settings: Sequence[str]) -> Config:
+        """Return the configuration in `file` with the shape and paths of this model."""
+        model_settings = [word for word in settings if word.startswith(MODEL_SECTION)]
+        paths = [f"log.folder={self.folder / 'extend'}", f"data.path={self.folder / 'data'}"]
+        others = [word for word in settings if word not in model_settings]
+        config = load(file, [*paths, f"parallel.cp_size={self.ranks}", *others])
+        config = fit_config(config, self.hf, model_settings, self.ranks)
+        start = self.folder / ("grown" if self._needs_landmark_row(config) else "model")
         return replace(config, checkpoint=replace(config.checkpoint, load=str(start)))
 
-    def _grown(self, config: Config) -> bool:
-        """Whether landmarks need a row that the model lacks: perplexity before is without it."""
+    def _needs_landmark_row(self, config: Config) -> bool:
+        """Return whether landmarks need an embedding row that the model does not have.
+
+        The perplexity before the extension is measured without that row.
+        """
         return config.model.vocab_size > self.hf.model.vocab_size
 
     def _import(self, name: str, vocab_size: int) -> bool:
-        """The checkpoint `name`, of so many tokens."""
-        out, told = self.folder / name, self._told()
-        if out.exists() and name in told:
+        """Import the model as the checkpoint `name` with `vocab_size` tokens."""
+        out = self.folder / name
+        if out.exists() and name in self._facts():
             return False
-        self.title("import", f" of {self.source}")
-        _clear(out)
-        done = import_model(self.source, out, [f"model.vocab_size={vocab_size}"])
+        self.print_title("import", f" of {self.source}")
+        _remove(out)
+        imported = import_model(self.source, out, [f"model.vocab_size={vocab_size}"])
         end_world()
-        console.print(f"{done.num_parameters:,} parameters; {done.difference}")
-        self._tell(name, f"{done.num_parameters:,} parameters; {done.difference}")
+        summary = f"{imported.num_parameters:,} parameters; {imported.difference}"
+        console.print(summary)
+        self._record(name, summary)
         return True
 
     def _export(self, config: Config) -> bool:
-        """The extended model as a Hugging Face folder, its adapters merged."""
+        """Export the extended model as a Hugging Face folder, its adapters merged."""
         out, merged = self.folder / "exported", self.folder / "merged"
-        if out.exists() and "exported" in self._told():
+        if out.exists() and "exported" in self._facts():
             return False
-        self.title("export")
-        _clear(out)
+        self.print_title("export")
+        _remove(out)
         source = self.folder / "extend"
         if config.lora.rank:
-            _clear(merged)
+            _remove(merged)
             merge(source, merged)
             end_world()
             source = merged
-        done = export_model(source, out)
+        exported = export_model(source, out)
         end_world()
-        _clear(merged)
-        console.print(f"{done.difference}")
-        self._tell("exported", str(done.difference))
+        _remove(merged)
+        console.print(f"{exported.difference}")
+        self._record("exported", str(exported.difference))
         return True
 
-    def _about(self, config: Config) -> None:
-        """What the report says of the model and of what was made of it."""
-        lora, tuned = config.lora, "all weights"
+    def _record_facts(self, config: Config) -> None:
+        """Record what the report says about the model and its extension."""
+        lora, trained = config.lora, "all weights"
         if lora.rank:
-            beside = [key for key in ("embeddings", "norms", "head") if getattr(lora, key)]
-            tuned = f"LoRA of rank {lora.rank} on {', '.join(lora.targets)}, merged at the end"
-            tuned += f"; {' and '.join(beside)} whole" if beside else ""
-        self._tell("source", self.name)
-        self._tell("seqlen", self.hf.seqlen)
-        self._tell("rotation", [_words(self.hf.model.rope), _words(config.model.rope)])
-        self._tell("trained", tuned)
+            in_full = [key for key in ("embeddings", "norms", "head") if getattr(lora, key)]
+            trained = f"LoRA of rank {lora.rank} on {', '.join(lora.targets)}, merged at the end"
+            trained += f"; {' and '.join(in_full)} whole" if in_full else ""
+        self._record("source", self.name)
+        self._record("seqlen", self.hf.seqlen)
+        self._record("rotation", [_describe(self.hf.model.rope), _describe(config.model.rope)])
+        self._record("trained", trained)
 
-    def _told(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:
         file = self.folder / "conversion.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
-    def _tell(self, key: str, value: Any) -> None:
-        table = {**self._told(), key: value}
+    def _record(self, key: str, value: Any) -> None:
+        table = {**self._facts(), key: value}
         write_file(self.folder / "conversion.json", json.dumps(table, indent=1) + "\n")
 
 
-def _words(rope: Rope) -> str:
-    """A rotation in a line."""
+def _describe(rope: Rope) -> str:
+    """Return a rotation as one line of text."""
     table = asdict(rope)
     kind = table.pop("scaling")
     numbers = [f"{key} {value:g}" for key, value in table.items() if isinstance(value, float)]
     return ", ".join([kind, *numbers])
 
 
-def _clear(folder: Path) -> None:
-    """Remove what an interrupted stage of this job has left."""
+def _remove(folder: Path) -> None:
+    """Remove what an interrupted stage of this job left behind."""
     if folder.exists():
         shutil.rmtree(folder)

@@ -1,7 +1,4 @@
-"""What both ways of the main job have in common: stages in a folder, each done once and resumed.
-
-Imported by extend.py beside it, whose folder Python puts first on the path.
-"""
+"""Stages of `lcdist extend`: each is run once, and resumed if it was interrupted."""
 
 import json
 import os
@@ -26,17 +23,22 @@ PROMPT = "def parse_header(line):\n"
 console = Console(highlight=False)
 
 
-class Job:
-    """Stages in `folder`, on `ranks` processes. titles: of all, in order. stages: training runs."""
+class ExtendJob:
+    """A folder of stages; training and evaluation run on `ranks` processes.
+
+    Every stage method returns whether the stage had to run. `environment` is the environment of the
+    programs that stages start. `titles` are the titles of all stages in order, `runs` the names of
+    the training runs.
+    """
 
     titles: Sequence[str] = ()
-    stages: Sequence[str] = ()
+    runs: Sequence[str] = ()
 
-    def __init__(self, folder: Path, ranks: int) -> None:
-        self.folder, self.ranks = folder, ranks
+    def __init__(self, folder: Path, ranks: int, environment: Mapping[str, str]) -> None:
+        self.folder, self.ranks, self.environment = folder, ranks, environment
 
-    def claim_name(self, job: Mapping[str, Any]) -> None:
-        """Refuse a folder that an earlier job with other settings or data has filled."""
+    def claim_folder(self, job: Mapping[str, Any]) -> None:
+        """Write job.json; raise ValueError if the folder holds a different job."""
         file = self.folder / "job.json"
         if file.exists() and json.loads(file.read_text(encoding="utf-8")) != job:
             raise ValueError(
@@ -46,68 +48,85 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
 
-    def title(self, name: str, more: str = "") -> None:
-        """Say which stage begins."""
-        place = f"{self.titles.index(name) + 1}/{len(self.titles)}"
-        console.rule(f"{place} {name}{more}", align="left")
+    def print_title(self, name: str, more: str = "") -> None:
+        """Print the number and the title of the stage that begins."""
+        number = f"{self.titles.index(name) + 1}/{len(self.titles)}"
+        console.rule(f"{number} {name}{more}", align="left")
 
-    def tokenize(self, text: str, *words: str) -> bool:
-        """Text to tokens; whether it was still to be done, as all stages say."""
+    def tokenize(self, text: str, *options: str) -> bool:
+        """Convert `text` to the folder data/."""
         if (self.folder / "data" / "meta.json").exists():
             return False
-        self.title("tokenizing")
-        call([*lcdist(), "tokenize", text, str(self.folder / "data"), *words])
+        self.print_title("tokenizing")
+        self.start([*LCDIST, "tokenize", text, str(self.folder / "data"), *options])
         return True
 
-    def check_text(self, extend: Config) -> None:
-        """Refuse a text of which too little was held out, and not after the training."""
-        asked = extend.evaluate
-        held_out_text(TokenSplit(self.folder / "data", "valid"), max(asked.lengths), asked.tokens)
+    def check_held_out_text(self, config: Config) -> None:
+        """Raise ValueError if too little text is held out for the evaluation of `config`."""
+        settings = config.evaluate
+        split = TokenSplit(self.folder / "data", "valid")
+        held_out_text(split, max(settings.lengths), settings.tokens)
 
-    def train(self, stage: str, title: str, words: Sequence[str], config: Config) -> bool:
-        """The run `stage`. words: its configuration's file and overrides. config: the same."""
-        folder, train = self.folder / stage, config.train
+    def train(self, name: str, title: str, words: Sequence[str], config: Config) -> bool:
+        """Train the run `name`.
+
+        Args:
+            name: of the run's folder.
+            title: of the stage.
+            words: configuration file and overrides.
+            config: the configuration that `words` give.
+        """
+        folder = self.folder / name
         status = read_status(folder)
-        if status and status["status"] == "finished" and status["step"] >= train.steps:
+        if status and status["status"] == "finished" and status["step"] >= config.train.steps:
             return False
-        self.title(title, f" at {train.seqlen} tokens, {self.ranks} ranks")
-        call([*torchrun(self.ranks), str(ROOT / "launch/train.py"), *words])
+        self.print_title(title, f" at {config.train.seqlen} tokens, {self.ranks} ranks")
+        self.start([*torchrun(self.ranks), str(ROOT / "launch/train.py"), *words])
         status = read_status(folder)
         if status is None or status["status"] != "finished":
-            raise ValueError(f"{stage} was told to stop; run the same command again to go on")
+            raise ValueError(f"{name} was told to stop; run the same command again to continue")
         return True
 
-    def evaluate(self, extend: Config, before: str, more: Sequence[str], labels: dict) -> bool:
-        """Perplexity by length of the runs `before` and extend. more: settings for both."""
+    def evaluate(self, config: Config, before: str, more: Sequence[str], labels: dict) -> bool:
+        """Write evaluation.json: perplexity by length of two checkpoints.
+
+        Args:
+            config: of the extended run.
+            before: name of the run or model that extend/ is compared with.
+            more: overrides for both.
+            labels: entries `before_label` and `after_label` for the report.
+        """
         output = self.folder / "evaluation.json"
         if output.exists():
             return False
-        lengths = ",".join(map(str, extend.evaluate.lengths))
-        settings = [f"evaluate.lengths=[{lengths}]", f"evaluate.tokens={extend.evaluate.tokens}"]
-        self.title("perplexity by length, before and after", f", {self.ranks} ranks")
-        part = self.folder / "perplexity.json"
+        lengths = ",".join(map(str, config.evaluate.lengths))
+        settings = [f"evaluate.lengths=[{lengths}]", f"evaluate.tokens={config.evaluate.tokens}"]
+        self.print_title("perplexity by length, before and after", f", {self.ranks} ranks")
+        results_file = self.folder / "perplexity.json"
         words = ["evaluate", str(self.folder / "extend"), "--before", str(self.folder / before)]
-        words += ["--output", str(part), *settings, *more]
-        call([*torchrun(self.ranks), "-m", "lcdist", *words])
-        found = json.loads(part.read_text(encoding="utf-8"))
-        read = [found[key]["attention"] for key in ("before", "after")]
+        words += ["--output", str(results_file), *settings, *more]
+        self.start([*torchrun(self.ranks), "-m", "lcdist", *words])
+        results = json.loads(results_file.read_text(encoding="utf-8"))
+        attention = [results[key]["attention"] for key in ("before", "after")]
+        if attention[0] != attention[1]:
+            attention = [f"{attention[0]} before, {attention[1]} after"]
         table = {
-            "lengths": found["after"]["lengths"],
-            "before": found["before"]["perplexity"],
-            "after": found["after"]["perplexity"],
-            "attention": read[1] if read[0] == read[1] else f"{read[0]} before, {read[1]} after",
-            "tokens": found["after"]["tokens"],
+            "lengths": results["after"]["lengths"],
+            "before": results["before"]["perplexity"],
+            "after": results["after"]["perplexity"],
+            "attention": attention[0],
+            "tokens": results["after"]["tokens"],
             **labels,
         }
         output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         return True
 
     def sample(self) -> bool:
-        """What the extended model writes after PROMPT."""
+        """Write sample.txt: PROMPT continued by the extended model."""
         output = self.folder / "sample.txt"
         if output.exists():
             return False
-        self.title("a sample")
+        self.print_title("a sample")
         text = generate_text(
             self.folder / "extend", PROMPT, [], max_new_tokens=128, temperature=0.8, seed=0
         )
@@ -117,26 +136,28 @@ class Job:
         return True
 
     def report(self, fresh: bool) -> bool:
-        """The report, where anything in it is new. Returns whether that is so."""
+        """Write report.html if it is missing or any stage has run (`fresh`)."""
         if not fresh and (self.folder / "report.html").exists():
             return False
-        self.title("report")
+        self.print_title("report")
         write_report(self.folder)
         return True
 
+    def start(self, words: Sequence[str]) -> None:
+        """Run a program; raise CalledProcessError if it fails."""
+        threads = str(max(1, (os.cpu_count() or 1) // 2))
+        run_program(words, {"OMP_NUM_THREADS": threads, **self.environment})
 
-def lcdist() -> list[str]:
-    """The first words of a command."""
-    return [sys.executable, "-m", "lcdist"]
+
+LCDIST = (sys.executable, "-m", "lcdist")
 
 
 def torchrun(ranks: int) -> list[str]:
-    """The first words of a program on `ranks` processes."""
+    """Return the first words of a command that runs a program on `ranks` processes."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [sys.executable, "-m", *launcher]
 
 
-def call(words: Sequence[str]) -> None:
-    """Run a program. Raises CalledProcessError where it does not end well."""
-    threads = str(max(1, (os.cpu_count() or 1) // 2))
-    subprocess.run(words, check=True, env={"OMP_NUM_THREADS": threads, **os.environ})
+def run_program(words: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run a program; raise CalledProcessError if it fails."""
+    subprocess.run(words, check=True, env=environment)

@@ -1,9 +1,11 @@
-"""The stages of a configuration, one run after another in one world.
+"""`lcdist train`: the stages of a configuration, one run after another in one world.
 
-The folder of the whole holds the stages' run folders and the marks that a batch script reads: DONE
-when the last stage is, STOPPED when any was stopped. A start goes on in the stage that is not done.
+A configuration without `[[stages]]` is one run. The folder of several stages holds their run folders
+and the signal files that a batch script reads: DONE when the last stage is finished, STOPPED when
+any stage was stopped. A start continues in the first stage that is not finished.
 """
 
+import argparse
 import gc
 import logging
 from collections.abc import Sequence
@@ -12,54 +14,75 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lcdist.commands.train import run
+from lcdist.commands import train
+from lcdist.commands.arguments import add_config
 from lcdist.config import ConfigError
-from lcdist.config.stages import Stage
-from lcdist.distributed.mesh import end_mesh, start_world, world_size
+from lcdist.config.stages import Stage, load_stages
+from lcdist.distributed.mesh import end_mesh, end_world, start_world, world_size
 from lcdist.distributed.rank_zero import run_on_rank_zero
 from lcdist.plan import make_plan
-from lcdist.rundir.paths import latest_in
+from lcdist.rundir.paths import CHECKPOINTS, latest_in
 from lcdist.rundir.signals import STOP, clear_signals, steps_done, write_done, write_stopped
 from lcdist.train.trainer import Outcome
 
 log = logging.getLogger(__name__)
 
 
-def run_stages(stages: Sequence[Stage], console: Console | None = None) -> Outcome:
-    """Train stage after stage; returns how the last that was started ended.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the configuration."""
+    add_config(parser)
 
-    Raises ConfigError for what is wrong with any stage before the first begins, and as `run` does.
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train all stages, and log how the run ended."""
+    try:
+        outcome = run_stages(load_stages(arguments.config, arguments.overrides))
+    finally:
+        end_world()
+    log.info("%s: %s", outcome.status, outcome.reason)
+    return 0
+
+
+def run_stages(stages: Sequence[Stage], console: Console | None = None) -> Outcome:
+    """Train stage after stage, and return the outcome of the last one that was started.
+
+    Args:
+        stages: of one configuration, in order.
+        console: where rank 0 shows progress; None: standard output.
+
+    Raises:
+        ConfigError: any stage has a mistake; raised before the first stage begins.
+        ValueError: as `lcdist.commands.train.run`.
     """
     if not stages[0].name:
-        return run(stages[0].config, console)
+        return train.run(stages[0].config, console)
     _plan_all(stages)
     start_world(stages[0].config.parallel.timeout)
     folder = Path(stages[0].config.log.folder).parent
     run_on_rank_zero(lambda: clear_signals(folder) if folder.exists() else None)
     outcome = None
     for number, stage in enumerate(stages, 1):
-        own, steps = Path(stage.config.log.folder), stage.config.train.steps
-        done = run_on_rank_zero(lambda own=own: steps_done(own))
-        if done is not None and done >= steps:
-            outcome = Outcome("finished", done, f"all {steps} steps were done before")
+        stage_folder, steps = Path(stage.config.log.folder), stage.config.train.steps
+        finished_steps = run_on_rank_zero(lambda path=stage_folder: steps_done(path))
+        if finished_steps is not None and finished_steps >= steps:
+            outcome = Outcome("finished", finished_steps, f"all {steps} steps were done before")
             continue
-        log.info("stage %d of %d: %s, in %s", number, len(stages), stage.name, own)
-        outcome = run(stage.config, console, also_stop=folder / STOP)
+        log.info("stage %d of %d: %s, in %s", number, len(stages), stage.name, stage_folder)
+        outcome = train.run(stage.config, console, also_stop=folder / STOP)
         if outcome.status != "finished":
-            reason = f"stage {stage.name}: {outcome.reason}"
-            run_on_rank_zero(
-                lambda own=own, at=outcome.step, why=reason: _stopped(folder, own, at, why)
-            )
-            return replace(outcome, reason=reason)
+            outcome = replace(outcome, reason=f"stage {stage.name}: {outcome.reason}")
+            _record_stopped(folder, stage_folder, outcome)
+            return outcome
         # The next stage may have another mesh, and needs the memory.
         end_mesh()
         gc.collect()
-    assert outcome is not None, "there is a stage"
+    assert outcome is not None, "a configuration has at least one stage"
     run_on_rank_zero(lambda: write_done(folder, outcome.step))
     return replace(outcome, reason=f"all {len(stages)} stages are done")
 
 
 def _plan_all(stages: Sequence[Stage]) -> None:
+    """Raise ConfigError with the mistakes of all stages."""
     errors: list[str] = []
     for stage in stages:
         try:
@@ -70,7 +93,12 @@ def _plan_all(stages: Sequence[Stage]) -> None:
         raise ConfigError(errors)
 
 
-def _stopped(folder: Path, own: Path, step: int, reason: str) -> None:
-    newest = latest_in(own / "checkpoints")
-    assert newest is not None, "a stopped run has saved"
-    write_stopped(folder, step, reason, newest)
+def _record_stopped(folder: Path, stage_folder: Path, outcome: Outcome) -> None:
+    """Write STOPPED into the folder of all stages; all ranks call this together."""
+
+    def write() -> None:
+        newest = latest_in(stage_folder / CHECKPOINTS)
+        assert newest is not None, "a stopped run has saved a checkpoint"
+        write_stopped(folder, outcome.step, outcome.reason, newest)
+
+    run_on_rank_zero(write)

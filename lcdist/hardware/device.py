@@ -44,3 +44,9 @@ def this_machine() -> Hardware:
     known = find_gpu(found.name)
     flops = known.bf16_flops if known else None
     return Hardware(found.name, "cuda", found.total_memory, flops)
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Wait until the GPU has finished all queued work; return at once on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,45 @@
+"""`lcdist evaluate`: measure a checkpoint's perplexity by length."""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lcdist.commands.arguments import add_checkpoint, add_overrides
+from lcdist.distributed.mesh import end_world
+from lcdist.evaluate.loaded_model import evaluate_checkpoint
+
+COMPARED = ("before", "after")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint, a second one to compare with, and the output file."""
+    add_checkpoint(parser)
+    parser.add_argument("--before", type=Path, help="another checkpoint to compare with")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    add_overrides(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate one or two checkpoints; rank 0 writes and prints the results."""
+    paths = [arguments.checkpoint]
+    if arguments.before:
+        paths.insert(0, arguments.before)
+    try:
+        results = [evaluate_checkpoint(path, arguments.overrides) for path in paths]
+    finally:
+        end_world()
+    if not arguments.is_first_rank:
+        return 0
+    if arguments.output:
+        content = results[0] if len(results) == 1 else dict(zip(COMPARED, results, strict=True))
+        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for path, result in zip(paths, results, strict=True):
+        title = f"{path} (attention: {result['attention']})"
+        table = Table("length", "perplexity", "tokens", title=title)
+        for row in zip(result["lengths"], result["perplexity"], result["scored"], strict=True):
+            table.add_row(str(row[0]), f"{row[1]:.3f}", f"{row[2]:,}")
+        Console().print(table)
+    return 0

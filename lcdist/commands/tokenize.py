@@ -1,0 +1,107 @@
+"""`lcdist tokenize`: convert text to a folder of tokens."""
+
+import argparse
+import os
+from pathlib import Path
+
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from lcdist.data.prepare.corpus import SUFFIXES, Source, standard_library
+from lcdist.data.prepare.prepare import prepare, summary_lines
+from lcdist.data.prepare.settings import TokenizeSettings
+from lcdist.data.tokenizers.huggingface import SpecialTokens
+
+# Pieces of the tokenizer that is trained if the user names neither a size nor a tokenizer.
+VOCAB_SIZE = 4096
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the source, the output folder, the tokenizer and how documents are read."""
+    parser.add_argument(
+        "source",
+        help="folder or file: text, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; 'stdlib' for the "
+        "source code of Python's standard library",
+    )
+    parser.add_argument("folder", help="folder of tokens to create")
+    parser.add_argument("--vocab-size", type=int, help="number of pieces of a tokenizer to train")
+    parser.add_argument(
+        "--tokenizer", help="a sentencepiece .model, a tokenizer.json, a model's folder, or 'bytes'"
+    )
+    parser.add_argument("--bos-token", help="bos token, for a tokenizer.json that names none")
+    parser.add_argument("--eos-token", help="eos token, for a tokenizer.json that names none")
+    parser.add_argument(
+        "--add-bos", action=argparse.BooleanOptionalAction, help="begin documents with bos"
+    )
+    parser.add_argument(
+        "--valid-fraction", type=float, default=0.05, help="fraction of documents held out"
+    )
+    parser.add_argument("--suffix", action="append", help="suffix of the files to read, as .txt")
+    parser.add_argument(
+        "--field", default="text", help="field of a JSON record, or column of a parquet file"
+    )
+    parser.add_argument(
+        "--document-bytes", type=int, help="cut plain text into documents of this size (1 MiB)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the held-out split")
+    parser.add_argument(
+        "--on-error", choices=["refuse", "skip"], default="refuse", help="for damaged records"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Tokenize with a progress bar, and print what was written."""
+    source, settings = _source(arguments), _settings(arguments)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        DownloadColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ) as bar:
+        task = bar.add_task("reading", total=None)
+        prepared = prepare(
+            source,
+            arguments.folder,
+            settings,
+            tokenizer=arguments.tokenizer,
+            overwrite=arguments.overwrite,
+            progress=lambda what, completed, total: bar.update(
+                task, description=what, completed=completed, total=total
+            ),
+        )
+    for line in summary_lines(prepared):
+        print(line)
+    return 0
+
+
+def _source(arguments: argparse.Namespace) -> Source:
+    if arguments.source == "stdlib":
+        return standard_library()
+    suffixes = tuple(arguments.suffix) if arguments.suffix else SUFFIXES
+    return Source(Path(arguments.source), suffixes)
+
+
+def _settings(arguments: argparse.Namespace) -> TokenizeSettings:
+    vocab_size = arguments.vocab_size
+    if vocab_size is None and arguments.tokenizer is None:
+        vocab_size = VOCAB_SIZE
+    return TokenizeSettings(
+        vocab_size=vocab_size,
+        valid_fraction=arguments.valid_fraction,
+        seed=arguments.seed,
+        on_error=arguments.on_error,
+        field=arguments.field,
+        document_bytes=arguments.document_bytes,
+        special_tokens=SpecialTokens(arguments.bos_token, arguments.eos_token, arguments.add_bos),
+        workers=arguments.workers,
+    )
