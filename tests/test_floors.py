@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from lcdist.commands.main import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     {
@@ -48,6 +50,7 @@ MEETS_MEGATRON = (
 READS_MEGATRON = "lcdist.data.datasets.tokens"
 # The shim itself: it imports Megatron with torch.compile put aside, which takes a function.
 SHIM = "lcdist.hardware.megatron_on_cpu"
+WAITS_FOR_DEVICE = "lcdist.hardware.device"
 # May read the environment: the launcher's ranks at the door, one debugging switch.
 READS_ENVIRONMENT = {"lcdist.commands.main", "lcdist.distributed.mesh", "lcdist.exchange.debug"}
 
@@ -72,6 +75,7 @@ REMOTE_CODE = ROOT / "lcdist" / "convert" / "remote_code"
 LIBRARY = sorted(p for p in (ROOT / "lcdist").rglob("*.py") if p.parent != REMOTE_CODE)
 KERNELS = sorted((ROOT / "kernels" / "lcdist_kernels").rglob("*.py"))
 PROGRAMS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "kernels" / "bench").glob("*.py")])
+TABLE = "lcdist.commands.main"
 OURS = {module_name(path): path for path in (*LIBRARY, *KERNELS)}
 
 
@@ -81,7 +85,11 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imports_of(path: Path) -> list[Import]:
-    return list(_imports(tree_of(path), path))
+    found = list(_imports(tree_of(path), path))
+    if path == OURS[TABLE]:
+        # Each entry of the table is an import, and the only kind that is made by name.
+        found += [Import(command.module, 1, False) for command in COMMANDS]
+    return found
 
 
 def _imports(tree: ast.Module, path: Path) -> Iterator[Import]:
@@ -338,11 +346,36 @@ def test_no_exception_is_swallowed_whole() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_kernel_makes_a_block_pointer_or_waits_for_the_device() -> None:
+def test_every_command_is_a_module_with_two_functions() -> None:
+    for command in COMMANDS:
+        names = {
+            node.name
+            for node in tree_of(OURS[command.module]).body
+            if isinstance(node, ast.FunctionDef)
+        }
+        assert {"add_arguments", "run"} <= names, command
+
+
+def test_only_the_table_of_commands_imports_our_modules_by_name() -> None:
+    """Elsewhere by name: attention methods of other packages, and third parties."""
+    allowed = {TABLE, "lcdist.train.metrics", SHIM, "lcdist_kernels.full.library"}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+        for name, path in OURS.items()
+        if name not in allowed
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and _called(node).endswith(("import_module", "__import__"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_wait_for_device_waits_for_the_gpu_and_nothing_makes_a_block_pointer() -> None:
+    """`wait_for_device` is for measurements: `lcdist smoke` reads the clock around collectives."""
     refused = ("tl.make_block_ptr", "torch.cuda.synchronize")
     wrong = [
         f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
-        for path in OURS.values()
+        for name, path in OURS.items()
+        if name != WAITS_FOR_DEVICE
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Attribute) and ast.unparse(node) in refused
     ]

@@ -1,8 +1,8 @@
 """`lcdist train`: the stages of a configuration, one run after another in one world.
 
-A configuration without `[[stages]]` is one run. The folder of several stages holds their run folders
-and the signal files that a batch script reads: DONE when the last stage is finished, STOPPED when
-any stage was stopped. A start continues in the first stage that is not finished.
+A configuration without `[[stages]]` is one run. The folder of several stages holds their run
+folders and the signal files that a batch script reads: DONE when the last stage is finished,
+STOPPED when any stage was stopped. A start continues in the first unfinished stage.
 """
 
 import argparse

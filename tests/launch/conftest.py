@@ -3,14 +3,12 @@
 import json
 import random
 import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from lcdist.commands import extend, extend_steps
 from lcdist.commands.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,8 +46,8 @@ def llama(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def at_home(words: Sequence[str]) -> None:
-    """What the launcher would start, in this process and a world of one."""
+def run_here(words: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run what `lcdist extend` would start, in this process and a world of one."""
     if "lcdist" in words:
         asked = list(words[words.index("lcdist") + 1 :])
     else:
@@ -62,30 +60,21 @@ def at_home(words: Sequence[str]) -> None:
 
 
 @pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """launch/extend.py, which starts nothing outside this process."""
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    monkeypatch.chdir(tmp_path)
-    extend = import_module("extend")
-    monkeypatch.setattr(import_module("stages"), "call", at_home)
-    monkeypatch.setattr(extend, "_ranks", lambda: 1)
-    return extend
-
-
-@pytest.fixture
 def start(
-    program: ModuleType,
     text: Path,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> Start:
-    """Run the program on a model, the tiny one unless told, for two steps; its exit status."""
+    """Run `lcdist extend --model` in this process for two steps; return its exit status."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(extend_steps, "run_program", run_here)
+    monkeypatch.setattr(extend, "_ranks", lambda: 1)
 
     def run(*words: str, model: Path | None = None) -> int:
         source = model or request.getfixturevalue("llama")
         given = ["--model", str(source), "--data", str(text), "--configs", str(TINY)]
         short = ["train.steps=2", "evaluate.tokens=512", "log.peak_tflops=1"]
-        monkeypatch.setattr(sys, "argv", ["extend.py", *given, "--name", "job", *short, *words])
-        return program.main()
+        return main(["extend", *given, "--name", "job", *short, *words])
 
     return run

@@ -6,13 +6,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from lcdist.commands import extend_steps
 from lcdist.commands.main import main
 from lcdist.config import load
 from lcdist.config.rope import RopePI
@@ -20,7 +20,7 @@ from lcdist.convert.huggingface.fit_config import fit_config, open_user_model
 from lcdist.report.sections import report_facts
 from tests.convert.lora_runs import TEXT, logits, weights_at
 from tests.distributed import run_ranks
-from tests.launch.conftest import ROOT, TINY, Start, at_home
+from tests.launch.conftest import ROOT, TINY, Start, run_here
 from tests.tolerance import assert_matches
 
 
@@ -109,22 +109,22 @@ def test_every_method_goes_the_whole_way(
 def test_stages_are_done_once_and_an_interrupted_one_again(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    job, stages, seen = tmp_path / "runs/job", import_module("stages"), list[str]()
+    job, seen = tmp_path / "runs/job", list[str]()
 
     def call(words: Sequence[str], broken: str) -> None:
         kind = next((w for w in ("tokenize", "evaluate") if w in words), "train")
         if kind == broken:
             raise subprocess.CalledProcessError(1, list(words))
         seen.append(kind)
-        at_home(words)
+        run_here(words, {})
 
-    monkeypatch.setattr(stages, "call", lambda words: call(words, "evaluate"))
+    monkeypatch.setattr(extend_steps, "run_program", lambda words, _: call(words, "evaluate"))
     assert start() == 1 and seen == ["tokenize", "train"]
     assert not (job / "report.html").exists()
     # As if the import had been killed after its folder got its name and before that was noted.
     told = json.loads((job / "conversion.json").read_text())
     (job / "conversion.json").unlink()
-    monkeypatch.setattr(stages, "call", lambda words: call(words, ""))
+    monkeypatch.setattr(extend_steps, "run_program", lambda words, _: call(words, ""))
     assert start() == 0 and seen == ["tokenize", "train", "evaluate"]
     assert json.loads((job / "conversion.json").read_text())["model"] == told["model"]
     shown = (job / "report.html").read_text()
