@@ -57,6 +57,8 @@ def test_the_wheel_holds_two_packages_and_nothing_else(built: Path) -> None:
     info = next(name.split("/")[0] for name in names if ".dist-info/" in name)
     assert {name.split("/")[0] for name in names} == {"lcdist", "lcdist_kernels", info}
     assert {"lcdist/py.typed", "lcdist_kernels/py.typed"} <= set(names)
+    templates = (ROOT / "lcdist" / "report" / "templates").iterdir()
+    assert {f"lcdist/report/templates/{path.name}" for path in templates} <= set(names)
     assert {f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= set(names)
     modules = {
         str(path.relative_to(ROOT / base))

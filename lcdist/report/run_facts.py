@@ -1,8 +1,8 @@
-"""What a run's folder holds, read and checked, and the part of it that no clock can change.
+"""Read and check a run folder, and extract the facts that do not depend on the clock.
 
-A folder is one run (metrics.jsonl, run.json, config.toml), or it holds several runs as stages,
-one after the other, what was measured over them (evaluation.json, sample.txt), and where the model
-came from and went to (conversion.json).
+A folder is one run (metrics.jsonl, run.json, config.toml), or it has several runs as stages in
+sequence. It may also have results over all stages (evaluation.json, sample.txt), and the source and
+exports of the model (conversion.json).
 """
 
 import json
@@ -22,7 +22,15 @@ FIRST_STAGES = ("pretrain", "extend")
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One training run. seqlen: training length in tokens. config: its text, as it was resolved."""
+    """One training run.
+
+    Attributes:
+        name: folder name of the stage; "train" for a single run.
+        seqlen: training length in tokens.
+        records: one record per step.
+        header: contents of run.json.
+        config: text of the resolved configuration.
+    """
 
     name: str
     seqlen: int
@@ -32,13 +40,13 @@ class Stage:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on in this stage."""
+        """Number of tokens trained on in this stage."""
         return sum(record.tokens for record in self.records)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """A folder's stages in order; evaluation, sample and conversion where there are any."""
+    """Contents of a run folder: stages in order; evaluation, sample, conversion if present."""
 
     name: str
     stages: tuple[Stage, ...]
@@ -48,17 +56,18 @@ class RunFolder:
 
 
 def read_run_folder(folder: Path) -> RunFolder:
-    """Read all that a report tells of.
+    """Read the files of a run that a report uses.
 
-    Raises FileNotFoundError where a file is missing, ValueError naming file and line where one is
-    not what it should be.
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file has invalid contents; the message names file and line.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     if (folder / "metrics.jsonl").exists():
         stages = [_read_stage(folder, "train")]
     else:
-        order = {name: place for place, name in enumerate(FIRST_STAGES)}
+        order = {name: index for index, name in enumerate(FIRST_STAGES)}
         names = sorted(
             (path.parent.name for path in folder.glob("*/metrics.jsonl")),
             key=lambda name: (order.get(name, len(order)), name),
@@ -81,16 +90,19 @@ def read_run_folder(folder: Path) -> RunFolder:
 
 
 def report_facts(folder: Path) -> dict[str, Any]:
-    """What a report says that no clock, machine or interruption changes, as plain data.
+    """Return the facts of a report that no clock, machine or interruption changes, as plain data.
 
     A run that was killed and resumed has the same facts as one that was not. Numbers that are
-    not finite are None. Raises as `read_run_folder`.
+    not finite are None.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_run_folder`.
     """
     return facts_of(read_run_folder(folder))
 
 
 def facts_of(run: RunFolder) -> dict[str, Any]:
-    """`report_facts` of a folder already read."""
+    """Return `report_facts` of a folder that was already read."""
     return {
         "tokens": sum(stage.tokens for stage in run.stages),
         "headline": _headline(run),
@@ -104,7 +116,8 @@ def facts_of(run: RunFolder) -> dict[str, Any]:
 def _stage_facts(stage: Stage) -> dict[str, Any]:
     records, last = stage.records, stage.records[-1]
     verbs = sorted({verb for record in records for verb in record.exchange_bytes})
-    tail = [r.loss for r in records[-max(1, min(10, len(records) // 10)) :]]
+    # One step is noisy: average the last tenth of the steps, at most ten.
+    last_losses = [r.loss for r in records[-max(1, min(10, len(records) // 10)) :]]
     return {
         "name": stage.name,
         "seqlen": stage.seqlen,
@@ -113,7 +126,7 @@ def _stage_facts(stage: Stage) -> dict[str, Any]:
         "samples": last.samples,
         "tokens": stage.tokens,
         "first_loss": _finite(records[0].loss),
-        "last_loss": _finite(statistics.fmean(tail)),
+        "last_loss": _finite(statistics.fmean(last_losses)),
         "step": [record.step for record in records],
         "loss": [_finite(record.loss) for record in records],
         "grad_norm": [_finite(record.grad_norm) for record in records],
@@ -126,14 +139,17 @@ def _stage_facts(stage: Stage) -> dict[str, Any]:
 
 
 def _headline(run: RunFolder) -> dict[str, Any] | None:
-    """Perplexity before and after at the length of the last stage, or at the longest measured."""
+    """Return perplexity before and after training at one length.
+
+    The length is that of the last stage, or the longest one evaluated.
+    """
     if run.evaluation is None:
         return None
     lengths = run.evaluation["lengths"]
     trained = run.stages[-1].seqlen
     length = trained if trained in lengths else max(lengths)
-    place = lengths.index(length)
-    before, after = (run.evaluation[key][place] for key in ("before", "after"))
+    index = lengths.index(length)
+    before, after = (run.evaluation[key][index] for key in ("before", "after"))
     return {"length": length, "before": before, "after": after}
 
 
@@ -156,7 +172,7 @@ def _read_stage(folder: Path, name: str) -> Stage:
 
 
 def _read_conversion(path: Path) -> dict[str, Any]:
-    """What a conversion said, by its name. Raises ValueError naming the file and what is wrong."""
+    """Read conversion.json. Raises ValueError that names the file and the error."""
     try:
         table = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
@@ -168,13 +184,13 @@ def _read_conversion(path: Path) -> dict[str, Any]:
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:
-    """The evaluation's content. Raises ValueError naming file, line and what is wrong."""
+    """Read evaluation.json. Raises ValueError that names file, line and error."""
     try:
         table = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
-    needed = ("lengths", "before", "after", "attention", "tokens", "before_label", "after_label")
-    missing = [key for key in needed if not isinstance(table, dict) or key not in table]
+    required = ("lengths", "before", "after", "attention", "tokens", "before_label", "after_label")
+    missing = [key for key in required if not isinstance(table, dict) or key not in table]
     if missing:
         raise ValueError(f"{path}:1: key {missing[0]!r} is missing")
     for key, kinds in (("lengths", int), ("before", int | float), ("after", int | float)):
@@ -186,7 +202,7 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
         if len(table[key]) != count or not count:
             raise ValueError(f"{path}:1: {key} has {len(table[key])} entries for {count} lengths")
         table[key] = [_finite(value) for value in table[key]]
-    return {key: table[key] for key in needed}
+    return {key: table[key] for key in required}
 
 
 def _read_text(path: Path) -> str:

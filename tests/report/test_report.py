@@ -1,10 +1,12 @@
-"""The report: what it says, that it stands alone, and that no clock gets into its facts."""
+"""The report: its facts, its page without external resources, and its errors."""
 
 import json
 import math
 import random
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -27,7 +29,7 @@ EVALUATION = {
 
 
 def make_stage(folder: Path, seqlen: int, steps: int, clock: random.Random, resumed_at: int = 0):
-    """A run's folder whose losses depend on the step alone, and whose times are drawn."""
+    """Write a run folder; losses depend on the step alone, times and memory on `clock`."""
     folder.mkdir(parents=True)
     header = RunHeader(
         plan={"mesh": {"cp_size": 2, "tp_size": 1}, "layout": "zigzag", "parameters": 3_412_992},
@@ -76,7 +78,7 @@ def main_job(tmp_path) -> Path:
 
 
 class Resources(HTMLParser):
-    """Collects every tag and every address a browser would follow by itself."""
+    """Collect all tags, ids and the addresses that a browser would load by itself."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -95,7 +97,7 @@ class Resources(HTMLParser):
             self.unnamed += not given.get("aria-label") or given.get("role") != "img"
 
 
-def test_facts_are_those_of_the_files(main_job):
+def test_facts_equal_the_files(main_job):
     facts = report_facts(main_job)
     assert facts["tokens"] == 40 * 2 * 512 + 10 * 2 * 4096
     assert facts["headline"] == {"length": 4096, "before": 1830.0, "after": 12.375}
@@ -108,7 +110,7 @@ def test_facts_are_those_of_the_files(main_job):
     json.dumps(facts, allow_nan=False)
 
 
-def test_a_resumed_run_has_the_facts_of_one_that_never_stopped(main_job, tmp_path):
+def test_a_resumed_run_has_the_same_facts(main_job, tmp_path):
     other = tmp_path / "other"
     clock = random.Random(6)
     make_stage(other / "pretrain", 512, 40, clock, resumed_at=11)
@@ -118,7 +120,7 @@ def test_a_resumed_run_has_the_facts_of_one_that_never_stopped(main_job, tmp_pat
     assert report_facts(other) == report_facts(main_job)
 
 
-def test_the_page_says_the_headline_and_where_the_run_was_resumed(main_job):
+def test_the_page_shows_headline_and_resumes(main_job):
     path = write_report(main_job)
     assert path == main_job / "report.html"
     text = path.read_text()
@@ -129,7 +131,7 @@ def test_the_page_says_the_headline_and_where_the_run_was_resumed(main_job):
         assert words in text
 
 
-def test_the_page_needs_nothing_from_outside(main_job):
+def test_the_page_has_no_external_resources(main_job):
     text = write_report(main_job).read_text()
     found = Resources(text)
     assert not re.search(r"https?:|@import|url\((?!#)", text)
@@ -137,7 +139,7 @@ def test_the_page_needs_nothing_from_outside(main_job):
     assert not {"script", "link", "iframe", "object", "img"} & set(found.tags)
 
 
-def test_every_figure_has_words_and_ids_of_its_own(main_job):
+def test_figures_have_alternative_text_and_unique_ids(main_job):
     text = write_report(main_job).read_text()
     found = Resources(text)
     assert found.tags.count("svg") == 6 and found.unnamed == 0
@@ -145,7 +147,7 @@ def test_every_figure_has_words_and_ids_of_its_own(main_job):
     assert {address[1:] for address in found.addresses} <= set(found.ids)
 
 
-def test_what_comes_from_files_is_escaped(main_job):
+def test_text_from_files_is_escaped(main_job):
     text = write_report(main_job).read_text()
     assert "<title>a &amp; b:" in text and "a &lt;device&gt;" in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "# &lt;b&gt;" in text
@@ -157,7 +159,7 @@ def test_the_same_folder_gives_the_same_page(main_job, tmp_path):
     assert write_report(main_job, tmp_path / "again.html").read_bytes() == first
 
 
-def test_a_single_run_has_a_report_too(tmp_path):
+def test_a_single_run_has_a_report(tmp_path):
     folder = tmp_path / "one"
     make_stage(folder, 512, 1, random.Random(1))
     text = write_report(folder).read_text()
@@ -166,7 +168,7 @@ def test_a_single_run_has_a_report_too(tmp_path):
     assert "has not been evaluated" in text and "trained at 512 tokens" in text
 
 
-def test_a_run_that_diverged_at_once_has_a_report_too(tmp_path):
+def test_a_diverged_run_has_a_report(tmp_path):
     folder = tmp_path / "one"
     make_stage(folder, 512, 30, random.Random(1))
     path = folder / "metrics.jsonl"
@@ -176,7 +178,7 @@ def test_a_run_that_diverged_at_once_has_a_report_too(tmp_path):
     assert "from – to –" in text and not re.search(r"\bnan\b", text)
 
 
-def test_the_headline_is_at_the_longest_length_where_the_trained_one_was_not_measured(main_job):
+def test_the_headline_uses_the_longest_length_if_the_trained_one_is_missing(main_job):
     table = EVALUATION | {"lengths": [512, 1024, 2048, 8192]}
     (main_job / "evaluation.json").write_text(json.dumps(table))
     assert report_facts(main_job)["headline"] == {"length": 8192, "before": None, "after": 15.5}
@@ -190,7 +192,7 @@ def break_line(path: Path, number: int, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "line", "text", "says"),
+    ("name", "line", "text", "message"),
     [
         ("extend/metrics.jsonl", 4, "{", r"extend/metrics\.jsonl:4: not a step's record"),
         ("extend/run.json", 2, "oops", r"extend/run\.json:2: not JSON"),
@@ -212,28 +214,51 @@ def break_line(path: Path, number: int, text: str) -> None:
         ),
     ],
 )
-def test_a_broken_file_is_named_and_nothing_is_written(main_job, name, line, text, says):
+def test_an_invalid_file_raises_and_nothing_is_written(main_job, name, line, text, message):
     break_line(main_job / name, line, text)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         write_report(main_job)
     assert not (main_job / "report.html").exists()
 
 
 @pytest.mark.parametrize("name", ["extend/run.json", "pretrain/config.toml"])
-def test_a_missing_file_is_named(main_job, name):
+def test_a_missing_file_raises(main_job, name):
     (main_job / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         write_report(main_job)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_a_folder_without_a_run_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl"):
         write_report(tmp_path)
 
 
-def test_a_run_without_a_step_is_refused(main_job):
+def test_a_run_without_a_step_raises(main_job):
     (main_job / "extend" / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"extend/metrics\.jsonl:1: no step"):
         write_report(main_job)
+
+
+def test_importing_the_report_loads_no_heavy_library():
+    program = (
+        "import sys, lcdist.report.sections\n"
+        "print([m for m in ('torch', 'megatron', 'matplotlib', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_a_conversion_is_listed(main_job):
+    conversion = {
+        "source": "model <x>",
+        "seqlen": 4096,
+        "rotation": ["none", "yarn"],
+        "trained": "all weights",
+        "exported": "logits differ by 1e-6",
+    }
+    (main_job / "conversion.json").write_text(json.dumps(conversion))
+    text = write_report(main_job).read_text()
+    assert "The model <b>model &lt;x&gt;</b> was pretrained at 512 tokens" in text
+    assert "made for 4,096 tokens" in text and "logits differ by 1e-6" in text
