@@ -117,7 +117,7 @@ CONTRADICTIONS = {
         "[attention.coca] has options of a method that attention.layers = '' gives to no layer; "
         "name its layers there or remove the table",
     "attention.full={}":
-        "[attention.full] is a table of its own, but attention.method = 'full': write its options "
+        "[attention.full] is a table, but attention.method = 'full': write its options "
         "beside method",
     "attention.method=landmark attention.top_k=2 parallel.cp_size=2":
         "train.seqlen = 256 would be mostly padding: attention.method = 'landmark' on "
@@ -130,8 +130,8 @@ CONTRADICTIONS = {
         "train.seqlen = 256: with data.documents = 'pack' this attention needs a multiple of 120; "
         "the next is 360",
     "attention.method=coca evaluate.attention=dense":
-        "evaluate.attention = 'dense': attention.method = 'coca' trains weights that mean nothing "
-        "to full attention; use 'method' or 'auto'",
+        "evaluate.attention = 'dense': attention.method = 'coca' trains weights that do not work "
+        "with full attention; use 'method' or 'auto'",
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""What in a configuration contradicts what: keys that are each legal and do not go together.
+"""Cross-field checks: report settings that are valid alone but conflict.
 
-Each check adds to `errors` one line a contradiction, with the values and the remedy, and goes on.
+Every check appends one line a conflict to `errors`, with the values and the remedy, and continues.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from lcdist.plan.resolve import LayerAttention, document_layout_for
 
 
 def check_model(config: Config, errors: list[str]) -> None:
-    """The model against itself and against the mesh that cuts it."""
+    """Check that the model's sizes fit each other and the mesh that divides them."""
     model, parallel = config.model, config.parallel
     nheads_kv = model.nheads_kv or model.nheads
     head_dim = model.head_dim or model.hidden_size // model.nheads
@@ -61,7 +61,7 @@ def check_model(config: Config, errors: list[str]) -> None:
 
 
 def check_batch(config: Config, dp_size: int, errors: list[str]) -> None:
-    """The batch against the data-parallel size and the pipeline."""
+    """Check that the batch divides over data-parallel ranks and the pipeline."""
     train, parallel = config.train, config.parallel
     step = train.micro_batch_size * dp_size
     if train.global_batch_size % step:
@@ -79,14 +79,14 @@ def check_batch(config: Config, dp_size: int, errors: list[str]) -> None:
 
 
 def check_rope(config: Config, errors: list[str]) -> None:
-    """The bounds of a rotation's ramp against each other, its factors against the heads."""
+    """Check the order of a rotation's bounds and the number of its factors."""
     model, rope = config.model, config.model.rope
     features = (model.head_dim or model.hidden_size // model.nheads) // 2
     for key in ("short_factors", "long_factors"):
-        given = getattr(rope, key, None)
-        if given is not None and len(given) != features:
+        factors = getattr(rope, key, None)
+        if factors is not None and len(factors) != features:
             errors.append(
-                f"model.rope.{key} has {len(given)} numbers; it needs head_dim / 2 = {features}"
+                f"model.rope.{key} has {len(factors)} numbers; it needs head_dim / 2 = {features}"
             )
     for low, high, kind in (
         ("low_freq_factor", "high_freq_factor", RopeLlama3),
@@ -100,7 +100,7 @@ def check_rope(config: Config, errors: list[str]) -> None:
 
 
 def check_loss(config: Config, errors: list[str]) -> None:
-    """The way of the loss against its chunk size."""
+    """Check that `train.loss_chunk` is set for a chunked loss only."""
     train = config.train
     if train.loss == "whole" and train.loss_chunk:
         errors.append(
@@ -110,7 +110,7 @@ def check_loss(config: Config, errors: list[str]) -> None:
 
 
 def check_memory(config: Config, errors: list[str]) -> None:
-    """What is kept for backward against what that leaves to be moved or cut."""
+    """Check that offload and MLP tiling fit the recomputation."""
     train = config.train
     if train.mlp == "whole" and train.mlp_chunk:
         errors.append(
@@ -119,20 +119,20 @@ def check_memory(config: Config, errors: list[str]) -> None:
         )
     if train.offload == "host" and train.recompute in ("none", "selective"):
         errors.append(
-            "train.offload = 'host' moves the inputs that full recompute keeps, and "
+            "train.offload = 'host' moves the layer inputs that full recompute saves, but "
             f"train.recompute = '{train.recompute}'; use 'full' or 'auto', or offload = 'none'"
         )
 
 
 def check_lora(config: Config, errors: list[str]) -> None:
-    """What is trained with LoRA against whether there is any, and against the model."""
-    lora, off = config.lora, LoraConfig()
-    given = [f.name for f in fields(lora) if getattr(lora, f.name) != getattr(off, f.name)]
+    """Check LoRA's settings against its rank and the model."""
+    lora, default = config.lora, LoraConfig()
+    changed = [f.name for f in fields(lora) if getattr(lora, f.name) != getattr(default, f.name)]
     if not lora.rank:
         errors.extend(
             f"lora.{key} = {getattr(lora, key)!r} has no meaning with lora.rank = 0; "
             "set lora.rank to 1 or more, or leave the key out"
-            for key in given
+            for key in changed
         )
         return
     if not lora.targets:
@@ -148,13 +148,13 @@ def check_lora(config: Config, errors: list[str]) -> None:
         )
     if lora.load and not config.checkpoint.load:
         errors.append(
-            f"lora.load = '{lora.load}': an adapter means something to the weights it was trained "
-            "on alone; name them in checkpoint.load"
+            f"lora.load = '{lora.load}': an adapter only works on the weights it was trained on; "
+            "set checkpoint.load to them"
         )
 
 
 def check_schedule(config: Config, errors: list[str]) -> None:
-    """Learning rate, data source and lengths, each against what stands beside it."""
+    """Check the learning rate's schedule, `[data]`, and the lengths of evaluation."""
     optim, steps, data = config.optim, config.train.steps, config.data
     if optim.min_lr > optim.lr:
         errors.append(f"optim.min_lr = {optim.min_lr} is greater than optim.lr = {optim.lr}")
@@ -181,7 +181,7 @@ def check_schedule(config: Config, errors: list[str]) -> None:
 
 
 def check_methods(config: Config, layers: Sequence[LayerAttention], errors: list[str]) -> None:
-    """What is asked of the layers' methods against what they can do."""
+    """Check that the layers' methods support the settings of data, kernels and evaluation."""
     for method in dict.fromkeys(layer.method for layer in layers):
         name = f"attention.method = '{method.name}'"
         if config.data.documents == "pack" and "varlen" not in method.supports:
@@ -191,7 +191,7 @@ def check_methods(config: Config, layers: Sequence[LayerAttention], errors: list
             errors.append(f"attention.impl = '{config.attention.impl}': {name} has {legal}")
         if config.evaluate.attention == "dense" and "dense" not in method.supports:
             errors.append(
-                f"evaluate.attention = 'dense': {name} trains weights that mean nothing to full "
+                f"evaluate.attention = 'dense': {name} trains weights that do not work with full "
                 "attention; use 'method' or 'auto'"
             )
 
@@ -199,36 +199,37 @@ def check_methods(config: Config, layers: Sequence[LayerAttention], errors: list
 def check_layers(
     config: Config, layers: Sequence[LayerAttention], layout: ContextLayout, errors: list[str]
 ) -> None:
-    """Every layer's attention against the model, the layout, the mesh and the data."""
-    model, found = config.model, list[str]()
+    """Check every layer's attention against model, layout, mesh and data."""
+    model, layer_errors = config.model, list[str]()
     heads = HeadSlice(0, model.nheads, 0, model.nheads_kv or model.nheads)
     for layer in dict.fromkeys(layers):
         try:
             layer.method.check(layer.options, layout, heads, config.parallel.tp_size)
         except ValueError as error:
-            found.append(f"attention.method = '{layer.method.name}': {error}")
-    errors.extend(dict.fromkeys(found))
+            layer_errors.append(f"attention.method = '{layer.method.name}': {error}")
+    errors.extend(dict.fromkeys(layer_errors))
     try:
-        slots = document_layout_for(layers, model.vocab_size)
+        documents = document_layout_for(layers, model.vocab_size)
     except ValueError as error:
         errors.append(str(error))
         return
-    if config.data.documents == "pack" and config.train.seqlen % slots.step:
+    if config.data.documents == "pack" and config.train.seqlen % documents.step:
         errors.append(
             f"train.seqlen = {config.train.seqlen}: with data.documents = 'pack' this attention "
-            f"needs a multiple of {slots.step}; the next is "
-            f"{-(-config.train.seqlen // slots.step) * slots.step}"
+            f"needs a multiple of {documents.step}; the next is "
+            f"{-(-config.train.seqlen // documents.step) * documents.step}"
         )
-    if slots.landmark is not None and slots.num_text_slots(config.train.seqlen) < 2:
+    if documents.landmark is not None and documents.num_text_slots(config.train.seqlen) < 2:
         errors.append(
-            f"train.seqlen = {config.train.seqlen} holds no two tokens of text between landmarks"
+            f"train.seqlen = {config.train.seqlen} holds fewer than two tokens of text beside "
+            "landmarks; use a longer one"
         )
 
 
 def _data_errors(data: DataConfig) -> Iterator[str]:
-    """What in `[data]` does not go together, a line each."""
+    """Yield the conflicts within `[data]`, a line each."""
     if data.source == "synthetic":
-        yield from _made_up_errors(data)
+        yield from _synthetic_errors(data)
     elif not data.path and not data.mixture:
         yield (
             "data.path is empty: name a folder made by 'lcdist tokenize', or set "
@@ -237,19 +238,19 @@ def _data_errors(data: DataConfig) -> Iterator[str]:
     if data.documents == "join":
         if data.packing != "cut":
             yield (
-                "data.packing = 'best_fit' keeps documents whole, and data.documents = 'join' does "
-                "not know them; set data.documents = 'pack', or data.packing = 'cut'"
+                "data.packing = 'best_fit' keeps documents whole, and data.documents = 'join' has "
+                "no documents; set data.documents = 'pack', or data.packing = 'cut'"
             )
         if data.balance:
             yield (
-                "data.balance = true: with data.documents = 'join' all samples are the same work; "
+                "data.balance = true: with data.documents = 'join' all samples cost the same; "
                 "set data.documents = 'pack', or data.balance = false"
             )
     yield from _mixture_errors(data)
     yield from _long_errors(data)
 
 
-def _made_up_errors(data: DataConfig) -> Iterator[str]:
+def _synthetic_errors(data: DataConfig) -> Iterator[str]:
     if data.path:
         yield f"data.path = '{data.path}' has no meaning with data.source = 'synthetic'"
     for key in ("mixture", "long_from", "long_factor"):
@@ -270,7 +271,7 @@ def _mixture_errors(data: DataConfig) -> Iterator[str]:
         twin = paths.setdefault(Path(source.path), name)
         if twin != name:
             yield (
-                f"data.mixture.{name}.path = '{source.path}' is that of data.mixture.{twin} too; "
+                f"data.mixture.{name}.path = '{source.path}' is also data.mixture.{twin}.path; "
                 "leave one out and give the other the sum of their weights"
             )
 
@@ -283,7 +284,7 @@ def _long_errors(data: DataConfig) -> Iterator[str]:
             "factor"
         )
     elif bounds != sorted(set(bounds)):
-        yield f"data.long_from = {bounds}: lengths must ascend"
+        yield f"data.long_from = {bounds}: lengths must increase"
     try:
         _ = LongDocuments(data.long_from, data.long_factor).copies_by_band
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Which attention method each layer uses, and what the methods of all layers ask of the run.
+"""Resolve the attention of every layer, and the layout that all layers accept.
 
 `[attention] layers = "full@3::4 coca@0,-1"` gives layers 3, 7, 11, ... full attention and the first
 and the last one CoCA; the others use `method`. Numbers count from 0, negative ones from the end,
@@ -20,58 +20,59 @@ from lcdist.layout.documents import DocumentLayout
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """One layer's attention: a method, and its options as that layer has them."""
+    """Attention of one layer: a method and its options for that layer."""
 
     method: AttentionMethod
     options: Any
 
 
 def resolve_layers(config: Config, errors: list[str]) -> tuple[LayerAttention, ...]:
-    """The attention of every layer, in order; empty where `errors` were added."""
-    before = len(errors)
+    """Return the attention of every layer, in order; empty where `errors` were added."""
+    errors_before = len(errors)
     attention, num_layers = config.attention, config.model.num_layers
-    chosen = _chosen(attention.layers, num_layers, errors)
-    given = {**attention.others, attention.method: attention.options}
+    named = _parse_layers(attention.layers, num_layers, errors)
+    options_of = {**attention.others, attention.method: attention.options}
     if attention.method in attention.others:
         errors.append(
-            f"[attention.{attention.method}] is a table of its own, but attention.method = "
+            f"[attention.{attention.method}] is a table, but attention.method = "
             f"'{attention.method}': write its options beside method"
         )
     for name in attention.others:
-        if name not in chosen.values() and name != attention.method:
+        if name not in named.values() and name != attention.method:
             errors.append(
                 f"[attention.{name}] has options of a method that attention.layers = "
                 f"'{attention.layers}' gives to no layer; name its layers there or remove the table"
             )
-    typed = {}
-    for name in dict.fromkeys([attention.method, *chosen.values()]):
-        typed[name] = _typed(name, given.get(name), config, errors)
-    if len(errors) > before:
+    methods = {}
+    for name in dict.fromkeys([attention.method, *named.values()]):
+        methods[name] = _typed_options(name, options_of.get(name), config, errors)
+    if len(errors) > errors_before:
         return ()
     nheads, nheads_kv = config.model.nheads, config.model.nheads_kv or config.model.nheads
-    found = []
+    layers = []
     for layer in range(num_layers):
-        method, options = typed[chosen.get(layer, attention.method)]
+        method, options = methods[named.get(layer, attention.method)]
         options = method.for_layer(options, layer, nheads, nheads_kv)
-        found.append(LayerAttention(method, options))
-    return tuple(found)
+        layers.append(LayerAttention(method, options))
+    return tuple(layers)
 
 
 def common_layouts(layers: Sequence[LayerAttention]) -> tuple[str, ...]:
-    """The kinds of layout that every layer accepts."""
+    """Return the kinds of layout that every layer accepts."""
     kinds = layers[0].method.layouts_for(layers[0].options)
     accepted = [set(layer.method.layouts_for(layer.options)) for layer in layers]
-    return tuple(kind for kind in kinds if all(kind in kinds_ for kinds_ in accepted))
+    return tuple(kind for kind in kinds if all(kind in one for one in accepted))
 
 
 def common_multiple(layers: Sequence[LayerAttention], cp_size: int, kind: str) -> int:
-    """What the length of a sequence must be a multiple of for every layer."""
+    """Return the number that a sequence's length must be a multiple of for every layer."""
     return lcm(*(layer.method.multiple_of(layer.options, cp_size, kind) for layer in layers))
 
 
 def resolve_layout(
     config: Config, layers: tuple[LayerAttention, ...], errors: list[str]
 ) -> ContextLayout | None:
+    """Return the layout of the padded sequence; None where `errors` were added."""
     parallel, legal = config.parallel, common_layouts(layers)
     kind = parallel.layout
     names = ", ".join(dict.fromkeys(f"'{layer.method.name}'" for layer in layers))
@@ -83,22 +84,22 @@ def resolve_layout(
         errors.append(f"attention.layers: the layers have no layout in common: {takes}")
         return None
     if kind == "auto":
-        # Zigzag gives every rank the same share of a causal mask.
+        # Zigzag gives every rank the same share of the causal mask.
         kind = "zigzag" if "zigzag" in legal else legal[0]
     if kind not in legal:
         errors.append(
             f"parallel.layout = '{kind}': attention.method = {names} takes {', '.join(legal)}"
         )
         return None
-    own = common_multiple(layers, parallel.cp_size, kind)
+    layers_multiple = common_multiple(layers, parallel.cp_size, kind)
     step = lcm(
-        own,
+        layers_multiple,
         pieces_needed(kind, parallel.cp_size),
-        # Sequence parallelism cuts each rank's tokens once more.
+        # Sequence parallelism divides each rank's tokens again.
         parallel.cp_size * (parallel.tp_size if parallel.sequence_parallel else 1),
     )
     padded = -(-config.train.seqlen // step) * step
-    if padded > 2 * config.train.seqlen and own > pieces_needed(kind, parallel.cp_size):
+    if padded > 2 * config.train.seqlen and layers_multiple > pieces_needed(kind, parallel.cp_size):
         errors.append(
             f"train.seqlen = {config.train.seqlen} would be mostly padding: attention.method = "
             f"{names} on parallel.cp_size = {parallel.cp_size} needs a multiple of {step}; use a "
@@ -111,10 +112,13 @@ def resolve_layout(
 def evaluation_layers(
     layers: Sequence[LayerAttention], attention: str
 ) -> tuple[LayerAttention, ...]:
-    """The layers as a trained model is read, for `[evaluate] attention`.
+    """Return the layers to use for evaluation.
 
-    "method": as trained. "auto" and "dense": full attention in the place of every method whose
-    weights are a dense model's; the plan has refused "dense" for the others.
+    Args:
+        layers: The layers as trained.
+        attention: `evaluate.attention`. "method" keeps the layers. "auto" and "dense" use full
+            attention for every method whose weights work with it; the plan rejects "dense" for
+            other methods.
     """
     if attention == "method":
         return tuple(layers)
@@ -123,10 +127,12 @@ def evaluation_layers(
 
 
 def document_layout_for(layers: Sequence[LayerAttention], vocab_size: int) -> DocumentLayout:
-    """How the loader lays documents out for these layers.
+    """Return how documents are placed in a row for these layers.
 
-    The landmark, where a layer needs one, is the last token of the vocabulary. Raises ValueError
-    where two layers want landmarks in different places.
+    The landmark, if a layer needs one, is the last token of the vocabulary.
+
+    Raises:
+        ValueError: If two layers need landmarks at different places.
     """
     blocks = {layer.options.block_size for layer in layers if "landmarks" in layer.method.supports}
     if len(blocks) > 1:
@@ -140,10 +146,11 @@ def document_layout_for(layers: Sequence[LayerAttention], vocab_size: int) -> Do
     return DocumentLayout(multiple, block_size=blocks.pop(), landmark=vocab_size - 1)
 
 
-def _typed(name: str, options: Any, config: Config, errors: list[str]) -> Any:
+def _typed_options(name: str, options: Any, config: Config, errors: list[str]) -> Any:
+    """Return (method, options as its dataclass); None if there is no method called `name`."""
     if name not in METHODS:
-        where = "method" if name == config.attention.method else "layers"
-        errors.append(f"attention.{where} = '{name}': must be one of {', '.join(METHODS)}")
+        key = "method" if name == config.attention.method else "layers"
+        errors.append(f"attention.{key} = '{name}': must be one of {', '.join(METHODS)}")
         return None
     method = METHODS[name]
     if options is None:
@@ -156,29 +163,30 @@ def _typed(name: str, options: Any, config: Config, errors: list[str]) -> Any:
     return method, options
 
 
-def _chosen(words: str, num_layers: int, errors: list[str]) -> dict[int, str]:
-    chosen: dict[int, str] = {}
+def _parse_layers(words: str, num_layers: int, errors: list[str]) -> dict[int, str]:
+    """Return the method name by layer number that `attention.layers` gives."""
+    named: dict[int, str] = {}
     for word in words.split():
-        name, at, which = word.partition("@")
-        numbers = _numbers(which, num_layers) if at and name else None
+        name, at, items = word.partition("@")
+        numbers = _layer_numbers(items, num_layers) if at and name else None
         if not numbers:
             errors.append(
                 f"attention.layers: '{word}' names none of the {num_layers} layers; write "
                 "method@numbers or slices from 0, with commas, such as full@3::4 or coca@0,-1"
             )
         for number in numbers or []:
-            if number in chosen:
+            if number in named:
                 errors.append(
                     f"attention.layers = '{words}': layer {number} is named twice; name it once"
                 )
-            chosen[number] = name
-    return chosen
+            named[number] = name
+    return named
 
 
-def _numbers(which: str, num_layers: int) -> list[int] | None:
-    """The layers that a list of numbers and slices names; None where it is not one."""
-    found: list[int] = []
-    for item in which.split(","):
+def _layer_numbers(items: str, num_layers: int) -> list[int] | None:
+    """Return the layers that numbers and slices such as "0,3::4" name; None if malformed."""
+    numbers: list[int] = []
+    for item in items.split(","):
         try:
             parts = [int(part) if part else None for part in item.split(":")]
         except ValueError:
@@ -186,12 +194,12 @@ def _numbers(which: str, num_layers: int) -> list[int] | None:
         if len(parts) == 1 and parts[0] is not None:
             if not -num_layers <= parts[0] < num_layers:
                 return None
-            found.append(parts[0] % num_layers)
+            numbers.append(parts[0] % num_layers)
         elif 2 <= len(parts) <= 3 and (len(parts) == 2 or parts[2] != 0):
             picked = range(num_layers)[slice(*parts)]
             if not picked:
                 return None
-            found += picked
+            numbers += picked
         else:
             return None
-    return found
+    return numbers

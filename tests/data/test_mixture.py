@@ -231,15 +231,15 @@ CONTRADICTIONS = {
         "data.packing = 'best_fit' is for data.source = 'tokens'; use 'cut'"
     ],
     "data.path=x data.packing=best_fit": [
-        "data.packing = 'best_fit' keeps documents whole, and data.documents = 'join' does not "
-        "know them; set data.documents = 'pack', or data.packing = 'cut'"
+        "data.packing = 'best_fit' keeps documents whole, and data.documents = 'join' has "
+        "no documents; set data.documents = 'pack', or data.packing = 'cut'"
     ],
     "data.path=x data.balance=true": [
-        "data.balance = true: with data.documents = 'join' all samples are the same work; set "
+        "data.balance = true: with data.documents = 'join' all samples cost the same; set "
         "data.documents = 'pack', or data.balance = false"
     ],
     "data.mixture.a.path=x data.mixture.b.path=./x": [
-        "data.mixture.b.path = './x' is that of data.mixture.a too; leave one out and give the "
+        "data.mixture.b.path = './x' is also data.mixture.a.path; leave one out and give the "
         "other the sum of their weights"
     ],
     "data.mixture.a.path=": [
@@ -249,7 +249,7 @@ CONTRADICTIONS = {
         "data.long_from = [9, 20] and data.long_factor = [2.0]: every length needs a factor"
     ],
     "data.path=x data.long_from=[20,9] data.long_factor=[2,3]": [
-        "data.long_from = [20, 9]: lengths must ascend"
+        "data.long_from = [20, 9]: lengths must increase"
     ],
     "data.path=x data.long_from=[20] data.long_factor=[2.37]": [
         "data.long_factor = [2.37]: in whole numbers they are 100, 237; use factors that are whole "

@@ -68,7 +68,7 @@ REFUSED = {
     ("lora.rank=2", 'lora.targets=["q","q"]'): ("lora.targets = q, q: name every target once",),
     ("lora.rank=2", 'lora.targets=["w"]'): ("lora.targets[0] = 'w': must be one of q, k, v, o",),
     ("lora.rank=2", "lora.head=true", TIED): ("set lora.embeddings = true as well",),
-    ("lora.rank=2", "lora.load=there"): ("name them in checkpoint.load",),
+    ("lora.rank=2", "lora.load=there"): ("set checkpoint.load to them",),
     ("lora.rank=-1",): ("lora.rank = -1: must be at least 0",),
 }
 

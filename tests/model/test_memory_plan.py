@@ -171,7 +171,7 @@ def test_the_plan_tells_people() -> None:
             "train.mlp_chunk = 5 has no meaning with train.mlp = 'whole'; set it to 0 or use",
         ),
         ((HOST, SELECTIVE), "train.recompute = 'selective'; use 'full' or 'auto', or offload"),
-        ((HOST, "train.recompute=none"), "train.offload = 'host' moves the inputs that full"),
+        ((HOST, "train.recompute=none"), "train.offload = 'host' moves the layer inputs that"),
         (("train.mlp_chunk=-1",), "train.mlp_chunk"),
         (("train.recompute=some",), "train.recompute"),
     ],
