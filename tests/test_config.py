@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcdist.config import ConfigError, dump, load, parse
-from lcdist.config.load import build_options
+from lcdist.config.build import build_options
 from lcdist.config.rope import (
     RopeDynamic,
     RopeLlama3,

@@ -113,14 +113,14 @@ def test_another_kind_replaces_the_whole_table(tmp_path: Path) -> None:
         (
             BASE + "[[stages]]\n",
             [],
-            "stages[0].name = None: expected letters, digits, '.', '_' and '-', another for each "
-            "stage",
+            "stages[0].name = None: expected letters, digits, '.', '_' and '-', different for "
+            "each stage",
         ),
         (
             BASE + '[[stages]]\nname="a/b"\n',
             [],
-            "stages[0].name = 'a/b': expected letters, digits, '.', '_' and '-', another for each "
-            "stage",
+            "stages[0].name = 'a/b': expected letters, digits, '.', '_' and '-', different for "
+            "each stage",
         ),
         (
             BASE + '[[stages]]\nname="a"\ntrain.sequlen=3\n[[stages]]\nname="b"\n',
@@ -130,7 +130,7 @@ def test_another_kind_replaces_the_whole_table(tmp_path: Path) -> None:
         (
             BASE + '[[stages]]\nname="a"\nlog.folder="x"\n',
             [],
-            "stage 'a': log.folder is made from the stage's place; set it outside [[stages]]",
+            "stage 'a': log.folder follows from the stage's number; set it outside [[stages]]",
         ),
         (
             BASE + STAGES,

@@ -1,4 +1,4 @@
-"""The typed tree back to TOML: what one does not set one can still read, and load again."""
+"""Write a configuration as TOML, defaults included, so that it can be read and loaded again."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from lcdist.config.schema import RawOptions
 
 
 def dump(config: Any) -> str:
-    """The tree as TOML that `load` reads back to an equal tree."""
+    """Return the configuration as TOML that `load` reads back to an equal one."""
     lines: list[str] = []
     _dump_table(config, "", lines)
     return "\n".join(lines).strip() + "\n"
@@ -42,7 +42,7 @@ def _as_table(node: Any) -> dict[str, Any]:
         value = getattr(node, field.name)
         if field.metadata.get("flattened"):
             table.update(_as_table(value))
-        elif value is not None:  # TOML has no word for None: the key is left out
+        elif value is not None:  # TOML has no null: leave the key out
             table[field.name] = value
     return table
 
@@ -52,7 +52,7 @@ def _key(key: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    # JSON's escapes are TOML's, once DEL, which JSON leaves bare, is escaped too.
+    # JSON's escapes are legal in TOML; TOML also needs DEL escaped, which JSON does not.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they are put on and what is trained beside them."""
+"""Configuration of low-rank adapters and of the modules trained with them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,16 +10,23 @@ Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """LoRA (arXiv:2106.09685): weights stay as they are and get a product of rank `rank` added.
+    """LoRA (arXiv:2106.09685): weights are frozen, and a product of rank `rank` is added to each.
 
-    rank: 0 is off. targets: projections with an adapter; `k` is what stands in the key's place, T
-    with coca. embeddings, norms, head: trained whole; LongLoRA's setting (arXiv:2309.12307) is
-    embeddings and norms. lr_ratio: learning rate of B over that of everything else (LoRA+,
-    arXiv:2402.12354). load: a folder in PEFT's format whose adapter a new run starts from.
+    Attributes:
+        rank: 0 turns LoRA off.
+        alpha: The product is multiplied by alpha / rank.
+        targets: Projections with an adapter. With coca, `k` is the projection to T, which replaces
+            the keys.
+        embeddings: Whether the embedding is trained in full. LongLoRA (arXiv:2309.12307) trains
+            embeddings and norms.
+        norms: Whether the norms are trained.
+        head: Whether the output layer is trained in full.
+        lr_ratio: Learning rate of B over that of all other parameters (LoRA+, arXiv:2402.12354).
+        load: Folder in PEFT's format with the adapter that a new run starts from.
     """
 
     rank: int = at_least(0, 0)
-    alpha: float = above(0, 16.0)  # the product counts alpha / rank
+    alpha: float = above(0, 16.0)
     targets: tuple[Target, ...] = ("q", "k", "v", "o")
     embeddings: bool = False
     norms: bool = False
@@ -29,5 +36,5 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What the product is multiplied by."""
+        """Factor of the product B A."""
         return self.alpha / self.rank

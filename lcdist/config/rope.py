@@ -1,6 +1,6 @@
-"""Rotary embedding in a configuration: a union, told apart by `scaling`.
+"""Configuration of rotary embedding: a union with the tag `scaling`.
 
-The frequencies that follow from it are made by `lcdist.model.rotary`.
+`lcdist.model.rotary` computes the frequencies.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from lcdist.config.fields import above, at_least, required
 
 @dataclass(frozen=True, kw_only=True)
 class RopePlain:
-    """Rotary embedding as trained: frequencies base^(-2i/d) (arXiv:2104.09864)."""
+    """Unscaled rotary embedding: frequencies base^(-2i/d) (arXiv:2104.09864)."""
 
     scaling: Literal["none"] = "none"
     base: float = above(1, 10000.0)
@@ -37,11 +37,15 @@ class RopeNTK:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeYarn:
-    """YaRN (arXiv:2309.00071): slow features interpolated, fast ones kept, a ramp between.
+    """YaRN (arXiv:2309.00071): interpolate slow features, keep fast ones, with a ramp between.
 
-    original_seqlen: what the model was trained on, in tokens. beta_fast, beta_slow: rotations over
-    it where the ramp begins and ends. attention_factor: multiplies cos and sin; None: 0.1 ln factor
-    + 1. truncate: whether the ramp's ends are rounded to whole features.
+    Attributes:
+        factor: How many times original_seqlen the model is extended to.
+        original_seqlen: Training length of the model, in tokens.
+        beta_fast: Rotations over original_seqlen where the ramp begins.
+        beta_slow: Rotations over original_seqlen where the ramp ends.
+        attention_factor: Multiplies cos and sin; None: 0.1 ln factor + 1.
+        truncate: Whether the ramp's ends are rounded to whole features.
     """
 
     scaling: Literal["yarn"] = "yarn"
@@ -56,9 +60,13 @@ class RopeYarn:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeLlama3:
-    """Llama 3.1's rule: wavelengths beyond original_seqlen / low_freq_factor divided by `factor`.
+    """Llama 3.1's rule: interpolate long wavelengths, keep short ones, blend between.
 
-    Those below original_seqlen / high_freq_factor are kept, and blended between.
+    Attributes:
+        factor: Divides the frequencies of wavelengths beyond original_seqlen / low_freq_factor.
+        low_freq_factor: Bound of the long wavelengths.
+        high_freq_factor: Wavelengths below original_seqlen / high_freq_factor are kept.
+        original_seqlen: Training length of the model, in tokens.
     """
 
     scaling: Literal["llama3"] = "llama3"
@@ -71,9 +79,9 @@ class RopeLlama3:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeDynamic:
-    """Dynamic NTK: NTK-aware scaling that grows with the length of the sequence that is read.
+    """Dynamic NTK: NTK-aware scaling that grows with the length of the sequence.
 
-    Up to original_seqlen tokens nothing is scaled; at s of them, base is multiplied by
+    Sequences of up to original_seqlen tokens are not scaled. For s tokens, base is multiplied by
     (factor s / original_seqlen - (factor - 1))^(d/(d-2)).
     """
 
@@ -85,12 +93,14 @@ class RopeDynamic:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeLong:
-    """LongRoPE (arXiv:2402.13753): every frequency divided by a searched number of its own.
+    """LongRoPE (arXiv:2402.13753): every frequency divided by its own factor, found by search.
 
-    short_factors, long_factors: these numbers, head_dim / 2 of them, for sequences of at most
-    original_seqlen tokens and for longer ones. factor: how many times original_seqlen the model is
-    extended to. attention_factor: multiplies cos and sin; None: sqrt(1 + ln factor / ln
-    original_seqlen).
+    Attributes:
+        factor: How many times original_seqlen the model is extended to.
+        original_seqlen: Training length of the model, in tokens.
+        short_factors: head_dim / 2 divisors, for sequences of at most original_seqlen tokens.
+        long_factors: head_dim / 2 divisors, for longer sequences.
+        attention_factor: Multiplies cos and sin; None: sqrt(1 + ln factor / ln original_seqlen).
     """
 
     scaling: Literal["longrope"] = "longrope"

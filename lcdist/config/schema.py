@@ -1,7 +1,7 @@
-"""The schema of a run: one tree of frozen dataclasses, and the only place where defaults live.
+"""Schema of a run: one tree of frozen dataclasses, and the only place with defaults.
 
-Lengths are in tokens, sizes of the mesh in ranks, times in seconds. No torch in here, so that a
-configuration can be checked where torch is not installed.
+Lengths are in tokens, sizes of the mesh in ranks, times in seconds. This module does not import
+torch, so that a configuration can be checked where torch is not installed.
 """
 
 from collections.abc import Mapping
@@ -31,9 +31,11 @@ class CocaOptions:
 class SccaOptions:
     """Shifted cross chunk attention and its relatives (arXiv:2312.07305); lengths in tokens.
 
-    shift: of the shifted units, `fixed` and `longmixed` alone; None: half a chunk. wrap: what the
-    first chunks of a shifted unit see, nothing (`mask`) or the chunk at a shorter distance
-    (`fold`); None: mask, and fold for `flow`. fractions: of the heads for `longmixed`.
+    Attributes:
+        shift: Distance of the shifted units, for `fixed` and `longmixed` only; None: half a chunk.
+        wrap: Keys of a shifted unit's first chunks: none (`mask`), or the chunk at a shorter
+            distance (`fold`). None: `fold` for `flow`, else `mask`.
+        fractions: Fractions of the heads for each unit of `longmixed`.
     """
 
     pattern: Literal["fixed", "flow", "sda", "sda_key", "longmixed", "s2"] = "fixed"
@@ -49,7 +51,7 @@ class SccaOptions:
 class TensorizedOptions:
     """Tensorized attention, lexicographic (arXiv:2410.20926); modes in tokens, finest first.
 
-    The coarsest mode is left out: it grows with the sequence. No modes: full attention.
+    The coarsest mode is not listed: it grows with the sequence. An empty list is full attention.
     """
 
     modes: tuple[int, ...] = at_least(1, (512,))
@@ -62,7 +64,8 @@ class TensorizedOptions:
 class LandmarkOptions:
     """Landmark attention (arXiv:2305.16300); lengths in tokens, landmarks included.
 
-    top_k: past blocks that a unit of select_tokens tokens reads; None: all of them.
+    Attributes:
+        top_k: Past blocks that a unit of select_tokens tokens attends to; None: all of them.
     """
 
     block_size: int = at_least(2, 64)
@@ -72,9 +75,9 @@ class LandmarkOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LssarOptions:
-    """Length-scaled softplus attention with re-weighting; reweight False is LSSA."""
+    """Length-scaled softplus attention with re-weighting (LSSAR); without `reweight`, LSSA."""
 
-    power: float = at_least(1, 15.0)  # below 1 gradients are unbounded at a row's mean
+    power: float = at_least(1, 15.0)  # below 1, gradients are unbounded at a row's mean
     reweight: bool = True
     exempt_rows: int = at_least(0, 3)
 
@@ -91,7 +94,7 @@ OPTIONS: Mapping[str, type] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RawOptions:
-    """Options of a method that is not built in, kept as they were written until it is known."""
+    """Options of a method from another package, unchecked until the method is known."""
 
     table: Mapping[str, Any]
 
@@ -101,29 +104,32 @@ class RawOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A LLaMA-shaped decoder: RMSNorm, rotary attention with grouped heads, SwiGLU."""
+    """A LLaMA-shaped decoder: RMSNorm, rotary grouped-query attention, SwiGLU."""
 
     vocab_size: int = required(2)
     num_layers: int = required(1)
     hidden_size: int = required(1)
     nheads: int = required(1)
-    nheads_kv: int = at_least(0, 0)  # 0: as many as nheads
+    nheads_kv: int = at_least(0, 0)  # 0: equal to nheads
     head_dim: int = at_least(0, 0)  # 0: hidden_size / nheads
     ffn_hidden_size: int = required(1)
     norm_eps: float = above(0, 1e-5)
     tied_embeddings: bool = False
-    qkv_bias: bool = False  # a bias on the projections to queries, keys and values, as Qwen2 has
+    qkv_bias: bool = False  # biases of the query, key and value projections, as in Qwen2
     init_std: float = above(0, 0.02)
     rope: Rope = field(default_factory=RopePlain)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Which attention method, and its options (written beside `method`, in the same table).
+    """The attention method and its options, which are keys of the same table.
 
-    layers: layers that use another method, as `method@layers` words, the layers numbers or slices
-    from 0 with commas between them: "full@3::4 coca@0,-1". others: the options of those methods,
-    each a table `[attention.<method>]`.
+    Attributes:
+        layers: Layers with another method, as words `method@layers`: layer numbers from 0 or
+            slices, separated by commas, such as "full@3::4 coca@0,-1".
+        impl: Implementation of the kernels.
+        options: Options of `method`.
+        others: Options of the methods in `layers`, each a table `[attention.<method>]`.
     """
 
     method: str = "full"
@@ -135,23 +141,23 @@ class AttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The mesh. The data-parallel size is what remains of the world; it is never configured."""
+    """The mesh. The data-parallel size is the world size over the other sizes; it has no key."""
 
     tp_size: int = at_least(1, 1)
     pp_size: int = at_least(1, 1)
     cp_size: int = at_least(1, 1)
-    vp_size: int = at_least(1, 1)  # model chunks per pipeline stage: 1 is 1F1B, more interleaves
+    vp_size: int = at_least(1, 1)  # model chunks a pipeline stage; 1: 1F1B, more: interleaved
     sequence_parallel: bool = False
     layout: Literal["auto", "contiguous", "zigzag", "striped"] = "auto"
-    timeout: float = above(0, 600.0)  # seconds a collective may wait for a rank
-    # Seconds without progress after which the watchdog tells who waits for whom, and ends the run;
-    # a first step and a save may take as long as `timeout`, a step five times the longest before.
+    timeout: float = above(0, 600.0)  # longest wait of a collective for a rank, in seconds
+    # Seconds without progress after which the watchdog reports the stuck ranks and ends the run.
+    # A first step and a save may take `timeout`, a step five times the longest one so far.
     stall: float = above(0, 300.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureSource:
-    """One folder of a mixture; its share of the tokens is its weight over all weights."""
+    """One folder of a mixture; its share of the tokens is its weight over the sum of weights."""
 
     path: str = required()  # folder written by `lcdist tokenize`
     weight: float = above(0, 1.0)
@@ -159,12 +165,14 @@ class MixtureSource:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where tokens come from: folders made by `lcdist tokenize`, or made-up ones.
+    """Source of tokens: folders written by `lcdist tokenize`, or synthetic tokens.
 
-    mixture: several folders, each a table `[data.mixture.<name>]`; `path` is then the one that is
-    evaluated on and generated with, by default the first. long_from, long_factor: in every folder,
-    documents of at least long_from[i] tokens, and fewer than long_from[i + 1], are drawn
-    long_factor[i] times as often as shorter ones (arXiv:2402.10171).
+    Attributes:
+        mixture: Several folders, each a table `[data.mixture.<name>]`. `path` is then the folder
+            for evaluation and generation; by default the first.
+        long_from: Lower bounds of document lengths, increasing.
+        long_factor: In every folder, documents of long_from[i] to long_from[i + 1] tokens are drawn
+            long_factor[i] times as often as shorter ones (arXiv:2402.10171).
     """
 
     source: Literal["tokens", "synthetic"] = "tokens"
@@ -172,24 +180,25 @@ class DataConfig:
     mixture: Mapping[str, MixtureSource] = field(default_factory=dict)
     long_from: tuple[int, ...] = at_least(1, ())
     long_factor: tuple[float, ...] = above(0, ())
-    documents: Literal["join", "pack"] = "join"  # pack: attention never crosses a document's end
-    # How packed documents fill rows: one after another, cut where a row ends; or each whole where
-    # it fits best, with padding (arXiv:2404.10830), so that only those longer than a row are cut.
+    documents: Literal["join", "pack"] = "join"  # pack: no attention across documents
+    # cut: documents fill rows one after another and are cut where a row ends. best_fit: each goes
+    # whole to the row where it fits best, with padding (arXiv:2404.10830); only documents longer
+    # than a row are cut.
     packing: Literal["cut", "best_fit"] = "cut"
-    # Deal a step's packed samples to data-parallel ranks by the work of their attention.
+    # Distribute a step's packed samples over data-parallel ranks by the FLOPs of their attention.
     balance: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and the schedule of its learning rate."""
+    """AdamW and its learning rate schedule."""
 
     lr: float = above(0, 3e-4)
     min_lr: float = at_least(0, 0.0)
     beta1: float = at_least(0, 0.9)
     beta2: float = at_least(0, 0.95)
     eps: float = above(0, 1e-8)
-    weight_decay: float = at_least(0, 0.1)  # never on norms and biases
+    weight_decay: float = at_least(0, 0.1)  # not applied to norms and biases
     clip_norm: float = at_least(0, 1.0)  # 0: no clipping
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = at_least(0, 0)
@@ -198,58 +207,63 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length, size and number of the steps."""
+    """Steps, batch sizes, dtype and memory savings."""
 
     seqlen: int = required(1)
     steps: int = required(1)
-    micro_batch_size: int = at_least(1, 1)  # samples a data-parallel rank runs at once
+    micro_batch_size: int = at_least(1, 1)  # samples of one forward pass on a data-parallel rank
     global_batch_size: int = at_least(1, 1)  # samples a step, over all ranks
     seed: int = at_least(0, 0)
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    # What backward computes again: nothing; norms and the MLP's activation; whole layers, of which
-    # the input is kept. auto: whole layers above 16,384 tokens a rank, else nothing.
+    # Activation checkpointing. selective: backward recomputes norms and the MLP's activation. full:
+    # it recomputes whole layers from their saved input. auto: full above 16,384 tokens a rank, else
+    # none.
     recompute: Literal["auto", "none", "selective", "full"] = "auto"
-    # host: the inputs wait for backward in the host's memory. auto: on a GPU, above 16,384 tokens
-    # a rank, where they fit there.
+    # host: saved layer inputs are moved to the host's memory until backward. auto: host on a GPU
+    # above 16,384 tokens a rank, if they fit there.
     offload: Literal["auto", "none", "host"] = "auto"
-    # tiled: some tokens at a time, once more in backward; auto: above 16,384 tokens a rank
+    # tiled: the MLP runs some tokens at a time, and again in backward. auto: tiled above 16,384
+    # tokens a rank.
     mlp: Literal["auto", "whole", "tiled"] = "auto"
-    # tokens at a time; 0: as many as have gate and up in 128 MiB, at least 1,024
+    # tokens a tile; 0: as many as have gate and up in 128 MiB, at least 1,024
     mlp_chunk: int = at_least(0, 0)
-    # chunked: logits for some tokens at a time, twice; auto: above 16,384 tokens a rank
+    # chunked: logits are computed for some tokens at a time, and again in backward. auto: chunked
+    # above 16,384 tokens a rank.
     loss: Literal["auto", "whole", "chunked"] = "auto"
-    loss_chunk: int = at_least(0, 0)  # tokens at a time; 0: as many as fit 128 MiB, at least 1,024
+    loss_chunk: int = at_least(0, 0)  # tokens a chunk; 0: as many as fit 128 MiB, at least 1,024
     engine: Literal["megatron"] = "megatron"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save, what to keep, and where to start from."""
+    """When to save, which checkpoints to keep, and which to start from."""
 
-    every: int = at_least(0, 0)  # steps between saves; 0: only at the end or when told to stop
+    every: int = at_least(0, 0)  # steps between saves; 0: only at the end or on a stop signal
     keep_last: int = at_least(1, 2)
-    keep_every: int = at_least(0, 0)  # checkpoints of multiples of so many steps stay; 0: none
-    asynchronous: bool = False  # copy to the host's memory, and write while training goes on
+    keep_every: int = at_least(0, 0)  # keep checkpoints at multiples of this many steps; 0: none
+    asynchronous: bool = False  # copy to the host's memory, and write during training
     load: str = ""  # a checkpoint whose weights a new run starts from
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """The run folder and what is written there."""
+    """The run folder and loggers."""
 
     folder: str = required()
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "lcdist"
-    peak_tflops: float = at_least(0, 0.0)  # of one device, for MFU; 0: known GPU, else measured
+    peak_tflops: float = at_least(0, 0.0)  # of one device, for MFU; 0: data sheet, else measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Perplexity by length.
 
-    attention: `dense` reads with full attention what a sparse pattern was trained for, here and in
-    generation; auto: dense where the method's pattern is meant for training alone (scca).
+    Attributes:
+        attention: Attention of evaluation and generation. `method`: as trained. `dense`: full
+            attention in place of a sparse pattern. auto: dense if the pattern is for training only
+            (scca), else method.
     """
 
     attention: Literal["auto", "dense", "method"] = "auto"
@@ -260,7 +274,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """Configuration of a run: one attribute for each section of the file."""
 
     model: ModelConfig
     train: TrainConfig

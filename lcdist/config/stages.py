@@ -1,7 +1,7 @@
-"""A configuration of stages: several runs, one after the other, each from the weights of the last.
+"""Load a configuration with stages: successive runs, each starting from the previous weights.
 
-`[[stages]]` tables have a `name` and what differs from the rest of the file, in the same sections.
-Stage number i, from 1, has the run folder `<log.folder>/<i>-<name>` and starts from the one before.
+A `[[stages]]` table has a `name` and, in the usual sections, the keys that differ from the rest of
+the file. Stage number i, from 1, has the run folder `<log.folder>/<i>-<name>`.
 """
 
 import re
@@ -10,33 +10,39 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lcdist.config.load import ConfigError, parse, read_table
+from lcdist.config.build import ConfigError
+from lcdist.config.load import parse, read_table
 from lcdist.config.schema import Config
 
 KEY = "stages"
-# A table that chooses one of several kinds has nothing in common with another kind's.
+# Keys that select a kind of table. Such a table replaces the common one: another kind's keys would
+# not fit.
 TAGS = ("scaling", "method")
-# Where a stage lies and what it starts from follow from its place.
+# A stage's folder and starting weights follow from its number.
 FIXED = (("log", "folder"), ("checkpoint", "load"))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the runs of a configuration; name: empty where it has no stages."""
+    """One run of a configuration; `name` is empty in a file without stages."""
 
     name: str
     config: Config
 
 
 def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Stage, ...]:
-    """The stages of the TOML file `path`; a file without any is one.
+    """Load the stages of the TOML file `path`; a file without stages is one stage.
 
-    overrides: `section.key=value` for every stage, `stages.NAME.section.key=value` for one. Raises
-    ConfigError with every mistake, naming the stage.
+    Args:
+        path: The file.
+        overrides: `section.key=value` for every stage, `stages.NAME.section.key=value` for one.
+
+    Raises:
+        ConfigError: With every mistake, and the name of its stage.
     """
     table = read_table(path)
     tables = table.pop(KEY, None)
-    own, common = _of_stages(overrides)
+    own, common = _split_overrides(overrides)
     if tables is None:
         if own:
             raise ConfigError([f"override {own[0][1]!r}: {path} has no stages"])
@@ -49,52 +55,52 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Stage,
         )
     stages: list[Stage] = []
     errors: list[str] = []
-    for name, of_stage in zip(names, tables, strict=True):
-        different = {key: value for key, value in of_stage.items() if key != "name"}
-        before = len(errors)
+    for name, stage_table in zip(names, tables, strict=True):
+        sections = {key: value for key, value in stage_table.items() if key != "name"}
+        errors_before = len(errors)
         errors += [
-            f"stage '{name}': {section}.{key} is made from the stage's place; set it outside "
+            f"stage '{name}': {section}.{key} follows from the stage's number; set it outside "
             f"[[{KEY}]]"
             for section, key in FIXED
-            if key in _table(different.get(section))
+            if key in _table_or_empty(sections.get(section))
         ]
         words = [*common, *(word for stage, _, word in own if stage == name)]
         try:
-            config = parse(_merged(table, different), words)
+            config = parse(_merge(table, sections), words)
         except ConfigError as error:
             errors += [f"stage '{name}': {line}" for line in error.errors]
-        if len(errors) == before:
+        if len(errors) == errors_before:
             stages.append(Stage(name, config))
     if errors:
-        # What is wrong outside the stages is wrong in each.
+        # A mistake outside the stages is found once in each.
         raise ConfigError(dict.fromkeys(errors))
-    return _chained(stages)
+    return _chain(stages)
 
 
-def _chained(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Each in a folder of its own, and from the second on with the weights of the one before."""
+def _chain(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Set each stage's folder, and from the second on the checkpoint to start from."""
     chained: list[Stage] = []
     for number, stage in enumerate(stages, 1):
         config = stage.config
         folder = str(Path(config.log.folder) / f"{number}-{stage.name}")
         config = replace(config, log=replace(config.log, folder=folder))
         if chained:
-            begins = replace(config.checkpoint, load=chained[-1].config.log.folder)
-            # Adapters come along with the weights.
+            checkpoint = replace(config.checkpoint, load=chained[-1].config.log.folder)
+            # The checkpoint contains the adapters.
             lora = replace(config.lora, load="")
-            config = replace(config, checkpoint=begins, lora=lora)
+            config = replace(config, checkpoint=checkpoint, lora=lora)
         chained.append(Stage(stage.name, config))
     return tuple(chained)
 
 
 def _names(tables: Any) -> list[str]:
-    are_tables = isinstance(tables, list) and all(isinstance(each, Mapping) for each in tables)
-    if not tables or not are_tables:
+    is_valid = isinstance(tables, list) and all(isinstance(each, Mapping) for each in tables)
+    if not tables or not is_valid:
         raise ConfigError([f"{KEY} = {tables!r}: expected tables, each written below [[{KEY}]]"])
     names = [table.get("name") for table in tables]
     wrong = [
         f"{KEY}[{number}].name = {name!r}: expected letters, digits, '.', '_' and '-', "
-        "another for each stage"
+        "different for each stage"
         for number, name in enumerate(names)
         if not isinstance(name, str)
         or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)
@@ -105,8 +111,12 @@ def _names(tables: Any) -> list[str]:
     return names
 
 
-def _of_stages(overrides: Sequence[str]) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """(stage, the override, what it is in the stage) of those for one stage, and the rest."""
+def _split_overrides(overrides: Sequence[str]) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """Separate overrides for one stage from those for all.
+
+    Returns:
+        (stage, whole override, override within the stage) of those for one stage; and the others.
+    """
     own, common = [], []
     for text in overrides:
         found = re.match(rf"\s*{KEY}\.(.+?)\.(?=[a-z_]+\.[^=]*=)(.*)", text, re.DOTALL)
@@ -117,19 +127,19 @@ def _of_stages(overrides: Sequence[str]) -> tuple[list[tuple[str, str, str]], li
     return own, common
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        if isinstance(below, Mapping) and isinstance(value, Mapping) and not _chooses(value):
-            value = _merged(below, value)
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and not _has_tag(value):
+            value = _merge(below, value)
         merged[key] = value
     return merged
 
 
-def _chooses(table: Mapping[str, Any]) -> bool:
+def _has_tag(table: Mapping[str, Any]) -> bool:
     return any(tag in table for tag in TAGS)
 
 
-def _table(value: Any) -> Mapping[str, Any]:
+def _table_or_empty(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from lcdist.attention import METHODS, AttentionMethod
 from lcdist.config import ConfigError
-from lcdist.config.load import build_options
+from lcdist.config.build import build_options
 from lcdist.config.schema import OPTIONS, Config, RawOptions
 from lcdist.layout import ContextLayout, pieces_needed
 from lcdist.layout.documents import DocumentLayout

@@ -49,9 +49,10 @@ LONG = (f"train.seqlen={TOKENS}", "train.loss=chunked", "train.loss_chunk=64")
 
 
 def held(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[tuple[int, int, int]]:
-    """Bytes that live after forward, at most, and of the host's store, of a model of each case."""
+    """Return live bytes after forward, their peak, and bytes of the host's store, for each case."""
     found = []
-    for words in cases:
+    # The attention's tables of token numbers stay cached: a first run builds them.
+    for words in (cases[0], *cases):
         plan = make_plan(small(*words), world_size)
         [model] = build_model(plan, build_mesh(plan.config.parallel, 0).device)
         tokens = torch.zeros(1, plan.layout.local_seqlen, dtype=torch.int64)
@@ -61,7 +62,7 @@ def held(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[tuple
             kept = live.now
             losses.sum().backward()
         found.append((kept, live.peak, plan.memory.host_bytes))
-    return found
+    return found[1:]
 
 
 def of_a_layer(mesh: tuple[str, ...], way: tuple[str, ...]) -> list[tuple[str, ...]]:

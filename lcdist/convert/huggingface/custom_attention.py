@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
-from lcdist.config.load import build
+from lcdist.config.build import build
 from lcdist.config.schema import (
     OPTIONS,
     AttentionConfig,
