@@ -173,9 +173,9 @@ def test_errors():
             layout.positions(rank)
     with pytest.raises(ValueError, match=r"dim 1 of a tensor of shape \(8, 4\) has 4 entries; "):
         layout.shard(torch.zeros(8, 4), 0, 1)
-    with pytest.raises(ValueError, match="3 shards for cp_size = 2"):
+    with pytest.raises(ValueError, match="3 shards: expected cp_size = 2"):
         layout.unshard([torch.zeros(4)] * 3, 0)
-    with pytest.raises(ValueError, match="the shards hold 6 entries, not 8"):
+    with pytest.raises(ValueError, match="the shards have 6 entries: expected 8"):
         layout.unshard([torch.zeros(3)] * 2, 0)
 
 

@@ -1,1 +1,1 @@
-"""Hardware: devices, their peak rates, and Megatron-core on hosts without CUDA."""
+"""Devices, data sheets and peak rates, and Megatron-core on hosts without CUDA."""

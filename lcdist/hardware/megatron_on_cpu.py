@@ -1,16 +1,16 @@
-"""Megatron-core on a host without CUDA: the one shim, installed by importing this module.
+"""Run Megatron-core on a host without CUDA: a shim, installed by importing this module.
 
-Megatron-core asks for CUDA by name in many places ("There is no CPU-only path in Megatron Core",
-its maintainers say in NVIDIA-NeMo/Speech issue 14244). Where CUDA is available this module does
-nothing. Elsewhere, for `megatron.core` and its submodules only:
+Megatron-core names CUDA in many places ("There is no CPU-only path in Megatron Core": its
+maintainers in NVIDIA-NeMo/Speech issue 14244). With CUDA this module does nothing. Without it, for
+`megatron.core` and its submodules only:
 
-1. every module sees a proxy of `torch` for which device "cuda" means the CPU and streams, events
-   and synchronisation are inert; the real `torch` is left as it is for everybody else;
-2. Megatron is imported with `torch.compile` as the identity, so nothing is compiled at run time;
-3. the CUDA random-number tracker is replaced by one over the CPU's generator.
+1. every module gets a proxy of `torch` in which device "cuda" is the CPU, and streams, events and
+   synchronisation do nothing; the real `torch` is unchanged for all other modules;
+2. Megatron is imported with `torch.compile` as the identity, so that nothing is compiled;
+3. the CUDA random-number tracker is replaced by one on the CPU's generator.
 
-`Tensor.cuda()` becomes the identity, which tied embeddings across pipeline stages need. Import it
-before the first import of megatron. Checked with megatron-core 0.16.1.
+`Tensor.cuda()` becomes the identity, which tied embeddings across pipeline stages need. Import this
+module before the first import of megatron. Tested with megatron-core 0.16.1.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _FACTORIES = (
 
 
 class _Inert:
-    """Stands for streams, events and profiler ranges: accepts everything, does nothing."""
+    """Replacement of streams, events and profiler ranges: accept all calls, do nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -49,7 +49,7 @@ class _Inert:
 
 
 class _Proxy(types.ModuleType):
-    """A module that answers like another one, but for the names given."""
+    """A copy of a module with some names replaced."""
 
     def __init__(self, real: Any, **overrides: Any) -> None:
         super().__init__(real.__name__)
@@ -59,15 +59,15 @@ class _Proxy(types.ModuleType):
         return getattr(self.__dict__["_real"], name)
 
 
-def _names_cuda(where: Any) -> bool:
-    if isinstance(where, torch.device):
-        return where.type == "cuda"
-    return type(where) is int or (isinstance(where, str) and where.startswith("cuda"))
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return type(device) is int or (isinstance(device, str) and device.startswith("cuda"))
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     def make(*args: Any, **kwargs: Any) -> Any:
-        if _names_cuda(kwargs.get("device")):
+        if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
@@ -116,7 +116,7 @@ def _torch_without_cuda() -> _Proxy:
 
 
 class _Finder:
-    """Hands the proxy to Megatron's modules as they are imported."""
+    """Import hook that gives the proxy to Megatron's modules."""
 
     def __init__(self, proxy: _Proxy) -> None:
         self.proxy = proxy
@@ -139,7 +139,7 @@ class _Finder:
 
 def _use_cpu_generator(random: Any) -> None:
     class CpuRngTracker(random.CudaRNGStatesTracker):
-        """Megatron's named random states, kept by the CPU's generator."""
+        """Megatron's named random states, on the CPU's generator."""
 
         def add(self, name: str, seed: int) -> None:
             if seed in self.seeds_ or name in self.states_:
@@ -166,9 +166,9 @@ def _use_cpu_generator(random: Any) -> None:
 
 
 def _install() -> None:
-    # Megatron says at every import that Transformer Engine and Apex are absent; neither is needed.
+    # Megatron warns that Transformer Engine and Apex are missing; neither is needed.
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    # Its checkpoints are made of the ShardedTensor that torch would rather see replaced.
+    # Its checkpoints use ShardedTensor, which torch has deprecated.
     warnings.filterwarnings("ignore", "Please use DTensor", FutureWarning)
     warnings.filterwarnings("ignore", ".*(reduce_scatter|all_gather_into)_tensor", FutureWarning)
     if has_cuda():

@@ -1,4 +1,4 @@
-"""What a device can do at most, and what a process used at most: the scales of MFU and memory.
+"""Measure the peak FLOP/s of a device, the peak memory of a process, and MFU.
 
 Model FLOPs utilisation (MFU) is the model's FLOPs per second over the peak FLOP/s of all devices
 (arXiv:2204.02311, appendix B).
@@ -24,18 +24,21 @@ ROUNDS = 10
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak FLOP/s of one device, and where the figure comes from."""
+    """Peak FLOP/s of one device, and the source of the figure."""
 
     flops: float
     source: Literal["config", "data sheet", "measured"]
 
 
 def device_peak(device: torch.device, dtype: torch.dtype, configured_tflops: float = 0.0) -> Peak:
-    """The peak of `device` for products in `dtype`.
+    """Return the peak of `device` for matrix products in `dtype`.
 
-    configured_tflops: the user's own figure in TFLOP/s (`log.peak_tflops`); 0 for none. Without
-    one, a known GPU in bf16 has its data sheet's; anything else is measured, which takes a
-    fraction of a second.
+    Args:
+        device: The device.
+        dtype: Of the factors.
+        configured_tflops: The user's figure in TFLOP/s (`log.peak_tflops`); 0: none. Without it, a
+            known GPU in bf16 has the data sheet's figure; everything else is measured, in a
+            fraction of a second.
     """
     if configured_tflops > 0:
         return Peak(configured_tflops * 1e12, "config")
@@ -47,19 +50,19 @@ def device_peak(device: torch.device, dtype: torch.dtype, configured_tflops: flo
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of a square matrix product on `device` in `dtype`, measured for about `seconds`."""
+    """Measure FLOP/s of a square matrix product on `device` for about `seconds`."""
     n = 8192 if device.type == "cuda" else 512
     a = torch.full((n, n), 0.5, device=device, dtype=dtype)
     b = torch.full((n, n), 0.25, device=device, dtype=dtype)
     out = torch.zeros_like(a)
     _time_products(a, b, out, 2)
     repeats = max(1, int(seconds / ROUNDS / _time_products(a, b, out, 1)))
-    # The fastest round: a peak is what the device can do, not what its other guests leave of it.
+    # Take the fastest round: others are slowed by other processes on the device.
     return 2 * n**3 * repeats / min(_time_products(a, b, out, repeats) for _ in range(ROUNDS))
 
 
 def _time_products(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, repeats: int) -> float:
-    """Seconds that `repeats` products take, never zero."""
+    """Return the seconds that `repeats` products take, never zero."""
     if a.device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -75,20 +78,24 @@ def _time_products(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, repeats:
 
 
 def mfu(flops_per_token: float, tokens_per_second: float, peak: Peak, world_size: int) -> float:
-    """Model FLOPs utilisation: a fraction of 1, of `world_size` devices of the given peak.
+    """Return model FLOPs utilisation, a fraction of 1.
 
-    flops_per_token: forward and backward; tokens_per_second: over all ranks.
+    Args:
+        flops_per_token: Of forward and backward.
+        tokens_per_second: Over all ranks.
+        peak: Of one device.
+        world_size: Number of devices.
     """
     return flops_per_token * tokens_per_second / (peak.flops * world_size)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes of this process: allocated on its GPU, or resident where it runs on the CPU."""
+    """Return peak bytes of this process: allocated on its GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
-        # ru_maxrss survives exec, so under a launcher it can be the parent's; VmHWM is our own.
+        # ru_maxrss survives exec, so that under a launcher it can be the parent's; VmHWM cannot.
         found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
         if found:
             return int(found[1]) * 1024
@@ -99,9 +106,12 @@ def peak_memory(device: torch.device) -> int:
 def max_over_ranks(
     values: Mapping[str, int], group: ProcessGroup | None, device: torch.device
 ) -> dict[str, int]:
-    """Each value's maximum over the ranks of `group`; every rank passes the same keys in order.
+    """Return each value's maximum over ranks.
 
-    group: None for one process. device: where the group can reduce a tensor.
+    Args:
+        values: Values by name; every rank passes the same names in the same order.
+        group: The ranks; None for one process.
+        device: A device on which the group can reduce a tensor.
     """
     if group is None:
         return dict(values)

@@ -1,4 +1,4 @@
-"""Layouts: which rank holds which token, and how documents are placed in a sequence."""
+"""Layouts of tokens on context-parallel ranks, and of documents in a sequence."""
 
 from lcdist.layout.context import KINDS, ContextLayout, pieces_needed
 

@@ -1,10 +1,10 @@
-"""Who holds which token: the one place where a sequence is cut over context-parallel ranks.
+"""Layout of a sequence's tokens on context-parallel ranks.
 
-Three kinds of cut, for `cp_size` ranks:
+Three kinds, for `cp_size` ranks:
 
 - contiguous: rank r holds the r-th of cp equal pieces;
-- zigzag: the sequence is cut into 2 cp pieces, rank r holds pieces r and 2 cp - 1 - r, so that
-  causal attention costs every rank the same;
+- zigzag: the sequence is split into 2 cp pieces, and rank r holds pieces r and 2 cp - 1 - r, so
+  that causal attention costs every rank the same;
 - striped: rank r holds tokens r, r + cp, r + 2 cp, ... (striped attention, arXiv:2311.09431).
 
 Masks and rotary angles are computed from `positions`, never from `rank * chunk`.
@@ -21,7 +21,7 @@ KINDS = ("contiguous", "zigzag", "striped")
 
 
 def pieces_needed(kind: str, cp_size: int) -> int:
-    """What a sequence length must be a multiple of for `kind` to cut it over `cp_size` ranks."""
+    """Return the number that a sequence length must be a multiple of for this kind of layout."""
     if kind not in KINDS:
         raise ValueError(f"layout kind {kind!r}: must be one of {', '.join(KINDS)}")
     return 2 * cp_size if kind == "zigzag" and cp_size > 1 else cp_size
@@ -29,12 +29,16 @@ def pieces_needed(kind: str, cp_size: int) -> int:
 
 @dataclass(frozen=True)
 class ContextLayout:
-    """The cut of a sequence of `seqlen` tokens over `cp_size` ranks.
+    """Layout of a sequence of `seqlen` tokens on `cp_size` ranks.
 
-    kind: one of `KINDS`. seqlen: global length in tokens, after padding. multiple_of: a further
-    divisor of seqlen that the attention method asks for.
+    Attributes:
+        kind: One of `KINDS`.
+        seqlen: Global length in tokens, after padding.
+        cp_size: Number of ranks.
+        multiple_of: A further divisor of seqlen, which the attention method needs.
 
-    Raises ValueError where seqlen does not fit; nothing is ever rounded here.
+    Raises:
+        ValueError: If seqlen is not a multiple; the length is never rounded here.
     """
 
     kind: str
@@ -57,13 +61,13 @@ class ContextLayout:
 
     @property
     def local_seqlen(self) -> int:
-        """Tokens each rank holds; the same on all ranks."""
+        """Tokens on each rank; equal on all ranks."""
         return self.seqlen // self.cp_size
 
     def positions(self, rank: int) -> Tensor:
-        """The global position of each token of `rank`, in local order: int64 `[local_seqlen]`.
+        """Return the global position of each token of `rank`: int64 `[local_seqlen]`, on the CPU.
 
-        Increasing for every kind, on the CPU.
+        Positions increase for every kind.
         """
         if not 0 <= rank < self.cp_size:
             raise ValueError(f"rank {rank}: must be in 0..{self.cp_size - 1}")
@@ -84,29 +88,33 @@ class ContextLayout:
         )
 
     def shard(self, x: Tensor, rank: int, dim: int) -> Tensor:
-        """`rank`'s part of `x`, whose `dim` has seqlen entries. Raises ValueError otherwise."""
+        """Return `rank`'s part of `x`; raise ValueError if `dim` does not have seqlen entries."""
         if x.shape[dim] != self.seqlen:
             raise ValueError(
                 f"dim {dim} of a tensor of shape {tuple(x.shape)} has {x.shape[dim]} entries; "
-                f"this layout cuts {self.seqlen}"
+                f"this layout splits {self.seqlen}"
             )
         return x.index_select(dim, self.positions(rank).to(x.device))
 
     def unshard(self, shards: Sequence[Tensor], dim: int) -> Tensor:
-        """The whole tensor from all ranks' parts, in rank order: the inverse of `shard`."""
+        """Return the whole tensor from all ranks' parts, in rank order: inverse of `shard`."""
         if len(shards) != self.cp_size:
-            raise ValueError(f"{len(shards)} shards for cp_size = {self.cp_size}")
+            raise ValueError(f"{len(shards)} shards: expected cp_size = {self.cp_size}")
         order = torch.cat([self.positions(rank) for rank in range(self.cp_size)])
         whole = torch.cat(list(shards), dim)
         if whole.shape[dim] != self.seqlen:
-            raise ValueError(f"the shards hold {whole.shape[dim]} entries, not {self.seqlen}")
+            raise ValueError(f"the shards have {whole.shape[dim]} entries: expected {self.seqlen}")
         return whole.index_select(dim, order.argsort().to(whole.device))
 
     def local_cu_seqlens(self, cu_seqlens: Tensor, rank: int) -> Tensor:
-        """Document borders in `rank`'s local token order: int32, as long as `cu_seqlens`.
+        """Return document borders in `rank`'s local token order: as long as `cu_seqlens`.
 
-        Entry i counts the local tokens that come before global position cu_seqlens[i], so
-        document i keeps its number and is empty where the rank holds none of it.
+        Entry i counts the local tokens before global position cu_seqlens[i]. A document keeps its
+        number; it is empty on a rank without any of its tokens.
+
+        Args:
+            cu_seqlens: Global borders, `[documents + 1]`; the result has its dtype and device.
+            rank: Context-parallel rank.
         """
         borders = cu_seqlens.to("cpu", torch.int64)
         return torch.searchsorted(self.positions(rank), borders).to(cu_seqlens)
