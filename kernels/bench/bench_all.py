@@ -1,6 +1,6 @@
-"""`make bench`: the kernels' benchmarks and their plots on a GPU; without one, those of a CPU.
+"""Run `make bench`: the kernel benchmarks and plots on a GPU, the CPU benchmarks elsewhere.
 
-Each script is a process of its own; one that fails does not keep the next from running.
+Each script is a process of its own. If one fails, the next still runs.
 """
 
 import subprocess
@@ -16,7 +16,7 @@ ON_CPU = ["bench_methods.py", "bench_training.py", "bench_loss.py", "bench_memor
 
 
 def main() -> int:
-    """The number of scripts that failed."""
+    """Run all scripts and return the number that failed."""
     here, failed = Path(__file__).parent, 0
     for script in ON_GPU if HAS_GPU else ON_CPU:
         print(f"--- {script}", flush=True)

@@ -1,10 +1,10 @@
-"""CoCA's kernels beside libraries that are given q' and k', on a GPU; rows to results/coca.csv.
+"""Benchmark CoCA's kernels and libraries that receive q' and k', on a GPU; write results/coca.csv.
 
     python kernels/bench/bench_coca.py [--out FOLDER] [--seqlen N ...] [--only WORD]
 
-A score is q'.k' (arXiv:2309.08646), so any causal attention computes it from q' and k', which are
-made in the time, by one compiled elementwise program. Rotation is a part of CoCA, so full attention
-is here with it.
+A score is q'.k' (arXiv:2309.08646), so any causal attention computes CoCA from q' and k'. One
+compiled elementwise program makes them, inside the timed region. Rotation is a part of CoCA, so
+full attention is timed with it.
 """
 
 import sys
@@ -23,7 +23,7 @@ COCA = Operator("coca", rotated=True)
 
 
 def factors(q: Tensor, t: Tensor, at: Angles) -> tuple[Tensor, Tensor]:
-    """q' and k' of the slack variant, rounded once: `lcdist_kernels.coca.transform`."""
+    """Compute q' and k' of the slack variant, rounded once: see `lcdist_kernels.coca.transform`."""
     (cos, sin), (a, b) = at, q.float().chunk(2, -1)
     first, second = t.float().chunk(2, -1)
     tau = (0.5 * (first + second)).relu()
@@ -33,7 +33,7 @@ def factors(q: Tensor, t: Tensor, at: Angles) -> tuple[Tensor, Tensor]:
 
 
 def over_factors(rival: Contender) -> Contender:
-    """A library of q'.k'."""
+    """Return a contender that runs a library on q' and k'."""
 
     def build(options: Any, size: Size) -> Attend:
         attend, transform = rival.build(options, size), compiled(factors)

@@ -1,4 +1,4 @@
-"""Full causal attention's kernels beside the libraries for it, on a GPU; rows to results/full.csv.
+"""Benchmark full attention's kernels and libraries for it, on a GPU; write results/full.csv.
 
 python kernels/bench/bench_full.py [--out FOLDER] [--seqlen N ...] [--head-dim D ...] [--only WORD]
 """

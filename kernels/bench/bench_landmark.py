@@ -1,8 +1,9 @@
-"""Landmark attention's kernels beside full attention's libraries; rows to results/landmark.csv.
+"""Benchmark landmark attention's kernels; write results/landmark.csv.
 
     python kernels/bench/bench_landmark.py [--out FOLDER] [--seqlen N ...] [--only WORD]
 
-A past block's share is a product of two softmaxes, so no library computes the operator.
+The weight of a past block is a product of two softmaxes, so no library computes this attention. The
+rows are compared with libraries for full attention.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""The loss by chunks of tokens beside whole logits, on this machine's CPU (Linux): memory and time.
+"""Benchmark the chunked loss against whole logits, on this machine's CPU (Linux): memory and time.
 
     python kernels/bench/bench_loss.py [--quick]
 
-First the ways are compared in float64 at a sixteenth of the sizes, losses and both gradients; on
-red nothing is measured. Then one forward and backward of each in turn, fp32, on one core. Time is
-the processor's, so that a busy machine matters less; memory is what the process holds at most above
-its inputs, gradients included. Rows are added to results/loss.csv.
+First the variants are compared in float64 at a sixteenth of the sizes, losses and both gradients.
+If they disagree, nothing is measured. Then each runs one forward and backward in turn, fp32, on one
+core. Time is CPU time, so that a busy machine matters less. Memory is the peak above the inputs,
+including gradients. Rows are added to results/loss.csv.
 """
 
 import sys
@@ -34,17 +34,17 @@ Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def torch_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What torch alone makes of whole logits."""
+    """Compute the losses from whole logits with torch alone."""
     return F.cross_entropy(hidden @ weight.t(), targets, reduction="none")
 
 
 def megatron_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Whole logits and Megatron's vocabulary-parallel loss: train.loss = "whole"."""
+    """Compute the losses from whole logits with Megatron's loss, as train.loss = "whole" does."""
     return vocab_parallel_cross_entropy(hidden @ weight.t(), targets)
 
 
 def chunked_losses(chunk: int) -> Losses:
-    """train.loss = "chunked" with `chunk` tokens at a time."""
+    """Return the losses of train.loss = "chunked" with `chunk` tokens at a time."""
 
     def losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         shard = VocabShard(0, len(weight))
@@ -54,7 +54,7 @@ def chunked_losses(chunk: int) -> Losses:
 
 
 def contenders(tokens: int, vocab: int) -> dict[str, tuple[Losses, int]]:
-    """Each way by name, with the tokens that have logits at once."""
+    """Return each variant by name, with the number of tokens that have logits at once."""
     planned = min(max(CHUNK_BYTES // (FP32_BYTES * vocab), CHUNK_TOKENS), tokens // 32)
     found: dict[str, tuple[Losses, int]] = {
         "torch, whole": (torch_losses, tokens),
@@ -66,7 +66,7 @@ def contenders(tokens: int, vocab: int) -> dict[str, tuple[Losses, int]]:
 
 
 def once(losses: Losses, inputs: list[Tensor]) -> Step:
-    """One forward and backward of a problem: losses, gradients of hidden states and weight."""
+    """Run one forward and backward; return losses and gradients of hidden states and weight."""
     hidden, weight, targets, dlosses = inputs
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
 
@@ -78,24 +78,24 @@ def once(losses: Losses, inputs: list[Tensor]) -> Step:
 
 
 def problem(tokens: int, vocab: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:
-    """Hidden states, weight, targets and a gradient of the losses."""
+    """Make hidden states, weight, targets and a gradient of the losses."""
     generator = torch.Generator().manual_seed(0)
     x, weight, dlosses = (
         torch.randn(shape, generator=generator).to(dtype)
         for shape in ((tokens, hidden), (vocab, hidden), (tokens,))
     )
-    # Logits of order one, as a trained model has them.
+    # Logits of order one, as in a trained model.
     weight.mul_(hidden**-0.5)
     return [x, weight, torch.randint(vocab, (tokens,), generator=generator), dlosses]
 
 
 def gate(tokens: int, vocab: int, hidden: int) -> str | None:
-    """How far a way is from torch's own in float64, where that is too far."""
+    """Return how far a variant is from torch's losses in float64, or None if it is close enough."""
     tokens, vocab, hidden = tokens // SIXTEENTH + 1, vocab // SIXTEENTH + 3, hidden // SIXTEENTH
     build_mesh(ParallelConfig(), 0)  # whose groups Megatron's loss asks for
     inputs = problem(tokens, vocab, hidden, torch.float64)
     expected = once(torch_losses, inputs)()
-    # Megatron's loss is computed in fp32, whatever it is given.
+    # Megatron computes its loss in fp32 for every input dtype.
     ways = {"megatron": (megatron_losses, 1e-6), "chunked": (chunked_losses(100), GATE)}
     for name, (losses, most) in ways.items():
         found = once(losses, inputs)()
@@ -107,7 +107,7 @@ def gate(tokens: int, vocab: int, hidden: int) -> str | None:
 
 
 def rows(tokens: int, vocab: int, hidden: int, runs: int) -> list[dict[str, object]]:
-    """A row for each way: the fastest of `runs`, and the most memory."""
+    """Return a row for each variant: the fastest of `runs`, and the peak memory."""
     inputs = problem(tokens, vocab, hidden, torch.float32)
     ways = contenders(tokens, vocab)
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}

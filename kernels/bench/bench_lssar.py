@@ -1,8 +1,9 @@
-"""LSSAR's kernels beside full attention's libraries, on a GPU; rows to results/lssar.csv.
+"""Benchmark LSSAR's kernels, on a GPU; write results/lssar.csv.
 
     python kernels/bench/bench_lssar.py [--out FOLDER] [--seqlen N ...] [--only WORD]
 
-A weight is a power of a softplus less a row's mean, without softmax: no library computes it.
+A weight is a power of a softplus minus the row's mean, without softmax, so no library computes it.
+The rows are compared with libraries for full attention.
 """
 
 import sys
@@ -10,7 +11,7 @@ import sys
 from gpu_harness import Bench, Operator, main, ours
 from gpu_rivals import causal_rivals
 
-# Re-weighting has a third product forward, and no more of them backward.
+# Re-weighting adds a third product to the forward pass and none to the backward pass.
 KINDS = [
     Operator("lssar", backward_as={"reweight": False}),
     Operator("lssar", {"reweight": False}),

@@ -1,12 +1,11 @@
-"""The tiled MLP beside the whole one, on this machine's CPU (Linux): memory and time.
+"""Benchmark the tiled MLP against the whole one, on this machine's CPU (Linux): memory and time.
 
     python kernels/bench/bench_memory.py [--quick]
 
-One layer's norm, MLP and residual, forward and backward. First the ways are compared in float64 at
-a sixteenth of the sizes, outputs and all gradients; on red nothing is measured. Then they take
-turns, fp32, on one core. Time is the processor's, so that a busy machine matters less; memory is
-what the process holds at most above inputs and weights, gradients included. Rows are added to
-results/memory.csv.
+One layer's norm, MLP and residual, forward and backward. First the variants are compared in float64
+at a sixteenth of the sizes, outputs and all gradients. If they disagree, nothing is measured. Then
+they run in turn, fp32, on one core. Time is CPU time, so that a busy machine matters less. Memory
+is the peak above inputs and weights, including gradients. Rows are added to results/memory.csv.
 """
 
 import sys
@@ -38,7 +37,7 @@ Way = Callable[[Tensor], Tensor]
 
 
 def config(tokens: int, hidden: int, ffn: int) -> Config:
-    """A model of one layer of these sizes, by default tiled above 16,384 tokens."""
+    """Return the configuration of a one-layer model, tiled by default above 16,384 tokens."""
     return parse(
         {
             "model": {
@@ -56,7 +55,7 @@ def config(tokens: int, hidden: int, ffn: int) -> Config:
 
 
 def second_half(tokens: int, hidden: int, ffn: int) -> tuple[MLPBlock, int]:
-    """A layer's second half with random weights, and the plan's tokens of a tile."""
+    """Return a layer's MLP block with random weights, and the number of tokens in a tile."""
     plan = make_plan(config(tokens, hidden, ffn), 1)
     [model] = build_model(plan, build_mesh(plan.config.parallel, 0).device)
     layer: Any = model.decoder.layers[0]
@@ -66,7 +65,7 @@ def second_half(tokens: int, hidden: int, ffn: int) -> tuple[MLPBlock, int]:
 
 
 def contenders(half: MLPBlock, tokens: int, chunk: int) -> dict[str, tuple[Way, int]]:
-    """Each way by name, with its tokens at once."""
+    """Return each variant by name, with the number of tokens it runs at once."""
 
     def whole(x: Tensor) -> Tensor:
         return x + half.mlp(half.norm(x))[0]
@@ -81,7 +80,7 @@ def contenders(half: MLPBlock, tokens: int, chunk: int) -> dict[str, tuple[Way, 
 
 
 def once(way: Way, half: MLPBlock, x: Tensor, dout: Tensor) -> Step:
-    """One forward and backward: the output, gradients of x and of all weights."""
+    """Run one forward and backward; return the output and the gradients of x and all weights."""
     leaves = [x.requires_grad_(), *trained(half.norm, half.mlp)]
 
     def run() -> list[Tensor]:
@@ -92,7 +91,7 @@ def once(way: Way, half: MLPBlock, x: Tensor, dout: Tensor) -> Step:
 
 
 def gate(tokens: int, hidden: int, ffn: int) -> str | None:
-    """How far a way is from the whole in float64, where that is too far."""
+    """Return how far a variant is from the whole block in float64, or None if close enough."""
     tokens, hidden, ffn = tokens // SIXTEENTH + 1, hidden // SIXTEENTH * 2, ffn // SIXTEENTH
     half, _ = second_half(tokens, hidden, ffn)
     for module in (half.norm, half.mlp):
@@ -109,7 +108,7 @@ def gate(tokens: int, hidden: int, ffn: int) -> str | None:
 
 
 def rows(tokens: int, hidden: int, ffn: int, runs: int) -> list[dict[str, object]]:
-    """A row for each way: the fastest of `runs`, and the most memory."""
+    """Return a row for each variant: the fastest of `runs`, and the peak memory."""
     half, chunk = second_half(tokens, hidden, ffn)
     x, dout = (torch.randn(tokens, 1, hidden) for _ in range(2))
     ways = contenders(half, tokens, min(chunk, tokens // 8))

@@ -1,11 +1,11 @@
-"""Every attention method on this machine's CPU (Linux), beside torch's own full attention.
+"""Benchmark every attention method on this machine's CPU (Linux) against torch's full attention.
 
     python kernels/bench/bench_methods.py [--quick] [--only WORD]
 
-First every contender is compared in float64 with its dense reference, at an eighth of its sizes;
-on red nothing is timed. Then one forward and backward, fp32, one core a process: on one process,
-and context parallel on two. Contenders take turns, so the ratios of one length come from one run.
-Rows are added to results/methods.csv.
+First every contender is compared in float64 with its dense reference, at an eighth of its sizes. If
+one disagrees, nothing is timed. Then one forward and backward is timed, fp32, one core a process:
+on one process, and context parallel on two. Contenders take turns, so the ratios of one length come
+from one run. Rows are added to results/methods.csv.
 """
 
 import argparse
@@ -38,7 +38,7 @@ BASELINE = "torch"
 
 @dataclass(frozen=True)
 class Contender:
-    """A method with options; name "torch": torch's own full attention, on one process alone."""
+    """A method with options. "torch" is torch's own full attention, on one process only."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Contender:
         return " ".join([self.name, *words])
 
     def small(self) -> "Contender":
-        """The same with sizes in tokens an eighth as large."""
+        """Return the contender with options in tokens divided by eight."""
         sizes = {"chunk_size", "modes", "block_size", "select_tokens"}
         less = {k: _eighth(v) if k in sizes else v for k, v in self.options.items()}
         return Contender(self.name, less)
@@ -76,7 +76,7 @@ CONTENDERS = [
 
 
 def layout_of(contender: Contender, seqlen: int, cp_size: int) -> ContextLayout:
-    """The layout its method likes best, on the shortest sequence of `seqlen` tokens that fits."""
+    """Return the method's preferred layout for the shortest legal length >= `seqlen` tokens."""
     method = METHODS[contender.name]
     options = method.options(**contender.options)
     legal = method.layouts_for(options)
@@ -87,13 +87,13 @@ def layout_of(contender: Contender, seqlen: int, cp_size: int) -> ContextLayout:
 
 
 def inputs(seqlen: int, dtype: torch.dtype) -> list[Tensor]:
-    """The same [q, k, v, dout] in every process."""
+    """Make [q, k, v, dout], the same in every process."""
     made = torch.Generator().manual_seed(seqlen)
     return [torch.randn(1, seqlen, NHEADS, HEAD_DIM, generator=made, dtype=dtype) for _ in range(4)]
 
 
 def step_of(contender: Contender, seqlen: int, rank: int, size: int, dtype: torch.dtype) -> Step:
-    """The contender's forward and backward on this rank's shard."""
+    """Run the contender's forward and backward on this rank's shard."""
     if contender.name == BASELINE:
         q, k, v, dout = inputs(seqlen, dtype)
         return step(full_attention, [x.requires_grad_() for x in (q, k, v)], dout)
@@ -120,12 +120,12 @@ def step_of(contender: Contender, seqlen: int, rank: int, size: int, dtype: torc
 
 
 def rotary(dtype: torch.dtype) -> Rotary:
-    """The usual rotation; torch's own attention goes without."""
+    """Return the rotary embedding. torch's own attention runs without it."""
     return Rotary(10000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=dtype) / HEAD_DIM))
 
 
 def answer(rank: int, size: int, what: str, contender: Contender, seqlen: int) -> Any:
-    """A rank's part of an order: the tensors for the gate, or (seconds, MiB)."""
+    """Answer an order on one rank: return tensors for the gate, or (seconds, MiB)."""
     torch.set_num_threads(1)
     dtype = torch.float64 if what == "gate" else torch.float32
     run = step_of(contender, seqlen, rank, size, dtype)
@@ -135,7 +135,7 @@ def answer(rank: int, size: int, what: str, contender: Contender, seqlen: int) -
 
 
 def red(worlds: dict[int, Ranks], contender: Contender) -> str | None:
-    """What disagrees with the dense reference in float64, or None."""
+    """Return how the contender disagrees with its dense reference in float64, or None."""
     small = contender.small()
     method = METHODS[small.name]
     options = method.options(**small.options)
@@ -164,7 +164,7 @@ def red(worlds: dict[int, Ranks], contender: Contender) -> str | None:
 def time_all(
     worlds: dict[int, Ranks], contenders: list[Contender], seqlen: int, repetitions: int
 ) -> list[dict[str, object]]:
-    """The CSV rows of one length: median seconds, and greatest extra MiB of a process."""
+    """Return the CSV rows of one length: median seconds, and the largest extra MiB of a process."""
     entries = [(c, size) for c in contenders for size in worlds if size == 1 or c.name != BASELINE]
     taken: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for _ in range(repetitions):
@@ -182,7 +182,7 @@ def time_all(
 def row_of(
     contender: Contender, size: int, seqlen: int, taken: list[tuple[float, float]], base: float
 ) -> dict[str, object]:
-    """One CSV row; flops: the forward's over the touched area, times 3.5 (arXiv:2307.08691)."""
+    """Return one CSV row; flops: forward over the touched area, times 3.5 (arXiv:2307.08691)."""
     method = METHODS["full" if contender.name == BASELINE else contender.name]
     shape = Shape(1, NHEADS, NHEADS, HEAD_DIM, itemsize=4, seqlen=seqlen)
     flops = 3.5 * method.flops(method.options(**contender.options), shape)
@@ -207,7 +207,7 @@ def row_of(
 
 
 def show(rows: list[dict[str, object]]) -> None:
-    """The rows as a table: medians, and time as a multiple of torch's own full attention."""
+    """Print the rows as a table: medians, and time as a multiple of torch's full attention."""
     shown = list(rows[0])[list(rows[0]).index("seqlen") :]
     table = Table(
         title=f"attention, forward + backward, {NHEADS} heads of {HEAD_DIM}, fp32",

@@ -1,9 +1,9 @@
-"""SCCA's kernels beside FlexAttention with the same masks, on a GPU; rows to results/scca.csv.
+"""Benchmark SCCA's kernels and FlexAttention with the same masks, on a GPU; write results/scca.csv.
 
 python kernels/bench/bench_scca.py [--out FOLDER] [--seqlen N ...] [--head-dim D ...] [--only WORD]
 
-FlexAttention skips tiles that nobody sees and computes the others whole, so it gains nothing from a
-dilated pattern; its TFLOP/s count the touched scores, as ours do.
+FlexAttention skips fully masked tiles and computes all others whole, so it gains nothing from a
+dilated pattern. Its TFLOP/s count the touched scores, as ours do.
 """
 
 import sys
@@ -16,7 +16,7 @@ from lcdist.attention.scca.pattern import model_rules
 
 
 def pattern(**options: Any) -> Operator:
-    """Chunks are smaller where the length is."""
+    """Return the operator of SCCA; chunks are smaller for shorter sequences."""
     return Operator("scca", options, gate={"chunk_size": 256}, trial={"chunk_size": 2})
 
 
@@ -29,7 +29,7 @@ PATTERNS = [
 
 
 def flex_of(operator: Operator) -> Contender:
-    """FlexAttention with the operator's own mask."""
+    """Return FlexAttention with the operator's own mask."""
 
     def build(options: Any, size: Size) -> Attend:
         rules = model_rules(options, size.nheads, size.nheads_kv)

@@ -1,8 +1,9 @@
-"""Tensorized attention's kernels beside full attention's libraries; rows to results/tensorized.csv.
+"""Benchmark tensorized attention's kernels; write results/tensorized.csv.
 
     python kernels/bench/bench_tensorized.py [--out FOLDER] [--seqlen N ...] [--only WORD]
 
-Values travel over hidden hops from mode to mode, so no library computes the operator.
+Values travel in several hops from mode to mode, so no library computes this attention. The rows are
+compared with libraries for full attention.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Training steps of the quickstart model: lcdist on several meshes beside plain PyTorch.
+"""Benchmark training steps of the quickstart model: lcdist on several meshes against plain PyTorch.
 
     python kernels/bench/bench_training.py [--quick]
 
-First it checks that the plain model and lcdist compute the same loss from the same weights, and
-refuses to time anything on red. Then it times a step of each in turn on one thread a process:
-plain PyTorch with torch's own attention, and lcdist alone, on cp 2 and on tp 2. All see the same
-made-up text. Rows are added to results/training.csv.
+First the plain model and lcdist must compute the same loss from the same weights; otherwise nothing
+is timed. Then a step of each is timed in turn, one thread a process: plain PyTorch with torch's own
+attention, and lcdist alone, on cp 2 and on tp 2. All read the same synthetic text. Rows are added
+to results/training.csv.
 """
 
 import argparse
@@ -48,7 +48,7 @@ GATE = 1e-5
 
 
 def settings(seqlen: int, steps: int) -> list[str]:
-    """Overrides for a short run on made-up text: 4,096 tokens or one sample a step."""
+    """Return the overrides of a short run on synthetic text: 4,096 tokens or one sample a step."""
     batch = max(1, 4096 // seqlen)
     return [
         "data.source=synthetic",
@@ -65,7 +65,7 @@ def settings(seqlen: int, steps: int) -> list[str]:
 
 
 def single(config: Config) -> Trainer:
-    """lcdist in this process."""
+    """Return the trainer of lcdist in this process."""
     plan = make_plan(config, 1)
     start_world(60)
     mesh = build_mesh(config.parallel, config.train.seed)
@@ -73,7 +73,7 @@ def single(config: Config) -> Trainer:
 
 
 def gate(seqlen: int) -> str | None:
-    """How far the two losses and embedding gradients are apart, where that is too far."""
+    """Return how far the two losses and embedding gradients differ, or None if they agree."""
     trainer = single(load(CONFIG, settings(seqlen, 1)))
     plain = _plain(trainer)
     batch = trainer.loader.step_at(0)[0]
@@ -99,7 +99,7 @@ def _plain(trainer: Trainer) -> PlainLlama:
 
 
 def time_plain(seqlen: int, steps: int) -> tuple[float, int]:
-    """Median seconds of a step of the plain loop, and the process's peak bytes."""
+    """Return the median seconds of a step of the plain loop, and the process's peak bytes."""
     trainer = single(load(CONFIG, settings(seqlen, steps)))
     model, loader, optim = _plain(trainer), trainer.loader, trainer.plan.config.optim
     end_world()
@@ -121,7 +121,7 @@ def time_plain(seqlen: int, steps: int) -> tuple[float, int]:
 
 
 def time_lcdist(mesh: list[str], seqlen: int, steps: int) -> tuple[float, int]:
-    """Median seconds of a step on `mesh` under torchrun, and the greatest rank's peak bytes."""
+    """Return the median seconds of a step on `mesh` under torchrun, and the largest peak bytes."""
     ranks = 2 if mesh else 1
     with tempfile.TemporaryDirectory() as folder:
         words = [str(CONFIG), *settings(seqlen, steps), *mesh, f"log.folder={folder}/run"]
@@ -133,7 +133,7 @@ def time_lcdist(mesh: list[str], seqlen: int, steps: int) -> tuple[float, int]:
 
 
 def run(words: list[str]) -> str:
-    """A child's standard output; its errors are shown where it fails."""
+    """Run a child process and return its standard output; show its errors if it fails."""
     env = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     if done.returncode:
@@ -142,7 +142,7 @@ def run(words: list[str]) -> str:
 
 
 def main() -> int:
-    """Gate, time, print a table, add rows; 1 where the gate is red."""
+    """Run the gate, time, print a table and add rows; return 1 if the gate failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one short length, no rows written")
     parser.add_argument("--plain", nargs=2, type=int, help=argparse.SUPPRESS)
@@ -163,7 +163,7 @@ def main() -> int:
 
 
 def measure(seqlen: int) -> list[dict]:
-    """A row for each contender at `seqlen`, all in this run."""
+    """Return a row for each contender at `seqlen`, all from this run."""
     steps = 1 + (LENGTHS | QUICK)[seqlen]
     plain = json.loads(run([sys.executable, __file__, "--plain", str(seqlen), str(steps)]))
     found = {"plain PyTorch": plain}
@@ -183,7 +183,7 @@ def measure(seqlen: int) -> list[dict]:
 
 
 def show(rows: list[dict]) -> None:
-    """The rows as a table; speed is relative to plain PyTorch at the same length."""
+    """Print the rows as a table; speed is relative to plain PyTorch at the same length."""
     table = Table(*[key.replace("_", " ") for key in rows[0]])
     for row in rows:
         table.add_row(*map(str, row.values()))

@@ -1,4 +1,4 @@
-"""The goals for one H200 at bf16, head_dim 128, held against the rows of a folder of CSVs."""
+"""Compare the rows of a folder of CSVs with the goals for one H200 (bf16, head_dim 128)."""
 
 import csv
 from collections.abc import Callable
@@ -12,7 +12,10 @@ Row = dict[str, str]
 
 
 class Goal(NamedTuple):
-    """asked: a least where `least`, else a most. measured: None where a row is missing."""
+    """A goal and what was measured.
+
+    asked: a lower bound if `least` is set, else an upper bound. measured: None if a row is missing.
+    """
 
     what: str
     least: bool
@@ -20,7 +23,7 @@ class Goal(NamedTuple):
     measured: float | None
 
     def verdict(self) -> str:
-        """Met, missed and by how much, or unmeasured."""
+        """Return "met", "missed" with the distance, or "unmeasured"."""
         if self.measured is None:
             return "unmeasured"
         if (self.measured >= self.asked) == self.least or self.measured == self.asked:
@@ -28,7 +31,7 @@ class Goal(NamedTuple):
         return f"missed by {100 * abs(self.measured / self.asked - 1):.1f} %"
 
     def facts(self) -> dict[str, Any]:
-        """For the summary."""
+        """Return the goal as a table for the summary."""
         measured = "unmeasured" if self.measured is None else float(f"{self.measured:.4g}")
         asked = f"{'>=' if self.least else '<='} {self.asked:g}"
         return {
@@ -40,7 +43,7 @@ class Goal(NamedTuple):
 
 
 class Found:
-    """The latest row of a GPU with both times, by method, contender and length; head_dim 128."""
+    """Find a GPU's latest rows with both times, by method, contender and length; head_dim 128."""
 
     def __init__(self, folder: Path, gpu: str) -> None:
         self._rows: dict[tuple[str, str, int], Row] = {}
@@ -54,7 +57,7 @@ class Found:
         return self._rows.get((method, contender, seqlen))
 
     def value(self, method: str, contender: str, column: str) -> float | None:
-        """At 32k."""
+        """Return a column's value at 32k tokens."""
         row = self.row(method, contender, 32768)
         return float(row[column]) if row else None
 
@@ -63,7 +66,7 @@ class Found:
 
 
 def read(file: Path) -> list[Row]:
-    """The rows of a CSV; none where there is no file."""
+    """Read the rows of a CSV; none if the file does not exist."""
     if not file.exists():
         return []
     with file.open(newline="", encoding="utf-8") as stream:
@@ -71,18 +74,18 @@ def read(file: Path) -> list[Row]:
 
 
 def both_ms(row: Row) -> float:
-    """Forward and backward."""
+    """Return the milliseconds of forward and backward."""
     return float(row["fwd_ms"]) + float(row["bwd_ms"])
 
 
 def rate(row: Row) -> float:
-    """TFLOP/s over forward and backward."""
+    """Return the TFLOP/s over forward and backward."""
     forward = float(row["fwd_tflops"]) * float(row["fwd_ms"])
     return (1 + BACKWARD) * forward / both_ms(row)
 
 
 def goals(folder: Path, gpu: str) -> list[Goal]:
-    """All of them, on one GPU."""
+    """Return all goals for one GPU."""
     found = Found(folder, gpu)
     full = found.row("full", "lcdist full", 32768)
     made = [
@@ -100,7 +103,7 @@ def goals(folder: Path, gpu: str) -> list[Goal]:
         row = found.row(method, f"lcdist {method}", 32768)
         made.append(Goal(f"{method} / full, time", False, most, found.ratio(row, full, both_ms)))
     ours = found.row("tensorized", "lcdist tensorized modes=(512,)", 131072)
-    # SDPA stands beside it because FlashAttention-2 is seldom installed; it is the faster one.
+    # SDPA is compared because FlashAttention-2 is seldom installed; SDPA is the faster of the two.
     for rival in ("FlashAttention-2", "torch sdpa"):
         theirs = found.row("tensorized", rival, 131072) or found.row("full", rival, 131072)
         what = f"{rival} / tensorized, time at 128k"
@@ -109,7 +112,7 @@ def goals(folder: Path, gpu: str) -> list[Goal]:
 
 
 def table(folder: Path, gpu: str) -> str:
-    """The goals for a person."""
+    """Return the goals as text."""
     rows = [("goal (bf16, d 128, 32k unless said)", "asked", "measured", "verdict")]
     rows += [tuple(map(str, goal.facts().values())) for goal in goals(folder, gpu)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

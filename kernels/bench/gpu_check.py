@@ -1,16 +1,18 @@
-"""All that only a GPU can show, in one command and without network, written down as it comes.
+"""Run everything that needs a GPU, in one command and without network; write results as they come.
 
     python kernels/bench/gpu_check.py [--out FOLDER] [--minutes 8.5]
 
-1. tests.csv, tests/: every kernel test on the GPU, but those that only compile. 2. ranks.csv: every
-method on 1 to 64 virtual ranks in bf16, and how far it is from float64. 3. <method>.csv: what
-`bench_<method>.py` measures, the most telling rows first, and plots where matplotlib is importable.
-4. training.csv: a few steps of each debug config, where megatron-core is importable. Steps 1 to 3
-need torch, triton, numpy and pytest alone. A step that runs out of time keeps what it has, and what
-ends one process does not end the next. summary.json says what was run, what failed and what not,
-and which goals were met.
+1. tests.csv, tests/: every kernel test on the GPU, except those that only compile.
+2. ranks.csv: every method on 1 to 64 virtual ranks in bf16, and its distance from float64.
+3. <method>.csv: what `bench_<method>.py` measures, the most informative rows first, and plots if
+   matplotlib is installed.
+4. training.csv: a few steps of each debug configuration, if megatron-core is installed.
 
-Without a GPU the same lines run on the CPU, at sizes that take seconds, and say so.
+Steps 1 to 3 need only torch, triton, numpy and pytest. A step that runs out of time keeps its rows,
+and a process that dies does not end the next one. summary.json says what ran, what failed, what did
+not run, and which goals were met.
+
+Without a GPU the same code runs on the CPU, at sizes that take seconds, and the results say so.
 """
 
 import argparse
@@ -53,24 +55,24 @@ BENCHES = [
 ]
 NEEDED_TO_TRAIN = ("megatron.core", "psutil", "sentencepiece", "tokenizers", "tensorboard", "rich")
 NEEDED_TO_TRAIN += ("matplotlib",)
-# Shares of the time that is left when a step begins. The tests compile some 2,100 variants of
-# kernels, about a second of a core each.
+# Each step's share of the remaining time. The tests compile some 2,100 variants of kernels, about
+# one second of a core each.
 SHARES = {"tests": 0.4, "ranks": 0.22, "kernels": 0.8, "training": 1.0}
-# (seqlen, head_dim) in the order of what they tell.
+# (seqlen, head_dim), the most informative first.
 ORDER = [(32768, 128), (131072, 128), (32768, 64), (4096, 128), (16384, 128), (65536, 128)]
 ORDER += [(8192, 128), (131072, 64), (4096, 64), (16384, 64), (8192, 64), (65536, 64)]
-# FlexAttention compiles for long: it waits for so many sizes of the others.
+# FlexAttention compiles for a long time, so it comes after these sizes of the others.
 LATER = (0, 0, 1)
-# What a training's row may say of its end.
+# Possible notes on how a training ended.
 OK = ("0", TIME_WAS_UP)
 # Seconds that trainings get in any case.
 LEAST_TRAINING = 10.0
-# Rounding of out and gradients on many ranks over that on one.
+# Largest accepted ratio of rounding errors (out and gradients) on many ranks to those on one rank.
 MOST_GROWTH = 2.0
 
 
 class Check:
-    """The folder of results and the clock."""
+    """The folder of results and the time that is left."""
 
     def __init__(self, folder: Path, minutes: float, at: str = "") -> None:
         self.folder, self.end = folder.resolve(), time.monotonic() + 60 * minutes
@@ -81,17 +83,17 @@ class Check:
 
     @property
     def left(self) -> float:
-        """Seconds to go."""
+        """Return the seconds that are left."""
         return max(0.0, self.end - time.monotonic())
 
     def note(self, key: str, value: Any) -> None:
-        """Writes one entry of the summary at once."""
+        """Write one entry of the summary immediately."""
         self.summary[key] = value
         text = json.dumps(self.summary, indent=1)
         (self.folder / "summary.json").write_text(text + "\n", encoding="utf-8")
 
     def step(self, name: str, run: Callable[["Check", float], str]) -> None:
-        """Runs a step within its share of the time; a failure is noted and the next one begins."""
+        """Run a step within its share of the time; record a failure and continue."""
         begun, seconds = time.monotonic(), self.left * SHARES[name]
         try:
             told = run(self, time.monotonic() + seconds)
@@ -102,7 +104,7 @@ class Check:
         self.note("steps", self.summary["steps"] | {name: {"said": told, "seconds": taken}})
 
     def rows(self, name: str, rows: Iterable[dict[str, Any]], end: float) -> str:
-        """Writes rows to <name>.csv one by one until they are done or time is up."""
+        """Write rows to <name>.csv one by one until they are done or time is up."""
         count = 0
         for count, row in enumerate(rows, 1):
             write(name, [row], self.folder)
@@ -111,7 +113,7 @@ class Check:
         return f"{count} rows, complete"
 
     def turns(self, name: str, lost: Callable[[int, str], None], end: float) -> str:
-        """Runs the items of `name` in children of this program."""
+        """Run the items of `name` in child processes of this program."""
         mark, log = self.folder / f"{name}.begun", self.folder / f"{name}.log"
         words = [sys.executable, __file__, "--out", str(self.folder), "--child", name]
         words += ["--commit", self.commit]
@@ -121,7 +123,7 @@ class Check:
 
 
 def kernel_tests(check: Check, end: float) -> str:
-    """The tests of the kernels; on a CPU one quick file of them."""
+    """Run the kernel tests; on a CPU, one quick file of them."""
     run_tests(check.folder / "tests", end, lambda row: write("tests", [row], check.folder))
     rows = read_rows(check.folder / "tests.csv")
     counts = {key: sum(int(row[key] or 0) for row in rows) for key in ("passed", "failed")}
@@ -133,7 +135,7 @@ def kernel_tests(check: Check, end: float) -> str:
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """A CSV of this run."""
+    """Read a CSV of this run."""
     if not file.exists():
         return []
     with file.open(newline="", encoding="utf-8") as stream:
@@ -141,7 +143,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 
 
 def virtual_ranks(check: Check, end: float) -> str:
-    """Every method on virtual ranks against float64."""
+    """Compare every method on virtual ranks with float64."""
 
     def lost(number: int, why: str) -> None:
         operator, (size, _) = gpu_ranks.OPERATORS[number], gpu_ranks.ranks_size()
@@ -154,18 +156,18 @@ def virtual_ranks(check: Check, end: float) -> str:
 
 
 def wrong_on_ranks(row: dict[str, str]) -> bool:
-    """Whether a row tells of a failure, of results off the reference, or of errors that grow."""
+    """Return whether a row reports a failure, a wrong result, or errors that grow with ranks."""
     if row["note"]:
         return row["note"] != TIME_WAS_UP
     most = ALLOWED[row["dtype"]]
-    # Written so that NaN is wrong. In float32 both errors are rounding of the last bits.
+    # Written so that NaN counts as wrong. In float32 both errors are rounding in the last bits.
     near = all(float(row[part]) <= most for part in gpu_ranks.PARTS)
     grown = row["dtype"] == "bfloat16" and row["growth"] and not float(row["growth"]) <= MOST_GROWTH
     return not near or bool(grown)
 
 
 def counted(rows: Sequence[dict[str, str]], told: str) -> str:
-    """What came of a step whose rows hold a note where something failed."""
+    """Summarise a step from its rows; a row with a note is a failure."""
     failed = [row for row in rows if row["note"] and not row.get("fwd_ms") and not row.get("out")]
     return f"{len(rows)} rows, {len(failed)} of them without figures, {told}"
 
@@ -174,7 +176,7 @@ Item = tuple[Bench, Contender, Size]
 
 
 def kernel_items() -> list[Item]:
-    """All rows to make, in order; libraries for full attention run in that bench alone."""
+    """Return all rows to make, in order; libraries for full attention run in its benchmark only."""
     wanted = sizes()
     place = {shape: number for number, shape in enumerate(ORDER)}
     items = [
@@ -194,7 +196,7 @@ def kernel_items() -> list[Item]:
 
 
 def kernel_rates(check: Check, end: float) -> str:
-    """Time and memory of kernels and libraries, the correctness gate first."""
+    """Measure time and memory of kernels and libraries, after the correctness gate."""
     items = kernel_items()
 
     def lost(number: int, why: str) -> None:
@@ -212,7 +214,7 @@ def kernel_rates(check: Check, end: float) -> str:
 
 
 def plots(check: Check) -> str:
-    """Pictures of the rows, where they can be made."""
+    """Plot the rows, if matplotlib is installed."""
     if find_spec("matplotlib") is None:
         return "no plots: matplotlib is not importable"
     words = [sys.executable, str(Path(__file__).parent / "plot.py"), str(check.folder)]
@@ -222,7 +224,7 @@ def plots(check: Check) -> str:
 
 
 def child(name: str, folder: Path, first: int, seconds: float, at: str = "") -> int:
-    """A child's part of a step: items from `first` on, until time is up. at: the commit."""
+    """Run a child's part of a step: items from `first` on, until time is up. at: the commit."""
     mark = folder / f"{name}.begun"
     rows = Rows(at)
 
@@ -242,7 +244,7 @@ def child(name: str, folder: Path, first: int, seconds: float, at: str = "") -> 
 
 
 def trainings(check: Check, end: float) -> str:
-    """A few steps of each debug configuration on this machine's first GPU."""
+    """Train a few steps of each debug configuration on the first GPU."""
     missing = [name for name in NEEDED_TO_TRAIN if find_spec(name.partition(".")[0]) is None]
     if missing:
         return f"not run: {', '.join(missing)} not importable"
@@ -254,7 +256,7 @@ def trainings(check: Check, end: float) -> str:
 
 
 def training_rows(check: Check, configs: list[Path], end: float) -> Iterable[dict[str, Any]]:
-    """One row a configuration, all at one time: first and last loss, or the last line it said."""
+    """Train all configurations side by side; return a row with losses, or the last output."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     started = []
@@ -278,7 +280,7 @@ def training_rows(check: Check, configs: list[Path], end: float) -> Iterable[dic
 
 
 def training_row(folder: Path, status: int | None) -> dict[str, Any]:
-    """What became of a run; status: None where it had no more time."""
+    """Return the row of a run; status: None if it ran out of time."""
     metrics, log = folder / "metrics.jsonl", folder.with_suffix(".log")
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     losses = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
@@ -301,13 +303,13 @@ STEPS = {
 
 
 def unused(folder: Path) -> Path:
-    """The folder, or the next that is not there yet: what was measured before is kept."""
+    """Return the folder, or the next free name, so that earlier results are kept."""
     names = [folder, *(folder.with_name(f"{folder.name}-{n}") for n in range(2, 1000))]
     return next(name for name in names if not name.exists() or not any(name.iterdir()))
 
 
 def main() -> int:
-    """All steps; 0 where none failed."""
+    """Run all steps; return 0 if none failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "gpu-check", help="folder of results")
     parser.add_argument("--minutes", type=float, default=8.5, help="for everything")
@@ -328,6 +330,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Started in a shell's background it would be ignored, by pytest in a child too.
+    # A background process of a shell would ignore the signal, and so would pytest in a child.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

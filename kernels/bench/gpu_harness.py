@@ -1,15 +1,18 @@
-"""What the scripts `bench_<method>.py` share: the gate, the clock, the rows of a CSV.
+"""Shared parts of `bench_<method>.py`: the correctness gate, the clock, the rows of a CSV.
 
 A contender is first compared with its operator's dense reference in float64, out and gradients, at
-a length where that fits; what is off is a row that says so and holds no time. Then forward and
-backward are timed by CUDA events, the L2 cache flushed before each, inputs random. The time is that
-of a call: what Python takes to launch is in it where kernels are shorter.
+a length where that fits. A wrong contender gets a row that says so, without times. Then forward and
+backward are timed by CUDA events, with random inputs and the L2 cache flushed before each. The time
+is that of a call: if kernels are shorter than their launch from Python, the launch is included.
 
-Columns: error: the gate's worst, relative norm. *_ms: medians; *_spread: (greatest - least) /
-median. *_tflops: the method's flops over the scores it touches, a backward 2.5 forwards: five
-products to two (arXiv:2307.08691), or as `Operator.backward_as` says. *_gbps: bytes of inputs and
-outputs over the time. peak_mib: the most that a forward and a backward held beyond their inputs
-(out and gradients included).
+Columns:
+    error: the gate's largest relative error, by norm.
+    *_ms: medians; *_spread: (largest - smallest) / median.
+    *_tflops: the method's operations over the scores it touches. A backward counts 2.5 forwards,
+        five products to two (arXiv:2307.08691), or as `Operator.backward_as` says.
+    *_gbps: bytes of inputs and outputs over the time.
+    peak_mib: peak memory of a forward and a backward beyond their inputs, out and gradients
+        included.
 """
 
 import argparse
@@ -37,13 +40,13 @@ from lcdist_kernels import Rotary
 
 BACKWARD = 2.5
 LENGTHS, HEAD_DIMS = (4096, 8192, 16384, 32768, 65536, 131072), (64, 128)
-# Interpreted, bf16 kernels are off by 1.6e-2 at most at 2,048 tokens; a wrong one by far more.
+# Interpreted bf16 kernels are off by at most 1.6e-2 at 2,048 tokens; a wrong one by far more.
 ALLOWED = {"bfloat16": 5e-2, "float32": 1e-4}
 GATE_SEQLEN = 2048
 # More than any GPU's L2 cache.
 FLUSHED = 1 << 28
 MS_A_CONTENDER, REPETITIONS = 1000.0, (3, 30)
-# What a kernel or a library that meets a GPU for the first time may end in; the next one goes on.
+# Errors of a kernel or library on a GPU it has not met before; the next contender still runs.
 FAILURES = (
     *(RuntimeError, ValueError, ArithmeticError, TypeError, AttributeError, LookupError, NameError),
     *(ImportError, OSError, AssertionError, MemoryError, subprocess.SubprocessError),
@@ -60,7 +63,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Size:
-    """One shape; dtype as torch names it."""
+    """One problem size; dtype is torch's name."""
 
     seqlen: int
     nheads: int
@@ -69,14 +72,14 @@ class Size:
     dtype: str = "bfloat16"
 
     def gate(self) -> "Size":
-        """The same at a length where dense scores in float64 fit, with half the heads."""
+        """Return the gate's size: half the heads, and a length where dense float64 scores fit."""
         if not HAS_GPU:
             return self
         heads = self.nheads // 2, self.nheads_kv // 2
         return Size(min(GATE_SEQLEN, self.seqlen), *heads, self.head_dim, self.dtype)
 
     def inputs(self) -> list[Tensor]:
-        """q, k, v, dout, random."""
+        """Make random q, k, v, dout."""
         made = torch.Generator(DEVICE).manual_seed(0)
         dtype = getattr(torch, self.dtype)
         heads = (self.nheads, self.nheads_kv, self.nheads_kv, self.nheads)
@@ -84,15 +87,15 @@ class Size:
         return [torch.randn(s, generator=made, dtype=dtype, device=DEVICE) for s in shapes]
 
     def gigabytes(self) -> tuple[float, float]:
-        """Of inputs and outputs, forward and backward."""
+        """Return the gigabytes of inputs and outputs, forward and backward."""
         row = self.seqlen * self.head_dim * getattr(torch, self.dtype).itemsize / 1e9
         q, k = row * self.nheads, row * self.nheads_kv
-        # Read q, k, v, write out; read these and dout, write dq, dk, dv.
+        # Forward reads q, k, v and writes out; backward also reads dout, and writes dq, dk, dv.
         return 2 * q + 2 * k, 4 * q + 4 * k
 
 
 def sizes() -> list[Size]:
-    """Those of the issue; without a GPU one that takes seconds in the interpreter."""
+    """Return the sizes to measure; without a GPU, one that takes seconds in the interpreter."""
     if not HAS_GPU:
         return [Size(8, 4, 2, 16, "float32")]
     return [Size(n, 32, 8, d) for n in LENGTHS for d in HEAD_DIMS]
@@ -102,8 +105,8 @@ def sizes() -> list[Size]:
 class Operator:
     """What is computed: a method, its options, and whether q and k are rotated by position.
 
-    gate, trial: options instead of these at the gate's length, and without a GPU. backward_as:
-    those whose forward has two fifths of the backward's flops, where these do not.
+    gate, trial: options that replace these at the gate's length, and without a GPU. backward_as:
+    options whose forward has two fifths of the backward's operations, if these do not.
     """
 
     method: str = "full"
@@ -118,19 +121,19 @@ class Operator:
         return " ".join([self.method, *words, *["rotated"] * self.rotated])
 
     def options_at(self, gate: bool) -> Any:
-        """The method's options."""
+        """Return the method's options."""
         words = {**self.options, **(self.gate if gate else {}), **({} if HAS_GPU else self.trial)}
         return METHODS[self.method].options(**words)
 
     def rotary(self, size: Size, dtype: torch.dtype) -> Rotary | None:
-        """The usual one, where there is any."""
+        """Return the rotary embedding, or None."""
         if not self.rotated:
             return None
         steps = torch.arange(0, size.head_dim, 2, dtype=dtype)
         return Rotary(10000.0 ** (-steps / size.head_dim))
 
     def reference(self, size: Size, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """[out, dq, dk, dv] in float64, dense, at the gate's options."""
+        """Compute [out, dq, dk, dv] in float64, dense, with the gate's options."""
         leaves = [x.double().requires_grad_() for x in inputs[:3]]
         rotary = self.rotary(size, torch.float64)
         options = self.options_at(gate=True)
@@ -138,7 +141,7 @@ class Operator:
         return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3].double())]
 
     def flops(self, size: Size) -> tuple[int, float]:
-        """Of the forward and of the backward."""
+        """Return the operations of the forward and of the backward."""
         itemsize = getattr(torch, size.dtype).itemsize
         heads = size.nheads, size.nheads_kv
         shape = Shape(1, *heads, size.head_dim, itemsize, seqlen=size.seqlen)
@@ -152,10 +155,11 @@ class Operator:
 
 @dataclass(frozen=True)
 class Contender:
-    """Someone who computes an operator.
+    """One implementation of an operator.
 
-    build(options, size) -> attend(q, k, v): what is made there, a block mask, is outside the time.
-    stage: 0 ours, 1 a library's, 2 what compiles for long. backward: whether it has one.
+    build(options, size) returns attend(q, k, v); its own work, such as a block mask, is not timed.
+    stage: 0 ours, 1 a library, 2 one that compiles for a long time. backward: whether it has a
+    backward pass.
     """
 
     name: str
@@ -168,14 +172,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Bench:
-    """Who competes over a method; name: the method's, and the CSV's."""
+    """The contenders for a method. name: the method's name, and the CSV's."""
 
     name: str
     contenders: Sequence[Contender]
 
 
 def ours(operator: Operator) -> Contender:
-    """The method's one-process attention by its kernels."""
+    """Return the contender that runs the method's kernels in one process."""
     method = METHODS[operator.method]
 
     def build(options: Any, size: Size) -> Attend:
@@ -188,9 +192,9 @@ def ours(operator: Operator) -> Contender:
 
 
 class Rows:
-    """Makes rows; remembers what passed the gate, contender by contender and head_dim.
+    """Make rows, and remember which contenders passed the gate, by head_dim.
 
-    at: the commit, where this is no repository that knows it.
+    at: the commit, if this is not a repository.
     """
 
     def __init__(self, at: str = "") -> None:
@@ -204,13 +208,13 @@ class Rows:
         }
 
     def blank(self, contender: Contender, size: Size, note: str) -> dict[str, Any]:
-        """A row without a figure, which says why."""
+        """Return a row without times, with the reason."""
         shape = {name: getattr(size, name) for name in SHAPE}
         row = {**self.facts, **shape, "contender": contender.name}
         return {**row, **dict.fromkeys(MEASURED, ""), "note": note}
 
     def row(self, contender: Contender, size: Size) -> dict[str, Any]:
-        """Gate and figures, or why there are none."""
+        """Run the gate and measure; return the row, or one with the reason for having no times."""
         row = self.blank(contender, size, contender.note)
         error = self._gate(contender, size)
         if isinstance(error, str):
@@ -235,21 +239,24 @@ class Rows:
 
 
 def said_by(failure: BaseException) -> str:
-    """One line of an error."""
+    """Return one line of an error."""
     return " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
 
 
 def forget() -> None:
-    """Gives memory back, so that one contender's out of memory is not the next one's."""
+    """Free memory, so that a contender's out-of-memory error does not affect the next one."""
     if HAS_GPU:
         gc.collect()
-        # After a kernel that read where it must not, every call raises until the process ends.
+        # After an invalid memory access every call raises until the process ends.
         with suppress(RuntimeError):
             torch.cuda.empty_cache()
 
 
 def gate(contender: Contender, size: Size) -> float:
-    """The worst relative error of out and gradients. Raises ArithmeticError where it is too big."""
+    """Return the largest relative error of out and gradients.
+
+    Raises ArithmeticError if it is too large.
+    """
     inputs = size.inputs()
     attend = contender.build(contender.operator.options_at(gate=True), size)
     leaves = [x.detach().requires_grad_(contender.backward) for x in inputs[:3]]
@@ -271,7 +278,7 @@ def gate(contender: Contender, size: Size) -> float:
 
 
 def measure(contender: Contender, size: Size) -> dict[str, Any]:
-    """The figures of one row."""
+    """Return the measured columns of one row."""
     attend = contender.build(contender.operator.options_at(gate=False), size)
     *qkv, dout = size.inputs()
     leaves = [x.requires_grad_(contender.backward) for x in qkv]
@@ -306,7 +313,7 @@ def measure(contender: Contender, size: Size) -> dict[str, Any]:
 
 
 def peak_mib(once: Callable[[], list[Callable[[], float]]]) -> tuple[float | str, list[float]]:
-    """MiB that a run holds beyond what there is (GPU alone), and its milliseconds."""
+    """Return the peak MiB of a run beyond present memory (GPU only), and its milliseconds."""
     if not HAS_GPU:
         return "", [read() for read in once()]
     wait()
@@ -319,13 +326,13 @@ def peak_mib(once: Callable[[], list[Callable[[], float]]]) -> tuple[float | str
 
 
 def wait() -> None:
-    """Until the GPU has done all that it was told."""
+    """Wait until the GPU has finished all work."""
     if HAS_GPU:
         torch.cuda.synchronize()
 
 
 def timed(run: Callable[[], Any], trash: Tensor | None) -> tuple[Callable[[], float], Any]:
-    """What says the milliseconds that `run` took, after `wait`, and what it gave."""
+    """Run once; return a function that gives the milliseconds after `wait`, and the result."""
     if trash is None:
         begun = time.perf_counter()
         result = run()
@@ -340,7 +347,7 @@ def timed(run: Callable[[], Any], trash: Tensor | None) -> tuple[Callable[[], fl
 
 
 def said(row: Mapping[str, Any]) -> str:
-    """A row for a person."""
+    """Return a row as text."""
     where = f"{row['seqlen']:>6} d {row['head_dim']:<3} {row['contender']:<44}"
     if not row["fwd_ms"]:
         return f"{where} {row['note']}"
@@ -352,7 +359,7 @@ def said(row: Mapping[str, Any]) -> str:
 def rows_of(
     bench: Bench, wanted: Sequence[Size], word: str = "", at: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """Size by size, all contenders whose name has `word` in it. at: see `Rows`."""
+    """Yield rows, size by size, of all contenders with `word` in their name. at: see `Rows`."""
     rows = Rows(at)
     for size in wanted:
         for contender in bench.contenders:
@@ -361,7 +368,7 @@ def rows_of(
 
 
 def main(bench: Bench) -> int:
-    """A script's command line; 1 where a contender's results were wrong."""
+    """Run a script's command line; return 1 if a contender's results were wrong."""
     parser = argparse.ArgumentParser(description=f"{bench.name} attention on a GPU")
     folder = RESULTS if HAS_GPU else None
     parser.add_argument("--out", type=Path, default=folder, help="folder of the CSV")

@@ -1,8 +1,8 @@
-"""Every method on rings of virtual ranks, 1 to 64 of them on one GPU, against float64.
+"""Compare every method on rings of 1 to 64 virtual ranks of one GPU with float64.
 
-Kernels round; the question is whether more ranks round more. Errors are root mean squares over
-those of the truth, of out, dq, dk and dv; growth is the worst of them over that of one rank. Each
-method has the layout that it likes best.
+Kernels round; the question is whether more ranks round more. Errors of out, dq, dk and dv are root
+mean squares relative to the float64 result. growth: the largest of them divided by that of one
+rank. Each method has its preferred layout.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ OPERATORS = [
     Operator("scca", {"pattern": "sda", "dilation": 4}, rotated=True),
     Operator("tensorized", {"modes": (32,)}, trial={"modes": (4,)}, rotated=True),
     Operator("landmark", {"block_size": 32}, trial={"block_size": 4}, rotated=True),
-    # Rotated in bf16 it would choose other blocks than in float64, rightly.
+    # Rotated in bf16 it would legitimately select other blocks than in float64.
     Operator(
         "landmark",
         {"block_size": 32, "top_k": 8, "select_tokens": 64},
@@ -42,14 +42,17 @@ COLUMNS = ["method", "layout", "cp_size", "seqlen", "head_dim", "dtype", *PARTS,
 
 
 def ranks_size() -> tuple[Size, tuple[int, ...]]:
-    """The whole sequence, and numbers of ranks; the first is what growth is counted from."""
+    """Return the size of the whole sequence, and numbers of ranks, the baseline first."""
     if HAS_GPU:
         return Size(8192, 4, 2, 64), (1, 2, 8, 64)
     return Size(16, 4, 2, 16, "float32"), (1, 2)
 
 
 def layout_of(operator: Operator, seqlen: int, cp_size: int) -> ContextLayout:
-    """Zigzag where that is legal, else the first that is. Raises ValueError for a wrong length."""
+    """Return a zigzag layout if legal, else the first legal one.
+
+    Raises ValueError for a wrong length.
+    """
     method, options = METHODS[operator.method], operator.options_at(gate=False)
     legal = method.layouts_for(options)
     kind = "zigzag" if "zigzag" in legal else legal[0]
@@ -60,7 +63,7 @@ def layout_of(operator: Operator, seqlen: int, cp_size: int) -> ContextLayout:
 def rank_rows(
     operator: Operator, size: Size, cp_sizes: tuple[int, ...], impl: str = "triton"
 ) -> Iterator[dict[str, Any]]:
-    """A row for each number of ranks; one that fails says so, and the next is tried."""
+    """Yield a row for each number of ranks; after a failure the next number is tried."""
     inputs = size.inputs()
     truth, alone = operator.reference(size, inputs), None
     for cp_size in cp_sizes:
@@ -84,7 +87,7 @@ def rank_rows(
 
 
 def blank(operator: Operator, size: Size, cp_size: int | str, note: str = "") -> dict[str, Any]:
-    """A row without a figure."""
+    """Return a row without results."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
     row |= {"method": str(operator), "cp_size": cp_size, "note": note}
     return row | {name: getattr(size, name) for name in ("seqlen", "head_dim", "dtype")}
@@ -93,7 +96,7 @@ def blank(operator: Operator, size: Size, cp_size: int | str, note: str = "") ->
 def on_ranks(
     operator: Operator, size: Size, layout: ContextLayout, inputs: list[Tensor], impl: str
 ) -> list[Tensor]:
-    """[out, dq, dk, dv] of the whole sequence, each rank a thread."""
+    """Compute [out, dq, dk, dv] of the whole sequence, each rank a thread."""
     method, options = METHODS[operator.method], operator.options_at(gate=False)
     rotary = operator.rotary(size, torch.float32)
 
@@ -111,9 +114,9 @@ def on_ranks(
 
 
 def one_thread_compiles() -> AbstractContextManager[Any]:
-    """Within, kernels are launched by one thread at a time.
+    """Return a context in which one thread at a time launches kernels.
 
-    Else 64 ranks that come to a new kernel together would compile it 64 times.
+    Otherwise 64 ranks that meet a new kernel at once would compile it 64 times.
     """
     lock, launch = Lock(), JITFunction.run
 

@@ -1,8 +1,8 @@
-"""The libraries that our kernels are measured beside, and masks for FlexAttention.
+"""Libraries that our kernels are compared with, and masks for FlexAttention.
 
-torch's SDPA, FlexAttention compiled (arXiv:2412.05496), FlashAttention-3 and -2 where they can be
-imported. A block mask is made from the closed form, a stripe of queries at a time and outside the
-timed region: made whole it would hold a score a byte.
+torch's SDPA, compiled FlexAttention (arXiv:2412.05496), and FlashAttention-3 and -2 if installed. A
+block mask is built from its closed form, a stripe of queries at a time and outside the timed
+region; built at once it would take a byte for each score.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from lcdist_kernels.scca import Rule
 
 TILE = 128
-# (query, key) pairs of which a mask is computed at once.
+# Number of (query, key) pairs whose mask is computed at once.
 AT_ONCE = 1 << 26
 FLASH = {"FlashAttention-3": "flash_attn_interface", "FlashAttention-2": "flash_attn"}
 
@@ -29,7 +29,7 @@ Seen = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 def causal_rivals(operator: Operator, note: str = "") -> list[Contender]:
-    """Every library for plain causal attention; `operator` must be that."""
+    """Return every library for plain causal attention; `operator` must be full attention."""
     made = [Contender("torch sdpa", operator, lambda options, size: sdpa, note=note)]
     made += [
         Contender(name, operator, lambda options, size, module=module: flash(module), note=note)
@@ -46,21 +46,21 @@ def causal_rivals(operator: Operator, note: str = "") -> list[Contender]:
 def flex_contender(
     name: str, operator: Operator, build: Callable[[Any, Size], Attend], note: str = ""
 ) -> Contender:
-    """FlexAttention, which on a CPU has no backward."""
+    """Return a contender for FlexAttention, which has no backward on a CPU."""
     words = [note, *["without a GPU forward alone"] * (not HAS_GPU)]
     said = "; ".join(word for word in words if word)
     return Contender(name, operator, build, stage=2, backward=HAS_GPU, note=said)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's own choice of a fused kernel."""
+    """Run torch's scaled_dot_product_attention; torch chooses the kernel."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2)
 
 
 def flash(module: str) -> Attend:
-    """A release of FlashAttention; some return (out, lse)."""
+    """Return a function that runs a release of FlashAttention; some return (out, lse)."""
     attend = import_module(module).flash_attn_func
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -71,16 +71,16 @@ def flash(module: str) -> Attend:
 
 
 def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """fn for one static shape, as if it were the process's first; as it is without a GPU."""
+    """Compile fn for one static shape, with a fresh compiler state; without a GPU return fn."""
     if not HAS_GPU:
         return fn
-    # Else a second length would be compiled as a dynamic one, and a ninth not at all.
+    # Otherwise a second length would be compiled as dynamic, and a ninth not at all.
     torch._dynamo.reset()
     return torch.compile(fn, dynamic=False)
 
 
 def flexed(mask: BlockMask) -> Attend:
-    """FlexAttention under a block mask."""
+    """Return FlexAttention with a block mask."""
     attend = compiled(flex_attention)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -91,7 +91,10 @@ def flexed(mask: BlockMask) -> Attend:
 
 
 def block_mask(seen: Seen, seqlen: int, alike: Sequence[int] = (0,)) -> BlockMask:
-    """FlexAttention's mask of `seen`; alike: for every head the first that sees the same."""
+    """Return FlexAttention's mask of `seen`.
+
+    alike: for each head, the first head with the same mask.
+    """
     tile = TILE if seqlen % TILE == 0 else seqlen
     tables = {head: _tiles(seen, head, seqlen, tile) for head in dict.fromkeys(alike)}
     blocks = []
@@ -110,7 +113,7 @@ def block_mask(seen: Seen, seqlen: int, alike: Sequence[int] = (0,)) -> BlockMas
 
 
 def _tiles(seen: Seen, head: int, seqlen: int, tile: int) -> tuple[Tensor, Tensor]:
-    """Which tiles are seen in part, and which wholly: bool `[tiles, tiles]`."""
+    """Return which tiles are partly and which fully visible: bool `[tiles, tiles]`."""
     keys = torch.arange(seqlen, dtype=torch.int32, device=DEVICE)
     step = max(1, AT_ONCE // (seqlen * tile)) * tile
     some, every = [], []
@@ -124,7 +127,7 @@ def _tiles(seen: Seen, head: int, seqlen: int, tile: int) -> tuple[Tensor, Tenso
 
 
 def mask_of_rules(rules: Sequence[Rule], seqlen: int) -> BlockMask:
-    """The mask of SCCA's rules, one a query head."""
+    """Return the mask of SCCA's rules, one for each query head."""
     kinds = list(dict.fromkeys(rule[:2] for rule in rules))
     kind_of = torch.tensor([kinds.index(rule[:2]) for rule in rules], device=DEVICE)
     shift_of = torch.tensor([rule.shift for rule in rules], dtype=torch.int32, device=DEVICE)

@@ -1,8 +1,8 @@
-"""The kernels' tests on a GPU: dealt out over processes, the most telling first.
+"""Run the kernel tests on a GPU in several processes, the most informative first.
 
-Most of their time is the compiler's, which has one core a process; and a kernel that ruins CUDA
-ruins it for the tests of one process alone. Those with tensors of more than 2^31 elements need much
-memory, so these come one after another.
+Most of their time is spent in the compiler, which uses one core a process. An invalid memory access
+ends CUDA for the tests of one process only. Tests with more than 2^31 elements need much memory, so
+they run one after another.
 """
 
 import os
@@ -22,17 +22,17 @@ from relay import TIME_WAS_UP
 
 BIG = "2_to_the_31"
 MARKS = ("gpu", "not gpu and not multi_gpu")
-# Tests a process: few, so that processes end at about one time.
+# Tests a process: few, so that processes end at about the same time.
 AT_ONCE = {"gpu": 12, "other": 60}
 MOST_PROCESSES = 14
-# Seconds between looks at whether to stop.
+# Seconds between checks for a stop request.
 GLANCE = 0.5
 NOT_BEGUN = "not begun"
 COLUMNS = ["name", "passed", "failed", "skipped", "seconds", "note"]
 
 
 class Batch(NamedTuple):
-    """Tests that run one after another in one process; alone: not beside others of its kind."""
+    """Tests that run in sequence in one process. alone: never beside another such batch."""
 
     name: str
     tests: tuple[str, ...]
@@ -40,20 +40,20 @@ class Batch(NamedTuple):
 
 
 def collect(mark: str) -> list[str]:
-    """The names of the kernels' tests with a mark; without a GPU of one quick file."""
+    """Return the names of the kernel tests with a mark; without a GPU, those of one quick file."""
     where = "tests/kernels" if HAS_GPU else "tests/kernels/test_bands.py"
     words = ["-m", "pytest", where, "--collect-only", "-p", "no:cacheprovider", "-m", mark]
-    # Those that only compile need no GPU, and much of the time.
+    # Tests that only compile need no GPU and much of the time.
     words += ["-k", "not compile"]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    # 5: there are none.
+    # 5: no tests were collected.
     if done.returncode not in (0, 5):
         raise RuntimeError(" ".join((done.stdout + done.stderr).split()[-60:]))
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
 def batches() -> list[Batch]:
-    """All tests: marked gpu first, then those that run kernels, then the rest."""
+    """Return all tests: those marked gpu, then those that run kernels, then the rest."""
     marked, others = (collect(mark) for mark in MARKS)
     big = [Batch(f"big-{file_of(test).stem}", (test,), True) for test in marked if BIG in test]
     marked = [test for test in marked if BIG not in test]
@@ -64,12 +64,12 @@ def batches() -> list[Batch]:
 
 
 def file_of(test: str) -> Path:
-    """Where it stands."""
+    """Return the file of a test."""
     return Path(test.partition("::")[0])
 
 
 def dealt(name: str, tests: list[str]) -> Iterator[Batch]:
-    """Tests of one file stay together, as they share kernels."""
+    """Split tests into batches, so that tests of one file share compiled kernels."""
     size = AT_ONCE.get(name, AT_ONCE["other"])
     for file in dict.fromkeys(map(file_of, tests)):
         own = [test for test in tests if file_of(test) == file]
@@ -78,7 +78,7 @@ def dealt(name: str, tests: list[str]) -> Iterator[Batch]:
 
 
 def run_tests(folder: Path, end: float, write: Callable[[dict[str, Any]], None]) -> None:
-    """A row a batch, written as they end; interrupted, those that run end with what they have."""
+    """Write a row for each batch as it ends; an interrupt stops running batches, which report."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = batches()
     lines = [[batch for batch in todo if batch.alone]]
@@ -107,12 +107,12 @@ def run_tests(folder: Path, end: float, write: Callable[[dict[str, Any]], None])
 
 
 def blank(batch: Batch) -> dict[str, Any]:
-    """A row without figures."""
+    """Return a row without results."""
     return {**dict.fromkeys(COLUMNS, ""), "name": batch.name}
 
 
 def run_batch(batch: Batch, folder: Path, end: float, stopped: Event) -> dict[str, Any]:
-    """Its row; what the tests said is in <folder>/<name>.log and .xml."""
+    """Run a batch and return its row; the output is in <folder>/<name>.log and .xml."""
     row = blank(batch)
     if time.monotonic() >= end:
         return row | {"note": f"{NOT_BEGUN}: {len(batch.tests)} tests"}
@@ -127,7 +127,7 @@ def run_batch(batch: Batch, folder: Path, end: float, stopped: Event) -> dict[st
 
 
 def waited(process: subprocess.Popen, end: float, stopped: Event) -> str:
-    """Lets tests that take too long end with a report; what to note."""
+    """Interrupt tests that take too long, so that they still report; return a note."""
     status = None
     while status is None and time.monotonic() < end and not stopped.is_set():
         status = status_within(process, min(GLANCE, max(0.0, end - time.monotonic())))
@@ -141,7 +141,7 @@ def waited(process: subprocess.Popen, end: float, stopped: Event) -> str:
 
 
 def status_within(process: subprocess.Popen, seconds: float) -> int | None:
-    """None where it runs on."""
+    """Return the exit status, or None if the process still runs after `seconds`."""
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -149,12 +149,12 @@ def status_within(process: subprocess.Popen, seconds: float) -> int | None:
 
 
 def cut_off(note: str) -> bool:
-    """Whether a note says no more than that there was no time."""
+    """Return whether a note only says that time was up."""
     return note in (TIME_WAS_UP, "interrupted") or note.startswith(NOT_BEGUN)
 
 
 def counted(report: Path) -> dict[str, Any]:
-    """How many tests passed, failed (or broke) and were skipped, by a report in JUnit's XML."""
+    """Count passed, failed or broken, and skipped tests in a JUnit XML report."""
     if not report.exists():
         return {}
     suite = next(ElementTree.parse(report).getroot().iter("testsuite")).attrib

@@ -1,4 +1,4 @@
-"""What the CPU benchmarks share: measuring time and memory, ranks that wait for orders, results.
+"""Shared parts of the CPU benchmarks: time and memory, ranks that wait for orders, result files.
 
 Contenders take turns in one run, so a ratio never compares two moments of a noisy machine.
 """
@@ -24,7 +24,7 @@ Step = Callable[[], list[Tensor]]
 
 
 def step(fn: Callable[..., Tensor], leaves: Sequence[Tensor], dout: Tensor) -> Step:
-    """One forward and backward of fn(q, k, v): [out, gradients of the leaves]."""
+    """Run one forward and backward of fn(q, k, v); return [out, gradients of the leaves]."""
 
     def run() -> list[Tensor]:
         out = fn(*leaves[:3])
@@ -34,10 +34,10 @@ def step(fn: Callable[..., Tensor], leaves: Sequence[Tensor], dout: Tensor) -> S
 
 
 def measure(run: Step) -> tuple[float, float]:
-    """Seconds, and MiB above what the process held before (outputs and gradients included)."""
-    # What glibc keeps of freed memory would hide as much new memory.
+    """Return the seconds of `run`, and the MiB it added to the process, outputs included."""
+    # Freed memory that glibc keeps would hide the same amount of new memory.
     ctypes.CDLL(None).malloc_trim(0)
-    # "5" sets the process's high-water mark back to what it holds now: proc(5).
+    # "5" resets the process's peak resident set size to its present value: proc(5).
     Path("/proc/self/clear_refs").write_text("5")
     before = _memory("VmRSS")
     start = time.perf_counter()
@@ -80,13 +80,13 @@ class Ranks:
             self._processes.append(process)
 
     def ask(self, *order: Any) -> list[Any]:
-        """All ranks' answers."""
+        """Send one order to all ranks and return their answers."""
         for pipe in self._pipes:
             pipe.send(order)
         return [pipe.recv() for pipe in self._pipes]
 
     def close(self) -> None:
-        """Ends the processes."""
+        """End the processes."""
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             if process.is_alive():
                 pipe.send(None)
@@ -94,16 +94,16 @@ class Ranks:
 
 
 def machine() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 
 def commit() -> str:
-    """The checked-out commit, marked where files other than results differ from it.
+    """Return the checked-out commit, marked if files other than results differ from it.
 
-    "unknown" outside of a repository, or without git.
+    Returns "unknown" outside a repository, or without git.
     """
     head = _git("rev-parse", "--short=12", "HEAD")
     dirty = _git("status", "--porcelain", "--", ":/", ":!/kernels/bench/results", ":!/gpu-check*")
@@ -118,9 +118,9 @@ def _git(*words: str) -> str:
 
 
 def write(name: str, rows: list[dict[str, object]], folder: Path = RESULTS) -> None:
-    """Adds rows to <folder>/<name>.csv, with its header where the file is new.
+    """Add rows to <folder>/<name>.csv, with a header if the file is new.
 
-    Raises ValueError where the file has other columns.
+    Raises ValueError if the file has other columns.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file, columns = folder / f"{name}.csv", list(rows[0])

@@ -1,4 +1,4 @@
-"""The main of a benchmark of one core: gate, measure, print, write."""
+"""The main function of a single-core benchmark: gate, measure, print, write."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from lcdist.distributed.mesh import end_world, start_world
 
 
 def show(rows: Sequence[dict[str, object]], columns: Sequence[str]) -> None:
-    """Prints some columns of rows as a table."""
+    """Print some columns of rows as a table."""
     table = Table(*columns)
     for row in rows:
         table.add_row(*(str(row[key]) for key in columns))
@@ -22,10 +22,10 @@ def show(rows: Sequence[dict[str, object]], columns: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class OneCore:
-    """A benchmark of one core: what it measures at which sizes, and how it is written.
+    """A single-core benchmark: its sizes, its gate, its measurement and its columns.
 
-    gate(*sizes): what is wrong, or None; on red nothing is measured. rows(*sizes, runs). shown: the
-    columns that are printed.
+    gate(*sizes): returns an error, or None; after an error nothing is measured. rows(*sizes, runs):
+    the rows to write. shown: the columns that are printed.
     """
 
     name: str
@@ -37,7 +37,7 @@ class OneCore:
     rows: Callable[..., list[dict[str, object]]]
 
     def main(self) -> int:
-        """Gate, measure, write; status 1 on red."""
+        """Run the gate, measure and write; return 1 if the gate failed."""
         parser = argparse.ArgumentParser(
             description=self.doc, formatter_class=argparse.RawTextHelpFormatter
         )

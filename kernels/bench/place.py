@@ -1,8 +1,8 @@
-"""Where the kernels' benchmarks run: imported before any kernel, as it decides how they are made.
+"""Set up the process for kernel benchmarks; import this module before any kernel.
 
-A bare GPU machine has torch, triton, numpy and pytest, and this repository is not installed there.
-Without a GPU kernels run in Triton's interpreter, which has to be known when Triton is imported:
-so nothing that stands above `from place import` may import it.
+A bare GPU machine has torch, triton, numpy and pytest, and lcdist is not installed there. Without a
+GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported. So
+nothing that stands above `from place import` may import Triton.
 """
 
 import os
@@ -22,7 +22,7 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 
 
 def find_cache(home: Path) -> None:
-    """Where nothing can be written at home, Triton's compiler gets another folder for its cache."""
+    """Give Triton's compiler another cache folder if the home folder is not writable."""
     if "TRITON_CACHE_DIR" in os.environ:
         return
     usual = home / ".triton"
@@ -35,18 +35,18 @@ def find_cache(home: Path) -> None:
         os.environ["TRITON_CACHE_DIR"] = str(other)
 
 
-# Children inherit it.
+# Child processes inherit it.
 if HAS_GPU:
     find_cache(Path.home())
 
 
 def device_name() -> str:
-    """The GPU's name; without one, says that nothing here was measured on a GPU."""
+    """Return the GPU's name, or a note that nothing here was measured on a GPU."""
     return torch.cuda.get_device_name() if HAS_GPU else "no GPU: a trial of the lines on a CPU"
 
 
 def lost_cuda() -> bool:
-    """Whether a kernel that read where it must not has ended CUDA for this process."""
+    """Return whether an invalid memory access has ended CUDA for this process."""
     if HAS_GPU:
         try:
             torch.cuda.synchronize()

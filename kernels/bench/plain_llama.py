@@ -1,7 +1,7 @@
-"""A LLaMA-shaped model as plain PyTorch would have it, to measure lcdist against.
+"""A LLaMA-shaped model in plain PyTorch, as a baseline for lcdist.
 
-torch's own attention, norms and linears, no parallelism; weights are taken from an lcdist model,
-so both can be checked to compute the same loss before either is timed.
+It uses torch's own attention, norms and linears, without parallelism. Its weights come from an
+lcdist model, so that both can be checked to compute the same loss before either is timed.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from lcdist_kernels import Rotary
 
 
 class PlainLayer(nn.Module):
-    """Pre-norm attention and SwiGLU. qkv is cut as Megatron stores it, key head by key head."""
+    """Pre-norm attention and SwiGLU. qkv is laid out as in Megatron, key head by key head."""
 
     def __init__(self, hidden: int, nheads: int, nheads_kv: int, ffn: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class PlainLayer(nn.Module):
         self.fc1, self.fc2 = nn.Linear(hidden, 2 * ffn, bias=False), nn.Linear(ffn, hidden, False)
 
     def forward(self, x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
-        """x `[b, s, hidden]` to the same."""
+        """Apply the layer to x `[b, s, hidden]`; the output has the same shape."""
         batch, seqlen, _ = x.shape
         group = self.nheads // self.nheads_kv
         qkv = self.qkv(self.norm1(x)).view(batch, seqlen, self.nheads_kv, group + 2, self.head_dim)
@@ -40,10 +40,10 @@ class PlainLayer(nn.Module):
 
 
 class PlainLlama(nn.Module):
-    """Embedding, layers, norm, output; `forward` gives the mean loss."""
+    """Embedding, layers, norm and output layer; `forward` returns the mean loss."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], rotary: Rotary) -> None:
-        """Take over the weights of an lcdist model on one rank, by their whole-model names."""
+        """Copy the weights of an lcdist model on one rank, by their names in the whole model."""
         super().__init__()
         shape = (config.hidden_size, config.nheads, config.nheads_kv or config.nheads)
         self.rotary, self.vocab_size = rotary, config.vocab_size
@@ -75,7 +75,7 @@ class PlainLlama(nn.Module):
                 getattr(layer, ours).weight.copy_(source)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """tokens, labels `[b, s]` to the mean loss in nats a token."""
+        """Return the mean loss in nats a token; tokens, labels: `[b, s]`."""
         positions = torch.arange(tokens.shape[1])
         x = self.embedding(tokens)
         for layer in self.layers:

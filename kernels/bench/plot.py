@@ -1,9 +1,9 @@
-"""A picture a method from the CSVs: TFLOP/s and milliseconds over length, ours and the rivals.
+"""Plot TFLOP/s and milliseconds over length from the CSVs, one picture for each method.
 
     python kernels/bench/plot.py [FOLDER]
 
-<FOLDER>/<method>.png shows the latest rows alone, those of one GPU, date and commit: a line a
-contender, a row of panels a head_dim. Rows without a time are left out.
+<FOLDER>/<method>.png shows only the latest rows, those of one GPU, date and commit: a line for each
+contender, a row of panels for each head_dim. Rows without a time are left out.
 """
 
 import sys
@@ -26,7 +26,7 @@ RIVALS = ("#000000", "#7f7f7f", "#8c564b", "#9467bd", "#bcbd22", "#17becf", "#ae
 
 
 def latest(rows: list[Row]) -> list[Row]:
-    """Of the last timed row's GPU, date and commit; of a row that was made again, the later."""
+    """Return the rows of the last timed row's GPU, date and commit; the later of repeated rows."""
     timed = [row for row in rows if row["fwd_ms"]]
     if not timed:
         return []
@@ -37,7 +37,7 @@ def latest(rows: list[Row]) -> list[Row]:
 
 
 def draw(method: str, rows: list[Row], file: Path) -> None:
-    """All panels of one method. rows: as `latest` gives them, at least one."""
+    """Draw all panels of one method. rows: as `latest` returns them, at least one."""
     head_dims = sorted({int(row["head_dim"]) for row in rows})
     names = list(dict.fromkeys(row["contender"] for row in rows))
     names.sort(key=lambda name: not name.startswith("lcdist"))
@@ -80,7 +80,7 @@ def draw(method: str, rows: list[Row], file: Path) -> None:
 
 
 def styles_of(names: list[str]) -> dict[str, dict]:
-    """Ours solid, rivals dashed; who computes just what one of ours does has its colour.
+    """Return line styles: ours solid, rivals dashed, with the colour of the same computation.
 
     names: ours first.
     """
@@ -102,7 +102,7 @@ def styles_of(names: list[str]) -> dict[str, dict]:
 
 
 def dress(panel: Axes, column: str, title: str, seqlens: set[int]) -> None:
-    """Axes for a person: lengths in k, rates from 0, times by powers of ten."""
+    """Label the axes: lengths in k, rates from 0, times by powers of ten."""
     panel.set_title(title, fontsize=11)
     panel.set_xscale("log", base=2)
     ticks = sorted(seqlens)
@@ -118,7 +118,7 @@ def dress(panel: Axes, column: str, title: str, seqlens: set[int]) -> None:
 
 
 def main() -> int:
-    """A picture for every CSV that has a timed row."""
+    """Draw a picture for every CSV that has a timed row."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     matplotlib.use("agg")
     for method in METHODS:

@@ -1,7 +1,8 @@
-"""A list of things to do in a child process that may die: the next child goes on after it.
+"""Run a list of items in a child process that may die; the next child continues after it.
 
-A kernel that reads where it must not takes CUDA away from its whole process, and one that hangs,
-all the time there is. So the child notes what it begins, and its parent what was lost.
+A kernel with an invalid memory access ends CUDA for its whole process, and a kernel that hangs
+takes all the time there is. So the child records each item that it begins, and its parent reports
+lost items.
 """
 
 import signal
@@ -15,7 +16,7 @@ from typing import TypeVar
 from place import lost_cuda
 
 T = TypeVar("T")
-# Statuses of a child that noted its failure itself and can do no more, and of one out of time.
+# Exit statuses of a child that recorded its failure and cannot continue, and of one out of time.
 HURT, LATE = 3, 4
 TIME_WAS_UP = "time was up"
 
@@ -23,7 +24,7 @@ TIME_WAS_UP = "time was up"
 def take_turns(
     items: Sequence[T], run: Callable[[T], None], first: int, mark: Path, seconds: float
 ) -> int:
-    """In the child: runs the items from `first` on while there is time, and gives its status."""
+    """In the child: run items from `first` on while there is time; return the exit status."""
     end = time.monotonic() + seconds
     for number, item in enumerate(items[first:], first):
         if time.monotonic() > end:
@@ -38,10 +39,17 @@ def take_turns(
 def relay(
     child: Sequence[str], mark: Path, log: Path, end: float, lost: Callable[[int, str], None]
 ) -> bool:
-    """In the parent: runs `child --first N --seconds S` till all is done, True, or time is up.
+    """In the parent: run `child --first N --seconds S` until all items are done or time is up.
 
-    lost(number, why) is told of each item that did not come to its end. end: of `time.monotonic`.
-    Raises RuntimeError where a child ends before it begins anything.
+    Args:
+        end: a time of `time.monotonic`.
+        lost: called as lost(number, why) for each item that did not finish.
+
+    Returns:
+        True if all items are done.
+
+    Raises:
+        RuntimeError: a child ended before it began an item.
     """
     first = 0
     while (left := end - time.monotonic()) > 0:
@@ -55,7 +63,7 @@ def relay(
             if status is None:
                 process.kill()
                 process.wait()
-        # A terminal's interrupt reaches parent and child, which must not be followed by the next.
+        # A terminal's interrupt reaches parent and child, and must not start the next child.
         if status in (0, LATE, -signal.SIGINT):
             return status == 0
         number = int(mark.read_text(encoding="utf-8")) if mark.exists() else None

@@ -1,14 +1,14 @@
-"""Times other tiles than those of the kernels' tables (`launches.py`), on a GPU; tuning.csv.
+"""Time other tile sizes than the kernels' tables have (`tile_configs.py`), on a GPU; tuning.csv.
 
     python kernels/bench/tune.py [--out FOLDER] [--only full.BWD_DKV ...] [--head-dim 128]
 
-Kernels do not tune themselves: other tiles sum in another order, so a choice by the clock would
-change bits from run to run. This tells what is faster; a person writes it into the table. CoCA and
-the softmax rings of SCCA run on full attention's.
+Kernels do not tune themselves: other tiles sum in another order, so a choice by time would change
+bits from run to run. This script reports faster tiles; a developer writes them into the table. CoCA
+and SCCA's softmax rings use full attention's tiles.
 
-Every candidate first passes the benchmark's gate (`gpu_harness`), many at a time, as that is where
-the compiler's time goes; then each is timed alone, after the table's own. Without a GPU the same
-lines run in the interpreter, which has no tiles to choose.
+Every candidate first passes the benchmark's gate (`gpu_harness`), many at a time, since the gate is
+where the compiler's time goes. Then each is timed alone, after the table's own entry. Without a GPU
+the same code runs in the interpreter, which has no tiles to choose.
 """
 
 import argparse
@@ -54,17 +54,17 @@ COLUMNS = [*FACTS, "table", "seqlen", "head_dim", *Launch._fields, "own"]
 MEASURED = ["error", "ms", "spread", "note"]
 SAID = ["table", "head_dim", *Launch._fields, *MEASURED]
 SEQLEN, REPETITIONS = 16384, 7
-# A thread's scores of a tile: fewer waste the tensor cores, more do not fit its registers.
+# Scores of a tile for each thread: fewer waste the tensor cores, more do not fit into registers.
 SCORES_A_THREAD = range(16, 65)
-# Of the time for everything: what the compiler may have.
+# The compiler's share of the whole time.
 COMPILING = 0.6
 MOST_PROCESSES = 14
-# What is faster by less is noise.
+# A smaller gain is noise.
 WORTH_IT = 0.98
 
 
 class Part(NamedTuple):
-    """A table and the operator that shows its worth. same_n: block_n is what a block needs."""
+    """A table and the operator that measures it. same_n: block_n must stay as it is."""
 
     home: ModuleType
     table: str
@@ -76,11 +76,11 @@ class Part(NamedTuple):
 
     @property
     def backward(self) -> bool:
-        """Whether its kernels run backward."""
+        """Return whether the kernels belong to the backward pass."""
         return self.table.startswith("BWD")
 
     def entry(self, size: Size) -> tuple[dict[Any, Launch], tuple[int, int]]:
-        """Table and key of the launch for a size on this GPU."""
+        """Return table and key of the launch for a size on this GPU."""
         itemsize = getattr(torch, size.dtype).itemsize
         table = getattr(self.home, self.table)
         key = min(k for k in table if k[0] >= size.head_dim and k[1] == itemsize)
@@ -89,7 +89,7 @@ class Part(NamedTuple):
         return (hopper if newer and key in hopper else table), key
 
     def candidates(self, size: Size) -> list[Launch]:
-        """The table's own first."""
+        """Return the candidates, the table's own entry first."""
         table, key = self.entry(size)
         own = table[key]
         made = [
@@ -104,7 +104,7 @@ class Part(NamedTuple):
 
     @contextmanager
     def using(self, size: Size, launch: Launch) -> Iterator[None]:
-        """Within, `launch` stands in the table."""
+        """Replace the table's entry by `launch` inside the context."""
         table, key = self.entry(size)
         kept, table[key] = table[key], launch
         try:
@@ -114,7 +114,7 @@ class Part(NamedTuple):
 
 
 def parts() -> list[Part]:
-    """All tables, in the order of what they are worth."""
+    """Return all tables, the most important first."""
     tensor = Operator("tensorized", {"modes": (512,)}, trial={"modes": (4,)})
     blocks = Operator("landmark", trial={"block_size": 4})
     larger = Operator("landmark", {"block_size": 256}, trial={"block_size": 4})
@@ -130,7 +130,7 @@ Item = tuple[Part, Size, Launch]
 
 
 def items(only: Sequence[str], head_dims: Sequence[int]) -> list[Item]:
-    """What to time, in order. only: tables, or methods; empty: all."""
+    """Return the candidates to time, in order. only: tables or methods; empty: all."""
     known = [str(part) for part in parts()]
     if wrong := [word for word in only if not any(name.startswith(word) for name in known)]:
         raise SystemExit(f"--only {' '.join(wrong)}: the tables are {', '.join(known)}")
@@ -145,7 +145,7 @@ def items(only: Sequence[str], head_dims: Sequence[int]) -> list[Item]:
 
 
 def blank(item: Item, facts: dict[str, Any]) -> dict[str, Any]:
-    """A row without a figure."""
+    """Return a row without results."""
     part, size, launch = item
     table, key = part.entry(size)
     row = {**facts, "table": str(part), "seqlen": size.seqlen, "head_dim": size.head_dim}
@@ -154,7 +154,7 @@ def blank(item: Item, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured(item: Item) -> dict[str, Any]:
-    """Error and time of one candidate, or why there are none."""
+    """Return error and time of one candidate, or the reason for having none."""
     part, size, launch = item
     contender = ours(part.operator)
     try:
@@ -168,7 +168,7 @@ def measured(item: Item) -> dict[str, Any]:
 
 
 def once_of(part: Part, size: Size) -> Callable[[], Callable[[], float]]:
-    """What runs the part's kernels once, forward or backward, and gives its clock."""
+    """Return a function that runs the part's kernels once and returns their clock."""
     attend = ours(part.operator).build(part.operator.options_at(gate=False), size)
     *qkv, dout = size.inputs()
     leaves = [x.requires_grad_() for x in qkv]
@@ -184,7 +184,7 @@ def once_of(part: Part, size: Size) -> Callable[[], Callable[[], float]]:
 
 
 def clock(once: Callable[[], Callable[[], float]]) -> dict[str, Any]:
-    """Median and spread."""
+    """Return median and spread."""
     once()
     clocks = [once() for _ in range(REPETITIONS)]
     wait()
@@ -194,7 +194,7 @@ def clock(once: Callable[[], Callable[[], float]]) -> dict[str, Any]:
 
 
 def passes(item: Item) -> None:
-    """The gate and one run, to compile; what comes of it is said where it is timed."""
+    """Run the gate and one pass, to compile; errors are reported when the candidate is timed."""
     part, size, launch = item
     with suppress(*FAILURES), part.using(size, launch):
         gate(ours(part.operator), size.gate())
@@ -203,7 +203,7 @@ def passes(item: Item) -> None:
 
 
 def compiled(todo: Sequence[Item], child: list[str], folder: Path, end: float) -> None:
-    """Every candidate through the gate in one of many processes, whose compiler fills the cache."""
+    """Compile every candidate in several processes by running the gate, which fills the cache."""
     count = min(MOST_PROCESSES, max(1, (os.cpu_count() or 2) - 2), len(todo))
 
     def line(number: int) -> None:
@@ -220,7 +220,7 @@ def compiled(todo: Sequence[Item], child: list[str], folder: Path, end: float) -
 
 
 def faster(file: Path, facts: dict[str, Any]) -> list[str]:
-    """For a person: what is worth to be written into which table, by the rows with these facts."""
+    """Return text about tiles worth adding to a table, from the rows with these facts."""
     with file.open(newline="", encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if row["ms"] and facts.items() <= row.items()]
     lines = [] if rows else ["nothing was timed"]
@@ -236,7 +236,7 @@ def faster(file: Path, facts: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    """Compiles, times and tells."""
+    """Compile, time and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(";")[0])
     folder = RESULTS if HAS_GPU else None
     parser.add_argument("--out", type=Path, default=folder, required=folder is None)
@@ -286,6 +286,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Started in a shell's background it would be ignored.
+    # A background process of a shell would ignore the signal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
