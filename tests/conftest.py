@@ -14,16 +14,16 @@ import torch
 from tests.interpreter import interpret_without_gpu
 from tests.unwritten import nan_in_empty
 
-# Before any test imports a kernel: it is decorated one way or the other.
+# Before any test imports a kernel: the decorators depend on it.
 interpret_without_gpu()
 
-# Before any operator runs: more threads than the two cores of a small machine only wait.
+# Before any operator runs: on two cores, more threads only wait for each other.
 torch.set_num_threads(1)
 
 
 def pytest_configure() -> None:
-    """A test's result must not hang on how busy the machine is."""
-    # A GPU machine without network may have pytest alone; the kernel tests need no more.
+    """Turn off hypothesis's deadline: a result must not depend on how busy the machine is."""
+    # A GPU machine without network may have only pytest; the kernel tests need no more.
     if find_spec("hypothesis"):
         settings = import_module("hypothesis").settings
         settings.register_profile("lcdist", deadline=None)
@@ -54,15 +54,16 @@ def worker_group(item: pytest.Item) -> str:
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    """The same random numbers in a test whether it runs alone or after others."""
+    """Seed torch, so that a test sees the same random numbers alone and after other tests."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where transformers copies the code of models, for all tests of this process.
+    """Return the folder where transformers copies model code, one for all tests of this process.
 
-    One folder, as Python looks nowhere else once it has imported from it; and not the user's.
+    It must be one folder, because Python looks nowhere else after the first import from it. It must
+    not be the user's.
     """
     folder = tmp_path_factory.mktemp("modules")
     vars(import_module("transformers.dynamic_module_utils"))["HF_MODULES_CACHE"] = str(folder)
@@ -71,6 +72,6 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def unwritten_shows() -> Iterator[None]:
-    """An element that a kernel forgets to write is NaN, not whatever was there before."""
+    """Make every element that a kernel forgets to write NaN."""
     with nan_in_empty():
         yield

@@ -1,7 +1,7 @@
-"""Runs a function on several processes joined by gloo: the harness of every multi-process test.
+"""Run a function on several gloo processes: the harness of every multi-process test.
 
-Processes come from a fork server that has imported torch and Megatron-core once (`preload.py`),
-so a launch costs about 0.1 s; several cases in one function share one launch.
+Processes come from a fork server that has imported torch and Megatron-core once (`preload.py`), so
+a launch costs about 0.1 s. Several cases in one function share one launch.
 """
 
 import multiprocessing as mp
@@ -27,7 +27,7 @@ FAILURE_SECONDS = 0.5
 
 
 class RankError(Exception):
-    """A rank's traceback; the cause of the exception that `run_ranks` re-raises."""
+    """A rank's traceback: the cause of the exception that `run_ranks` raises again."""
 
     def __str__(self) -> str:
         return "\n" + self.args[0]
@@ -36,14 +36,20 @@ class RankError(Exception):
 def run_ranks(
     fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
 ) -> list[Any]:
-    """The results of `fn(rank, world_size, *args)` on `world_size` processes, in rank order.
+    """Run `fn(rank, world_size, *args)` on `world_size` processes; return results in rank order.
 
-    fn: a picklable top-level function; it runs with a gloo default group of `world_size` ranks,
-    one torch thread, NaN in every unwritten float tensor, seed 0. timeout: seconds for the whole
-    call. Results and arguments are pickled (tensors by value).
+    Args:
+        fn: a picklable top-level function. It runs with a gloo default group of `world_size` ranks,
+            one torch thread, NaN in every unwritten float tensor, and seed 0.
+        args: pickled, as are the results (tensors by value).
+        timeout: seconds for the whole call.
 
-    Raises the first rank's exception, with that rank's traceback as its cause; TimeoutError when
-    time is up; RuntimeError when a rank dies without a word. No process is left behind.
+    Raises:
+        The first failing rank's exception, with that rank's traceback as its cause.
+        TimeoutError: time is up.
+        RuntimeError: a rank died without a message.
+
+    No process is left running.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
@@ -85,7 +91,7 @@ def _collect(
     failures: list[tuple[float, BaseException]] = []
     waiting = {pipe: rank for rank, (_, pipe) in enumerate(ranks)}
     while waiting:
-        # One rank's failure makes others fail: hear them all, and blame the first.
+        # One rank's failure makes others fail: collect all failures and report the first.
         seconds = FAILURE_SECONDS if failures else max(0.0, deadline - time.monotonic())
         ready = wait(list(waiting), seconds)
         if not ready and not failures:
@@ -108,7 +114,10 @@ def _collect(
 def _read(
     rank: int, process: ForkServerProcess, pipe: Connection
 ) -> tuple[float, BaseException | None, Any]:
-    """When the rank ended, its error, its result. A silent death is nobody's consequence."""
+    """Return the time at which the rank ended, its error, and its result.
+
+    A silent death gets time 0: no other failure can be its cause.
+    """
     try:
         when, ok, answer = pipe.recv()
     except EOFError:
@@ -143,7 +152,7 @@ def _rank_main(rank: int, world_size: int, store: str, call: bytes, pipe: Connec
         )
         fn, args = pickle.loads(call)
         answer = pickle.dumps(fn(rank, world_size, *args))
-        # No rank leaves while another may still need it.
+        # No rank may leave while another may still need it.
         dist.barrier()
         pipe.send((time.monotonic(), True, answer))
     except BaseException as error:

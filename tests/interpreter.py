@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run as Python on CPU tensors: to be asked for before any import."""
+"""Without a GPU, run Triton kernels as Python on CPU tensors; call before importing one."""
 
 import os
 from functools import wraps
@@ -10,7 +10,7 @@ import torch
 
 
 def interpret_without_gpu() -> None:
-    """Sets TRITON_INTERPRET=1 unless there is a GPU or it is set; child processes inherit it."""
+    """Set TRITON_INTERPRET=1, unless there is a GPU or it is set; child processes inherit it."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -18,9 +18,10 @@ def interpret_without_gpu() -> None:
 
 
 def _patch_the_language_once() -> None:
-    """Triton 3.9 patches its language again in each function a kernel calls: a third of its time.
+    """Patch Triton's language once a launch instead of in each function that a kernel calls.
 
-    What a launch patched stays so until its end, so patching it again changes nothing.
+    Triton 3.9 patches again in every function, which takes a third of the time. The patch stays in
+    force until the launch ends, so repeating it changes nothing.
     """
     interpreter, language = map(import_module, ("triton.runtime.interpreter", "triton.language"))
     patch: Any = interpreter._patch_lang

@@ -1,7 +1,7 @@
-"""What torch allocates while a block runs, counted operator by operator: no timing, no luck.
+"""Count what torch allocates inside a block, operator by operator, without timing.
 
-A storage counts from the operator that made it until it is freed, whoever holds it. What an
-operator makes and frees within itself is not seen.
+A storage counts from the operator that made it until it is freed. Memory that an operator allocates
+and frees internally is not seen.
 """
 
 import weakref
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensors(TorchDispatchMode):
-    """now and peak: bytes that live of what was made within. largest: elements of one tensor."""
+    """Bytes of living tensors made in the block: now and peak; largest: elements of one tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,5 +47,5 @@ class LiveTensors(TorchDispatchMode):
 
 
 def id_of(x: torch.Tensor) -> int:
-    """A name for the memory behind `x`."""
+    """Return a name for the memory behind `x`."""
     return x.untyped_storage()._cdata

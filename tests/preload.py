@@ -1,4 +1,4 @@
-"""What the fork server imports once, so that starting a rank costs a tenth of a second.
+"""Modules that the fork server imports once, so that starting a rank takes a tenth of a second.
 
 `lcdist.hardware.megatron_on_cpu` must come before Megatron-core: with it Megatron-core runs without
 CUDA.
@@ -18,7 +18,7 @@ interpret_without_gpu()
 if find_spec("lcdist.hardware.megatron_on_cpu") is not None:
     import_module("lcdist.hardware.megatron_on_cpu")
     import_module("megatron.core")
-    # What test modules import: each of these costs a rank half a second on a busy machine.
+    # Imports of test modules: each costs a rank half a second on a busy machine.
     for module in (
         "lcdist.commands.train",
         "lcdist.evaluate.loaded_model",

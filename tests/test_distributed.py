@@ -1,4 +1,4 @@
-"""The multi-process harness itself: results in rank order, errors with their traceback, no hang."""
+"""The multi-process harness: results in rank order, errors with their traceback, no hang."""
 
 import os
 import sys

@@ -18,7 +18,7 @@ SKIPPED = {"__pycache__", "build", "dist", "runs"}
 
 
 def our_files() -> list[Path]:
-    """What is tracked or about to be; in a source distribution, what is not made by running."""
+    """Return files that are tracked or new; in a source distribution, those that no run made."""
     if (ROOT / ".git").exists():
         command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -40,7 +40,7 @@ def run(*words: str, cwd: Path, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the source distribution and the wheel that was built from it."""
+    """Build and return a folder with the source distribution and the wheel made from it."""
     source = tmp_path_factory.mktemp("source")
     for path in our_files():
         target = source / path.relative_to(ROOT)
@@ -124,19 +124,19 @@ def test_wheel_in_a_fresh_environment_plans_a_run(built: Path, tmp_path: Path) -
 
 
 def test_kernels_and_launch_are_no_packages() -> None:
-    """`kernels` is a package on many machines: ours would hide it from all that starts here."""
+    """Check that `kernels` is no package: it would hide another package of that name."""
     assert not [name for name in ("kernels", "launch") if (ROOT / name / "__init__.py").exists()]
     assert not [path for path in (ROOT / "kernels").iterdir() if path.suffix == ".py"]
 
 
 def test_no_program_has_the_name_of_a_standard_module() -> None:
-    """A program's folder comes first on its path, so it would hide that module."""
+    """Check program names: a program's folder comes first on the path and would hide the module."""
     programs = [*(ROOT / "launch").glob("*.py"), *(ROOT / "kernels" / "bench").glob("*.py")]
     taken = [path.name for path in programs if path.stem in sys.stdlib_module_names]
     assert programs and not taken
 
 
-# Homes, mounts and work folders; hosts and options of package indexes.
+# Home folders, mounts and work folders; hosts and options of package indexes.
 MACHINE = re.compile(
     r"(?<![\w.$}*-])/(?:home|root|Users|mnt|work|data|scratch|farm|workspace)/\w"
     r"|--(?:extra-)?index-url|--find-links"

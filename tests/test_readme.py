@@ -1,4 +1,4 @@
-"""The documents keep up with the code: table, commands, links, and the example of a new method."""
+"""Documents agree with the code: table, commands, links, and the example of a new method."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""The rules of closeness themselves: what they let pass, and that NaN never does."""
+"""The tolerances: what they accept, and that NaN never passes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How close is close: relative norms, on which every comparison of tensors in the tests rests."""
+"""Tolerances: relative norms, used by every comparison of tensors in the tests."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,9 @@ SAME_MATHS = 1e-10
 
 
 def relative_error(actual: Tensor, reference: Tensor) -> float:
-    """||actual - reference|| / ||reference||, in float64; the plain norm where reference is 0.
+    """Return ||actual - reference|| / ||reference|| in float64; the plain norm if reference is 0.
 
-    NaN or infinity where the two are not equally NaN-free and finite. Raises AssertionError when
-    shapes differ.
+    Returns NaN or infinity if the two are not both finite. Raises AssertionError if shapes differ.
     """
     assert actual.shape == reference.shape, f"{tuple(actual.shape)} != {tuple(reference.shape)}"
     wide = torch.complex128 if reference.is_complex() else torch.float64
@@ -22,9 +21,9 @@ def relative_error(actual: Tensor, reference: Tensor) -> float:
 
 
 def assert_matches(actual: Tensor, reference: Tensor, tolerance: float | None = None) -> None:
-    """Fails unless `relative_error(actual, reference) <= tolerance`; NaN never passes.
+    """Fail unless `relative_error(actual, reference) <= tolerance`; NaN never passes.
 
-    tolerance: None means `SAME_MATHS`, and asks that both are float64.
+    tolerance: None means `SAME_MATHS`, and requires float64 for both.
     """
     if tolerance is None:
         assert actual.dtype == reference.dtype == torch.float64, "give a tolerance below float64"
@@ -37,10 +36,14 @@ def assert_matches(actual: Tensor, reference: Tensor, tolerance: float | None = 
 def assert_as_good_as_eager(
     actual: Tensor, eager: Tensor, reference: Tensor, noise: float = 1e-7
 ) -> None:
-    """A kernel's error against `reference` is at most twice that of eager torch, plus `noise`.
+    """Fail if a kernel's error is more than twice that of eager torch, plus `noise`.
 
-    actual: the kernel's result; eager: eager PyTorch's in the same dtype; reference: in float32
-    or wider. flash-attention's rule; for outputs and for gradients.
+    This is flash-attention's rule, for outputs and gradients.
+
+    Args:
+        actual: the kernel's result.
+        eager: eager PyTorch's result in the same dtype.
+        reference: the result in float32 or wider.
     """
     error, allowed = relative_error(actual, reference), relative_error(eager, reference)
     assert error <= 2 * allowed + noise, (

@@ -1,4 +1,4 @@
-"""Fills what `torch.empty` and its kin return with NaN, so that an element nobody wrote shows.
+"""Fill the results of `torch.empty` and similar functions with NaN: unwritten elements show.
 
 The idea is flash-linear-attention's. Integer tensors stay as they are.
 """
@@ -32,14 +32,14 @@ def _with_nan(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def fill_empty_with_nan() -> None:
-    """Patches torch for the rest of the process: for worker processes."""
+    """Patch torch for the rest of the process; for worker processes."""
     for owner, name in MAKERS:
         setattr(owner, name, _with_nan(getattr(owner, name)))
 
 
 @contextmanager
 def nan_in_empty() -> Iterator[None]:
-    """Patches torch within the block."""
+    """Patch torch inside the block."""
     before = [(owner, name, getattr(owner, name)) for owner, name in MAKERS]
     fill_empty_with_nan()
     try:

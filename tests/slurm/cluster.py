@@ -1,7 +1,7 @@
 """A real Slurm cluster on this machine: each node is a network namespace with its own slurmd.
 
-Everything lives in namespaces of one process. When that dies, in whatever way, the kernel takes
-daemons, jobs, mounts and network along, and nothing is left to clean but a folder of logs.
+Everything lives in namespaces of one process. When that process dies, the kernel ends daemons,
+jobs, mounts and network with it; only a folder of logs remains.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ SECONDS = 60.0
 
 
 def what_is_missing() -> str:
-    """Why no cluster can be made here; empty where one can."""
+    """Return the reason for which no cluster can be made here; empty if one can."""
     if os.geteuid():
         return "needs root, for namespaces"
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -45,9 +45,9 @@ def what_is_missing() -> str:
 class Cluster:
     """`nodes` nodes and a login node; files under `folder`, which all of them see.
 
-    Use as a context manager. `proctrack` is how Slurm follows a job's processes: "cgroup", as real
-    clusters do, or "linuxproc" where the machine has no freezer to write to. The latter signals
-    every descendant, and so forgives scripts that forward nothing.
+    Use as a context manager. `proctrack` is how Slurm follows a job's processes: "cgroup", as on
+    real clusters, or "linuxproc" if the machine has no freezer to write to. The latter signals
+    every descendant, so scripts that forward no signals also pass.
     """
 
     def __init__(self, folder: Path, nodes: int) -> None:
@@ -62,7 +62,7 @@ class Cluster:
         self._write_files()
         spaces = ["--fork", "--kill-child", "--mount-proc", *NAMESPACES]
         program = [sys.executable, inside.__file__, str(self.folder), str(self.nodes)]
-        # The death of whoever runs the tests ends the cluster.
+        # The cluster ends when the process that runs the tests dies.
         words = ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, *program, self.proctrack]
         if self.proctrack == "cgroup":
             words.insert(words.index("--fork"), "--cgroup")
@@ -95,13 +95,13 @@ class Cluster:
             self._freezer.rmdir()
 
     def call(self, *words: str, **variables: str) -> str:
-        """What a command prints on the login node, in the repository; raises where it fails."""
+        """Run a command on the login node, in the repository; return its output or raise."""
         done = self.try_call(*words, **variables)
         assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def try_call(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """The same, whether or not it fails."""
+        """Run a command as `call` does, but also return after a failure."""
         return subprocess.run(
             [*self._enter(), *words],
             env=environment(os.environ["PATH"]) | variables,
@@ -112,18 +112,18 @@ class Cluster:
         )
 
     def kill_node(self, name: str) -> None:
-        """Power loss: every process of the node dies at once."""
+        """Cut a node's power: every process of the node dies at once."""
         self.call("sh", "-c", f"ip netns pids {name} | xargs -r kill -KILL")
 
     def start_node(self, name: str) -> None:
-        """Power is back."""
+        """Restore a node's power."""
         code = "import sys, pathlib; from tests.slurm.inside import start_node; "
         code += "start_node(pathlib.Path(sys.argv[1]), sys.argv[2])"
         self.call(sys.executable, "-c", code, str(self.folder), name)
         self.wait_until_idle()
 
     def rank_of(self, run: Path, rank: int) -> psutil.Process:
-        """The process of a rank of the run in the folder `run`."""
+        """Return the process of a rank of the run in the folder `run`."""
         assert self._outer is not None
         for process in psutil.Process(self._outer.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -133,14 +133,14 @@ class Cluster:
         raise AssertionError(f"no rank {rank} of {run}")
 
     def wait_until_idle(self) -> None:
-        """Until every node is up and free."""
+        """Wait until every node is up and free."""
         deadline = time.monotonic() + SECONDS
         while self.call("sinfo", "-h", "-p", "gpu", "-o", "%T").split() != ["idle"]:
             assert time.monotonic() < deadline, self.call("sinfo", "-N", "-l")
             time.sleep(0.2)
 
     def log(self) -> str:
-        """The ends of the daemons' logs, for a failing test to show."""
+        """Return the ends of the daemons' logs, for a failing test to show."""
         files = sorted((self.folder / "log").iterdir())
         ends = [file.read_text(errors="replace").splitlines()[-15:] for file in files]
         return "\n".join(
@@ -158,7 +158,7 @@ class Cluster:
             (self.folder / "spool" / name).mkdir(parents=True)
         devices = [self.folder / "dev" / f"nvidia{number}" for number in range(conf.GPUS)]
         for device in devices:
-            # The numbers of /dev/null.
+            # The device numbers of /dev/null.
             os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
         files = {
             "hosts": conf.hosts(self.nodes),
@@ -183,7 +183,7 @@ class Cluster:
 
 
 def environment(path: str) -> dict[str, str]:
-    """Variables of this process without those that a job or its launcher would take for its own."""
+    """Return this process's variables without those that a job or its launcher would use itself."""
     foreign = ("SLURM", "SBATCH", "LCDIST", "TORCHELASTIC")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
     return kept | {"PATH": path, "OMP_NUM_THREADS": "1"}

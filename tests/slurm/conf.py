@@ -1,7 +1,7 @@
-"""The configuration files of a small Slurm cluster, as text: slurm.conf, gres.conf and the rest.
+"""Configuration files of a small Slurm cluster, as text: slurm.conf, gres.conf and others.
 
-Every node claims eight GPUs, so that the scripts' own requests can be met; the devices stand for
-GPUs in Slurm's accounts alone and are never opened.
+Every node claims eight GPUs, so that the scripts' own requests can be met. The devices count as
+GPUs in Slurm's accounts only and are never opened.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ GPUS = 8
 CPUS = 64
 MEMORY_MB = 512_000
 MUNGE_SOCKET = "/run/munge/munge.socket.2"
-# Preemption is by partition: what runs in `grace` and `abrupt` gives way to the others.
+# Preemption by partition: jobs in `grace` and `abrupt` give way to the others.
 PARTITIONS = {
     "gpu": "Default=YES PriorityTier=10 PreemptMode=OFF",
     "grace": "PriorityTier=1 PreemptMode=REQUEUE GraceTime=60",
@@ -22,24 +22,24 @@ PARTITIONS = {
 
 
 def address(number: int) -> str:
-    """Of node `number`, counted from 1; 0 is the login node."""
+    """Return the address of node `number`, counted from 1; 0 is the login node."""
     return f"10.77.0.{10 + number if number else 1}"
 
 
 def node_names(nodes: int) -> list[str]:
-    """node1, node2, ..."""
+    """Return node1, node2, ..."""
     return [f"node{number}" for number in range(1, nodes + 1)]
 
 
 def hosts(nodes: int) -> str:
-    """/etc/hosts: one address a name, or no torchrun would take itself for the rendezvous' host."""
+    """Return /etc/hosts: one address a name, or torchrun would not find the rendezvous host."""
     lines = ["127.0.0.1 localhost", f"{address(0)} {LOGIN}"]
     names = enumerate(node_names(nodes), start=1)
     return "\n".join([*lines, *(f"{address(number)} {name}" for number, name in names)]) + "\n"
 
 
 def slurm(folder: Path, nodes: int, proctrack: str) -> str:
-    """slurm.conf; state, spool and logs lie under `folder`."""
+    """Return slurm.conf; state, spool and logs are under `folder`."""
     settings = {
         "ClusterName": "test",
         "SlurmctldHost": LOGIN,
@@ -65,7 +65,7 @@ def slurm(folder: Path, nodes: int, proctrack: str) -> str:
         "PreemptType": "preempt/partition_prio",
         "PreemptMode": "REQUEUE",
         "JobRequeue": 1,
-        # What Slurm's own default is, and so what a checkpoint has to fit in on most clusters.
+        # Slurm's default, and so the time that a checkpoint has on most clusters.
         "KillWait": 30,
         "MinJobAge": 3600,
         "MessageTimeout": 10,
@@ -99,14 +99,14 @@ def slurm(folder: Path, nodes: int, proctrack: str) -> str:
 
 
 def gres(devices: Sequence[Path], nodes: int) -> str:
-    """gres.conf: slurmd counts only what is a character device."""
+    """Return gres.conf: slurmd counts character devices only."""
     names = ",".join(node_names(nodes))
     files = ",".join(map(str, devices))
     return f"NodeName={names} Name=gpu File={files}\n"
 
 
 def cgroup() -> str:
-    """cgroup.conf: processes are followed, nothing is limited."""
+    """Return cgroup.conf: processes are tracked, nothing is limited."""
     return (
         "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n"
         "ConstrainRAMSpace=no\nConstrainCores=no\nConstrainDevices=no\n"

@@ -15,12 +15,12 @@ NODES = 3
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Known here, so that these tests can be chosen, or left out."""
+    """Register the marker by which these tests can be selected."""
     config.addinivalue_line("markers", "slurm: needs Slurm's packages and root")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what lies in this folder."""
+    """Mark the tests of this folder."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("slurm")
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three nodes; skips where they cannot be made."""
+    """Start three nodes; skip if they cannot be made."""
     missing = what_is_missing()
     if missing:
         pytest.skip(f"no Slurm cluster: {missing}")
@@ -38,7 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def free(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, and no jobs on it before or after."""
+    """Return the cluster, without jobs before and after the test."""
     yield cluster
     cluster.call("scancel", "--user=root")
     cluster.wait_until_idle()
@@ -46,7 +46,7 @@ def free(cluster: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def tokens(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A little text with something to learn, tokenized."""
+    """Tokenize a little text with something to learn."""
     text, words = tmp_path_factory.mktemp("text"), random.Random(0)
     names = ["".join(words.choices("abcdefghij", k=5)) for _ in range(50)]
     for number in range(8):
@@ -59,7 +59,7 @@ def tokens(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(cluster: Cluster, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """The job that nothing happened to, over."""
+    """Run one job without interruptions to its end."""
     job = submit(cluster, tmp_path_factory.mktemp("whole"), tokens)
     job.wait_for_end()
     return job

@@ -2,8 +2,8 @@
 
     python inside.py FOLDER NODES
 
-Run by `cluster.py` in fresh pid, mount, uts, ipc, network and cgroup namespaces. What it mounts and
-whatever it starts is gone with it. It writes FOLDER/run/ready when every node is idle.
+`cluster.py` runs it in fresh pid, mount, uts, ipc, network and cgroup namespaces. Its mounts and
+processes end with it. It writes FOLDER/run/ready when every node is idle.
 """
 
 import os
@@ -21,12 +21,12 @@ SECONDS_UP = 60.0
 
 
 def call(line: str) -> None:
-    """Run a command whose words have no blanks in them; raises where it fails."""
+    """Run a command whose words contain no blanks; raise if it fails."""
     subprocess.run(line.split(), check=True)
 
 
 def mount_what_is_private(folder: Path, own_freezer: bool) -> None:
-    """The default places of Slurm's files and sockets, seen by this cluster alone."""
+    """Mount private copies of the default places of Slurm's files and sockets."""
     call("mount --make-rprivate /")
     if own_freezer:
         call(f"umount -l {FREEZER}")
@@ -41,7 +41,7 @@ def mount_what_is_private(folder: Path, own_freezer: bool) -> None:
 
 
 def make_network(nodes: int) -> None:
-    """A bridge, and for each node a network namespace with one cable to it."""
+    """Make a bridge, and for each node a network namespace with one cable to it."""
     call(f"hostname {LOGIN}")
     call("ip link set lo up")
     call("ip link add br0 type bridge")
@@ -58,13 +58,13 @@ def make_network(nodes: int) -> None:
 
 
 def start(log: Path, *words: str) -> None:
-    """A daemon in the foreground of its own; what it prints goes to `log`."""
+    """Start a daemon in the foreground of its own process, with its output in `log`."""
     with log.open("ab") as stream:
         subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
 
 
 def start_daemons(folder: Path, nodes: int) -> None:
-    """munged, slurmctld, and slurmd on every node."""
+    """Start munged, slurmctld, and slurmd on every node."""
     log, munge = folder / "log", "/run/munge"
     files = [f"--key-file={folder}/etc/munge.key", f"--socket={MUNGE_SOCKET}"]
     files += [f"--pid-file={munge}/munged.pid", f"--seed-file={munge}/munged.seed"]
@@ -76,7 +76,7 @@ def start_daemons(folder: Path, nodes: int) -> None:
 
 
 def start_node(folder: Path, name: str) -> None:
-    """slurmd of one node, with a hostname, a network and a /dev/shm of its own."""
+    """Start slurmd of one node, with its own hostname, network and /dev/shm."""
     script = (
         f"hostname {name}; mount -t tmpfs -o mode=1777 none /dev/shm; exec slurmd -D -c -N {name}"
     )
@@ -85,14 +85,14 @@ def start_node(folder: Path, name: str) -> None:
 
 
 def all_idle(nodes: int) -> bool:
-    """Whether the controller answers and every node is free."""
+    """Return whether the controller answers and every node is free."""
     asked = ["timeout", "2", "sinfo", "-h", "-N", "-p", "gpu", "-o", "%T"]
     answer = subprocess.run(asked, capture_output=True, text=True, check=False)
     return answer.stdout.split().count("idle") == nodes
 
 
 def wait_for(condition, what: str) -> None:
-    """Raises TimeoutError where the condition does not come true."""
+    """Wait until the condition holds. Raises TimeoutError if it does not."""
     deadline = time.monotonic() + SECONDS_UP
     while not condition():
         if time.monotonic() > deadline:
@@ -108,7 +108,7 @@ def main() -> None:
     wait_for(lambda: all_idle(nodes), "the cluster")
     (folder / "run" / "ready").touch()
     while True:
-        # The first process of a pid namespace inherits its orphans, and must bury them.
+        # The first process of a pid namespace inherits orphans, and must reap them.
         try:
             os.wait()
         except ChildProcessError:

@@ -1,4 +1,4 @@
-"""A job of the test cluster: submitted with the project's own script, watched, acted upon."""
+"""A job of the test cluster: submitted with the project's own script, watched, interrupted."""
 
 import json
 import re
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from tests.slurm.cluster import Cluster
 
-# Far more than it takes: a start needs ten seconds of two idle cores, and they may be shared.
+# Far more than needed: a start takes ten seconds on two idle cores, which may be shared.
 SECONDS = 300.0
 STEPS = 100
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-# The configuration of the script, made small enough for a CPU; it saves when it is told to stop
-# and at the end.
+# The script's configuration, small enough for a CPU. It saves when told to stop and at
+# the end.
 TINY = (
     "model.vocab_size=320 model.num_layers=1 model.hidden_size=32 model.nheads=2 "
     "model.ffn_hidden_size=64 parallel.tp_size=1 parallel.sequence_parallel=false "
@@ -21,12 +21,12 @@ TINY = (
     "train.dtype=fp32 train.recompute=none optim.lr=1e-3 optim.warmup_steps=4 "
     "checkpoint.load= checkpoint.every=0 log.tensorboard=false log.peak_tflops=1"
 ).split()
-# What the tests' jobs have of their environment: one rank a node, and no settings of the machine's.
+# The environment of the tests' jobs: one rank a node, and none of the machine's settings.
 ENVIRONMENT = {"LCDIST_PROCS_PER_NODE": "1", "LCDIST_SITE": "/dev/null"}
 
 
 class Job:
-    """One job; its run is `folder`/run, and what it prints lies beside that."""
+    """One job; its run is `folder`/run, and its output is beside it."""
 
     def __init__(self, cluster: Cluster, folder: Path, number: str) -> None:
         self.cluster, self.folder, self.number = cluster, folder, number
@@ -34,47 +34,48 @@ class Job:
         self._hurried = 0
 
     def fields(self) -> dict[str, str]:
-        """What Slurm knows of it."""
+        """Return the fields that Slurm reports for the job."""
         shown = self.cluster.call("scontrol", "show", "job", "-o", self.number)
         return dict(word.partition("=")[::2] for word in shown.split())
 
     @property
     def state(self) -> str:
-        """Slurm's word for how it stands."""
+        """Return Slurm's state of the job."""
         return self.fields()["JobState"]
 
     @property
     def restarts(self) -> int:
-        """How often it was requeued and started again."""
+        """Return how often it was requeued and started again."""
         return int(self.fields()["Restarts"])
 
     @property
     def output(self) -> str:
-        """What it has printed, in all its starts."""
+        """Return its output of all starts."""
         return "".join(file.read_text() for file in self.folder.glob(f"*-{self.number}.out"))
 
     def signal_batch(self, name: str) -> None:
-        """A signal to the batch shell alone, as Slurm sends it before the time limit."""
+        """Send a signal to the batch shell only, as Slurm does before the time limit."""
         self.cluster.call("scancel", "--batch", f"--signal={name}", self.number)
 
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
-        """Sleep until the condition holds; fails where the job ends without it."""
+        """Sleep until the condition holds; fail if the job ends first."""
         self._wait(condition, what, others_than=())
 
     def wait_for_steps(self, more: int) -> None:
-        """Until it has done `more` steps beyond those that the run has by now."""
+        """Wait until the run has taken `more` steps beyond the present ones."""
         begun = last_step(self.run)
         self.wait_until(lambda: last_step(self.run) >= begun + more, f"{more} steps further")
 
     def wait_for_end(self) -> str:
-        """Until it is over; returns Slurm's word for how."""
+        """Wait until the job is over, and return Slurm's final state."""
         self._wait(lambda: False, "over", others_than=ENDED)
         return self.state
 
     def _hurry(self, fields: dict[str, str]) -> None:
-        """A requeued job is held back until its credentials expire; they are renewed sooner.
+        """Renew a requeued job's credentials, so that Slurm does not hold it until they expire.
 
-        Not in the second in which the old ones were revoked: the new ones would count as such.
+        Never in the second in which the old credentials were revoked: the new ones would count as
+        revoked too.
         """
         if fields["Reason"] == "BeginTime" and int(fields["Restarts"]) > self._hurried:
             self._hurried = int(fields["Restarts"])
@@ -87,7 +88,7 @@ class Job:
         while not condition():
             time.sleep(0.05)
             now = time.monotonic()
-            # Seldom: every question costs the cores a little that the job runs on.
+            # Seldom: every question takes CPU time from the job.
             if now < look:
                 continue
             look, fields = now + 0.5, self.fields()
@@ -106,7 +107,7 @@ def submit(
     options: str = "",
     **variables: str,
 ) -> Job:
-    """`sbatch` of slurm/extend_128k.sh on two nodes with a tiny model, on CPUs, with gloo.
+    """Submit slurm/extend_128k.sh on two nodes with a tiny model, on CPUs, with gloo.
 
     words: overrides. options: of sbatch. variables: of the environment.
     """
@@ -117,7 +118,7 @@ def submit(
 
 
 def submit_script(cluster: Cluster, folder: Path, *words: str, **variables: str) -> str:
-    """`sbatch` with its words; what the job prints goes to `folder`. Returns the job's number."""
+    """Submit a script with `sbatch` and return the job's number; its output goes to `folder`."""
     output = f"--output={folder}/%x-%j.out"
     printed = cluster.call("sbatch", output, *words, **(ENVIRONMENT | variables))
     number = re.fullmatch(r"Submitted batch job (\d+)\n", printed)
@@ -126,7 +127,7 @@ def submit_script(cluster: Cluster, folder: Path, *words: str, **variables: str)
 
 
 def losses(run: Path) -> list[tuple[int, int, float, float]]:
-    """(step, samples so far, loss, norm of the gradient) of every step in a run's metrics."""
+    """Return (step, samples so far, loss, gradient norm) of every step in a run's metrics."""
     file = run / "metrics.jsonl"
     # A line that is being written has no end yet.
     lines = file.read_text().rpartition("\n")[0].splitlines() if file.exists() else []
@@ -135,17 +136,17 @@ def losses(run: Path) -> list[tuple[int, int, float, float]]:
 
 
 def last_step(run: Path) -> int:
-    """The last step that a run's metrics tell of; 0 before the first."""
+    """Return the last step in a run's metrics; 0 before the first."""
     return max((step for step, *_ in losses(run)), default=0)
 
 
 def starts(run: Path) -> list[int]:
-    """The steps at which a run was started."""
+    """Return the steps at which a run was started."""
     return [start["step"] for start in _noted_starts(run)]
 
 
 def lost_steps(run: Path) -> int:
-    """Steps that had been done and were not saved, over all starts."""
+    """Return the steps that were taken and not saved, over all starts."""
     return sum(start["lost_steps"] for start in _noted_starts(run))
 
 

@@ -1,4 +1,4 @@
-"""The batch scripts: Slurm and a linter accept them, and a mistake is named and not requeued."""
+"""The batch scripts: Slurm and a linter accept them; a mistake is reported and not requeued."""
 
 import json
 import re
@@ -55,7 +55,7 @@ def test_the_first_port_that_is_free_is_taken_and_none_is_refused() -> None:
     with ExitStack() as listening:
 
         def take(port: int) -> None:
-            # Where somebody else listens, that will do.
+            # Any port with a listener will do.
             with suppress(OSError):
                 listening.enter_context(socket.create_server(("127.0.0.1", port)))
 
@@ -108,12 +108,12 @@ def test_a_rank_that_stands_still_is_named_and_the_job_requeued_as_often_as_aske
         job.wait_until(lambda: len(starts(job.run)) > number, "training")  # noqa: B023
         job.wait_for_steps(3)
         free.rank_of(job.run, 1).send_signal(signal.SIGSTOP)
-        # Named in what rank 0 prints, within what the watchdog needs: the launcher's own limit for
-        # ranks that do not hear it is ten minutes.
+        # The rank must be named in rank 0's output within the watchdog's limit: the launcher's own
+        # limit for ranks that do not react is ten minutes.
         job.wait_until(lambda: job.output.count("no sign of life") > number, "named")  # noqa: B023
     assert job.wait_for_end() == "FAILED" and job.restarts == 1, job.output
     assert "not arrived: rank 1 shows no sign of life" in job.output
-    # The other waits where it happened to: in attention, or in the step's all-reduce.
+    # The other rank may wait in attention or in the step's all-reduce.
     assert "(attention: full)" in job.output and "arrived: rank 0 in " in job.output, job.output
     assert "failed 2 times since the start: not requeued" in job.output
 

@@ -1,4 +1,4 @@
-"""slurm/extend_128k.sh on a real cluster: whatever ends a job early, the run goes on exactly."""
+"""slurm/extend_128k.sh on a real cluster: a run resumes exactly after any interruption."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ SOME = 10
 
 
 def assert_finished_as(job: Job, whole: Job, restarts: int) -> None:
-    """Over after so many requeues; resumed where it had stopped, with every loss to the bit."""
+    """Assert that the job ended after so many requeues, with every loss equal to the bit."""
     assert job.wait_for_end() == "COMPLETED", job.output
     assert job.restarts == restarts, job.output
     assert losses(job.run) == losses(whole.run)
@@ -31,7 +31,7 @@ def assert_finished_as(job: Job, whole: Job, restarts: int) -> None:
 
 
 def assert_nothing_was_done_twice(job: Job) -> None:
-    """Each start began at the step where the one before had stopped."""
+    """Assert that each start began at the step where the one before had stopped."""
     begun = starts(job.run)
     assert begun[0] == 0 and all(step >= SOME for step in begun[1:]), job.output
     assert begun == sorted(begun) and lost_steps(job.run) == 0
@@ -41,22 +41,22 @@ def test_a_job_that_nothing_happens_to(whole: Job) -> None:
     assert whole.state == "COMPLETED" and whole.restarts == 0, whole.output
     assert [step for step, *_ in losses(whole.run)] == list(range(1, STEPS + 1))
     assert f"step {STEPS}/{STEPS}" in whole.output and "all steps are done" in whole.output
-    # Each rank has files of its own, on each node.
+    # Each rank has its own files on each node.
     logs = whole.run / "slurm" / f"{whole.number}.0"
     assert sorted(path.name for path in logs.iterdir()) == ["node1", "node2"]
     assert len(list(logs.rglob("stderr.log"))) == 2
 
 
 def preempt(cluster: Cluster) -> None:
-    """Work that is more urgent takes every node, for a moment."""
+    """Run a more urgent job on every node for a moment."""
     cluster.call("srun", "--partition=urgent", "--nodes=3", "--exclusive", "true")
 
 
 def test_told_before_the_time_limit_and_preempted_with_grace(
     free: Cluster, whole: Job, tokens: Path, tmp_path: Path
 ) -> None:
-    # With grace Slurm tells the ranks and not the batch shell, and takes the job's end for a
-    # failure; first before they have anything to save.
+    # With grace time Slurm signals the ranks and not the batch shell, and treats the job's end as a
+    # failure. First, before they have anything to save.
     job = submit(free, tmp_path, tokens, options="--partition=grace")
     job.wait_until(lambda: len(list(job.run.glob("slurm/*.0/node*"))) == 2, "launched")
     preempt(free)
@@ -139,7 +139,7 @@ def test_cancelled_then_continued_on_one_node(
 
 
 def test_a_chain_of_jobs(free: Cluster, whole: Job, tokens: Path, tmp_path: Path) -> None:
-    # For clusters that allow no requeue: each goes on where the one before was stopped.
+    # For clusters that allow no requeue: each job resumes where the one before stopped.
     options = "--job-name=chain --dependency=singleton --no-requeue"
     first, second, third = (submit(free, tmp_path, tokens, options=options) for _ in range(3))
     first.wait_for_steps(SOME)
@@ -147,7 +147,7 @@ def test_a_chain_of_jobs(free: Cluster, whole: Job, tokens: Path, tmp_path: Path
     first.signal_batch("USR1")
     assert first.wait_for_end() == "COMPLETED", first.output
     assert "allows no requeue" in first.output
-    # And one that its owner stops: with a file, as he cannot reach the ranks.
+    # And one that its owner stops with a file, because the owner cannot reach the ranks.
     second.wait_for_steps(SOME)
     assert third.state == "PENDING"
     (second.run / "stop").touch()
