@@ -13,10 +13,10 @@ from lcdist.attention.scca import ring as scca_ring
 from lcdist.attention.scca import shift as scca_shift
 from lcdist.attention.scca import swap as scca_swap
 from lcdist.attention.scca.pattern import check_documents, longmixed_units, model_rules
-from lcdist.attention.scca.shift_plan import Borders, moves, needed
-from lcdist.attention.scca.units import DilatedHeads, Units
+from lcdist.attention.scca.shift_plan import Documents, make_shift_plan, visible_spans
+from lcdist.attention.scca.units import DilatedHeads, UnitLayout
 from lcdist.config.schema import SccaOptions
-from lcdist.exchange import Pending, VirtualGroup, group_rank, traffic
+from lcdist.exchange import Pending, VirtualGroup, group_rank, shift, traffic
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import document_starts
 from lcdist_kernels.scca import Rule, dense_mask
@@ -203,17 +203,19 @@ def test_flow_under_mask_refuses_documents_with_fewer_chunks_than_units() -> Non
         with pytest.raises(ValueError, match=short):
             call()
     # Every document counts, an empty one and what follows the last border do not.
-    check_documents(masked, heads, 100, torch.tensor([0, 31, 31, 80]))
+    check_documents(masked, heads, 100, (0, 31, 31, 80))
     with pytest.raises(ValueError, match="document 1 of 30 tokens"):
-        check_documents(masked, heads, 100, torch.tensor([0, 31, 61, 100]))
+        check_documents(masked, heads, 100, (0, 31, 61, 100))
     for other in (options(pattern="flow", chunk_size=10), options(chunk_size=10)):
         check_documents(other, heads, 30)
 
 
-def seen_by(rules: Sequence[Rule], layout: ContextLayout, rank: int, borders: Borders) -> list[int]:
-    """From the dense mask: the tokens that any of a rank's queries sees."""
+def visible_tokens(
+    rules: Sequence[Rule], layout: ContextLayout, rank: int, documents: Documents
+) -> list[int]:
+    """Return the tokens that any of a rank's queries sees, from the dense mask."""
     index, k_index = layout.positions(rank), torch.arange(layout.seqlen)
-    cu_seqlens = None if borders is None else torch.tensor(borders)
+    cu_seqlens = None if documents is None else torch.tensor(documents)
     starts, k_starts = (document_starts(cu_seqlens, x, layout.seqlen) for x in (index, k_index))
     mask = dense_mask(rules, index, starts, k_index, k_starts)
     return mask.any(0).any(0).nonzero().flatten().tolist()
@@ -231,66 +233,60 @@ WINDOWS = [
 ]
 
 
-@pytest.mark.parametrize("borders", [None, (0, 1, 1, 30, 77)])
+@pytest.mark.parametrize("documents", [None, (0, 1, 1, 30, 77)])
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_plan_is_what_the_mask_names(kind: str, cp_size: int, borders: Borders) -> None:
+def test_shift_plan_sends_exactly_what_the_mask_shows(
+    kind: str, cp_size: int, documents: Documents
+) -> None:
     layout = ContextLayout(kind, 96, cp_size)
     for rules in WINDOWS:
-        plan = moves(rules, layout, borders)
+        plan = make_shift_plan(rules, layout, documents)
         for rank in range(cp_size):
-            seen = seen_by(rules, layout, rank, borders)
-            spans = needed(rules, layout, rank, borders)
-            assert [t for span in spans for t in range(*span)] == seen
+            visible = visible_tokens(rules, layout, rank, documents)
+            spans = visible_spans(rules, layout, rank, documents)
+            assert [t for span in spans for t in range(*span)] == visible
             own = set(layout.positions(rank).tolist())
-            got = [
+            received = [
                 int(t)
                 for src, dst, start, stop in plan.intervals
                 for t in layout.positions(src)[start:stop]
                 if dst == rank
             ]
-            assert got == [t for t in seen if t not in own]
-            assert plan.arrived(rank).tolist() == got
+            assert received == [t for t in visible if t not in own]
+            assert plan.received_ids(rank).tolist() == received
         assert all(src != dst and start < stop for src, dst, start, stop in plan.intervals)
 
 
-def test_the_way_back_is_the_way_there() -> None:
+def test_reversed_shift_plan_returns_tokens_to_their_source() -> None:
     layout = ContextLayout("zigzag", 96, 4)
-    plan = moves((Rule("chunk", 7, 30),), layout)
-    group = VirtualGroup(4)
+    plan = make_shift_plan((Rule("chunk", 7, 30),), layout)
 
-    def there_and_back(rank: Any) -> list[Tensor]:
-        x = torch.zeros(1, 24, 1, 1)
-        got = scca_shift.shift(
-            layout.positions(rank.rank())[None, :, None, None], plan.intervals, rank
-        )
-        there = got.wait().flatten()
-        assert torch.equal(there, plan.arrived(rank.rank()))
-        back = scca_shift.shift(there[None, :, None, None], plan.back(), rank).wait()
-        lengths = [stop - start for start, stop in plan.leaving(rank.rank())]
-        at = [x.flatten()[a:b] for a, b in plan.leaving(rank.rank())]
-        assert len(at) == len(lengths)
-        left = [layout.positions(rank.rank())[a:b] for a, b in plan.leaving(rank.rank())]
-        assert torch.equal(back.flatten(), torch.cat([torch.arange(0), *left]))
-        return []
+    def run(rank: Any) -> None:
+        own = layout.positions(rank.rank())
+        received = shift(own[None, :, None, None], plan.intervals, rank).wait().flatten()
+        assert torch.equal(received, plan.received_ids(rank.rank()))
+        returned = shift(received[None, :, None, None], plan.reversed(), rank).wait()
+        sent = [own[start:stop] for start, stop in plan.send_ranges(rank.rank())]
+        assert torch.equal(returned.flatten(), torch.cat([torch.arange(0), *sent]))
 
-    group.run(there_and_back)
+    VirtualGroup(4).run(run)
 
 
-@pytest.mark.parametrize("shift", [0, 1, 4, 8, 11, 24, 64, 200])
+@pytest.mark.parametrize("delay", [0, 1, 4, 8, 11, 24, 64, 200])
 @pytest.mark.parametrize("chunk_size", [4, 8])
-def test_a_shift_has_few_peers(chunk_size: int, shift: int) -> None:
+def test_shift_plan_has_few_peers(chunk_size: int, delay: int) -> None:
     for kind, most in (("contiguous", 2), ("zigzag", 4)):
         for cp_size in (2, 4, 8):
             layout = ContextLayout(kind, 16 * cp_size, cp_size)
-            plan = moves((Rule("chunk", chunk_size, shift),), layout).intervals
+            plan = make_shift_plan((Rule("chunk", chunk_size, delay),), layout).intervals
             for rank in range(cp_size):
                 assert len({src for src, dst, _, _ in plan if dst == rank}) <= most
                 assert len({dst for src, dst, _, _ in plan if src == rank}) <= most
 
 
 def received(rule: Rule, layout: ContextLayout) -> list[int]:
-    plan = moves((rule,), layout).intervals
+    plan = make_shift_plan((rule,), layout).intervals
     return [
         sum(stop - start for _, dst, start, stop in plan if dst == rank)
         for rank in range(layout.cp_size)
@@ -306,10 +302,10 @@ def test_tokens_received_are_those_of_the_specification() -> None:
     for kind, share in (("chunk", 0.44), ("fold", 0.66)):
         tokens = sum(sum(received(Rule(kind, 16, 16 * m), layout)) for m in range(16))
         assert round(tokens / (16 * 8 * 32), 2) == share
-    for shift in (0, 5, 16, 40, 100):
-        for rank, tokens in enumerate(received(Rule("chunk", 16, shift), layout)):
+    for delay in (0, 5, 16, 40, 100):
+        for rank, tokens in enumerate(received(Rule("chunk", 16, delay), layout)):
             begin, end = 32 * rank, 32 * rank + 32
-            assert tokens == max(0, min(end - shift, begin) - max(0, begin - shift))
+            assert tokens == max(0, min(end - delay, begin) - max(0, begin - delay))
 
 
 def test_fixed_sends_as_much_whatever_the_length_and_the_ranks() -> None:
@@ -465,21 +461,23 @@ def test_bytes_where_keys_are_sent_twice(dtype: torch.dtype) -> None:
 
 def test_units_by_hand() -> None:
     layout = ContextLayout("contiguous", 20, 2)
-    units = Units(DilatedHeads(0, 3, (1, 1, 2, 2)), 2, layout)
-    assert (units.members, units.bundles, units.sizes, units.repeats) == (2, 2, [3, 3], False)
+    units = UnitLayout(DilatedHeads(0, 3, (1, 1, 2, 2)), 2, layout)
+    assert (units.bundle_size, units.num_bundles, units.units_per_rank) == (2, 2, [3, 3])
+    assert not units.duplicates_keys
     # Keys of residue 0: queries of the first bundle at residue 1, of the second at 2.
-    assert units.residues[:2].tolist() == [[1, 1, 0, 0], [2, 2, 0, 0]]
-    assert units.lane_heads[:2].tolist() == [[0, 1, 4, 6], [2, 3, 5, 7]]
-    assert [units.slots(rank) for rank in (0, 1)] == [4, 4]
-    # Rank 1 holds tokens 10 to 19: of residue 0 those numbered 2, 5 and 8 there.
-    assert units.tokens(1)[0].tolist() == [2, 5, 8, -1]
-    assert units.arrivals()[2].tolist() == [0, 1, 2, 4, 5, 6, -1]
-    # As many units as ranks where heads can be parted, at the price of keys sent twice.
-    many = Units(DilatedHeads(0, 3, (1, 1, 2, 2)), 2, ContextLayout("contiguous", 20, 10))
-    assert (many.members, many.repeats, many.sizes) == (1, True, [2, 2] + [1] * 8)
-    # Key heads 0, 1, 1, 1, 2: bundles of one query head, as two do not share out evenly.
-    odd = Units(DilatedHeads(2, 4, (0, 1, 2, 3, 0)), 3, layout)
-    assert odd.members == 1 and odd.bundle_kv_heads.tolist() == [0, 1, 1, 1, 2]
+    assert units.column_residues[:2].tolist() == [[1, 1, 0, 0], [2, 2, 0, 0]]
+    assert units.column_heads[:2].tolist() == [[0, 1, 4, 6], [2, 3, 5, 7]]
+    assert [units.num_rows(rank) for rank in (0, 1)] == [4, 4]
+    # Rank 1 holds tokens 10 to 19: local tokens 2, 5 and 8 have residue 0.
+    assert units.residue_tokens(1)[0].tolist() == [2, 5, 8, -1]
+    assert units.global_order()[2].tolist() == [0, 1, 2, 4, 5, 6, -1]
+    # As many units as ranks if heads can be separated, at the price of keys sent twice.
+    many = UnitLayout(DilatedHeads(0, 3, (1, 1, 2, 2)), 2, ContextLayout("contiguous", 20, 10))
+    assert (many.bundle_size, many.duplicates_keys) == (1, True)
+    assert many.units_per_rank == [2, 2] + [1] * 8
+    # Key heads 0, 1, 1, 1, 2: bundles of one query head, because two do not divide evenly.
+    odd = UnitLayout(DilatedHeads(2, 4, (0, 1, 2, 3, 0)), 3, layout)
+    assert odd.bundle_size == 1 and odd.bundle_kv_heads == [0, 1, 1, 1, 2]
 
 
 def events_of(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> list[str]:

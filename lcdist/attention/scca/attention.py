@@ -1,233 +1,206 @@
-"""Shifted cross chunk attention and its relatives under context parallelism (arXiv:2312.07305).
+"""Shifted cross chunk attention and related patterns under context parallelism (arXiv:2312.07305).
 
-    out_i = sum_j softmax_j(softmax_scale * q_i . k_j) v_j   over the keys j <= i of i's document
+    out_i = sum_j softmax_j(softmax_scale * q_i . k_j) v_j
 
-that the head's rule shows (`lcdist_kernels.scca` has the rules, `scca_pattern` says which head has
-which). What travels follows the rule: windows of chunks a `shift` of just the intervals they name,
-pairs of residues a `swap` over (head, residue) units, residues of keys a `ring` of those keys.
+over the keys j <= i of i's document that the head's rule selects. `lcdist_kernels.scca` defines the
+rules; `pattern.py` assigns them to heads. The exchange follows the rule: windows of chunks `shift`
+the intervals they need, pairs of residues `swap` (head, residue) units, and residues of keys
+`ring` those keys.
 """
 
-from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from lcdist.attention.context import AttentionContext, DecodeCache
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.scca.pattern import check_documents, for_layer, held_rules, model_rules
-from lcdist.attention.scca.ring import KeyRing, RingKeys, reference_keys, ring_key_bytes
-from lcdist.attention.scca.shift import ShiftedWindows, Windows, reference_windows, shift_bytes
+from lcdist.attention.scca.ring import (
+    RingKeys,
+    make_key_ring_plan,
+    reference_keys,
+    ring_key_bytes,
+)
+from lcdist.attention.scca.shift import (
+    ShiftedWindows,
+    make_window_plan,
+    reference_windows,
+    shift_bytes,
+)
 from lcdist.attention.scca.swap import SwappedUnits, UnitSwap, reference_units, swap_bytes
-from lcdist.attention.scca.units import Units, dilated_heads
+from lcdist.attention.scca.units import UnitLayout, dilated_heads
 from lcdist.attention.shape import HeadSlice, Shape, Traffic
-from lcdist.attention.shared.checks import check_plain, check_shard, decode_rows, held_heads, tokens
+from lcdist.attention.shared.checks import decode_rows
 from lcdist.config.schema import SccaOptions
-from lcdist.exchange import Group, group_rank
+from lcdist.exchange import Pending
 from lcdist.layout import ContextLayout, pieces_needed
-from lcdist_kernels import Rotary, scca_attention, scca_reference
-from lcdist_kernels.common import check_impl, check_qkv
+from lcdist_kernels import scca_attention, scca_reference
 from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, select_impl
-from lcdist_kernels.scca import IMPLS, Rule, head_groups, scca_cached
+from lcdist_kernels.scca import IMPLS, Rule, scca_cached
 
 LAYOUTS = ("contiguous", "zigzag")
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    options: SccaOptions,
-    layout: ContextLayout,
-    group: Group,
-    rotary: Rotary | None = None,
-    cu_seqlens: Tensor | None = None,
-    softmax_scale: float | None = None,
-    params: Mapping[str, Tensor] | None = None,
-    heads: HeadSlice | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """This rank's shard of the attention of a whole sequence; out is like q.
-
-    q `[b, s_local, h, d]`, k, v `[b, s_local, h_kv, d]`: un-rotated, tokens as `layout` cuts them.
-    cu_seqlens: borders of documents in the whole sequence, int32 `[n + 1]`, the same for every row
-    and on every rank; positions, chunks and residues restart per document; tokens after the last
-    border form one of their own. impl: "auto", "triton", "torch" or "reference".
-
-    Raises ValueError where shapes, layout and group do not fit, `impl` is not built, "triton" does
-    not take the tensors, or options contradict each other, the heads or the documents
-    (`scca_pattern`).
-    """
-    check_impl(impl, "scca", IMPLS)
-    check_qkv(q, k, v)
-    check_shard(q, k, layout, group)
-    _check_layout(layout)
-    rules = _rules(q, k, options, params, heads, (layout.seqlen, cu_seqlens))
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    if layout.cp_size == 1:
-        return scca_attention(
-            q,
-            k,
-            v,
-            rules=rules,
-            rotary=rotary,
-            cu_seqlens=cu_seqlens,
-            softmax_scale=scale,
-            impl=impl,
-        )
+def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
+    """Return this rank's shard of the output, with the exchanges of its heads' rules."""
+    rules = _training_rules(q, ctx)
+    _check_layout(ctx.layout)
+    dense = ctx.impl == "reference"
     what = "scca attention under context parallelism"
-    operator = TORCH_IMPL if impl == "reference" else select_impl(impl, q, what)
-    index, starts = tokens(layout, group_rank(group), cu_seqlens)
-    if rotary is not None:
-        q, k = rotary.rotate(q, index - starts), rotary.rotate(k, index - starts)
-    around = (layout, group, cu_seqlens, scale, operator)
-    return _exchanged(q, k, v, rules, around, impl == "reference")
+    block_impl = TORCH_IMPL if dense else select_impl(ctx.impl, q, what)
+    q, k = ctx.rotate(q), ctx.rotate(k)
+    if rules[0].kind == "key":
+        return _attend_keys(q, k, v, rules, block_impl, ctx)
+    pending = _post_units(q, k, v, rules, block_impl, ctx)
+    # Outputs by the number of their first head.
+    outputs: dict[int, Tensor] = {}
+    if any(rule.is_window for rule in rules):
+        out = _attend_windows(q, k, v, rules, block_impl, ctx)
+        if not pending:
+            return out
+        outputs = {i: out[:, :, i : i + 1] for i, rule in enumerate(rules) if rule.is_window}
+    for exchange, queries, sent in pending:
+        outputs[exchange.units.heads.first] = (
+            reference_units(exchange, sent)
+            if dense
+            else SwappedUnits.apply(queries, k, v, exchange, sent)
+        )
+    return torch.cat([outputs[first] for first in sorted(outputs)], 2)
 
 
-def _exchanged(
+def _attend_keys(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     rules: tuple[Rule, ...],
-    around: tuple[ContextLayout, Group, Tensor | None, float, AttentionImpl],
-    dense: bool,
+    block_impl: AttentionImpl,
+    ctx: AttentionContext,
 ) -> Tensor:
-    """All heads of rotated q; the all-to-all is posted before anything else."""
-    groups = head_groups(rules, k.shape[2])
+    plan = make_key_ring_plan(rules, k.shape[2], ctx.layout_key, ctx.documents, k.device)
     grouped = q.unflatten(2, (k.shape[2], -1))
-    if rules[0].kind == "key":
-        ringed = reference_keys if dense else RingKeys.apply
-        return ringed(grouped, k, v, KeyRing(groups, *around)).flatten(2, 3).to(q.dtype)
-    posted = []
-    for of in dilated_heads(rules):
-        exchange = UnitSwap(Units(of, q.shape[2] // k.shape[2], around[0]), *around[1:])
-        queries = q[:, :, of.first : of.first + len(of.shifts)]
-        with torch.set_grad_enabled(dense and torch.is_grad_enabled()):
-            posted.append((exchange, queries, exchange.post(queries, k, v)))
-    done = {}
-    if any(rule.is_window for rule in rules):
-        shifted = reference_windows if dense else ShiftedWindows.apply
-        out = shifted(grouped, k, v, Windows(groups, *around)).flatten(2, 3)
-        done = {i: out[:, :, i : i + 1] for i, rule in enumerate(rules) if rule.is_window}
-        if not posted:
-            return out
-    for exchange, queries, pending in posted:
-        done[exchange.units.heads.first] = (
-            reference_units(exchange, pending)
-            if dense
-            else SwappedUnits.apply(queries, k, v, exchange, pending)
-        )
-    return torch.cat([done[first] for first in sorted(done)], 2)
+    if ctx.impl == "reference":
+        return reference_keys(grouped, k, v, plan, ctx).flatten(2, 3).to(q.dtype)
+    return RingKeys.apply(grouped, k, v, plan, block_impl, ctx).flatten(2, 3)
 
 
-def _rules(
-    q: Tensor,
-    k: Tensor,
-    options: SccaOptions,
-    params: Mapping[str, Tensor] | None,
-    heads: HeadSlice | None,
-    documents: tuple[int, Tensor | None] | None,
-) -> tuple[Rule, ...]:
-    """The rules of q's heads, all refusals of options made. documents: seqlen and cu_seqlens."""
-    check_plain(q, k, params, heads, "scca")
-    held = held_heads(heads, q, k)
-    rules = held_rules(options, held, q.shape[2])
-    if documents is not None:
-        check_documents(options, held, *documents)
-    return rules
-
-
-def reference(
+def _attend_windows(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    options: SccaOptions,
-    rotary: Rotary | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    softmax_scale: float | None = None,
-    params: Mapping[str, Tensor] | None = None,
-    heads: HeadSlice | None = None,
+    rules: tuple[Rule, ...],
+    block_impl: AttentionImpl,
+    ctx: AttentionContext,
 ) -> Tensor:
-    """The same on the whole sequence, dense, in one process: see `scca_reference`."""
-    check_qkv(q, k, v)
-    rules = _rules(q, k, options, params, heads, (q.shape[1], cu_seqlens))
+    plan = make_window_plan(rules, k.shape[2], ctx.layout_key, ctx.documents, block_impl)
+    grouped = q.unflatten(2, (k.shape[2], -1))
+    if ctx.impl == "reference":
+        return reference_windows(grouped, k, v, plan, ctx).flatten(2, 3)
+    return ShiftedWindows.apply(grouped, k, v, plan, block_impl, ctx).flatten(2, 3)
+
+
+def _post_units(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rules: tuple[Rule, ...],
+    block_impl: AttentionImpl,
+    ctx: AttentionContext,
+) -> list[tuple[UnitSwap, Tensor, Pending]]:
+    """Post the all-to-all of the dilated heads; it overlaps with the window heads' compute."""
+    pending = []
+    for heads in dilated_heads(rules):
+        units = UnitLayout(heads, q.shape[2] // k.shape[2], ctx.layout)
+        exchange = UnitSwap(units, block_impl, ctx)
+        queries = q[:, :, heads.first : heads.first + len(heads.shifts)]
+        # `SwappedUnits` has its own backward; the reference differentiates the exchange.
+        with torch.set_grad_enabled(ctx.impl == "reference" and torch.is_grad_enabled()):
+            pending.append((exchange, queries, exchange.post(queries, k, v)))
+    return pending
+
+
+def attend_local(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
+    """Return the output of a whole sequence on one rank."""
+    return scca_attention(
+        q,
+        k,
+        v,
+        rules=_training_rules(q, ctx),
+        rotary=ctx.rotary,
+        cu_seqlens=ctx.cu_seqlens,
+        softmax_scale=ctx.softmax_scale,
+        impl=ctx.impl,
+    )
+
+
+def _training_rules(q: Tensor, ctx: AttentionContext) -> tuple[Rule, ...]:
+    """Return the rules of q's heads. Raise ValueError if they do not fit the documents."""
+    rules = held_rules(ctx.options, ctx.heads, q.shape[2])
+    check_documents(ctx.options, ctx.heads, ctx.layout.seqlen, ctx.documents)
+    return rules
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
+    """Return dense attention of a whole sequence: see `scca_reference`."""
     return scca_reference(
         q,
         k,
         v,
-        rules=rules,
-        rotary=rotary,
-        positions=positions,
-        cu_seqlens=cu_seqlens,
-        softmax_scale=softmax_scale,
+        rules=_training_rules(q, ctx),
+        rotary=ctx.rotary,
+        positions=ctx.position_ids,
+        cu_seqlens=ctx.cu_seqlens,
+        softmax_scale=ctx.softmax_scale,
     )
 
 
-def decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    options: SccaOptions,
-    positions: Tensor,
-    rotary: Rotary | None = None,
-    softmax_scale: float | None = None,
-    params: Mapping[str, Tensor] | None = None,
-    heads: HeadSlice | None = None,
-) -> Tensor:
-    """Attention of new tokens, by the pattern, over a cache that holds their own keys already.
+def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
+    """Return attention of new tokens, by the pattern; only entries that it selects are read.
 
-    q `[b, n, h, d]`, un-rotated, at `positions`: integers on the CPU, `[n]` or, where rows differ
-    in length, `[b, n]`. k_cache, v_cache `[b, s_cache, h_kv, d]`, un-rotated: entry j belongs to
-    position j; only entries that the pattern shows are read. No gradients; out is like q. How long
-    the document will be is not known here: under flow with wrap = "mask" a head whose shift leads
-    before its start gives 0. Raises ValueError where shapes do not fit, a position lies outside the
-    cache, or options contradict each other or the heads.
+    The document's final length is unknown here. So under flow with wrap = "mask", a head whose
+    shift leads before the document's start gives 0.
     """
-    check_qkv(q, k_cache, v_cache)
-    rules = _rules(q, k_cache, options, params, heads, None)
-    one = partial(scca_cached, rules=rules, rotary=rotary, softmax_scale=softmax_scale)
-    return decode_rows(q, k_cache, v_cache, positions, one)
+    rules = held_rules(ctx.options, ctx.heads, q.shape[2])
+    decode_row = partial(
+        scca_cached, rules=rules, rotary=ctx.rotary, softmax_scale=ctx.softmax_scale
+    )
+    return decode_rows(q, cache.k, cache.v, cache.positions, decode_row)
 
 
-def _rules_of(options: SccaOptions, shape: Shape) -> tuple[Rule, ...]:
-    heads = shape.heads or HeadSlice(0, shape.nheads, 0, shape.nheads_kv)
-    return held_rules(options, heads, shape.nheads)
+def _shape_heads(shape: Shape) -> HeadSlice:
+    return shape.heads or HeadSlice(0, shape.nheads, 0, shape.nheads_kv)
 
 
 def flops(options: SccaOptions, shape: Shape) -> int:
-    """Forward operations of one layer: 4 head_dim for each pair that a head's rule shows.
+    """Count forward operations of one layer: 4 head_dim per pair that a head's rule selects.
 
-    Raises ValueError where options contradict each other, the heads or the length.
+    Raise ValueError if options conflict with each other, the heads or the length.
     """
     if shape.seqlen is None:
         raise ValueError(f"{shape}: seqlen is needed to count operations")
-    rules = _rules_of(options, shape)
-    heads = shape.heads or HeadSlice(0, shape.nheads, 0, shape.nheads_kv)
-    check_documents(options, heads, shape.seqlen)
+    rules = held_rules(options, _shape_heads(shape), shape.nheads)
+    check_documents(options, _shape_heads(shape), shape.seqlen)
     pairs = {rule: rule.pairs(shape.seqlen) for rule in set(rules)}
     return 4 * shape.batch * shape.head_dim * sum(pairs[rule] for rule in rules)
 
 
 def traffic(options: SccaOptions, shape: Shape, layout: ContextLayout) -> Traffic:
-    """Bytes each rank sends in one layer: the sum of what its rules' exchanges send."""
-    rules = _rules_of(options, shape)
-    counted = [count(rules, shape, layout) for count in (shift_bytes, swap_bytes, ring_key_bytes)]
+    """Count the bytes that each rank sends in one layer, summed over its rules' exchanges."""
+    rules = held_rules(options, _shape_heads(shape), shape.nheads)
+    counts = [count(rules, shape, layout) for count in (shift_bytes, swap_bytes, ring_key_bytes)]
     return Traffic(
-        tuple(map(sum, zip(*(sent.forward for sent in counted), strict=True))),
-        tuple(map(sum, zip(*(sent.backward for sent in counted), strict=True))),
+        tuple(map(sum, zip(*(count.forward for count in counts), strict=True))),
+        tuple(map(sum, zip(*(count.backward for count in counts), strict=True))),
     )
 
 
 def multiple_of(options: SccaOptions, cp_size: int, kind: str = "contiguous") -> int:
-    """What the layout itself needs: chunks may cut shards anywhere."""
+    """Return the divisor that the layout itself needs; chunks may cross shard borders."""
     return pieces_needed(kind, cp_size)
 
 
 def check(options: SccaOptions, layout: ContextLayout, heads: HeadSlice, tp_size: int) -> None:
-    """Raises ValueError where `attention` would, whatever the documents, before anything runs."""
+    """Raise ValueError if `attend` would, with a single document."""
     model_rules(options, heads.nheads, heads.nheads_kv)
     check_documents(options, heads, layout.seqlen)
     _check_layout(layout)
@@ -241,7 +214,7 @@ def _check_layout(layout: ContextLayout) -> None:
 
 
 def exchange_for(options: SccaOptions) -> tuple[str, ...]:
-    """The verbs of one pattern."""
+    """Return the exchanges of one pattern."""
     verbs = {"sda": ("swap",), "sda_key": ("ring",), "longmixed": ("shift", "swap")}
     return verbs.get(options.pattern, ("shift",))
 
@@ -257,8 +230,9 @@ METHOD = AttentionMethod(
     flops=flops,
     bytes=traffic,
     impls=IMPLS,
+    attend=attend,
+    attend_local=attend_local,
     reference=reference,
-    attention=attention,
     decode=decode,
     exchange_for=exchange_for,
     for_layer=for_layer,

@@ -1,25 +1,23 @@
-"""Which rule each head of a model follows under SCCA's options (arXiv:2312.07305); what is refused.
+"""Assign a rule to each head of a model, by SCCA's options; check them (arXiv:2312.07305).
 
-The units of a pattern are key heads where the model has at least four of them, else query heads.
-Unit g of U, w = chunk_size, r = dilation:
+A pattern counts in units: key heads if the model has at least four, else query heads. Unit g of U,
+with w = chunk_size and r = dilation, has:
 
     fixed      shift 0 below unit max(1, U // 2), `shift` (w // 2) from there on
-    s2         the same heads, half a chunk on queries and keys alike
-    flow       g + stagger chunks
+    s2         the same units, shifted by half a chunk on queries and keys alike
+    flow       shift of g + stagger chunks
     sda(_key)  every r-th distance (key), from (g + stagger) mod r
-    longmixed  `fixed` units, then sda of dilation 2, then of 4, numbered from 0 in each
+    longmixed  `fixed` units, then sda of dilation 2, then of 4, each numbered from 0
 
 Heads are numbered over the whole model, so tensor parallelism does not change the function.
 """
 
 import dataclasses
 from fractions import Fraction
-
-from torch import Tensor
+from itertools import pairwise
 
 from lcdist.attention.shape import HeadSlice
 from lcdist.config.schema import SccaOptions
-from lcdist_kernels.common import document_starts
 from lcdist_kernels.scca import Rule
 
 PATTERNS = ("fixed", "flow", "sda", "sda_key", "longmixed", "s2")
@@ -30,7 +28,7 @@ STAGGERED = ("flow", "sda", "sda_key")
 
 
 def check_options(options: SccaOptions) -> None:
-    """Raises ValueError, naming the field, where options contradict each other on any model."""
+    """Raise ValueError, naming the field, if options conflict with each other on any model."""
     pattern = options.pattern
     if pattern not in PATTERNS:
         raise ValueError(f"pattern = {pattern!r}: must be one of {', '.join(PATTERNS)}")
@@ -40,7 +38,7 @@ def check_options(options: SccaOptions) -> None:
             raise ValueError(f"{field} = {value}: must be at least {least}")
     if options.wrap not in (None, "mask", "fold"):
         raise ValueError(f"wrap = {options.wrap!r}: must be mask or fold")
-    _check_meaning(options)
+    _check_fields_used(options)
     if wrap_of(options) == "fold" and pattern in SHIFTED and _shift(options) % options.chunk_size:
         raise ValueError(
             f"wrap = 'fold' moves by whole chunks: shift = {_shift(options)} is not a multiple of "
@@ -55,7 +53,7 @@ def check_options(options: SccaOptions) -> None:
             )
 
 
-def _check_meaning(options: SccaOptions) -> None:
+def _check_fields_used(options: SccaOptions) -> None:
     for field, given, patterns in (
         ("shift", options.shift is not None, SHIFTED),
         ("wrap", options.wrap is not None, WRAPPED),
@@ -74,7 +72,7 @@ def _check_meaning(options: SccaOptions) -> None:
 
 
 def wrap_of(options: SccaOptions) -> str:
-    """What the first chunks see: "mask" or "fold"; None stands for fold for flow, else mask."""
+    """Return how the first chunks wrap: "mask" or "fold"; default fold for flow, else mask."""
     return options.wrap or ("fold" if options.pattern == "flow" else "mask")
 
 
@@ -83,14 +81,14 @@ def _shift(options: SccaOptions) -> int:
 
 
 def num_units(nheads: int, nheads_kv: int) -> int:
-    """How many units a pattern counts in a model with so many heads."""
+    """Return the number of units of a pattern in a model with these heads."""
     return nheads_kv if nheads_kv >= FEWEST_UNITS else nheads
 
 
 def model_rules(options: SccaOptions, nheads: int, nheads_kv: int) -> tuple[Rule, ...]:
-    """The rule of every query head of the model. Raises ValueError as `check_options`.
+    """Return the rule of every query head of the model.
 
-    Also where longmixed has fewer than four units to share out.
+    Raise ValueError as `check_options`, and if longmixed has fewer than four units.
     """
     check_options(options)
     units = num_units(nheads, nheads_kv)
@@ -111,19 +109,19 @@ def model_rules(options: SccaOptions, nheads: int, nheads_kv: int) -> tuple[Rule
     else:
         kind = "pair" if options.pattern == "sda" else "key"
         by_unit = _dilated(kind, options.dilation, options.stagger, units)
-    heads_a_unit = nheads // units
-    return tuple(by_unit[head // heads_a_unit] for head in range(nheads))
+    heads_per_unit = nheads // units
+    return tuple(by_unit[head // heads_per_unit] for head in range(nheads))
 
 
 def _fixed(options: SccaOptions, units: int) -> list[Rule]:
     w = options.chunk_size
     if options.pattern == "s2":
-        moved = Rule("split", w, w // 2)
+        shifted = Rule("split", w, w // 2)
     else:
-        moved = Rule("fold" if wrap_of(options) == "fold" else "chunk", w, _shift(options))
-    # A lone unit stays where it is: at least one has shift 0.
+        shifted = Rule("fold" if wrap_of(options) == "fold" else "chunk", w, _shift(options))
+    # At least one unit has shift 0, also if there is only one.
     local = min(units, max(1, units // 2))
-    return [Rule("chunk", w)] * local + [moved] * (units - local)
+    return [Rule("chunk", w)] * local + [shifted] * (units - local)
 
 
 def _dilated(kind: str, dilation: int, first: int, units: int) -> list[Rule]:
@@ -131,7 +129,7 @@ def _dilated(kind: str, dilation: int, first: int, units: int) -> list[Rule]:
 
 
 def longmixed_units(options: SccaOptions, units: int) -> tuple[int, int, int]:
-    """`units` shared out by `fractions`, rounded by largest remainder, ties to the earlier."""
+    """Split `units` by `fractions`, rounded by largest remainder; ties go to the earlier part."""
     exact = [Fraction(f).limit_denominator(10**6) * units for f in options.fractions]
     shares = [int(share) for share in exact]
     by_remainder = sorted(range(3), key=lambda i: (shares[i] - exact[i], i))
@@ -141,27 +139,29 @@ def longmixed_units(options: SccaOptions, units: int) -> tuple[int, int, int]:
 
 
 def held_rules(options: SccaOptions, heads: HeadSlice, held: int) -> tuple[Rule, ...]:
-    """The rules of the `held` query heads of a tensor. Raises as `model_rules`."""
+    """Return the rules of the `held` query heads of a tensor. Raise as `model_rules`."""
     rules = model_rules(options, heads.nheads, heads.nheads_kv)
     return rules[heads.first : heads.first + held]
 
 
 def check_documents(
-    options: SccaOptions, heads: HeadSlice, seqlen: int, cu_seqlens: Tensor | None = None
+    options: SccaOptions,
+    heads: HeadSlice,
+    seqlen: int,
+    documents: tuple[int, ...] | None = None,
 ) -> None:
-    """For flow under mask, raises ValueError where a document has fewer chunks than units.
+    """For flow with wrap = "mask", raise ValueError if a document has fewer chunks than units.
 
-    Its later units would see nothing in it at all. Empty documents and the padding after the last
-    border do not count; without cu_seqlens the whole sequence is one document.
+    The document's later units would see nothing in it. Empty documents and the padding after the
+    last border do not count.
+
+    documents: document borders; None: the whole sequence is one document.
     """
     if options.pattern != "flow" or wrap_of(options) != "mask":
         return
     units = num_units(heads.nheads, heads.nheads_kv)
-    borders = [0, seqlen]
-    if cu_seqlens is not None:
-        document_starts(cu_seqlens, cu_seqlens.new_zeros(0).to("cpu").long(), seqlen)
-        borders = cu_seqlens.tolist()
-    for number, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+    borders = (0, seqlen) if documents is None else documents
+    for number, (start, stop) in enumerate(pairwise(borders)):
         chunks = -(-(stop - start) // options.chunk_size)
         if 0 < chunks < units:
             raise ValueError(
@@ -173,9 +173,12 @@ def check_documents(
 
 
 def for_layer(options: SccaOptions, layer: int, nheads: int, nheads_kv: int) -> SccaOptions:
-    """Options of a layer: flow under fold, sda and sda_key take turns, a turn being all units."""
+    """Return the options of a layer: under flow with fold, sda and sda_key, stagger differs.
+
+    Each layer continues where the units of the previous one stopped.
+    """
     masked = options.pattern == "flow" and wrap_of(options) == "mask"
     if options.pattern not in STAGGERED or masked:
         return options
-    turn = layer * num_units(nheads, nheads_kv)
-    return dataclasses.replace(options, stagger=options.stagger + turn)
+    first = layer * num_units(nheads, nheads_kv)
+    return dataclasses.replace(options, stagger=options.stagger + first)

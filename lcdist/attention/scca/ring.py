@@ -1,190 +1,228 @@
-"""Key-residue dilation under context parallelism: a ring of just the keys that anyone reads.
+"""Key-residue dilation under context parallelism: a ring of only the keys that some head reads.
 
-Under `sda_key` all queries of a head read the keys at j = s (mod r) of their document and no other,
-so of each key head only the residues its query heads read go round: one in r where they share a
-shift (arXiv:2312.07305). Every rank's block has as many slots as the longest has; the rest is pad
-that nobody sees. Keys and values travel in their own dtype, gradients in the wider of it and fp32.
+Under `sda_key` all queries of a head read only the keys at j = s (mod r) of their document. So each
+key head sends around only the residues that its query heads read: 1 / r of the keys if they share a
+shift (arXiv:2312.07305). All blocks have as many rows as the longest; the rest is padding that no
+query sees. Keys and values travel in their own dtype, gradients in the wider of it and fp32.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lcdist.attention.context import CPU, AttentionContext, LayoutKey, token_table
+from lcdist.attention.scca.shift_plan import Documents
 from lcdist.attention.shape import Shape, Traffic
-from lcdist.attention.shared.checks import tokens
-from lcdist.exchange import Group, group_rank, ring, ring_with_gradients
+from lcdist.attention.shared.plan_cache import cached_plan
+from lcdist.exchange import ring, ring_with_gradients
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import wide_dtype
-from lcdist_kernels.full import (
-    TORCH_IMPL,
-    AttentionImpl,
-    full_partial,
-    merge,
-    reaches,
-    visible,
-)
-from lcdist_kernels.scca import HeadGroup, Part, Rule, banded_bwd, banded_fwd, head_groups
+from lcdist_kernels.full import AttentionImpl, full_partial, merge, reaches, visible
+from lcdist_kernels.scca import Part, Rule, banded_bwd, banded_fwd, head_groups
 
 ALL = slice(None)
 
 
-class _Stream(NamedTuple):
-    """Key heads of one shift, and where they stand in the block: query heads `members` of each."""
+class KeyStream(NamedTuple):
+    """Key heads of which one residue travels.
+
+    kv: the key heads.
+    members: the query heads of each key head that read this residue.
+    block_heads: position of these heads in the block.
+    shift: the residue.
+    """
 
     kv: slice
     members: slice
-    held: slice
+    block_heads: slice
     shift: int
 
 
-@dataclass(frozen=True)
-class KeyRing:
-    """Who is on the ring, and which keys of whom travel. groups: of heads under one dilation."""
+class KeyRingPlan(NamedTuple):
+    """The blocks of a ring of keys, and one rank's work on each.
 
-    groups: tuple[HeadGroup, ...]
-    layout: ContextLayout
-    group: Group
-    cu_seqlens: Tensor | None
-    softmax_scale: float
-    operator: AttentionImpl = TORCH_IMPL
+    streams: in the order in which a block holds them.
+    num_rows: rows of a block, padding included.
+    own_tokens: by shift, the local numbers of this rank's tokens, at most `num_rows`.
+    key_ids: by owner and shift, the global numbers of the block's rows; seqlen for padding.
+    parts: by owner, what this rank's queries see of the block.
+    """
 
-    @cached_property
-    def dilation(self) -> int:
-        """The one dilation of all heads."""
-        return self.groups[0].members[0][1].size
-
-    @cached_property
-    def streams(self) -> list[_Stream]:
-        """All of them, in the order in which a block holds them."""
-        found, held = [], 0
-        for of in self.groups:
-            heads = len(range(of.kv.start, of.kv.stop, of.kv.step))
-            for members, rule in of.members:
-                found.append(_Stream(of.kv, members, slice(held, held + heads), rule.shift))
-                held += heads
-        return found
-
-    @cached_property
-    def slots(self) -> int:
-        """Tokens in a block: of the residue of which a rank has most."""
-        return max(
-            int(self._residues(rank).bincount(minlength=self.dilation)[shift])
-            for rank in range(self.layout.cp_size)
-            for shift in {stream.shift for stream in self.streams}
-        )
-
-    def _residues(self, rank: int) -> Tensor:
-        index, starts = tokens(self.layout, rank, self.cu_seqlens)
-        return (index - starts) % self.dilation
-
-    def own(self, shift: int) -> Tensor:
-        """Local numbers of this rank's tokens at residue `shift`, at most `slots`."""
-        return (self._residues(group_rank(self.group)) == shift).nonzero().flatten()
-
-    def keys(self, owner: int, shift: int) -> Tensor:
-        """Global numbers of the tokens in `owner`'s block; seqlen where it is pad."""
-        at = self.layout.positions(owner)[self._residues(owner) == shift]
-        pad = at.new_full((self.slots - len(at),), self.layout.seqlen)
-        return torch.cat((at, pad))
+    streams: list[KeyStream]
+    num_rows: int
+    own_tokens: dict[int, Tensor]
+    key_ids: list[dict[int, Tensor]]
+    parts: list[list[Part]]
 
     def block(self, k: Tensor, v: Tensor) -> Tensor:
-        """`[2, b, slots, heads, d]`: what this rank sends round; differentiable."""
+        """Return what this rank sends: `[2, b, num_rows, heads, d]`, differentiable."""
         parts = []
         for stream in self.streams:
-            chosen = self.own(stream.shift).to(k.device)
-            kv = torch.stack([x[:, :, stream.kv].index_select(1, chosen) for x in (k, v)])
-            pad = kv.new_zeros(*kv.shape[:2], self.slots - len(chosen), *kv.shape[3:])
-            parts.append(torch.cat((kv, pad), 2))
+            tokens = self.own_tokens[stream.shift]
+            kv = torch.stack([x[:, :, stream.kv].index_select(1, tokens) for x in (k, v)])
+            padding = kv.new_zeros(*kv.shape[:2], self.num_rows - len(tokens), *kv.shape[3:])
+            parts.append(torch.cat((kv, padding), 2))
         return torch.cat(parts, 3)
 
-    def home(self, dblock: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """(dk, dv) like k from the gradient of the block."""
+    def block_bwd(self, dblock: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (dk, dv), like k, from the gradient of the block."""
         grad = torch.zeros((2, *k.shape), dtype=dblock.dtype, device=k.device)
         for stream in self.streams:
-            chosen = self.own(stream.shift).to(k.device)
-            grad[:, :, :, stream.kv].index_add_(2, chosen, dblock[:, :, : len(chosen), stream.held])
+            tokens = self.own_tokens[stream.shift]
+            rows = dblock[:, :, : len(tokens), stream.block_heads]
+            grad[:, :, :, stream.kv].index_add_(2, tokens, rows)
         dk, dv = grad.to(k.dtype)
         return dk, dv
 
-    def parts(self, owner: int) -> list[Part]:
-        """What this rank's queries see of `owner`'s block."""
-        index, starts = tokens(self.layout, group_rank(self.group), self.cu_seqlens)
-        found = []
-        for stream in self.streams:
-            k_idx = self.keys(owner, stream.shift)
-            if self.slots and reaches(index, starts, k_idx):
-                heads = (stream.kv, stream.held, stream.members)
-                found.append(Part(ALL, ALL, *heads, index, starts, k_idx))
-        return found
+
+@cached_plan
+def make_key_ring_plan(
+    rules: tuple[Rule, ...],
+    nheads_kv: int,
+    key: LayoutKey,
+    documents: Documents,
+    device: torch.device,
+) -> KeyRingPlan:
+    """Plan the ring of keys for key rules of one dilation, one rule per query head."""
+    streams = _key_streams(rules, nheads_kv)
+    shifts = sorted({stream.shift for stream in streams})
+    residues = [_residues(key, rank, documents, rules[0].size) for rank in range(key.cp_size)]
+    num_rows = _rows_per_block(residues, shifts, rules[0].size)
+    own_tokens = {
+        shift: (residues[key.rank] == shift).nonzero().flatten().to(device) for shift in shifts
+    }
+    token_ids = token_table("token_ids", key, None, CPU)
+    starts = token_table("starts", key, documents, CPU)
+    key_ids, parts = [], []
+    for owner in range(key.cp_size):
+        owner_ids = token_table("token_ids", key._replace(rank=owner), None, CPU)
+        by_shift = {}
+        for shift in shifts:
+            ids = owner_ids[residues[owner] == shift]
+            by_shift[shift] = torch.cat((ids, ids.new_full((num_rows - len(ids),), key.seqlen)))
+        key_ids.append(by_shift)
+        bands = [(stream, (token_ids, starts, by_shift[stream.shift])) for stream in streams]
+        parts.append(
+            [
+                Part(ALL, ALL, stream.kv, stream.block_heads, stream.members, *band)
+                for stream, band in bands
+                if num_rows and reaches(*band)
+            ]
+        )
+    return KeyRingPlan(streams, num_rows, own_tokens, key_ids, parts)
+
+
+def _key_streams(rules: Sequence[Rule], nheads_kv: int) -> list[KeyStream]:
+    streams, num_heads = [], 0
+    for heads in head_groups(rules, nheads_kv):
+        size = len(range(heads.kv.start, heads.kv.stop, heads.kv.step))
+        for members, rule in heads.members:
+            block_heads = slice(num_heads, num_heads + size)
+            streams.append(KeyStream(heads.kv, members, block_heads, rule.shift))
+            num_heads += size
+    return streams
+
+
+def _residues(key: LayoutKey, rank: int, documents: Documents, dilation: int) -> Tensor:
+    """Return the residue, inside its document, of each of a rank's tokens."""
+    return token_table("positions", key._replace(rank=rank), documents, CPU) % dilation
+
+
+def _rows_per_block(residues: Iterable[Tensor], shifts: Iterable[int], dilation: int) -> int:
+    """Return the most tokens of any of the residues `shifts` on any rank."""
+    counts = [residue.bincount(minlength=dilation) for residue in residues]
+    return max(int(count[shift]) for count in counts for shift in shifts)
 
 
 class RingKeys(torch.autograd.Function):
-    """One lap forward, one backward; kept: q, k, v, out and lse. q `[b, s, h_kv, h / h_kv, d]`."""
+    """One lap forward, one backward; saves q, k, v, out and lse. q `[b, s, h_kv, h / h_kv, d]`."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, around: KeyRing) -> Tensor:
-        done = banded_fwd(q, k, v, (), around.softmax_scale)
-        for owner, (k_blk, v_blk) in ring(around.block(k, v), around.group):
-            parts, scale = around.parts(owner), around.softmax_scale
-            done = banded_fwd(q, k_blk, v_blk, parts, scale, done, impl=around.operator)
-        out = done[0].to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, done[1])
-        ctx.around = around
+    def forward(
+        node: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: KeyRingPlan,
+        block_impl: AttentionImpl,
+        ctx: AttentionContext,
+    ) -> Tensor:
+        scale = ctx.softmax_scale
+        partial = banded_fwd(q, k, v, (), scale)
+        for owner, (k_blk, v_blk) in ring(plan.block(k, v), ctx.group):
+            parts = plan.parts[owner]
+            partial = banded_fwd(q, k_blk, v_blk, parts, scale, partial, impl=block_impl)
+        out = partial[0].to(q.dtype)
+        node.save_for_backward(q, k, v, out, partial[1])
+        node.plan, node.block_impl, node.attention = plan, block_impl, ctx
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, out, lse = ctx.saved_tensors
-        around, scale = ctx.around, ctx.around.softmax_scale
+    def backward(node: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, out, lse = node.saved_tensors
+        plan, ctx = node.plan, node.attention
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        lap = ring_with_gradients(around.block(k, v), around.group)
+        lap = ring_with_gradients(plan.block(k, v), ctx.group)
         for visit in lap:
-            (k_blk, v_blk), parts = visit.block, around.parts(visit.owner)
-            shares = banded_bwd(
-                dout, q, k_blk, v_blk, (out, lse), parts, dq, scale, impl=around.operator
+            k_blk, v_blk = visit.block
+            grads = banded_bwd(
+                dout,
+                q,
+                k_blk,
+                v_blk,
+                (out, lse),
+                plan.parts[visit.owner],
+                dq,
+                ctx.softmax_scale,
+                impl=node.block_impl,
             )
-            visit.add_gradient(torch.stack(shares))
-        return dq.to(q.dtype), *around.home(lap.result(), k), None
+            visit.add_gradient(torch.stack(grads))
+        return dq.to(q.dtype), *plan.block_bwd(lap.result(), k), None, None, None
 
 
-def reference_keys(q: Tensor, k: Tensor, v: Tensor, around: KeyRing) -> Tensor:
-    """Dense maths on every block, gradients by autograd: what `RingKeys` must meet."""
-    index, starts = tokens(around.layout, group_rank(around.group), around.cu_seqlens)
+def reference_keys(
+    q: Tensor, k: Tensor, v: Tensor, plan: KeyRingPlan, ctx: AttentionContext
+) -> Tensor:
+    """Compute key rules with dense maths on every block, gradients by autograd.
+
+    `RingKeys` is tested against it.
+    """
+    token_ids, starts = ctx.token_ids(), ctx.starts()
     q = q.to(wide_dtype(q.dtype))
-    done: list[tuple[Tensor, Tensor] | None] = [None] * len(around.streams)
-    for owner, (k_blk, v_blk) in ring(around.block(k, v), around.group):
-        for i, stream in enumerate(around.streams):
-            mask = visible(index, starts, around.keys(owner, stream.shift)).to(q.device)
+    partials: list[tuple[Tensor, Tensor] | None] = [None] * len(plan.streams)
+    for owner, (k_blk, v_blk) in ring(plan.block(k, v), ctx.group):
+        for i, stream in enumerate(plan.streams):
+            mask = visible(token_ids, starts, plan.key_ids[owner][stream.shift]).to(q.device)
             queries = q[:, :, stream.kv, stream.members].flatten(2, 3)
-            own = (ALL, ALL, stream.held)
-            part = full_partial(queries, k_blk[own], v_blk[own], mask, around.softmax_scale)
-            before = done[i]
-            done[i] = part if before is None else merge(*before, *part)
+            k_heads, v_heads = k_blk[:, :, stream.block_heads], v_blk[:, :, stream.block_heads]
+            part = full_partial(queries, k_heads, v_heads, mask, ctx.softmax_scale)
+            earlier = partials[i]
+            partials[i] = part if earlier is None else merge(*earlier, *part)
     out = torch.zeros_like(q)
-    for stream, row in zip(around.streams, done, strict=True):
-        assert row is not None
-        where = (ALL, ALL, stream.kv, stream.members)
+    for stream, partial in zip(plan.streams, partials, strict=True):
+        assert partial is not None
         out = out.clone()
-        out[where] = row[0].view(out[where].shape)
+        rows = out[:, :, stream.kv, stream.members]
+        rows.copy_(partial[0].view(rows.shape))
     return out
 
 
 def ring_key_bytes(rules: Sequence[Rule], shape: Shape, layout: ContextLayout) -> Traffic:
-    """Bytes each rank sends for key rules, one a query head of `shape`; none for other rules.
+    """Count the bytes that each rank sends for key rules, one per query head; 0 for other rules.
 
-    Forward cp - 1 hops of the block; backward the same again, and cp hops of its gradient in the
-    wider of fp32 and its dtype. Of one document as long as the layout.
+    Forward: cp - 1 hops of the block. Backward: the same again, and cp hops of its gradient in the
+    wider of fp32 and its dtype. Assumes one document as long as the layout.
     """
     cp = layout.cp_size
     if cp == 1 or rules[0].kind != "key":
         return Traffic((0,) * cp, (0,) * cp)
-    around = KeyRing(head_groups(rules, shape.nheads_kv), layout, None, None, 1.0)
-    heads = around.streams[-1].held.stop
-    elements = 2 * shape.batch * around.slots * heads * shape.head_dim
+    streams, dilation = _key_streams(rules, shape.nheads_kv), rules[0].size
+    residues = [layout.positions(rank) % dilation for rank in range(cp)]
+    num_rows = _rows_per_block(residues, {stream.shift for stream in streams}, dilation)
+    num_heads = streams[-1].block_heads.stop
+    elements = 2 * shape.batch * num_rows * num_heads * shape.head_dim
     forward = (cp - 1) * elements * shape.itemsize
     backward = forward + cp * elements * max(4, shape.itemsize)
     return Traffic((forward,) * cp, (backward,) * cp)

@@ -1,26 +1,26 @@
-"""SCCA's window rules under context parallelism: keys are shifted to where they are seen.
+"""SCCA's window rules under context parallelism: keys are shifted to the ranks that see them.
 
-Each rank keeps its queries and gets, for each set of heads with one rule, the intervals of keys and
-values that its own do not hold; what is local is computed while they travel, the rest is merged to
-it in fp32. The backward computes the foreign share first, sends it home by the reversed plan and
-computes the local share meanwhile; gradients travel in the wider of fp32 and their dtype, as a key
-may have several readers.
+Each rank keeps its queries. Per group of heads with the same rules it receives the intervals of
+keys and values that its own shard lacks. The local part is computed during the transfer, and the
+rest is merged in fp32. The backward pass computes the received part first, sends its gradients back
+by the reversed plan, and computes the local part meanwhile. Gradients travel in the wider of fp32
+and their dtype, because a key may have several readers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lcdist.attention.scca.shift_plan import Moves, borders_of, moves
+from lcdist.attention.context import CPU, AttentionContext, LayoutKey, token_table
+from lcdist.attention.scca.shift_plan import Documents, Span, make_shift_plan
 from lcdist.attention.shape import Shape, Traffic
-from lcdist.attention.shared.checks import tokens
-from lcdist.exchange import Group, Pending, group_rank, shift
+from lcdist.attention.shared.plan_cache import cached_plan
+from lcdist.exchange import Group, Interval, Pending, shift
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import document_starts
-from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, full_partial
+from lcdist_kernels.full import AttentionImpl, full_partial
 from lcdist_kernels.scca import (
     HeadGroup,
     Part,
@@ -35,144 +35,209 @@ from lcdist_kernels.scca import (
 ALL = slice(None)
 
 
-@dataclass(frozen=True)
-class Windows:
-    """The window rules of a rank's heads, and who holds which token. Heads of other rules rest."""
+class GroupPlan(NamedTuple):
+    """Exchange and work for one group of heads, seen from one rank.
 
-    groups: tuple[HeadGroup, ...]
-    layout: ContextLayout
-    group: Group
-    cu_seqlens: Tensor | None
-    softmax_scale: float
-    operator: AttentionImpl = TORCH_IMPL
+    heads: the group's heads and rules.
+    intervals: plan of the forward shift; empty if nothing travels.
+    reversed_intervals: plan of the gradients' shift.
+    send_ranges: local intervals of keys that this rank sends.
+    received_ids: global numbers of the received keys.
+    parts: what this rank's queries see of the received keys.
+    """
 
-    def moves(self, of: HeadGroup) -> Moves:
-        """What travels for one group of heads."""
-        return moves(window_rules(of), self.layout, borders_of(self.cu_seqlens))
+    heads: HeadGroup
+    intervals: tuple[Interval, ...]
+    reversed_intervals: tuple[Interval, ...]
+    send_ranges: list[Span]
+    received_ids: Tensor
+    parts: list[Part]
 
-    def local_parts(self) -> list[Part]:
-        """What this rank's queries see of its own keys."""
-        index = self.layout.positions(group_rank(self.group))
-        return [part for of in self.groups for part in self._parts(of, index, of.kv)]
 
-    def foreign_parts(self, of: HeadGroup) -> list[Part]:
-        """What they see of the keys that arrive for a group of heads, which hold those alone."""
-        return self._parts(of, self.moves(of).arrived(group_rank(self.group)), ALL)
+class WindowPlan(NamedTuple):
+    """Work for the window rules of a rank's heads. Heads with other rules have no parts.
 
-    def _parts(self, of: HeadGroup, k_idx: Tensor, held: slice) -> list[Part]:
-        index, starts = tokens(self.layout, group_rank(self.group), self.cu_seqlens)
+    local_parts: what this rank's queries see of its own keys.
+    groups: the rest, by group of heads.
+    """
+
+    local_parts: list[Part]
+    groups: list[GroupPlan]
+
+
+@cached_plan
+def make_window_plan(
+    rules: tuple[Rule, ...],
+    nheads_kv: int,
+    key: LayoutKey,
+    documents: Documents,
+    block_impl: AttentionImpl,
+) -> WindowPlan:
+    """Plan the exchange and the work of the window rules among `rules`, one per query head."""
+    layout = ContextLayout(*key[:3])
+    token_ids = token_table("token_ids", key, None, CPU)
+    starts = token_table("starts", key, documents, CPU)
+
+    def parts(heads: HeadGroup, k_ids: Tensor, held: slice) -> list[Part]:
         return [
             part
-            for members, rule in of.members
+            for members, rule in heads.members
             if rule.is_window
             for part in window_parts(
-                rule, (of.kv, held, members), index, starts, k_idx, self.operator
+                rule, (heads.kv, held, members), token_ids, starts, k_ids, block_impl
             )
         ]
 
+    local_parts, groups = [], []
+    for heads in head_groups(rules, nheads_kv):
+        plan = make_shift_plan(window_rules(heads), layout, documents)
+        received_ids = plan.received_ids(key.rank)
+        local_parts += parts(heads, token_ids, heads.kv)
+        groups.append(
+            GroupPlan(
+                heads,
+                plan.intervals,
+                plan.reversed(),
+                plan.send_ranges(key.rank),
+                received_ids,
+                parts(heads, received_ids, ALL) if plan.intervals else [],
+            )
+        )
+    return WindowPlan(local_parts, groups)
 
-def window_rules(of: HeadGroup) -> tuple[Rule, ...]:
-    """The window rules of a group's heads."""
-    return tuple(rule for _, rule in of.members if rule.is_window)
+
+def window_rules(heads: HeadGroup) -> tuple[Rule, ...]:
+    """Return the window rules of a group's heads."""
+    return tuple(rule for _, rule in heads.members if rule.is_window)
 
 
-def _post(k: Tensor, v: Tensor, of: HeadGroup, around: Windows) -> tuple[Pending, Pending] | None:
-    plan = around.moves(of).intervals
-    if not plan:
-        return None
-    return shift(k[:, :, of.kv], plan, around.group), shift(v[:, :, of.kv], plan, around.group)
+def _post_keys(
+    k: Tensor, v: Tensor, plan: WindowPlan, group: Group
+) -> list[tuple[GroupPlan, Pending, Pending]]:
+    """Post the shifts of all groups of heads for which something travels."""
+    return [
+        (
+            part,
+            shift(k[:, :, part.heads.kv], part.intervals, group),
+            shift(v[:, :, part.heads.kv], part.intervals, group),
+        )
+        for part in plan.groups
+        if part.intervals
+    ]
 
 
 class ShiftedWindows(torch.autograd.Function):
-    """Window rules over a shift of keys; kept: q, k, v, the keys and values got, out and lse.
+    """Window rules over shifted keys; saves q, k, v, received keys and values, out and lse.
 
-    q `[b, s, h_kv, h / h_kv, d]`, rotated as k is; out is like q, 0 for heads without windows.
+    q `[b, s, h_kv, h / h_kv, d]`, rotated as k is. out is like q, 0 for heads without windows.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, around: Windows) -> Tensor:
-        posted = [(of, _post(k, v, of, around)) for of in around.groups]
-        scale, operator = around.softmax_scale, around.operator
-        done = banded_fwd(q, k, v, around.local_parts(), scale, impl=operator)
-        got: list[Tensor] = []
-        for of, pair in posted:
-            if pair is not None:
-                k_got, v_got = pair[0].wait(), pair[1].wait()
-                parts = around.foreign_parts(of)
-                done = banded_fwd(q, k_got, v_got, parts, scale, done, impl=operator)
-                got += (k_got, v_got)
-        out = done[0].to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, done[1], *got)
-        ctx.around = around
+    def forward(
+        node: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: WindowPlan,
+        block_impl: AttentionImpl,
+        ctx: AttentionContext,
+    ) -> Tensor:
+        pending, scale = _post_keys(k, v, plan, ctx.group), ctx.softmax_scale
+        partial = banded_fwd(q, k, v, plan.local_parts, scale, impl=block_impl)
+        received: list[Tensor] = []
+        for part, pending_k, pending_v in pending:
+            kv = pending_k.wait(), pending_v.wait()
+            partial = banded_fwd(q, *kv, part.parts, scale, partial, impl=block_impl)
+            received += kv
+        out = partial[0].to(q.dtype)
+        node.save_for_backward(q, k, v, out, partial[1], *received)
+        node.plan, node.block_impl, node.attention = plan, block_impl, ctx
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, out, lse, *got = ctx.saved_tensors
-        around, scale = ctx.around, ctx.around.softmax_scale
-        operator = around.operator
+    def backward(node: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, out, lse, *received = node.saved_tensors
+        plan, ctx = node.plan, node.attention
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        homeward = []
-        for of in around.groups:
-            if not around.moves(of).intervals:
-                continue
-            (k_got, v_got), got = got[:2], got[2:]
-            parts, plan = around.foreign_parts(of), around.moves(of).back()
-            shares = banded_bwd(dout, q, k_got, v_got, (out, lse), parts, dq, scale, impl=operator)
-            pair = [shift(share, plan, around.group) for share in shares]
-            homeward.append((of, pair))
-        dkv = banded_bwd(dout, q, k, v, (out, lse), around.local_parts(), dq, scale, impl=operator)
-        for of, pair in homeward:
-            leaving = around.moves(of).leaving(group_rank(around.group))
-            for grad, pending in zip(dkv, pair, strict=True):
-                pieces = pending.wait().split([stop - start for start, stop in leaving], 1)
-                for (start, stop), piece in zip(leaving, pieces, strict=True):
-                    grad[:, start:stop, of.kv].add_(piece)
-        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None
 
+        def gradients(k: Tensor, v: Tensor, parts: list[Part]) -> tuple[Tensor, Tensor]:
+            """Add the parts' share of dq; return their (dk, dv)."""
+            return banded_bwd(
+                dout,
+                q,
+                k,
+                v,
+                (out, lse),
+                parts,
+                dq,
+                ctx.softmax_scale,
+                impl=node.block_impl,
+            )
 
-def reference_windows(q: Tensor, k: Tensor, v: Tensor, around: Windows) -> Tensor:
-    """Dense maths on what arrives, gradients by autograd: what `ShiftedWindows` must meet."""
-    index, starts = tokens(around.layout, group_rank(around.group), around.cu_seqlens)
-    out = torch.zeros_like(q)
-    posted = [(of, _post(k, v, of, around)) for of in around.groups]
-    for of, pair in posted:
-        k_idx, k_own, v_own = index, k[:, :, of.kv], v[:, :, of.kv]
-        if pair is not None:
-            k_own = torch.cat((k_own, pair[0].wait()), 1)
-            v_own = torch.cat((v_own, pair[1].wait()), 1)
-            arrived = around.moves(of).arrived(group_rank(around.group))
-            k_idx = torch.cat((index, arrived))
-        k_starts = document_starts(around.cu_seqlens, k_idx, around.layout.seqlen)
-        for members, rule in of.members:
-            if rule.is_window:
-                queries = q[:, :, of.kv, members]
-                mask = dense_mask([rule], index, starts, k_idx, k_starts)[0].to(q.device)
-                done, _ = full_partial(
-                    queries.flatten(2, 3), k_own, v_own, mask, around.softmax_scale
+        pending = []
+        for part in plan.groups:
+            if part.intervals:
+                (k_received, v_received), received = received[:2], received[2:]
+                grads = gradients(k_received, v_received, part.parts)
+                pending.append(
+                    (part, [shift(grad, part.reversed_intervals, ctx.group) for grad in grads])
                 )
-                done = done.to(q.dtype).view(queries.shape)
-                out = _placed(out, done, (ALL, ALL, of.kv, members))
-    return out
+        dk, dv = gradients(k, v, plan.local_parts)
+        for part, pair in pending:
+            for grad, returned in zip((dk, dv), pair, strict=True):
+                _add_returned(grad, returned.wait(), part)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-def _placed(out: Tensor, part: Tensor, where: tuple[slice, ...]) -> Tensor:
-    out = out.clone()
-    out[where] = part
+def _add_returned(grad: Tensor, returned: Tensor, part: GroupPlan) -> None:
+    """Add the gradients that came back for the intervals that this rank had sent."""
+    pieces = returned.split([stop - start for start, stop in part.send_ranges], 1)
+    for (start, stop), piece in zip(part.send_ranges, pieces, strict=True):
+        grad[:, start:stop, part.heads.kv].add_(piece)
+
+
+def reference_windows(
+    q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan, ctx: AttentionContext
+) -> Tensor:
+    """Compute window rules with dense maths on own and received keys, gradients by autograd.
+
+    `ShiftedWindows` is tested against it.
+    """
+    token_ids, starts = ctx.token_ids(), ctx.starts()
+    out = torch.zeros_like(q)
+    pending = {id(part): (a, b) for part, a, b in _post_keys(k, v, plan, ctx.group)}
+    for part in plan.groups:
+        kv = part.heads.kv
+        k_ids, k_group, v_group = token_ids, k[:, :, kv], v[:, :, kv]
+        if id(part) in pending:
+            pending_k, pending_v = pending[id(part)]
+            k_group = torch.cat((k_group, pending_k.wait()), 1)
+            v_group = torch.cat((v_group, pending_v.wait()), 1)
+            k_ids = torch.cat((token_ids, part.received_ids))
+        k_starts = document_starts(ctx.cu_seqlens, k_ids, ctx.layout.seqlen)
+        for members, rule in part.heads.members:
+            if rule.is_window:
+                queries = q[:, :, kv, members]
+                mask = dense_mask([rule], token_ids, starts, k_ids, k_starts)[0].to(q.device)
+                rows, _ = full_partial(
+                    queries.flatten(2, 3), k_group, v_group, mask, ctx.softmax_scale
+                )
+                out = out.clone()
+                out[:, :, kv, members] = rows.to(q.dtype).view(queries.shape)
     return out
 
 
 def shift_bytes(rules: Sequence[Rule], shape: Shape, layout: ContextLayout) -> Traffic:
-    """Bytes each rank sends for the window rules among `rules`, one a query head of `shape`.
+    """Count the bytes that each rank sends for the window rules among `rules`, one per query head.
 
-    Forward the keys and values that others see, of one document as long as the layout; backward
-    the gradients of those that were got, in the wider of fp32 and their dtype.
+    Forward: the keys and values that other ranks see, of one document as long as the layout.
+    Backward: the gradients of received ones, in the wider of fp32 and their dtype.
     """
-    sent, returned = [0] * layout.cp_size, [0] * layout.cp_size
-    for of in head_groups(rules, shape.nheads_kv):
-        heads = len(range(shape.nheads_kv)[of.kv])
-        token = 2 * shape.batch * heads * shape.head_dim
-        for src, dst, start, stop in moves(window_rules(of), layout).intervals:
-            sent[src] += (stop - start) * token * shape.itemsize
-            returned[dst] += (stop - start) * token * max(4, shape.itemsize)
-    return Traffic(tuple(sent), tuple(returned))
+    forward, backward = [0] * layout.cp_size, [0] * layout.cp_size
+    for heads in head_groups(rules, shape.nheads_kv):
+        num_heads = len(range(shape.nheads_kv)[heads.kv])
+        elements = 2 * shape.batch * num_heads * shape.head_dim
+        for src, dst, start, stop in make_shift_plan(window_rules(heads), layout).intervals:
+            forward[src] += (stop - start) * elements * shape.itemsize
+            backward[dst] += (stop - start) * elements * max(4, shape.itemsize)
+    return Traffic(tuple(forward), tuple(backward))

@@ -1,10 +1,9 @@
-"""Which intervals of keys each rank of SCCA gets from whom, from the mask's own formula.
+"""Shift plans for SCCA's window rules: the intervals of keys that each rank sends and receives.
 
-A rank needs what its queries' windows name and it does not hold. Window by window that is the
-union of [first, last] over its queries (`Rule.limits`), cut at the borders of shards: with masked
-wrap and chunks that divide the contiguous piece, a shift takes from at most two ranks (four under
-zigzag); any other case follows from the same lines (arXiv:2312.07305; the paper has no parallel
-form).
+A rank needs the keys in its queries' windows that it does not hold. They are the union of
+[first, last] (`Rule.limits`) over its windows, cut at shard borders. With masked wrap and chunks
+that divide the contiguous piece, a rank receives from at most two ranks (four under zigzag). All
+other cases follow from the same code (arXiv:2312.07305; the paper has no parallel form).
 """
 
 from bisect import bisect_left, bisect_right
@@ -19,118 +18,117 @@ from lcdist.layout import ContextLayout
 from lcdist_kernels.scca import Rule
 
 Span = tuple[int, int]
-"""Global token numbers start..stop."""
+"""Token numbers start..stop."""
 
-Borders = tuple[int, ...] | None
-"""cu_seqlens as integers; None: one document."""
+Documents = tuple[int, ...] | None
+"""Document borders as integers; None: one document."""
 
 
-class Moves(NamedTuple):
+class ShiftPlan(NamedTuple):
     """The exchange for one set of rules.
 
-    intervals: what `shift` takes, in local order, for each receiver by rising global number.
-    arrivals: for each receiver the global numbers of what it gets, in that order, as spans.
+    intervals: plan for `shift`, in local order; each receiver's by increasing global number.
+    received_spans: per receiver, the global numbers of the tokens it receives, in that order.
     """
 
     intervals: tuple[Interval, ...]
-    arrivals: tuple[tuple[Span, ...], ...]
+    received_spans: tuple[tuple[Span, ...], ...]
 
-    def arrived(self, rank: int) -> Tensor:
-        """Global numbers of the tokens that `rank` gets, increasing: int64, on the CPU."""
-        return torch.cat([torch.arange(0), *(torch.arange(*span) for span in self.arrivals[rank])])
+    def received_ids(self, rank: int) -> Tensor:
+        """Return the global numbers of the tokens that `rank` receives: int64, increasing, CPU."""
+        spans = self.received_spans[rank]
+        return torch.cat([torch.arange(0), *(torch.arange(*span) for span in spans)])
 
-    def back(self) -> tuple[Interval, ...]:
-        """The plan that takes what arrived home: intervals of each receiver's tokens."""
-        taken = [0] * len(self.arrivals)
+    def reversed(self) -> tuple[Interval, ...]:
+        """Return the plan that sends received tokens back, numbered as each receiver got them."""
+        offsets = [0] * len(self.received_spans)
         plan = []
         for src, dst, start, stop in self.intervals:
-            plan.append((dst, src, taken[dst], taken[dst] + stop - start))
-            taken[dst] += stop - start
+            plan.append((dst, src, offsets[dst], offsets[dst] + stop - start))
+            offsets[dst] += stop - start
         return tuple(plan)
 
-    def leaving(self, rank: int) -> list[Span]:
-        """Local intervals that `rank` sends, in plan order."""
+    def send_ranges(self, rank: int) -> list[Span]:
+        """Return the local intervals that `rank` sends, in plan order."""
         return [(start, stop) for src, _, start, stop in self.intervals if src == rank]
-
-
-def borders_of(cu_seqlens: Tensor | None) -> Borders:
-    """cu_seqlens as a plan takes it."""
-    return None if cu_seqlens is None else tuple(cu_seqlens.tolist())
 
 
 # Staggered layers of many units have a plan each; with packed documents every batch has its own.
 @lru_cache(maxsize=1024)
-def moves(rules: tuple[Rule, ...], layout: ContextLayout, borders: Borders = None) -> Moves:
-    """Who sends which keys so that every rank has all that `rules`, window rules, show it."""
-    owned = _owned(layout)
-    intervals, arrivals = [], []
+def make_shift_plan(
+    rules: tuple[Rule, ...], layout: ContextLayout, documents: Documents = None
+) -> ShiftPlan:
+    """Compute the shift plan that gives each rank the keys its window rules attend to."""
+    owned = _owned_spans(layout)
+    intervals, received_spans = [], []
     for dst in range(layout.cp_size):
-        got = []
-        for start, stop in needed(rules, layout, dst, borders):
+        received = []
+        for start, stop in visible_spans(rules, layout, dst, documents):
             pieces = [
-                (max(start, a), min(stop, b), src, max(start, a) - a + local)
-                for src, pieces in enumerate(owned)
-                for (a, b), local in zip(pieces, _offsets(pieces), strict=True)
+                (max(start, a), min(stop, b), src, max(start, a) - a + offset)
+                for src, spans in enumerate(owned)
+                for (a, b), offset in zip(spans, _local_offsets(spans), strict=True)
                 if src != dst and max(start, a) < min(stop, b)
             ]
-            for a, b, src, local in sorted(pieces):
-                intervals.append((src, dst, local, local + b - a))
-                got.append((a, b))
-        arrivals.append(tuple(got))
-    return Moves(tuple(intervals), tuple(arrivals))
+            for a, b, src, offset in sorted(pieces):
+                intervals.append((src, dst, offset, offset + b - a))
+                received.append((a, b))
+        received_spans.append(tuple(received))
+    return ShiftPlan(tuple(intervals), tuple(received_spans))
 
 
-def needed(
-    rules: tuple[Rule, ...], layout: ContextLayout, rank: int, borders: Borders = None
+def visible_spans(
+    rules: tuple[Rule, ...], layout: ContextLayout, rank: int, documents: Documents = None
 ) -> list[Span]:
-    """The keys that the queries of `rank` see under any of `rules`: disjoint spans, in order."""
-    documents = [0, *(borders or ()), layout.seqlen]
+    """Return the keys that `rank`'s queries see under any of `rules`: disjoint, in order."""
+    borders = [0, *(documents or ()), layout.seqlen]
     spans = []
-    for begin, end in _owned(layout)[rank]:
-        for i in range(bisect_right(documents, begin) - 1, bisect_left(documents, end)):
-            start = documents[i]
-            held = max(begin, start) - start, min(end, documents[i + 1]) - start
-            if held[0] >= held[1]:
+    for begin, end in _owned_spans(layout)[rank]:
+        for i in range(bisect_right(borders, begin) - 1, bisect_left(borders, end)):
+            start = borders[i]
+            first_query, end_query = max(begin, start) - start, min(end, borders[i + 1]) - start
+            if first_query >= end_query:
                 continue
             for rule in rules:
-                # The last query of a window sees all that the others do.
-                first, last = rule.limits(rule.turns(*held))
+                # The last query of a window sees all keys that the others see.
+                first, last = rule.limits(rule.turns(first_query, end_query))
                 spans += zip((first + start).tolist(), (last + start + 1).tolist(), strict=True)
-    return _union(spans)
+    return _merge_spans(spans)
 
 
-def _union(spans: list[Span]) -> list[Span]:
-    joined: list[Span] = []
+def _merge_spans(spans: list[Span]) -> list[Span]:
+    """Return the union as disjoint spans in order; empty spans are dropped."""
+    merged: list[Span] = []
     for start, stop in sorted(spans):
         if start >= stop:
             continue
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
         else:
-            joined.append((start, stop))
-    return joined
+            merged.append((start, stop))
+    return merged
 
 
 @lru_cache(maxsize=16)
-def _owned(layout: ContextLayout) -> tuple[list[Span], ...]:
-    """The tokens of each rank."""
-    return tuple(_spans(layout.positions(rank)) for rank in range(layout.cp_size))
+def _owned_spans(layout: ContextLayout) -> tuple[list[Span], ...]:
+    """Return the spans of tokens that each rank holds."""
+    return tuple(_consecutive_spans(layout.positions(rank)) for rank in range(layout.cp_size))
 
 
-def _spans(numbers: Tensor) -> list[Span]:
-    """Increasing numbers as spans."""
-    new = torch.ones_like(numbers, dtype=torch.bool)
-    new[1:] = numbers.diff() > 1
-    first = new.nonzero().flatten().tolist()
+def _consecutive_spans(numbers: Tensor) -> list[Span]:
+    """Return increasing numbers as spans."""
+    is_first = torch.ones_like(numbers, dtype=torch.bool)
+    is_first[1:] = numbers.diff() > 1
+    first = is_first.nonzero().flatten().tolist()
     return [
         (int(numbers[a]), int(numbers[b - 1]) + 1)
         for a, b in zip(first, [*first[1:], len(numbers)], strict=True)
     ]
 
 
-def _offsets(spans: list[Span]) -> list[int]:
-    """Where each of a rank's spans begins in its local order."""
-    ends = [0]
+def _local_offsets(spans: list[Span]) -> list[int]:
+    """Return the local number of the first token of each of a rank's spans."""
+    offsets = [0]
     for start, stop in spans:
-        ends.append(ends[-1] + stop - start)
-    return ends[:-1]
+        offsets.append(offsets[-1] + stop - start)
+    return offsets[:-1]

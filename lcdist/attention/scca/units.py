@@ -1,18 +1,22 @@
-"""Which rank of shifted dilated attention computes what: (head, residue) units and their tokens.
+"""Distribution of shifted dilated attention over ranks: (head, residue) units and their tokens.
 
 Under dilation r and shift s, the queries at i = rho (mod r) see the keys at j = rho - s (mod r)
-that are not after them: r independent causal problems a head, whatever the layout
-(arXiv:2312.07305). A unit is a bundle of query heads of one key head and a residue of keys.
-Residues are those of global token numbers, packed documents included: i - j does not know where a
-document begins, and the band of a problem keeps inside it.
+that are not after them. So a head is r independent causal problems, whatever the layout
+(arXiv:2312.07305). A unit is one residue of keys and a bundle of query heads that share a key head.
+Residues are those of global token numbers, also with packed documents: i - j does not depend on
+the document's start, and each problem's band stays inside the document.
 
-A bundle holds all query heads of a key head, or fewer where ranks would have nothing to do; a rank
-may still hold more units than another, or none.
+A bundle holds all query heads of a key head, or fewer if some ranks would have no unit otherwise.
+A rank may still hold more units than another, or none.
+
+A unit's tensors have columns: its query heads, then one key head, then one value head. Rows are the
+tokens of one residue.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from math import gcd
 from typing import NamedTuple
 
@@ -24,7 +28,7 @@ from lcdist_kernels.scca import Rule
 
 
 class DilatedHeads(NamedTuple):
-    """Query heads first, first + 1, ... of a tensor, of one dilation; shifts: one a head."""
+    """Consecutive query heads of one dilation, from number `first` on; shifts: one per head."""
 
     first: int
     dilation: int
@@ -32,25 +36,29 @@ class DilatedHeads(NamedTuple):
 
 
 def dilated_heads(rules: Sequence[Rule]) -> list[DilatedHeads]:
-    """The heads of dilated rules among `rules`, one a query head, by dilation."""
-    found: list[DilatedHeads] = []
+    """Return the heads of dilated rules among `rules`, one per query head, by dilation."""
+    result: list[DilatedHeads] = []
     for head, rule in enumerate(rules):
         if rule.kind != "pair":
             continue
-        last = found[-1] if found else None
+        last = result[-1] if result else None
         if last and last.dilation == rule.size and last.first + len(last.shifts) == head:
-            found[-1] = last._replace(shifts=(*last.shifts, rule.shift))
+            result[-1] = last._replace(shifts=(*last.shifts, rule.shift))
         else:
-            found.append(DilatedHeads(head, rule.size, (rule.shift,)))
-    return found
+            result.append(DilatedHeads(head, rule.size, (rule.shift,)))
+    return result
 
 
 @dataclass(frozen=True)
-class Units:
-    """Which unit is where, for heads of one dilation, `group_size` query heads to a key head.
+class UnitLayout:
+    """Units of heads of one dilation, and their distribution over ranks.
 
-    Unit u is residue u // bundles of keys and bundle u % bundles. It has `members` query heads, a
-    key and a value: its lanes, in this order.
+    Unit u holds key residue u // num_bundles and bundle u % num_bundles.
+
+    Args:
+        heads: the query heads.
+        group_size: query heads per key head.
+        layout: layout of the sequence.
     """
 
     heads: DilatedHeads
@@ -58,13 +66,13 @@ class Units:
     layout: ContextLayout
 
     @cached_property
-    def members(self) -> int:
-        """Query heads of a bundle: as many as leave every rank a unit, or one."""
-        kv = self.kv_heads
-        whole = gcd(*(kv.count(number) for number in kv))
-        enough = -(-self.layout.cp_size // self.heads.dilation)
-        fits = [n for n in range(1, whole + 1) if whole % n == 0 and len(kv) // n >= enough]
-        return max(fits, default=1)
+    def bundle_size(self) -> int:
+        """Query heads per bundle: as many as leave every rank a unit, at least 1."""
+        kv_heads = self.kv_heads
+        most = gcd(*(kv_heads.count(number) for number in kv_heads))
+        needed = -(-self.layout.cp_size // self.heads.dilation)
+        sizes = [n for n in range(1, most + 1) if most % n == 0 and len(kv_heads) // n >= needed]
+        return max(sizes, default=1)
 
     @cached_property
     def kv_heads(self) -> list[int]:
@@ -73,64 +81,81 @@ class Units:
         return [head // self.group_size for head in heads]
 
     @cached_property
-    def bundle_kv_heads(self) -> Tensor:
-        """The key head of each bundle: int64 `[bundles]`, on the CPU."""
-        return torch.tensor(self.kv_heads[:: self.members])
+    def bundle_kv_heads(self) -> list[int]:
+        """The key head of each bundle."""
+        return self.kv_heads[:: self.bundle_size]
 
     @cached_property
-    def repeats(self) -> bool:
+    def duplicates_keys(self) -> bool:
         """Whether a key head has several bundles, so that its keys are sent to each."""
-        return len(set(self.kv_heads)) < self.bundles
+        return len(set(self.kv_heads)) < self.num_bundles
 
     @property
-    def bundles(self) -> int:
-        """How many there are of each residue."""
-        return len(self.heads.shifts) // self.members
+    def num_bundles(self) -> int:
+        """Bundles per residue."""
+        return len(self.heads.shifts) // self.bundle_size
 
     @property
-    def sizes(self) -> list[int]:
+    def num_columns(self) -> int:
+        """Columns of a unit: its query heads, a key head and a value head."""
+        return self.bundle_size + 2
+
+    @property
+    def units_per_rank(self) -> list[int]:
         """How many units each rank holds."""
-        units, cp = self.bundles * self.heads.dilation, self.layout.cp_size
+        units, cp = self.num_bundles * self.heads.dilation, self.layout.cp_size
         return [units // cp + (rank < units % cp) for rank in range(cp)]
 
+    def units_of(self, rank: int) -> range:
+        """Return the numbers of a rank's units."""
+        ends = [0, *accumulate(self.units_per_rank)]
+        return range(ends[rank], ends[rank + 1])
+
     @cached_property
-    def residues(self) -> Tensor:
-        """Of the tokens in each lane, `[units, members + 2]`."""
+    def column_residues(self) -> Tensor:
+        """The residue of the tokens in each column: `[units, num_columns]`."""
         r, shifts = self.heads.dilation, torch.tensor(self.heads.shifts)
-        of_keys = torch.arange(r)[:, None, None].expand(r, self.bundles, 2)
-        of_queries = of_keys[..., :1] + shifts.view(self.bundles, self.members)
-        return torch.cat((of_queries % r, of_keys), -1).flatten(0, 1)
+        keys = torch.arange(r)[:, None, None].expand(r, self.num_bundles, 2)
+        queries = keys[..., :1] + shifts.view(self.num_bundles, self.bundle_size)
+        return torch.cat((queries % r, keys), -1).flatten(0, 1)
 
     @cached_property
-    def lane_heads(self) -> Tensor:
-        """Which head of the query heads, then a key a bundle, then a value, is in each lane."""
-        bundle = torch.arange(self.bundles)[:, None]
-        queries = torch.arange(len(self.heads.shifts)).view(self.bundles, self.members)
-        after = len(self.heads.shifts) + bundle
-        lanes = torch.cat((queries, after, after + self.bundles), 1)
-        return lanes.repeat(self.heads.dilation, 1)
+    def column_heads(self) -> Tensor:
+        """The head in each column, `[units, num_columns]`.
 
-    def slots(self, rank: int) -> int:
-        """Tokens of a residue that `rank` sends: as many as its commonest has, the rest is pad."""
+        Heads are numbered as in cat(all query heads, a key head per bundle, a value head per
+        bundle).
+        """
+        bundles = torch.arange(self.num_bundles)[:, None]
+        num_queries = len(self.heads.shifts)
+        queries = torch.arange(num_queries).view(self.num_bundles, self.bundle_size)
+        keys = num_queries + bundles
+        columns = torch.cat((queries, keys, keys + self.num_bundles), 1)
+        return columns.repeat(self.heads.dilation, 1)
+
+    def num_rows(self, rank: int) -> int:
+        """Return the rows that `rank` sends per residue: the count of its most frequent one."""
         r = self.heads.dilation
         return int((self.layout.positions(rank) % r).bincount(minlength=r).max())
 
-    def tokens(self, rank: int) -> Tensor:
-        """Local numbers of the tokens of each residue, `[dilation, slots]`; -1 is pad."""
-        residue = self.layout.positions(rank) % self.heads.dilation
-        table = torch.full((self.heads.dilation, self.slots(rank)), -1)
-        for r in range(self.heads.dilation):
-            own = (residue == r).nonzero().flatten()
-            table[r, : len(own)] = own
+    def residue_tokens(self, rank: int) -> Tensor:
+        """Return the local token numbers of each residue: `[dilation, num_rows]`; padding is -1."""
+        residues = self.layout.positions(rank) % self.heads.dilation
+        table = torch.full((self.heads.dilation, self.num_rows(rank)), -1)
+        for residue in range(self.heads.dilation):
+            tokens = (residues == residue).nonzero().flatten()
+            table[residue, : len(tokens)] = tokens
         return table
 
-    def arrivals(self) -> Tensor:
-        """Where the tokens of each residue arrive, in global order, `[dilation, ...]`; -1 is pad.
+    def global_order(self) -> Tensor:
+        """Return the received rows of each residue in global order of tokens; padding is -1.
 
-        Slots are counted over all ranks, in rank order.
+        Rows are counted over all ranks, in rank order. Shape `[dilation, ceil(seqlen / dilation)]`.
         """
         r, ranks = self.heads.dilation, range(self.layout.cp_size)
-        at = torch.cat([self.layout.positions(p)[self.tokens(p)] for p in ranks], 1)
-        pad = torch.cat([self.tokens(p) < 0 for p in ranks], 1)
-        order = at.masked_fill(pad, self.layout.seqlen).argsort(1)[:, : -(-self.layout.seqlen // r)]
-        return order.masked_fill(pad.gather(1, order), -1)
+        tokens = [self.residue_tokens(rank) for rank in ranks]
+        ids = torch.cat([self.layout.positions(rank)[tokens[rank]] for rank in ranks], 1)
+        padding = torch.cat(tokens, 1) < 0
+        length = -(-self.layout.seqlen // r)
+        order = ids.masked_fill(padding, self.layout.seqlen).argsort(1)[:, :length]
+        return order.masked_fill(padding.gather(1, order), -1)
