@@ -10,7 +10,12 @@ from torch import Tensor
 
 from lcdist.attention import METHODS, HeadSlice, Shape, Traffic
 from lcdist.attention.tensorized import units as tensorized_units
-from lcdist.attention.tensorized.plan import halo_plan, halo_tokens, plan_home, unit_sizes
+from lcdist.attention.tensorized.plan import (
+    count_halo_tokens,
+    count_units,
+    make_halo_plan,
+    reverse_halo_plan,
+)
 from lcdist.config.schema import TensorizedOptions
 from lcdist.exchange import VirtualGroup, group_rank, traffic
 from lcdist.layout import ContextLayout
@@ -93,27 +98,27 @@ def test_more_ranks_than_offsets_and_heads() -> None:
     # Units are 2 offsets of 1 key head, so six of eight ranks have none.
     options = TensorizedOptions(modes=(2,), local_blocks=1)
     problem = problem_of(options, 8, heads=(2, 1), at_least=16)
-    assert unit_sizes(ModeGrid((2,)), 1, 8) == [0, 0, 0, 1, 0, 0, 0, 1]
+    assert count_units(ModeGrid((2,)), 1, 8) == [0, 0, 0, 1, 0, 0, 0, 1]
     assert problem.layout.local_seqlen == 2
     for impl in IMPLS:
         assert_all_match(on_virtual_ranks(problem, impl)[0], whole(problem))
 
 
 def test_units_are_dealt_evenly() -> None:
-    assert unit_sizes(ModeGrid((5, 3)), 2, 4) == [7, 8, 7, 8]
+    assert count_units(ModeGrid((5, 3)), 2, 4) == [7, 8, 7, 8]
     for cp_size in range(1, 9):
-        sizes = unit_sizes(ModeGrid((7,)), 3, cp_size)
+        sizes = count_units(ModeGrid((7,)), 3, cp_size)
         assert sum(sizes) == 21 and max(sizes) - min(sizes) <= 1
 
 
 def test_the_halo_by_hand() -> None:
     # Shards of 6 tokens, blocks of 3: two blocks back are one rank back, three are two.
-    assert halo_plan(ModeGrid((3,)), 6, 3) == []
-    assert halo_plan(ModeGrid((3,), local_blocks=2), 6, 3) == [(0, 1, 3, 6), (1, 2, 3, 6)]
-    plan = halo_plan(ModeGrid((3,), local_blocks=4), 6, 3)
+    assert make_halo_plan(ModeGrid((3,)), 6, 3) == []
+    assert make_halo_plan(ModeGrid((3,), local_blocks=2), 6, 3) == [(0, 1, 3, 6), (1, 2, 3, 6)]
+    plan = make_halo_plan(ModeGrid((3,), local_blocks=4), 6, 3)
     assert plan == [(0, 1, 0, 6), (0, 2, 3, 6), (1, 2, 0, 6)]
-    assert plan_home(plan) == [(1, 0, 0, 6), (2, 0, 0, 3), (2, 1, 3, 9)]
-    assert [halo_tokens(plan, rank) for rank in range(3)] == [0, 6, 9]
+    assert reverse_halo_plan(plan) == [(1, 0, 0, 6), (2, 0, 0, 3), (2, 1, 3, 9)]
+    assert [count_halo_tokens(plan, rank) for rank in range(3)] == [0, 6, 9]
 
 
 @pytest.mark.parametrize(("itemsize", "wide"), [(2, 4), (4, 4), (8, 8)])
