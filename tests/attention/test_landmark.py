@@ -1,4 +1,4 @@
-"""Landmark attention under context parallelism: units of many tokens, what travels, refusals."""
+"""Landmark attention under context parallelism: units of many tokens, bytes, refusals."""
 
 import dataclasses
 from typing import Any
@@ -17,17 +17,15 @@ from tests.attention.body import (
     Problem,
     Variant,
     assert_all_match,
-    joined,
     make,
     on_virtual_ranks,
     whole,
 )
-from tests.attention.test_methods import decode_arguments, every_problem
-from tests.distributed import run_ranks
+from tests.attention.test_methods import decode_arguments
 
 METHOD = METHODS["landmark"]
 IMPLS = ["reference", "torch"]
-# Units of one block, of many, of a part of one; and more blocks asked for than there are.
+# Units of one block, of several, of part of one; and more blocks requested than exist.
 UNITS = [
     LandmarkOptions(block_size=4, top_k=2, select_tokens=4),
     LandmarkOptions(block_size=2, top_k=3, select_tokens=6),
@@ -45,8 +43,20 @@ def words(options: LandmarkOptions) -> str:
     return f"{options.block_size}-{options.top_k}-{options.select_tokens}"
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("cp_size", [1, 2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize(
+    ("cp_size", "packed"),
+    [
+        (1, True),
+        (3, False),
+        (8, True),
+        *(
+            pytest.param(cp_size, packed, marks=pytest.mark.exhaustive)
+            for cp_size in (1, 2, 3, 4, 5, 6, 8)
+            for packed in (False, True)
+            if (cp_size, packed) not in ((1, True), (3, False), (8, True))
+        ),
+    ],
+)
 @pytest.mark.parametrize("options", UNITS, ids=words)
 def test_units_on_virtual_ranks_equal_reference(
     options: LandmarkOptions, cp_size: int, packed: bool
@@ -62,19 +72,6 @@ def test_units_with_grouped_heads(heads: tuple[int, int]) -> None:
     problem = problem_of(UNITS[1], 3, heads=heads, packed=True)
     for impl in IMPLS:
         assert_all_match(on_virtual_ranks(problem, impl)[0], whole(problem))
-
-
-@pytest.mark.parametrize("cp_size", [2, 3, 4])
-def test_units_on_processes_equal_reference(cp_size: int) -> None:
-    cases = [
-        (problem_of(options, cp_size, packed=packed), impl)
-        for options in UNITS[:2]
-        for packed in (False, True)
-        for impl in IMPLS
-    ]
-    ranks = run_ranks(every_problem, cp_size, cases)
-    for (problem, _), *shards in zip(cases, *ranks, strict=True):
-        assert_all_match(joined(problem, shards), whole(problem))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -108,8 +105,8 @@ def test_documents_that_begin_inside_a_unit_do_not_leak(impl: str) -> None:
 
 
 @pytest.mark.parametrize("unit", [1, 6])
-def test_twins_are_chosen_alike_however_the_sequence_is_cut(unit: int) -> None:
-    # Every landmark's key is one of three: almost every choice is between equals.
+def test_ties_are_broken_alike_on_any_number_of_ranks(unit: int) -> None:
+    # Every landmark's key is one of three, so almost every selection is between equals.
     options = LandmarkOptions(block_size=2, top_k=2, select_tokens=unit)
     first = problem_of(options, 8, at_least=96)
     marks = first.qkv[1][:, 1:6:2].repeat(1, first.layout.seqlen // 6, 1, 1)
@@ -123,23 +120,23 @@ def test_twins_are_chosen_alike_however_the_sequence_is_cut(unit: int) -> None:
             assert_all_match(on_virtual_ranks(problem, impl)[0], truth)
 
 
-def test_a_rank_that_asks_for_nothing() -> None:
-    # Every document is one block, so nobody has a past.
+def test_ranks_without_requests_equal_reference() -> None:
+    # Every document is one block, so no query has past blocks.
     problem = problem_of(UNITS[0], 3)
     problem.cu_seqlens = torch.arange(0, problem.layout.seqlen + 1, 4, dtype=torch.int32)
     for impl in IMPLS:
-        got, sent = on_virtual_ranks(problem, impl)
-        assert_all_match(got, whole(problem))
+        actual, sent = on_virtual_ranks(problem, impl)
+        assert_all_match(actual, whole(problem))
         assert sent.backward == (0, 0, 0)
 
 
-def test_gradients_of_blocks_asked_for_by_many_are_the_same_bits_every_time() -> None:
+def test_gradients_of_shared_blocks_are_reproducible() -> None:
     problem = problem_of(UNITS[3], 5, dtype=torch.float32)
     first, again = (on_virtual_ranks(problem, "torch")[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_one_block_a_rank() -> None:
+def test_one_block_per_rank() -> None:
     for options in (BLOCKS, LandmarkOptions(block_size=4, top_k=2, select_tokens=2)):
         problem = problem_of(options, 8, at_least=1)
         assert problem.layout.local_seqlen == 4
@@ -147,7 +144,7 @@ def test_one_block_a_rank() -> None:
             assert_all_match(on_virtual_ranks(problem, impl)[0], whole(problem))
 
 
-def test_pieces_in_the_future_cost_no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_future_pieces_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     visits = []
     counting = TORCH_IMPL._replace(fwd=lambda *args: visits.append(1) or TORCH_IMPL.fwd(*args))
     monkeypatch.setattr(landmark_module, "select_landmark_impl", lambda *args: counting)
@@ -156,10 +153,10 @@ def test_pieces_in_the_future_cost_no_compute(monkeypatch: pytest.MonkeyPatch) -
     assert len(visits) == 1 + 2 + 3 + 4
 
 
-def test_half_precision_comes_back_in_half_precision() -> None:
+def test_float16_gives_float16() -> None:
     for options in (BLOCKS, UNITS[0]):
         problem = problem_of(options, 2, dtype=torch.float16)
-        for impl in ("reference", "torch", "auto"):
+        for impl in IMPLS:
             assert all(x.dtype == torch.float16 for x in on_virtual_ranks(problem, impl)[0])
 
 
@@ -183,12 +180,10 @@ def test_bytes_by_hand(itemsize: int, grad_size: int) -> None:
         assert METHOD.bytes(each, shape, ContextLayout("contiguous", 36, 1)) == ((0,), (0,))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("cp_size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("cp_size", [2, 3, 8])
 @pytest.mark.parametrize("options", UNITS, ids=words)
-def test_bytes_are_the_most_that_goes_over_the_wire(
-    options: LandmarkOptions, cp_size: int, dtype: torch.dtype
-) -> None:
+def test_bytes_are_an_upper_bound_of_those_sent(options: LandmarkOptions, cp_size: int) -> None:
+    dtype = torch.bfloat16
     problem = problem_of(options, cp_size, dtype=dtype)
     shape = Shape(batch=2, nheads=4, nheads_kv=2, head_dim=16, itemsize=dtype.itemsize)
     most = METHOD.bytes(options, shape, problem.layout)
@@ -200,8 +195,8 @@ def test_bytes_are_the_most_that_goes_over_the_wire(
             assert sent == most
 
 
-def test_only_chosen_blocks_travel_and_once_a_rank() -> None:
-    # All queries of a batch row and key head like block 0 best: one block goes to each other rank.
+def test_only_selected_blocks_are_sent_once_per_rank() -> None:
+    # All queries of a batch row and key head select block 0: one block goes to each other rank.
     problem = problem_of(LandmarkOptions(block_size=4, top_k=1, select_tokens=2), 3)
     problem.inv_freq = None
     q, k, _ = problem.qkv
@@ -229,7 +224,7 @@ def test_flops_by_hand() -> None:
         METHOD.flops(one, dataclasses.replace(shape, seqlen=None))
 
 
-def test_what_a_length_must_be_a_multiple_of() -> None:
+def test_multiples_of_the_sequence_length() -> None:
     assert METHOD.multiple_of(BLOCKS, 1) == METHOD.multiple_of(BLOCKS, 1, "zigzag") == 4
     assert METHOD.multiple_of(BLOCKS, 3) == 12 and METHOD.multiple_of(BLOCKS, 3, "zigzag") == 24
     units = LandmarkOptions(block_size=4, top_k=1, select_tokens=6)
@@ -241,7 +236,7 @@ def test_what_a_length_must_be_a_multiple_of() -> None:
 
 @pytest.mark.parametrize("step", [1, 7])
 @pytest.mark.parametrize("options", [BLOCKS, *UNITS], ids=words)
-def test_a_new_token_chooses_for_itself(options: LandmarkOptions, step: int) -> None:
+def test_decoded_token_selects_for_itself(options: LandmarkOptions, step: int) -> None:
     problem = problem_of(options, 1)
     alone = dataclasses.replace(problem, options=dataclasses.replace(options, select_tokens=1))
     q, k, v = problem.qkv
@@ -284,7 +279,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "says"), REFUSED)
-def test_what_does_not_fit_is_refused_by_name(change: dict[str, Any], says: str) -> None:
+def test_conflicting_arguments_are_refused_by_name(change: dict[str, Any], says: str) -> None:
     held = (4, 1) if "heads" in change else (4, 2)
     call = {
         "options": BLOCKS,
@@ -302,7 +297,7 @@ def test_what_does_not_fit_is_refused_by_name(change: dict[str, Any], says: str)
             METHOD.check(given["options"], given["layout"], heads, 4 if given["heads"] else 1)
 
 
-def test_documents_must_begin_with_a_block_on_one_rank_too() -> None:
+def test_documents_must_begin_with_a_block_also_on_one_rank() -> None:
     problem = problem_of(BLOCKS, 1)
     problem.cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match="document 1 begins at token 5"):
@@ -310,7 +305,7 @@ def test_documents_must_begin_with_a_block_on_one_rank_too() -> None:
     assert whole(problem)[0].shape == problem.qkv[0].shape
 
 
-def test_dense_goes_with_heads_that_are_apart() -> None:
+def test_dense_form_allows_groups_split_over_ranks() -> None:
     problem = problem_of(BLOCKS, 2, heads=(8, 2))
     truth = whole(problem)[0]
     for first in (0, 2, 4, 6):

@@ -1,6 +1,7 @@
-"""SCCA under context parallelism: which head has which rule, plans, numbers, what is refused."""
+"""SCCA under context parallelism: rules of heads, shift plans, results, bytes, refusals."""
 
 import dataclasses
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def shifts(nheads: int, nheads_kv: int, **words: Any) -> list[int]:
     return [rule.shift for rule in model_rules(options(**words), nheads, nheads_kv)]
 
 
-def test_units_are_key_heads_where_there_are_four() -> None:
+def test_units_are_key_heads_if_there_are_four() -> None:
     fixed = {"pattern": "fixed", "chunk_size": 8}
     assert shifts(8, 8, **fixed) == shifts(8, 4, **fixed) == [0] * 4 + [4] * 4
     assert shifts(8, 2, **fixed) == shifts(8, 1, **fixed) == [0] * 4 + [4] * 4
@@ -69,7 +70,7 @@ def test_kinds_of_rules_and_default_shifts() -> None:
     assert shifts(4, 4, chunk_size=7, shift=99) == [0, 0, 99, 99]
 
 
-def test_longmixed_shares_its_units_out() -> None:
+def test_longmixed_splits_units_by_fractions() -> None:
     rules = model_rules(options(pattern="longmixed", chunk_size=8), 16, 16)
     fixed = [Rule("chunk", 8)] * 4 + [Rule("chunk", 8, 4)] * 4
     sparse = [Rule("pair", 2, s) for s in (0, 1, 0, 1)]
@@ -89,7 +90,7 @@ def test_longmixed_shares_its_units_out() -> None:
         assert shared == expected
 
 
-def test_layers_take_turns() -> None:
+def test_layers_are_staggered() -> None:
     def turns(layer: int, heads: tuple[int, int] = (8, 4), **words: Any) -> int:
         return METHOD.for_layer(options(**words), layer, *heads).stagger
 
@@ -131,9 +132,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("words", "says"), REFUSED)
-def test_options_that_contradict_each_other_are_refused_everywhere(
-    words: dict[str, Any], says: str
-) -> None:
+def test_conflicting_options_are_refused_everywhere(words: dict[str, Any], says: str) -> None:
     wrong = options(**words)
     problem = make("scca", "contiguous", 2)
     q, k, v = problem.qkv
@@ -165,12 +164,12 @@ def test_longmixed_without_four_units_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="longmixed.* 4 query heads.*nheads = 3"):
             call()
-    # Enough in the whole model is enough, however few are here.
+    # Four units in the whole model are enough, however few this tensor holds.
     slim = [x[:, :, :1] for x in problem.qkv]
     METHOD.reference(*slim, options=mixed, heads=HeadSlice(3, 4, 3, 4))
 
 
-def test_a_striped_layout_is_refused() -> None:
+def test_striped_layout_is_refused() -> None:
     layout = ContextLayout("striped", 64, 2)
     qkv = [torch.randn(1, 32, 4, 8) for _ in range(3)]
     for pattern in ("fixed", "sda", "sda_key"):
@@ -202,7 +201,7 @@ def test_flow_under_mask_refuses_documents_with_fewer_chunks_than_units() -> Non
     ):
         with pytest.raises(ValueError, match=short):
             call()
-    # Every document counts, an empty one and what follows the last border do not.
+    # Every document counts, except empty ones and the padding after the last border.
     check_documents(masked, heads, 100, (0, 31, 31, 80))
     with pytest.raises(ValueError, match="document 1 of 30 tokens"):
         check_documents(masked, heads, 100, (0, 31, 61, 100))
@@ -319,7 +318,7 @@ def test_fixed_sends_as_much_whatever_the_length_and_the_ranks() -> None:
         assert counted.backward == (0,) + (backward,) * (cp_size - 1)
 
 
-def test_the_examples_of_the_specification() -> None:
+def test_bytes_of_the_examples_of_the_specification() -> None:
     # LLaMA2-7B, 64k tokens on 8 ranks, chunks as long as shards: MB, one layer, forward.
     shape = Shape(batch=1, nheads=32, nheads_kv=32, head_dim=128, itemsize=2)
     layout = ContextLayout("contiguous", 65536, 8)
@@ -361,7 +360,7 @@ def test_bytes_of_the_dilated_patterns_in_closed_form(kind: str) -> None:
         assert ringed.backward == ((cp_size - 1) * lap + cp_size * 2 * lap,) * cp_size
 
 
-# What the shared body has not: shifts beyond a chunk, other chunks and shards, s2, other shares.
+# Options beyond those of the shared tests: shifts beyond a chunk, other chunks, s2, other shares.
 OTHERS = [
     {"pattern": "fixed", "chunk_size": 5, "shift": 13},
     {"pattern": "fixed", "chunk_size": 7, "shift": 14, "wrap": "fold"},
@@ -379,8 +378,23 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("words", OTHERS, ids=lambda words: "-".join(map(str, words.values())))
-@pytest.mark.parametrize("cp_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "cp_size"),
+    [
+        ("zigzag", 2),
+        ("contiguous", 3),
+        ("zigzag", 8),
+        *(
+            pytest.param(kind, cp_size, marks=pytest.mark.exhaustive)
+            for kind, cp_size in (
+                ("contiguous", 1),
+                ("contiguous", 2),
+                ("contiguous", 8),
+                ("zigzag", 3),
+            )
+        ),
+    ],
+)
 def test_other_options_on_virtual_ranks_equal_reference(
     kind: str, cp_size: int, words: dict[str, Any]
 ) -> None:
@@ -388,15 +402,17 @@ def test_other_options_on_virtual_ranks_equal_reference(
     problem = problem_of(words, kind, cp_size, packed=packed)
     truth = whole(problem)
     for impl in IMPLS:
-        got, sent = on_virtual_ranks(problem, impl)
-        assert_all_match(got, truth)
+        actual, sent = on_virtual_ranks(problem, impl)
+        assert_all_match(actual, truth)
         if impl == "torch" and not packed:
             shape = Shape(2, 4, 2, 16, 8)
             assert sent == METHOD.bytes(problem.options, shape, problem.layout)
 
 
 @pytest.mark.parametrize("chunk_size", [4, 12, 24, 36])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param("contiguous", marks=pytest.mark.exhaustive), "zigzag"]
+)
 def test_chunks_smaller_equal_and_larger_than_a_shard(kind: str, chunk_size: int) -> None:
     for pattern in ("fixed", "flow"):
         words = {"pattern": pattern, "chunk_size": chunk_size}
@@ -410,7 +426,7 @@ def test_chunks_smaller_equal_and_larger_than_a_shard(kind: str, chunk_size: int
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_flow_under_mask_equals_reference(kind: str) -> None:
-    for cp_size in (1, 2, 3, 5, 8):
+    for cp_size in (1, 3, 8):
         words = {"pattern": "flow", "wrap": "mask", "chunk_size": 6}
         problem = problem_of(words, kind, cp_size, at_least=80)
         length = problem.layout.seqlen
@@ -481,17 +497,15 @@ def test_units_by_hand() -> None:
 
 
 def events_of(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What one rank of two does, in order: posts, waits and computing."""
-    seen: dict[int, list[str]] = {0: [], 1: []}
-    here = {}
+    """Return the posts, waits and computations of one rank of two, in order."""
+    events: dict[int, list[str]] = {0: [], 1: []}
+    rank_of_thread = {}
 
-    def spy(module: Any, name: str, says: str) -> None:
+    def spy(module: Any, name: str, event: str) -> None:
         plain = getattr(module, name)
 
         def call(*args: Any, **more: Any) -> Any:
-            import threading
-
-            seen[here[threading.get_ident()]].append(says)
+            events[rank_of_thread[threading.get_ident()]].append(event)
             return plain(*args, **more)
 
         monkeypatch.setattr(module, name, call)
@@ -503,24 +517,22 @@ def events_of(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         spy(module, "banded_fwd", "compute")
 
     def run(rank: Any) -> None:
-        import threading
-
-        here[threading.get_ident()] = rank.rank()
+        rank_of_thread[threading.get_ident()] = rank.rank()
         qkv = [problem.layout.shard(x, rank.rank(), 1) for x in problem.qkv]
         METHOD.attention(*qkv, layout=problem.layout, group=rank, impl="torch", **problem.asked())
 
     VirtualGroup(2).run(run)
-    assert seen[0] == seen[1]
-    return seen[1]
+    assert events[0] == events[1]
+    return events[1]
 
 
-def test_messages_leave_before_there_is_anything_to_wait_for(
+def test_shifts_are_posted_before_the_first_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fixed = problem_of({"pattern": "fixed", "chunk_size": 7}, "zigzag", 2)
-    got = ["wait", "wait", "compute"]
+    group = ["wait", "wait", "compute"]
     # Local heads and shifted heads, keys and values each.
-    assert events_of(fixed, monkeypatch) == ["shift"] * 4 + ["compute"] + 2 * got
+    assert events_of(fixed, monkeypatch) == ["shift"] * 4 + ["compute"] + 2 * group
 
 
 def test_longmixed_posts_the_swaps_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,22 +540,6 @@ def test_longmixed_posts_the_swaps_first(monkeypatch: pytest.MonkeyPatch) -> Non
     units = ["wait", "compute", "swap", "wait"]
     expected = ["swap", "swap", *["shift"] * 4, "compute", *["wait", "wait", "compute"] * 2]
     assert events_of(mixed, monkeypatch) == expected + 2 * units
-
-
-def test_each_pattern_uses_its_own_exchange() -> None:
-    for words, verbs in [
-        ({"pattern": "fixed", "chunk_size": 7}, {"shift"}),
-        ({"pattern": "flow", "chunk_size": 7}, {"shift"}),
-        ({"pattern": "s2", "chunk_size": 7}, {"shift"}),
-        ({"pattern": "sda"}, {"swap"}),
-        ({"pattern": "sda_key"}, {"ring"}),
-        ({"pattern": "longmixed", "chunk_size": 7}, {"shift", "swap"}),
-    ]:
-        for impl in IMPLS:
-            problem = problem_of(words, "contiguous", 3)
-            with traffic() as sent:
-                on_virtual_ranks(problem, impl)
-            assert set(sent.sent) == verbs <= set(METHOD.exchange)
 
 
 def test_evaluation_sends_as_much_as_training_sends_forward() -> None:
@@ -559,7 +555,7 @@ def test_evaluation_sends_as_much_as_training_sends_forward() -> None:
         assert tuple(VirtualGroup(3).run(forward)) == on_virtual_ranks(problem, "torch")[1].forward
 
 
-def test_only_what_arrives_is_kept_beside_the_own() -> None:
+def test_only_received_keys_are_saved_besides_own_tensors() -> None:
     problem = problem_of({"chunk_size": 8}, "contiguous", 2, at_least=64, heads=(4, 4))
     kept: dict[int, int] = {}
 
@@ -583,16 +579,16 @@ def test_only_what_arrives_is_kept_beside_the_own() -> None:
     assert kept == {0: own, 1: own + 8 * 2 * (2 * 4 * 2 * 16)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_comes_back_in_half_precision(dtype: torch.dtype) -> None:
+def test_bfloat16_gives_bfloat16() -> None:
+    dtype = torch.bfloat16
     for pattern in ("fixed", "sda", "sda_key", "longmixed"):
         words = {"pattern": pattern} | ({} if pattern.startswith("sda") else {"chunk_size": 7})
         problem = problem_of(words, "zigzag", 2, dtype=dtype)
-        for impl in (*IMPLS, "auto"):
+        for impl in IMPLS:
             assert all(x.dtype == dtype for x in on_virtual_ranks(problem, impl)[0])
 
 
-def test_heads_that_see_nothing_are_zero_on_every_rank() -> None:
+def test_heads_that_see_nothing_give_zero() -> None:
     problem = problem_of({"chunk_size": 8, "shift": 999}, "contiguous", 3, heads=(4, 4))
     for impl in IMPLS:
         out, dq, dk, dv = on_virtual_ranks(problem, impl)[0]

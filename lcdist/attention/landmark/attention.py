@@ -1,179 +1,127 @@
-"""Landmark attention under context parallelism: whole blocks on a ring, or only those chosen.
+"""Landmark attention under context parallelism: whole blocks on a ring, or only selected blocks.
 
-The last token of every block is its landmark. A query attends to its own block but for the
-landmark, and to every past block through one gate each, the landmark's logit, which shares out what
-it gets by a softmax inside the block (arXiv:2305.16300; `lcdist_kernels.landmark.reference` has the
-formulas). So a past block is one entry of the gate's softmax, and partials over whole blocks merge
-as any others: a ring of keys and values, whose every piece is whole blocks. With top_k each unit of
-select_tokens tokens reads the past blocks whose landmarks it likes best, and only these travel
-(`landmark_fetch`): with a larger unit than one token a later query has a say in which past blocks
-the unit's earlier ones read, never in what these blocks hold; outputs of whole units depend on no
-later token.
+The last token of every block is its landmark. A query attends to its own block without the
+landmark, and to every past block through one gate. The gate's logit is the landmark's score; its
+weight is shared by a softmax inside the block (arXiv:2305.16300; formulas:
+`lcdist_kernels.landmark.reference`). So a past block is one entry of the gate's softmax, and
+partials over whole blocks merge like any others. Without top_k, keys and values go around a ring
+in whole blocks.
+
+With top_k, each unit of select_tokens tokens reads the past blocks with the highest landmark
+scores, and only these travel (`gather.py`). In a unit of several tokens, a later query influences
+which past blocks earlier ones read, never the contents of these blocks. Outputs of whole units
+depend on no later token.
 """
 
-from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lcdist.attention.context import AttentionContext, DecodeCache
 from lcdist.attention.interface import AttentionMethod
-from lcdist.attention.landmark.gather import Fetch
+from lcdist.attention.landmark.gather import attend_selected, reference_selected
 from lcdist.attention.landmark.plan import (
     LAYOUTS,
     check,
     check_documents,
-    check_heads,
+    check_head_groups,
     check_layout,
     flops,
     layouts_for,
     multiple_of,
     traffic,
 )
-from lcdist.attention.landmark.ring import Ring, reference_ring, ring_by_hand
-from lcdist.attention.shape import HeadSlice
-from lcdist.attention.shared.checks import check_shard, decode_rows, tokens
+from lcdist.attention.landmark.ring import RingLandmark, reference_ring
+from lcdist.attention.shared.checks import decode_rows
 from lcdist.config.schema import LandmarkOptions
-from lcdist.exchange import Group, group_rank
-from lcdist.layout import ContextLayout
-from lcdist_kernels import Rotary, landmark_attention, landmark_reference
-from lcdist_kernels.common import check_impl, check_qkv
-from lcdist_kernels.landmark import IMPLS, TORCH_IMPL, landmark_cached, select_landmark_impl
+from lcdist_kernels import landmark_attention, landmark_reference
+from lcdist_kernels.landmark import IMPLS, landmark_cached, select_landmark_impl
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    options: LandmarkOptions,
-    layout: ContextLayout,
-    group: Group,
-    rotary: Rotary | None = None,
-    cu_seqlens: Tensor | None = None,
-    softmax_scale: float | None = None,
-    params: Mapping[str, Tensor] | None = None,
-    heads: HeadSlice | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """This rank's shard of the attention of a whole sequence; out is like q.
+def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
+    """Return this rank's shard of the output; the last token of every block is a landmark.
 
-    q `[b, s_local, h, d]`, k, v `[b, s_local, h_kv, d]`: un-rotated, tokens as `layout` cuts them,
-    a landmark last in every block of block_size. cu_seqlens: borders of documents in the whole
-    sequence, int32 `[n + 1]`, the same for every row and on every rank, each a multiple of
-    block_size or the end; positions and blocks restart per document; tokens after the last border
-    form one of their own. Selection units are counted from the beginning of the whole sequence and
-    cut at borders: documents that begin at multiples of select_tokens get what they would alone.
-    impl: "auto", "triton", "torch" or "reference".
-
-    Raises ValueError where shapes, layout, group, documents and options do not fit, `impl` is not
-    built, or "triton" does not take the tensors.
+    Selection units are counted from the start of the whole sequence and cut at document borders.
+    So documents that begin at multiples of select_tokens get the same output as alone.
     """
-    check_impl(impl, "landmark", IMPLS)
-    check_qkv(q, k, v)
-    check_shard(q, k, layout, group)
-    check_heads(q, k, params, heads, options)
-    check_layout(options, layout)
-    check_documents(options, cu_seqlens, layout.seqlen)
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    if layout.cp_size == 1:
-        return landmark_attention(
-            q,
-            k,
-            v,
-            block_size=options.block_size,
-            top_k=options.top_k,
-            select_tokens=options.select_tokens,
-            rotary=rotary,
-            cu_seqlens=cu_seqlens,
-            softmax_scale=scale,
-            impl=impl,
-        )
-    what = "landmark attention under context parallelism"
-    operator = TORCH_IMPL if impl == "reference" else select_landmark_impl(impl, q, what)
-    if rotary is not None:
-        index, starts = tokens(layout, group_rank(group), cu_seqlens)
-        q, k = rotary.rotate(q, index - starts), rotary.rotate(k, index - starts)
-    if options.top_k is None:
-        around = Ring(layout, group, cu_seqlens, scale, options.block_size, operator)
-        return (reference_ring if impl == "reference" else ring_by_hand)(q, k, v, around)
-    fetch = Fetch(layout, group, cu_seqlens, scale, options, operator)
-    return fetch.dense(q, k, v) if impl == "reference" else fetch.by_hand(q, k, v)
+    _check(q, k, ctx)
+    selects, dense = ctx.options.top_k is not None, ctx.impl == "reference"
+    rotated_q, rotated_k = ctx.rotate(q), ctx.rotate(k)
+    if dense and selects:
+        return reference_selected(rotated_q, rotated_k, v, ctx)
+    if dense:
+        return reference_ring(rotated_q, torch.stack((rotated_k, v)), ctx)
+    impl = select_landmark_impl(ctx.impl, q, "landmark attention under context parallelism")
+    if selects:
+        return attend_selected(rotated_q, rotated_k, v, impl, ctx)
+    return RingLandmark.apply(rotated_q, torch.stack((rotated_k, v)), impl, ctx)
 
 
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    options: LandmarkOptions,
-    rotary: Rotary | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    softmax_scale: float | None = None,
-    params: Mapping[str, Tensor] | None = None,
-    heads: HeadSlice | None = None,
-) -> Tensor:
-    """The same on the whole sequence, dense, in one process, with documents of any length.
+def attend_local(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
+    """Return the output of a whole sequence on one rank."""
+    _check(q, k, ctx)
+    return landmark_attention(
+        q,
+        k,
+        v,
+        block_size=ctx.options.block_size,
+        top_k=ctx.options.top_k,
+        select_tokens=ctx.options.select_tokens,
+        rotary=ctx.rotary,
+        cu_seqlens=ctx.cu_seqlens,
+        softmax_scale=ctx.softmax_scale,
+        impl=ctx.impl,
+    )
+
+
+def _check(q: Tensor, k: Tensor, ctx: AttentionContext) -> None:
+    """Raise ValueError if heads, layout or documents do not fit the options."""
+    check_head_groups(ctx.options, ctx.heads, q.shape[2] // k.shape[2])
+    check_layout(ctx.options, ctx.layout)
+    check_documents(ctx.options, ctx.documents, ctx.layout.seqlen)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
+    """Return dense attention of a whole sequence with documents of any length.
 
     See `landmark_reference`.
     """
-    check_heads(q, k, params, heads, options)
+    check_head_groups(ctx.options, ctx.heads, q.shape[2] // k.shape[2])
     return landmark_reference(
         q,
         k,
         v,
-        block_size=options.block_size,
-        top_k=options.top_k,
-        select_tokens=options.select_tokens,
-        rotary=rotary,
-        positions=positions,
-        cu_seqlens=cu_seqlens,
-        softmax_scale=softmax_scale,
+        block_size=ctx.options.block_size,
+        top_k=ctx.options.top_k,
+        select_tokens=ctx.options.select_tokens,
+        rotary=ctx.rotary,
+        positions=ctx.position_ids,
+        cu_seqlens=ctx.cu_seqlens,
+        softmax_scale=ctx.softmax_scale,
     )
 
 
-@torch.no_grad()
-def decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    options: LandmarkOptions,
-    positions: Tensor,
-    rotary: Rotary | None = None,
-    softmax_scale: float | None = None,
-    params: Mapping[str, Tensor] | None = None,
-    heads: HeadSlice | None = None,
-) -> Tensor:
-    """Attention of new tokens over a cache that holds their own keys and values already.
+def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
+    """Return attention of new tokens over a cache that contains landmarks.
 
-    q `[b, n, h, d]`, un-rotated, at `positions`: integers on the CPU, `[n]` or, where rows differ
-    in length, `[b, n]`. k_cache, v_cache `[b, s_cache, h_kv, d]`, un-rotated: entry j belongs to
-    position j, landmarks among them; entries after the greatest position are not read. With top_k
-    every new token chooses for itself, as with select_tokens = 1: a decoded row is the training row
-    there and without top_k; a larger unit is known only once it is over. No gradients; out is like
-    q. Raises ValueError where shapes do not fit or a position lies outside the cache.
+    With top_k every new token selects for itself, as with select_tokens = 1: a larger unit is
+    known only when it is complete. So a decoded row equals the training row with select_tokens = 1,
+    and without top_k.
     """
-    check_heads(q, k_cache, params, heads, options)
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-
-    def one(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        return landmark_cached(
-            q,
-            k,
-            v,
-            positions,
-            block_size=options.block_size,
-            top_k=options.top_k,
-            rotary=rotary,
-            softmax_scale=scale,
-        )
-
-    return decode_rows(q, k_cache, v_cache, positions, one)
+    check_head_groups(ctx.options, ctx.heads, q.shape[2] // cache.k.shape[2])
+    decode_row = partial(
+        landmark_cached,
+        block_size=ctx.options.block_size,
+        top_k=ctx.options.top_k,
+        rotary=ctx.rotary,
+        softmax_scale=ctx.softmax_scale,
+    )
+    return decode_rows(q, cache.k, cache.v, cache.positions, decode_row)
 
 
 def exchange_for(options: LandmarkOptions) -> tuple[str, ...]:
-    """A ring for the dense form, the gather of blocks with top_k."""
+    """Return the exchange: a ring without top_k, a gather of blocks with it."""
     return ("ring",) if options.top_k is None else ("gather",)
 
 
@@ -187,8 +135,9 @@ METHOD = AttentionMethod(
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
+    attend=attend,
+    attend_local=attend_local,
     reference=reference,
-    attention=attention,
     decode=decode,
     layouts_for=layouts_for,
     exchange_for=exchange_for,

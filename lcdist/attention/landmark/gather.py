@@ -1,22 +1,21 @@
-"""The landmark block gather: landmarks come from all ranks, then chosen blocks (2305.16300).
+"""Landmark attention with top_k: gather all landmarks, then only the selected blocks (2305.16300).
 
-Keys of landmarks, one in block_size tokens, are gathered from every rank; each selection unit
-chooses its past blocks by them; the chosen blocks of keys and values are asked for by name, once a
-rank, batch row and key head, and their gradients go home in fp32 at least, to be added in the order
-of ranks. What a unit chooses is not differentiated.
+Keys of landmarks, one per block_size tokens, are gathered from every rank. Each selection unit
+selects past blocks by them. The selected blocks of keys and values are requested, once per rank,
+batch row and key head. Their gradients return in fp32 or wider and are added in rank order. The
+selection itself is not differentiated.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lcdist.attention.shared.checks import tokens
-from lcdist.config.schema import LandmarkOptions
-from lcdist.exchange import Group, Pending, gather, group_rank
-from lcdist.layout import ContextLayout
+from lcdist.attention.context import CPU, AttentionContext, LayoutKey, token_table
+from lcdist.attention.landmark.ring import query_rows
+from lcdist.attention.shared.plan_cache import cached_plan
+from lcdist.exchange import Pending, gather
 from lcdist_kernels.landmark import (
-    TORCH_IMPL,
     BlockLists,
     LandmarkImpl,
     QueryRows,
@@ -32,83 +31,96 @@ from lcdist_kernels.landmark import (
 from lcdist_kernels.partial import merge
 
 
-@dataclass(frozen=True)
-class Fetch:
-    """What a rank needs in order to choose, to fetch and to attend; the layout is contiguous."""
-
-    layout: ContextLayout
-    group: Group
-    cu_seqlens: Tensor | None
-    softmax_scale: float
-    options: LandmarkOptions
-    operator: LandmarkImpl = TORCH_IMPL
-
-    @property
-    def block_size(self) -> int:
-        return self.options.block_size
-
-    def by_hand(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """out of rotated q, k, v: own blocks are attended to while the others are on their way."""
-        rows, pending, lists = self._order(q, k, v)
-        reading = SparseContext(lists, rows, int(rows.idx[0]), self.softmax_scale, self.operator)
-        own = reading.own_partial(q, k, v)
-        return SparseFunction.apply(q, k, v, pending.wait(), own, reading)
-
-    def dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The same with dense maths and gradients by autograd."""
-        rows, pending, lists = self._order(q, k, v)
-        table = pending.wait()
-        # The entry in front is what -1 stands for, and keeps an empty table in the graph.
-        table = torch.cat((table.new_zeros((1, *table.shape[1:])), table))
-        of_row = lists.ids.repeat_interleave(lists.lengths.to(q.device), 2)
-        past = sparse_partial(q, table, of_row + 1, ~lists.hidden(rows), self.softmax_scale)
-        none = torch.zeros((), dtype=torch.bool, device=q.device)
-        k_start = rows.idx[:: self.block_size]
-        own = landmark_partial(q, k, v, rows, k_start, self.softmax_scale, none)
-        return merge(*own, *past)[0].to(q.dtype)
-
-    def _order(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[QueryRows, Pending, BlockLists]:
-        """Chooses, and asks for what was chosen: this rank's rows, the table to come, the lists."""
-        keys = landmarks(k.detach(), self.block_size).contiguous()
-        coming = gather(keys, self.group)
-        index, starts = tokens(self.layout, group_rank(self.group), self.cu_seqlens)
-        rows = QueryRows(index, starts, self.block_size)
-        lengths = unit_lengths(index, starts, self.options.select_tokens)
-        own_table = table_of(k, v, self.block_size)
-        assert self.options.top_k is not None
-        chosen = choose_blocks(
-            q.detach(), coming.wait(), rows, lengths, self.options.top_k, self.softmax_scale
-        )
-        place = _Places(keys.shape[1], keys.shape[0], keys.shape[2])
-        wanted, ids = place.of(chosen)
-        pending = gather(own_table, self.group, dim=0, blocks=wanted, block_size=1, wide=True)
-        return rows, pending, BlockLists(place.number(wanted), ids, lengths)
+def attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, impl: LandmarkImpl, ctx: AttentionContext
+) -> Tensor:
+    """Return out of rotated q, k, v; own blocks are computed while the others are in flight."""
+    rows, pending, lists = _select_and_request(q, k, v, ctx)
+    sparse = SparseContext(lists, rows, int(rows.idx[0]), ctx.softmax_scale, impl)
+    own = sparse.own_partial(q, k, v)
+    return SparseFunction.apply(q, k, v, pending.wait(), own, sparse)
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where a block of one batch row and key head stands in all ranks' tables, end to end."""
+def reference_selected(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
+    """Return out of rotated q, k, v with dense maths and gradients by autograd.
 
-    blocks_of_rank: int
+    `attend_selected` is tested against it.
+    """
+    rows, pending, lists = _select_and_request(q, k, v, ctx)
+    table = pending.wait()
+    # Entry 0 stands for -1, no block, and keeps an empty table in the graph.
+    table = torch.cat((table.new_zeros((1, *table.shape[1:])), table))
+    ids_by_row = lists.ids.repeat_interleave(lists.lengths.to(q.device), 2)
+    past = sparse_partial(q, table, ids_by_row + 1, ~lists.hidden(rows), ctx.softmax_scale)
+    none = torch.zeros((), dtype=torch.bool, device=q.device)
+    k_start = rows.idx[:: rows.block_size]
+    own = landmark_partial(q, k, v, rows, k_start, ctx.softmax_scale, none)
+    return merge(*own, *past)[0].to(q.dtype)
+
+
+def _select_and_request(
+    q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext
+) -> tuple[QueryRows, Pending, BlockLists]:
+    """Select blocks and request them; return own queries, the pending table, and the lists."""
+    options = ctx.options
+    keys = landmarks(k.detach(), options.block_size).contiguous()
+    pending_keys = gather(keys, ctx.group)
+    rows = query_rows(ctx)
+    lengths = make_unit_lengths(options.select_tokens, ctx.layout_key, ctx.documents)
+    own_table = table_of(k, v, options.block_size)
+    assert options.top_k is not None
+    selected = choose_blocks(
+        q.detach(), pending_keys.wait(), rows, lengths, options.top_k, ctx.softmax_scale
+    )
+    numbering = TableNumbering(keys.shape[1], keys.shape[0], keys.shape[2])
+    requested, ids = numbering.requests(selected)
+    pending = gather(own_table, ctx.group, dim=0, blocks=requested, block_size=1, wide=True)
+    return rows, pending, BlockLists(numbering.block_numbers(requested), ids, lengths)
+
+
+@cached_plan
+def make_unit_lengths(
+    select_tokens: int, key: LayoutKey, documents: tuple[int, ...] | None
+) -> Tensor:
+    """Return the number of tokens in each of a rank's selection units: see `unit_lengths`."""
+    token_ids = token_table("token_ids", key, None, CPU)
+    return unit_lengths(token_ids, token_table("starts", key, documents, CPU), select_tokens)
+
+
+class TableNumbering(NamedTuple):
+    """Numbers of (block, batch row, key head) in all ranks' tables, concatenated in rank order.
+
+    blocks_per_rank: blocks of a rank's shard. batch, nheads_kv: sizes of the keys.
+    """
+
+    blocks_per_rank: int
     batch: int
     nheads_kv: int
 
     @property
-    def entries_of_rank(self) -> int:
-        return self.batch * self.nheads_kv * self.blocks_of_rank
+    def entries_per_rank(self) -> int:
+        return self.batch * self.nheads_kv * self.blocks_per_rank
 
-    def of(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Of what is `chosen` `[b, h_kv, units, K]`: the places, each once, and ids among them."""
-        owner = chosen.long() // self.blocks_of_rank
-        head = torch.arange(self.batch * self.nheads_kv, device=chosen.device)
-        row = head.view(self.batch, self.nheads_kv, 1, 1) * self.blocks_of_rank
-        places = owner * self.entries_of_rank + row + chosen % self.blocks_of_rank
-        none = chosen < 0
-        wanted = places[~none].unique()
-        ids = torch.searchsorted(wanted, places).int().masked_fill(none, -1)
-        return wanted, ids
+    def requests(self, selected: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the table entries to request and the position of each selected block among them.
 
-    def number(self, places: Tensor) -> Tensor:
-        """The number in the whole sequence of the blocks at `places`."""
-        owner = places // self.entries_of_rank
-        return owner * self.blocks_of_rank + places % self.blocks_of_rank
+        Args:
+            selected: global block numbers `[b, h_kv, units, K]`, negative for none.
+
+        Returns:
+            Distinct entries, increasing, int64; and their ids, int32, shaped like `selected`, -1
+            for none.
+        """
+        owner = selected.long() // self.blocks_per_rank
+        head = torch.arange(self.batch * self.nheads_kv, device=selected.device)
+        row = head.view(self.batch, self.nheads_kv, 1, 1) * self.blocks_per_rank
+        entries = owner * self.entries_per_rank + row + selected % self.blocks_per_rank
+        none = selected < 0
+        requested = entries[~none].unique()
+        ids = torch.searchsorted(requested, entries).int().masked_fill(none, -1)
+        return requested, ids
+
+    def block_numbers(self, entries: Tensor) -> Tensor:
+        """Return the global block number of each table entry."""
+        owner = entries // self.entries_per_rank
+        return owner * self.blocks_per_rank + entries % self.blocks_per_rank

@@ -1,28 +1,22 @@
-"""What landmark attention asks of lengths, layouts, documents and heads, and what it costs."""
+"""Landmark attention: checks of lengths, layouts, documents and heads; operations and bytes."""
 
-from collections.abc import Mapping
 from math import lcm
 
-import torch
-from torch import Tensor
-
 from lcdist.attention.shape import HeadSlice, Shape, Traffic
-from lcdist.attention.shared.checks import check_plain
 from lcdist.attention.shared.ring_softmax import ring_bytes
 from lcdist.config.schema import LandmarkOptions
 from lcdist.layout import ContextLayout, pieces_needed
-from lcdist_kernels.common import document_starts
 
 LAYOUTS = ("contiguous", "zigzag")
 
 
 def layouts_for(options: LandmarkOptions) -> tuple[str, ...]:
-    """Contiguous and zigzag; with top_k contiguous, as a unit is of consecutive tokens."""
+    """Return the layout kinds; with top_k only contiguous, because a unit is consecutive tokens."""
     return LAYOUTS if options.top_k is None else LAYOUTS[:1]
 
 
 def multiple_of(options: LandmarkOptions, cp_size: int, kind: str = "contiguous") -> int:
-    """Whole blocks in every piece of the layout; with top_k on more ranks, whole units too."""
+    """Return the divisor for whole blocks per piece; with top_k and cp > 1, also whole units."""
     step = options.block_size
     if options.top_k is not None and cp_size > 1:
         step = lcm(step, options.select_tokens)
@@ -30,36 +24,29 @@ def multiple_of(options: LandmarkOptions, cp_size: int, kind: str = "contiguous"
 
 
 def check(options: LandmarkOptions, layout: ContextLayout, heads: HeadSlice, tp_size: int) -> None:
-    """Raises ValueError where the options do not go with the layout or tensor parallelism."""
+    """Raise ValueError if the options conflict with the layout or tensor parallelism."""
     check_layout(options, layout)
     group = heads.nheads // heads.nheads_kv
-    _check_groups(options, heads, group if tp_size <= heads.nheads_kv else heads.nheads // tp_size)
+    held = group if tp_size <= heads.nheads_kv else heads.nheads // tp_size
+    check_head_groups(options, heads, held)
 
 
-def check_heads(
-    q: Tensor,
-    k: Tensor,
-    params: Mapping[str, Tensor] | None,
-    heads: HeadSlice | None,
-    options: LandmarkOptions,
-) -> None:
-    """Raises ValueError as `check_plain`, and where heads that choose together are apart."""
-    check_plain(q, k, params, heads, "landmark")
-    if heads is not None:
-        _check_groups(options, heads, q.shape[2] // k.shape[2])
+def check_head_groups(options: LandmarkOptions, heads: HeadSlice, held: int) -> None:
+    """Raise ValueError if heads that select together are on different ranks.
 
-
-def _check_groups(options: LandmarkOptions, heads: HeadSlice, held: int) -> None:
+    held: query heads per key head that this rank holds.
+    """
     group = heads.nheads // heads.nheads_kv
     if options.top_k is not None and held != group:
         raise ValueError(
-            f"top_k = {options.top_k} chooses blocks for the {group} query heads of a key head "
+            f"top_k = {options.top_k} selects blocks for the {group} query heads of a key head "
             f"together, and tensor parallelism leaves {held} of them on a rank: use a tp_size that "
             f"divides nheads_kv = {heads.nheads_kv}, or leave top_k out"
         )
 
 
 def check_layout(options: LandmarkOptions, layout: ContextLayout) -> None:
+    """Raise ValueError if the layout's kind or its pieces do not fit blocks and units."""
     legal = layouts_for(options)
     if layout.kind not in legal:
         raise ValueError(
@@ -69,10 +56,10 @@ def check_layout(options: LandmarkOptions, layout: ContextLayout) -> None:
     if layout.cp_size == 1:
         return
     piece = layout.seqlen // pieces_needed(layout.kind, layout.cp_size)
-    fits = {"block_size": options.block_size}
+    divisors = {"block_size": options.block_size}
     if options.top_k is not None:
-        fits["select_tokens"] = options.select_tokens
-    for name, value in fits.items():
+        divisors["select_tokens"] = options.select_tokens
+    for name, value in divisors.items():
         if piece % value:
             raise ValueError(
                 f"{name} = {value} does not divide the {piece} consecutive tokens that each rank "
@@ -81,11 +68,11 @@ def check_layout(options: LandmarkOptions, layout: ContextLayout) -> None:
             )
 
 
-def check_documents(options: LandmarkOptions, cu_seqlens: Tensor | None, seqlen: int) -> None:
-    if cu_seqlens is None:
-        return
-    document_starts(cu_seqlens, torch.arange(0), seqlen)
-    for document, start in enumerate(cu_seqlens.tolist()):
+def check_documents(
+    options: LandmarkOptions, documents: tuple[int, ...] | None, seqlen: int
+) -> None:
+    """Raise ValueError if a document begins inside a block. documents: borders; None: one."""
+    for document, start in enumerate(documents or ()):
         if start % options.block_size and start != seqlen:
             raise ValueError(
                 f"document {document} begins at token {start}, which is no multiple of block_size "
@@ -94,44 +81,44 @@ def check_documents(options: LandmarkOptions, cu_seqlens: Tensor | None, seqlen:
 
 
 def flops(options: LandmarkOptions, shape: Shape) -> int:
-    """Forward operations of one layer: 2 head_dim for each score and each value that is touched.
+    """Count forward operations of one layer: 2 head_dim per score and per value that is read.
 
-    A past block costs a row block_size scores and a value less; with top_k there are top_k of them
-    at most, and one score for every past landmark. Raises ValueError without shape.seqlen.
+    A past block costs a row block_size scores and block_size - 1 values. With top_k a row reads at
+    most top_k of them, and one score per past landmark. Raise ValueError without shape.seqlen.
     """
     if shape.seqlen is None:
         raise ValueError(f"{shape}: seqlen is needed to count operations")
-    size, touched = options.block_size, 0
+    size, count = options.block_size, 0
     for block in range(-(-shape.seqlen // size)):
         rows = min(size, shape.seqlen - block * size)
         own = rows * (rows + 1) // 2 - (rows == size)
         read = block if options.top_k is None else min(block, options.top_k)
-        choice = 0 if options.top_k is None else block
-        touched += 2 * own + rows * (read * (2 * size - 1) + choice)
-    return 2 * shape.batch * shape.nheads * shape.head_dim * touched
+        scored = 0 if options.top_k is None else block
+        count += 2 * own + rows * (read * (2 * size - 1) + scored)
+    return 2 * shape.batch * shape.nheads * shape.head_dim * count
 
 
 def traffic(options: LandmarkOptions, shape: Shape, layout: ContextLayout) -> Traffic:
-    """Bytes each rank sends in one layer: the ring's; with top_k, the most that it can be.
+    """Count the bytes that each rank sends in one layer; with top_k, an upper bound.
 
-    With top_k: the landmarks' keys to every rank; the numbers of the blocks asked for; those blocks
-    to all later ranks, and their gradients home, in fp32 at least. What is asked for hangs on the
-    values: at most top_k blocks a unit, batch row and key head. Documents that begin inside a unit
-    make more units, which are not reckoned with here.
+    Without top_k: those of the ring. With top_k: the landmarks' keys to every rank; the numbers of
+    requested blocks; these blocks to later ranks, and their gradients back, in fp32 or wider. The
+    requests depend on the values: at most top_k blocks per unit, batch row and key head. Documents
+    that begin inside a unit make more units, which are not counted here.
     """
     if options.top_k is None or layout.cp_size == 1:
         return ring_bytes(shape, layout, 2 * shape.head_dim)
     cp, rows = layout.cp_size, shape.batch * shape.nheads_kv
     blocks = layout.local_seqlen // options.block_size
-    most = options.top_k * (layout.local_seqlen // options.select_tokens)
+    most_blocks = options.top_k * (layout.local_seqlen // options.select_tokens)
     landmarks = rows * blocks * shape.head_dim * shape.itemsize
     elements = 2 * options.block_size * shape.head_dim
     block, dblock = elements * shape.itemsize, elements * max(4, shape.itemsize)
-    asked = [rows * min(most, rank * blocks) for rank in range(cp)]
-    served = [rows * min(most, blocks) * (cp - 1 - rank) for rank in range(cp)]
-    requests = [8 * cp * (cp - 1) + 8 * count for count in asked]
+    requested = [rows * min(most_blocks, rank * blocks) for rank in range(cp)]
+    served = [rows * min(most_blocks, blocks) * (cp - 1 - rank) for rank in range(cp)]
+    requests = [8 * cp * (cp - 1) + 8 * count for count in requested]
     forward = [
         (cp - 1) * landmarks + request + count * block
         for request, count in zip(requests, served, strict=True)
     ]
-    return Traffic(tuple(forward), tuple(count * dblock for count in asked))
+    return Traffic(tuple(forward), tuple(count * dblock for count in requested))

@@ -18,7 +18,7 @@ from lcdist.attention.context import AttentionContext
 from lcdist.attention.tensorized.plan import ShardPlan
 from lcdist.exchange import Pending, shift, swap
 from lcdist_kernels import tensorized as ops
-from lcdist_kernels.tensorized import ModeGrid, Partial, TensorizedImpl, ModeRotary
+from lcdist_kernels.tensorized import ModeGrid, ModeRotary, Partial, TensorizedImpl
 
 
 @dataclass(frozen=True, eq=False)
