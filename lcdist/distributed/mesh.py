@@ -1,6 +1,6 @@
-"""The world as a mesh [pp, dp, cp, tp]: builds the process groups through Megatron, once.
+"""The device mesh [pp, dp, cp, tp]: build the process groups with Megatron, once.
 
-From here on nobody finds out by arithmetic which rank it is: `Mesh` says so.
+All other code reads ranks and sizes from `Mesh` and does not compute them.
 """
 
 import os
@@ -19,10 +19,10 @@ from megatron.core import parallel_state, tensor_parallel
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place in the mesh, and the groups it talks to.
+    """Ranks, sizes and process groups of this process on each axis of the mesh.
 
-    Sizes and ranks are counted along one axis each; `dp_cp_group` joins the ranks that hold the
-    same parameters. `device` is where this process computes.
+    `dp_cp_group` contains the ranks that hold the same parameters. `device` is the device of this
+    process.
     """
 
     rank: int
@@ -49,19 +49,20 @@ class Mesh:
 
 
 def local_rank() -> int:
-    """This process's number on its machine, as the launcher gave it."""
+    """Return the number of this process on its machine, from the launcher's environment."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes the launcher started in all."""
+    """Return the number of processes that the launcher started on all machines."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start_world(timeout: float) -> None:
-    """Join the world that torchrun describes in the environment; alone, a world of one.
+    """Join torchrun's world, or start a world of one process; do nothing if a world exists.
 
-    timeout: seconds that a collective waits for a missing rank before it fails.
+    Args:
+        timeout: seconds that a collective waits for a missing rank before it fails.
     """
     if dist.is_initialized():
         return
@@ -78,9 +79,11 @@ def start_world(timeout: float) -> None:
 
 
 def build_mesh(parallel: ParallelConfig, seed: int) -> Mesh:
-    """The mesh over the world that has been started; `seed` seeds Megatron's random states.
+    """Build the mesh over the current world; replace a mesh that this process built before.
 
-    Replaces a mesh built earlier in this process. Sizes are taken as checked by the plan.
+    Args:
+        parallel: sizes of the axes, which the plan has checked.
+        seed: seed of Megatron's random states.
     """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -94,11 +97,11 @@ def build_mesh(parallel: ParallelConfig, seed: int) -> Mesh:
     )
     # With sequence parallelism Megatron's embedding forks this state even without dropout.
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
-    # Megatron's annotations allow what its functions never return.
+    # Megatron annotates its getters as optional, although they never return None.
     ps: Any = parallel_state
     where, cp_group = device(local_rank()), ps.get_context_parallel_group()
-    # NCCL makes a communicator at a group's first collective, and all ranks must take part in
-    # that; a shift between a few of them would be a poor first.
+    # NCCL creates a communicator at a group's first collective, which all ranks must join. A shift
+    # between a few ranks must therefore not be the first.
     dist.all_reduce(torch.zeros(1, device=where), group=cp_group)
     return Mesh(
         rank=dist.get_rank(),
@@ -121,16 +124,16 @@ def build_mesh(parallel: ParallelConfig, seed: int) -> Mesh:
 
 
 def end_mesh() -> None:
-    """Forget the mesh, and close its process groups; the world goes on."""
-    # Groups that every rank of the world made, in one order, and the world itself as None.
-    made = parallel_state._global_process_group_list or []
+    """Close the process groups of the mesh; the world stays."""
+    # All groups in creation order, which is the same on every rank; None stands for the world.
+    groups = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()
-    for group in {id(one): one for one in made if one is not None}.values():
+    for group in {id(one): one for one in groups if one is not None}.values():
         dist.destroy_process_group(group)
 
 
 def end_world() -> None:
-    """Leave the world: forget the mesh and close the process groups."""
+    """Leave the world: discard the mesh and close all process groups."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -1,9 +1,10 @@
-"""The watchdog: when a run stops moving, it says who waits where and who is missing, and ends it.
+"""Watchdog: report which ranks wait and which are missing when a run makes no progress, and end it.
 
-Every rank has a thread that puts a beat on a board all ranks can read: how often it has beaten,
-its step, and, once it has not moved for a while, where it is. A rank that has not moved for too
-long reads the board twice; who beat in between is alive. The first rank alive tells what it sees,
-and all end, since a collective that one rank never joins cannot be left in any other way.
+Every rank has a thread that writes a heartbeat to a store that all ranks share: a counter, the
+step, and the rank's location once it has been idle for a while. A rank that has been idle for too
+long reads the store twice; ranks whose counter rose in between are alive. The lowest living rank
+reports, and all ranks end, because a collective that one rank never joins cannot be left in any
+other way.
 """
 
 import json
@@ -26,124 +27,137 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 EXIT_STATUS = 70
-# Of the longest step so far: what is no stall though it takes long.
-PATIENCE = 5.0
+# A step may take this many times as long as the longest step so far.
+LONGEST_STEP_FACTOR = 5.0
+NOWHERE = RankLocation("", "", "")
 
 
 @dataclass(frozen=True)
-class Beat:
-    """One rank's entry on the board. idle: seconds since it last moved; host, pid, parent: of its
-    process."""
+class Heartbeat:
+    """One rank's entry in the store.
+
+    `idle` is the time in seconds since the rank last made progress; `host`, `pid` and `parent`
+    (a process id) identify its process.
+    """
 
     count: int
     step: int
-    doing: str
+    phase: str
     idle: float
-    where: RankLocation
+    location: RankLocation
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     parent: int = field(default_factory=os.getppid)
 
     def to_json(self) -> str:
+        """Return the heartbeat as JSON text."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> "Beat":
+    def from_json(cls, text: str | bytes) -> "Heartbeat":
+        """Read what `to_json` returned."""
         table = json.loads(text)
-        return cls(**(table | {"where": RankLocation(**table["where"])}))
-
-
-NOWHERE = RankLocation("", "", "")
+        return cls(**(table | {"location": RankLocation(**table["location"])}))
 
 
 class Watchdog:
-    """While entered, watches this rank; `moved` tells it of progress.
+    """Context manager that watches this rank; `record_progress` tells it about progress.
 
-    board: a torch Store of this watchdog's own, or None: nobody watches. stall: seconds without
-    progress that are too many, once a step has been taken; patient: before that, and where `moved`
-    is told so. step: where the run stands. methods: as `whereabouts` takes them. tell: called with
-    the report, on one rank.
+    Args:
+        store: a torch Store of this watchdog's own; None: do not watch.
+        rank: of this process.
+        world_size: number of ranks.
+        stall_limit: seconds without progress that are too many, once a step has been taken.
+        slow_limit: the same limit before the first step, and in phases that are marked as slow.
+        step: steps taken before.
+        methods: name of an attention method by the module of its `attention`.
+        on_stall: called with the report, on one rank.
     """
 
     def __init__(  # noqa: PLR0913
         self,
-        board: Any,
+        store: Any,
         rank: int,
         world_size: int,
         *,
-        stall: float,
-        patient: float,
+        stall_limit: float,
+        slow_limit: float,
         step: int,
         methods: Mapping[str, str],
-        tell: Callable[[str], None],
+        on_stall: Callable[[str], None],
     ) -> None:
-        self.board, self.rank, self.world_size = board, rank, world_size
-        self.stall, self.patient = stall, max(stall, patient)
-        self.methods, self.tell = methods, tell
-        self.interval = min(5.0, stall / 4)
-        self._count, self._step, self._steps, self._doing = 0, step, 0, "starting"
-        self._moved = time.monotonic()
-        self._step_begun = self._moved
-        self._limit, self._longest = self.patient, 0.0
-        self._over = threading.Event()
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.stall_limit, self.slow_limit = stall_limit, max(stall_limit, slow_limit)
+        self.methods, self.on_stall = methods, on_stall
+        self.interval = min(5.0, stall_limit / 4)
+        self._count, self._step, self._steps_taken, self._phase = 0, step, 0, "starting"
+        self._last_progress = time.monotonic()
+        self._step_start = self._last_progress
+        self._limit, self._longest_step = self.slow_limit, 0.0
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        self._moved = self._step_begun = time.monotonic()
-        if self.board is not None:
-            self._beat()
+        self._last_progress = self._step_start = time.monotonic()
+        if self.store is not None:
+            self._send_heartbeat()
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopped.set()
 
-    def moved(self, step: int, doing: str, patiently: bool = False) -> None:
-        """This rank is at `step` and begins `doing`; patiently: it may take as long as the first
-        step may."""
+    def record_progress(self, step: int, phase: str, slow: bool = False) -> None:
+        """Record that this rank has taken `step` steps and begins `phase`.
+
+        Args:
+            step: steps taken so far.
+            phase: name for the report.
+            slow: whether the phase may take as long as the first step.
+        """
         now = time.monotonic()
         if step > self._step:
-            if self._steps:
-                # The first one compiles kernels.
-                self._longest = max(self._longest, now - self._step_begun)
-            self._steps, self._step_begun = self._steps + 1, now
-        self._limit = self.patient
-        if self._steps and not patiently:
-            self._limit = max(self.stall, PATIENCE * self._longest)
-        self._step, self._doing, self._moved = step, doing, now
+            if self._steps_taken:
+                # The first step does not count: it compiles kernels.
+                self._longest_step = max(self._longest_step, now - self._step_start)
+            self._steps_taken, self._step_start = self._steps_taken + 1, now
+        self._limit = self.slow_limit
+        if self._steps_taken and not slow:
+            self._limit = max(self.stall_limit, LONGEST_STEP_FACTOR * self._longest_step)
+        self._step, self._phase, self._last_progress = step, phase, now
 
     def _watch(self) -> None:
         try:
-            while not self._over.wait(self.interval):
-                if self._beat().idle > self._limit:
-                    self._bark()
+            while not self._stopped.wait(self.interval):
+                if self._send_heartbeat().idle > self._limit:
+                    self._end_run()
         except RuntimeError as error:
-            # The board went with the process that kept it: the launcher ends the run.
-            log.warning("the watchdog has lost its board: %s", error)
+            # The process that hosted the store is gone: the launcher ends the run.
+            log.warning("the watchdog has lost its store: %s", error)
 
-    def _beat(self) -> Beat:
-        idle = time.monotonic() - self._moved
-        where = locate_rank(self.methods) if idle > self._limit / 2 else NOWHERE
+    def _send_heartbeat(self) -> Heartbeat:
+        idle = time.monotonic() - self._last_progress
+        location = locate_rank(self.methods) if idle > self._limit / 2 else NOWHERE
         self._count += 1
-        beat = Beat(self._count, self._step, self._doing, idle, where)
-        self.board.set(_key(self.rank), beat.to_json())
-        return beat
+        heartbeat = Heartbeat(self._count, self._step, self._phase, idle, location)
+        self.store.set(_key(self.rank), heartbeat.to_json())
+        return heartbeat
 
-    def _read(self) -> list[Beat | None]:
+    def _read_heartbeats(self) -> list[Heartbeat | None]:
         keys = [_key(rank) for rank in range(self.world_size)]
-        there = [self.board.check([key]) for key in keys]
+        exists = [self.store.check([key]) for key in keys]
         return [
-            Beat.from_json(self.board.get(key)) if found else None
-            for key, found in zip(keys, there, strict=True)
+            Heartbeat.from_json(self.store.get(key)) if found else None
+            for key, found in zip(keys, exists, strict=True)
         ]
 
-    def _bark(self) -> None:
-        """Does not return, unless this rank moved after all."""
-        self._rest()
-        before = self._read()
-        self._rest()
-        after = self._read()
-        if time.monotonic() - self._moved <= self._limit or self._over.is_set():
+    def _end_run(self) -> None:
+        """Report the stall and end this process; return only if this rank made progress."""
+        self._await_heartbeats()
+        before = self._read_heartbeats()
+        self._await_heartbeats()
+        after = self._read_heartbeats()
+        if time.monotonic() - self._last_progress <= self._limit or self._stopped.is_set():
             return
         alive = [
             rank
@@ -152,43 +166,47 @@ class Watchdog:
         ]
         if self.rank == min(alive, default=self.rank):
             names = ", ".join(dict.fromkeys(self.methods.values()))
-            self.tell(report(after, alive, self._step, names))
+            self.on_stall(stall_report(after, alive, self._step, names))
         else:
-            # The launcher ends everybody when the first one ends: the one that tells.
-            self._over.wait(6 * self.interval)
-        for rank, beat in enumerate(after):
-            if beat is not None and rank not in alive:
-                end_sibling(beat)
+            # The launcher ends all ranks when the first one ends, so the reporting rank goes first.
+            self._stopped.wait(6 * self.interval)
+        for rank, heartbeat in enumerate(after):
+            if heartbeat is not None and rank not in alive:
+                kill_sibling(heartbeat)
         os._exit(EXIT_STATUS)
 
-    def _rest(self) -> None:
-        """Long enough for every living rank to beat again."""
+    def _await_heartbeats(self) -> None:
+        """Wait long enough for every living rank to send another heartbeat."""
         for _ in range(3):
-            self._over.wait(self.interval)
-            self._beat()
+            self._stopped.wait(self.interval)
+            self._send_heartbeat()
 
 
-def end_sibling(beat: Beat) -> bool:
-    """Kill the process of `beat` where this process's launcher started it; whether it did.
+def kill_sibling(heartbeat: Heartbeat) -> bool:
+    """Kill the process of `heartbeat` if this process's launcher started it.
 
-    A frozen rank does not hear its launcher, which would wait for it long after all others ended.
+    A frozen rank does not react to its launcher, which would wait for it long after all other
+    ranks have ended.
+
+    Returns:
+        Whether it was killed.
     """
-    if beat.host != socket.gethostname() or beat.parent != os.getppid():
+    if heartbeat.host != socket.gethostname() or heartbeat.parent != os.getppid():
         return False
     try:
-        if psutil.Process(beat.pid).ppid() != beat.parent:
-            return False  # gone, and its number is another's
-        os.kill(beat.pid, signal.SIGKILL)
+        if psutil.Process(heartbeat.pid).ppid() != heartbeat.parent:
+            return False  # The rank has ended, and another process has its number.
+        os.kill(heartbeat.pid, signal.SIGKILL)
     except (psutil.NoSuchProcess, ProcessLookupError):
         return False
     return True
 
 
-class Noted(Sequence[T]):
-    """The same items; `note` is called whenever one is drawn in order."""
+class ObservedSequence(Sequence[T]):
+    """The items of a sequence; iteration calls `before_item` before it yields each item."""
 
-    def __init__(self, items: Sequence[T], note: Callable[[], None]) -> None:
-        self._items, self._note = items, note
+    def __init__(self, items: Sequence[T], before_item: Callable[[], None]) -> None:
+        self._items, self._before_item = items, before_item
 
     def __len__(self) -> int:
         return len(self._items)
@@ -198,45 +216,53 @@ class Noted(Sequence[T]):
 
     def __iter__(self) -> Iterator[T]:
         for item in self._items:
-            self._note()
+            self._before_item()
             yield item
 
 
-def report(beats: Sequence[Beat | None], alive: Sequence[int], step: int, attention: str) -> str:
-    """What the board says, for people: who waits where, and who is not there.
+def stall_report(
+    heartbeats: Sequence[Heartbeat | None], alive: Sequence[int], step: int, attention: str
+) -> str:
+    """Return a text that says which ranks wait in which collective, and which are missing.
 
-    step: steps taken. attention: the methods of the run.
+    Args:
+        heartbeats: the last one of each rank, None if it never sent any.
+        alive: ranks that still send heartbeats.
+        step: steps taken.
+        attention: names of the run's attention methods.
     """
     waiting: dict[str, list[int]] = defaultdict(list)
     missing: list[str] = []
-    for rank, beat in enumerate(beats):
-        if beat is None:
-            missing.append(f"rank {rank} has never been heard of")
+    for rank, heartbeat in enumerate(heartbeats):
+        if heartbeat is None:
+            missing.append(f"rank {rank} has never sent a heartbeat")
         elif rank not in alive:
             missing.append(
-                f"rank {rank} shows no sign of life: frozen, or its machine is; last heard of at "
-                f"step {beat.step}, {beat.doing}"
+                f"rank {rank} sends no heartbeat: its process or machine is frozen; last seen at "
+                f"step {heartbeat.step}, {heartbeat.phase}"
             )
-        elif beat.where.collective:
-            waiting[_said(beat)].append(rank)
+        elif heartbeat.location.collective:
+            waiting[_collective_text(heartbeat)].append(rank)
         else:
-            place = beat.where.place or beat.doing
-            missing.append(f"rank {rank} is alive and in no collective: {place}")
-    idle = max((beats[rank].idle for rank in alive if beats[rank]), default=0.0)  # type: ignore[union-attr]
-    lines = [f"the run stands still in step {step + 1} since {idle:.0f} s (attention: {attention})"]
-    lines += [f"arrived: {_ranks(ranks)} in {said}" for said, ranks in waiting.items()]
+            place = heartbeat.location.place or heartbeat.phase
+            missing.append(f"rank {rank} is alive but in no collective: {place}")
+    living = [heartbeat for rank in alive if (heartbeat := heartbeats[rank]) is not None]
+    idle = max((heartbeat.idle for heartbeat in living), default=0.0)
+    lines = [f"no progress in step {step + 1} for {idle:.0f} s (attention: {attention})"]
+    lines += [f"waiting: {_rank_list(ranks)} in {text}" for text, ranks in waiting.items()]
     if len(waiting) > 1:
-        lines.append("the ranks that arrived are not in the same collective")
-    lines += [f"not arrived: {one}" for one in missing]
+        lines.append("the waiting ranks are in different collectives")
+    lines += [f"missing: {text}" for text in missing]
     return "\n".join(lines)
 
 
-def _said(beat: Beat) -> str:
-    method = f", attention method {beat.where.method}" if beat.where.method else ""
-    return f"{beat.where.collective} at {beat.where.place}{method} ({beat.doing})"
+def _collective_text(heartbeat: Heartbeat) -> str:
+    location = heartbeat.location
+    method = f", attention method {location.method}" if location.method else ""
+    return f"{location.collective} at {location.place}{method} ({heartbeat.phase})"
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def _rank_list(ranks: Sequence[int]) -> str:
     shown = ", ".join(map(str, ranks[:16]))
     more = f" and {len(ranks) - 16} more" if len(ranks) > 16 else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"

@@ -1,4 +1,4 @@
-"""The header of a run: run.json, which says what was run, on what, with what, and every start."""
+"""Read and write run.json: plan, devices and package versions of a run, and all its starts."""
 
 import json
 import platform
@@ -19,10 +19,14 @@ VERSIONED = ("lcdist", "torch", "megatron-core", "numpy", "sentencepiece", "trit
 
 @dataclass(frozen=True, kw_only=True)
 class RunHeader:
-    """What does not change from step to step.
+    """Facts about a start that do not change from step to step.
 
-    plan: names and values as a person reads them (JSON types). device: name of one rank's device.
-    peak: `flops` (FLOP/s of one device) and `source`, or None. versions: package to version.
+    Attributes:
+        plan: rows of the plan's table, name to value, as JSON types.
+        device: name of one rank's device.
+        peak: `flops` (FLOP/s of one device) and `source`; None if unknown.
+        world_size: number of ranks.
+        versions: version of each package by name.
     """
 
     plan: Mapping[str, Any]
@@ -33,29 +37,39 @@ class RunHeader:
 
 
 @dataclass(frozen=True)
-class Lost:
-    """What a start does again: steps that were taken after the checkpoint it goes on from."""
+class LostWork:
+    """Steps that a start repeats, because they were taken after the checkpoint it resumes from."""
 
     steps: int = 0
     seconds: float = 0.0
 
 
-NOTHING_LOST = Lost()
+NOTHING_LOST = LostWork()
 
 
-def lost_since(records: Path, step: int) -> Lost:
-    """What the metrics file at `records` tells of after `step`. Raises ValueError as it is read."""
-    times = [one.time.step for one in read_records(records) if one.step > step]
-    return Lost(len(times), sum(times))
+def lost_work(metrics_file: Path, step: int) -> LostWork:
+    """Count the steps after `step` in a metrics file; raise ValueError if it is damaged."""
+    seconds = [record.time.step for record in read_records(metrics_file) if record.step > step]
+    return LostWork(len(seconds), sum(seconds))
 
 
 def record_start(
-    folder: Path, header: RunHeader, step: int, reason: str, lost: Lost = NOTHING_LOST
+    folder: Path, header: RunHeader, step: int, reason: str, lost: LostWork = NOTHING_LOST
 ) -> str:
-    """Write or renew `folder`/run.json and note in it that the run starts after `step`.
+    """Write run.json, or add a start to it.
 
-    reason: why, in a few words ("new run", "resumed"). Returns the run's id, which stays the same
-    over all its starts. Raises ValueError where an existing run.json cannot be read.
+    Args:
+        folder: run folder.
+        header: facts about this start.
+        step: steps taken before.
+        reason: "new run" or "resumed".
+        lost: steps that this start repeats.
+
+    Returns:
+        The run's id, the same for all its starts.
+
+    Raises:
+        ValueError: an existing run.json is damaged.
     """
     path = folder / HEADER_FILE
     before = read_header(path) if path.exists() else {"id": uuid.uuid4().hex[:12], "starts": []}
@@ -68,7 +82,7 @@ def record_start(
 
 
 def record_first_step(folder: Path, seconds: float) -> None:
-    """Note in `folder`/run.json how long after its process began the last start took a step."""
+    """Record in run.json how long the last start took until the end of its first step."""
     path = folder / HEADER_FILE
     table = read_header(path)
     table["starts"][-1]["first_step_seconds"] = round(seconds, 3)
@@ -76,7 +90,7 @@ def record_first_step(folder: Path, seconds: float) -> None:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The content of a run.json. Raises ValueError naming file, line and what is wrong."""
+    """Read a run.json; raise ValueError with file, line and problem if it is damaged."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -85,12 +99,12 @@ def read_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}:1: expected an object, got {type(table).__name__}")
     missing = [key for key in ("id", "starts") if key not in table]
     if missing:
-        raise ValueError(f"{path}:1: key {missing[0]!r} is missing; no run wrote this file")
+        raise ValueError(f"{path}:1: key {missing[0]!r} is missing; not written by a run")
     return table
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that can change a run's numbers."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that can change a run's numbers."""
+    python = {"python": platform.python_version()}
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
-    return found | {name: installed[name] for name in VERSIONED if name in installed}
+    return python | {name: installed[name] for name in VERSIONED if name in installed}

@@ -1,7 +1,7 @@
-"""The record of a training step, and the file of one JSON line a step that keeps it.
+"""Read and write metrics.jsonl: one JSON line for each training step.
 
-A number that is not finite is written as null, since bare NaN is not JSON (RFC 8259, section 6),
-and read back as NaN.
+A number that is not finite is written as null, because NaN is not JSON (RFC 8259, section 6). It is
+read back as NaN.
 """
 
 import json
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """How the seconds of one step were spent on rank 0; `other` is what the parts leave over."""
+    """Seconds of one step on rank 0, and of three parts of it."""
 
     step: float
     data: float
@@ -28,16 +28,16 @@ class StepTime:
 
     @property
     def other(self) -> float:
-        """Seconds of the step outside the three named parts."""
+        """Seconds of the step that are in none of the three parts."""
         return self.step - self.data - self.forward_backward - self.optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankTimes:
-    """Seconds of their own work in a step, of the rank that had least and of the one that had most.
+    """Smallest and largest own work of a rank in one step, in seconds; `slowest` is the rank.
 
-    Own: loading data, forward and backward, without the waits of exchanges and what comes after
-    the sum of gradients; what pipeline stages wait for one another is in it. slowest: a rank.
+    Own work is loading data, forward and backward. It excludes waits in exchanges and everything
+    after the reduction of gradients. It includes waits between pipeline stages.
     """
 
     least: float
@@ -47,15 +47,24 @@ class RankTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What is known of one optimizer step.
+    """Metrics of one optimizer step.
 
-    step: number of the step, from 1. samples: consumed since the run began. tokens: of this step,
-    over all ranks. loss: nats per token, over all ranks. tokens_per_second: over all ranks.
-    mfu_full, mfu_causal: fraction of the peak FLOP/s of all devices, attention counted over the
-    full square or over its causal half; None where the peak is unknown. memory_bytes: peak of the
-    rank that used most. exchange_bytes: bytes sent by verb, of the rank that sent most. time:
-    seconds on rank 0. wall: seconds since 1970 (UTC) at the end of the step. ranks: how evenly they
-    work.
+    Attributes:
+        step: number of the step, from 1.
+        samples: samples consumed since the run began.
+        tokens: tokens of this step over all ranks.
+        loss: nats per token over all ranks.
+        grad_norm: norm of all gradients before clipping.
+        lr: learning rate.
+        tokens_per_second: over all ranks.
+        mfu_full: fraction of the peak FLOP/s of all devices, counting the full square of attention;
+            None if the peak is unknown.
+        mfu_causal: the same, counting the causal half.
+        memory_bytes: peak of the rank that used most.
+        exchange_bytes: bytes sent by exchange, of the rank that sent most.
+        time: seconds on rank 0.
+        wall: seconds since 1970 (UTC) at the end of the step.
+        ranks: balance of the work; None in files of earlier versions.
     """
 
     step: int
@@ -74,7 +83,7 @@ class StepRecord:
     ranks: RankTimes | None = None
 
     def to_json(self) -> str:
-        """The record as one line of JSON, without the newline."""
+        """Return the record as one line of JSON, without a newline."""
         table = {f.name: getattr(self, f.name) for f in fields(self)}
         table["exchange_bytes"] = dict(self.exchange_bytes)
         table["time"] = {f.name: getattr(self.time, f.name) for f in fields(self.time)}
@@ -85,13 +94,13 @@ class StepRecord:
 
     @classmethod
     def from_json(cls, line: str) -> "StepRecord":
-        """The record of one line. Raises ValueError saying what the line lacks."""
+        """Read a record from one line; raise ValueError if the line is not a record."""
         table = json.loads(line)
         if not isinstance(table, dict):
             raise ValueError(f"expected an object, got {type(table).__name__}")
         time = _value(table, "time", dict)
         sent = _value(table, "exchange_bytes", dict)
-        # Files of earlier versions do not tell of it.
+        # Files of earlier versions do not have this key.
         ranks = _value(table, "ranks", dict) if table.get("ranks") is not None else None
         return cls(
             step=_value(table, "step", int),
@@ -112,11 +121,13 @@ class StepRecord:
 
 
 def read_records(path: Path) -> list[StepRecord]:
-    """The records of a metrics file, in order.
+    """Return the records of a metrics file, in order.
 
-    A last line that was cut short, as by a kill, is left out with a warning. Raises
-    FileNotFoundError where there is no file, ValueError naming file and line where a line is not
-    a record or steps do not increase.
+    A last line that a kill cut short is skipped with a warning.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: a line is not a record, or steps do not increase; names file and line.
     """
     records: list[StepRecord] = []
     for number, _, record in _lines(path):
@@ -130,9 +141,10 @@ def read_records(path: Path) -> list[StepRecord]:
 
 
 def cut_records(path: Path, step: int) -> None:
-    """Drop every line of a metrics file that tells of a step after `step`, atomically.
+    """Remove all lines after step `step` from a metrics file, atomically.
 
-    What stays is kept byte for byte. No file is no error. Raises ValueError as `read_records`.
+    The other lines are kept byte for byte. A missing file is not an error. Raises ValueError as
+    `read_records` does.
     """
     if not path.exists():
         if step > 0:
@@ -140,12 +152,12 @@ def cut_records(path: Path, step: int) -> None:
         return
     kept = [line for _, line, record in _lines(path) if record.step <= step]
     if len(kept) < step:
-        log.warning("%s tells of %d of the %d steps before the resume", path, len(kept), step)
+        log.warning("%s has %d of the %d steps before the resume", path, len(kept), step)
     write_file(path, "".join(f"{line}\n" for line in kept))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, StepRecord]]:
-    """Line number, text without newline, and record of each whole line."""
+    """Yield line number, text without newline, and record of each complete line."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -157,10 +169,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str, StepRecord]]:
         try:
             record = StepRecord.from_json(line)
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a step's record: {error}") from error
+            raise ValueError(f"{path}:{number}: not a record of a step: {error}") from error
         yield number, line, record
     if unterminated:
-        log.warning("%s:%d: the last line was cut short and is left out", path, len(lines) + 1)
+        log.warning("%s:%d: the last line is incomplete and was skipped", path, len(lines) + 1)
 
 
 def _rank_times(table: Mapping[str, Any]) -> RankTimes:

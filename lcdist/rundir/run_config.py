@@ -9,7 +9,7 @@ from lcdist.config.schema import Config
 from lcdist.rundir.paths import CONFIG_FILE
 from lcdist.utils.atomic import write_file
 
-# What may change between the starts of one run. Everything else would make it another run.
+# Keys that may change between the starts of one run; a change of any other key is a new run.
 MAY_CHANGE = (
     "attention.impl",
     "parallel.",
@@ -30,10 +30,13 @@ MAY_CHANGE = (
 
 
 def check_same_run(folder: Path, config: Config) -> list[str]:
-    """The settings that differ from those the run in `folder` was last started with.
+    """Return the settings that changed since the last start of the run in `folder`.
 
-    An empty list where there is no run yet. Raises ValueError where the folder holds another run:
-    one whose model, data or sample order would not be this one's.
+    Returns:
+        One line per changed setting; empty if the folder holds no run yet.
+
+    Raises:
+        ValueError: the folder holds another run, with another model, data or sample order.
     """
     file = folder / CONFIG_FILE
     if not file.exists():
@@ -42,16 +45,16 @@ def check_same_run(folder: Path, config: Config) -> list[str]:
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     forbidden = [key for key in changed if not key.startswith(MAY_CHANGE)]
     if forbidden:
-        listed = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in forbidden)
+        changes = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in forbidden)
         raise ValueError(
-            f"log.folder = '{folder}' holds another run: {listed}. Choose another log.folder (and "
+            f"log.folder = '{folder}' holds another run: {changes}. Choose another log.folder (and "
             "start from this run's weights with checkpoint.load), or restore the settings"
         )
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """The resolved configuration as TOML that loads back."""
+    """Write the resolved configuration as TOML that `load` can read."""
     write_file(folder / CONFIG_FILE, dump(config))
 
 

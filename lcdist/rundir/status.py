@@ -1,4 +1,4 @@
-"""How a run stands, from its folder alone: for people, at any time, from any machine."""
+"""Read and write status.json, and describe a run from its folder alone."""
 
 import json
 import statistics
@@ -24,28 +24,34 @@ from lcdist.rundir.records import StepRecord, read_records
 from lcdist.rundir.signals import STOP
 from lcdist.utils.atomic import write_file
 
-# Over how many of the last steps rates are taken.
-LAST = 20
-# A run that says it is running and has been silent for so many steps may be dead.
-SILENT = 20
+# Rates are medians over this many of the last steps.
+RATE_STEPS = 20
+# A run with status "running" may be dead if it has recorded no step for as long as this many steps.
+SILENT_STEPS = 20
 
 
 def write_status(folder: Path, status: str, step: int, reason: str) -> None:
-    """How the run stands: "running", "stopped" or "finished", at which step, and why."""
+    """Write the status ("running", "stopped", "finished" or "stalled"), the step and the reason."""
     table = {"status": status, "step": step, "reason": reason}
     write_file(folder / STATUS_FILE, json.dumps(table) + "\n")
 
 
 def read_status(folder: Path) -> Mapping[str, Any] | None:
-    """What `write_status` wrote last, or None."""
+    """Return what `write_status` wrote last; None if there is no status."""
     file = folder / STATUS_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def describe(folder: Path, now: float | None = None) -> list[tuple[str, str]]:
-    """(what, how it is) of the run in `folder`. now: seconds since 1970; None: the clock's.
+    """Return rows (name, value) that describe the run in `folder`.
 
-    Raises FileNotFoundError where `folder` is no run's, ValueError where a file of it is damaged.
+    Args:
+        folder: run folder.
+        now: seconds since 1970; None: the current time.
+
+    Raises:
+        FileNotFoundError: `folder` is not a run folder.
+        ValueError: a file in it is damaged.
     """
     if not (folder / CONFIG_FILE).exists():
         raise FileNotFoundError(f"{folder} is not the folder of a run: no {CONFIG_FILE}")
@@ -57,7 +63,7 @@ def describe(folder: Path, now: float | None = None) -> list[tuple[str, str]]:
     now = time.time() if now is None else now
     rows = [("state", _state(status, records, now))]
     if (folder / STOP).exists():
-        rows.append(("asked to stop", f"by the file {STOP}, not obeyed yet"))
+        rows.append(("asked to stop", f"by the file {STOP}, still running"))
     rows.append(("progress", _progress(status, records, config.train.steps)))
     if records:
         rows += _rates(records, config.train.steps, status["status"] == "running", now)
@@ -66,7 +72,7 @@ def describe(folder: Path, now: float | None = None) -> list[tuple[str, str]]:
 
 
 def stage_folders(folder: Path) -> list[Path]:
-    """The run folders of a run of stages, in order; none where `folder` is one itself."""
+    """Return the run folders of several stages, in order; empty if `folder` is a run folder."""
     if (folder / CONFIG_FILE).exists():
         return []
     found = [file.parent for file in folder.glob(f"*/{CONFIG_FILE}")]
@@ -74,13 +80,13 @@ def stage_folders(folder: Path) -> list[Path]:
 
 
 def _state(status: Mapping[str, Any], records: Sequence[StepRecord], now: float) -> str:
-    said = f"{status['status']}: {status['reason']}" if status["reason"] else status["status"]
+    text = f"{status['status']}: {status['reason']}" if status["reason"] else status["status"]
     if status["status"] != "running" or not records:
-        return said
+        return text
     silent = now - records[-1].wall
-    if silent > SILENT * max(1.0, _median([r.time.step for r in records[-LAST:]])):
-        said += f"; but its last step was {duration(silent)} ago: it may have died without a word"
-    return said
+    if silent > SILENT_STEPS * max(1.0, _median([r.time.step for r in records[-RATE_STEPS:]])):
+        text += f"; but its last step was {duration(silent)} ago: the process may have died"
+    return text
 
 
 def _progress(status: Mapping[str, Any], records: Sequence[StepRecord], steps: int) -> str:
@@ -91,7 +97,7 @@ def _progress(status: Mapping[str, Any], records: Sequence[StepRecord], steps: i
 def _rates(
     records: Sequence[StepRecord], steps: int, running: bool, now: float
 ) -> list[tuple[str, str]]:
-    last = records[-LAST:]
+    last = records[-RATE_STEPS:]
     step, left = _median([r.time.step for r in last]), steps - records[-1].step
     rows = [
         ("loss", f"{records[-1].loss:.4f}"),
@@ -103,8 +109,8 @@ def _rates(
         rows.append(("time left", f"{duration(left * step)}, until {end:%Y-%m-%d %H:%M} UTC"))
     ranks = [r.ranks for r in last if r.ranks is not None and r.ranks.least > 0]
     if ranks:
-        spread = _median([one.most / one.least for one in ranks])
-        slowest = statistics.mode(one.slowest for one in ranks)
+        spread = _median([times.most / times.least for times in ranks])
+        slowest = statistics.mode(times.slowest for times in ranks)
         rows.append(("slowest rank", f"{slowest}, with {spread:.2f} times the fastest's own work"))
     return rows
 
@@ -116,12 +122,13 @@ def _checkpoint(folder: Path, records: Sequence[StepRecord], now: float) -> str:
         return str(error)
     if newest is None:
         return "none yet"
-    at, said = step_of(newest), f"step {step_of(newest):,}"
+    step = step_of(newest)
+    text = f"step {step:,}"
     walls = {record.step: record.wall for record in records}
-    if at in walls:
-        said += f", {duration(now - walls[at])} ago"
-    after = [record.time.step for record in records if record.step > at]
-    return said + (f"; {len(after)} steps, {duration(sum(after))}, since" if after else "")
+    if step in walls:
+        text += f", {duration(now - walls[step])} ago"
+    after = [record.time.step for record in records if record.step > step]
+    return text + (f"; {len(after)} steps, {duration(sum(after))}, since" if after else "")
 
 
 def _starts(starts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -143,7 +150,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: "45 s", "12 min", "3 h 5 min", "2 d 4 h"."""
+    """Return a duration as text: "45 s", "12 min", "3 h 5 min", "2 d 4 h"."""
     whole = max(0, round(seconds))
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
     if days:

@@ -14,9 +14,9 @@ from lcdist.distributed.watchdog import Watchdog
 from lcdist.hardware.device import device_name
 from lcdist.plan import plan_rows
 from lcdist.rundir.header import (
-    Lost,
+    LostWork,
     RunHeader,
-    lost_since,
+    lost_work,
     record_first_step,
     record_start,
     versions,
@@ -51,7 +51,7 @@ def train_loop(trainer: Trainer, console: Console | None) -> Outcome:
 
 def _record_start(trainer: Trainer, folder: Path, reason: str) -> str:
     """Write the run folder's config, status and header; return the run's id."""
-    lost = lost_since(folder / METRICS_FILE, trainer.step) if trainer.step else Lost()
+    lost = lost_work(folder / METRICS_FILE, trainer.step) if trainer.step else LostWork()
     if lost.steps:
         log.warning("%d steps, %.0f s of work, are done again", lost.steps, lost.seconds)
     clear_signals(folder)
@@ -88,11 +88,11 @@ def build_watchdog(trainer: Trainer) -> Watchdog:
         shared_store("watchdog"),
         mesh.rank,
         mesh.world_size,
-        stall=parallel.stall,
-        patient=parallel.timeout,
+        stall_limit=parallel.stall,
+        slow_limit=parallel.timeout,
         step=trainer.step,
         methods={method.module: method.name for method in methods},
-        tell=report_stall,
+        on_stall=report_stall,
     )
 
 

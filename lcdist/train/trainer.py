@@ -19,7 +19,7 @@ from lcdist.checkpoint.save import Checkpointer
 from lcdist.config import dump
 from lcdist.data.loader import Loader
 from lcdist.distributed.mesh import Mesh
-from lcdist.distributed.watchdog import Noted, Watchdog
+from lcdist.distributed.watchdog import ObservedSequence, Watchdog
 from lcdist.engines.engine import TrainEngine
 from lcdist.engines.state import load_random_states, random_states, sharded_random_states
 from lcdist.exchange import traffic
@@ -102,7 +102,7 @@ class Trainer:
                     reason = f"told to stop ({requests.reason or 'by another rank'})"
                 ends = bool(reason) or self.step == steps
                 if ends or (every and self.step % every == 0):
-                    watchdog.moved(self.step, "saving", patiently=True)
+                    watchdog.record_progress(self.step, "saving", slow=True)
                     self.save(wait=ends or not asynchronous)
         if self.step < steps:
             return Outcome("stopped", self.step, reason)
@@ -111,15 +111,17 @@ class Trainer:
     def _one_step(self, requests: StopRequests, watchdog: Watchdog) -> tuple[StepRecord, bool]:
         """Take one step; return its record and whether any rank received a stop request."""
         train, start = self.plan.config.train, time.perf_counter()
-        watchdog.moved(self.step, "loading data")
+        watchdog.record_progress(self.step, "loading data")
         lr = learning_rate(self.plan.config.optim, self.step, train.steps)
         batches = [batch.to(self.mesh.device) for batch in self.loader.next_step()]
         data_end = time.perf_counter()
-        noted = Noted(batches, lambda: watchdog.moved(self.step, "forward and backward"))
+        observed = ObservedSequence(
+            batches, lambda: watchdog.record_progress(self.step, "forward and backward")
+        )
         with traffic() as sent:
-            loss = self.engine.forward_backward(noted)
+            loss = self.engine.forward_backward(observed)
         backward_end = time.perf_counter()
-        watchdog.moved(self.step, "optimizer")
+        watchdog.record_progress(self.step, "optimizer")
         grad_norm = self.engine.step(lr)
         optimizer_end = time.perf_counter()
         self.step += 1

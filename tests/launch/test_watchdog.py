@@ -1,4 +1,4 @@
-"""A frozen rank is named, with where the others wait for it, and the run ends."""
+"""The watchdog under the real launcher: it names a frozen rank and ends the run."""
 
 import os
 import signal
@@ -16,23 +16,23 @@ def rank_of(pid: int) -> int:
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_a_frozen_rank_is_named(frozen: int, tmp_path: Path) -> None:
+def test_watchdog_names_a_frozen_rank(frozen: int, tmp_path: Path) -> None:
     started = Start(tmp_path / "run", "parallel.stall=2", "train.steps=5000", "checkpoint.every=0")
     try:
         started.wait_until(lambda: done(started.folder) > 3)
         workers = {rank_of(worker.pid): worker for worker in started.workers()}
         os.kill(workers[frozen].pid, signal.SIGSTOP)
         started.wait_until(lambda: (read_status(started.folder) or {}).get("status") == "stalled")
-        # Not our child: the launcher hears of its exit status.
+        # Not a child of this process: only the launcher can read its exit status.
         workers[1 - frozen].wait(20)
-        # The frozen one is ended too: its launcher does not wait for it.
+        # The frozen rank is killed too, so the launcher does not wait for it.
         started.process.wait(20)
     finally:
         if started.process.poll() is None:
             started.kill()
     status = read_status(started.folder) or {}
-    first, arrived, missing = status["reason"].splitlines()
-    assert first.startswith(f"the run stands still in step {status['step'] + 1} since ")
+    first, waiting, missing = status["reason"].splitlines()
+    assert first.startswith(f"no progress in step {status['step'] + 1} for ")
     assert "(attention: full)" in first
-    assert arrived.startswith(f"arrived: rank {1 - frozen} in "), arrived
-    assert missing.startswith(f"not arrived: rank {frozen} shows no sign of life"), missing
+    assert waiting.startswith(f"waiting: rank {1 - frozen} in "), waiting
+    assert missing.startswith(f"missing: rank {frozen} sends no heartbeat"), missing

@@ -194,7 +194,7 @@ def break_line(path: Path, number: int, text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "line", "text", "message"),
     [
-        ("extend/metrics.jsonl", 4, "{", r"extend/metrics\.jsonl:4: not a step's record"),
+        ("extend/metrics.jsonl", 4, "{", r"extend/metrics\.jsonl:4: not a record of a step"),
         ("extend/run.json", 2, "oops", r"extend/run\.json:2: not JSON"),
         ("extend/config.toml", 2, "seqlen = ", r"extend/config\.toml: .*line 2"),
         ("extend/config.toml", 2, "", r"extend/config\.toml: key train\.seqlen is missing"),

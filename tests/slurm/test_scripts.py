@@ -110,11 +110,11 @@ def test_a_rank_that_stands_still_is_named_and_the_job_requeued_as_often_as_aske
         free.rank_of(job.run, 1).send_signal(signal.SIGSTOP)
         # The rank must be named in rank 0's output within the watchdog's limit: the launcher's own
         # limit for ranks that do not react is ten minutes.
-        job.wait_until(lambda: job.output.count("no sign of life") > number, "named")  # noqa: B023
+        job.wait_until(lambda: job.output.count("sends no heartbeat") > number, "named")  # noqa: B023
     assert job.wait_for_end() == "FAILED" and job.restarts == 1, job.output
-    assert "not arrived: rank 1 shows no sign of life" in job.output
+    assert "missing: rank 1 sends no heartbeat" in job.output
     # The other rank may wait in attention or in the step's all-reduce.
-    assert "(attention: full)" in job.output and "arrived: rank 0 in " in job.output, job.output
+    assert "(attention: full)" in job.output and "waiting: rank 0 in " in job.output, job.output
     assert "failed 2 times since the start: not requeued" in job.output
 
 

@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_run_under_way(folder: Path) -> None:
+def test_status_of_a_running_run_shows_every_row(folder: Path) -> None:
     assert dict(describe(folder, NOW)) == {
         "state": "running: resumed",
         "progress": "step 40 of 100 (40.0 %)",
@@ -65,16 +65,16 @@ def test_a_run_under_way(folder: Path) -> None:
     }
 
 
-def test_a_run_that_fell_silent(folder: Path) -> None:
-    said = dict(describe(folder, NOW + 7200))["state"]
-    assert said == (
-        "running: resumed; but its last step was 2 h 0 min ago: it may have died without a word"
+def test_status_of_a_silent_run_says_it_may_have_died(folder: Path) -> None:
+    state = dict(describe(folder, NOW + 7200))["state"]
+    assert state == (
+        "running: resumed; but its last step was 2 h 0 min ago: the process may have died"
     )
 
 
-def test_a_run_that_was_asked_to_stop_stopped_and_ended(folder: Path) -> None:
+def test_status_follows_a_stop_request(folder: Path) -> None:
     (folder / "stop").touch()
-    assert dict(describe(folder, NOW))["asked to stop"] == "by the file stop, not obeyed yet"
+    assert dict(describe(folder, NOW))["asked to stop"] == "by the file stop, still running"
     write_status(folder, "stopped", 40, "told to stop (SIGUSR1)")
     write_stopped(folder, 40, "told to stop (SIGUSR1)", folder / "checkpoints" / "step_00000040")
     rows = dict(describe(folder, NOW))
@@ -84,7 +84,7 @@ def test_a_run_that_was_asked_to_stop_stopped_and_ended(folder: Path) -> None:
     assert json.loads((folder / "DONE").read_text()) == {"step": 100}
 
 
-def test_a_run_that_has_not_begun_and_a_folder_that_is_none(tmp_path: Path) -> None:
+def test_status_of_an_unstarted_run_and_of_another_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"is not the folder of a run: no config\.toml"):
         describe(tmp_path)
     stage = tmp_path / "extend"
@@ -94,9 +94,7 @@ def test_a_run_that_has_not_begun_and_a_folder_that_is_none(tmp_path: Path) -> N
     assert rows["state"] == "never started" and rows["last checkpoint"] == "none yet"
 
 
-def test_the_stages_of_a_run_are_shown_in_order(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_status_shows_stages_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("10-last", "2-long", "1-short"):
         stage = tmp_path / name
         stage.mkdir()
@@ -108,15 +106,15 @@ def test_the_stages_of_a_run_are_shown_in_order(
     assert shown.count("never started") == 3
 
 
-def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_command_prints_the_rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "step 40 of 100" in shown and "7 steps, 14 s" in shown
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (3900, "1 h 5 min"), (187200, "2 d 4 h")],
 )
-def test_durations(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_duration_is_shown_in_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
