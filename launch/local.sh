@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on N processes of this machine, as on GPUs so on a CPU:
+# Train on N processes of this machine, on its GPUs or its CPU:
 #
 #   launch/local.sh N CONFIG [section.key=value ...]
 set -euo pipefail
@@ -11,7 +11,7 @@ if [[ ! ${1:-} =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
 fi
 python=${LCDIST_PYTHON:-$root/.venv/bin/python}
 [[ -x $python ]] || python=python3
-# Processes that share the cores do not each want all of them.
+# The processes share the cores of the machine.
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
 exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$1" \

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Perplexity by length of a run's latest checkpoint, written to RUN/evaluation.json.
+# Measure perplexity by length of a run's latest checkpoint; write RUN/evaluation.json.
 #
 #   sbatch slurm/evaluate.sh RUN [section.key=value ...]
 #
-# All GPUs of the job are context parallel, unless parallel.* says otherwise. Requeued, it begins
-# again: nothing is kept of a part.
+# All GPUs of the job are context parallel, unless parallel.* says otherwise. A requeued job starts
+# again from the beginning.
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -19,6 +19,6 @@ set -euo pipefail
 
 cd "${LCDIST_ROOT:-${SLURM_SUBMIT_DIR:-.}}"
 source slurm/job.sh
-[[ -d ${1:-} ]] || refuse "which run? sbatch slurm/evaluate.sh RUN [section.key=value ...]"
+[[ -d ${1:-} ]] || refuse "no run folder given: sbatch slurm/evaluate.sh RUN [section.key=value ...]"
 export LCDIST_RANK_LOGS="$1/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 on_all_nodes -m lcdist evaluate "$1" --output "$1/evaluation.json" "${@:2}" || give_up $?

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Extend a LLaMA-class model to 131,072 tokens, from a checkpoint of lcdist's; submit again or let it
-# be requeued, it goes on where it was.
+# Extend a LLaMA-class model to 131,072 tokens from a checkpoint of lcdist. A job that is requeued or
+# submitted again continues from its last checkpoint.
 #
 #   sbatch slurm/extend_128k.sh [CONFIG] [section.key=value ...]
 #
 # From the root of the repository, or with LCDIST_ROOT set to it. CONFIG: configs/7b/extend-128k.toml.
-# checkpoint.load=RUN names the run to start from; checkpoint.load= starts from nothing. Options of
-# sbatch go before the script and override the lines below: --nodes, --time, and --signal where a
-# checkpoint takes longer than three minutes: Slurm may be a minute early or late, and so may a shared
-# file system in showing a file.
+# checkpoint.load=RUN names the run to start from; checkpoint.load= starts from random weights. Options
+# of sbatch go before the script and override the lines below, for example --nodes and --time. Change
+# --signal if a checkpoint takes longer than three minutes: Slurm may send the signal a minute early or
+# late, and a shared file system may show a file a minute late.
 #SBATCH --job-name=extend_128k
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train a model from the start, at a length that needs no extension.
+# Train a model from random weights, at a length that needs no extension.
 #
 #   sbatch slurm/pretrain.sh [CONFIG] [section.key=value ...]
 #
-# CONFIG: configs/7b/pretrain.toml. The rest is as in extend_128k.sh.
+# CONFIG: configs/7b/pretrain.toml by default. Everything else is as in extend_128k.sh.
 #SBATCH --job-name=pretrain
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

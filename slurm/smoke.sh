@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Does this cluster work? Two nodes, ten steps of a small model, all ranks context parallel; then what
-# was sent beside what the plan says, and the bandwidth between ranks.
+# Check that a cluster works: ten steps of a small model on two nodes, all ranks context parallel. Then
+# compare the bytes sent with the plan's, and measure the bandwidth between ranks.
 #
 #   sbatch slurm/smoke.sh [section.key=value ...]
 #SBATCH --job-name=smoke
