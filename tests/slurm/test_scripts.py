@@ -23,7 +23,7 @@ def named(path: Path) -> str:
 
 
 @pytest.mark.parametrize("script", SHELL, ids=named)
-def test_bash_and_shellcheck_find_nothing(script: Path, cluster: Cluster) -> None:
+def test_script_passes_bash_and_shellcheck(script: Path, cluster: Cluster) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     words = ["shellcheck", "--external-sources", "--source-path=.", str(script.relative_to(ROOT))]
     found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -31,23 +31,23 @@ def test_bash_and_shellcheck_find_nothing(script: Path, cluster: Cluster) -> Non
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=named)
-def test_slurm_would_run_it(script: Path, cluster: Cluster) -> None:
+def test_script_is_accepted_by_sbatch(script: Path, cluster: Cluster) -> None:
     cluster.call("sbatch", "--test-only", str(script))
 
 
 @pytest.mark.parametrize("script", SHELL, ids=named)
-def test_the_configurations_it_names_are_there(script: Path) -> None:
+def test_script_names_existing_configurations(script: Path) -> None:
     for name in re.findall(r"configs/[\w/.-]+\.toml", script.read_text(encoding="utf-8")):
         assert (ROOT / name).exists()
 
 
-def test_the_local_launcher_says_how_it_is_used() -> None:
+def test_local_launcher_prints_usage() -> None:
     words = [str(ROOT / "launch" / "local.sh"), "configs/debug/full.toml"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "launch/local.sh N CONFIG" in done.stderr
 
 
-def test_the_first_port_that_is_free_is_taken_and_none_is_refused() -> None:
+def test_free_port_skips_ports_in_use_and_fails_without_any() -> None:
     text = (ROOT / "slurm" / "job.sh").read_text(encoding="utf-8")
     found = re.search(r"^free_port\(\) \{.*?^\}", text, re.MULTILINE | re.DOTALL)
     assert found is not None
@@ -69,7 +69,7 @@ def test_the_first_port_that_is_free_is_taken_and_none_is_refused() -> None:
     assert "no free port from 27700 to 27799" in done.stderr and "set LCDIST_PORT" in done.stderr
 
 
-def test_a_misspelt_key_ends_the_job_before_its_nodes_work(
+def test_misspelt_key_ends_the_job_before_training(
     free: Cluster, tokens: Path, tmp_path: Path
 ) -> None:
     job = submit(free, tmp_path, tokens, "train.step=5")
@@ -78,16 +78,8 @@ def test_a_misspelt_key_ends_the_job_before_its_nodes_work(
     assert "Traceback" not in job.output and not job.run.exists()
 
 
-def test_a_mesh_larger_than_the_job_ends_it(free: Cluster, tokens: Path, tmp_path: Path) -> None:
-    job = submit(free, tmp_path, tokens, "parallel.cp_size=4")
-    assert job.wait_for_end() == "FAILED" and job.restarts == 0
-    assert "1 x 1 x 4 = 4 ranks" in job.output and "2 nodes x 1 = 2" in job.output
-    assert "Traceback" not in job.output and not job.run.exists()
-
-
-def test_a_rank_that_dies_is_requeued_as_often_as_asked(
-    free: Cluster, tokens: Path, tmp_path: Path
-) -> None:
+@pytest.mark.exhaustive
+def test_dying_rank_requeues_up_to_the_limit(free: Cluster, tokens: Path, tmp_path: Path) -> None:
     # Nothing is saved in between: the second failure in a row is one too many.
     job = submit(free, tmp_path, tokens, LCDIST_MAX_FAILURES="1")
     for number in (0, 1):
@@ -98,7 +90,8 @@ def test_a_rank_that_dies_is_requeued_as_often_as_asked(
     assert starts(job.run) == [0, 0]
 
 
-def test_a_rank_that_stands_still_is_named_and_the_job_requeued_as_often_as_asked(
+@pytest.mark.exhaustive
+def test_frozen_rank_is_named_and_requeues_up_to_the_limit(
     free: Cluster, tokens: Path, tmp_path: Path
 ) -> None:
     words = ["parallel.stall=3", "train.steps=100000"]
@@ -118,7 +111,8 @@ def test_a_rank_that_stands_still_is_named_and_the_job_requeued_as_often_as_aske
     assert "failed 2 times since the start: not requeued" in job.output
 
 
-def test_evaluation_of_a_run(free: Cluster, whole: Job, tmp_path: Path) -> None:
+@pytest.mark.exhaustive
+def test_evaluate_script_writes_evaluation_json(free: Cluster, whole: Job, tmp_path: Path) -> None:
     words = ["--nodes=2", "slurm/evaluate.sh", str(whole.run), "evaluate.lengths=[64,256]"]
     job = Job(free, tmp_path, submit_script(free, tmp_path, *words, "evaluate.tokens=2048"))
     assert job.wait_for_end() == "COMPLETED", job.output
@@ -126,7 +120,7 @@ def test_evaluation_of_a_run(free: Cluster, whole: Job, tmp_path: Path) -> None:
     assert result["lengths"] == [64, 256] and None not in result["perplexity"]
 
 
-def test_the_smoke_test(free: Cluster, tmp_path: Path) -> None:
+def test_smoke_script_measures_traffic_and_bandwidth(free: Cluster, tmp_path: Path) -> None:
     words = ["slurm/smoke.sh", f"log.folder={tmp_path}/run", "log.peak_tflops=1"]
     job = Job(free, tmp_path, submit_script(free, tmp_path, *words))
     assert job.wait_for_end() == "COMPLETED", job.output

@@ -37,7 +37,7 @@ def assert_nothing_was_done_twice(job: Job) -> None:
     assert begun == sorted(begun) and lost_steps(job.run) == 0
 
 
-def test_a_job_that_nothing_happens_to(whole: Job) -> None:
+def test_undisturbed_job_finishes(whole: Job) -> None:
     assert whole.state == "COMPLETED" and whole.restarts == 0, whole.output
     assert [step for step, *_ in losses(whole.run)] == list(range(1, STEPS + 1))
     assert f"step {STEPS}/{STEPS}" in whole.output and "all steps are done" in whole.output
@@ -52,7 +52,7 @@ def preempt(cluster: Cluster) -> None:
     cluster.call("srun", "--partition=urgent", "--nodes=3", "--exclusive", "true")
 
 
-def test_told_before_the_time_limit_and_preempted_with_grace(
+def test_time_limit_and_preemption_with_grace_lose_no_step(
     free: Cluster, whole: Job, tokens: Path, tmp_path: Path
 ) -> None:
     # With grace time Slurm signals the ranks and not the batch shell, and treats the job's end as a
@@ -75,9 +75,8 @@ def test_told_before_the_time_limit_and_preempted_with_grace(
     assert not (job.run / "stop").exists() and not (job.run / "STOPPED").exists()
 
 
-def test_a_job_of_stages_is_requeued_into_the_stage_where_it_was(
-    free: Cluster, tokens: Path, tmp_path: Path
-) -> None:
+@pytest.mark.exhaustive
+def test_job_of_stages_resumes_in_its_stage(free: Cluster, tokens: Path, tmp_path: Path) -> None:
     stages, run = tmp_path / "stages.toml", tmp_path / "run"
     stages.write_text('[[stages]]\nname = "short"\n[[stages]]\nname = "long"\n')
     words = [*TINY, "parallel.cp_size=2", f"data.path={tokens}", f"log.folder={run}"]
@@ -93,7 +92,8 @@ def test_a_job_of_stages_is_requeued_into_the_stage_where_it_was(
     assert last_step(run / "2-long") == STEPS and lost_steps(run / "2-long") == 0
 
 
-def test_preempted_without_grace_and_a_node_dies(
+@pytest.mark.exhaustive
+def test_preemption_without_grace_and_node_failure_resume(
     free: Cluster, whole: Job, tokens: Path, tmp_path: Path
 ) -> None:
     job = submit(free, tmp_path, tokens, "checkpoint.every=5", options="--partition=abrupt")
@@ -113,7 +113,8 @@ def test_preempted_without_grace_and_a_node_dies(
     assert starts(job.run)[2] >= starts(job.run)[1] + 5
 
 
-def test_cancelled_then_continued_on_one_node(
+@pytest.mark.exhaustive
+def test_cancelled_job_continues_on_one_node(
     free: Cluster, whole: Job, tokens: Path, tmp_path: Path
 ) -> None:
     words = ["parallel.cp_size=1"]
@@ -138,7 +139,10 @@ def test_cancelled_then_continued_on_one_node(
         assert ours[2:] == pytest.approx(theirs[2:], rel=1e-5)
 
 
-def test_a_chain_of_jobs(free: Cluster, whole: Job, tokens: Path, tmp_path: Path) -> None:
+@pytest.mark.exhaustive
+def test_chain_of_jobs_finishes_the_run(
+    free: Cluster, whole: Job, tokens: Path, tmp_path: Path
+) -> None:
     # For clusters that allow no requeue: each job resumes where the one before stopped.
     options = "--job-name=chain --dependency=singleton --no-requeue"
     first, second, third = (submit(free, tmp_path, tokens, options=options) for _ in range(3))
@@ -158,7 +162,10 @@ def test_a_chain_of_jobs(free: Cluster, whole: Job, tokens: Path, tmp_path: Path
     assert len(starts(third.run)) == 3
 
 
-def test_an_array_of_jobs(free: Cluster, whole: Job, tokens: Path, tmp_path: Path) -> None:
+@pytest.mark.exhaustive
+def test_array_of_jobs_finishes_the_run(
+    free: Cluster, whole: Job, tokens: Path, tmp_path: Path
+) -> None:
     job = submit(free, tmp_path, tokens, options="--array=0-1%1 --no-requeue")
     first, second = Job(free, tmp_path, f"{job.number}_0"), Job(free, tmp_path, f"{job.number}_1")
     first.wait_for_steps(SOME)
