@@ -3,8 +3,8 @@
 Every conversion compares it with `lcdist.convert.streamed_forward`. It is independent of our tensor
 layout: it reads Hugging Face's names, and computes rotary frequencies from config.json with its own
 formulas (RoFormer, arXiv:2104.09864; PI, arXiv:2306.15595; YaRN, arXiv:2309.00071; LongRoPE,
-arXiv:2402.13753) for the length of the input. Custom attention is computed by the exported file
-`attention_lcdist.py`. No large tensor is held whole.
+arXiv:2402.13753) for the length of the input. Custom attention is computed by the files
+that an export carries. No large tensor is held whole.
 """
 
 import math
@@ -23,7 +23,7 @@ from lcdist.convert.huggingface.rope import (
     rope_type,
 )
 from lcdist.convert.huggingface.weights import Weights
-from lcdist.convert.remote_files import load_remote_attention
+from lcdist.convert.remote_files import load_remote_attention, load_remote_rotary
 
 # Elements of one weight that are read at a time.
 CHUNK_ELEMENTS = 2**20
@@ -119,9 +119,10 @@ def _custom_attention(
     """Compute attention with the exported file. layer: (method and options, learnt bias)."""
     width = _width(table)
     q, k, v = (linear(f"{names}{one}_proj", x).unflatten(-1, (-1, width))[None] for one in "qkv")
-    remote = load_remote_attention()
-    rotate = remote.rotation(rope_block(table)[0], width, table["max_position_embeddings"], len(x))
-    out = remote.attend(layer[0], (q, k, v), rotate, layer[1])
+    rotate = load_remote_rotary().rotation(
+        rope_block(table)[0], width, table["max_position_embeddings"], len(x)
+    )
+    out = load_remote_attention().attend(layer[0], (q, k, v), rotate, layer[1])
     return linear(f"{names}o_proj", out[0].flatten(1))
 
 

@@ -28,13 +28,14 @@ from lcdist.config.schema import (
     TensorizedOptions,
 )
 from lcdist.convert.huggingface.rope import rope_block, rope_to_hf
-from lcdist.convert.remote_files import load_remote_attention
+from lcdist.convert.remote_files import load_remote_attention, load_remote_rotary
 from lcdist.model.rotary import attention_factor, inverse_frequencies, make_rotary
 from tests.tolerance import assert_matches
 
 attention_lcdist = load_remote_attention()
-attend, frequencies = attention_lcdist.attend, attention_lcdist.frequencies
-rotation = attention_lcdist.rotation
+rotary_lcdist = load_remote_rotary()
+attend = attention_lcdist.attend
+frequencies, rotation = rotary_lcdist.frequencies, rotary_lcdist.rotation
 
 OPTIONS = {
     "full": [FullOptions()],

@@ -1,8 +1,8 @@
-"""The attention of models that lcdist trained, in plain torch: formulas, some queries at a time.
+"""Attention methods of lcdist in plain torch, computed for some queries at a time.
 
-A copy of this file lies beside the weights of an exported model, so it needs torch alone. Queries
-`[b, s, h, d]`, keys and values `[b, s, h_kv, d]` arrive un-rotated and stand at positions 0 to s-1;
-sums are taken in float32 at least; memory grows with s, never with its square.
+Exported models carry a copy of this file, so it imports only torch. Queries `[b, s, h, d]` and keys
+and values `[b, s, h_kv, d]` are passed without rotation, at positions 0 to s-1. Sums are computed
+in float32 or better. Memory grows linearly with s.
 """
 
 import math
@@ -13,94 +13,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Scores that are held at once: 64 MiB in float32.
+# Maximum number of scores in memory: 64 MiB in float32.
 SCORES_AT_ONCE = 2**24
 Rotate = Callable[..., Tensor]
+Options = Mapping[str, Any]
 
 
 def attend(
-    asked: Mapping[str, Any],
+    options: Options,
     qkv: tuple[Tensor, Tensor, Tensor],
     rotate: Rotate,
     branch_bias: Tensor | None = None,
 ) -> Tensor:
-    """out, like the queries. asked: "method" and its options.
+    """Compute attention in the shape and dtype of the queries.
 
-    rotate(x, positions) turns x `[b, s, h, d]`. branch_bias: what tensorized attention learnt.
-    Raises ValueError for a method that is not known.
+    Args:
+        options: "method" and the method's options.
+        qkv: queries, keys and values.
+        rotate: rotate(x, positions) rotates x `[b, s, h, d]`.
+        branch_bias: learnt bias `[modes, h]` of tensorized attention.
+
+    Raises:
+        ValueError: the method is unknown.
     """
-    if asked["method"] not in METHODS:
-        raise ValueError(f"method {asked['method']!r}: must be one of {', '.join(METHODS)}")
+    if options["method"] not in METHODS:
+        raise ValueError(f"method {options['method']!r}: must be one of {', '.join(METHODS)}")
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in qkv)
-    given = () if branch_bias is None else (branch_bias.to(q),)
-    return METHODS[asked["method"]](q, k, v, rotate, asked, *given).to(qkv[0].dtype)
+    bias = () if branch_bias is None else (branch_bias.to(q),)
+    return METHODS[options["method"]](q, k, v, rotate, options, *bias).to(qkv[0].dtype)
 
 
-def rotation(rope: Mapping[str, Any], width: int, context: int, seqlen: int) -> Rotate:
-    """Rotary embedding (arXiv:2104.09864) of heads `width` wide, for a text of `seqlen` tokens.
-
-    rope: "rope_type", "rope_theta" and the type's own keys, as transformers has them. context: the
-    model's max_position_embeddings.
-    """
-    theta, factor = frequencies(rope, width, context, seqlen)
-
-    def rotate(x: Tensor, positions: Tensor | None = None) -> Tensor:
-        positions = torch.arange(x.shape[1]) if positions is None else positions
-        angles = positions.double()[:, None, None] * theta  # [s, 1, d / 2]
-        cos, sin = ((y * factor).to(x) for y in (angles.cos(), angles.sin()))
-        a, b = x.chunk(2, -1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-    return rotate
-
-
-def frequencies(
-    rope: Mapping[str, Any], width: int, context: int, seqlen: int
-) -> tuple[Tensor, float]:
-    """(radians a token, float64 `[width / 2]`; what cos and sin are multiplied by)."""
-    kind = rope.get("rope_type", "default")
-    base, factor = float(rope["rope_theta"]), rope.get("factor") or 1.0
-    original = rope.get("original_max_position_embeddings") or context
-    if kind == "dynamic" and seqlen > context:
-        base *= (factor * seqlen / context - (factor - 1)) ** (width / (width - 2))
-    theta = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    if kind == "linear":
-        return theta / factor, 1.0
-    if kind == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        kept = ((original * theta / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        return theta / factor * (1 - kept) + theta * kept, 1.0
-    if kind == "yarn":
-        low, high = (
-            width * math.log(original / (rope[key] * 2 * math.pi)) / (2 * math.log(base))
-            for key in ("beta_fast", "beta_slow")
-        )
-        if rope.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, width - 1)
-        high += 0.001 if low == high else 0
-        ramp = ((torch.arange(width // 2).double() - low) / (high - low)).clamp(0, 1)
-        return theta * (1 - ramp) + theta / factor * ramp, rope["attention_factor"]
-    if kind == "longrope":
-        divisors = rope["long_factor" if seqlen > original else "short_factor"]
-        return theta / torch.tensor(divisors, dtype=torch.float64), rope["attention_factor"]
-    if kind not in ("default", "dynamic"):
-        raise ValueError(f"rope_type {kind!r} is not known to this model")
-    return theta, 1.0
-
-
-def _full(q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, asked: Mapping[str, Any]) -> Tensor:
-    """softmax of scaled products over keys that are not later."""
+def _full(q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, options: Options) -> Tensor:
+    """Compute causal softmax attention."""
     return _softmax(rotate(q), rotate(k), v)
 
 
-def _coca(q: Tensor, t: Tensor, v: Tensor, rotate: Rotate, asked: Mapping[str, Any]) -> Tensor:
-    """CoCA (arXiv:2309.08646): keys collinear with queries, tau = relu(mean of t's two halves).
+def _coca(q: Tensor, t: Tensor, v: Tensor, rotate: Rotate, options: Options) -> Tensor:
+    """Compute CoCA (arXiv:2309.08646) with keys collinear to queries.
 
-    slack: (q * R q) . R [tau ; tau]; strict: R [|q|^2 ; 0] . R [tau ; 0], pair by pair.
+    tau = relu(mean of t's two halves). slack: (q * R q) . R [tau ; tau]. strict:
+    R [|q|^2 ; 0] . R [tau ; 0], pair by pair.
     """
     tau = (0.5 * (t[..., : t.shape[-1] // 2] + t[..., t.shape[-1] // 2 :])).relu()
-    if asked["variant"] == "slack":
+    if options["variant"] == "slack":
         return _softmax(q * rotate(q), rotate(torch.cat((tau, tau), -1)), v)
     a, b = q.chunk(2, -1)
     square = a.square() + b.square()
@@ -108,8 +63,8 @@ def _coca(q: Tensor, t: Tensor, v: Tensor, rotate: Rotate, asked: Mapping[str, A
     return _softmax(rotate(queries), rotate(keys), v)
 
 
-def _lssar(q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, asked: Mapping[str, Any]) -> Tensor:
-    """Length-scaled softplus attention (arXiv:2501.13428), re-weighted or not.
+def _lssar(q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, options: Options) -> Tensor:
+    """Compute length-scaled softplus attention (arXiv:2501.13428), re-weighted or not.
 
     f = softplus(ln(d) ln(N) cos(q, k)) over the N visible keys; weights f, or relu(f - mean)^p.
     """
@@ -121,48 +76,50 @@ def _lssar(q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, asked: Mapping[str, 
         scores = _scores(q[:, start:stop], k[:, :stop]) * scale
         hidden = torch.arange(stop, device=q.device) >= counts
         f = torch.logaddexp(scores, torch.zeros_like(scores)).masked_fill(hidden, 0.0)
-        if asked["reweight"]:
-            share = (counts.double().reciprocal() * (counts > asked["exempt_rows"])).to(q)
+        if options["reweight"]:
+            share = (counts.double().reciprocal() * (counts > options["exempt_rows"])).to(q)
             mean, top = f.sum(-1, keepdim=True) * share, f.amax(-1, keepdim=True)
             spread = (top - mean).detach()
-            # A row of equal scores has nothing above its mean but rounding.
+            # In a row of equal scores, only rounding lies above the mean.
             flat = spread <= 64 * torch.finfo(f.dtype).eps * top
             f = (f - mean).relu() / spread.masked_fill(flat, torch.inf)
-            none = f == 0
-            f = f.masked_fill(none, 1.0).pow(asked["power"]).masked_fill(none, 0.0)
+            is_zero = f == 0
+            f = f.masked_fill(is_zero, 1.0).pow(options["power"]).masked_fill(is_zero, 0.0)
         total = f.sum(-1, keepdim=True)
         out.append(_mix(f / total.masked_fill(total == 0, 1.0), v[:, :stop]))
     return torch.cat(out, 1)
 
 
-def _landmark(q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, asked: Mapping[str, Any]) -> Tensor:
-    """Landmark attention (arXiv:2305.16300): the last token of every block is its landmark.
+def _landmark(q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, options: Options) -> Tensor:
+    """Compute landmark attention (arXiv:2305.16300); a block's last token is its landmark.
 
-    A query sees its own block but for the landmark, and each past block through one gate, the
-    landmark's logit; inside a past block a softmax of its own shares out what the gate lets in.
+    A query attends to its own block without the landmark, and to each past block through a gate,
+    the landmark's logit. A softmax inside the past block distributes the gate's weight.
     """
-    size, seqlen = asked["block_size"], q.shape[1]
+    size, seqlen = options["block_size"], q.shape[1]
     blocks = -(-seqlen // size)
     q, k, scale = rotate(q), rotate(k), q.shape[3] ** -0.5
-    room = (0, 0, 0, 0, 0, blocks * size - seqlen)
-    k, v = torch.nn.functional.pad(k, room), torch.nn.functional.pad(v, room)
+    padding = (0, 0, 0, 0, 0, blocks * size - seqlen)
+    k, v = torch.nn.functional.pad(k, padding), torch.nn.functional.pad(v, padding)
     index, out = torch.arange(blocks * size, device=q.device), []
-    unit = asked["select_tokens"] if asked["top_k"] is not None else seqlen
-    # Whole units, of which a long one is read in several steps.
+    unit = options["select_tokens"] if options["top_k"] is not None else seqlen
+    # Whole units; a long unit is computed in several steps.
     for first, last in _spans(q, blocks * size, unit):
-        read = None if asked["top_k"] is None else _chosen(q, k, asked, (first, last))
+        selected = (
+            None if options["top_k"] is None else _select_blocks(q, k, options, (first, last))
+        )
         for start, stop in _spans(q[:, first:last], blocks * size):
             rows = torch.arange(first + start, first + stop, device=q.device)[:, None]
-            seen = -(-(first + stop) // size)  # blocks that one of these rows may look at
+            seen = -(-(first + stop) // size)  # blocks that one of these rows may attend to
             keys, values = k[:, : seen * size], v[:, : seen * size]
             scores = _scores(q[:, first + start : first + stop] * scale, keys)
             scores = scores.unflatten(-1, (seen, size))
             slots = index[: seen * size]
             local = (slots // size == rows // size) & (slots <= rows) & (slots % size != size - 1)
             past = index[:seen] < rows // size
-            if read is not None:
-                of_row = read[:, :, rows[:, 0] // unit - first // unit, :seen]
-                past = past & of_row.repeat_interleave(q.shape[2] // k.shape[2], 1)
+            if selected is not None:
+                row_blocks = selected[:, :, rows[:, 0] // unit - first // unit, :seen]
+                past = past & row_blocks.repeat_interleave(q.shape[2] // k.shape[2], 1)
             gates = scores[..., -1].masked_fill(~past, -torch.inf)
             plain = scores.flatten(-2).masked_fill(~local, -torch.inf)
             weights = torch.cat((gates, plain), -1).softmax(-1)
@@ -174,41 +131,46 @@ def _landmark(q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, asked: Mapping[st
 
 
 @torch.no_grad()
-def _chosen(q: Tensor, k: Tensor, asked: Mapping[str, Any], span: tuple[int, int]) -> Tensor:
-    """Which past blocks the selection units in `span` read, bool `[b, h_kv, units, blocks]`.
+def _select_blocks(q: Tensor, k: Tensor, options: Options, span: tuple[int, int]) -> Tensor:
+    """Select past blocks for the selection units in `span`: bool `[b, h_kv, units, blocks]`.
 
-    For a key head, those of greatest probability among past landmarks, the greatest over the
-    unit's rows and the head's queries; of equal ones, equal in float32, those that come first.
+    A key head selects the blocks of greatest probability among past landmarks, as the maximum over
+    the unit's rows and the head's queries. Of probabilities equal in float32, the first win.
     """
-    size, unit = asked["block_size"], asked["select_tokens"]
-    marks = k[:, size - 1 :: size].double() * q.shape[3] ** -0.5
-    number, count = torch.arange(marks.shape[1], device=q.device), -((span[0] - span[1]) // unit)
+    size, unit = options["block_size"], options["select_tokens"]
+    landmarks = k[:, size - 1 :: size].double() * q.shape[3] ** -0.5
+    number, count = (
+        torch.arange(landmarks.shape[1], device=q.device),
+        -((span[0] - span[1]) // unit),
+    )
     cost = q.new_full((len(q), k.shape[2], count, len(number)), torch.inf, dtype=torch.float32)
     for start, stop in _spans(q[:, span[0] : span[1]], len(number)):
         rows = torch.arange(span[0] + start, span[0] + stop, device=q.device)
         hidden = number >= rows[:, None] // size
-        scores = _scores(q[:, span[0] + start : span[0] + stop].double(), marks)
+        scores = _scores(q[:, span[0] + start : span[0] + stop].double(), landmarks)
         scores = scores.masked_fill(hidden, -torch.inf)
-        one = (1 - (scores - scores.logsumexp(-1, keepdim=True))).masked_fill(hidden, torch.inf)
-        one = one.unflatten(1, (k.shape[2], -1)).amin(2).float()
-        units = ((rows - span[0]) // unit)[:, None].expand_as(one)
-        cost.scatter_reduce_(2, units, one, "amin")
-    best = cost.sort(dim=-1, stable=True).indices[..., : asked["top_k"]]
+        rows_cost = 1 - (scores - scores.logsumexp(-1, keepdim=True))
+        rows_cost = rows_cost.masked_fill(hidden, torch.inf)
+        rows_cost = rows_cost.unflatten(1, (k.shape[2], -1)).amin(2).float()
+        units = ((rows - span[0]) // unit)[:, None].expand_as(rows_cost)
+        cost.scatter_reduce_(2, units, rows_cost, "amin")
+    best = cost.sort(dim=-1, stable=True).indices[..., : options["top_k"]]
     return torch.zeros_like(cost, dtype=torch.bool).scatter(-1, best, True)
 
 
 def _tensorized(
-    q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, asked: Mapping[str, Any], *bias: Tensor
+    q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, options: Options, *bias: Tensor
 ) -> Tensor:
-    """Tensorized attention, lexicographic (after arXiv:2410.20926): one softmax over all branches.
+    """Compute lexicographic tensorized attention (after arXiv:2410.20926).
 
-    A position is written in digits, finest first; a fibre of a mode is the tokens that differ in
-    its digit alone. U_j = softmax(S_j | fibre of mode j) U_{j-1}, U_0 = v; a query's branch j reads
-    U_{j-1} at the keys of its fibre whose digit is smaller by local_blocks at least, and branch 0
-    its own block and those just before. branch_bias is added to the coarse branches.
+    A position has one digit per mode, finest first. A fibre of a mode is the tokens that differ in
+    its digit alone. U_0 = v and U_j = softmax(S_j | fibre of mode j) U_{j-1}. Branch 0 of a query
+    attends to its own block and those just before. Branch j reads U_{j-1} at the keys of its fibre
+    whose digit is smaller by at least local_blocks. One softmax spans all branches; branch_bias is
+    added to the branches above 0.
     """
-    fold, group = _Fold(asked, q.shape[1]), q.shape[2] // k.shape[2]
-    by_key_head = asked["hop_heads"] == "kv" or (asked["hop_heads"] == "auto" and group > 2)
+    fold, group = _Fold(options, q.shape[1]), q.shape[2] // k.shape[2]
+    by_key_head = options["hop_heads"] == "kv" or (options["hop_heads"] == "auto" and group > 2)
     queries, keys, values = [], [], [v]
     for mode in range(fold.last + 1):
         angle = fold.angle(mode)
@@ -233,36 +195,38 @@ def _tensorized(
 
 
 class _Fold:
-    """A text folded into modes, finest first; the coarsest, number `last`, grows with it."""
+    """Text positions folded into modes, finest first; the coarsest, `last`, is unbounded."""
 
-    def __init__(self, asked: Mapping[str, Any], seqlen: int) -> None:
-        self.modes, self.pe = asked["modes"], asked["pe"]
-        self.last, self.place = len(self.modes), torch.arange(seqlen)
-        self.near = asked["local_blocks"] if self.modes else 1
+    def __init__(self, options: Options, seqlen: int) -> None:
+        self.modes, self.pe = options["modes"], options["pe"]
+        self.last, self.positions = len(self.modes), torch.arange(seqlen)
+        self.near = options["local_blocks"] if self.modes else 1
 
     def digit(self, mode: int) -> Tensor:
-        digit = self.place // math.prod(self.modes[:mode])
+        """Return each position's digit of a mode."""
+        digit = self.positions // math.prod(self.modes[:mode])
         return digit % self.modes[mode] if mode < self.last else digit
 
     def angle(self, mode: int) -> Tensor:
-        whole = self.pe == "global" or (mode == 0 and self.near > 1)
-        return self.place if whole else self.digit(mode)
+        """Return the positions that a mode rotates by."""
+        is_global = self.pe == "global" or (mode == 0 and self.near > 1)
+        return self.positions if is_global else self.digit(mode)
 
     def fibre(self, mode: int, start: int, stop: int) -> Tensor:
-        """Which tokens share the fibre of rows start to stop, bool `[rows, s]`."""
+        """Return whether a token shares the fibre of rows start to stop, bool `[rows, s]`."""
         stride = math.prod(self.modes[:mode])
-        # The other digits, in a number of their own.
-        rest = self.place - self.digit(mode) * stride
+        # The position without the digit of this mode.
+        rest = self.positions - self.digit(mode) * stride
         return rest[start:stop, None] == rest
 
     def branch(self, mode: int, start: int, stop: int) -> Tensor:
-        """Which tokens these rows read in branch `mode`."""
+        """Return whether rows start to stop read a token in branch `mode`, bool `[rows, s]`."""
         if mode:
             digit = self.digit(mode)
             return self.fibre(mode, start, stop) & (digit <= digit[start:stop, None] - self.near)
-        block = self.place // (self.modes[0] if self.modes else len(self.place))
-        late = self.place > self.place[start:stop, None]
-        return ~late & (block > block[start:stop, None] - self.near)
+        block = self.positions // (self.modes[0] if self.modes else len(self.positions))
+        future = self.positions > self.positions[start:stop, None]
+        return ~future & (block > block[start:stop, None] - self.near)
 
 
 METHODS: dict[str, Callable[..., Tensor]] = {"full": _full, "coca": _coca, "lssar": _lssar}
@@ -270,31 +234,31 @@ METHODS |= {"landmark": _landmark, "tensorized": _tensorized}
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Callable[..., Tensor] | None = None) -> Tensor:
-    """Softmax attention of q and k as they are, causal or where mask(first row, last) is True."""
+    """Compute softmax attention without rotation, causal or where mask(start, stop) is True."""
     out = []
     for start, stop in _spans(q, k.shape[1]):
         index = torch.arange(stop if mask is None else k.shape[1])
-        seen = index <= index[start:stop, None] if mask is None else mask(start, stop)
+        visible = index <= index[start:stop, None] if mask is None else mask(start, stop)
         scores = _scores(q[:, start:stop] * q.shape[3] ** -0.5, k[:, : len(index)])
-        scores = scores.masked_fill(~seen.to(q.device), -torch.inf)
+        scores = scores.masked_fill(~visible.to(q.device), -torch.inf)
         out.append(_mix(scores.softmax(-1), v[:, : len(index)]))
     return torch.cat(out, 1)
 
 
 def _spans(q: Tensor, keys: int, unit: int = 1) -> Iterator[tuple[int, int]]:
-    """Intervals of the rows of q, whole units, with few enough scores against `keys` keys."""
+    """Yield intervals of q's rows, in whole units, with at most SCORES_AT_ONCE scores each."""
     step = max(1, SCORES_AT_ONCE // (q.shape[0] * q.shape[2] * max(1, keys)) // unit) * unit
     for start in range(0, q.shape[1], step):
         yield start, min(start + step, q.shape[1])
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """q . k, `[b, h, s, t]`; every key head serves its group of neighbouring query heads."""
+    """Return q . k, `[b, h, s, t]`; a key head serves a group of neighbouring query heads."""
     q = q.unflatten(2, (k.shape[2], -1))
     return torch.einsum("bskgd,btkd->bkgst", q, k).flatten(1, 2)
 
 
 def _mix(weights: Tensor, v: Tensor) -> Tensor:
-    """Weights `[b, h, s, t]` times values, `[b, s, h, d]`."""
+    """Return weights `[b, h, s, t]` times values, `[b, s, h, d]`."""
     weights = weights.unflatten(1, (v.shape[2], -1))
     return torch.einsum("bkgst,btkd->bskgd", weights, v).flatten(2, 3)

@@ -1,13 +1,13 @@
-"""A LLaMA-shaped model that lcdist trained with attention of its own, for `transformers`.
+"""LLaMA-shaped model with a custom attention method, trained by lcdist, for transformers.
 
-A copy of this file and of attention_lcdist.py lies beside the weights of an exported model:
+Exported models carry a copy of this file, of attention_lcdist.py and of rotary_lcdist.py:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-`config.lcdist["attention"]` has the method and its options, layer by layer; the rotation is what
-`rope_scaling` or `rope_parameters` says. A text is always read from its beginning: there is no
-cache. Of transformers (4.45 to 5) this uses the parts of LLaMA and generate(), no mask, no rotary
-embedding, no attention, no cache.
+`config.lcdist["attention"]` lists each layer's method and options. `rope_scaling` or
+`rope_parameters` defines the rotary embedding. There is no KV cache: every call reads the text from
+its beginning. Works with transformers 4.45 to 5, of which it uses LLaMA's modules and generate(),
+but neither masks, rotary embedding, attention nor cache.
 """
 
 from typing import Any
@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .attention_lcdist import METHODS, Rotate, attend, rotation
+from .attention_lcdist import METHODS, Rotate, attend
+from .rotary_lcdist import rotation
 
 logger = logging.get_logger(__name__)
 
@@ -27,58 +28,64 @@ IGNORED = -100
 
 
 class LcdistConfig(LlamaConfig):
-    """LLaMA's, and a table `lcdist`: attention, a table a layer; qkv_bias; how it was trained."""
+    """LLaMA's configuration plus a table `lcdist`: attention per layer, qkv_bias, training."""
 
     model_type = "lcdist"
 
 
 class LcdistAttention(nn.Module):
-    """One layer's attention by the method that it was trained with."""
+    """Attention of one layer with the method it was trained with."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
         hidden, self.head_dim = config.hidden_size, config.head_dim
         nheads, nheads_kv = config.num_attention_heads, config.num_key_value_heads
-        about: dict[str, Any] = config.lcdist
-        self.asked, bias = about["attention"][layer], about["qkv_bias"]
+        table: dict[str, Any] = config.lcdist
+        self.options, bias = table["attention"][layer], table["qkv_bias"]
         self.q_proj = nn.Linear(hidden, nheads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, nheads_kv * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, nheads_kv * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(nheads * self.head_dim, hidden, bias=False)
-        modes = self.asked.get("modes")
+        modes = self.options.get("modes")
         self.branch_bias = nn.Parameter(torch.zeros(len(modes), nheads)) if modes else None
 
     def forward(self, x: Tensor, rotate: Rotate, select_tokens: int | None = None) -> Tensor:
-        """x `[b, s, hidden]`, whole texts from position 0, to the same shape."""
+        """Map x `[b, s, hidden]`, whole texts from position 0, to the same shape.
+
+        select_tokens: overrides the option of landmark attention.
+        """
         qkv = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
-        asked = (
-            self.asked if select_tokens is None else self.asked | {"select_tokens": select_tokens}
-        )
-        return self.o_proj(attend(asked, (q, k, v), rotate, self.branch_bias).flatten(2))
+        options = self.options
+        if select_tokens is not None:
+            options = options | {"select_tokens": select_tokens}
+        return self.o_proj(attend(options, (q, k, v), rotate, self.branch_bias).flatten(2))
 
 
 class LcdistModel(LlamaModel):
-    """The layers, of which each attends by its own method."""
+    """LLaMA's layers with one attention method per layer."""
 
     def __init__(self, config: LcdistConfig) -> None:
-        about = getattr(config, "lcdist", None) or {}
-        layers = about.get("attention", ())
+        table = getattr(config, "lcdist", None) or {}
+        layers = table.get("attention", ())
         if len(layers) != config.num_hidden_layers:
             raise ValueError(
-                f"config.lcdist says how {len(layers)} of {config.num_hidden_layers} layers "
-                "attend; take the config.json that 'lcdist convert export' wrote"
+                f"config.lcdist lists attention for {len(layers)} of {config.num_hidden_layers} "
+                "layers; use the config.json that 'lcdist convert export' wrote"
             )
-        odd = [one["method"] for one in layers if one["method"] not in METHODS]
-        if odd:
-            raise ValueError(f"config.lcdist: method {odd[0]!r} is none of {', '.join(METHODS)}")
+        methods = [layer["method"] for layer in layers]
+        unknown = [method for method in methods if method not in METHODS]
+        if unknown:
+            raise ValueError(
+                f"config.lcdist: method {unknown[0]!r}: must be one of {', '.join(METHODS)}"
+            )
         super().__init__(config)
         for number, layer in enumerate(self.layers):
             layer.self_attn = LcdistAttention(config, number)
         self.rotary_emb = None
-        blocks = [one["block_size"] for one in layers if one["method"] == "landmark"]
-        # A landmark, the last token of the vocabulary, is put in after so many tokens of text.
-        self.text_in_block = blocks[0] - 1 if blocks else None
+        sizes = [layer["block_size"] for layer in layers if layer["method"] == "landmark"]
+        # Text tokens per block; then comes a landmark, the last token of the vocabulary.
+        self.text_in_block = sizes[0] - 1 if sizes else None
 
     def forward(
         self,
@@ -88,33 +95,40 @@ class LcdistModel(LlamaModel):
         select_tokens: int | None = None,
         **unknown: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids `[b, s]` or inputs_embeds `[b, s, hidden]` to last hidden states of the text.
+        """Compute the last hidden states `[b, s, hidden]` of the text.
 
-        attention_mask `[b, s]`: 0 where there is no token, anywhere in a row; hidden states are 0
-        there, and elsewhere those of the row's tokens alone. select_tokens: as in
-        `LcdistForCausalLM`. Raises ValueError for what this model cannot do.
+        Args:
+            input_ids: token ids `[b, s]`.
+            attention_mask: `[b, s]`, 0 for padding, anywhere in a row. Padding gets hidden state 0,
+                and does not change the hidden states of the row's tokens.
+            inputs_embeds: embeddings `[b, s, hidden]` instead of input_ids.
+            select_tokens: as in `LcdistForCausalLM`.
+            unknown: arguments of transformers that this model does not support.
+
+        Raises:
+            ValueError: an unsupported argument is given.
         """
-        refuse(unknown)
+        check_unsupported(unknown)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        mask = whole_rows(attention_mask, x)
+        mask = token_mask(attention_mask, x)
         if mask is None:
-            return BaseModelOutputWithPast(last_hidden_state=self.read(x, select_tokens))
+            return BaseModelOutputWithPast(last_hidden_state=self.run_layers(x, select_tokens))
         out = torch.zeros_like(x)
-        for row, kept in enumerate(mask):
-            if kept.any():
-                alone = self.read(x[row : row + 1, kept], select_tokens)
-                out = out.index_put((torch.tensor(row, device=x.device), kept), alone[0])
+        for row, is_token in enumerate(mask):
+            if is_token.any():
+                hidden = self.run_layers(x[row : row + 1, is_token], select_tokens)
+                out = out.index_put((torch.tensor(row, device=x.device), is_token), hidden[0])
         return BaseModelOutputWithPast(last_hidden_state=out)
 
-    def read(self, x: Tensor, select_tokens: int | None = None) -> Tensor:
-        """Embedded text without padding, `[b, s, hidden]`, to hidden states of that shape."""
+    def run_layers(self, x: Tensor, select_tokens: int | None = None) -> Tensor:
+        """Map embedded text without padding, `[b, s, hidden]`, to hidden states of that shape."""
         text = torch.arange(x.shape[1], device=x.device)
         if self.text_in_block is not None and x.shape[1]:
             text = text + text // self.text_in_block
-            mark = self.embed_tokens.weight[-1].to(x)
-            slots = mark.expand(len(x), int(text[-1]) + 1, -1)
+            landmark = self.embed_tokens.weight[-1].to(x)
+            slots = landmark.expand(len(x), int(text[-1]) + 1, -1)
             x = slots.index_copy(1, text, x)
         config: Any = self.config
         rotate = rotation(
@@ -130,10 +144,9 @@ class LcdistModel(LlamaModel):
 class LcdistForCausalLM(LlamaForCausalLM):
     """The model with its output layer.
 
-    A model with landmarks takes and gives text alone: landmarks are put in here, and the logit of
-    the landmark token is -inf. select_tokens of `forward`: another size of landmark attention's
-    selection units than the trained one; generate() uses 1, with which no token depends on a later
-    one.
+    Input and output are text without landmarks: the model inserts landmarks, and the logit of the
+    landmark token is -inf. The argument select_tokens of `forward` overrides the trained size of
+    landmark attention's selection units. generate() uses 1: then no token depends on a later one.
     """
 
     config_class = LcdistConfig
@@ -143,11 +156,11 @@ class LcdistForCausalLM(LlamaForCausalLM):
     _supports_flash_attn_2 = False
     _supports_flex_attn = False
     _supports_attention_backend = False
-    # Told of no other batch's tokens: a trainer divides by the number of batches.
+    # The loss is a mean over this batch: a trainer divides by the number of batches.
     accepts_loss_kwargs = False
 
     def __init__(self, config: LcdistConfig) -> None:
-        # Not LLaMA's own, which would make its layers first.
+        # Skips LlamaForCausalLM, which would build its own layers first.
         super(LlamaForCausalLM, self).__init__(config)
         self.model = LcdistModel(config)
         self.vocab_size = config.vocab_size
@@ -164,15 +177,17 @@ class LcdistForCausalLM(LlamaForCausalLM):
         select_tokens: int | None = None,
         **unknown: Any,
     ) -> Any:
-        """Logits `[b, s, vocab]`, and with labels `[b, s]` the mean loss of the tokens they name.
+        """Compute logits `[b, s, vocab]`, and the mean loss if labels are given.
 
-        labels: the tokens themselves; -100 is not counted, nor is a row's first token. Other
-        arguments as those of `LcdistModel.forward` and LlamaForCausalLM.
+        Args:
+            input_ids: as in `LcdistModel.forward`, like the other arguments not listed here.
+            labels: the tokens themselves, `[b, s]`; -100 and a row's first token do not count.
+            logits_to_keep: number of last positions, or their indices; 0 keeps all.
         """
         as_tuple = unknown.pop("return_dict", None) is False
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-        asked = {"attention_mask": attention_mask, "select_tokens": select_tokens, **unknown}
-        hidden = self.model(**inputs, **asked).last_hidden_state
+        others = {"attention_mask": attention_mask, "select_tokens": select_tokens, **unknown}
+        hidden = self.model(**inputs, **others).last_hidden_state
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need all logits: leave logits_to_keep out")
         if isinstance(logits_to_keep, int):
@@ -181,62 +196,64 @@ class LcdistForCausalLM(LlamaForCausalLM):
             hidden = hidden[:, logits_to_keep]
         logits = self.lm_head(hidden)
         if self.model.text_in_block is not None:
-            never = torch.arange(logits.shape[-1], device=logits.device) == logits.shape[-1] - 1
-            logits = logits.masked_fill(never, -torch.inf)
+            landmark = logits.shape[-1] - 1
+            is_landmark = torch.arange(landmark + 1, device=logits.device) == landmark
+            logits = logits.masked_fill(is_landmark, -torch.inf)
         loss = None if labels is None else self.mean_loss(logits, labels, attention_mask)
         if as_tuple:
             return (logits,) if loss is None else (loss, logits)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     def mean_loss(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Each token predicts the next one; what is padded neither predicts nor is predicted."""
+        """Return the mean cross entropy of next tokens; padding neither predicts nor counts."""
         targets = labels[:, 1:].to(logits.device)
         if attention_mask is not None:
-            kept = attention_mask.to(logits.device) != 0
-            targets = targets.masked_fill(~(kept[:, 1:] & kept[:, :-1]), IGNORED)
+            is_token = attention_mask.to(logits.device) != 0
+            targets = targets.masked_fill(~(is_token[:, 1:] & is_token[:, :-1]), IGNORED)
         return F.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, which reads the whole text again for every token: without a cache."""
+        """Generate as transformers does, without a cache: each token reads the whole text again."""
         if kwargs.get("use_cache"):
             logger.warning_once("this model has no cache: use_cache = True is ignored")
-        theirs: Any = super()
-        return theirs.generate(*args, **{**kwargs, "use_cache": False})
+        parent: Any = super()
+        return parent.generate(*args, **{**kwargs, "use_cache": False})
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any
     ) -> dict[str, Any]:
-        """All of the text, whatever was read before."""
+        """Return the whole text as input of every step."""
         return {"input_ids": input_ids, "attention_mask": attention_mask, "select_tokens": 1}
 
 
-def refuse(unknown: dict[str, Any]) -> None:
-    """Raise ValueError for what is asked for beside text, and warn of a cache that is not there."""
+def check_unsupported(unknown: dict[str, Any]) -> None:
+    """Raise ValueError for an unsupported argument; warn if a cache is requested."""
     if unknown.pop("use_cache", None):
         logger.warning_once("this model has no cache: use_cache = True is ignored")
     for name, value in unknown.items():
         if value is not None and value is not False:
-            why = "positions follow from attention_mask" if "position" in name else "not done here"
-            raise ValueError(f"{name} is given: {why}; leave it out")
+            position = "position" in name
+            reason = "positions follow from attention_mask" if position else "not supported"
+            raise ValueError(f"{name} is given: {reason}; leave it out")
 
 
-def whole_rows(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Where rows have tokens, bool `[b, s]`; None where they have them everywhere."""
+def token_mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return bool `[b, s]`, True for tokens; None if there is no padding."""
     if attention_mask is None:
         return None
     if attention_mask.shape != x.shape[:2]:
         raise ValueError(
             f"attention_mask of shape {list(attention_mask.shape)}: expected {list(x.shape[:2])}, "
-            "0 where there is no token"
+            "0 for padding"
         )
     mask = attention_mask.to(x.device) != 0
     return None if bool(mask.all()) else mask
 
 
 def rope_of(config: LcdistConfig) -> dict[str, Any]:
-    """The rotation that config.json asks for, in the form of transformers 5, from 4's too."""
+    """Return the rotary keys of config.json in the form of transformers 5, also from 4's form."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     rope = {"rope_theta": getattr(config, "rope_theta", None), **rope}
     original = getattr(config, "original_max_position_embeddings", None)
