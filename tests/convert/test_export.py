@@ -185,6 +185,6 @@ def test_what_is_no_plain_model_is_refused_by_name(tmp_path: Path) -> None:
     run_ranks(save_odd, 1, tmp_path)
     with pytest.raises(ValueError, match=r"has LoRA adapters: .*\(lcdist convert merge\)"):
         export_model(tmp_path / "lora", tmp_path / "hf")
-    with pytest.raises(ValueError, match="nheads = 6: transformers reads no such model"):
+    with pytest.raises(ValueError, match="nheads = 6: transformers cannot load such a model"):
         export_model(tmp_path / "heads", tmp_path / "hf")
     assert {path.name for path in tmp_path.iterdir()} == {*ODD}

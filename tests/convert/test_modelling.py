@@ -141,7 +141,7 @@ def test_what_it_cannot_do_is_refused(
     second = model.generate(x, max_new_tokens=2, do_sample=False)
     assert torch.equal(first, second)
     assert caplog.text.count("this model has no cache") == 1
-    with pytest.raises(ValueError, match="says how 0 of 32 layers attend"):
+    with pytest.raises(ValueError, match="lists attention for 0 of 32 layers"):
         type(model)(type(model.config)())
 
 
