@@ -240,11 +240,11 @@ def test_decoded_token_selects_for_itself(options: LandmarkOptions, step: int) -
     problem = problem_of(options, 1)
     alone = dataclasses.replace(problem, options=dataclasses.replace(options, select_tokens=1))
     q, k, v = problem.qkv
-    got = [
+    outputs = [
         METHOD.decode(q[:, at], k, v, positions=at, **decode_arguments(problem))
         for at in torch.arange(q.shape[1]).split(step)
     ]
-    assert_all_match([torch.cat(got, 1)], [whole(alone)[0]])
+    assert_all_match([torch.cat(outputs, 1)], [whole(alone)[0]])
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -315,6 +315,6 @@ def test_dense_form_allows_groups_split_over_ranks() -> None:
         part = dataclasses.replace(
             problem, heads=heads, qkv=mine, dout=problem.dout[:, :, first : first + 2]
         )
-        got = on_virtual_ranks(part, "torch")[0]
-        assert_all_match(got[:1], [truth[:, :, first : first + 2]])
+        actual = on_virtual_ranks(part, "torch")[0]
+        assert_all_match(actual[:1], [truth[:, :, first : first + 2]])
     METHOD.check(BLOCKS, problem.layout, HeadSlice(0, 8, 0, 2), 4)

@@ -129,7 +129,7 @@ def test_bytes_by_hand(itemsize: int, wide: int) -> None:
     shape = Shape(batch=1, nheads=4, nheads_kv=2, head_dim=8, itemsize=itemsize)
     options = TensorizedOptions(modes=(3,), hop_heads="q", local_blocks=2)
     counted = METHOD.bytes(options, shape, ContextLayout("contiguous", 24, 2))
-    tokens = 12 // 2  # of 12, the half whose units are elsewhere
+    tokens = 12 // 2  # of 12, the half with units on the other rank
     forward = tokens * 8 * (4 + 2 + 4 + 4) * itemsize + tokens * 4 * wide
     backward = tokens * 8 * (4 + 4 + 2 + 4) * itemsize + 2 * tokens * 4 * wide
     halo = 3 * 2 * 2 * 8  # rank 0's last block, keys and values, and their gradients from rank 1
@@ -226,12 +226,12 @@ def test_some_heads_equal_those_of_the_whole_model(heads: tuple[int, int], hop_h
             dout=problem.dout[:, :, mine],
         )
         for impl in IMPLS:
-            got = on_virtual_ranks(part, impl)[0]
-            assert_all_match(got[:2], [x[:, :, mine] for x in truth[:2]])
+            actual = on_virtual_ranks(part, impl)[0]
+            assert_all_match(actual[:2], [x[:, :, mine] for x in truth[:2]])
             # The gradient of a bias that is given whole has zeros at heads of other ranks.
             expected = torch.zeros_like(truth[4])
             expected[:, mine] = truth[4][:, mine]
-            assert_matches(got[4], expected)
+            assert_matches(actual[4], expected)
 
 
 def test_hop_heads_follow_the_model_not_the_tensor() -> None:
