@@ -1,4 +1,4 @@
-"""Configuration: what is wrong is said in words that name the key, and all of it at once."""
+"""Configuration: messages name the key, and all mistakes are reported together."""
 
 import dataclasses
 import pickle
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def table(**sections: Any) -> dict[str, Any]:
-    """A configuration with every required key, and `sections` on top."""
+    """Return a TOML table with every required key, updated by `sections`."""
     model = {"vocab_size": 256, "num_layers": 2, "hidden_size": 64, "nheads": 4}
     smallest = {
         "model": model | {"ffn_hidden_size": 96},
@@ -56,14 +56,14 @@ def errors_of(raw: Mapping[str, Any], *overrides: str) -> list[str]:
     return list(caught.value.errors)
 
 
-def test_required_keys_are_enough_and_defaults_are_the_schemas() -> None:
+def test_required_keys_suffice_and_the_schema_has_defaults() -> None:
     config = parse(table())
     assert config.train.seqlen == 32 and config.attention.options == FullOptions()
     assert config.model.rope == RopePlain() and config.optim.beta2 == 0.95
 
 
 def pairs(text: str) -> list[tuple[str, str]]:
-    """What is written, and the answer below it."""
+    """Return (input, message) pairs from alternating lines."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     return list(zip(lines[::2], lines[1::2], strict=True))
 
@@ -75,8 +75,6 @@ paralel.cp_size = 2
     unknown key 'paralel'; did you mean 'parallel'?
 model.seqlen = 8
     unknown key 'model.seqlen'; did you mean 'train.seqlen'?
-optim.steps = 8
-    unknown key 'optim.steps'; did you mean 'train.steps'?
 evaluate.zzz = 1
     unknown key 'evaluate.zzz'; known keys: attention, lengths, tokens
 attention.chunk = 1
@@ -92,8 +90,6 @@ train.seqlen = true
     train.seqlen = True: expected int, got bool
 train.seqlen = 8.0
     train.seqlen = 8.0: expected int, got float
-train.steps = -1.5
-    train.steps = -1.5: expected int, got float
 train.seqlen = {a = 1}
     train.seqlen = {'a': 1}: expected int, got table
 model.tied_embeddings = 1
@@ -102,8 +98,6 @@ optim.lr = true
     optim.lr = True: expected float, got bool
 optim.lr = "3e-4"
     optim.lr = '3e-4': expected float, got str
-data.path = 7
-    data.path = 7: expected str, got int
 data.path = 2026-01-02
     data.path = datetime.date(2026, 1, 2): expected str, got date
 evaluate.lengths = 512
@@ -171,19 +165,17 @@ model.rope = {scaling = "ntk", factor = 0.5}
     model.rope.factor = 0.5: must be at least 1
 model.rope = {scaling = "dynamic"}
     missing key 'model.rope.original_seqlen': it has no default
-model.rope = {scaling = "longrope", original_seqlen = 4, short_factors = [0], long_factors = [1]}
-    model.rope.short_factors[0] = 0.0: must be greater than 0
 """
 
 
-@pytest.mark.parametrize(("written", "says"), pairs(MISTAKES))
-def test_a_mistake_is_named(written: str, says: str) -> None:
-    assert errors_of(table(**tomllib.loads(written))) == [says]
+@pytest.mark.parametrize(("text", "message"), pairs(MISTAKES))
+def test_mistake_names_the_key(text: str, message: str) -> None:
+    assert errors_of(table(**tomllib.loads(text))) == [message]
 
 
-def test_a_number_too_large_for_a_float_is_a_mistake() -> None:
-    says = "optim.lr: the number is too large for a float"
-    assert errors_of(table(optim={"lr": 10**400})) == [says]
+def test_number_too_large_for_a_float_is_rejected() -> None:
+    message = "optim.lr: the number is too large for a float"
+    assert errors_of(table(optim={"lr": 10**400})) == [message]
 
 
 def test_all_mistakes_are_reported_together() -> None:
@@ -203,16 +195,16 @@ def test_all_mistakes_are_reported_together() -> None:
     ]
 
 
-def test_all_mistakes_survive_the_way_to_another_rank() -> None:
+def test_config_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(ConfigError(["one", "two"])))
     assert error.errors == ("one", "two") and str(error) == "one\ntwo"
 
 
-def test_an_empty_file_is_told_every_key_it_needs() -> None:
-    needed = [error.removesuffix(": it has no default") for error in errors_of({})]
+def test_empty_file_reports_every_required_key() -> None:
+    missing = [error.removesuffix(": it has no default") for error in errors_of({})]
     model = ["vocab_size", "num_layers", "hidden_size", "nheads", "ffn_hidden_size"]
     keys = [*(f"model.{key}" for key in model), "train.seqlen", "train.steps", "log.folder"]
-    assert needed == [f"missing key '{key}'" for key in keys]
+    assert missing == [f"missing key '{key}'" for key in keys]
 
 
 def test_integers_become_floats_and_lists_tuples() -> None:
@@ -242,7 +234,7 @@ def test_integers_become_floats_and_lists_tuples() -> None:
         ),
     ],
 )
-def test_the_tag_chooses_the_member_of_a_union(rope: dict[str, Any], expected: Any) -> None:
+def test_tag_selects_the_member_of_a_union(rope: dict[str, Any], expected: Any) -> None:
     assert parse(table(model={"rope": rope})).model.rope == expected
 
 
@@ -250,21 +242,21 @@ def test_the_tag_chooses_the_member_of_a_union(rope: dict[str, Any], expected: A
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TheirOptions:
+class ExternalOptions:
     window: int = dataclasses.field(default=8, metadata={"min": 1})
     variant: Literal["a", "b"] = "a"
 
 
-def test_options_of_a_method_that_is_not_built_in_wait_for_it() -> None:
-    config = parse(table(attention={"method": "theirs", "window": 4, "impl": "torch"}))
+def test_options_of_an_external_method_stay_raw_until_built() -> None:
+    config = parse(table(attention={"method": "external", "window": 4, "impl": "torch"}))
     assert config.attention.impl == "torch"
     assert config.attention.options == RawOptions(table={"window": 4})
-    assert build_options(TheirOptions, config.attention.options) == TheirOptions(window=4)
+    assert build_options(ExternalOptions, config.attention.options) == ExternalOptions(window=4)
 
 
-def test_waiting_options_are_typed_as_strictly() -> None:
+def test_raw_options_are_checked_as_strictly() -> None:
     with pytest.raises(ConfigError) as caught:
-        build_options(TheirOptions, RawOptions(table={"windw": 4, "variant": "c", "window": 0}))
+        build_options(ExternalOptions, RawOptions(table={"windw": 4, "variant": "c", "window": 0}))
     assert caught.value.errors == (
         "attention.window = 0: must be at least 1",
         "attention.variant = 'c': must be one of a, b",
@@ -279,7 +271,6 @@ def test_waiting_options_are_typed_as_strictly() -> None:
     ("override", "keys", "value"),
     [
         ("train.steps=7", "train.steps", 7),
-        ("train.steps=1", "train.steps", 1),
         (" train . steps = 7 ", "train.steps", 7),
         ("optim.lr=1e-3", "optim.lr", 1e-3),
         ("log.wandb=true", "log.wandb", True),
@@ -295,14 +286,14 @@ def test_waiting_options_are_typed_as_strictly() -> None:
         ("model.rope={scaling = 'pi', factor = 2}", "model.rope", RopePI(factor=2.0)),
     ],
 )
-def test_an_override_is_a_toml_value_or_a_bare_word(override: str, keys: str, value: Any) -> None:
-    found: Any = parse(table(), [override])
+def test_override_is_a_toml_value_or_a_bare_word(override: str, keys: str, value: Any) -> None:
+    node: Any = parse(table(), [override])
     for key in keys.split("."):
-        found = getattr(found, key)
-    assert found == value and type(found) is type(value)
+        node = getattr(node, key)
+    assert node == value and type(node) is type(value)
 
 
-def test_the_last_override_wins_and_the_table_stays_as_it_was() -> None:
+def test_last_override_wins_and_the_table_is_not_changed() -> None:
     raw = table()
     assert parse(raw, ["train.steps=7", "train.steps=8"]).train.steps == 8
     assert raw == table()
@@ -321,8 +312,6 @@ train.seqlen.x=7
     override 'train.seqlen.x=7': 'train.seqlen' is not a table
 train.stepz=7
     unknown key 'train.stepz'; did you mean 'train.steps'?
-train.steps=ten
-    train.steps = 'ten': expected int, got str
 evaluate.lengths=[8
     override 'evaluate.lengths=[8': the value is not TOML
 data.path="x
@@ -330,17 +319,17 @@ data.path="x
 """
 
 
-@pytest.mark.parametrize(("override", "says"), pairs(MALFORMED))
-def test_a_malformed_override_is_named(override: str, says: str) -> None:
+@pytest.mark.parametrize(("override", "message"), pairs(MALFORMED))
+def test_malformed_override_is_reported(override: str, message: str) -> None:
     (error,) = errors_of(table(), override)
-    assert error.split(" (")[0] == says
+    assert error.split(" (")[0] == message
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (None, "No such file or directory"),
         ("folder", "Is a directory"),
@@ -350,18 +339,18 @@ def test_a_malformed_override_is_named(override: str, says: str) -> None:
         (b"a = " + b"9" * 5000, "not TOML"),
     ],
 )
-def test_an_unreadable_file_is_named(tmp_path: Path, content: Any, says: str) -> None:
+def test_unreadable_file_is_reported(tmp_path: Path, content: Any, message: str) -> None:
     path = tmp_path / "run.toml"
     if content == "folder":
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(ConfigError, match=says) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         load(path)
     assert caught.value.errors[0].startswith(f"cannot read configuration {path}: ")
 
 
-def test_a_file_loads_with_its_overrides(tmp_path: Path) -> None:
+def test_file_loads_with_overrides(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(dump(parse(table())), encoding="utf-8")
     assert load(path, ["train.steps=9"]) == parse(table(train={"steps": 9}))
@@ -369,7 +358,7 @@ def test_a_file_loads_with_its_overrides(tmp_path: Path) -> None:
 
 # --- round trip -----------------------------------------------------------------------------------
 
-# Everything a TOML string may hold: all of Unicode but surrogates, controls and quotes included.
+# A TOML string may contain all of Unicode except surrogates, also control characters and quotes.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 LEAVES = st.one_of(
     st.booleans(),
@@ -390,7 +379,7 @@ TABLES = st.dictionaries(TEXT.filter(lambda key: key not in OWN_KEYS | {*OPTIONS
 
 
 def values_of(hint: Any, metadata: Mapping[str, Any]) -> st.SearchStrategy[Any]:
-    """Any legal value of a field of the schema."""
+    """Return a strategy for legal values of a field of the schema."""
     low = metadata.get("min", metadata.get("above"))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return trees(hint)
@@ -415,7 +404,7 @@ def values_of(hint: Any, metadata: Mapping[str, Any]) -> st.SearchStrategy[Any]:
 
 @st.composite
 def trees(draw: st.DrawFn, cls: type = Config) -> Any:
-    """Any legal tree of the schema."""
+    """Draw a legal instance of a dataclass of the schema."""
     values: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -427,21 +416,21 @@ def trees(draw: st.DrawFn, cls: type = Config) -> Any:
         elif field.name == "method":
             values["method"] = draw(st.sampled_from(sorted(OPTIONS)) | TEXT)
         elif field.name == "layers":
-            values["layers"] = draw(st.sampled_from(["", "theirs@3::4 full@0,-1"]))
+            values["layers"] = draw(st.sampled_from(["", "external@3::4 full@0,-1"]))
         else:
             values[field.name] = draw(values_of(hints[field.name], field.metadata))
     return cls(**values)
 
 
 def options_of(method: str) -> st.SearchStrategy[Any]:
-    """Any legal options of a method, built in or not."""
+    """Return a strategy for legal options of a method, built-in or external."""
     if method in OPTIONS:
         return trees(OPTIONS[method])
     return TABLES.map(lambda table: RawOptions(table=table))
 
 
 @given(trees())
-def test_what_is_dumped_loads_back_equal(config: Config) -> None:
+def test_dump_loads_back_equal(config: Config) -> None:
     assert parse(tomllib.loads(dump(config))) == config
 
 

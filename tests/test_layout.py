@@ -1,4 +1,4 @@
-"""The laws of ContextLayout, for every kind and cp 1 to 8; by eye on eight integers; its errors."""
+"""ContextLayout: properties for every kind and cp 1 to 8, small examples, and errors."""
 
 import re
 from math import lcm
@@ -22,8 +22,8 @@ def layouts(draw: st.DrawFn) -> ContextLayout:
 @st.composite
 def borders(draw: st.DrawFn) -> tuple[ContextLayout, torch.Tensor]:
     layout = draw(layouts())
-    cuts = draw(st.lists(st.integers(0, layout.seqlen), max_size=5))
-    return layout, torch.tensor([0, *sorted(cuts), layout.seqlen], dtype=torch.int32)
+    inner = draw(st.lists(st.integers(0, layout.seqlen), max_size=5))
+    return layout, torch.tensor([0, *sorted(inner), layout.seqlen], dtype=torch.int32)
 
 
 @given(layouts(), st.integers(0, 2))
@@ -44,7 +44,7 @@ def test_positions_are_a_partition(layout):
 
 
 @given(layouts())
-def test_all_ranks_hold_equally_many(layout):
+def test_all_ranks_hold_equally_many_tokens(layout):
     assert layout.local_seqlen * layout.cp_size == layout.seqlen
     for rank in range(layout.cp_size):
         assert layout.positions(rank).shape == (layout.local_seqlen,)
@@ -63,7 +63,7 @@ def test_one_rank_holds_everything_in_order(kind, seqlen):
 
 
 @given(layouts())
-def test_shard_takes_what_positions_say(layout):
+def test_shard_selects_positions(layout):
     x = torch.arange(layout.seqlen)
     for rank in range(layout.cp_size):
         assert torch.equal(layout.shard(x, rank, 0), layout.positions(rank))
@@ -71,7 +71,7 @@ def test_shard_takes_what_positions_say(layout):
 
 @given(layouts())
 def test_zigzag_and_striped_share_causal_work(layout):
-    """The sum of positions is the causal work: for zigzag the same on all ranks."""
+    """The sum of positions is the work of causal attention: with zigzag equal on all ranks."""
     work = [int(layout.positions(rank).sum()) for rank in range(layout.cp_size)]
     spread = {"zigzag": 0, "striped": layout.seqlen, "contiguous": layout.seqlen**2}
     assert max(work) - min(work) <= spread[layout.kind]
@@ -97,7 +97,9 @@ def test_local_borders_count_the_tokens_before_them(case):
 
 @given(st.sampled_from(KINDS), st.integers(1, 8), st.integers(1, 12), st.integers(1, 200))
 @settings(max_examples=200)
-def test_what_does_not_fit_is_refused_and_the_remedy_fits(kind, cp_size, multiple_of, seqlen):
+def test_seqlen_that_does_not_fit_is_rejected_with_one_that_fits(
+    kind, cp_size, multiple_of, seqlen
+):
     step = lcm(pieces_needed(kind, cp_size), multiple_of)
     if seqlen % step == 0:
         assert ContextLayout(kind, seqlen, cp_size, multiple_of).seqlen == seqlen
@@ -141,7 +143,7 @@ def test_eight_tokens_on_two_ranks(kind, held):
     assert [layout.positions(rank).tolist() for rank in range(2)] == held
 
 
-def test_local_borders_by_eye():
+def test_local_borders_of_a_small_example():
     layout = ContextLayout("zigzag", 8, cp_size=2)
     cu_seqlens = torch.tensor([0, 3, 3, 7, 8], dtype=torch.int32)
     # Rank 0 holds 0 1 | 6 | 7, rank 1 holds 2 | 3 4 5.
@@ -156,7 +158,7 @@ def test_shard_is_differentiable():
     assert x.grad is not None and x.grad.tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
 
 
-def test_errors():
+def test_errors_name_the_values():
     with pytest.raises(ValueError, match="layout kind 'zickzack': must be one of contiguous, zig"):
         ContextLayout("zickzack", 8, 2)
     with pytest.raises(ValueError, match="cp_size = 0, multiple_of = 1: both must be >= 1"):
@@ -179,7 +181,7 @@ def test_errors():
         layout.unshard([torch.zeros(3)] * 2, 0)
 
 
-def test_it_cannot_be_changed_and_equal_facts_are_equal_layouts():
+def test_layout_is_immutable_and_compares_by_value():
     layout = ContextLayout("zigzag", 8, 2)
     with pytest.raises(AttributeError):
         layout.seqlen = 16  # pyright: ignore[reportAttributeAccessIssue]

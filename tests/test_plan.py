@@ -1,4 +1,4 @@
-"""The plan: contradictions reported together, and numbers that a real run bears out."""
+"""The plan: conflicts are reported together, and estimates agree with real runs."""
 
 import dataclasses
 import shlex
@@ -39,9 +39,9 @@ def errors_of(*overrides: str, world_size: int = 1) -> list[str]:
     return list(caught.value.errors)
 
 
-# --- contradictions -------------------------------------------------------------------------------
+# --- conflicts ----------------------------------------------------------------------------------
 
-CONTRADICTIONS = {
+CONFLICTS = {
     "model.nheads=5 model.nheads_kv=5":
         "model.hidden_size = 64 is not a multiple of model.nheads = 5; change one of them "
         "or set model.head_dim",
@@ -135,68 +135,73 @@ CONTRADICTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("overrides", CONTRADICTIONS)
-def test_a_contradiction_is_named(overrides: str) -> None:
+@pytest.mark.parametrize("overrides", CONFLICTS)
+def test_conflict_is_reported(overrides: str) -> None:
     words = shlex.split(overrides)
     world = smallest_world(load(DEBUG, words))
-    assert errors_of(*words, world_size=world) == [CONTRADICTIONS[overrides]]
+    assert errors_of(*words, world_size=world) == [CONFLICTS[overrides]]
 
 
 @pytest.mark.parametrize("world_size", [0, -2, 1, 3])
-def test_a_world_that_the_mesh_does_not_divide_is_named(world_size: int) -> None:
+def test_world_size_that_is_no_multiple_of_the_mesh_is_rejected(world_size: int) -> None:
     mesh = "parallel.tp_size x pp_size x cp_size = 1 x 1 x 2 = 2"
     assert errors_of("parallel.cp_size=2", world_size=world_size) == [
         f"world size {world_size} is not a multiple of {mesh}; start 2 processes or a multiple"
     ]
 
 
-def test_the_data_parallel_size_must_divide_the_batch() -> None:
+def test_data_parallel_size_must_divide_the_batch() -> None:
     (error,) = errors_of(world_size=3)
     assert error.endswith("train.micro_batch_size x data-parallel size = 1 x 3 = 3")
 
 
-def test_all_contradictions_are_reported_together() -> None:
-    alone = ["model.nheads_kv=3", "train.micro_batch_size=3", "optim.min_lr=1", "data.path=here"]
-    alone += ["optim.schedule=wsd", "attention.method=fool"]
-    assert set(errors_of(*alone)) == {CONTRADICTIONS[override] for override in alone}
+def test_all_conflicts_are_reported_together() -> None:
+    conflicts = [
+        "model.nheads_kv=3",
+        "train.micro_batch_size=3",
+        "optim.min_lr=1",
+        "data.path=here",
+    ]
+    conflicts += ["optim.schedule=wsd", "attention.method=fool"]
+    assert set(errors_of(*conflicts)) == {CONFLICTS[override] for override in conflicts}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TheirOptions:
+class ExternalOptions:
     block: int = 6
 
 
 @pytest.fixture
-def theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method of another package: one layout, blocks, no packed documents."""
+def external(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register a method of another package: one layout, blocks, no packed documents."""
     method = dataclasses.replace(
         METHODS["full"],
-        name="theirs",
-        options=TheirOptions,
+        name="external",
+        options=ExternalOptions,
         layouts_for=lambda options: ("contiguous",),
         multiple_of=lambda options, cp_size, kind="contiguous": options.block * cp_size,
         supports=frozenset({"gqa"}),
         impls=("auto", "reference"),
     )
-    monkeypatch.setitem(METHODS, "theirs", method)
+    monkeypatch.setitem(METHODS, "external", method)
 
 
-@pytest.mark.usefixtures("theirs")
-def test_a_method_is_asked_for_its_layouts_and_options() -> None:
-    mine = "attention.method=theirs"
-    assert errors_of(mine, "parallel.layout=zigzag", "data.documents=pack") == [
-        "data.documents = 'pack': attention.method = 'theirs' cannot pack documents",
-        "parallel.layout = 'zigzag': attention.method = 'theirs' takes contiguous",
+@pytest.mark.usefixtures("external")
+def test_external_method_gives_its_layouts_and_options() -> None:
+    method = "attention.method=external"
+    assert errors_of(method, "parallel.layout=zigzag", "data.documents=pack") == [
+        "data.documents = 'pack': attention.method = 'external' cannot pack documents",
+        "parallel.layout = 'zigzag': attention.method = 'external' takes contiguous",
     ]
-    (error,) = errors_of(mine, "attention.impl=triton")
-    assert error == ("attention.impl = 'triton': attention.method = 'theirs' has auto, reference")
-    (error,) = errors_of(mine, "attention.blok=5")
+    (error,) = errors_of(method, "attention.impl=triton")
+    assert error == ("attention.impl = 'triton': attention.method = 'external' has auto, reference")
+    (error,) = errors_of(method, "attention.blok=5")
     assert error == "unknown key 'attention.blok'; did you mean 'attention.block'?"
-    plan = plan_of(mine, "attention.block=5", "parallel.cp_size=3")
+    plan = plan_of(method, "attention.block=5", "parallel.cp_size=3")
     assert (plan.layout.kind, plan.shape.seqlen, plan.layers[0].options) == (
         "contiguous",
         270,
-        TheirOptions(block=5),
+        ExternalOptions(block=5),
     )
 
 
@@ -243,20 +248,22 @@ def test_layers_may_differ() -> None:
         ),
     ],
 )
-def test_the_sample_is_padded_to_what_the_cuts_need(overrides: str, seqlen: int, kind: str) -> None:
+def test_sample_is_padded_to_a_multiple_for_the_mesh(
+    overrides: str, seqlen: int, kind: str
+) -> None:
     plan = plan_of(*overrides.split())
     assert (plan.shape.seqlen, plan.layout.kind) == (seqlen, kind)
     assert plan.layout.local_seqlen * plan.layout.cp_size == seqlen
 
 
-def test_the_smallest_world_and_what_remains_for_data() -> None:
+def test_data_parallel_size_is_the_rest_of_the_world() -> None:
     mesh = ("parallel.tp_size=2", "parallel.cp_size=2", "parallel.pp_size=2")
     assert smallest_world(load(DEBUG, mesh)) == 8
     plan = plan_of(*mesh, world_size=16)
     assert (plan.dp_size, plan.shape.num_micro_batches) == (2, 2)
 
 
-def test_the_vocabulary_is_padded_for_every_tp_size() -> None:
+def test_vocabulary_is_padded_for_every_tp_size() -> None:
     sizes = {"model.vocab_size=257": 384, "model.vocab_size=256": 256}
     assert {words: plan_of(words).shape.padded_vocab_size for words in sizes} == sizes
     odd = ("model.nheads=6", "model.nheads_kv=3", "model.head_dim=8", "model.ffn_hidden_size=177")
@@ -294,15 +301,15 @@ def test_exchange_bytes_by_hand() -> None:
     plan = plan_of(*BY_HAND, *mesh)
     # k and v of 2 samples, 2 local tokens, 1 head, 6 wide, fp32, to one other rank ...
     block = 2 * 2 * 2 * 1 * 6 * 4
-    # ... and back again with their gradients, which need a second hop to come home.
+    # ... and again in backward with their gradients, which need a second hop to return.
     assert plan.traffic.exchange_bytes == (block, block + 2 * block)
     assert plan.traffic.exchange_bytes_per_step == 3 * 3 * (block + 3 * block)
-    again = plan_of(*BY_HAND, *mesh, "train.recompute=full")
-    assert again.traffic.exchange_bytes_per_step == 3 * 3 * (2 * block + 3 * block)
+    recomputing = plan_of(*BY_HAND, *mesh, "train.recompute=full")
+    assert recomputing.traffic.exchange_bytes_per_step == 3 * 3 * (2 * block + 3 * block)
     assert plan_of(*BY_HAND).traffic.exchange_bytes == (0, 0)
 
 
-def test_the_shape_of_a_rank_has_its_share_of_the_heads() -> None:
+def test_attention_shape_of_a_rank_has_its_share_of_the_heads() -> None:
     plan = plan_of("parallel.tp_size=4", "model.nheads_kv=2", "train.seqlen=64")
     heads = HeadSlice(first=3, nheads=4, first_kv=1, nheads_kv=2)
     assert plan.shape.attention_shape(3, tp_rank=3) == Shape(
@@ -329,37 +336,39 @@ MODELS = {
 }
 
 
-def held(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[tuple[Any, ...]]:
-    """For each case: parameters on this rank, elements of its optimizer's moments."""
-    found = []
+def parameters_and_moments(
+    rank: int, world_size: int, cases: list[tuple[str, ...]]
+) -> list[tuple[Any, ...]]:
+    """Return (parameters on this rank, elements of its optimizer's moments) for each case."""
+    results = []
     for overrides in cases:
         plan = plan_of(*ODD, *overrides, world_size=world_size)
         mesh = build_mesh(plan.config.parallel, 0)
         trainer = build_trainer(plan, mesh, open_dataset(plan), Peak(1.0, "config"))
         parameters = sum(p.numel() for chunk in chunks_of(trainer) for p in chunk.parameters())
         moments = sum(master.numel() for master in optimizer_of(trainer).masters)
-        found.append((parameters, moments))
-    return found
+        results.append((parameters, moments))
+    return results
 
 
 @pytest.mark.parametrize("world_size", MODELS)
-def test_parameters_and_states_are_those_of_real_models(world_size: int) -> None:
-    ranks = run_ranks(held, world_size, MODELS[world_size])
-    for overrides, *found in zip(MODELS[world_size], *ranks, strict=True):
+def test_parameters_and_states_equal_those_of_real_models(world_size: int) -> None:
+    ranks = run_ranks(parameters_and_moments, world_size, MODELS[world_size])
+    for overrides, *measured in zip(MODELS[world_size], *ranks, strict=True):
         plan = plan_of(*ODD, *overrides, world_size=world_size)
         first, last = plan.parameters.stages
-        assert (found[0][0], found[-1][0]) == (first, last), overrides
+        assert (measured[0][0], measured[-1][0]) == (first, last), overrides
         if world_size == 1:
-            assert found[0] == (plan.parameters.total, plan.parameters.total), overrides
+            assert measured[0] == (plan.parameters.total, plan.parameters.total), overrides
         # Weights, fp32 gradients, two fp32 moments and, beside bf16 weights, an fp32 master.
         masters = 12 if plan.dtype == "bf16" else 8
-        most = max(p * (plan.shape.itemsize + 4) + moments * masters for p, moments in found)
+        most = max(p * (plan.shape.itemsize + 4) + moments * masters for p, moments in measured)
         assert plan.memory.state_bytes == pytest.approx(most, rel=0.02), overrides
 
 
-def kept(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
-    """For each case: the bytes that a forward pass keeps for backward on this rank."""
-    found = []
+def saved_activations(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
+    """Return the bytes that a forward pass saves for backward on this rank, for each case."""
+    results = []
     for overrides in cases:
         plan = plan_of(*ODD, *overrides)
         mesh = build_mesh(plan.config.parallel, 0)
@@ -378,30 +387,34 @@ def kept(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             sequence = SequenceParams(layout=plan.layout)
             losses = model(tokens, None, None, labels=tokens, packed_seq_params=sequence)
-        found.append(sum(storage.nbytes() for storage in saved.values()))
+        results.append(sum(storage.nbytes() for storage in saved.values()))
         losses.sum().backward()
-    return found
+    return results
 
 
-KEPT = {1: [(), (TWO,)], 2: [(CP,), (CP, TWO), (TP,), (TP, SEQUENCE), (TP, TWO)]}
+MESHES = {1: [(), (TWO,)], 2: [(CP,), (CP, TWO), (TP,), (TP, SEQUENCE), (TP, TWO)]}
 
 
-@pytest.mark.parametrize("world_size", KEPT)
-def test_activations_are_what_autograd_keeps(world_size: int) -> None:
-    ranks = run_ranks(kept, world_size, KEPT[world_size])
-    for overrides, *found in zip(KEPT[world_size], *ranks, strict=True):
+@pytest.mark.parametrize("world_size", MESHES)
+def test_activations_equal_what_autograd_saves(world_size: int) -> None:
+    ranks = run_ranks(saved_activations, world_size, MESHES[world_size])
+    for overrides, *measured in zip(MESHES[world_size], *ranks, strict=True):
         plan = plan_of(*ODD, *overrides)
-        assert plan.memory.activation_bytes == pytest.approx(max(found), rel=0.02), overrides
+        assert plan.memory.activation_bytes == pytest.approx(max(measured), rel=0.02), overrides
 
 
-def test_recomputation_keeps_inputs_and_works_on_one_layer() -> None:
-    again, single = "train.recompute=full", "model.num_layers=1"
-    ((outside, all_kept, one_kept),) = run_ranks(kept, 1, [(again,), (), (single,)])
-    layer = (all_kept - one_kept) / 3
-    assert plan_of(*ODD, again).memory.activation_bytes == pytest.approx(outside + layer, rel=0.02)
+def test_full_recompute_saves_inputs_and_recomputes_one_layer() -> None:
+    recompute, single = "train.recompute=full", "model.num_layers=1"
+    ((outside, all_layers, one_layer),) = run_ranks(
+        saved_activations, 1, [(recompute,), (), (single,)]
+    )
+    layer = (all_layers - one_layer) / 3
+    assert plan_of(*ODD, recompute).memory.activation_bytes == pytest.approx(
+        outside + layer, rel=0.02
+    )
 
 
-def test_pipelining_keeps_what_is_in_flight() -> None:
+def test_pipelining_saves_activations_of_micro_batches_in_flight() -> None:
     one, two = plan_of(*ODD), plan_of(*ODD, PP)
     four = plan_of(*ODD, "parallel.pp_size=4")
     logits = 4 * 384 * 120 + 3 * 4 * 64 * 120
@@ -420,20 +433,22 @@ def test_pipelining_keeps_what_is_in_flight() -> None:
 CHUNKED = ("train.loss=chunked", "train.loss_chunk=50")
 
 
-@pytest.mark.parametrize("world_size", KEPT)
-def test_a_loss_by_chunks_keeps_no_logits(world_size: int) -> None:
-    cases = [(*overrides, *CHUNKED) for overrides in KEPT[world_size]]
-    ranks = run_ranks(kept, world_size, cases)
-    for overrides, *found in zip(cases, *ranks, strict=True):
+@pytest.mark.parametrize("world_size", MESHES)
+def test_chunked_loss_saves_no_logits(world_size: int) -> None:
+    cases = [(*overrides, *CHUNKED) for overrides in MESHES[world_size]]
+    ranks = run_ranks(saved_activations, world_size, cases)
+    for overrides, *measured in zip(cases, *ranks, strict=True):
         plan = plan_of(*ODD, *overrides)
-        # The logits of 50 tokens, at work in backward and not kept.
-        work = 50 * 4 * 384 // plan.config.parallel.tp_size
-        assert plan.memory.activation_bytes - work == pytest.approx(max(found), rel=0.02), overrides
+        # The logits of 50 tokens are a temporary buffer of backward.
+        buffers = 50 * 4 * 384 // plan.config.parallel.tp_size
+        assert plan.memory.activation_bytes - buffers == pytest.approx(max(measured), rel=0.02), (
+            overrides
+        )
 
 
 def peak_of_loss(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
-    """For each case: the bytes that live at most while the loss and its gradients are made."""
-    found = []
+    """Return the peak bytes of computing the loss and its gradients, for each case."""
+    results = []
     for overrides in cases:
         plan = plan_of(*ODD, *overrides)
         group = build_mesh(plan.config.parallel, 0).tp_group
@@ -447,31 +462,31 @@ def peak_of_loss(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> li
         shard = VocabShard(0, rows, group if group.size() > 1 else None)
         with LiveTensors() as live:
             output_losses(hidden, weight, targets, shard, chunk).sum().backward()
-        # Hidden states' gradient is counted with the activations.
-        found.append(live.peak - hidden.nbytes)
-    return found
+        # The gradient of the hidden states is counted with the activations.
+        results.append(live.peak - hidden.nbytes)
+    return results
 
 
-def test_the_work_of_a_loss_by_chunks_is_what_a_real_one_allocates() -> None:
+def test_buffers_of_a_chunked_loss_equal_a_real_ones() -> None:
     wide = ("model.vocab_size=6000", "train.loss=chunked", "train.loss_chunk=40")
     cases = [wide, (*wide, "train.dtype=bf16"), (*wide, "train.loss_chunk=1000")]
     for cases_of_size in (cases, [(*case, TP) for case in cases]):
         ranks = run_ranks(peak_of_loss, 2 if TP in cases_of_size[0] else 1, cases_of_size)
-        for overrides, *found in zip(cases_of_size, *ranks, strict=True):
+        for overrides, *measured in zip(cases_of_size, *ranks, strict=True):
             assert sum(plan_of(*ODD, *overrides).memory.loss_bytes) == pytest.approx(
-                max(found), rel=0.05
+                max(measured), rel=0.05
             )
 
 
-def test_the_loss_goes_by_chunks_above_16k_tokens_a_rank() -> None:
-    kept = ("train.recompute=none", "train.mlp=whole")
-    sizes = ("model.vocab_size=32768", "train.seqlen=16384", *kept)
+def test_loss_is_chunked_above_16k_tokens_a_rank() -> None:
+    savings_off = ("train.recompute=none", "train.mlp=whole")
+    sizes = ("model.vocab_size=32768", "train.seqlen=16384", *savings_off)
     whole = plan_of(*sizes)
     assert whole.memory.loss_chunk(whole.shape.local_tokens) is None
     assert whole.memory.loss_bytes == (16384 * 32768 * 4, 0)
     assert dict(plan_rows(whole))["loss"] == "whole logits, 2.000 GiB a rank"
     two = plan_of(*sizes, TWO)
-    # 128 MiB are the fp32 logits of 1,024 tokens; two numbers of 4 and 8 bytes are kept of each.
+    # 128 MiB hold the fp32 logits of 1,024 tokens; 4 + 8 bytes are saved for each token.
     assert two.memory.loss_chunk(two.shape.local_tokens) == 1024
     assert two.memory.loss_bytes == (32768 * 12, 1024 * 32768 * 4)
     assert dict(plan_rows(two))["loss"] == (
@@ -499,24 +514,24 @@ STEPS = [
 ]
 
 
-def sent(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
-    """For each case: the bytes that this rank's attention sends in one step."""
-    found = []
+def sent_bytes(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[int]:
+    """Return the bytes that this rank's attention sends in one step, for each case."""
+    results = []
     for overrides in cases:
         plan = plan_of(*ODD, "model.num_layers=2", *overrides, world_size=world_size)
         mesh = build_mesh(plan.config.parallel, 0)
         trainer = build_trainer(plan, mesh, open_dataset(plan), Peak(1.0, "config"))
         with traffic() as t:
             trainer.engine.forward_backward(trainer.loader.next_step())
-        found.append(t.total)
-    return found
+        results.append(t.total)
+    return results
 
 
-def test_the_bytes_of_a_step_are_those_that_a_step_sends() -> None:
-    for overrides, *found in zip(STEPS, *run_ranks(sent, 2, STEPS), strict=True):
+def test_bytes_of_a_step_equal_what_a_step_sends() -> None:
+    for overrides, *measured in zip(STEPS, *run_ranks(sent_bytes, 2, STEPS), strict=True):
         plan = plan_of(*ODD, "model.num_layers=2", *overrides)
-        assert found == [plan.traffic.exchange_bytes_per_step] * 2, overrides
-        assert found[0] > 0
+        assert measured == [plan.traffic.exchange_bytes_per_step] * 2, overrides
+        assert measured[0] > 0
 
 
 # --- for other hardware ---------------------------------------------------------------------------
@@ -539,18 +554,18 @@ def test_planning_for_a_gpu_does_not_ask_this_machine(monkeypatch: pytest.Monkey
 # --- on the command line --------------------------------------------------------------------------
 
 
-def test_plan_command_takes_the_smallest_world(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_command_defaults_to_the_smallest_world(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(DEBUG), CP, "parallel.tp_size=2"]) == 0
     assert "4 = dp 1 x pp 1 x cp 2 x tp 2" in capsys.readouterr().out
 
 
-def test_plan_command_takes_the_world_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_command_uses_the_given_world_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(DEBUG), "--world-size", "2", "train.seqlen=99"]) == 0
     shown = capsys.readouterr().out
     assert "2 = dp 2 x pp 1 x cp 1 x tp 1" in shown and "99 tokens a rank" in shown
 
 
-def test_plan_command_plans_for_the_gpu_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_command_uses_the_given_hardware(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(DEBUG), "--hardware", "h200"]) == 0
     shown = capsys.readouterr().out
     assert "in bf16" in shown and "of 141.0 GiB on each NVIDIA H200" in shown
@@ -561,7 +576,7 @@ def test_plan_command_plans_for_the_gpu_it_is_given(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         ([str(DEBUG), "--world-size", "0"], "world size 0 is not a multiple"),
         ([str(DEBUG), "train.stepz=1"], "unknown key 'train.stepz'; did you mean 'train.steps'?"),
@@ -572,15 +587,17 @@ def test_plan_command_plans_for_the_gpu_it_is_given(capsys: pytest.CaptureFixtur
         ([str(DEBUG.parent)], "Is a directory"),
     ],
 )
-def test_plan_command_answers_a_mistake_with_status_2(
-    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+def test_plan_command_exits_with_status_2_on_a_mistake(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", *words]) == 2
     shown = capsys.readouterr()
-    assert shown.out == "" and shown.err.startswith("configuration error: ") and says in shown.err
+    assert (
+        shown.out == "" and shown.err.startswith("configuration error: ") and message in shown.err
+    )
 
 
 @pytest.mark.parametrize("late", [["--wrld-size", "2"], ["train.steps=2", "-x"]])
-def test_a_misspelt_option_is_no_override(late: list[str]) -> None:
+def test_misspelt_option_is_not_an_override(late: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["plan", str(DEBUG), *late])

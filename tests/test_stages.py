@@ -1,4 +1,4 @@
-"""Stages: how a file becomes several configurations, and how they are trained one after another."""
+"""Stages: one file gives several configurations, which are trained one after another."""
 
 import json
 from pathlib import Path
@@ -56,9 +56,7 @@ def written(folder: Path, text: str = BASE + STAGES) -> Path:
     return file
 
 
-def test_a_stage_differs_in_what_it_says_and_begins_where_the_last_one_ended(
-    tmp_path: Path,
-) -> None:
+def test_stage_overrides_its_keys_and_starts_from_the_previous_one(tmp_path: Path) -> None:
     short, long = load_stages(written(tmp_path))
     home = str(tmp_path / "run")
     assert (short.name, long.name) == ("short", "long")
@@ -74,13 +72,13 @@ def test_a_stage_differs_in_what_it_says_and_begins_where_the_last_one_ended(
     assert long.config.model.num_layers == 2 and long.config.parallel.cp_size == 2
 
 
-def test_a_file_without_stages_is_one(tmp_path: Path) -> None:
+def test_file_without_stages_is_one_stage(tmp_path: Path) -> None:
     [only] = load_stages(written(tmp_path, BASE), ["train.steps=9"])
     assert only.name == "" and only.config.train.steps == 9
     assert only.config.log.folder == str(tmp_path / "run")
 
 
-def test_overrides_are_for_all_stages_or_for_the_one_they_name(tmp_path: Path) -> None:
+def test_override_applies_to_all_stages_or_to_the_named_one(tmp_path: Path) -> None:
     words = ["train.steps=9", "stages.long.train.seqlen=96", "checkpoint.load=elsewhere"]
     short, long = load_stages(written(tmp_path), words)
     assert (short.config.train.steps, long.config.train.steps) == (9, 9)
@@ -89,14 +87,14 @@ def test_overrides_are_for_all_stages_or_for_the_one_they_name(tmp_path: Path) -
     assert long.config.checkpoint.load == short.config.log.folder
 
 
-def test_adapters_are_read_once_and_come_along_with_the_weights(tmp_path: Path) -> None:
+def test_adapters_are_loaded_by_the_first_stage_only(tmp_path: Path) -> None:
     words = ["lora.rank=4", "lora.load=adapter"]
     short, long = load_stages(written(tmp_path), words)
     assert (short.config.lora.load, long.config.lora.load) == ("adapter", "")
     assert long.config.lora.rank == 4
 
 
-def test_another_kind_replaces_the_whole_table(tmp_path: Path) -> None:
+def test_table_with_another_tag_replaces_the_whole_table(tmp_path: Path) -> None:
     yarn = '[[stages]]\nname="x"\nmodel.rope = {scaling="yarn", original_seqlen=16}\n'
     [stage] = load_stages(written(tmp_path, BASE + yarn))
     assert stage.config.model.rope == RopeYarn(original_seqlen=16)
@@ -145,7 +143,7 @@ def test_another_kind_replaces_the_whole_table(tmp_path: Path) -> None:
         (BASE, ["stages.long.train.steps=3"], "override 'stages.long.train.steps=3': "),
     ],
 )
-def test_a_mistake_is_named_with_its_stage(
+def test_mistake_names_its_stage(
     tmp_path: Path, stages: str, words: list[str], expected: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -154,25 +152,25 @@ def test_a_mistake_is_named_with_its_stage(
     assert line.startswith(expected)
 
 
-NAMES = ("whole", "stopped", "apart")
+NAMES = ("whole", "stopped", "separate")
 
 
 def train(rank: int, world_size: int, folder: Path) -> list[Any]:
     launched(world_size)
-    [whole, stopped, apart] = [load_stages(folder / name / "stages.toml") for name in NAMES]
-    found: list[Any] = [run_stages(whole)]
+    [whole, stopped, separate] = [load_stages(folder / name / "stages.toml") for name in NAMES]
+    results: list[Any] = [run_stages(whole)]
     home = folder / "stopped" / "run"
     with asked_at(5, home / "stop"):
-        found.append(run_stages(stopped))
-    marks = sorted(path.name for path in home.iterdir())
-    found += [marks, json.loads((home / "STOPPED").read_text())]
-    # The next start takes the marks away, which the other rank may not have read yet.
+        results.append(run_stages(stopped))
+    signals = sorted(path.name for path in home.iterdir())
+    results += [signals, json.loads((home / "STOPPED").read_text())]
+    # The next start removes the signal files, which the other rank may not have read yet.
     dist.barrier()
-    found.append(run_stages(stopped))
-    found += [run_stages(stopped), sorted(path.name for path in home.iterdir())]
-    for stage in apart:
+    results.append(run_stages(stopped))
+    results += [run_stages(stopped), sorted(path.name for path in home.iterdir())]
+    for stage in separate:
         run(stage.config)
-    return found
+    return results
 
 
 def curve(folder: Path) -> list[tuple[float, ...]]:
@@ -194,27 +192,27 @@ def test_stages_are_runs_one_after_another(trained: Any) -> None:
     assert (whole.status, whole.step) == ("finished", 9)
     assert whole.reason == "all 2 stages are done"
     for stage, steps in (("1-short", 4), ("2-long", 9)):
-        found, expected = (folder / how / "run" / stage for how in ("whole", "apart"))
+        found, expected = (folder / name / "run" / stage for name in ("whole", "separate"))
         assert curve(found) == curve(expected) and len(curve(found)) == steps
     last = "run/2-long/checkpoints/step_00000009"
-    assert_same_tensors(folder / "whole" / last, folder / "apart" / last)
+    assert_same_tensors(folder / "whole" / last, folder / "separate" / last)
 
 
-def test_a_stopped_stage_goes_on(trained: Any) -> None:
-    folder, (_, stopped, marks, mark, ended, again, left) = trained
+def test_stopped_stage_continues(trained: Any) -> None:
+    folder, (_, stopped, signals, signal, finished, again, remaining) = trained
     assert stopped.status == "stopped" and stopped.step in (5, 6)
     assert stopped.reason == "stage long: told to stop (the file stop)"
-    assert marks == ["1-short", "2-long", "STOPPED"]
-    assert mark["step"] == stopped.step
-    assert Path(mark["checkpoint"]).parts[-3:-1] == ("2-long", "checkpoints")
-    assert (ended.status, again.status, again.step) == ("finished", "finished", 9)
-    assert left == ["1-short", "2-long", "DONE"]
+    assert signals == ["1-short", "2-long", "STOPPED"]
+    assert signal["step"] == stopped.step
+    assert Path(signal["checkpoint"]).parts[-3:-1] == ("2-long", "checkpoints")
+    assert (finished.status, again.status, again.step) == ("finished", "finished", 9)
+    assert remaining == ["1-short", "2-long", "DONE"]
     for stage in ("1-short", "2-long"):
-        found, expected = (folder / how / "run" / stage for how in ("stopped", "whole"))
+        found, expected = (folder / name / "run" / stage for name in ("stopped", "whole"))
         assert curve(found) == curve(expected)
 
 
-def wrong(rank: int, world_size: int, folder: Path) -> str:
+def plan_error(rank: int, world_size: int, folder: Path) -> str:
     launched(world_size)
     stages = load_stages(folder / "stages.toml", ["stages.long.parallel.cp_size=3"])
     with pytest.raises(ConfigError) as caught:
@@ -222,8 +220,8 @@ def wrong(rank: int, world_size: int, folder: Path) -> str:
     return str(caught.value)
 
 
-def test_what_is_wrong_with_a_later_stage_is_said_before_the_first(tmp_path: Path) -> None:
+def test_mistake_in_a_later_stage_is_reported_before_the_first_runs(tmp_path: Path) -> None:
     written(tmp_path)
-    [said, _] = run_ranks(wrong, 2, tmp_path)
-    assert said.startswith("stage 'long': ") and "cp_size" in said
+    [message, _] = run_ranks(plan_error, 2, tmp_path)
+    assert message.startswith("stage 'long': ") and "cp_size" in message
     assert not (tmp_path / "run").exists()
