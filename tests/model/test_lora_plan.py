@@ -1,4 +1,4 @@
-"""A run with adapters before it runs: operations, bytes, and what contradicts what."""
+"""The plan of a run with LoRA adapters: operations, bytes and conflicts."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_parameters_and_operations_by_hand() -> None:
     assert plan.parameters.total == plain.parameters.total + 3 * ADAPTERS
     assert plan.parameters.trained == 3 * ADAPTERS
     forward = 2 * (3 * (PRODUCTS + ADAPTERS) + 128 * 8)
-    # Forward and the gradient of what goes in; of the weights that of the adapters alone.
+    # Forward, the gradient of the inputs, and the gradient of the adapters' weights only.
     products = 2 * forward + 2 * 3 * ADAPTERS
     assert plan.compute.flops_per_token == products + 3 * plan.compute.attention_flops_per_token
     assert plain.compute.flops_per_token == 3 * (2 * (3 * PRODUCTS + 128 * 8)) + (
@@ -40,20 +40,20 @@ def test_parameters_and_operations_by_hand() -> None:
     assert tied.parameters.trained == plan.parameters.trained + 128 * 8
 
 
-def test_a_rank_has_its_part_of_the_adapters() -> None:
-    # A of k and up and B of o and down are whole; k's B too, for want of a head for each rank.
+def test_rank_has_its_part_of_the_adapters() -> None:
+    # A of k and up, and B of o and down, are whole; so is k's B with fewer heads than ranks.
     two = 2 * ((8 + 6) + (6 + 8) + (8 + 5) + (5 + 8))
     assert plan_of(*SOME, "parallel.tp_size=2", world_size=2).parameters.layer_adapters(2) == two
 
 
-def test_gradients_and_states_are_those_of_what_is_trained() -> None:
+def test_gradients_and_states_count_trained_parameters_only() -> None:
     plan, bf16 = plan_of(*SOME), plan_of(*SOME, "train.dtype=bf16")
     whole, trained = plan.parameters.total, 3 * ADAPTERS
     assert plan.memory.state_bytes == 4 * whole + (4 + 8) * trained
     assert plan.memory.checkpoint_bytes == 4 * whole + 8 * trained
     assert bf16.memory.state_bytes == 2 * whole + (4 + 12) * trained
     assert bf16.memory.checkpoint_bytes == 2 * whole + 12 * trained
-    [row] = [much for what, much in plan_rows(plan) if what == "trained"]
+    [row] = [value for name, value in plan_rows(plan) if name == "trained"]
     assert row == f"{trained:,} ({trained / whole:.3%}): LoRA of rank 2 on k, o, up, down"
     assert "trained" not in dict(plan_rows(plan_of()))
 
@@ -74,13 +74,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED, ids=str)
-def test_contradictions_are_named(words: tuple[str, ...]) -> None:
+def test_conflicts_are_reported(words: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as caught:
         plan_of(*words)
     for message in REFUSED[words]:
         assert message in str(caught.value)
 
 
-def test_what_goes_together_is_planned() -> None:
+def test_valid_combinations_are_planned() -> None:
     plan_of("lora.rank=2", "lora.head=true", "lora.embeddings=true", TIED)
     plan_of("lora.rank=2", "lora.load=there", "checkpoint.load=base")

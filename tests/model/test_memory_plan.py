@@ -1,4 +1,4 @@
-"""The plan's numbers for what is kept, cut and sent away: those of real layers; and refusals."""
+"""Estimates of saved, tiled and offloaded activations equal those of real layers; conflicts."""
 
 import logging
 from dataclasses import replace
@@ -65,8 +65,8 @@ def held(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[tuple
     return found[1:]
 
 
-def of_a_layer(mesh: tuple[str, ...], way: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Two and one layers: what one has is their difference."""
+def two_and_one_layers(mesh: tuple[str, ...], way: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Return cases with two layers and one: their difference is one layer's share."""
     return [(*LONG, *mesh, *way, f"model.num_layers={n}") for n in (2, 1)]
 
 
@@ -75,31 +75,31 @@ def of_a_layer(mesh: tuple[str, ...], way: tuple[str, ...]) -> list[tuple[str, .
     [((), WAYS), ((TP,), WAYS[:4]), ((TP, SP), WAYS[1:6]), ((CP,), WAYS[1:6:2])],
     ids=["one", "tp2", "tp2-sp", "cp2"],
 )
-def test_a_layer_keeps_what_the_plan_says(
+def test_layer_saves_what_the_plan_estimates(
     mesh: tuple[str, ...], ways: list[tuple[str, ...]]
 ) -> None:
     world_size = 2 if mesh else 1
-    cases = [words for way in ways for words in of_a_layer(mesh, way)]
+    cases = [words for way in ways for words in two_and_one_layers(mesh, way)]
     for found in run_ranks(held, world_size, cases, timeout=120):
         for number, way in enumerate(ways):
             (two, _, host), (one, _, _) = found[2 * number : 2 * number + 2]
             plan = plan_of(*cases[2 * number], world_size=world_size)
-            # The host's copies are in the same memory here, rounded up on a GPU alone.
+            # On a CPU the host's copies are in the same memory; sizes are rounded up on a GPU only.
             inputs = host // 2
             assert bool(inputs) == (HOST in way)
             expected = plan.memory.layer_bytes + inputs
-            # Random generators' states, and small tables of the attention.
+            # The tolerance covers random generators' states and small tables of the attention.
             assert two - one == pytest.approx(expected, rel=0.01, abs=2**14), way
 
 
-def test_recomputation_and_tiles_lower_the_peak_as_the_plan_says() -> None:
+def test_recomputation_and_tiling_lower_the_peak_as_estimated() -> None:
     layers = "model.num_layers=6"
     cases = [(*LONG, layers, *way) for way in WAYS]
     [found] = run_ranks(held, 1, cases, timeout=120)
     peaks = {way: peak - host for way, (_, peak, host) in zip(WAYS, found, strict=True)}
     plans = {way: plan_of(*words) for way, words in zip(WAYS, cases, strict=True)}
     for way, peak in peaks.items():
-        # Beyond what is counted, backward has gradients of what one layer has: less than of all.
+        # Not counted: gradients of one layer's activations in backward.
         layer = plans[()].memory.layer_bytes
         counted = plans[way].memory.activation_bytes
         assert 0.9 * counted < peak < counted + layer, way
@@ -112,7 +112,7 @@ def test_recomputation_and_tiles_lower_the_peak_as_the_plan_says() -> None:
 # --- choices --------------------------------------------------------------------------------------
 
 
-def test_all_of_it_is_on_above_16k_tokens_a_rank() -> None:
+def test_auto_saves_memory_above_16k_tokens_a_rank() -> None:
     below, above = plan_of("train.seqlen=16384"), plan_of("train.seqlen=16385")
     assert (below.memory.recompute, below.memory.mlp_chunk(16384), below.memory.offloads) == (
         "none",
@@ -135,7 +135,7 @@ def test_all_of_it_is_on_above_16k_tokens_a_rank() -> None:
     assert plan_of(HOST).memory.recompute == "full"
 
 
-def test_auto_offloads_on_a_gpu_alone() -> None:
+def test_auto_offloads_on_a_gpu_only() -> None:
     long = plan_of("train.seqlen=16385")
     assert not long.memory.offloads and long.memory.host_bytes == 0
     gpu = replace(long, may_offload=True)
@@ -150,7 +150,7 @@ def test_auto_offloads_on_a_gpu_alone() -> None:
     assert stages.memory.host_bytes == 2 * 2 * 2**22
 
 
-def test_the_plan_tells_people() -> None:
+def test_rows_show_how_memory_is_saved() -> None:
     rows = dict(plan_rows(plan_of("train.seqlen=16384")))
     assert rows["MLP"] == "whole" and rows["offload"] == "none"
     assert rows["recompute"] == "none; kept for backward: 0.071 GiB a layer"
@@ -158,14 +158,14 @@ def test_the_plan_tells_people() -> None:
     assert rows["MLP"] == "256 tokens at a time"
     assert rows["recompute"] == "full; kept for backward: 0.000 GiB a layer"
     assert rows["offload"] == "inputs of layers to 0.016 GiB of host memory a rank"
-    # A login node may have no GPU: what the run would do where there are some.
+    # A login node may have no GPU: show what the run would do on one.
     rows = dict(plan_rows(plan_of("train.seqlen=16385")))
     there = "none; on a GPU whose host has the room, inputs of layers to 0.031 GiB of host memory a"
     assert rows["offload"].startswith(there) and "activations" in rows["offload"]
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (
             ("train.mlp=whole", "train.mlp_chunk=5"),
@@ -177,14 +177,14 @@ def test_the_plan_tells_people() -> None:
         (("train.recompute=some",), "train.recompute"),
     ],
 )
-def test_contradictions_are_refused(words: tuple[str, ...], says: str) -> None:
+def test_conflicts_are_rejected(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match="train") as caught:
         plan_of(*words)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def choices(rank: int, world_size: int, mesh: tuple[str, ...]) -> list[Any]:
-    """What layers were told, for how many tokens they ask, and which layer's input went away."""
+    """Return a layer's recompute mode, MLP chunk, offloaded layer and token counts asked for."""
     found = []
     for words in ((), (SELECTIVE,), (HOST, *TORCH_IMPL)):
         plan = make_plan(small(*mesh, *words), world_size)
@@ -200,7 +200,7 @@ def choices(rank: int, world_size: int, mesh: tuple[str, ...]) -> list[Any]:
 
 
 @pytest.mark.parametrize("mesh", [(), (TP, SP)], ids=["one", "tp2-sp"])
-def test_layers_do_what_the_plan_says(mesh: tuple[str, ...]) -> None:
+def test_layers_follow_the_plan(mesh: tuple[str, ...]) -> None:
     for found in run_ranks(choices, 2 if mesh else 1, mesh):
         # A tile's tokens are those of all ranks that share a layer.
         assert found == [
@@ -213,8 +213,8 @@ def test_layers_do_what_the_plan_says(mesh: tuple[str, ...]) -> None:
 # --- the host's memory ----------------------------------------------------------------------------
 
 
-def looked(rank: int, world_size: int, word: str, free: list[int]) -> tuple[Any, list[str]]:
-    """Whether the plan still offloads, or what was refused, and what was logged."""
+def host_check(rank: int, world_size: int, word: str, free: list[int]) -> tuple[Any, list[str]]:
+    """Return whether the plan still offloads, or the error message; and the log."""
     plan = replace(plan_of("train.seqlen=16385", word, world_size=2), may_offload=True)
     records: list[str] = []
     handler = logging.Handler()
@@ -230,27 +230,26 @@ def looked(rank: int, world_size: int, word: str, free: list[int]) -> tuple[Any,
 NEEDED = 2 * 4 * 2**23
 
 
-def test_offload_starts_where_all_ranks_of_a_host_fit() -> None:
+def test_offload_starts_if_all_ranks_of_a_host_fit() -> None:
     for word in (HOST, "train.offload=auto"):
         for free in ([NEEDED, NEEDED], [NEEDED, 2 * NEEDED]):
-            assert [found for found, _ in run_ranks(looked, 2, word, free)] == [True, True]
+            assert [found for found, _ in run_ranks(host_check, 2, word, free)] == [True, True]
 
 
-def test_too_little_memory_is_refused_with_numbers() -> None:
-    for found, _ in run_ranks(looked, 2, HOST, [NEEDED, NEEDED - 1]):
+def test_too_little_host_memory_is_rejected_with_numbers() -> None:
+    for found, _ in run_ranks(host_check, 2, HOST, [NEEDED, NEEDED - 1]):
         assert "has 0.06 GiB of memory left and its 2 ranks would fill 0.06 GiB" in found
         assert "use train.offload = 'none', fewer ranks on a host, or a greater" in found
 
 
-def test_with_too_little_memory_auto_stays_on_the_device_and_says_so() -> None:
-    ranks = run_ranks(looked, 2, "train.offload=auto", [NEEDED // 2, NEEDED])
+def test_auto_without_host_memory_stays_on_the_device_and_logs_it() -> None:
+    ranks = run_ranks(host_check, 2, "train.offload=auto", [NEEDED // 2, NEEDED])
     assert [found for found, _ in ranks] == [False, False]
-    said = [line for _, lines in ranks for line in lines if "keeps activations" in line]
-    [line] = said
+    [line] = [line for _, lines in ranks for line in lines if "keeps activations" in line]
     assert "has 0.03 GiB of memory left" in line
 
 
-def test_a_jobs_limit_is_seen(tmp_path: Path) -> None:
+def test_host_memory_respects_a_jobs_limit(tmp_path: Path) -> None:
     free = psutil.virtual_memory().available
     assert 0 < host_memory(tmp_path) <= 2 * free
     (tmp_path / "proc/self").mkdir(parents=True)
