@@ -1,4 +1,4 @@
-"""`lcdist convert` at the door, and what one does with what it makes: generate, train, export."""
+"""`lcdist convert` from the command line, then generate, train and export."""
 
 import json
 import tomllib
@@ -21,7 +21,7 @@ TEXT = "the quick brown fox jumps over the lazy dog and the small cat sat on a m
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with the files of a tokenizer beside it."""
+    """Return the folder of a model with tokenizer files."""
     folder = tmp_path_factory.mktemp("source")
     save(make_model(num_hidden_layers=2, vocab_size=VOCAB, eos_token_id=1), folder)
     (folder / "tokenizer.model").write_bytes(train_tokenizer([TEXT], VOCAB))
@@ -29,10 +29,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_model_comes_in_is_trained_and_leaves(
+def test_import_generate_train_export(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Import, generate, two training steps on longer text by another rotation, export."""
+    """Train two steps on longer text with another rotary scaling."""
     ours, run, back = tmp_path / "ours", tmp_path / "run", tmp_path / "back"
     assert main(["convert", "import", str(source), str(ours), "train.seqlen=24"]) == 0
     said = capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_a_model_comes_in_is_trained_and_leaves(
     assert again.train.seqlen == 80 and again.model.rope.scaling == "pi"
 
 
-def test_mistakes_end_with_a_line_and_status_2(
+def test_user_errors_exit_with_status_2(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", "import", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
@@ -78,19 +78,19 @@ def test_mistakes_end_with_a_line_and_status_2(
     assert "expected a size such as 5GB" in capsys.readouterr().err
 
 
-def test_sizes_are_read() -> None:
+def test_parse_size_accepts_units() -> None:
     assert parse_size("5GB") == 5 * 10**9 and parse_size("512MiB") == 2**29
     assert parse_size("1.5 kb") == 1500 and parse_size("77") == 77
 
 
-def test_logits_matter(source: Path) -> None:
-    """The random models of these tests tell texts apart: no comparison is of constants."""
+def test_random_models_distinguish_texts(source: Path) -> None:
+    """Show that comparisons of logits do not compare constants."""
     logits = logits_of(source, tokens(6))
     with pytest.raises(AssertionError):
         assert_matches(logits[0, 1], logits[0, 2], 0.1)
 
 
-def test_an_imported_model_is_not_a_run_to_go_on_with(
+def test_imported_model_cannot_be_resumed(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours = tmp_path / "ours"

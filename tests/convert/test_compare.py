@@ -1,4 +1,4 @@
-"""The comparison that ends a conversion catches what conversions get wrong, and keeps nothing."""
+"""The comparison after a conversion detects planted faults, and no output is kept."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_parts(key: str, change: Callable[[tuple[SourceRows, ...]], tuple[SourceRows, ...]]) -> Any:
-    """The table of names with the parts of one of our tensors changed."""
+    """Patch the table of names: change the parts of one of our tensors."""
 
     def wrong(model: Any) -> list[FusedTensor]:
         table = names.fused_tensors(model)
@@ -48,12 +48,12 @@ def with_parts(key: str, change: Callable[[tuple[SourceRows, ...]], tuple[Source
 
 
 def by_kind(parts: tuple[SourceRows, ...]) -> tuple[SourceRows, ...]:
-    """All queries, then all keys, then all values, instead of group by group."""
+    """Order parts as all queries, all keys, all values, instead of group by group."""
     return parts[0::3] + parts[1::3] + parts[2::3]
 
 
 def interleaved(parts: tuple[SourceRows, ...]) -> tuple[SourceRows, ...]:
-    """Queries and keys with neighbouring pairs, as Meta's own files have them."""
+    """Order rows of queries and keys in neighbouring pairs, as in Meta's files."""
     found: list[SourceRows] = []
     for part in parts:
         if ".v_proj." in part.name:
@@ -82,7 +82,7 @@ def swapped_norms() -> Any:
 
 
 def config_with(**changes: Any) -> Any:
-    """The config.json misread."""
+    """Patch the reading of config.json to return wrong values."""
     right = importing.read_config
 
     def wrong(folder: Path) -> Any:
@@ -115,7 +115,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
 
 
 def plant(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, str]:
-    """What is said of each fault."""
+    """Import with each fault; return the error messages."""
     said = {}
     for fault, make in FAULTS.items():
         with make():
@@ -128,7 +128,7 @@ def plant(rank: int, world_size: int, source: Path, folder: Path) -> dict[str, s
     return said
 
 
-def test_every_fault_is_caught_and_nothing_is_kept(source: Path, tmp_path: Path) -> None:
+def test_every_fault_is_detected(source: Path, tmp_path: Path) -> None:
     said = run_ranks(plant, 1, source, tmp_path)[0]
     for fault, words in said.items():
         assert "nothing is kept" in words, (fault, words)
@@ -151,7 +151,7 @@ def plant_in_export(rank: int, world_size: int, source: Path, folder: Path) -> s
     return "nothing"
 
 
-def test_an_export_is_compared_as_it_was_written(source: Path, tmp_path: Path) -> None:
+def test_export_is_compared_as_written(source: Path, tmp_path: Path) -> None:
     said = run_ranks(plant_in_export, 1, source, tmp_path)[0]
     assert said.startswith("rotation at ")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
@@ -161,7 +161,7 @@ def grow(rank: int, world_size: int, source: Path, out: Path) -> None:
     import_model(source, out, ["model.vocab_size=259"])
 
 
-def test_new_tokens_begin_as_the_mean_of_the_old(source: Path, tmp_path: Path) -> None:
+def test_new_tokens_start_as_the_mean_of_the_others(source: Path, tmp_path: Path) -> None:
     run_ranks(grow, 1, source, tmp_path / "out")
     held = stored_tensors(tmp_path / "out" / "checkpoints" / "step_00000000")
     for key in (EMBEDDING, OUTPUT):
@@ -175,7 +175,7 @@ def in_half_precision(rank: int, world_size: int, source: Path, out: Path) -> No
     import_model(source, out)
 
 
-def test_fp16_becomes_fp32_without_a_bit_lost(tmp_path: Path) -> None:
+def test_fp16_is_stored_exactly_as_fp32(tmp_path: Path) -> None:
     model = make_model("llama2", num_hidden_layers=1).half()
     source = save(model, tmp_path / "hf")
     assert json.loads((source / "config.json").read_text())["dtype"] == "float16"

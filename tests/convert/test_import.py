@@ -1,4 +1,4 @@
-"""An import computes what transformers does, on every mesh, and one import serves them all."""
+"""An imported checkpoint gives transformers' logits on every mesh."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
-    """Each family's import, from one file or from shards, and transformers' logits."""
+    """Import each family, from one file or from shards; return (folder, transformers' logits)."""
     folder = tmp_path_factory.mktemp("models")
     jobs, expected = [], {}
     for number, family in enumerate(FAMILIES):
@@ -52,9 +52,9 @@ def save_and_keep(family: str, source: Path, shards: str) -> object:
     return model
 
 
-@pytest.mark.parametrize("world_size", MESHES)
-def test_logits_are_those_of_transformers(world_size: int, imported: dict) -> None:
-    """At TP, PP, interleaved PP, CP, SP, DP and mixtures, with key heads fewer than TP ranks."""
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_logits_match_transformers(world_size: int, imported: dict) -> None:
+    """Cover TP, PP, interleaved PP, CP, SP, DP and mixtures, with fewer key heads than TP ranks."""
     cases = [(mesh, family) for mesh in MESHES[world_size] for family in imported]
     jobs = [(imported[family][0], mesh, tokens()) for mesh, family in cases]
     found = run_ranks(logits_on, world_size, jobs, timeout=240)[0]

@@ -1,4 +1,4 @@
-"""Neither direction ever holds the model: growth of resident memory, in a process of its own."""
+"""Conversions never hold the whole model: growth of resident memory in a separate process."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SHAPE = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 64,
 }
-# Without these, glibc keeps some of what was freed, by chance 30 to 80 MB in this program.
+# Without these, glibc keeps 30 to 80 MB of freed memory, varying from run to run.
 RETURN_FREED = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -42,7 +42,7 @@ def resident(key):
 torch.set_num_threads(1)
 source, out, tiny = map(Path, sys.argv[2:5])
 convert = {"import": import_model, "export": export_model}[sys.argv[1]]
-convert(tiny, out.with_name(out.name + "-tiny"))  # what any conversion loads, once
+convert(tiny, out.with_name(out.name + "-tiny"))  # loads what every conversion needs
 before = resident("VmRSS")
 convert(source, out)
 print(resident("VmHWM") - before)
@@ -50,7 +50,7 @@ print(resident("VmHWM") - before)
 
 
 def write_model(folder: Path, **changes: int) -> int:
-    """A random model in shards of a layer each, written layer by layer; its bytes."""
+    """Write a random model with one shard per layer; return its bytes."""
     table = {**SHAPE, **changes}
     hidden, ffn = table["hidden_size"], table["intermediate_size"]
     keys = hidden // 2
@@ -94,8 +94,8 @@ def growth(direction: str, source: Path, out: Path, tiny: Path) -> int:
 
 
 @pytest.mark.slow
-def test_neither_direction_holds_the_model(tmp_path: Path) -> None:
-    """Of a model of 530 MB, a third of its bytes at most."""
+def test_conversions_do_not_hold_the_model(tmp_path: Path) -> None:
+    """Allow a third of the bytes of a model of 530 MB."""
     small = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 16, "num_hidden_layers": 1}
     write_model(tmp_path / "tiny", **small)
     total = write_model(tmp_path / "hf")

@@ -1,4 +1,4 @@
-"""The attention that an export carries is the methods' own, query by query as well as at once."""
+"""Exported attention matches the methods' references, in one step and in many."""
 
 import dataclasses
 import math
@@ -71,28 +71,28 @@ def cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize("at_once", [attention_lcdist.SCORES_AT_ONCE, 600])
 @pytest.mark.parametrize(("method", "options"), [*cases()])
-def test_methods_are_their_references(
+def test_exported_method_matches_its_reference(
     method: str, options: Any, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Odd lengths, a single token, grouped heads, a learnt bias; outputs and gradients."""
+    """Compare outputs and gradients at odd lengths, one token, grouped heads, a learnt bias."""
     monkeypatch.setattr(attention_lcdist, "SCORES_AT_ONCE", at_once)
     rotary = make_rotary(RopePlain(), WIDTH)
     rotate = rotation({"rope_theta": 10000.0}, WIDTH, 40, 40)
-    asked = {"method": method, **dataclasses.asdict(options)}
+    table = {"method": method, **dataclasses.asdict(options)}
     for seqlen, nheads, nheads_kv in ((1, 4, 4), (7, 4, 2), (53, 6, 2), (29, 2, 2)):
         generator = torch.Generator().manual_seed(seqlen)
         qkv = [random(generator, 2, seqlen, n, WIDTH) for n in (nheads, nheads_kv, nheads_kv)]
         extras = []
-        if asked.get("modes"):
-            extras.append(random(generator, len(asked["modes"]), nheads))
+        if table.get("modes"):
+            extras.append(random(generator, len(table["modes"]), nheads))
         params = {"branch_bias": extras[0]} if extras else None
         ours = METHODS[method].reference(*qkv, options=options, rotary=rotary, params=params)
-        theirs = attend(asked, (qkv[0], qkv[1], qkv[2]), rotate, *extras)
+        theirs = attend(table, (qkv[0], qkv[1], qkv[2]), rotate, *extras)
         assert_matches(theirs, ours)
         dout = torch.randn(ours.shape, generator=generator, dtype=ours.dtype)
         ones = torch.autograd.grad(ours, qkv, dout)
         for one, other in zip(torch.autograd.grad(theirs, qkv, dout), ones, strict=True):
-            # A row that sees itself alone has gradients of 0, up to rounding.
+            # A row that attends only to itself has zero gradients, up to rounding.
             assert (one - other).norm() <= 1e-10 * (1 + other.norm())
 
 
@@ -119,8 +119,8 @@ ROPES: list[Rope] = [
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.scaling)
-def test_frequencies_are_those_of_training(rope: Rope) -> None:
-    """By the config.json that is written for them, at lengths on both sides of the original one."""
+def test_frequencies_match_training(rope: Rope) -> None:
+    """Use the exported config.json, at lengths below and beyond the original length."""
     table = rope_to_hf(rope, WIDTH, 40)
     block, _ = rope_block(table)
     for seqlen in (1, 16, 17, 40, 1001):
@@ -129,9 +129,9 @@ def test_frequencies_are_those_of_training(rope: Rope) -> None:
         assert math.isclose(factor, attention_factor(rope), rel_tol=1e-12)
 
 
-def test_what_is_not_known_is_refused() -> None:
+def test_unknown_method_or_rope_type_is_rejected() -> None:
     q = torch.randn(1, 3, 2, WIDTH)
     with pytest.raises(ValueError, match="method 'ring': must be one of full, coca, lssar"):
         attend({"method": "ring"}, (q, q, q), lambda x: x)
-    with pytest.raises(ValueError, match="rope_type 'mrope' is not known"):
+    with pytest.raises(ValueError, match="rope_type 'mrope' is unknown"):
         rotation({"rope_type": "mrope", "rope_theta": 1e4}, WIDTH, 40, 40)
