@@ -13,7 +13,7 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.checkpoint.manifest import MANIFEST, Checkpoint, read_manifest
 from lcdist.config import parse
 from lcdist.config.schema import Config
-from lcdist.model.init import EXTRAS, LORA
+from lcdist.model.init import LORA_PARAMS, METHOD_PARAMS
 from lcdist.rundir.paths import (
     CHECKPOINTS,
     RESTORE_OR_DELETE,
@@ -121,7 +121,7 @@ def load_weights(checkpoint: Checkpoint, model: dict[str, Any]) -> dict[str, Any
         entry.key: tuple(entry.global_shape)
         for chunk in model.values()
         for entry in chunk.values()
-        if EXTRAS in entry.key or LORA in entry.key
+        if METHOD_PARAMS in entry.key or LORA_PARAMS in entry.key
     }
     per_rank: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(per_rank, optional)
@@ -136,9 +136,9 @@ def load_weights(checkpoint: Checkpoint, model: dict[str, Any]) -> dict[str, Any
     for name, chunk in model.items():
         kept = {key: entry.data for key, entry in chunk.items() if key not in to_load[name]}
         loaded[name].update(kept)
-    stored = {key for key in saved if EXTRAS in key and not key.startswith("optimizer.")}
+    stored = {key for key in saved if METHOD_PARAMS in key and not key.startswith("optimizer.")}
     if dist.get_rank() == 0:
-        for key in sorted(key for key in absent if EXTRAS in key):
+        for key in sorted(key for key in absent if METHOD_PARAMS in key):
             log.warning("%s has no %s: it keeps its initial value", checkpoint.path, key)
         for key in sorted(stored - requested.keys()):
             log.warning("%s: %s is ignored: the model does not have it", checkpoint.path, key)
@@ -149,8 +149,8 @@ def _check_adapters(
     checkpoint: Checkpoint, saved: Mapping[str, tuple], requested: Mapping[str, tuple]
 ) -> None:
     """Raise CheckpointError if the checkpoint has adapters that differ from the model's."""
-    stored = {k: s for k, s in saved.items() if LORA in k and not k.startswith("optimizer.")}
-    wanted = {k: s for k, s in requested.items() if LORA in k}
+    stored = {k: s for k, s in saved.items() if LORA_PARAMS in k and not k.startswith("optimizer.")}
+    wanted = {k: s for k, s in requested.items() if LORA_PARAMS in k}
     if not stored or stored == wanted:
         return
     different = sorted(k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k))

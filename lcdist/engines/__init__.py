@@ -1,1 +1,1 @@
-"""Engines: own parameters and optimizer state, and run forward and backward passes."""
+"""Engines: hold parameters and optimizer state, run forward and backward passes."""

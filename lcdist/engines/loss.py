@@ -1,6 +1,6 @@
-"""The loss rule, written once: a sum over tokens, divided once by their number over all ranks.
+"""Loss reduction: sum over the tokens of all ranks, divided once by their number.
 
-Never a mean on a rank: ranks with more padding would weigh as much as full ones.
+A mean per rank would give the tokens of ranks with much padding a larger weight.
 """
 
 import torch
@@ -8,12 +8,18 @@ from torch import Tensor
 
 
 def loss_sum(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's part of the loss: losses and mask `[b, s_local]`, in nats.
+    """Return this rank's part of the loss as Megatron expects it.
 
-    Returns Megatron's triple (sum to differentiate, number of tokens int32, [sum, number] fp64 for
-    the log). Megatron sums gradients over ranks and divides by the global number of tokens.
+    Megatron sums gradients over ranks and divides them by the global number of tokens.
+
+    Args:
+        losses: nats, `[b, s_local]`.
+        loss_mask: 1 for tokens that count, `[b, s_local]`.
+
+    Returns:
+        The sum to differentiate, the number of tokens as int32, and [sum, number] in fp64 to log.
     """
     total = (losses.float() * loss_mask).sum()
-    count = loss_mask.sum()
-    log = torch.stack([total.detach(), count]).double()
-    return total, count.to(torch.int32), log
+    num_tokens = loss_mask.sum()
+    log_entry = torch.stack([total.detach(), num_tokens]).double()
+    return total, num_tokens.to(torch.int32), log_entry

@@ -1,11 +1,11 @@
-"""AdamW whose state is sharded over the ranks that hold the same parameters (ZeRO stage 1).
+"""Sharded AdamW: optimizer state divided over the ranks that hold the same parameters (ZeRO-1).
 
-ZeRO (arXiv:1910.02054) with whole tensors: each parameter has one owner in the DP x CP group, which
-keeps its moments (and, for bf16 weights, its fp32 master), steps it, and broadcasts the result.
-AdamW is elementwise, so the result is bit for bit that of an unsharded optimizer, and since no
-tensor is ever cut, its state is saved under the sharding of the parameter itself and can be loaded
-on any mesh. (Megatron's own DistributedOptimizer cuts flat buffers; its checkpoints with plain
-torch AdamW do not survive resharding.)
+ZeRO stage 1 (arXiv:1910.02054) with whole tensors. Each parameter has one owner in the DP x CP
+group. The owner keeps its moments (and its fp32 master for bf16 weights), updates it and broadcasts
+the result. AdamW is elementwise, so the result equals that of an unsharded optimizer bit for bit.
+Since no tensor is split, its state is saved with the sharding of the parameter and loads on any
+mesh. (Megatron's DistributedOptimizer splits flat buffers; its checkpoints with plain torch AdamW
+cannot be resharded.)
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.schema import OptimConfig
-from lcdist.model.init import EXTRAS, LORA, whole_model_names
+from lcdist.model.init import LORA_PARAMS, METHOD_PARAMS, whole_model_names
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
@@ -33,16 +33,21 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.module import param_is_not_shared
 
-# Elements broadcast at once: enough to fill a link, little beside a model.
+# Elements per broadcast: enough to saturate a link, small next to a model.
 BROADCAST_ELEMENTS = 2**26
 
 
 class ShardedAdamW:
-    """AdamW over the parameters of `chunks`, its state sharded over `group` (DP x CP).
+    """AdamW over the trained parameters of `chunks`, with state sharded over `group`.
 
-    Gradients are read from each parameter's fp32 `main_grad`, already reduced over `group`.
-    Matrices decay; norms and what an attention method learns beside its projections do not.
-    lr_ratio: the learning rate of LoRA's B over that of everything else (LoRA+, arXiv:2402.12354).
+    Reads each parameter's gradient from its fp32 `main_grad`, already reduced over `group`. Weight
+    decay applies to matrices, not to norms, biases and parameters of an attention method.
+
+    Args:
+        chunks: this rank's model chunks.
+        config: learning rate, betas, eps, weight decay and clipping.
+        group: the DP x CP ranks, which hold the same parameters.
+        lr_ratio: learning rate of LoRA's B relative to all others (LoRA+, arXiv:2402.12354).
     """
 
     def __init__(
@@ -65,13 +70,11 @@ class ShardedAdamW:
             self.owned[owner].append(parameter)
         self.mine = self.owned[group.rank()]
         self.masters = [_master(parameter) for parameter in self.mine]
-        extras = {id(parameter) for name, parameter in self.parameters if EXTRAS in name}
-        self.decays = [
-            m.ndim > 1 and id(p) not in extras for p, m in zip(self.mine, self.masters, strict=True)
-        ]
+        undecayed = {id(p) for name, p in self.parameters if METHOD_PARAMS in name}
+        self.decays = [p.ndim > 1 and id(p) not in undecayed for p in self.mine]
         names = {id(parameter): name for name, parameter in self.parameters}
         self.lr_ratios = [
-            lr_ratio if LORA in names[id(p)] and names[id(p)].endswith(".B") else 1.0
+            lr_ratio if LORA_PARAMS in names[id(p)] and names[id(p)].endswith(".B") else 1.0
             for p in self.mine
         ]
         self.adamw = self._make_adamw() if self.mine else None
@@ -94,7 +97,7 @@ class ShardedAdamW:
             fused=True,
         )
         for master in self.masters:
-            # Made now and not at the first step, so that a checkpoint always finds its place.
+            # Create the state now instead of at the first step, so that a checkpoint can be loaded.
             adamw.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
                 "exp_avg": torch.zeros_like(master),
@@ -104,10 +107,9 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        """One update at learning rate `lr`; returns the global gradient norm before clipping.
+        """Update the weights at learning rate `lr`; return the gradient norm before clipping.
 
-        Raises FloatingPointError, on every rank and before anything is changed, when the norm is
-        not finite.
+        Raises FloatingPointError on every rank, before any change, if a gradient is not finite.
         """
         norm = self._gradient_norm()
         scale = 1.0
@@ -135,60 +137,62 @@ class ShardedAdamW:
         return dict(self.parameters)[name].main_grad  # type: ignore[attr-defined]
 
     def _gradient_norm(self) -> float:
-        """Over every parameter of the model once: copies over TP and PP are left out.
+        """Return the global norm, in which replicas over TP and PP count once.
 
-        Copies are looked at all the same: one that is not finite is a fault, too.
+        Raises FloatingPointError if any gradient is not finite, replicas included.
         """
-        once, all_copies = [], []
+        unique, all_squares = [], []
         for parameter in self.mine:
             square = parameter.main_grad.double().square().sum()  # type: ignore[attr-defined]
-            all_copies.append(square)
+            all_squares.append(square)
             if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
-                once.append(square)
+                unique.append(square)
         sums = [
-            torch.stack(parts).sum() if parts else torch.zeros(()) for parts in (once, all_copies)
+            torch.stack(parts).sum() if parts else torch.zeros(())
+            for parts in (unique, all_squares)
         ]
         squares = torch.stack([part.double().cpu() for part in sums])
         dist.all_reduce(squares)
-        norm, over_copies = squares.sqrt().tolist()
-        if not math.isfinite(over_copies):
+        norm, norm_with_replicas = squares.sqrt().tolist()
+        if not math.isfinite(norm_with_replicas):
             raise FloatingPointError(
-                f"gradient norm is {over_copies}; parameters with non-finite gradients: "
+                f"gradient norm is {norm_with_replicas}; parameters with non-finite gradients: "
                 f"{', '.join(self._non_finite())}"
             )
         return norm
 
     def _non_finite(self) -> list[str]:
-        """Names over all ranks; all ranks call it."""
+        """Return the names of non-finite gradients over all ranks; all ranks call it."""
         mine = [n for n, p in self.parameters if not p.main_grad.isfinite().all()]  # type: ignore[attr-defined]
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
-        return sorted({name for names in found for name in names})
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+        return sorted({name for names in gathered for name in names})
 
     def _broadcast(self) -> None:
-        """Every owner's new values to all, in pieces."""
+        """Broadcast each owner's new weights to the group, several tensors per message."""
         if self.group.size() == 1:
             return
         for owner, parameters in enumerate(self.owned):
             source = dist.get_global_rank(self.group, owner)
-            for piece in _pieces(parameters):
-                flat = torch.cat([p.detach().reshape(-1) for p in piece])
+            for bucket in _buckets(parameters):
+                flat = torch.cat([p.detach().reshape(-1) for p in bucket])
                 dist.broadcast(flat, source, group=self.group)
                 if owner != self.group.rank():
-                    for p, part in zip(piece, flat.split([p.numel() for p in piece]), strict=True):
+                    parts = flat.split([p.numel() for p in bucket])
+                    for p, part in zip(bucket, parts, strict=True):
                         p.copy_(part.view_as(p))
 
     def refresh_masters(self) -> None:
-        """Take the fp32 masters from the weights, after weights were loaded without them."""
+        """Copy the weights into the fp32 masters, after weights were loaded without masters."""
         with torch.no_grad():
             for parameter, master in zip(self.mine, self.masters, strict=True):
                 if master is not parameter:
                     master.copy_(parameter)
 
     def sharded_state_dict(self, model_state: Any) -> dict[str, Any]:
-        """This rank's share of the state, sharded as the parameters in `model_state` are.
+        """Return the optimizer state that this rank owns, sharded like the parameters.
 
-        model_state: the sharded state dict of the same chunks. Only owners name their tensors.
+        model_state: the sharded state dict of the same chunks.
         """
         sharded = {
             id(entry.data): entry
@@ -199,7 +203,7 @@ class ShardedAdamW:
         for parameter, master in zip(self.mine, self.masters, strict=True):
             assert self.adamw is not None
             entry: Any = sharded[id(parameter)]
-            # The owner is the only one to hold this: the replica number over DP x CP becomes 0.
+            # Only the owner holds this tensor, so its replica number over DP x CP is 0.
             entry = replace(entry, replica_id=(*entry.replica_id[:-1], 0))
             tensors = {k: self.adamw.state[master][k] for k in ("exp_avg", "exp_avg_sq")}
             if master is not parameter:
@@ -211,7 +215,10 @@ class ShardedAdamW:
         return state
 
     def load_sharded(self, loaded: dict[str, Any], steps_taken: int) -> None:
-        """Continue from loaded state, in the shape `sharded_state_dict` asked for."""
+        """Copy in loaded state, in the shape that `sharded_state_dict` returned.
+
+        steps_taken: optimizer steps behind the loaded state, for bias correction.
+        """
         with torch.no_grad():
             for number, (parameter, master) in enumerate(zip(self.mine, self.masters, strict=True)):
                 assert self.adamw is not None
@@ -224,7 +231,10 @@ class ShardedAdamW:
 
 
 def assign_owners(sizes: Sequence[int], count: int) -> list[int]:
-    """An owner in 0..count-1 for each tensor: largest first, each to whoever has least so far."""
+    """Return an owner in 0..count-1 for each tensor.
+
+    Assigns tensors from the largest to the smallest, each to the owner with the fewest elements.
+    """
     load = [0] * count
     owners = [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -240,12 +250,13 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().float())
 
 
-def _pieces(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    piece: list[nn.Parameter] = []
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Group parameters into buckets of at most BROADCAST_ELEMENTS, or of one larger parameter."""
+    bucket: list[nn.Parameter] = []
     for parameter in parameters:
-        if piece and sum(p.numel() for p in piece) + parameter.numel() > BROADCAST_ELEMENTS:
-            yield piece
-            piece = []
-        piece.append(parameter)
-    if piece:
-        yield piece
+        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BROADCAST_ELEMENTS:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket

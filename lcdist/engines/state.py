@@ -1,7 +1,7 @@
-"""Everything of a run that a checkpoint holds, as Megatron's sharded tensors.
+"""Model weights and random states as Megatron's sharded tensors, for checkpoints.
 
-Keys name the tensors of the whole model (`decoder.layers.3...`), never a rank's, so any mesh can
-load what any mesh saved.
+Keys are whole-model names (`decoder.layers.3...`), independent of rank, so that any mesh can load
+what any mesh saved.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,25 +16,25 @@ from lcdist.model.init import whole_model_names
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-# One key a layer and not one stack for all: layers may differ in method and parameters.
+# One key per layer instead of one stack for all: layers may differ in method and parameters.
 _METADATA = {"non_homogeneous_layers": True}
 _EXTRA = "_extra_state"
 
 
 def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
-    """The sharded weights of this rank's model chunks.
+    """Return the sharded weights of this rank's model chunks.
 
-    Megatron's `_extra_state` entries, empty here, are left out: they would be pickled bytes.
+    Megatron's `_extra_state` entries are left out: they are empty, and stored as pickled bytes.
     """
     states = {}
     for i, chunk in enumerate(chunks):
-        whole = chunk.sharded_state_dict(metadata=dict(_METADATA))  # type: ignore[operator]
-        states[f"chunk{i}"] = {k: v for k, v in whole.items() if not k.endswith(_EXTRA)}
+        sharded = chunk.sharded_state_dict(metadata=dict(_METADATA))  # type: ignore[operator]
+        states[f"chunk{i}"] = {k: v for k, v in sharded.items() if not k.endswith(_EXTRA)}
     return states
 
 
 def load_model_state(chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> None:
-    """Put loaded weights into the chunks; every parameter must be there."""
+    """Copy loaded weights into the chunks; `loaded` must contain every parameter."""
     for i, chunk in enumerate(chunks):
         result = chunk.load_state_dict(loaded[f"chunk{i}"], strict=False)
         missing = [key for key in result.missing_keys if not key.endswith(_EXTRA)]
@@ -73,7 +73,7 @@ def _fill(parameter: nn.Parameter, whole: Tensor, tp_rank: int) -> None:
 
 
 def random_states() -> dict[str, Tensor]:
-    """This rank's random states by name: torch's, and those Megatron keeps for dropout."""
+    """Return this rank's random states by name: torch's, and Megatron's for dropout."""
     states = {"cpu": torch.get_rng_state()}
     if has_cuda():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -83,7 +83,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def sharded_random_states(rank: int, world_size: int) -> dict[str, Any]:
-    """The random states of all ranks side by side, this rank's in its place."""
+    """Return the random states as sharded tensors: one row per rank, this rank's filled in."""
     return {
         name: ShardedTensor.from_rank_offsets(
             f"rng.{name}", state.cpu(), (0, rank, world_size), prepend_axis_num=1
@@ -93,7 +93,7 @@ def sharded_random_states(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def load_random_states(loaded: dict[str, Tensor]) -> None:
-    """Continue from loaded random states."""
+    """Set torch's and Megatron's generators to loaded random states."""
     torch.set_rng_state(loaded["cpu"])
     if has_cuda():
         torch.cuda.set_rng_state(loaded["cuda"])

@@ -1,1 +1,1 @@
-"""Evaluation: how well a trained model predicts, by length, and the report of a run."""
+"""Evaluation of a trained model: perplexity by length."""

@@ -1,8 +1,8 @@
-"""Perplexity by length: the same held-out text, read in windows of growing length.
+"""Perplexity by length: score the same held-out text in windows of several lengths.
 
-At every length the text is cut into windows that do not overlap, and every token of a window is
-scored given all tokens before it in the window. Since the text is the same, a longer window can
-only help a model that uses its context; past the length it was trained for, most models fail.
+At each length the text is split into windows without overlap. Every token is scored given all
+tokens before it in its window. The text is the same at all lengths, so longer windows improve the
+score only of a model that uses its context. Most models fail beyond their training length.
 """
 
 import math
@@ -23,7 +23,11 @@ from lcdist.plan import Plan
 
 @dataclass(frozen=True)
 class Text:
-    """The text that is scored. tokens: int64 `[n + 1]`; joined: whether documents were joined."""
+    """Text to score.
+
+    tokens: int64 `[n + 1]`; the last one is a label only.
+    joined: whether documents were concatenated to fill the windows.
+    """
 
     tokens: Tensor
     joined: bool
@@ -31,7 +35,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Score:
-    """length: of the windows, in tokens; tokens: scored; loss: nats a token."""
+    """Result at one length.
+
+    length: of the windows, in tokens.
+    tokens: number of scored tokens.
+    loss: nats per token.
+    """
 
     length: int
     tokens: int
@@ -39,12 +48,12 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss."""
+        """exp(loss), with the loss limited to 700 so that it does not overflow."""
         return math.exp(min(self.loss, 700.0))
 
 
 class Windows:
-    """The windows of `length` tokens of a text, as a data set."""
+    """Dataset of the windows of `length` tokens of a text."""
 
     seed = 0
 
@@ -53,11 +62,11 @@ class Windows:
 
     @property
     def count(self) -> int:
-        """How many whole windows the text has."""
+        """Number of complete windows in the text."""
         return (len(self.text.tokens) - 1) // self.seqlen
 
     def sample(self, index: int) -> Sample:
-        """Window number `index`, read as one document."""
+        """Return window number `index` as one document."""
         start = index * self.seqlen
         tokens = self.text.tokens[start : start + self.seqlen + 1]
         borders = torch.tensor([0, self.seqlen], dtype=torch.int32)
@@ -65,11 +74,11 @@ class Windows:
 
 
 def held_out_text(split: TokenSplit, length: int, tokens: int) -> Text:
-    """At least `tokens` tokens of text, in whole windows of `length` tokens.
+    """Return at least `tokens` tokens of text, in complete windows of `length` tokens.
 
-    Windows are taken from documents that are long enough, longest first, so that all of a window
-    is one document; where those do not suffice, from the documents joined in their stored order.
-    Raises ValueError where the split is smaller than that.
+    Takes windows from documents that are long enough, longest first, so that each window is part of
+    one document. If these do not suffice, concatenates all documents in their stored order. Raises
+    ValueError if the split is too small.
     """
     count = -(-tokens // length)
     pieces: list[Tensor] = []
@@ -78,7 +87,7 @@ def held_out_text(split: TokenSplit, length: int, tokens: int) -> Text:
         room = min((len(document) - 1) // length, count - len(pieces))
         pieces += [document[i * length : (i + 1) * length] for i in range(room)]
         if len(pieces) == count:
-            # The label of the last token; the labels between windows are the next window's start.
+            # Label of the last token; a window's last label is otherwise the next window's start.
             last = document[room * length : room * length + 1]
             return Text(torch.cat([*pieces, last]), joined=False)
     if split.num_tokens < count * length + 1:
@@ -98,7 +107,7 @@ def perplexity_by_length(
     scores = []
     for length in lengths:
         windows = Windows(text, length, plan.config.model.vocab_size)
-        # Lengths count text: landmarks come on top, so that every method reads the same windows.
+        # Lengths count text only. Landmarks are extra, so that all methods score the same windows.
         row = slots.num_slots(length)
         layout = layout_for(plan, row)
         spec = LoaderSpec(
@@ -115,7 +124,7 @@ def perplexity_by_length(
 
 
 def layout_for(plan: Plan, length: int) -> ContextLayout:
-    """The run's kind of layout for sequences of `length` tokens, padded to what it needs."""
+    """Return the run's kind of layout for `length` tokens, padded to the multiple it needs."""
     step = plan.layout.multiple_of
     padded = -(-length // step) * step
     return ContextLayout(plan.layout.kind, padded, plan.layout.cp_size, step)

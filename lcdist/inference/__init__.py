@@ -1,1 +1,1 @@
-"""Inference: a cache of keys and values, and generation."""
+"""Inference: KV cache and text generation."""

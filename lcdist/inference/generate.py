@@ -1,7 +1,8 @@
-"""Text from a trained model: the prompt is read once, then one token a step against the cache.
+"""Text generation: one prefill over the prompt, then one token per step with a KV cache.
 
-Where the rotation depends on the length (dynamic NTK, and LongRoPE where it changes its factors),
-all of the text is read again when it changes: each token is what a pass over all before it says.
+Every token is the one that a full pass over all tokens before it predicts. If the rotation depends
+on the length (dynamic NTK; LongRoPE when it changes its factors), a change of rotation therefore
+runs the prefill again over the whole text.
 """
 
 import torch
@@ -20,12 +21,20 @@ def generate(
     seed: int = 0,
     stop: int | None = None,
 ) -> Tensor:
-    """The prompt and what follows it: int64 `[n]` in, `[n + new]` out, on the prompt's device.
+    """Return the prompt and its continuation, int64 `[n + new]` on the prompt's device.
 
-    temperature: 0 takes the likeliest token, else sampling with this divisor of the logits from a
-    generator seeded with `seed`, alike on all tensor-parallel ranks. stop: a token to end after.
-    Landmarks, for a model that wants them, are read and not in the result. Raises ValueError for
-    an empty prompt, or a mesh with pipeline, context or sequence parallelism.
+    Landmark tokens are inserted for models that use them, and left out of the result.
+
+    Args:
+        model: the whole model, or its tensor-parallel shard.
+        prompt: int64 `[n]`.
+        max_new_tokens: upper limit of the continuation.
+        temperature: divides the logits before sampling; 0 takes the most likely token.
+        seed: of the sampling generator, equal on all tensor-parallel ranks.
+        stop: token that ends the continuation; None: continue to max_new_tokens.
+
+    Raises:
+        ValueError: the prompt is empty, or the mesh has pipeline, context or sequence parallelism.
     """
     config = model.config
     if config.sequence_parallel:
@@ -41,39 +50,40 @@ def generate(
         )
     if not len(prompt):
         raise ValueError("the prompt has no token")
-    slots = model.slots
-    cache = KVCache(slots.num_slots(len(prompt) + max_new_tokens))
+    layout = model.document_layout
+    cache = KVCache(layout.num_slots(len(prompt) + max_new_tokens))
     generator = torch.Generator().manual_seed(seed)
     tokens = prompt
-    new = slots.place(prompt.cpu(), 0, slots.num_slots(len(prompt)), len(prompt))
+    new = layout.place(prompt.cpu(), 0, layout.num_slots(len(prompt)), len(prompt))
     model.eval()
     with torch.no_grad():
         for count in range(len(prompt), len(prompt) + max_new_tokens):
             logits = _last_logits(model, new.to(prompt.device), cache)
-            if slots.landmark is not None:
-                logits[slots.landmark] = -torch.inf  # put in by rule, never said
-            token = _choose(logits, temperature, generator)
+            if layout.landmark is not None:
+                logits[layout.landmark] = -torch.inf  # inserted by position, never predicted
+            token = _sample(logits, temperature, generator)
             tokens = torch.cat([tokens, token.to(prompt.device)])
             if stop is not None and int(token) == stop:
                 break
-            # A landmark before the token is read together with it.
-            read, grown = slots.num_slots(count), slots.num_slots(count + 1)
-            if model.rotary(grown) is model.rotary(read):
-                new = slots.place(token, read, grown, count + 1)
+            # A landmark before the new token is read in the same step.
+            length, next_length = layout.num_slots(count), layout.num_slots(count + 1)
+            if model.rotary(next_length) is model.rotary(length):
+                new = layout.place(token, length, next_length, count + 1)
             else:
-                # What lies in the cache was computed from tokens that were rotated otherwise.
+                # The cached keys and values of later layers were computed with another rotation.
                 cache = KVCache(cache.max_seqlen)
-                new = slots.place(tokens.cpu(), 0, grown, count + 1)
+                new = layout.place(tokens.cpu(), 0, next_length, count + 1)
     return tokens
 
 
 def _last_logits(model: CausalLM, new: Tensor, cache: KVCache) -> Tensor:
-    """fp32 `[vocab]` for the token after `new`, on the CPU."""
+    """Return the logits of the token after `new`, fp32 `[vocab]` on the CPU."""
     logits = model(new[None], None, None, packed_seq_params=SequenceParams(cache=cache))
-    return model.whole_logits(logits[:, -1])[0].float().cpu()
+    return model.gather_logits(logits[:, -1])[0].float().cpu()
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Return one token, int64 `[1]`."""
     if temperature == 0:
         return logits.argmax()[None]
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

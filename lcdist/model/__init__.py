@@ -1,1 +1,1 @@
-"""Megatron-core seen from here: the model with our attention in its core-attention slot."""
+"""The model: Megatron's GPTModel with our attention, norm, loss and memory policy."""

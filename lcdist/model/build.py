@@ -1,4 +1,4 @@
-"""Megatron's GPTModel with our norm and our attention in its slots."""
+"""Build Megatron's GPTModel with our norm, layers and attention in its module slots."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,8 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.lora import LoraConfig
 from lcdist.layout.documents import DocumentLayout
 from lcdist.model.core_attention import LongContextAttention
-from lcdist.model.init import initialise
-from lcdist.model.lora import adapted, freeze
+from lcdist.model.init import init_weights
+from lcdist.model.lora import freeze, with_adapters
 from lcdist.model.memory.layer import Layer, MemoryPolicy
 from lcdist.model.memory.offload import CpuOffload
 from lcdist.model.norm import RMSNorm
@@ -42,24 +42,26 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class CausalLM(GPTModel):
-    """GPTModel whose loss never sees the padding of the vocabulary.
+    """GPTModel whose loss leaves out the padding of the vocabulary.
 
-    slots: how the attention of its layers wants text laid out. rotary: from the length of a
-    sequence in tokens to its rotation. loss_chunk: of how many tokens on
-    this rank, how many get logits at once for the loss; None: all of them.
+    true_vocab_size: tokens in the vocabulary, without padding.
+    document_layout: positions of text and landmarks that the attention of its layers needs.
+    rotary: returns the rotation for a sequence length in tokens.
+    loss_chunk: returns, for a number of tokens on this rank, how many of them get logits at once
+        in the loss; None for all of them.
     """
 
     true_vocab_size: int
-    slots: DocumentLayout
+    document_layout: DocumentLayout
     rotary: Callable[[int], Rotary]
     loss_chunk: Callable[[int], int | None]
 
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None = None, **rest: Any
     ) -> Tensor:
-        """Hidden states `[s, b, h]` to what the model returns: Megatron's step after the layers.
+        """Return losses or logits from hidden states `[s, b, h]`: Megatron's step after the layers.
 
-        Drop when megatron-core lets a model bring an output layer that has the loss in it.
+        Remove this override once megatron-core accepts an output layer that contains the loss.
         """
         sequence = rest.get("packed_seq_params")
         if self.post_process and labels is not None:
@@ -67,8 +69,8 @@ class CausalLM(GPTModel):
             if chunk is not None:
                 return self._losses(hidden_states, labels, chunk)
         elif self.post_process and sequence is not None and sequence.cache is not None:
-            # Decoding reads the last token's logits; those of a long prompt would be the largest
-            # thing in memory.
+            # Decoding needs the last token's logits alone; those of a whole prompt would be the
+            # largest tensor in memory.
             hidden_states = hidden_states[-1:]
         return super()._postprocess(hidden_states, labels=labels, **rest)
 
@@ -79,43 +81,43 @@ class CausalLM(GPTModel):
         group = self.pg_collection.tp
         shard = VocabShard(
             first=group.rank() * len(weight),
-            real=real_rows(self.true_vocab_size, len(weight), group.rank()),
+            num_tokens=vocab_rows(self.true_vocab_size, len(weight), group.rank()),
             group=group if group.size() > 1 else None,
             sequence_parallel=self.config.sequence_parallel,
         )
         return output_losses(hidden, weight, labels.t(), shard, chunk).t()
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels `[b, s]` and this rank's logits `[s, b, vocab/tp]` to losses in nats `[b, s]`."""
+        """Return losses in nats `[b, s]` from labels `[b, s]` and logits `[s, b, vocab / tp]`."""
         logits = hide_padding(logits, self.true_vocab_size, self.pg_collection.tp.rank())
         targets = labels.transpose(0, 1).contiguous()
         return tensor_parallel.vocab_parallel_cross_entropy(logits, targets).transpose(0, 1)
 
-    def whole_logits(self, logits: Tensor) -> Tensor:
-        """This rank's logits `[..., vocab/tp]` to the whole `[..., vocab]`, padding -inf."""
+    def gather_logits(self, logits: Tensor) -> Tensor:
+        """Return logits `[..., vocab]` from this rank's `[..., vocab / tp]`; -inf for padding."""
         logits = hide_padding(logits, self.true_vocab_size, self.pg_collection.tp.rank())
         return tensor_parallel.gather_from_tensor_model_parallel_region(logits)
 
 
 def hide_padding(logits: Tensor, vocab_size: int, tp_rank: int) -> Tensor:
-    """Logits `[..., vocab/tp]` with -inf in the columns that stand for no token."""
-    local = logits.shape[-1]
-    real = real_rows(vocab_size, local, tp_rank)
-    if real == local:
+    """Return logits `[..., vocab / tp]` with -inf in the columns that pad the vocabulary."""
+    num_columns = logits.shape[-1]
+    num_tokens = vocab_rows(vocab_size, num_columns, tp_rank)
+    if num_tokens == num_columns:
         return logits
-    padding = torch.arange(local, device=logits.device) >= real
+    padding = torch.arange(num_columns, device=logits.device) >= num_tokens
     return logits.masked_fill(padding, float("-inf"))
 
 
-def real_rows(vocab_size: int, local: int, tp_rank: int) -> int:
-    """How many of a rank's `local` rows of the output weight stand for a token; they come first."""
-    return min(max(vocab_size - tp_rank * local, 0), local)
+def vocab_rows(vocab_size: int, num_rows: int, tp_rank: int) -> int:
+    """Return how many of a rank's `num_rows` output rows belong to a token; they come first."""
+    return min(max(vocab_size - tp_rank * num_rows, 0), num_rows)
 
 
 def build_model(plan: Plan, device: torch.device) -> list[CausalLM]:
-    """This rank's chunks of the model (one, or vp_size when pipelining interleaves), initialised.
+    """Build and initialise this rank's model chunks: one, or vp_size with interleaving.
 
-    The mesh must have been built. A chunk maps (tokens, positions, None, labels=..,
+    The mesh must exist. A chunk maps (tokens, None, None, labels=labels,
     packed_seq_params=SequenceParams) to losses `[b, s_local]` on the last stage.
     """
     config = plan.config
@@ -132,7 +134,7 @@ def build_model(plan: Plan, device: torch.device) -> list[CausalLM]:
     chunks = []
     for stage in range(config.parallel.vp_size):
         chunk = _chunk(plan, megatron, core, stage if config.parallel.vp_size > 1 else None)
-        initialise(chunk, megatron, config.train.seed, config.model.init_std)
+        init_weights(chunk, megatron, config.train.seed, config.model.init_std)
         freeze(chunk, config.lora)
         chunks.append(chunk.to(device))
     return chunks
@@ -143,54 +145,54 @@ def _chunk(
 ) -> CausalLM:
     num_layers = get_num_layers_to_build(megatron, vp_stage)
     store = CpuOffload() if plan.memory.offloads else None
-    keeping = MemoryPolicy(plan.memory.recompute, plan.memory.mlp_chunk, store)
+    policy = MemoryPolicy(plan.memory.recompute, plan.memory.mlp_chunk, store)
     spec = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(core, keeping, plan.config.lora)] * num_layers,
+        layer_specs=[_layer_spec(core, policy, plan.config.lora)] * num_layers,
         layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
     )
-    where: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
+    stage: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
     model = CausalLM(
         config=megatron,
         transformer_layer_spec=spec,  # type: ignore[arg-type]
         vocab_size=plan.shape.padded_vocab_size,
         max_sequence_length=plan.shape.seqlen,
-        pre_process=parallel_state.is_pipeline_first_stage(**where),
-        post_process=parallel_state.is_pipeline_last_stage(**where),
+        pre_process=parallel_state.is_pipeline_first_stage(**stage),
+        post_process=parallel_state.is_pipeline_last_stage(**stage),
         share_embeddings_and_output_weights=plan.config.model.tied_embeddings,
         position_embedding_type="none",
         vp_stage=vp_stage,
     )
     model.true_vocab_size = plan.config.model.vocab_size
-    model.slots = plan.shape.document_layout
+    model.document_layout = plan.shape.document_layout
     model.rotary = core.params["rotary"]
     model.loss_chunk = plan.memory.loss_chunk
     return model
 
 
-def _layer_spec(core: ModuleSpec, keeping: MemoryPolicy, lora: LoraConfig) -> ModuleSpec:
+def _layer_spec(core: ModuleSpec, policy: MemoryPolicy, lora: LoraConfig) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=adapted(ColumnParallelLinear, lora, "q", "k", "v"),
+            linear_qkv=with_adapters(ColumnParallelLinear, lora, "q", "k", "v"),
             core_attention=core,
-            linear_proj=adapted(RowParallelLinear, lora, "o"),
+            linear_proj=with_adapters(RowParallelLinear, lora, "o"),
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,
         ),
     )
-    # Megatron annotates this slot with classes and fills it with functions.
+    # Megatron's annotation allows only classes here; its own specs use functions.
     add: Any = get_bias_dropout_add
     mlp = ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(
-            linear_fc1=adapted(ColumnParallelLinear, lora, "gate", "up"),
-            linear_fc2=adapted(RowParallelLinear, lora, "down"),
+            linear_fc1=with_adapters(ColumnParallelLinear, lora, "gate", "up"),
+            linear_fc2=with_adapters(RowParallelLinear, lora, "down"),
         ),
     )
     return ModuleSpec(
         module=Layer,
-        params={"keeping": keeping},
+        params={"policy": policy},
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,

@@ -1,7 +1,7 @@
-"""The door between Megatron's layers and the attention methods.
+"""Core attention of Megatron's layers: calls the attention method of each layer.
 
-Megatron hands over q, k and v as `[s_local, b, heads, head_dim]`, un-rotated; the methods take
-`[b, s_local, heads, head_dim]`. The turn is a view, made here and nowhere else.
+Megatron passes q, k and v as `[s_local, b, heads, head_dim]`, without rotation. Methods take
+`[b, s_local, heads, head_dim]`. Only this file transposes between the two, as a view.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,13 +23,18 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
 class LongContextAttention(MegatronModule):
-    """One layer's attention by its method, exact under context and tensor parallelism.
+    """One layer's attention, exact under context and tensor parallelism.
 
-    layers: the attention of every layer of the model, as the plan resolved it; impl: as asked for.
-    layout: the cut of the training sequences. rotary: from the length of a sequence in tokens to
-    the rotation the method applies. The other arguments are Megatron's. What a method learns beside
-    the projections are parameters here, `extras`, cut over tensor-parallel ranks by query heads,
-    their last dim.
+    `extras` holds the parameters that a method learns beside the projections. They are sharded over
+    tensor-parallel ranks by query heads, their last dim.
+
+    Args:
+        layers: method and options of every layer of the model, as the plan resolved them.
+        impl: kernel implementation, as configured.
+        layout: of the training sequences.
+        rotary: returns the rotation for a sequence length in tokens.
+
+    The other arguments are Megatron's.
     """
 
     def __init__(  # noqa: PLR0913
@@ -49,28 +54,28 @@ class LongContextAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None
-        # Megatron counts layers of the whole model from 1, on every stage.
-        mine = layers[layer_number - 1]
-        self.method, self.options, self.impl = mine.method, mine.options, impl
+        # Megatron's layer numbers are those of the whole model, from 1, on every stage.
+        layer = layers[layer_number - 1]
+        self.method, self.options, self.impl = layer.method, layer.options, impl
         self.layout, self.rotary = layout, rotary
         self.layer_number, self.softmax_scale = layer_number, softmax_scale
         self.cp_group = pg_collection.cp if pg_collection.cp.size() > 1 else None
-        self.heads = _my_heads(config, pg_collection.tp.rank())
+        self.heads = _head_slice(config, pg_collection.tp.rank())
         self.extras = nn.ParameterDict(self._extras(config))
 
     def _extras(self, config: TransformerConfig) -> dict[str, nn.Parameter]:
         nheads, extras = config.num_attention_heads, {}
-        first, mine = self.heads.first, nheads // config.tensor_model_parallel_size
+        first, count = self.heads.first, nheads // config.tensor_model_parallel_size
         for name, whole in self.method.initial(self.options, nheads).items():
-            cut = whole[..., first : first + mine].to(config.params_dtype)
-            extras[name] = nn.Parameter(cut.clone())
+            shard = whole[..., first : first + count].to(config.params_dtype)
+            extras[name] = nn.Parameter(shard.clone())
             set_tensor_model_parallel_attributes(extras[name], True, whole.ndim - 1, 1)
         return extras
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Megatron's: the learnable extras, whole under one name on any mesh."""
+        """As in Megatron; each of `extras` is saved under one name that is the same on any mesh."""
         state = self.state_dict(prefix="", keep_vars=True)
         axes = {f"extras.{name}": value.ndim - 1 for name, value in self.extras.items()}
         return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
@@ -84,10 +89,14 @@ class LongContextAttention(MegatronModule):
         packed_seq_params: SequenceParams | None = None,
         **unused: Any,
     ) -> Tensor:
-        """query `[s_local, b, nheads/tp, head_dim]`, key and value with nheads_kv/tp heads.
+        """Return the attention output `[s_local, b, nheads / tp * head_dim]`.
 
-        Returns `[s_local, b, nheads/tp * head_dim]`. The mask argument is ignored: masks come
-        from positions.
+        Args:
+            query: `[s_local, b, nheads / tp, head_dim]`.
+            key: `[s_local, b, nheads_kv / tp, head_dim]`.
+            value: as key.
+            attention_mask: must be None; masks follow from token positions.
+            packed_seq_params: per-batch inputs; None: the training layout, without documents.
         """
         assert attention_mask is None
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [b, s_local, h, d]
@@ -97,7 +106,7 @@ class LongContextAttention(MegatronModule):
         elif sequence.cu_seqlens is None:
             out = self._attend(q, k, v, sequence, None)
         else:
-            # Every row has documents of its own, so rows are attended one by one.
+            # Document boundaries differ between rows, so each row is a call of its own.
             rows = [
                 self._attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], sequence, table)
                 for i, table in enumerate(sequence.cu_seqlens)
@@ -145,10 +154,10 @@ class LongContextAttention(MegatronModule):
         )
 
 
-def _my_heads(config: TransformerConfig, tp_rank: int) -> HeadSlice:
-    """Which of the model's heads this tensor-parallel rank holds."""
+def _head_slice(config: TransformerConfig, tp_rank: int) -> HeadSlice:
+    """Return the range of the model's heads that this tensor-parallel rank holds."""
     nheads = config.num_attention_heads
     nheads_kv = config.num_query_groups or nheads
     first = tp_rank * (nheads // config.tensor_model_parallel_size)
-    # With fewer key/value heads than ranks, Megatron gives neighbours the same one.
+    # With fewer key/value heads than ranks, Megatron gives neighbouring ranks the same head.
     return HeadSlice(first, nheads, first * nheads_kv // nheads, nheads_kv)

@@ -1,8 +1,8 @@
-"""Initial values that do not depend on the mesh: the same seed is the same function everywhere.
+"""Initialise weights independently of the mesh: the same seed gives the same model everywhere.
 
-Each parameter is drawn whole from a generator of its own, seeded by (seed, name of the parameter
-in the whole model), and then cut for this rank. So a run on 64 ranks and a run on one start from
-the same weights, bit for bit, and their loss curves can be compared.
+Each parameter is drawn whole from its own generator, seeded by (seed, whole-model name), and then
+sharded for this rank. A run on 64 ranks and a run on one rank start from the same weights, bit for
+bit, so their loss curves can be compared.
 """
 
 import hashlib
@@ -15,21 +15,21 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-# In the name of every parameter that an attention method learns beside the projections.
-EXTRAS = ".core_attention.extras."
-# In the name of every factor of a LoRA adapter, before its target: `.lora.q.A`.
-LORA = ".lora."
-# The two tables of the vocabulary; with tied embeddings there is only the first.
-TABLES = {"embeddings": "embedding.word_embeddings.weight", "head": "output_layer.weight"}
+# Part of the name of every parameter that an attention method learns beside the projections.
+METHOD_PARAMS = ".core_attention.extras."
+# Part of the name of every LoRA factor, before its target: `.lora.q.A`.
+LORA_PARAMS = ".lora."
+# Names of the two vocabulary tables by key of `[lora]`; tied embeddings have the first one alone.
+VOCAB_TABLES = {"embeddings": "embedding.word_embeddings.weight", "head": "output_layer.weight"}
 
 
-def initialise(model: nn.Module, config: TransformerConfig, seed: int, std: float) -> None:
+def init_weights(model: nn.Module, config: TransformerConfig, seed: int, std: float) -> None:
     """Fill the parameters of one model chunk in place.
 
-    Norms are 1; biases 0; learnable extras of the attention keep what they have; all other weights
-    are normal with deviation `std`, the projections that write to the residual stream with
-    std / sqrt(2 num_layers) (GPT-2's rule). Of an adapter, A is uniform up to 1 / sqrt(in)
-    (Kaiming's with a = sqrt 5, as PEFT draws it) and B is 0.
+    - Norms are 1, biases 0. Parameters of an attention method keep the values it gave them.
+    - Projections that write to the residual stream are normal with deviation
+      std / sqrt(2 num_layers) (GPT-2's rule); all other weights with deviation `std`.
+    - LoRA's A is uniform within 1 / sqrt(in) (Kaiming with a = sqrt 5, as in PEFT), its B is 0.
     """
     tp_size = config.tensor_model_parallel_size
     tp_rank = _tp_rank(model)
@@ -38,31 +38,30 @@ def initialise(model: nn.Module, config: TransformerConfig, seed: int, std: floa
     with torch.no_grad():
         for local_name, parameter in model.named_parameters():
             name = names[local_name]
-            if EXTRAS in name:
-                continue  # the attention method gave their values
+            if METHOD_PARAMS in name:
+                continue
             if parameter.ndim == 1:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
-            writes = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-            is_gated = name.endswith("linear_fc1.weight")
-            parts = 2 if is_gated else 1
+            writes_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            parts = 2 if name.endswith("linear_fc1.weight") else 1  # gate and up
             dim = getattr(parameter, "partition_dim", -1)
-            cut = getattr(parameter, "tensor_model_parallel", False) and tp_size > 1
+            is_sharded = getattr(parameter, "tensor_model_parallel", False) and tp_size > 1
             shape = list(parameter.shape)
-            if cut:
+            if is_sharded:
                 shape[dim] *= tp_size
-            if LORA in name:
-                whole = _adapter(name, shape, seed)
+            if LORA_PARAMS in name:
+                whole = _draw_adapter(name, shape, seed)
             else:
-                whole = _draw(name, shape, seed, residual_std if writes else std)
-            parameter.copy_(_cut(whole, dim, parts, tp_rank, tp_size) if cut else whole)
+                whole = _draw(name, shape, seed, residual_std if writes_residual else std)
+            parameter.copy_(_shard(whole, dim, parts, tp_rank, tp_size) if is_sharded else whole)
 
 
 def _draw(name: str, shape: list[int], seed: int, std: float) -> Tensor:
     return torch.randn(shape, generator=_generator(name, seed)) * std
 
 
-def _adapter(name: str, shape: list[int], seed: int) -> Tensor:
+def _draw_adapter(name: str, shape: list[int], seed: int) -> Tensor:
     if name.endswith(".B"):
         return torch.zeros(shape)
     return (2 * torch.rand(shape, generator=_generator(name, seed)) - 1) / math.sqrt(shape[1])
@@ -73,10 +72,10 @@ def _generator(name: str, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _cut(whole: Tensor, dim: int, parts: int, tp_rank: int, tp_size: int) -> Tensor:
-    """This rank's piece of each of the `parts` (gate and up) that are stacked along `dim`."""
-    pieces = [part.chunk(tp_size, dim)[tp_rank] for part in whole.chunk(parts, dim)]
-    return torch.cat(pieces, dim)
+def _shard(whole: Tensor, dim: int, parts: int, tp_rank: int, tp_size: int) -> Tensor:
+    """Return this rank's shard of each of the `parts` that are stacked along `dim`, stacked."""
+    shards = [part.chunk(tp_size, dim)[tp_rank] for part in whole.chunk(parts, dim)]
+    return torch.cat(shards, dim)
 
 
 def _tp_rank(model: nn.Module) -> int:
@@ -84,11 +83,12 @@ def _tp_rank(model: nn.Module) -> int:
 
 
 def whole_model_names(model: nn.Module) -> dict[str, str]:
-    """By local name, the name with the layer's number in the whole model, not in this stage.
+    """Map each local parameter name to its whole-model name.
 
-    The output layer of a model with tied embeddings is the embedding under another name.
+    They differ in the layer number, which local names count within the pipeline stage. With tied
+    embeddings the output layer has the name of the embedding.
     """
-    numbers = {
+    prefixes = {
         f"{name}.": f"decoder.layers.{module.layer_number - 1}."
         for name, module in model.named_modules()
         if isinstance(module, TransformerLayer)
@@ -97,10 +97,10 @@ def whole_model_names(model: nn.Module) -> dict[str, str]:
     names = {}
     for name, _ in model.named_parameters():
         whole = name
-        for local, number in numbers.items():
-            if name.startswith(local):
-                whole = number + name.removeprefix(local)
+        for local_prefix, prefix in prefixes.items():
+            if name.startswith(local_prefix):
+                whole = prefix + name.removeprefix(local_prefix)
         if tied and whole == "output_layer.weight":
-            whole = TABLES["embeddings"]
+            whole = VOCAB_TABLES["embeddings"]
         names[name] = whole
     return names

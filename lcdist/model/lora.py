@@ -1,22 +1,22 @@
 """LoRA on Megatron's parallel linears (arXiv:2106.09685): Y = X W^T + alpha/r (X A^T) B^T.
 
-Every target has an A and a B of its own, as PEFT has, though Megatron keeps q, k and v in one
-weight (interleaved by groups) and gate and up in another. PEFT's own layers for Megatron (its 0.21)
-put one A and one B on a whole fused weight, so they can neither leave k out nor be loaded on
-Hugging Face's q_proj, k_proj and v_proj; they are fp32 alone, and a replicated factor's gradient is
-not summed over ranks under sequence parallelism. So maths and file format are PEFT's, the layers
-ours.
+Every target has its own A and B, as in PEFT, although Megatron fuses q, k and v into one weight
+(interleaved by groups) and gate and up into another. PEFT's layers for Megatron (PEFT 0.21) put one
+A and one B on a whole fused weight. They cannot leave out k and do not load on Hugging Face's
+q_proj, k_proj and v_proj; they support fp32 only; and under sequence parallelism the gradient of a
+replicated factor is not summed over ranks. Maths and file format are therefore PEFT's, the layers
+are ours.
 
-Only X A^T, r wide, travels between tensor-parallel ranks beside what the base layer sends:
+Besides the base layer's messages, tensor-parallel ranks exchange only X A^T, r features wide:
 
-    column-parallel   A whole, B cut by rows.    forward: gathered under sequence parallelism;
-                                                 backward: summed over ranks, once for all targets
-    row-parallel      A cut by columns, B whole. forward: summed over ranks
+    column-parallel   A replicated, B sharded by rows.    forward: gather (sequence parallelism)
+                                                          backward: one sum for all targets
+    row-parallel      A sharded by columns, B replicated. forward: sum
 
-so gradients of cut parameters are whole, and those of whole ones are the same on every rank, or
-sums over a rank's tokens under sequence parallelism, which Megatron adds up as it does for norms.
-With fewer key/value heads than ranks a rank's rows of the fused weight are some of q, of k and of
-v: then B is whole as well, and each rank uses the rows it has.
+Gradients of sharded factors need no reduction. Gradients of replicated factors are equal on all
+ranks; under sequence parallelism they are sums over a rank's tokens, which Megatron reduces as for
+norms. With fewer key/value heads than ranks, a rank's rows of the fused weight are parts of q, k
+and v. B is then replicated as well, and each rank uses its rows.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.lora import LoraConfig
-from lcdist.model.init import EXTRAS, LORA, TABLES, whole_model_names
+from lcdist.model.init import LORA_PARAMS, METHOD_PARAMS, VOCAB_TABLES, whole_model_names
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -41,8 +41,11 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
-def adapted(linear: type, lora: LoraConfig, *fused: str) -> Any:
-    """What a layer's spec says in the place of `linear`, whose weight the targets `fused` share."""
+def with_adapters(linear: type, lora: LoraConfig, *fused: str) -> Any:
+    """Return the layer spec for `linear` with adapters for the targets `fused` in its weight.
+
+    Returns `linear` itself if `lora` adapts none of them.
+    """
     targets = tuple(target for target in fused if target in lora.targets)
     if not lora.rank or not targets:
         return linear
@@ -51,90 +54,104 @@ def adapted(linear: type, lora: LoraConfig, *fused: str) -> Any:
 
 
 def is_trained(name: str, lora: LoraConfig) -> bool:
-    """Whether a run with `lora` trains the parameter `name` of the whole model."""
-    if not lora.rank or LORA in name or EXTRAS in name:
+    """Return whether a run with `lora` trains a parameter, by its whole-model name."""
+    if not lora.rank or LORA_PARAMS in name or METHOD_PARAMS in name:
         return True
     return (
-        (lora.embeddings and name == TABLES["embeddings"])
-        or (lora.head and name == TABLES["head"])
+        (lora.embeddings and name == VOCAB_TABLES["embeddings"])
+        or (lora.head and name == VOCAB_TABLES["head"])
         or (lora.norms and name.endswith("layernorm.weight"))
     )
 
 
 def freeze(chunk: nn.Module, lora: LoraConfig) -> None:
-    """Leave only what `lora` trains with a gradient; before Megatron makes its buffers for them."""
+    """Disable gradients of all parameters that `lora` does not train.
+
+    Call it before Megatron allocates gradient buffers.
+    """
     names = whole_model_names(chunk)
     for local, parameter in chunk.named_parameters():
         parameter.requires_grad_(is_trained(names[local], lora))
 
 
 class Adapter(nn.Module):
-    """The two factors of one target on this rank: A `[rank, in]`, B `[out, rank]`."""
+    """Both factors of one target on this rank: A `[rank, in]`, B `[out, rank]`, as `weight`."""
 
-    def __init__(self, rank: int, columns: int, rows: int, like: Tensor) -> None:
+    def __init__(self, rank: int, columns: int, rows: int, weight: Tensor) -> None:
         super().__init__()
-        words: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
-        self.A = nn.Parameter(torch.empty(rank, columns, **words))
-        self.B = nn.Parameter(torch.empty(rows, rank, **words))
+        options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+        self.A = nn.Parameter(torch.empty(rank, columns, **options))
+        self.B = nn.Parameter(torch.empty(rows, rank, **options))
 
 
 class LoraColumn(ColumnParallelLinear):
-    """Megatron's column-parallel linear with an adapter for some of the targets in its weight."""
+    """Megatron's column-parallel linear with adapters for some targets of its fused weight.
 
-    # Megatron's annotations allow what its constructor never leaves.
+    shards_b: whether each rank holds the B rows of its own weight rows; otherwise B is replicated.
+    """
+
+    # Megatron annotates these as optional; its constructor always sets them.
     config: Any
     tp_group: Any
     weight: Any
     lora: Any
 
-    def __init__(self, *sizes: int, lora: LoraConfig, targets: Sequence[str], **words: Any) -> None:
-        super().__init__(*sizes, **words)
+    def __init__(
+        self, *sizes: int, lora: LoraConfig, targets: Sequence[str], **kwargs: Any
+    ) -> None:
+        super().__init__(*sizes, **kwargs)
         self.scale = lora.scale
-        whole = _whole_rows(self.config, "q" in targets or "k" in targets or "v" in targets)
-        local = _local_rows(self.output_size, words.get("stride", 1), self.tp_group)
+        rows_by_target = _target_rows(self.config, bool({"q", "k", "v"} & set(targets)))
+        local = _local_rows(self.output_size, kwargs.get("stride", 1), self.tp_group)
         groups, tp_size = self.config.num_query_groups or 1, self.tp_group.size()
-        self.cuts = "gate" in whole or groups % tp_size == 0
+        self.shards_b = "gate" in rows_by_target or groups % tp_size == 0
         self.lora = nn.ModuleDict()
         for target in targets:
-            rows = whole[target]
-            place, taken = _meet(rows, local)
-            count = len(taken) if self.cuts else len(rows)
+            rows = rows_by_target[target]
+            weight_rows, b_rows = _matching_rows(rows, local)
+            count = len(b_rows) if self.shards_b else len(rows)
             self.lora[target] = Adapter(lora.rank, self.input_size, count, self.weight)
             A, B = self.lora[target].A, self.lora[target].B
             vars(A)["sequence_parallel"] = self.sequence_parallel
-            if self.cuts:
+            if self.shards_b:
                 set_tensor_model_parallel_attributes(B, True, 0, 1)
-            self.register_buffer(f"{target}_place", place, persistent=False)
-            self.register_buffer(f"{target}_taken", taken, persistent=False)
+            self.register_buffer(f"{target}_weight_rows", weight_rows, persistent=False)
+            self.register_buffer(f"{target}_b_rows", b_rows, persistent=False)
 
-    def forward(self, input_: Tensor, *args: Any, **words: Any) -> Any:
-        """input_ `[s, b, in]`, this rank's tokens under sequence parallelism; out as Megatron's."""
-        out, bias = super().forward(input_, *args, **words)
-        low = _low(input_, torch.cat([adapter.A for adapter in self.lora.values()]))
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return Megatron's output with the adapters' added, and its bias.
+
+        input_: `[s, b, in]`; this rank's tokens alone under sequence parallelism.
+        """
+        out, bias = super().forward(input_, *args, **kwargs)
+        down = _down_projection(input_, torch.cat([adapter.A for adapter in self.lora.values()]))
         if self.sequence_parallel:
-            low = gather_from_sequence_parallel_region(low, group=self.tp_group)
+            down = gather_from_sequence_parallel_region(down, group=self.tp_group)
         elif self.tp_group.size() > 1:
-            low = copy_to_tensor_model_parallel_region(low, group=self.tp_group)
-        return _add_product(out, low, self._rows_of_b(), self.scale), bias
+            down = copy_to_tensor_model_parallel_region(down, group=self.tp_group)
+        return _add_up_projection(out, down, self._fused_b(), self.scale), bias
 
-    def _rows_of_b(self) -> Tensor:
-        """`[out / tp, targets * rank]`: every B in its target's rows and columns, 0 elsewhere."""
+    def _fused_b(self) -> Tensor:
+        """Return all B as one matrix `[out / tp, targets * rank]`.
+
+        Each B fills its target's rows and columns; the rest is 0.
+        """
         blocks = []
         for target, adapter in self.lora.items():
             B = adapter.B
-            if not self.cuts:
-                # Backward adds up the rows that every rank has used.
+            if not self.shards_b:
+                # Backward sums over the ranks the gradients of the rows that each has used.
                 B = copy_to_tensor_model_parallel_region(B, group=self.tp_group)
-                B = B.index_select(0, getattr(self, f"{target}_taken"))
+                B = B.index_select(0, getattr(self, f"{target}_b_rows"))
             block = B.new_zeros(len(self.weight), B.shape[1])
-            blocks.append(block.index_copy(0, getattr(self, f"{target}_place"), B))
+            blocks.append(block.index_copy(0, getattr(self, f"{target}_weight_rows"), B))
         return torch.cat(blocks, 1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Megatron's, and every factor whole under one name on any mesh."""
-        axes = {f"lora.{target}.B": 0 for target in self.lora if self.cuts}
+        """As in Megatron; factors are saved unsharded under a mesh-independent name."""
+        axes = {f"lora.{target}.B": 0 for target in self.lora if self.shards_b}
         axes |= {"weight": 0, "bias": 0}
         return _sharded(self, axes, prefix, sharded_offsets, metadata)
 
@@ -145,8 +162,10 @@ class LoraRow(RowParallelLinear):
     weight: Any
     lora: Any
 
-    def __init__(self, *sizes: int, lora: LoraConfig, targets: Sequence[str], **words: Any) -> None:
-        super().__init__(*sizes, **words)
+    def __init__(
+        self, *sizes: int, lora: LoraConfig, targets: Sequence[str], **kwargs: Any
+    ) -> None:
+        super().__init__(*sizes, **kwargs)
         self.scale = lora.scale
         [self.target] = targets
         adapter = Adapter(lora.rank, self.input_size_per_partition, self.output_size, self.weight)
@@ -155,63 +174,70 @@ class LoraRow(RowParallelLinear):
         self.lora = nn.ModuleDict({self.target: adapter})
 
     def forward(self, input_: Tensor) -> Any:
-        """input_ `[s, b, in / tp]`; out as Megatron's."""
+        """Return Megatron's output with the adapter's added, and its bias.
+
+        input_: `[s, b, in / tp]`.
+        """
         out, bias = super().forward(input_)
         adapter = self.lora[self.target]
-        low = _low(input_, adapter.A)
+        down = _down_projection(input_, adapter.A)
         if self.sequence_parallel:
-            low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
+            down = reduce_scatter_to_sequence_parallel_region(down, group=self.tp_group)
         else:
-            low = reduce_from_tensor_model_parallel_region(low, group=self.tp_group)
-        return _add_product(out, low, adapter.B, self.scale), bias
+            down = reduce_from_tensor_model_parallel_region(down, group=self.tp_group)
+        return _add_up_projection(out, down, adapter.B, self.scale), bias
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Megatron's, and both factors whole under one name on any mesh."""
+        """As in Megatron; both factors are saved unsharded under a mesh-independent name."""
         axes = {"weight": 1, f"lora.{self.target}.A": 1}
         return _sharded(self, axes, prefix, sharded_offsets, metadata)
 
 
-def _low(x: Tensor, A: Tensor) -> Tensor:
-    """x A^T `[s, b, r]`, the same bits with gradients and without, as recomputation has it.
+def _down_projection(x: Tensor, A: Tensor) -> Tensor:
+    """Return x A^T `[s, b, r]`, with the same bits whether or not gradients are enabled.
 
-    F.linear takes another matrix product for three dimensions where no gradient is asked for.
+    Recomputation needs that. F.linear uses another matrix product for three dimensions when
+    gradients are disabled.
     """
     return torch.mm(x.flatten(0, -2), A.t()).view(*x.shape[:-1], len(A))
 
 
-def _add_product(out: Tensor, low: Tensor, B: Tensor, scale: float) -> Tensor:
-    """out + scale low B^T without a tensor for the product."""
-    total = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), B.t(), alpha=scale)
+def _add_up_projection(out: Tensor, down: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return out + scale * down B^T without a tensor for the product."""
+    total = torch.addmm(out.flatten(0, -2), down.flatten(0, -2), B.t(), alpha=scale)
     return total.view(out.shape)
 
 
-def _whole_rows(config: TransformerConfig, attention: bool) -> dict[str, Tensor]:
-    """By target, the numbers of its rows in the whole fused weight, in the target's own order."""
-    if not attention:
+def _target_rows(config: TransformerConfig, is_attention: bool) -> dict[str, Tensor]:
+    """Return each target's row numbers in the unsharded fused weight, in the target's order."""
+    if not is_attention:
         gate, up = torch.arange(2 * config.ffn_hidden_size).view(2, -1)  # type: ignore[operator]
         return {"gate": gate, "up": up}
     groups: Any = config.num_query_groups
-    each = config.num_attention_heads // groups
-    heads = torch.arange(groups * (each + 2) * config.kv_channels)  # type: ignore[operator]
-    heads = heads.view(groups, each + 2, -1)
-    q, k, v = heads.split([each, 1, 1], 1)
+    group_size = config.num_attention_heads // groups
+    rows = torch.arange(groups * (group_size + 2) * config.kv_channels)  # type: ignore[operator]
+    rows = rows.view(groups, group_size + 2, -1)
+    q, k, v = rows.split([group_size, 1, 1], 1)
     return {"q": q.reshape(-1), "k": k.reshape(-1), "v": v.reshape(-1)}
 
 
 def _local_rows(count: int, stride: int, group: Any) -> Tensor:
-    """The numbers in the whole weight of this rank's rows, in their order here."""
+    """Return the numbers of this rank's rows in the unsharded weight, in this rank's order."""
     rows = torch.arange(count).view(stride, group.size(), -1)
     return rows[:, group.rank()].reshape(-1)
 
 
-def _meet(rows: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
-    """(where here the rows that a target has here are, which of the target's rows they are)."""
-    where = {row: place for place, row in enumerate(local.tolist())}
-    found = [(where[row], i) for i, row in enumerate(rows.tolist()) if row in where]
-    places, taken = torch.tensor(found, dtype=torch.int64).view(-1, 2).t().contiguous()
-    return places, taken
+def _matching_rows(rows: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+    """Match a target's rows with this rank's rows; both are numbers in the unsharded weight.
+
+    Returns (indices into `local`, indices into `rows`) of the common rows, in the order of `rows`.
+    """
+    local_index = {row: i for i, row in enumerate(local.tolist())}
+    pairs = [(local_index[row], i) for i, row in enumerate(rows.tolist()) if row in local_index]
+    in_local, in_rows = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).t().contiguous()
+    return in_local, in_rows
 
 
 def _sharded(

@@ -1,4 +1,4 @@
-"""The output layer and its loss in one, without ever holding the logits of all tokens.
+"""Output layer and cross-entropy in one operation, without the logits of all tokens in memory.
 
 With hidden states x, output weight W and targets y, token t has
 
@@ -6,14 +6,14 @@ With hidden states x, output weight W and targets y, token t has
     dlogits_tv = dloss_t (exp(x_t . W_v - lse_t) - [v = y_t])
     dx = dlogits W                          dW = dlogits^T x
 
-Forward makes the logits of a chunk of tokens, reduces them to the two terms and forgets them;
-backward makes them again, chunk by chunk, from the kept lse (as arXiv:2411.09009 does tile by
-tile). Gradients could be had in forward with one product in four less, but only for a gradient of
-the loss that is known there; so the loss stays one number a token, for any mask and normalisation,
-nothing of the weight's size waits for backward, and evaluation pays for forward alone.
+Forward computes the logits of a chunk of tokens, reduces them to the two terms and drops them.
+Backward recomputes them chunk by chunk from the saved lse (arXiv:2411.09009 does so tile by tile).
+Computing gradients in forward would save one product in four, but needs dloss in forward. As it is,
+the loss is one number a token for any mask and normalisation, no tensor of the weight's size waits
+for backward, and evaluation pays for forward alone.
 
-With the vocabulary cut over tensor-parallel ranks (arXiv:1909.08053) lse and target logit are
-combined over the ranks for all tokens at once: one maximum and one sum of two numbers a token.
+If the vocabulary is sharded over tensor-parallel ranks (arXiv:1909.08053), lse and target logits
+are combined over the ranks for all tokens at once: one maximum and one sum of two numbers a token.
 """
 
 from collections.abc import Iterator
@@ -35,36 +35,38 @@ from megatron.core.tensor_parallel import (
 
 @dataclass(frozen=True)
 class VocabShard:
-    """A rank's rows of the output weight: tokens `first` to `first + real - 1`, then padding.
+    """A rank's rows of the output weight: a range of tokens, then padding.
 
-    group: the tensor-parallel ranks that hold the rest, None: nobody. sequence_parallel: whether
-    they also hold each its own part of the hidden states.
+    first: the first row's token.
+    num_tokens: rows that belong to a token.
+    group: the tensor-parallel ranks that share the vocabulary; None: this rank holds all of it.
+    sequence_parallel: whether those ranks also shard the hidden states.
     """
 
     first: int
-    real: int
+    num_tokens: int
     group: dist.ProcessGroup | None = None
     sequence_parallel: bool = False
 
     @property
     def parts(self) -> int:
-        """How many ranks' hidden states make the tokens whole."""
+        """Number of ranks over which the hidden states are sharded."""
         return self.group.size() if self.group is not None and self.sequence_parallel else 1
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`[t, vocab / tp]` in fp32 or wider, for x `[t, h]`; -inf for padding."""
+        """Return logits `[t, vocab / tp]` for x `[t, h]` in fp32 or wider; -inf for padding."""
         logits = (x @ weight.t()).to(_wide(x.dtype))
-        logits[:, self.real :] = -torch.inf
+        logits[:, self.num_tokens :] = -torch.inf
         return logits
 
     def columns(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Where in this rank's logits each target is, `[t, 1]`, and whether it is there at all."""
+        """Return each target's column in this rank's logits, and whether it has one; `[t, 1]`."""
         local = targets.reshape(-1, 1) - self.first
-        here = (local >= 0) & (local < self.real)
-        return local.masked_fill(~here, 0), here
+        is_local = (local >= 0) & (local < self.num_tokens)
+        return local.masked_fill(~is_local, 0), is_local
 
-    def whole(self, x: Tensor) -> Tensor:
-        """All ranks' x `[t, h]`, one after the other."""
+    def gather(self, x: Tensor) -> Tensor:
+        """Return the hidden states `[t, h]` of all ranks, concatenated."""
         if self.parts == 1:
             return x
         return gather_from_sequence_parallel_region(x, group=self.group)  # type: ignore[arg-type]
@@ -73,11 +75,14 @@ class VocabShard:
 def output_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, chunk: int
 ) -> Tensor:
-    """Losses in nats `[s, b]`, fp32 or wider, alike on all ranks of the shard's group.
+    """Return losses in nats `[s, b]`, in fp32 or wider, equal on all ranks of the shard's group.
 
-    hidden: `[s, b, h]`, or `[s / tp, b, h]` under sequence parallelism; weight: `[vocab / tp, h]`,
-    padding rows take no part and get a zero gradient; targets: int64 `[s, b]`; chunk: tokens whose
-    logits exist at once.
+    Args:
+        hidden: `[s, b, h]`, or `[s / tp, b, h]` under sequence parallelism.
+        weight: `[vocab / tp, h]`; padding rows have no effect and get a zero gradient.
+        targets: int64 `[s, b]`.
+        shard: this rank's part of the vocabulary.
+        chunk: tokens whose logits exist at the same time.
     """
     parts = shard.parts
     step = max(1, chunk // parts)
@@ -88,22 +93,22 @@ def output_losses(
 
 
 class _OutputLoss(Function):
-    """hidden `[n, h]` on this rank, targets `[parts, n]`; `step` tokens of every part at once."""
+    """Losses of hidden `[n, h]` and targets `[parts, n]`, `step` tokens of every part at a time."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, step: int
     ) -> Tensor:
         lse = hidden.new_empty(targets.shape, dtype=_wide(hidden.dtype))
-        picked = torch.empty_like(lse)
+        target_logits = torch.empty_like(lse)
         for rows in _steps(len(hidden), step):
-            found = _two_terms(shard.whole(hidden[rows]), weight, targets[:, rows], shard)
-            lse[:, rows], picked[:, rows] = (x.view(len(targets), -1) for x in found)
+            terms = _loss_terms(shard.gather(hidden[rows]), weight, targets[:, rows], shard)
+            lse[:, rows], target_logits[:, rows] = (x.view(len(targets), -1) for x in terms)
         if shard.group is not None:
-            lse, picked = _over_ranks(lse, picked, shard.group)
+            lse, target_logits = _combine_ranks(lse, target_logits, shard.group)
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.shard, ctx.step = shard, step
-        return lse - picked
+        return lse - target_logits
 
     @staticmethod
     @once_differentiable
@@ -114,21 +119,21 @@ class _OutputLoss(Function):
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dweight = None
         if ctx.needs_input_grad[1]:
-            # Sums over chunks are kept in fp32, and rounded to the weight's dtype once.
+            # Sum over chunks in fp32 and round to the weight's dtype once.
             dweight = torch.zeros_like(weight, dtype=_wide(weight.dtype))
-        under_way: list[Any] = []
+        reductions: list[Any] = []
         for rows in _steps(len(hidden), ctx.step):
-            x = shard.whole(hidden[rows])
+            x = shard.gather(hidden[rows])
             dlogits = _dlogits(x, weight, targets[:, rows], shard, lse[:, rows], dout[:, rows])
             if dhidden is not None:
-                under_way += _send_home(dlogits @ weight, dhidden[rows], shard)
+                reductions += _reduce_into(dhidden[rows], dlogits @ weight, shard)
             if dweight is not None:
                 _add_product_(dweight, dlogits, x)
-            del dlogits  # or two chunks of them would live while the next one is made
-        for work in under_way:
+            del dlogits  # otherwise two chunks of logits are alive during the next iteration
+        for work in reductions:
             work.wait()
-        # Returned and not added to Megatron's main_grad: so every hook runs once, as for any
-        # other weight, and a tied embedding's two gradients are summed by autograd.
+        # Return the gradient instead of adding it to Megatron's main_grad. Every hook then runs
+        # once, as for any other weight, and autograd sums a tied embedding's two gradients.
         return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None
 
 
@@ -140,44 +145,46 @@ def _steps(count: int, step: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, count, step))
 
 
-def _two_terms(
+def _loss_terms(
     x: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
-    """lse and the targets' logits `[t]`, over this rank's columns: 0 for a target elsewhere."""
+    """Return lse and target logits `[t]` over this rank's columns; 0 for other ranks' targets."""
     logits = shard.logits(x, weight)
-    column, here = shard.columns(targets)
-    picked = logits.gather(1, column).masked_fill_(~here, 0)
-    return _log_sum_exp_(logits), picked
+    column, is_local = shard.columns(targets)
+    target_logits = logits.gather(1, column).masked_fill_(~is_local, 0)
+    return _log_sum_exp_(logits), target_logits
 
 
 def _dlogits(
     x: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, lse: Tensor, dout: Tensor
 ) -> Tensor:
-    """`[t, vocab / tp]` in x's dtype, from the whole lse and the gradient of the t losses."""
+    """Return dlogits `[t, vocab / tp]` in x's dtype from lse and dout `[t]` of all columns."""
     dlogits = shard.logits(x, weight).sub_(lse.reshape(-1, 1)).exp_()
-    column, here = shard.columns(targets)
-    dlogits.scatter_add_(1, column, -here.to(dlogits.dtype))
+    column, is_local = shard.columns(targets)
+    dlogits.scatter_add_(1, column, -is_local.to(dlogits.dtype))
     return dlogits.mul_(dout.reshape(-1, 1)).to(x.dtype)
 
 
 def _log_sum_exp_(logits: Tensor) -> Tensor:
-    """`[t]`; overwrites the logits, so that no second tensor of their size is made."""
-    # On a rank of padding alone every maximum is -inf: clamped, the sum is 0 and not NaN.
-    top = logits.amax(1).clamp_(min=torch.finfo(logits.dtype).min)
-    return logits.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
+    """Return the log-sum-exp `[t]`; overwrites the logits to save a tensor of their size."""
+    # A rank with padding alone has maxima of -inf: clamping them makes the sum 0 instead of NaN.
+    maximum = logits.amax(1).clamp_(min=torch.finfo(logits.dtype).min)
+    return logits.sub_(maximum[:, None]).exp_().sum(1).log_().add_(maximum)
 
 
-def _over_ranks(lse: Tensor, picked: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """lse over all ranks' columns, and the target's logit from the one rank that has it."""
-    top = lse.clone()
-    dist.all_reduce(top, dist.ReduceOp.MAX, group)
-    sums = torch.stack([lse.sub_(top).exp_(), picked])
+def _combine_ranks(
+    lse: Tensor, target_logits: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Return lse over all ranks' columns, and the target logits from the ranks that hold them."""
+    maximum = lse.clone()
+    dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
+    sums = torch.stack([lse.sub_(maximum).exp_(), target_logits])
     dist.all_reduce(sums, group=group)
-    return sums[0].log_().add_(top), sums[1]
+    return sums[0].log_().add_(maximum), sums[1]
 
 
-def _send_home(partial: Tensor, dx: Tensor, shard: VocabShard) -> list[Any]:
-    """Sums the ranks' partial gradients of x into `dx`; what is still under way is returned."""
+def _reduce_into(dx: Tensor, partial: Tensor, shard: VocabShard) -> list[Any]:
+    """Sum the ranks' partial gradients of x into `dx`; return the reductions still in flight."""
     if shard.parts > 1:
         dx.copy_(reduce_scatter_to_sequence_parallel_region(partial, group=shard.group))  # type: ignore[arg-type]
         return []

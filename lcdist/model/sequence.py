@@ -1,7 +1,6 @@
-"""What the attention of one batch needs to know beyond q, k and v.
+"""Per-batch attention inputs besides q, k, v: layout, document boundaries, KV cache.
 
-It travels through Megatron in the place of `packed_seq_params`, which every layer hands on to its
-core attention untouched.
+Megatron passes them as `packed_seq_params`, which layers hand to core attention unchanged.
 """
 
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 @dataclass
 class SequenceParams(PackedSeqParams):
-    """layout: the cut of this batch's sequences, where it is not the run's own (evaluation).
+    """Attention inputs of one batch.
 
-    cu_seqlens: one global int32 table a batch row where documents are packed, else None.
-    seqlen: tokens of the sequences without padding, where they are not the layout's.
-    cache: where decoding keeps keys and values, else None.
+    layout: of this batch's sequences; None: the training layout.
+    seqlen: tokens of the sequences without padding; None: layout.seqlen.
+    cu_seqlens: one global int32 table per batch row if documents are packed, else None.
+    cache: KV cache that decoding reads and extends, else None.
     """
 
     qkv_format: str = "sbhd"  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Megatron's TransformerConfig from our plan: the one file that knows its field names."""
+"""Translate our configuration into Megatron's TransformerConfig."""
 
 import torch
 import torch.nn.functional as F
@@ -8,15 +8,15 @@ from lcdist.config.schema import Config
 from megatron.core.transformer import TransformerConfig
 
 
-def _leave(weight: torch.Tensor) -> torch.Tensor:
+def _unchanged(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
 def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of the model and mesh of `config`; parameters are of `dtype`.
+    """Return Megatron's configuration of the model and mesh of `config`, with `dtype` parameters.
 
-    Every fusion that needs Transformer Engine, Apex or a compiler at run time is off. Initial
-    values are not Megatron's (see `init.py`).
+    Every fusion that needs Transformer Engine, Apex or a run-time compiler is off. Initial values
+    come from `init.py`.
     """
     model, parallel = config.model, config.parallel
     return TransformerConfig(
@@ -42,14 +42,14 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=parallel.vp_size if parallel.vp_size > 1 else None,
         context_parallel_size=parallel.cp_size,
         sequence_parallel=parallel.sequence_parallel,
-        # The loss rule of the house: a sum over all tokens, divided once by their number.
+        # Sum the loss over all tokens and divide once by their number (engines/loss.py).
         calculate_per_token_loss=True,
-        # Megatron marks parameters as tensor-parallel only while it initialises them; the values
-        # come from init.py.
+        # Megatron marks parameters as tensor-parallel only while it initialises them, so this stays
+        # on; init.py sets the values afterwards.
         perform_initialization=True,
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        embedding_init_method=_leave,
+        init_method=_unchanged,
+        output_layer_init_method=_unchanged,
+        embedding_init_method=_unchanged,
         use_cpu_initialization=False,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -58,11 +58,11 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         cross_entropy_loss_fusion=False,
-        # Overlapped sends are still on their way when Megatron frees the tensor: gloo would send
-        # whatever the memory holds next.
+        # Megatron frees tensors whose overlapped send is still in flight: gloo would send what the
+        # memory holds next.
         deallocate_pipeline_outputs=parallel.vp_size == 1,
-        # With two stages, interleaving sends activations and gradients to the same neighbour; in
-        # one batch of messages they would be taken for each other, silently.
+        # With two stages, interleaving sends activations and gradients to the same neighbour. In
+        # one batch of point-to-point messages they would be swapped without an error.
         overlap_p2p_comm=parallel.vp_size > 1,
         batch_p2p_comm=parallel.vp_size == 1,
     )

@@ -1,1 +1,1 @@
-"""Training: loss, optimizer, checkpoints, metrics and the loop that joins them."""
+"""Training: building a run, the loop over steps, metrics, progress and resuming."""

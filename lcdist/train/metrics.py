@@ -1,7 +1,7 @@
-"""Where the numbers of a run go: a JSON line a step, TensorBoard, Weights & Biases, a terminal.
+"""Write a run's step records: JSON lines, TensorBoard, Weights & Biases, terminal progress.
 
-Rank 0 writes, the others hold an object of the same interface that does nothing. A run resumed
-after step k first forgets what the files say of later steps, so they end as if nothing happened.
+Rank 0 writes; other ranks have a `Metrics` without sinks. A run that resumes after step k first
+deletes records of later steps, so that files look as if the run had never stopped.
 """
 
 import importlib
@@ -22,23 +22,23 @@ from lcdist.train.progress import BarProgress, LineProgress
 
 
 class Sink(Protocol):
-    """A place that step records go to."""
+    """Destination of step records."""
 
     def write(self, record: StepRecord) -> None:
-        """Take one step's record."""
+        """Write one step's record."""
 
     def close(self) -> None:
-        """Finish what is pending and let go."""
+        """Flush pending output and release resources."""
 
 
 class Metrics:
-    """All the sinks of a run, written together and closed together; none on ranks other than 0."""
+    """All sinks of a run, written and closed together; empty on ranks other than 0."""
 
     def __init__(self, sinks: Sequence[Sink]):
         self._sinks = tuple(sinks)
 
     def write(self, record: StepRecord) -> None:
-        """Give every sink one step's record."""
+        """Write one step's record to every sink."""
         for sink in self._sinks:
             sink.write(record)
 
@@ -60,7 +60,7 @@ class Metrics:
 
 
 class JsonLines:
-    """One JSON line a step, appended to `path`; handed to the system before `write` returns."""
+    """Appends one JSON line per step to `path`; `write` flushes to the operating system."""
 
     def __init__(self, path: Path):
         self._file = path.open("a", encoding="utf-8")
@@ -76,7 +76,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars in TensorBoard's format. writer: a torch.utils.tensorboard.SummaryWriter."""
+    """Writes scalars with `writer`, a torch.utils.tensorboard.SummaryWriter."""
 
     def __init__(self, writer: Any):
         self._writer = writer
@@ -92,7 +92,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run. run: what `wandb.init` returned."""
+    """Logs scalars to `run`, the Weights & Biases run that `wandb.init` returned."""
 
     def __init__(self, run: Any):
         self._run = run
@@ -109,12 +109,18 @@ class WandB:
 def open_metrics(
     config: Config, *, rank: int, step: int, run_id: str, console: Console | None = None
 ) -> Metrics:
-    """The metrics of a run that starts after `step` (0: from its beginning).
+    """Open the metrics of a run that continues after `step`.
 
-    rank: in the whole world; only rank 0 touches files or the terminal. run_id: what
-    `record_start` returned on rank 0. console: where progress is shown; None: standard output.
-    Raises ValueError, on every rank, where W&B is asked for and not installed, and on rank 0
-    where an existing metrics file is broken.
+    Args:
+        config: of the run.
+        rank: in the whole world; only rank 0 uses files and the terminal.
+        step: steps taken so far; 0 for a new run.
+        run_id: the id that `record_start` returned.
+        console: for progress; None: standard output.
+
+    Raises:
+        ValueError: on every rank if log.wandb is set without the package wandb; on rank 0 if an
+            existing metrics file is damaged.
     """
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError(
@@ -127,7 +133,7 @@ def open_metrics(
     cut_records(folder / METRICS_FILE, step)
     sinks: list[Sink] = [JsonLines(folder / METRICS_FILE)]
     if config.log.tensorboard:
-        # Imported late: it is slow, and other ranks do not need it.
+        # Imported on use: the import is slow, and other ranks do not need it.
         writer = _third_party("torch.utils.tensorboard").SummaryWriter(
             log_dir=str(folder / "tensorboard"), purge_step=step + 1, flush_secs=10
         )
@@ -147,7 +153,7 @@ def open_metrics(
 
 
 def scalars(record: StepRecord) -> dict[str, float]:
-    """The record's finite numbers by slash-separated names, as dashboards group them."""
+    """Return the record's finite numbers by slash-separated names, which dashboards group."""
     table: dict[str, float | None] = {
         "train/loss": record.loss,
         "train/grad_norm": record.grad_norm,
@@ -167,12 +173,12 @@ def scalars(record: StepRecord) -> dict[str, float]:
     return {k: float(v) for k, v in table.items() if v is not None and math.isfinite(v)}
 
 
-def _progress(console: Console, name: str, steps: int, done: int) -> Sink:
+def _progress(console: Console, name: str, steps: int, steps_taken: int) -> Sink:
     if console.is_terminal:
-        return BarProgress(console, name, steps, done)
+        return BarProgress(console, name, steps, steps_taken)
     return LineProgress(console, name, steps)
 
 
 def _third_party(name: str) -> ModuleType:
-    """The one place where a module that not every rank or run needs is imported."""
+    """Import a module that only some ranks or runs need."""
     return importlib.import_module(name)

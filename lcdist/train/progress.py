@@ -1,4 +1,4 @@
-"""The progress of a run as a person at a terminal sees it: a bar, or a line now and then."""
+"""Show a run's progress: a bar on terminals, occasional lines in files and pipes."""
 
 import time
 
@@ -9,9 +9,9 @@ from lcdist.rundir.records import StepRecord
 
 
 class BarProgress:
-    """A bar with step, loss, tokens per second and the time that is left; for terminals."""
+    """Progress bar with step, loss, tokens per second and remaining time, for terminals."""
 
-    def __init__(self, console: Console, name: str, steps: int, done: int = 0):
+    def __init__(self, console: Console, name: str, steps: int, steps_taken: int = 0):
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -22,7 +22,7 @@ class BarProgress:
             refresh_per_second=4,
             expand=True,
         )
-        self._task = self._progress.add_task(name, total=steps, completed=done, numbers="")
+        self._task = self._progress.add_task(name, total=steps, completed=steps_taken, numbers="")
         self._progress.start()
 
     def write(self, record: StepRecord) -> None:
@@ -30,12 +30,12 @@ class BarProgress:
         self._progress.update(self._task, completed=record.step, numbers=_numbers(record))
 
     def close(self) -> None:
-        """Leave the bar as it stands and give the terminal back."""
+        """Stop updating the bar and release the terminal."""
         self._progress.stop()
 
 
 class LineProgress:
-    """A plain line for the first step, the last, and every `seconds` between; for files, pipes."""
+    """Prints lines at the first and last step and every `seconds` between, for files and pipes."""
 
     def __init__(self, console: Console, name: str, steps: int, seconds: float = 1.0):
         self._console = console
@@ -45,7 +45,7 @@ class LineProgress:
         self._next = 0.0
 
     def write(self, record: StepRecord) -> None:
-        """Say where the run stands, if it is time to."""
+        """Print the record's step if the interval has passed or the step is the last."""
         now = time.monotonic()
         if now < self._next and record.step != self._steps:
             return
@@ -59,7 +59,7 @@ class LineProgress:
         )
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing."""
 
 
 def _numbers(record: StepRecord) -> str:

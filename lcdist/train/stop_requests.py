@@ -1,7 +1,7 @@
-"""What asks a run to save and end: SIGTERM, SIGUSR1, or a file in the run folder.
+"""Stop requests: SIGTERM, SIGUSR1 or a file in the run folder make a run save and end.
 
-Requests are remembered and obeyed between steps. The file is for whoever cannot reach the ranks
-with a signal, as a batch script whose job step would be killed by it.
+A request is noted and takes effect between steps. The file is for callers that cannot send signals
+to the ranks, such as a batch script whose job step a signal would kill.
 """
 
 import signal
@@ -9,22 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequests:
-    """While entered, notes the first request to stop (`reason`) and goes on.
+    """Context manager that notes the first stop request in `reason`.
 
-    files: the presence of one is a request, seen when `look` is called.
+    files: if one of them exists when `poll` is called, that is a request.
     """
 
     def __init__(self, files: Sequence[Path] = ()) -> None:
         self.files = files
         self.reason: str | None = None
-        self._before: list[object] = []
+        self._handlers_before: list[object] = []
 
     def __enter__(self) -> "StopRequests":
-        self._before = [signal.signal(number, self._note) for number in STOPPING]
+        self._handlers_before = [signal.signal(number, self._note) for number in STOP_SIGNALS]
         return self
 
     def __exit__(
@@ -33,11 +33,11 @@ class StopRequests:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in zip(STOPPING, self._before, strict=True):
+        for number, handler in zip(STOP_SIGNALS, self._handlers_before, strict=True):
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def look(self) -> bool:
-        """Whether anything asked to stop, now or before."""
+    def poll(self) -> bool:
+        """Return whether a stop has been requested; checks the files."""
         for file in self.files if self.reason is None else ():
             if file.exists():
                 self.reason = f"the file {file.name}"

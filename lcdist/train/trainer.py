@@ -178,7 +178,7 @@ class Trainer:
             microseconds, negated.
         """
         micros = max(0, round(own_work * 1e6))
-        mine = {"stop": int(requests.look()), "memory": peak_memory(self.mesh.device)}
+        mine = {"stop": int(requests.poll()), "memory": peak_memory(self.mesh.device)}
         mine |= {"slowest": micros * RANK_RADIX + self.mesh.rank, "fastest": -micros}
         mine["writing"] = int(self.checkpointer.writing)
         mine |= {verb: sent.get(verb, 0) for verb in VERBS}

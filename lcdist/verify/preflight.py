@@ -1,7 +1,6 @@
-"""What is looked at before the first step: one folder for all ranks, room to save in and to
-offload to, clocks.
+"""Checks before the first step: shared run folder, disk space, host memory, clocks.
 
-A run folder on a disk of one machine, or a full one, would show at the first save, hours in.
+Without them, a run folder on a local disk or a full disk would fail at the first save, after hours.
 """
 
 import logging
@@ -22,43 +21,53 @@ from lcdist.plan import Plan
 
 log = logging.getLogger(__name__)
 
-# A network file system may show a new file late: NFS caches a folder for up to a minute, but looks
-# again where a name is asked for that it does not know.
-SEEN_WITHIN = 15.0
-SKEW = 5.0
-TOKEN = ".here-"
+# Seconds to wait for a new file on a network file system. NFS caches a folder for up to a minute,
+# but asks the server again for a name that is not in its cache.
+VISIBLE_WITHIN = 15.0
+MAX_CLOCK_SKEW = 5.0
+PROBE_PREFIX = ".here-"
 
 
-def check_start(folder: Path, checkpoint_bytes: int, seen_within: float = SEEN_WITHIN) -> None:
-    """All ranks call it; `folder` exists on rank 0. checkpoint_bytes: of one checkpoint.
+def check_start(
+    folder: Path, checkpoint_bytes: int, visible_within: float = VISIBLE_WITHIN
+) -> None:
+    """Check that all ranks share the run folder and that a checkpoint fits; all ranks call it.
 
-    Raises ValueError on every rank where a rank does not see the folder that rank 0 sees, or where
-    the file system has no room for a checkpoint. Clocks that differ by more than 5 s are logged.
+    Logs a warning for clocks that differ by more than MAX_CLOCK_SKEW seconds.
+
+    Args:
+        folder: the run folder; exists on rank 0.
+        checkpoint_bytes: size of one checkpoint.
+        visible_within: seconds until a file of rank 0 must be visible to all ranks.
+
+    Raises:
+        ValueError: on every rank, if a rank does not see rank 0's folder or disk space is short.
     """
     box = [uuid.uuid4().hex]
     dist.broadcast_object_list(box, src=0)
-    token = folder / f"{TOKEN}{box[0]}"
+    probe = folder / f"{PROBE_PREFIX}{box[0]}"
     if dist.get_rank() == 0:
-        token.touch()
+        probe.touch()
     dist.barrier()
     now = time.time()
-    mine = (socket.gethostname(), _appears(token, seen_within), now)
-    everyone: list[tuple[str, bool, float]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    own = (socket.gethostname(), _appears(probe, visible_within), now)
+    ranks: list[tuple[str, bool, float]] = [own] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
     if dist.get_rank() == 0:
-        _warn_of_clocks([(host, clock) for host, _, clock in everyone])
-        token.unlink()
-    blind = sorted({host for host, seen, _ in everyone if not seen})
-    if blind:
+        _warn_about_clocks([(host, clock) for host, _, clock in ranks])
+        probe.unlink()
+    blind_hosts = sorted({host for host, visible, _ in ranks if not visible})
+    if blind_hosts:
         raise ValueError(
-            f"log.folder = '{folder}' is not the same folder on all machines: {', '.join(blind)} "
-            f"does not see what {everyone[0][0]} writes there; choose a folder on a file system "
-            "that all of them share"
+            f"log.folder = '{folder}' is not the same folder on all machines: "
+            f"{', '.join(blind_hosts)} does not see what {ranks[0][0]} writes there; choose a "
+            "folder on a file system that all of them share"
         )
-    _check_room(folder, checkpoint_bytes)
+    _check_disk_space(folder, checkpoint_bytes)
 
 
 def _appears(file: Path, seconds: float) -> bool:
+    """Return whether `file` exists within `seconds`."""
     deadline = time.monotonic() + seconds
     while not file.exists():
         if time.monotonic() > deadline:
@@ -67,10 +76,15 @@ def _appears(file: Path, seconds: float) -> bool:
     return True
 
 
-def _warn_of_clocks(clocks: Sequence[tuple[str, float]]) -> None:
-    """Read right after a barrier, so clocks that are right agree to well under a second."""
-    middle = sorted(clock for _, clock in clocks)[len(clocks) // 2]
-    wrong = {host: clock - middle for host, clock in clocks if abs(clock - middle) > SKEW}
+def _warn_about_clocks(clocks: Sequence[tuple[str, float]]) -> None:
+    """Log hosts with a wrong clock.
+
+    clocks: (host, time in seconds) of each rank, read right after a barrier. Correct clocks agree
+    to well under a second.
+    """
+    median = sorted(clock for _, clock in clocks)[len(clocks) // 2]
+    skews = {host: clock - median for host, clock in clocks}
+    wrong = {host: skew for host, skew in skews.items() if abs(skew) > MAX_CLOCK_SKEW}
     for host, skew in sorted(wrong.items()):
         log.warning(
             "the clock of %s is %+.0f s off: times in logs and metrics will be wrong; start "
@@ -80,7 +94,8 @@ def _warn_of_clocks(clocks: Sequence[tuple[str, float]]) -> None:
         )
 
 
-def _check_room(folder: Path, checkpoint_bytes: int) -> None:
+def _check_disk_space(folder: Path, checkpoint_bytes: int) -> None:
+    """Raise ValueError on every rank if one checkpoint does not fit on rank 0's file system."""
     box: list[int] = [0]
     if dist.get_rank() == 0:
         box = [shutil.disk_usage(folder).free]
@@ -94,23 +109,29 @@ def _check_room(folder: Path, checkpoint_bytes: int) -> None:
 
 
 def check_host_memory(plan: Plan, available: int | None = None) -> Plan:
-    """The plan, without offload where `train.offload = "auto"` and a host has too little memory.
+    """Return the plan, with offload disabled if a host lacks memory and train.offload is "auto".
 
-    All ranks call it. available: bytes on this rank's host; None: as found. Raises ValueError on
-    every rank where memory is short for `train.offload = "host"`.
+    All ranks call it.
+
+    Args:
+        plan: of the run.
+        available: free bytes on this rank's host; None: measure.
+
+    Raises:
+        ValueError: on every rank, if a host lacks memory and train.offload is "host".
     """
     if not plan.memory.offloads:
         return plan
-    mine = (socket.gethostname(), host_memory() if available is None else available)
-    everyone: list[tuple[str, int]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    ranks, free = Counter(host for host, _ in everyone), {}
-    for host, found in everyone:
-        free[host] = min(found, free.get(host, found))
+    own = (socket.gethostname(), host_memory() if available is None else available)
+    ranks: list[tuple[str, int]] = [own] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    ranks_per_host, free = Counter(host for host, _ in ranks), dict[str, int]()
+    for host, free_bytes in ranks:
+        free[host] = min(free_bytes, free.get(host, free_bytes))
     short = [
         f"{host} has {free[host] / 2**30:.2f} GiB of memory left and its {count} ranks would fill "
         f"{count * plan.memory.host_bytes / 2**30:.2f} GiB with inputs of layers"
-        for host, count in sorted(ranks.items())
+        for host, count in sorted(ranks_per_host.items())
         if count * plan.memory.host_bytes > free[host]
     ]
     if not has_cuda() and dist.get_rank() == 0:
@@ -128,18 +149,20 @@ def check_host_memory(plan: Plan, available: int | None = None) -> Plan:
 
 
 def host_memory(root: Path = Path("/")) -> int:
-    """Bytes that this host can still give to this process: what is free, and what a limit leaves.
+    """Return the bytes that this process can still allocate: free memory and control group limits.
 
-    root: where /proc and /sys are. Batch systems limit a job by the control group it runs in, of
-    version 2, or by one above it.
+    Batch systems limit a job by its control group (version 2) or by a parent of it.
+
+    root: folder that contains proc and sys.
     """
-    found, mounted = psutil.virtual_memory().available, root / "sys/fs/cgroup"
-    mine = root / "proc/self/cgroup"
-    for line in mine.read_text().splitlines() if mine.exists() else []:
-        group = mounted / line.removeprefix("0::/")
-        while line.startswith("0::/") and group.is_relative_to(mounted):
+    available, cgroups = psutil.virtual_memory().available, root / "sys/fs/cgroup"
+    own_cgroups = root / "proc/self/cgroup"
+    for line in own_cgroups.read_text().splitlines() if own_cgroups.exists() else []:
+        group = cgroups / line.removeprefix("0::/")
+        while line.startswith("0::/") and group.is_relative_to(cgroups):
             limit, used = group / "memory.max", group / "memory.current"
             if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-                found = min(found, max(0, int(limit.read_text()) - int(used.read_text())))
+                left = max(0, int(limit.read_text()) - int(used.read_text()))
+                available = min(available, left)
             group = group.parent
-    return found
+    return available

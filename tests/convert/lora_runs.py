@@ -99,7 +99,7 @@ def logits(rank: int, world_size: int, folders: list[Path], words: list[str]) ->
         [model] = loaded.chunks
         with torch.no_grad():
             out = model(TEXT[None], None, None, packed_seq_params=how)
-        found.append(model.whole_logits(out.float())[0, :, :250])
+        found.append(model.gather_logits(out.float())[0, :, :250])
     return found
 
 

@@ -58,7 +58,7 @@ def whole_logits(chunks: Any, mesh: Any, plan: Any, x: Tensor) -> Tensor | None:
     def forward(iterator: Any, model: Any) -> Any:
         row = next(iterator)
         out = model(row, None, None, packed_seq_params=SequenceParams(layout=layout))
-        return out, lambda logits, **_: model.whole_logits(logits)
+        return out, lambda logits, **_: model.gather_logits(logits)
 
     iterators = [iter(mine.split(1)) for _ in chunks]
     with torch.no_grad():

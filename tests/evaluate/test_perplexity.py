@@ -130,7 +130,7 @@ def train_and_score(
 
 def text_logits(model: CausalLM, text: Tensor) -> Tensor:
     """`[len(text), vocab]` after each token of the text, laid out as the model wants it."""
-    slots = model.slots
+    slots = model.document_layout
     padded = -(-slots.num_slots(len(text)) // slots.step) * slots.step
     laid = slots.place(text, 0, padded, len(text))
     how = SequenceParams(layout=ContextLayout("contiguous", padded, 1))

@@ -63,7 +63,7 @@ def greedy_by_full_passes(model: CausalLM, prompt: Tensor, count: int) -> Tensor
 
     The pass is padded to what attention on blocks needs; landmarks are put in.
     """
-    tokens, slots = prompt, model.slots
+    tokens, slots = prompt, model.document_layout
     with torch.no_grad():
         for _ in range(count):
             row = slots.num_slots(len(tokens))
@@ -72,7 +72,7 @@ def greedy_by_full_passes(model: CausalLM, prompt: Tensor, count: int) -> Tensor
             layout = ContextLayout("contiguous", padded, 1)
             how = SequenceParams(layout=layout, seqlen=row)
             logits = model(laid[None], None, None, packed_seq_params=how)
-            whole = model.whole_logits(logits[:, row - 1])
+            whole = model.gather_logits(logits[:, row - 1])
             if slots.landmark is not None:
                 whole[:, slots.landmark] = -torch.inf
             tokens = torch.cat([tokens, whole.argmax(-1)])

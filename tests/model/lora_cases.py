@@ -29,14 +29,14 @@ class Steps:
 
 def some_b() -> Any:
     """While it lasts, B is drawn too, small: with B at 0 an A has no gradient."""
-    plain = init._adapter
+    plain = init._draw_adapter
 
     def drawn(name: str, shape: list[int], seed: int) -> Tensor:
         if name.endswith(".A"):
             return plain(name, shape, seed)
         return torch.randn(shape, generator=init._generator(name, seed)) / 64
 
-    return mock.patch.object(init, "_adapter", drawn)
+    return mock.patch.object(init, "_draw_adapter", drawn)
 
 
 def steps(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[Steps]:

@@ -100,7 +100,7 @@ def compare(layer: str, groups: int, sequence_parallel: bool) -> None:
         for target, adapter in module.lora.items():
             A, B = whole[f"{target}.A"], whole[f"{target}.B"]
             adapter.A.copy_(my_part("", A, 1) if row else A)
-            adapter.B.copy_(B if row or not module.cuts else my_part("", B, 0))
+            adapter.B.copy_(B if row or not module.shards_b else my_part("", B, 0))
     x_part = (my_part("", x, 2) if row else x[tokens]).detach().requires_grad_()
     found, _ = module(x_part)
     dout_part = dout[tokens] if row else my_part(layer, dout.movedim(-1, 0), 0).movedim(0, -1)
@@ -117,7 +117,7 @@ def compare(layer: str, groups: int, sequence_parallel: bool) -> None:
             if getattr(parameter, "sequence_parallel", False):
                 dist.all_reduce(parameter.grad)
         assert_matches(adapter.A.grad, my_part("", dA, 1) if row else dA)
-        assert_matches(adapter.B.grad, dB if row or not module.cuts else my_part("", dB, 0))
+        assert_matches(adapter.B.grad, dB if row or not module.shards_b else my_part("", dB, 0))
 
 
 def compare_all(rank: int, world_size: int) -> None:

@@ -12,7 +12,7 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.distributed.mesh import build_mesh
 from lcdist.model.build import build_model
 from lcdist.model.memory.offload import CpuOffload
-from lcdist.model.memory.recompute import Cheap, recomputed
+from lcdist.model.memory.recompute import SelectiveRecompute, recomputed
 from lcdist.plan import make_plan
 from tests.distributed import run_ranks
 from tests.engines.internals import ddp_wrappers_of
@@ -139,21 +139,21 @@ def test_random_numbers_repeat_when_computed_again() -> None:
         assert torch.equal(actual, expected) and expected.count_nonzero()
 
 
-def test_cheap_is_forgotten_and_made_again_in_any_view() -> None:
+def test_registered_tensors_are_recomputed_in_any_view() -> None:
     x, weight = (torch.randn(n, 300).double().requires_grad_() for n in (200, 40))
 
-    def chain(cheap: Cheap | None) -> Tensor:
+    def chain(selective: SelectiveRecompute | None) -> Tensor:
         y = x.sin()
-        if cheap is not None:
-            y = cheap.made(recomputed(torch.sin, x), torch.sin, x)
+        if selective is not None:
+            y = selective.register(recomputed(torch.sin, x), torch.sin, x)
         return y[3:, 7:].t() @ (y[3:, :] @ weight.t()).cos() * y.mean()
 
     expected = chain(None)
     truth = torch.autograd.grad(expected, [x, weight], torch.ones_like(expected))
     with LiveTensors() as live:
-        cheap = Cheap()
-        with cheap:
-            found = chain(cheap)
+        selective = SelectiveRecompute()
+        with selective:
+            found = chain(selective)
         kept = live.now
     assert_matches(found.detach(), expected.detach())
     gradients = torch.autograd.grad(found, [x, weight], torch.ones_like(found))

@@ -191,11 +191,11 @@ def choices(rank: int, world_size: int, mesh: tuple[str, ...]) -> list[Any]:
         [model] = build_model(plan, build_mesh(plan.config.parallel, 0).device)
         layer: Any = model.decoder.layers[1]
         assert isinstance(layer, Layer)
-        keeping, asked = layer.keeping, list[int]()
-        layer.keeping = replace(keeping, mlp_chunk=lambda n, asked=asked: asked.append(n))
+        policy, asked = layer.policy, list[int]()
+        layer.policy = replace(policy, mlp_chunk=lambda n, asked=asked: asked.append(n))
         layer(hidden_states=torch.randn(64 // world_size, 1, 64, requires_grad=True))
-        away = keeping.store._last[0] if keeping.store is not None else None
-        found.append((keeping.recompute, keeping.mlp_chunk(999), away, asked))
+        away = policy.store._last[0] if policy.store is not None else None
+        found.append((policy.recompute, policy.mlp_chunk(999), away, asked))
     return found
 
 

@@ -221,7 +221,7 @@ def unread(rank: int, world_size: int) -> tuple[Tensor, list[Tensor], list[Tenso
     half = MLPBlock(layer.pre_mlp_layernorm, layer.mlp)
     x, dout = draw((14, 3, 64), 7).requires_grad_(), draw((14, 3, 64), 70)
     leaves = [x, *half.mlp.parameters()]
-    blind = sequence_tiled(half, x, 15, unread=True)
+    blind = sequence_tiled(half, x, 15, skip_output=True)
     found = torch.autograd.grad(blind, leaves, dout)
     return (
         blind.detach(),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lcdist.checkpoint.read import open_checkpoint
 from lcdist.checkpoint.save import Checkpointer
-from lcdist.model.init import EXTRAS
+from lcdist.model.init import METHOD_PARAMS
 from lcdist.rundir.paths import latest_in
 from tests.distributed import run_ranks
 from tests.engines.internals import ddp_wrappers_of
@@ -62,7 +62,7 @@ def test_a_full_model_starts_a_tensorized_one_and_back(
 ) -> None:
     [full] = run_ranks(save, 1, tmp_path / "full", FULL)
     found, said = run_ranks(start, world_size, tmp_path / "full", (*TENSORIZED, *mesh))[0]
-    extras = {name for name in found if EXTRAS in name}
+    extras = {name for name in found if METHOD_PARAMS in name}
     assert len(extras) == 4 and found.keys() - extras == full.keys()
     assert all(torch.equal(found[name], full[name]) for name in full)
     for name in extras:
@@ -73,7 +73,7 @@ def test_a_full_model_starts_a_tensorized_one_and_back(
     found, said = run_ranks(start, world_size, tmp_path / "tensorized", (*FULL, *mesh))[0]
     assert found.keys() == full.keys()
     assert all(torch.equal(found[name], tensorized[name]) for name in full)
-    assert [EXTRAS in line and "is ignored" in line for line in said] == 4 * [True]
+    assert [METHOD_PARAMS in line and "is ignored" in line for line in said] == 4 * [True]
 
 
 def idle_step(rank: int, world_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,4 +90,4 @@ def test_only_matrices_decay() -> None:
     [(before, after)] = run_ranks(idle_step, 1)
     for name, value in before.items():
         kept = torch.equal(after[name], value)
-        assert kept == (value.ndim == 1 or EXTRAS in name), name
+        assert kept == (value.ndim == 1 or METHOD_PARAMS in name), name

@@ -254,7 +254,7 @@ def apart(rank: int, world_size: int, folder: Path) -> list[Any]:
     own = folder / str(rank)
     own.mkdir()
     with pytest.raises(ValueError, match="not the same folder on all machines") as caught:
-        check_start(own, 0, seen_within=0.3)
+        check_start(own, 0, visible_within=0.3)
     heard: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]

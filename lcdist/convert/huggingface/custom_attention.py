@@ -22,7 +22,7 @@ from lcdist.config.schema import (
 )
 from lcdist.convert.huggingface.names import FusedTensor, SourceRows, hf_prefix, layer_prefix
 from lcdist.convert.remote_files import read_remote_files
-from lcdist.model.init import EXTRAS
+from lcdist.model.init import METHOD_PARAMS
 from lcdist.plan.resolve import LayerAttention, evaluation_layers, resolve_layers
 
 ARCHITECTURE, MODEL_TYPE = "LcdistForCausalLM", "lcdist"
@@ -84,7 +84,7 @@ def method_parameters(model: ModelConfig, layers: Sequence[LayerAttention]) -> l
     tensors = []
     for number, layer in enumerate(layers):
         for name, shape in layer.method.parameters(layer.options, model.nheads).items():
-            key = f"{layer_prefix(number)}self_attention{EXTRAS}{name}"
+            key = f"{layer_prefix(number)}self_attention{METHOD_PARAMS}{name}"
             rows = SourceRows(f"{hf_prefix(number)}self_attn.{name}", 0, shape[0])
             tensors.append(FusedTensor(key, (rows,), tuple(shape[1:])))
     return tensors

@@ -42,7 +42,7 @@ from lcdist.convert.huggingface.weights import INDEX, SINGLE
 from lcdist.convert.streamed_forward import check_single_process
 from lcdist.data.datasets.build import held_out_folder
 from lcdist.distributed.mesh import start_world
-from lcdist.model.init import LORA
+from lcdist.model.init import LORA_PARAMS
 from lcdist.utils.atomic import atomic_folder, check_free, sync_folder, write_file
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def _check_exportable(
     extras: Sequence[FusedTensor],
 ) -> None:
     """Raise CheckpointError listing the weights that do not match the configuration's model."""
-    if any(LORA in key for key in tensors.names):
+    if any(LORA_PARAMS in key for key in tensors.names):
         raise CheckpointError(
             f"{checkpoint.path} has LoRA adapters: merge them into the weights first "
             "(lcdist convert merge), then export the result"

@@ -36,7 +36,7 @@ from lcdist.convert.lora.names import (
     factor_tensors,
     module_tensors,
 )
-from lcdist.model.init import EXTRAS
+from lcdist.model.init import METHOD_PARAMS
 from lcdist.utils.atomic import atomic_folder, check_free, sync_folder, write_file
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -79,7 +79,7 @@ def export_adapter(path: Path, out: Path) -> None:
     """
     checkpoint, config = open_lora_checkpoint(path)
     tensors = CheckpointTensors(checkpoint)
-    extras = [key for key in tensors.names if EXTRAS in key]
+    extras = [key for key in tensors.names if METHOD_PARAMS in key]
     if extras:
         raise CheckpointError(
             f"{checkpoint.path}: the attention method learns {extras[0]}, which PEFT's format "

@@ -23,7 +23,7 @@ from lcdist.convert.lora.adapter import open_lora_checkpoint
 from lcdist.convert.lora.names import MODULES
 from lcdist.convert.streamed_forward import check_single_process
 from lcdist.distributed.mesh import start_world
-from lcdist.model.init import LORA
+from lcdist.model.init import LORA_PARAMS
 from lcdist.rundir.paths import CHECKPOINTS, checkpoint_name
 from lcdist.utils.atomic import atomic_folder, check_free
 
@@ -91,7 +91,7 @@ def _summed_tensors(
             key, base.shape(key), base.dtype(key), _row_reader(base, key, adapters, scale, fused)
         )
         for key in base.names
-        if LORA not in key
+        if LORA_PARAMS not in key
     ]
 
 
@@ -103,7 +103,7 @@ def _row_reader(
     fused: Mapping[str, FusedTensor],
 ) -> Callable[[int, int], Tensor]:
     """Return a function that computes rows first to stop of the weight `key`."""
-    prefix = key.removesuffix("weight") + LORA.lstrip(".")
+    prefix = key.removesuffix("weight") + LORA_PARAMS.lstrip(".")
     names = [name for name in adapters.names if name.startswith(prefix)]
 
     def rows(first: int, stop: int) -> Tensor:

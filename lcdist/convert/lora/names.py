@@ -16,7 +16,7 @@ from lcdist.convert.huggingface.names import (
     hf_prefix,
     layer_prefix,
 )
-from lcdist.model.init import LORA
+from lcdist.model.init import LORA_PARAMS
 
 PREFIX = "base_model.model."
 # Module of each target in a layer: our name, Hugging Face's name.
@@ -59,7 +59,7 @@ def factor_tensors(config: Config) -> list[AdapterTensor]:
         for target in config.lora.targets:
             out_features, in_features = target_shapes(config.model)[target]
             ours, theirs = MODULES[target]
-            ours = f"{layer_prefix(layer)}{ours}{LORA}{target}."
+            ours = f"{layer_prefix(layer)}{ours}{LORA_PARAMS}{target}."
             theirs = f"{PREFIX}{hf_prefix(layer)}{theirs}.lora_"
             shape_a, shape_b = (rank, in_features), (out_features, rank)
             tensors.append(AdapterTensor(f"{ours}A", f"{theirs}A.weight", shape_a, "targets"))

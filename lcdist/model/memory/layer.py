@@ -1,8 +1,8 @@
-"""A layer that keeps for backward what `[train] recompute`, `mlp` and `offload` say.
+"""Transformer layer that saves activations as `[train] recompute`, `mlp` and `offload` say.
 
-Its steps are those of Megatron's TransformerLayer for a decoder's self-attention; what is kept of
-them is decided here, as Megatron's own recomputation knows neither tiles nor the host's memory, and
-trains nothing of a layer whose input asks for no gradient.
+It computes what Megatron's TransformerLayer does for a decoder's self-attention. Megatron's own
+recomputation supports neither tiles nor CPU offload, and it trains no parameter of a layer whose
+input does not require a gradient.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.model.memory.offload import CpuOffload
-from lcdist.model.memory.recompute import Cheap, recomputed, trained
+from lcdist.model.memory.recompute import SelectiveRecompute, recomputed, trained
 from lcdist.model.memory.tiled_mlp import MLPBlock, sequence_tiled, swiglu
 from lcdist.model.sequence import SequenceParams
 from megatron.core.transformer import TransformerConfig
@@ -27,10 +27,12 @@ from megatron.core.transformer.transformer_layer import (
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """What the layers of a model chunk keep. recompute: "none", "selective" or "full".
+    """How the layers of a model chunk save activations for backward.
 
-    mlp_chunk: of how many tokens on this rank, how many go through the MLP at once; None: all.
-    store: where full recompute keeps inputs, None: on the device.
+    recompute: "none", "selective" or "full".
+    mlp_chunk: returns, for a number of tokens on this rank, how many of them go through the MLP at
+        once; None for all of them.
+    store: where full recompute saves layer inputs; None: on the device.
     """
 
     recompute: str
@@ -50,11 +52,11 @@ class Layer(TransformerLayer):
         config: TransformerConfig,
         submodules: TransformerLayerSubmodules,
         *,
-        keeping: MemoryPolicy,
-        **words: Any,
+        policy: MemoryPolicy,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(config, submodules, **words)
-        self.keeping = keeping
+        super().__init__(config, submodules, **kwargs)
+        self.policy = policy
 
     def forward(  # type: ignore[override]
         self,
@@ -62,60 +64,67 @@ class Layer(TransformerLayer):
         packed_seq_params: SequenceParams | None = None,
         **unused: Any,
     ) -> tuple[Tensor, None]:
-        """As Megatron calls it; masks and rotations are the attention's business."""
-        kept = self.keeping.recompute if torch.is_grad_enabled() else "none"
-        if kept == "full":
-            store = self.keeping.store
-            run = _TwiceRun(self, packed_seq_params)
+        """Run the layer as Megatron calls it; attention handles masks and rotation itself."""
+        recompute = self.policy.recompute if torch.is_grad_enabled() else "none"
+        if recompute == "full":
+            store = self.policy.store
+            run = _FullRecompute(self, packed_seq_params)
             put = partial(store.put, self.layer_number) if store is not None else None
             return recomputed(run, hidden_states, trained(self), put), None
-        if kept == "selective":
-            cheap = Cheap()
-            with cheap:
-                return self.run(hidden_states, packed_seq_params, cheap), None
+        if recompute == "selective":
+            saved = SelectiveRecompute()
+            with saved:
+                return self.run(hidden_states, packed_seq_params, saved), None
         return self.run(hidden_states, packed_seq_params), None
 
     def run(
         self,
         x: Tensor,
         sequence: SequenceParams | None,
-        cheap: Cheap | None = None,
-        unread: bool = False,
+        selective: SelectiveRecompute | None = None,
+        skip_output: bool = False,
     ) -> Tensor:
-        """The layer itself. cheap: forgets what it can; unread: as for `tiled`."""
-        normed = _norm(self.input_layernorm, x, cheap)
+        """Compute the layer's output.
+
+        Args:
+            x: `[s, b, h]`.
+            sequence: per-batch attention inputs.
+            selective: recomputes cheap activations in backward; None: all are saved.
+            skip_output: as for `sequence_tiled`.
+        """
+        normed = _norm(self.input_layernorm, x, selective)
         attended = self.self_attention(normed, attention_mask=None, packed_seq_params=sequence)
         del normed
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         x = add(attended, x, self.hidden_dropout)
         del attended
-        half = MLPBlock(self.pre_mlp_layernorm, self.mlp)
-        chunk = self.keeping.mlp_chunk(x.shape[0] * x.shape[1] * half.parts)
+        block = MLPBlock(self.pre_mlp_layernorm, self.mlp)
+        chunk = self.policy.mlp_chunk(x.shape[0] * x.shape[1] * block.parts)
         if chunk is not None:
-            return sequence_tiled(half, x, chunk, unread)
-        normed = _norm(half.norm, x, cheap)
-        out = self.mlp(normed) if cheap is None else self._mlp(normed, cheap)
+            return sequence_tiled(block, x, chunk, skip_output)
+        normed = _norm(block.norm, x, selective)
+        out = self.mlp(normed) if selective is None else self._mlp(normed, selective)
         add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
         return add(out, x, self.hidden_dropout)
 
-    def _mlp(self, x: Tensor, cheap: Cheap) -> tuple[Tensor, Tensor | None]:
+    def _mlp(self, x: Tensor, selective: SelectiveRecompute) -> tuple[Tensor, Tensor | None]:
         gate_up, bias = self.mlp.linear_fc1(x)
         assert bias is None
-        return self.mlp.linear_fc2(cheap.made(swiglu(gate_up), swiglu, gate_up))
+        return self.mlp.linear_fc2(selective.register(swiglu(gate_up), swiglu, gate_up))
 
 
-class _TwiceRun:
-    """A layer's two runs under full recompute: nobody looks at what the second one returns."""
+class _FullRecompute:
+    """Wrap a layer for full recompute; the output of the second forward pass is discarded."""
 
     def __init__(self, layer: Layer, sequence: SequenceParams | None) -> None:
         self.layer, self.sequence = layer, sequence
 
     def __call__(self, x: Tensor) -> Tensor:
-        # Autograd runs a function's forward without gradients, and its backward's forward with.
-        return self.layer.run(x, self.sequence, unread=torch.is_grad_enabled())
+        # Autograd disables gradients in the first forward; `recomputed` enables them in the second.
+        return self.layer.run(x, self.sequence, skip_output=torch.is_grad_enabled())
 
 
-def _norm(norm: torch.nn.Module, x: Tensor, cheap: Cheap | None) -> Tensor:
-    if cheap is None:
+def _norm(norm: torch.nn.Module, x: Tensor, selective: SelectiveRecompute | None) -> Tensor:
+    if selective is None:
         return norm(x)
-    return cheap.made(recomputed(norm, x, trained(norm)), norm, x)
+    return selective.register(recomputed(norm, x, trained(norm)), norm, x)

@@ -1,5 +1,7 @@
-"""Activations that wait for backward in the host's memory (as in arXiv:2104.07857, for inputs of
-layers): copied there while the next layer computes, and back while the one after it does.
+"""Offload layer inputs to host memory between forward and backward (as in arXiv:2104.07857).
+
+Each input is copied to the host while the next layer computes, and back while the layer after it
+runs its backward.
 """
 
 from typing import Any
@@ -9,10 +11,10 @@ from torch import Tensor
 
 
 class CpuOffload:
-    """The layers' inputs of one model chunk, away from the device between forward and backward.
+    """Stores the layer inputs of one model chunk in host memory between forward and backward.
 
-    On CUDA copies are made by a stream of their own, to pinned memory. On a CPU they are plain
-    copies, which saves nothing there and shows that what comes back is what went.
+    On CUDA, copies go to pinned memory on a stream of their own. On a CPU they are plain copies:
+    they save no memory, but let tests check the values.
     """
 
     def __init__(self) -> None:
@@ -20,62 +22,65 @@ class CpuOffload:
         self._stream: Any = None
 
     def put(self, layer: int, x: Tensor) -> "OffloadedTensor":
-        """Start to copy the input of layer number `layer` to the host; x may be freed at once."""
+        """Start copying x, the input of layer `layer`, to the host; x may be freed at once."""
         host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
         self.copy(host, x)
         if x.is_cuda:
-            # Its memory is nobody else's before the copy is made.
+            # Keep the memory from reuse until the asynchronous copy has finished.
             x.record_stream(self._stream)
-        # A pass through the chunk's layers is never interrupted by another one.
-        number, last = self._last
-        away = OffloadedTensor(self, host, x.device, last if number == layer - 1 else None)
-        self._last = layer, away
-        return away
+        # Passes through the chunk do not interleave: the last input is that of the layer before.
+        last_layer, last = self._last
+        offloaded = OffloadedTensor(self, host, x.device, last if last_layer == layer - 1 else None)
+        self._last = layer, offloaded
+        return offloaded
 
-    def copy(self, to: Tensor, source: Tensor) -> Any:
-        """Copy beside what is computed, after all that was asked for before; the event, or None."""
-        device = to.device if to.is_cuda else source.device
+    def copy(self, target: Tensor, source: Tensor) -> Any:
+        """Copy on the copy stream, after all work queued so far; return its CUDA event or None."""
+        device = target.device if target.is_cuda else source.device
         if device.type != "cuda":
-            to.copy_(source)
+            target.copy_(source)
             return None
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            to.copy_(source, non_blocking=True)
+            target.copy_(source, non_blocking=True)
             return self._stream.record_event()
 
 
 class OffloadedTensor:
-    """One tensor in the host's memory, and the one that backward asks for after it."""
+    """One tensor in host memory.
+
+    previous: the input of the layer before, which backward needs next; it is prefetched.
+    """
 
     def __init__(
         self,
         store: CpuOffload,
         host: Tensor,
         device: torch.device,
-        before: "OffloadedTensor | None",
+        previous: "OffloadedTensor | None",
     ) -> None:
-        self.store, self.host, self.device, self.before = store, host, device, before
-        self.here: Tensor | None = None
-        self.copied: Any = None
+        self.store, self.host, self.device, self.previous = store, host, device, previous
+        self.on_device: Tensor | None = None
+        self.copy_event: Any = None
 
     def fetch(self) -> None:
-        """Start to copy it back, once."""
-        if self.here is None:
-            # Made on the stream that computes, which waits for the copy before it reads or frees.
-            self.here = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
-            self.copied = self.store.copy(self.here, self.host)
+        """Start copying the tensor back to its device, if that has not been done."""
+        if self.on_device is None:
+            # Allocate on the compute stream, which waits for the copy before it reads or frees.
+            self.on_device = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
+            self.copy_event = self.store.copy(self.on_device, self.host)
 
     def get(self) -> Tensor:
-        """The tensor, on its device; may be asked for once. The one before it sets out."""
+        """Return the tensor on its device and start fetching the previous one; call it once."""
         self.fetch()
-        if self.copied is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.copied)
-        if self.before is not None:
-            self.before.fetch()
-        here, self.before = self.here, None
-        assert here is not None
-        self.here = self.copied = None
+        if self.copy_event is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.copy_event)
+        if self.previous is not None:
+            self.previous.fetch()
+        x, self.previous = self.on_device, None
+        assert x is not None
+        self.on_device = self.copy_event = None
         del self.host
-        return here
+        return x

@@ -1,8 +1,8 @@
-"""Activations that are computed again in backward instead of being kept (arXiv:1604.06174).
+"""Activation checkpointing: recompute activations in backward (arXiv:1604.06174).
 
-Gradients of parameters are returned to autograd and never accumulated on the way: so the hooks of
-each run once a backward, as Megatron's data parallelism counts on, whatever is recomputed inside of
-what; and a function whose input asks for no gradient still trains its own parameters.
+Parameter gradients are returned to autograd and never accumulated inside. So each parameter's hooks
+run once per backward, which Megatron's data parallelism requires, also for nested recomputation.
+And a function whose input does not require a gradient still trains its parameters.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import random
 
 
 def trained(*modules: nn.Module) -> list[nn.Parameter]:
-    """The modules' parameters that ask for a gradient."""
+    """Return the modules' parameters that require a gradient."""
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
@@ -33,9 +33,15 @@ def recomputed(
     params: Sequence[Tensor] = (),
     put: Callable[[Tensor], OffloadedTensor] | None = None,
 ) -> Tensor:
-    """`run(x)`, of which only x is kept until backward: where `put` puts it.
+    """Return `run(x)`; save only x for backward, which runs `run` again.
 
-    params: all that `run` reads and that asks for a gradient. Random numbers repeat.
+    The second run draws the same random numbers as the first.
+
+    Args:
+        run: the function to recompute.
+        x: its input.
+        params: all other tensors that `run` reads and that require a gradient.
+        put: stores x elsewhere until backward; None: x stays where it is.
     """
     return _Recomputed.apply(run, put, x, *params)
 
@@ -49,9 +55,9 @@ class _Recomputed(Function):
         x: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        ctx.run, ctx.randomness = run, randomness()
-        ctx.away = put(x) if put is not None else None
-        # Parameters live anyway; saved, they might come back as other objects.
+        ctx.run, ctx.rng_states = run, rng_states()
+        ctx.offloaded = put(x) if put is not None else None
+        # Parameters stay alive anyway. Saved-tensor hooks could return them as other objects.
         ctx.params = params
         ctx.save_for_backward(*([x] if put is None else []))
         return run(x)
@@ -59,30 +65,33 @@ class _Recomputed(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x = ctx.saved_tensors[0] if ctx.away is None else ctx.away.get()
+        x = ctx.saved_tensors[0] if ctx.offloaded is None else ctx.offloaded.get()
         x = x.detach().requires_grad_(ctx.needs_input_grad[2])
-        with repeating(ctx.randomness), torch.enable_grad():
+        with replay_rng(ctx.rng_states), torch.enable_grad():
             out = ctx.run(x)
         return None, None, *gradients(out, [x, *ctx.params], grads[0])
 
 
-def gradients(out: Tensor, of: Sequence[Tensor], dout: Tensor) -> list[Tensor | None]:
-    """Of each tensor, None where it asks for no gradient or `out` does not depend on it."""
-    wanted = [x for x in of if x.requires_grad]
-    if not wanted:
-        return [None] * len(of)
-    found = iter(torch.autograd.grad(out, wanted, dout, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in of]
+def gradients(out: Tensor, inputs: Sequence[Tensor], dout: Tensor) -> list[Tensor | None]:
+    """Return the gradient of each input.
+
+    None for an input that requires no gradient or on which `out` does not depend.
+    """
+    differentiable = [x for x in inputs if x.requires_grad]
+    if not differentiable:
+        return [None] * len(inputs)
+    grads = iter(torch.autograd.grad(out, differentiable, dout, allow_unused=True))
+    return [next(grads) if x.requires_grad else None for x in inputs]
 
 
-def randomness() -> tuple[Any, ...]:
-    """The state of every generator that Megatron's layers draw from."""
+def rng_states() -> tuple[Any, ...]:
+    """Return the state of every generator that Megatron's layers draw from."""
     return random._get_all_rng_states()
 
 
 @contextlib.contextmanager
-def repeating(states: tuple[Any, ...]) -> Iterator[None]:
-    """Draw what was drawn after `randomness()` gave `states`; then go on as before."""
+def replay_rng(states: tuple[Any, ...]) -> Iterator[None]:
+    """Set the generators to `states` inside the block; restore their current state after it."""
     with random._fork_rng():
         random._set_all_rng_states(*states)
         yield
@@ -92,8 +101,8 @@ def repeating(states: tuple[Any, ...]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Recipe:
-    """How to make a tensor again, or a view of it."""
+class _Recomputation:
+    """How to recompute a tensor or a view of it: `make(x)`, then size, stride and offset."""
 
     make: Callable[[Tensor], Tensor]
     x: Tensor
@@ -102,36 +111,36 @@ class _Recipe:
     offset: Any
 
 
-class Cheap(saved_tensors_hooks):
-    """Within the block, what `made` was told of is not kept by whoever saves it.
+class SelectiveRecompute(saved_tensors_hooks):
+    """Inside the block, autograd saves a recomputation instead of each registered tensor.
 
-    It is made from x whenever backward asks for it (arXiv:2205.05198, for what costs memory and
-    little compute). All else is kept as ever.
+    Backward recomputes the tensor from its input (arXiv:2205.05198, for activations that are large
+    and cheap). All other tensors are saved as usual.
     """
 
     def __init__(self) -> None:
         super().__init__(self._pack, _unpack)
-        self._made: dict[int, tuple[Any, Callable[[Tensor], Tensor], Tensor]] = {}
+        self._registered: dict[int, tuple[Any, Callable[[Tensor], Tensor], Tensor]] = {}
 
-    def made(self, out: Tensor, make: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`out`, which is `make(x)`."""
-        # Known by its memory, which is another tensor's once it is freed.
-        self._made[_memory(out)] = weakref.ref(out), make, x.detach()
+    def register(self, out: Tensor, make: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Register `out = make(x)` to be recomputed; return it."""
+        # The key is the storage. The weak reference tells when another tensor has reused it.
+        self._registered[_storage_id(out)] = weakref.ref(out), make, x.detach()
         return out
 
-    def _pack(self, x: Tensor) -> Tensor | _Recipe:
-        alive, make, source = self._made.get(_memory(x), (None, None, None))
+    def _pack(self, x: Tensor) -> Tensor | _Recomputation:
+        alive, make, source = self._registered.get(_storage_id(x), (None, None, None))
         if make is None or source is None or alive is None or alive() is None:
             return x
-        return _Recipe(make, source, x.size(), x.stride(), x.storage_offset())
+        return _Recomputation(make, source, x.size(), x.stride(), x.storage_offset())
 
 
-def _unpack(kept: Tensor | _Recipe) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
+def _unpack(saved: Tensor | _Recomputation) -> Tensor:
+    if isinstance(saved, Tensor):
+        return saved
     with torch.no_grad():
-        return kept.make(kept.x).as_strided(kept.size, kept.stride, kept.offset)
+        return saved.make(saved.x).as_strided(saved.size, saved.stride, saved.offset)
 
 
-def _memory(x: Tensor) -> int:
+def _storage_id(x: Tensor) -> int:
     return x.untyped_storage()._cdata
