@@ -180,7 +180,7 @@ def test_what_went_to_the_host_comes_back_in_any_order() -> None:
         for number, (expected, away) in reversed([*enumerate(one)]):
             assert torch.equal(away.get(), expected)
             # The one before it is on its way, and no other.
-            under_way = [other.here is not None for _, other in one[:number]]
+            under_way = [other.on_device is not None for _, other in one[:number]]
             assert under_way == [False] * (number - 1) + [True] * (number > 0)
     [first] = [away for _, away in passes[1][:1]]
     with pytest.raises(AttributeError):
@@ -190,4 +190,4 @@ def test_what_went_to_the_host_comes_back_in_any_order() -> None:
 def test_passes_are_not_chained() -> None:
     store = CpuOffload()
     first, again, second = (store.put(n, torch.ones(2)) for n in (1, 1, 2))
-    assert first.before is None and again.before is None and second.before is again
+    assert first.previous is None and again.previous is None and second.previous is again

@@ -239,7 +239,7 @@ class Room:
 def test_a_full_disk_is_told_by_all_ranks_and_nothing_is_lost(tmp_path: Path) -> None:
     for rank, heard in enumerate(run_ranks(disk_full, 2, tmp_path)):
         assert "step_00000002 could not be written" in heard[0], rank
-        assert "free space or mend the file system" in heard[0]
+        assert "free space or repair the file system" in heard[0]
         assert "no room for a checkpoint" in heard[1] and "free some space" in heard[1]
         assert f"log.folder = '{tmp_path}'" in heard[2]
         # Megatron tells the cause to rank 0 alone.
