@@ -1,10 +1,11 @@
-"""The body of every method's tests: made-up inputs, a run on all ranks, the comparison."""
+"""Helpers of the method tests: random problems, runs on all ranks, comparisons."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import lcm
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,8 +15,10 @@ from lcdist.layout import ContextLayout, pieces_needed
 from lcdist_kernels import Rotary
 from tests.tolerance import assert_matches
 
-# Small sizes of which none divides another, so that a short sequence has every border.
+# Small sizes, none a divisor of another, so that a short sequence has every kind of border.
 VARIANTS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "coca": ({}, {"variant": "strict"}),
+    "lssar": ({}, {"reweight": False}),
     "scca": (
         {"pattern": "fixed", "chunk_size": 7},
         {"pattern": "flow", "chunk_size": 5},
@@ -33,7 +36,7 @@ VARIANTS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A method and options of it."""
+    """A method with some of its options."""
 
     name: str
     options: Any
@@ -44,7 +47,7 @@ class Variant:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The layout kinds that these options go with."""
+        """Return the layout kinds that these options accept."""
         return self.method.layouts_for(self.options)
 
     def __str__(self) -> str:
@@ -54,7 +57,7 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """Every method with the options its shared tests run with; where none are named, defaults."""
+    """Return every method with the options of its shared tests; default: the method's defaults."""
     return [
         Variant(name, method.options(**words))
         for name, method in METHODS.items()
@@ -64,7 +67,7 @@ def variants() -> list[Variant]:
 
 @dataclass
 class Problem:
-    """A whole sequence and what is asked of it; the same on every rank. Pickled by value."""
+    """A whole sequence and the arguments of attention; the same on every rank, pickled by value."""
 
     name: str
     options: Any
@@ -81,7 +84,8 @@ class Problem:
     def method(self) -> AttentionMethod:
         return METHODS[self.name]
 
-    def asked(self) -> dict[str, Any]:
+    def keywords(self) -> dict[str, Any]:
+        """Return the keywords that `attention` and `reference` share, without params."""
         rotary = None if self.inv_freq is None else Rotary(self.inv_freq, 1.1)
         return {
             "options": self.options,
@@ -92,10 +96,20 @@ class Problem:
         }
 
 
-def borders(layout: ContextLayout, step: int = 1) -> Tensor:
-    """Documents over the borders of shards, one of `step` tokens, an empty one, padding at the end.
+def tiered(cases: Sequence[Any], default: Set[Any]) -> list[Any]:
+    """Return all cases as parameters; those outside `default` are marked `exhaustive`."""
+    assert default <= set(cases)
+    return [
+        case if case in default else pytest.param(*case, marks=pytest.mark.exhaustive)
+        for case in cases
+    ]
 
-    All begin at multiples of `step`.
+
+def borders(layout: ContextLayout, step: int = 1) -> Tensor:
+    """Return borders of documents that start at multiples of `step`.
+
+    Some documents cross shard borders, one has `step` tokens, one is empty, and there is padding at
+    the end.
     """
     filled = layout.seqlen - (layout.local_seqlen if layout.cp_size > 1 else 3)
     inner = {1, filled // 3, filled // 2 + 1}
@@ -113,7 +127,7 @@ def make(
     heads: tuple[int, int] = (4, 2),
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
-    """A problem with random inputs, on the shortest sequence of `at_least` tokens that fits."""
+    """Make random inputs for the shortest legal sequence of at least `at_least` tokens."""
     if isinstance(variant, str):
         variant = Variant(variant, METHODS[variant].options())
     method, options = variant.method, variant.options
@@ -137,27 +151,27 @@ def make(
 
 
 def learned(problem: Problem) -> dict[str, Tensor] | None:
-    """The params as leaves that ask for a gradient."""
+    """Return copies of the params that require gradients."""
     if problem.params is None:
         return None
     return {name: x.detach().clone().requires_grad_() for name, x in problem.params.items()}
 
 
 def whole(problem: Problem) -> list[Tensor]:
-    """[out, dq, dk, dv, gradients of params] of the reference."""
+    """Return [out, dq, dk, dv, gradients of params] of the reference."""
     qkv, params = [x.detach().requires_grad_() for x in problem.qkv], learned(problem)
-    out = problem.method.reference(*qkv, params=params, **problem.asked())
+    out = problem.method.reference(*qkv, params=params, **problem.keywords())
     leaves = [*qkv, *(params or {}).values()]
     return [out.detach(), *torch.autograd.grad(out, leaves, problem.dout.to(out.dtype))]
 
 
 def on_a_rank(problem: Problem, group: Group, impl: str) -> tuple[list[Tensor], Traffic]:
-    """This rank's [out, dq, dk, dv, gradients of params], and the bytes it sent each way."""
+    """Return this rank's [out, dq, dk, dv, gradients of params], and the bytes it sent."""
     layout, rank, params = problem.layout, group_rank(group), learned(problem)
     qkv = [layout.shard(x, rank, 1).requires_grad_() for x in problem.qkv]
     with traffic() as forward:
         out = problem.method.attention(
-            *qkv, layout=layout, group=group, impl=impl, params=params, **problem.asked()
+            *qkv, layout=layout, group=group, impl=impl, params=params, **problem.keywords()
         )
     with traffic() as backward:
         leaves = [*qkv, *(params or {}).values()]
@@ -166,7 +180,7 @@ def on_a_rank(problem: Problem, group: Group, impl: str) -> tuple[list[Tensor], 
 
 
 def joined(problem: Problem, shards: Sequence[list[Tensor]]) -> list[Tensor]:
-    """[out, dq, dk, dv, gradients of params] of the whole sequence from every rank's."""
+    """Join every rank's [out, dq, dk, dv, gradients of params] to the whole sequence's."""
     parts = list(zip(*shards, strict=True))
     cut, summed = parts[:4], parts[4:]
     whole = [problem.layout.unshard(part, 1) for part in cut]
@@ -174,7 +188,7 @@ def joined(problem: Problem, shards: Sequence[list[Tensor]]) -> list[Tensor]:
 
 
 def on_virtual_ranks(problem: Problem, impl: str) -> tuple[list[Tensor], Traffic]:
-    """[out, dq, dk, dv, gradients of params] of the whole, and the bytes rank by rank."""
+    """Return [out, dq, dk, dv, gradients of params] of the whole, and the bytes of every rank."""
     group = VirtualGroup(problem.layout.cp_size)
     ranks = group.run(lambda rank: on_a_rank(problem, rank, impl))
     sent = [counted for _, counted in ranks]
@@ -182,7 +196,20 @@ def on_virtual_ranks(problem: Problem, impl: str) -> tuple[list[Tensor], Traffic
     return joined(problem, [tensors for tensors, _ in ranks]), by_rank
 
 
+def output_on_virtual_ranks(problem: Problem, impl: str) -> Tensor:
+    """Return out of the whole sequence, without gradients."""
+    layout = problem.layout
+
+    @torch.no_grad()
+    def forward(group: Group) -> Tensor:
+        qkv = [layout.shard(x, group_rank(group), 1) for x in problem.qkv]
+        words = problem.keywords() | {"params": problem.params}
+        return problem.method.attention(*qkv, layout=layout, group=group, impl=impl, **words)
+
+    return layout.unshard(VirtualGroup(layout.cp_size).run(forward), 1)
+
+
 def assert_all_match(actual: Sequence[Tensor], reference: Sequence[Tensor]) -> None:
-    """out and gradients: the same maths."""
+    """Assert that outputs and gradients are the same mathematics in another order."""
     for a, r in zip(actual, reference, strict=True):
         assert_matches(a, r)

@@ -1,4 +1,4 @@
-"""Full attention under context parallelism: its numbers by hand, and what a rank may skip."""
+"""Full attention under context parallelism: bytes and flops by hand, skipped blocks, edge sizes."""
 
 import pytest
 import torch
@@ -32,16 +32,16 @@ def test_bytes_by_hand(itemsize: int, grad_size: int) -> None:
     assert METHOD.bytes(OPTIONS, shape, ContextLayout("zigzag", 18, 1)) == Traffic((0,), (0,))
 
 
-def test_blocks_in_the_future_cost_no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_in_the_future_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     visits = []
     counting = TORCH_IMPL._replace(fwd=lambda *args: visits.append(1) or TORCH_IMPL.fwd(*args))
-    monkeypatch.setattr(full, "select_impl", lambda *asked: counting)
+    monkeypatch.setattr(full, "select_impl", lambda *_: counting)
     problem = make("full", "contiguous", 4)
     assert_all_match(on_virtual_ranks(problem, "torch")[0], whole(problem))
     assert len(visits) == 1 + 2 + 3 + 4
 
 
-def test_documents_of_one_token_each() -> None:
+def test_documents_of_one_token_return_values() -> None:
     problem = make("full", "striped", 3)
     problem.cu_seqlens = torch.arange(problem.layout.seqlen + 1, dtype=torch.int32)
     for impl in ("reference", "torch"):
@@ -51,7 +51,7 @@ def test_documents_of_one_token_each() -> None:
         assert dq.abs().max() < 1e-12 and dk.abs().max() < 1e-12
 
 
-def test_one_token_a_rank() -> None:
+def test_one_token_per_rank_equals_reference() -> None:
     for kind in ("contiguous", "striped"):
         problem = make("full", kind, 8, at_least=1)
         assert problem.layout.local_seqlen == 1
@@ -59,7 +59,7 @@ def test_one_token_a_rank() -> None:
             assert_all_match(on_virtual_ranks(problem, impl)[0], whole(problem))
 
 
-def test_half_precision_comes_back_in_half_precision() -> None:
+def test_half_precision_inputs_give_half_precision_results() -> None:
     problem = make("full", "zigzag", 2, dtype=torch.float16)
     for impl in ("reference", "torch", "auto"):
         assert all(x.dtype == torch.float16 for x in on_virtual_ranks(problem, impl)[0])

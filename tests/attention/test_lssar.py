@@ -1,7 +1,8 @@
-"""LSSA and LSSAR under context parallelism: the shared body's cases for LSSA, and its numbers."""
+"""LSSA and LSSAR under context parallelism: other powers, bytes and flops by hand, skipping."""
 
 import dataclasses
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,13 +14,11 @@ from lcdist.config.schema import LssarOptions
 from lcdist.exchange import VirtualGroup, group_rank, traffic
 from lcdist.layout import KINDS, ContextLayout
 from lcdist_kernels.lssar import TORCH_IMPL
-from tests.attention.body import Problem, assert_all_match, joined, make, on_virtual_ranks, whole
-from tests.attention.test_methods import every_problem
-from tests.distributed import run_ranks
+from tests.attention.body import Problem, assert_all_match, make, on_virtual_ranks, tiered, whole
 
 METHOD = METHODS["lssar"]
 LSSA = LssarOptions(reweight=False)
-OTHERS = [LSSA, LssarOptions(power=3.0), LssarOptions(power=1.5, exempt_rows=0)]
+POWERS = [LssarOptions(power=3.0), LssarOptions(power=1.5, exempt_rows=0)]
 IMPLS = ("reference", "torch")
 
 
@@ -27,11 +26,13 @@ def problem_of(options: LssarOptions, kind: str, cp_size: int, **more: Any) -> P
     return dataclasses.replace(make("lssar", kind, cp_size, **more), options=options)
 
 
-@pytest.mark.parametrize("options", OTHERS)
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("cp_size", [1, 2, 3, 4, 5, 6, 8])
-@pytest.mark.parametrize("kind", KINDS)
-def test_other_options_on_virtual_ranks_equal_reference(
+EVERY_CASE = list(product(KINDS, (1, 2, 3, 4, 5, 6, 8), (False, True)))
+DEFAULT_CASES = {("contiguous", 1, True), ("striped", 2, False), ("zigzag", 5, True)}
+
+
+@pytest.mark.parametrize("options", POWERS)
+@pytest.mark.parametrize(("kind", "cp_size", "packed"), tiered(EVERY_CASE, DEFAULT_CASES))
+def test_other_powers_on_virtual_ranks_equal_reference(
     kind: str, cp_size: int, packed: bool, options: LssarOptions
 ) -> None:
     problem = problem_of(options, kind, cp_size, packed=packed)
@@ -40,18 +41,8 @@ def test_other_options_on_virtual_ranks_equal_reference(
         assert_all_match(on_virtual_ranks(problem, impl)[0], truth)
 
 
-@pytest.mark.parametrize("cp_size", [2, 3])
-def test_lssa_on_processes_equals_reference(cp_size: int) -> None:
-    cases = [
-        (problem_of(LSSA, kind, cp_size, packed=True), impl) for kind in KINDS for impl in IMPLS
-    ]
-    ranks = run_ranks(every_problem, cp_size, cases)
-    for (problem, _), *shards in zip(cases, *ranks, strict=True):
-        assert_all_match(joined(problem, shards), whole(problem))
-
-
 @pytest.mark.parametrize("impl", IMPLS)
-def test_without_a_scale_it_is_the_log_of_head_dim(impl: str) -> None:
+def test_default_scale_is_the_log_of_head_dim(impl: str) -> None:
     for options in (LSSA, LssarOptions()):
         problem = problem_of(options, "zigzag", 3)
         given = dataclasses.replace(problem, softmax_scale=torch.tensor(16.0).double().log().item())
@@ -59,7 +50,7 @@ def test_without_a_scale_it_is_the_log_of_head_dim(impl: str) -> None:
         assert_all_match(on_virtual_ranks(silent, impl)[0], whole(given))
 
 
-def test_powers_below_1_are_refused_in_half_precision() -> None:
+def test_power_below_1_raises_in_half_precision() -> None:
     problem = problem_of(LssarOptions(power=0.5), "zigzag", 2, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"power = 0\.5 with torch\.bfloat16"):
         on_virtual_ranks(problem, "torch")
@@ -77,21 +68,13 @@ def test_bytes_by_hand(itemsize: int, grad_size: int, reweight: bool, parts: int
     assert METHOD.bytes(options, shape, ContextLayout("zigzag", 18, 1)) == Traffic((0,), (0,))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("cp_size", [1, 2, 5])
-def test_bytes_of_lssa_are_those_on_the_wire(cp_size: int, dtype: torch.dtype) -> None:
-    problem = problem_of(LSSA, "zigzag", cp_size, dtype=dtype)
-    shape = Shape(batch=2, nheads=4, nheads_kv=2, head_dim=16, itemsize=dtype.itemsize)
-    assert on_virtual_ranks(problem, "torch")[1] == METHOD.bytes(LSSA, shape, problem.layout)
-
-
-def test_evaluation_sends_as_much_as_training_sends_forward() -> None:
+def test_evaluation_sends_what_training_sends_forward() -> None:
     problem = make("lssar", "zigzag", 3)
 
     def forward(rank: Any) -> int:
         qkv = [problem.layout.shard(x, group_rank(rank), 1) for x in problem.qkv]
         with torch.no_grad(), traffic() as sent:
-            METHOD.attention(*qkv, layout=problem.layout, group=rank, **problem.asked())
+            METHOD.attention(*qkv, layout=problem.layout, group=rank, **problem.keywords())
         return sent.total
 
     assert tuple(VirtualGroup(3).run(forward)) == on_virtual_ranks(problem, "torch")[1].forward
@@ -104,36 +87,36 @@ def test_flops_by_hand() -> None:
     assert METHOD.flops(METHOD.options(), shape) == 2 * 3 * 10 * (5 + 5 + 5) * 2
 
 
-@pytest.mark.parametrize(("options", "laps"), [(LSSA, 1), (LssarOptions(), 2)])
-def test_blocks_in_the_future_cost_no_compute(
-    options: LssarOptions, laps: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("options", "passes"), [(LSSA, 1), (LssarOptions(), 2)])
+def test_blocks_in_the_future_are_skipped(
+    options: LssarOptions, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     visits = []
 
     def counted(plain: Callable) -> Callable:
         return lambda *args: visits.append(1) or plain(*args)
 
-    operator = TORCH_IMPL._replace(sums=counted(TORCH_IMPL.sums), fwd=counted(TORCH_IMPL.fwd))
-    monkeypatch.setattr(lssar.ops, "select_lssar_impl", lambda *_: operator)
+    impl = TORCH_IMPL._replace(sums=counted(TORCH_IMPL.sums), fwd=counted(TORCH_IMPL.fwd))
+    monkeypatch.setattr(lssar.ops, "select_lssar_impl", lambda *_: impl)
     problem = problem_of(options, "contiguous", 4)
     assert_all_match(on_virtual_ranks(problem, "torch")[0], whole(problem))
-    assert len(visits) == laps * (1 + 2 + 3 + 4)
+    assert len(visits) == passes * (1 + 2 + 3 + 4)
 
 
-@pytest.mark.parametrize("options", OTHERS)
+@pytest.mark.parametrize("options", POWERS)
 @pytest.mark.parametrize("step", [1, 7])
-def test_decode_with_other_options_equals_reference(step: int, options: LssarOptions) -> None:
+def test_decode_with_other_powers_equals_reference(step: int, options: LssarOptions) -> None:
     problem = problem_of(options, "contiguous", 1)
     q, k, v = problem.qkv
-    asked = {key: value for key, value in problem.asked().items() if key != "cu_seqlens"}
-    got = [
-        METHOD.decode(q[:, positions], k, v, positions=positions, **asked)
+    keywords = {key: value for key, value in problem.keywords().items() if key != "cu_seqlens"}
+    actual = [
+        METHOD.decode(q[:, positions], k, v, positions=positions, **keywords)
         for positions in torch.arange(q.shape[1]).split(step)
     ]
-    assert_all_match([torch.cat(got, 1)], [whole(problem)[0]])
+    assert_all_match([torch.cat(actual, 1)], [whole(problem)[0]])
 
 
-def test_one_token_a_rank() -> None:
+def test_one_token_per_rank_equals_reference() -> None:
     for kind in ("contiguous", "striped"):
         for options in (LSSA, LssarOptions()):
             problem = problem_of(options, kind, 8, at_least=1)
@@ -142,7 +125,7 @@ def test_one_token_a_rank() -> None:
                 assert_all_match(on_virtual_ranks(problem, impl)[0], whole(problem))
 
 
-def test_half_precision_comes_back_in_half_precision() -> None:
+def test_half_precision_inputs_give_half_precision_results() -> None:
     problem = make("lssar", "zigzag", 2, dtype=torch.float16)
     for impl in ("reference", "torch", "auto"):
         assert all(x.dtype == torch.float16 for x in on_virtual_ranks(problem, impl)[0])

@@ -1,4 +1,4 @@
-"""Methods that look at every earlier token of a document do look at every one, and at no other."""
+"""Methods with a full causal mask give weight to exactly the earlier tokens of a document."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from lcdist.attention import METHODS
 from lcdist_kernels.common import document_starts
 from tests.attention.body import Variant, make, on_virtual_ranks
 
-EVERY: list[tuple[str, dict[str, Any]]] = [
+FULL_MASK: list[tuple[str, dict[str, Any]]] = [
     ("full", {}),
     ("coca", {"variant": "slack"}),
     ("coca", {"variant": "strict"}),
@@ -21,8 +21,8 @@ EVERY: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag", "striped"])
-@pytest.mark.parametrize(("name", "words"), EVERY)
-def test_the_tokens_reached_are_those_of_the_mask(
+@pytest.mark.parametrize(("name", "words"), FULL_MASK)
+def test_tokens_with_weight_are_those_of_the_mask(
     name: str, words: dict[str, Any], kind: str, impl: str
 ) -> None:
     variant = Variant(name, METHODS[name].options(**words))

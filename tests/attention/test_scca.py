@@ -444,7 +444,7 @@ def test_decode_under_mask_gives_the_empty_rows_too() -> None:
     q, k, v = problem.qkv
     truth = whole(problem)[0]
     assert not truth[:, :18, 3].any() and truth[:, 18:, 3].any()
-    asked = {key: value for key, value in problem.asked().items() if key != "cu_seqlens"}
+    asked = {key: value for key, value in problem.keywords().items() if key != "cu_seqlens"}
     for positions in torch.arange(q.shape[1]).split(5):
         out = METHOD.decode(q[:, positions], k, v, positions=positions, **asked)
         assert_matches(out, truth[:, positions])
@@ -519,7 +519,9 @@ def events_of(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def run(rank: Any) -> None:
         rank_of_thread[threading.get_ident()] = rank.rank()
         qkv = [problem.layout.shard(x, rank.rank(), 1) for x in problem.qkv]
-        METHOD.attention(*qkv, layout=problem.layout, group=rank, impl="torch", **problem.asked())
+        METHOD.attention(
+            *qkv, layout=problem.layout, group=rank, impl="torch", **problem.keywords()
+        )
 
     VirtualGroup(2).run(run)
     assert events[0] == events[1]
@@ -549,7 +551,7 @@ def test_evaluation_sends_as_much_as_training_sends_forward() -> None:
         def forward(rank: Any, problem: Problem = problem) -> int:
             qkv = [problem.layout.shard(x, group_rank(rank), 1) for x in problem.qkv]
             with torch.no_grad(), traffic() as sent:
-                METHOD.attention(*qkv, layout=problem.layout, group=rank, **problem.asked())
+                METHOD.attention(*qkv, layout=problem.layout, group=rank, **problem.keywords())
             return sent.total
 
         assert tuple(VirtualGroup(3).run(forward)) == on_virtual_ranks(problem, "torch")[1].forward
@@ -567,7 +569,7 @@ def test_only_received_keys_are_saved_besides_own_tensors() -> None:
             return x
 
         qkv = [problem.layout.shard(x, rank.rank(), 1).requires_grad_() for x in problem.qkv]
-        asked = problem.asked() | {"rotary": None}
+        asked = problem.keywords() | {"rotary": None}
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
             METHOD.attention(*qkv, layout=problem.layout, group=rank, impl="torch", **asked)
         kept[rank.rank()] = sum(saved.values())

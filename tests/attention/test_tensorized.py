@@ -90,7 +90,7 @@ def test_hops_by_query_head_or_by_group(hop_heads: str, heads: tuple[int, int]) 
 def test_without_modes_or_with_enough_local_blocks_it_is_full_attention(cp_size: int) -> None:
     for options in (OTHERS[1], OTHERS[4]):
         problem = problem_of(options, cp_size, packed=True)
-        asked = {key: problem.asked()[key] for key in ("rotary", "cu_seqlens", "softmax_scale")}
+        asked = {key: problem.keywords()[key] for key in ("rotary", "cu_seqlens", "softmax_scale")}
         for impl in IMPLS:
             out = on_virtual_ranks(problem, impl)[0][0]
             assert_matches(out, full_reference(*problem.qkv, **asked))
@@ -171,7 +171,7 @@ def test_evaluation_sends_as_much_as_training_sends_forward() -> None:
     def forward(rank: Any) -> int:
         qkv = [problem.layout.shard(x, group_rank(rank), 1) for x in problem.qkv]
         with torch.no_grad(), traffic() as sent:
-            METHOD.attention(*qkv, layout=problem.layout, group=rank, **problem.asked())
+            METHOD.attention(*qkv, layout=problem.layout, group=rank, **problem.keywords())
         return sent.total
 
     assert tuple(VirtualGroup(3).run(forward)) == on_virtual_ranks(problem, "torch")[1].forward
@@ -280,7 +280,7 @@ def test_conflicting_options_are_refused(
 
 def test_documents_and_params_that_do_not_fit_are_refused() -> None:
     problem = problem_of(TensorizedOptions(modes=(3,)), 2)
-    asked = problem.asked() | {"layout": problem.layout, "group": VirtualGroup(2)[0]}
+    asked = problem.keywords() | {"layout": problem.layout, "group": VirtualGroup(2)[0]}
     shards = [problem.layout.shard(x, 0, 1) for x in problem.qkv]
     for change, says in [
         ({"cu_seqlens": torch.tensor([0, 3, 13])}, "document 2 starts at token 13.*10 tokens.* 3;"),
@@ -343,7 +343,7 @@ def test_float16_gives_float16() -> None:
 
 def decoded(problem: Problem, steps: list[int], state: dict[str, Any]) -> Tensor:
     q, k, v = problem.qkv
-    asked = problem.asked() | {"params": problem.params, "state": state}
+    asked = problem.keywords() | {"params": problem.params, "state": state}
     del asked["cu_seqlens"]
     out = []
     for positions in torch.arange(sum(steps)).split(steps):

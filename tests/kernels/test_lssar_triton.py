@@ -390,7 +390,7 @@ def test_a_ring_in_half_precision_is_as_good_as_one_process() -> None:
     on_its_device(problem)
     got, _ = on_virtual_ranks(problem, "triton")
     leaves = [x.detach().requires_grad_() for x in problem.qkv]
-    more = {"rotary": problem.asked()["rotary"], "softmax_scale": problem.softmax_scale}
+    more = {"rotary": problem.keywords()["rotary"], "softmax_scale": problem.softmax_scale}
     alone = with_grads(lssar_attention(*leaves, **more, impl="triton"), leaves, problem.dout)
     truth = truth_of(leaves, problem.dout, **more)
     for a, e, r in zip(got, alone, truth, strict=True):
