@@ -1,4 +1,4 @@
-"""Tiny models of transformers, their logits, and conversions run in a world of one."""
+"""Build tiny transformers models, compute their logits, and run conversions."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -28,8 +28,8 @@ logging.disable_progress_bar()
 logging.set_verbosity_error()
 
 SEQLEN = 40
-# 250 is no multiple of 128, so that the vocabulary is padded. Values are large enough for attention
-# and rotation to matter: with the usual small ones all heads would look everywhere alike.
+# 250 is no multiple of 128, so the vocabulary is padded. The initializer range is large: with the
+# usual small weights attention would be nearly uniform, and tests would not see rotation.
 SHAPE: dict[str, Any] = {
     "vocab_size": 250,
     "hidden_size": 48,
@@ -60,7 +60,7 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
 
 
 def make_model(family: str = "llama3", seed: int = 0, **changes: Any) -> Any:
-    """A random model whose norms and biases are random too."""
+    """Return a random model with random norms and biases."""
     config, model, own = FAMILIES[family]
     torch.manual_seed(seed)
     made = model(config(**{**SHAPE, **own, **changes})).eval()
@@ -81,7 +81,7 @@ def tokens(count: int = SEQLEN, rows: int = 2) -> Tensor:
 
 
 def logits_of(folder_or_model: Any, x: Tensor) -> Tensor:
-    """A transformers model's logits `[b, s, vocab]` in fp32; from a folder, as it is loaded."""
+    """Return logits `[b, s, vocab]` in fp32 of a transformers model or folder."""
     model = folder_or_model
     if isinstance(model, Path):
         model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -92,19 +92,19 @@ def logits_of(folder_or_model: Any, x: Tensor) -> Tensor:
 def import_all(
     rank: int, world_size: int, jobs: Sequence[tuple[Path, Path, Sequence[str]]]
 ) -> list:
-    """`import_model` of each job, for run_ranks, in pieces as if the tensors were large."""
+    """Run `import_model` for each job with small pieces; a function for run_ranks."""
     with small_pieces():
         return [import_model(*job).difference.max_difference for job in jobs]
 
 
 def export_all(rank: int, world_size: int, jobs: Sequence[tuple[Path, Path, int]]) -> list:
-    """`export_model` of each job, for run_ranks, in pieces as if the tensors were large."""
+    """Run `export_model` for each job with small pieces; a function for run_ranks."""
     with small_pieces():
         return [export_model(*job).difference.max_difference for job in jobs]
 
 
 @contextlib.contextmanager
 def small_pieces() -> Iterator[None]:
-    """Ten rows of hidden_size at a time, which divides neither vocabulary nor gate and up."""
+    """Use pieces of ten rows, a divisor of neither the vocabulary nor the MLP's width."""
     with patch.object(stored, "PIECE_BYTES", 2000), patch.object(reference, "CHUNK_ELEMENTS", 500):
         yield

@@ -1,4 +1,4 @@
-"""Our model's logits on a mesh, through Megatron's schedules, from a checkpoint or a seed."""
+"""Compute our model's logits on a mesh, through Megatron's schedules."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 
 def on_mesh(config: Config, mesh: Sequence[str]) -> Config:
-    """`config` with `key=value` of its section parallel."""
+    """Return `config` with `key=value` overrides of [parallel]."""
     words = (word.split("=") for word in mesh)
     sizes: dict[str, Any] = {key: value == "true" or int(value) for key, value in words}
     parallel = replace(config.parallel, **sizes)
@@ -32,9 +32,9 @@ def on_mesh(config: Config, mesh: Sequence[str]) -> Config:
 def logits_on(
     rank: int, world_size: int, jobs: Sequence[tuple[Path, Sequence[str], Tensor]]
 ) -> Any:
-    """For each (checkpoint, mesh, tokens `[b, s]`): whole logits `[b, s, vocab]` on rank 0.
+    """Return logits `[b, s, vocab]` on rank 0 for each (checkpoint, mesh, tokens `[b, s]`).
 
-    For run_ranks. Jobs come sorted by mesh, so that each mesh is built once.
+    A function for run_ranks. Jobs must be sorted by mesh, so that each mesh is built once.
     """
     answers, built = [], None
     for path, mesh, x in jobs:
@@ -50,7 +50,7 @@ def logits_on(
 
 
 def whole_logits(chunks: Any, mesh: Any, plan: Any, x: Tensor) -> Tensor | None:
-    """Logits of all rows and tokens on rank 0, None on others; every data-parallel rank's alike."""
+    """Return logits of all rows and tokens on rank 0, None elsewhere; DP ranks compute the same."""
     layout = ContextLayout(plan.layout.kind, x.shape[1], mesh.cp_size)
     mine = layout.shard(x, mesh.cp_rank, 1)
     single = len(chunks) == 1

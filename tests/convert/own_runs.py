@@ -1,5 +1,6 @@
-"""Runs of every method that a plain LLaMA does not compute, their logits and what they say next."""
+"""Train models with custom attention; return their logits and generated tokens."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.engines.internals import chunks_of
 from tests.model.small import Meshes, small
 
 SEQLEN, VOCAB = 40, 250
-# Lengths of the texts that are compared; around the original length of rotations, 16, and odd.
+# Odd text lengths below and beyond the original length of the rotary scalings, 16.
 LENGTHS = (1, 11, 37)
 PROMPT, NEW = 12, 7
 LONG = "long_factors=[1.0, 1.1, 1.3, 1.7, 2.1, 2.6, 3.0, 3.9]"
@@ -64,38 +65,44 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "half": words("coca", "train.dtype=bf16"),
 }
-# On a mesh of its own: two pipeline stages that take turns, layers 0 and 2, and 1 and 3.
+# Variants of other cases; `test_modelling_maths` covers their formulas.
+EXHAUSTIVE = (
+    *("lssar-2", "fold-2", "fold-global", "fold-none"),
+    *("marks", "marks-tokens", "stages"),
+)
+DEFAULT = tuple(name for name in CASES if name not in EXHAUSTIVE)
+# The mesh of the case "stages": interleaved pipeline stages with layers 0 and 2, and 1 and 3.
 STAGES = ("parallel.tp_size=1", "parallel.pp_size=2", "parallel.vp_size=2")
-SILENT = ("stages", "half")  # generation has one stage
+NOT_GENERATED = ("stages", "half")  # generation needs one pipeline stage
 
 
-def run_all(rank: int, world_size: int, folder: Path) -> Any:
-    """One training step of every case, saved; its logits by length, and a prompt continued."""
+def run_all(rank: int, world_size: int, folder: Path, names: Sequence[str]) -> Any:
+    """Train one step of each case and save it; return (logits by length, generated tokens)."""
     meshes, answers = Meshes(), {}
-    for name, given in CASES.items():
+    for name in names:
         mesh = STAGES if name == "stages" else (f"parallel.tp_size={world_size}",)
         own = (f"train.seqlen={SEQLEN}", "model.init_std=0.25", f"log.folder={folder / name}")
-        trainer = meshes.trainer(small(*mesh, *given, *own))
+        trainer = meshes.trainer(small(*mesh, *CASES[name], *own))
         trainer.engine.forward_backward(trainer.loader.next_step())
-        # Large enough for norms and biases to leave 1 and 0.
+        # A learning rate that moves norms away from 1 and biases away from 0.
         trainer.engine.step(0.1)
         trainer.step += 1
         trainer.save(wait=True)
         read_densely(trainer)
-        said = None
-        if name not in SILENT:
-            said = generate(chunks_of(trainer)[0], text(PROMPT)[0], NEW)
-        answers[name] = [text_logits(trainer, text(count)) for count in LENGTHS], said
+        generated = None
+        if name not in NOT_GENERATED:
+            generated = generate(chunks_of(trainer)[0], text(PROMPT)[0], NEW)
+        answers[name] = [text_logits(trainer, text(count)) for count in LENGTHS], generated
     return answers
 
 
 def text(count: int) -> Tensor:
-    """Two rows of text, in which no token is the last of the vocabulary."""
+    """Return two rows of text without the last token of the vocabulary."""
     return tokens(count) % (VOCAB - 1)
 
 
 def read_densely(trainer: Trainer) -> None:
-    """Put full attention in the place of patterns that are for training, as evaluation does."""
+    """Replace training-only patterns by full attention, as evaluation does."""
     dense = evaluation_layers(trainer.plan.layers, "auto")
     for chunk in chunks_of(trainer):
         layers: Any = chunk.decoder.layers
@@ -105,7 +112,7 @@ def read_densely(trainer: Trainer) -> None:
 
 
 def text_logits(trainer: Trainer, x: Tensor) -> Tensor:
-    """Logits `[b, s, vocab]` of text `[b, s]`, which is laid out in slots to be read."""
+    """Return logits `[b, s, vocab]` of text `[b, s]`, with landmarks inserted."""
     plan, count = trainer.plan, x.shape[1]
     slots = plan.shape.document_layout
     laid = torch.stack([slots.place(row, 0, slots.num_slots(count), count) for row in x])

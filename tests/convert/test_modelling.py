@@ -1,9 +1,10 @@
-"""Models that a plain LLaMA does not compute run in transformers by the code that goes along."""
+"""Exports with custom attention run in transformers with the code they carry."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.convert.hf import export_all, import_all
-from tests.convert.own_runs import CASES, LENGTHS, NEW, PROMPT, SILENT, VOCAB, run_all, text
+from tests.convert.own_runs import (
+    DEFAULT,
+    EXHAUSTIVE,
+    LENGTHS,
+    NEW,
+    NOT_GENERATED,
+    PROMPT,
+    VOCAB,
+    run_all,
+    text,
+)
 from tests.distributed import run_ranks
 from tests.tolerance import assert_as_good_as_eager, assert_matches
 
-FP32 = [name for name in CASES if name != "half"]
-# Of each kind one: whose rows and kinds of answers the tests below look at.
+FP32 = [name for name in DEFAULT if name != "half"]
+# One case per method.
 KINDS = ["slack", "lssar", "fold", "marks-units", "mixed"]
 
 
@@ -26,10 +37,13 @@ KINDS = ["slack", "lssar", "fold", "marks-units", "mixed"]
 def exported(
     modules_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
-    """The folder of the exports, one a case, and what our model says, by case."""
-    folder = tmp_path_factory.mktemp("runs")
-    answers = run_ranks(run_all, 2, folder, timeout=200)[0]
-    run_ranks(export_all, 1, [(folder / name, folder / "hf" / name, 60_000) for name in CASES])
+    """Return the folder of exports and our model's answers, by case."""
+    return train_and_export(tmp_path_factory.mktemp("runs"), DEFAULT)
+
+
+def train_and_export(folder: Path, names: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    answers = run_ranks(run_all, 2, folder, names, timeout=200)[0]
+    run_ranks(export_all, 1, [(folder / name, folder / "hf" / name, 60_000) for name in names])
     return folder / "hf", answers
 
 
@@ -42,35 +56,52 @@ def logits_of(model: Any, x: Tensor, **words: Any) -> Tensor:
     return model(input_ids=x, **words).logits
 
 
-def speakable(logits: Tensor, model: Any) -> Tensor:
-    """Logits of tokens that can be said: without that of the landmark."""
+def without_landmark(logits: Tensor, model: Any) -> Tensor:
+    """Return logits without the landmark's."""
     return logits[..., :-1] if model.model.text_in_block else logits
 
 
 @pytest.mark.parametrize("case", FP32)
-def test_transformers_computes_our_logits(case: str, exported: tuple[Path, Any]) -> None:
-    """A single token, and texts below and beyond the original length of every rotation."""
-    folder, answers = exported
+def test_transformers_logits_match_ours(case: str, exported: tuple[Path, Any]) -> None:
+    """Cover one token, and texts below and beyond the original length of the rotary scaling."""
+    check_logits(case, *exported)
+
+
+def check_logits(case: str, folder: Path, answers: dict[str, Any]) -> None:
     model = load(folder / case)
     for count, ours in zip(LENGTHS, answers[case][0], strict=True):
         theirs = logits_of(model, text(count))
         assert theirs.shape == (2, count, VOCAB) and theirs.dtype == torch.float32
-        assert_matches(speakable(theirs, model), speakable(ours, model), 1e-5)
+        assert_matches(without_landmark(theirs, model), without_landmark(ours, model), 1e-5)
         assert not case.startswith("marks") or (theirs[..., -1] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name not in SILENT])
-def test_it_says_what_our_model_says(case: str, exported: tuple[Path, Any]) -> None:
-    """Greedy, also where rotation changes while it speaks, and where selection has units."""
-    folder, answers = exported
-    said = load(folder / case).generate(text(PROMPT)[:1], max_new_tokens=NEW, do_sample=False)
-    assert said[0].tolist() == answers[case][1].tolist()
-    assert len(said[0]) == PROMPT + NEW
+@pytest.mark.parametrize("case", [name for name in DEFAULT if name not in NOT_GENERATED])
+def test_greedy_generation_matches_ours(case: str, exported: tuple[Path, Any]) -> None:
+    """Include a rotation that changes while tokens are generated, and selection units."""
+    check_generation(case, *exported)
+
+
+def check_generation(case: str, folder: Path, answers: dict[str, Any]) -> None:
+    generated = load(folder / case).generate(text(PROMPT)[:1], max_new_tokens=NEW, do_sample=False)
+    assert generated[0].tolist() == answers[case][1].tolist()
+    assert len(generated[0]) == PROMPT + NEW
+
+
+@pytest.mark.exhaustive
+def test_other_variants_match_ours(
+    modules_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder, answers = train_and_export(tmp_path_factory.mktemp("variants"), EXHAUSTIVE)
+    for case in EXHAUSTIVE:
+        check_logits(case, folder, answers)
+        if case not in NOT_GENERATED:
+            check_generation(case, folder, answers)
 
 
 @pytest.mark.parametrize("case", KINDS)
-def test_a_padded_row_is_what_it_is_alone(case: str, exported: tuple[Path, Any]) -> None:
-    """Logits, loss and what is generated, whichever side the padding is on."""
+def test_padding_changes_nothing(case: str, exported: tuple[Path, Any]) -> None:
+    """Compare logits, loss and generated tokens with padding on either side."""
     model = load(exported[0] / case)
     x, mask = text(23).repeat(2, 1), torch.ones(4, 23, dtype=torch.long)
     spans = [(0, 23), (4, 23), (0, 18), (3, 21)]
@@ -84,9 +115,9 @@ def test_a_padded_row_is_what_it_is_alone(case: str, exported: tuple[Path, Any])
         one = x[row : row + 1, start:stop]
         with torch.no_grad():
             alone = model(input_ids=one, labels=one)
-        kept = speakable(out.logits[row : row + 1, start:stop], model)
-        assert_matches(kept, speakable(alone.logits, model), 1e-6)
-        logits = speakable(alone.logits, model)[0, :-1]
+        kept = without_landmark(out.logits[row : row + 1, start:stop], model)
+        assert_matches(kept, without_landmark(alone.logits, model), 1e-6)
+        logits = without_landmark(alone.logits, model)[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits, one[0, 1:])
         assert_matches(alone.loss, loss, 1e-6)
         total += float(alone.loss) * (stop - start - 1)
@@ -110,8 +141,8 @@ def test_embeddings_last_logits_and_gradients(case: str, exported: tuple[Path, A
     with torch.no_grad():
         assert torch.equal(model(inputs_embeds=embedded).logits, whole)
     assert_matches(
-        speakable(logits_of(model, x, logits_to_keep=2), model),
-        speakable(whole[:, -2:], model),
+        without_landmark(logits_of(model, x, logits_to_keep=2), model),
+        without_landmark(whole[:, -2:], model),
         1e-6,
     )
     model(input_ids=x, labels=x).loss.backward()
@@ -121,7 +152,7 @@ def test_embeddings_last_logits_and_gradients(case: str, exported: tuple[Path, A
     assert not without
 
 
-def test_what_it_cannot_do_is_refused(
+def test_unsupported_arguments_are_rejected(
     exported: tuple[Path, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = load(exported[0] / "slack")
@@ -145,8 +176,8 @@ def test_what_it_cannot_do_is_refused(
         type(model)(type(model.config)())
 
 
-def test_a_model_in_bf16_is_loaded_as_it_is(exported: tuple[Path, Any]) -> None:
-    """And is no further from the same weights in fp32 than ours is, by the rule for kernels."""
+def test_bf16_model_is_loaded_in_bf16(exported: tuple[Path, Any]) -> None:
+    """Require an error to fp32 no larger than ours, by the rule for kernels."""
     folder, answers = exported
     model = load(folder / "half", dtype="auto")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -174,8 +205,8 @@ assert "lcdist" not in sys.modules
 """
 
 
-def test_it_runs_where_lcdist_is_not(exported: tuple[Path, Any], tmp_path: Path) -> None:
-    """In a process of its own that refuses to import lcdist, its kernels and Megatron."""
+def test_export_runs_without_lcdist(exported: tuple[Path, Any], tmp_path: Path) -> None:
+    """Use a separate process in which lcdist, its kernels and Megatron cannot be imported."""
     folder, answers = exported
     torch.save(text(LENGTHS[-1]), tmp_path / "x.pt")
     folders = [str(folder / case) for case in KINDS]
@@ -193,10 +224,10 @@ def test_it_runs_where_lcdist_is_not(exported: tuple[Path, Any], tmp_path: Path)
 
 
 @pytest.mark.parametrize("case", ["mixed-marks", "lssa"])
-def test_what_transformers_saves_is_read_again(
+def test_model_saved_by_transformers_is_loaded_again(
     case: str, exported: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    """By itself, code and all, and by an import."""
+    """Load it with transformers, code included, and import it."""
     model = load(exported[0] / case)
     model.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved")
@@ -204,7 +235,7 @@ def test_what_transformers_saves_is_read_again(
     run_ranks(import_all, 1, [(tmp_path / "saved", tmp_path / "ours", ())])
 
 
-def test_it_says_how_every_layer_attends(exported: tuple[Path, Any]) -> None:
+def test_config_lists_the_attention_of_every_layer(exported: tuple[Path, Any]) -> None:
     table = json.loads((exported[0] / "mixed" / "config.json").read_text())
     assert table["model_type"] == "lcdist" and table["architectures"] == ["LcdistForCausalLM"]
     block = table["lcdist"]

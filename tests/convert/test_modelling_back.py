@@ -1,4 +1,4 @@
-"""Exports with code come back in as what they were, and a vocabulary grows for landmarks."""
+"""Exports with custom attention are imported again, and a vocabulary grows for landmarks."""
 
 import json
 from dataclasses import replace
@@ -40,35 +40,35 @@ def save_all(rank: int, world_size: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def there_and_back(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """NAME, hf/NAME, ours/NAME and again/NAME: a run, its export, that imported, and exported."""
+def round_trip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of NAME, hf/NAME, ours/NAME, again/NAME: run, export, import, export."""
     folder = tmp_path_factory.mktemp("back")
     run_ranks(save_all, 1, folder)
     return folder
 
 
 @pytest.mark.parametrize("case", BACK)
-def test_there_and_back_is_bit_equal(case: str, there_and_back: Path) -> None:
-    """Every tensor, what is learnt beside projections among them, and how every layer attends."""
-    first, second = (read_all(there_and_back / kind / case) for kind in ("hf", "again"))
+def test_round_trip_is_bit_equal(case: str, round_trip: Path) -> None:
+    """Compare every tensor, parameters of methods included, and the attention of every layer."""
+    first, second = (read_all(round_trip / kind / case) for kind in ("hf", "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     biased = [name for name in first if name.endswith("self_attn.branch_bias")]
     assert len(biased) == {"mixed": 1, "mixed-marks": 0, "fold-2": 4}[case]
     before, after = (
-        saved_config(open_checkpoint(there_and_back / path)) for path in (case, f"ours/{case}")
+        saved_config(open_checkpoint(round_trip / path)) for path in (case, f"ours/{case}")
     )
     assert before.attention == after.attention and before.model.rope == after.model.rope
     tables = [
-        json.loads((there_and_back / kind / case / "config.json").read_text())
+        json.loads((round_trip / kind / case / "config.json").read_text())
         for kind in ("hf", "again")
     ]
     assert tables[0]["lcdist"] == {**tables[1]["lcdist"], "step": tables[0]["lcdist"]["step"]}
 
 
-def edited(there_and_back: Path, tmp_path: Path, case: str, **changes: Any) -> Path:
-    """An export whose config.json says something else; None leaves a key of its block out."""
-    source = there_and_back / "hf" / case
+def edited(round_trip: Path, tmp_path: Path, case: str, **changes: Any) -> Path:
+    """Copy an export with keys of config.json, or of its table "lcdist", replaced."""
+    source = round_trip / "hf" / case
     table = json.loads((source / "config.json").read_text())
     for key, value in changes.items():
         (table["lcdist"] if key in table["lcdist"] else table)[key] = value
@@ -96,16 +96,16 @@ def edited(there_and_back: Path, tmp_path: Path, case: str, **changes: Any) -> P
         ),
     ],
 )
-def test_what_an_export_says_must_fit(
-    case: str, changes: dict[str, Any], said: str, there_and_back: Path, tmp_path: Path
+def test_inconsistent_config_is_rejected(
+    case: str, changes: dict[str, Any], said: str, round_trip: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        import_model(edited(there_and_back, tmp_path, case, **changes), tmp_path / "out")
+        import_model(edited(round_trip, tmp_path, case, **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_import_keeps_how_layers_attend(there_and_back: Path, tmp_path: Path) -> None:
-    source = there_and_back / "hf" / "mixed-marks"
+def test_override_that_changes_attention_is_rejected(round_trip: Path, tmp_path: Path) -> None:
+    source = round_trip / "hf" / "mixed-marks"
     with pytest.raises(ValueError, match=r"attention.layers = 'coca@0': .* an import keeps it"):
         import_model(source, tmp_path / "out", ["attention.layers=coca@0"])
     with pytest.raises(
@@ -122,24 +122,22 @@ def test_an_import_keeps_how_layers_attend(there_and_back: Path, tmp_path: Path)
         ("(digit <= digit[start:stop, None] - self.near)", "(digit <= digit[start:stop, None])"),
     ],
 )
-def test_an_export_that_computes_something_else_is_not_kept(
-    right: str, wrong: str, there_and_back: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_faulty_model_code_is_detected(
+    right: str, wrong: str, round_trip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The code that goes along is what is compared with the training model."""
+    """Show that the exported code itself is compared with the training model."""
     text = read_remote_files()[ATTENTION_FILE]
     assert text.count(right) == 1
     faulty: dict[str, Any] = {}
     exec(compile(text.replace(right, wrong), "faulty", "exec"), faulty)
     monkeypatch.setattr(load_remote_attention(), "attend", faulty["attend"])
     with pytest.raises(ConversionError, match="this is more than rounding"):
-        export_model(there_and_back / "fold-2", tmp_path / "hf")
+        export_model(round_trip / "fold-2", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 
-def test_a_vocabulary_grows_for_landmarks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """New rows are the mean of the others, and said; they train, and nothing is lost on the way."""
+def test_vocabulary_grows_for_landmarks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """New rows start as the mean of the others; the model trains, exports and keeps old rows."""
     source = save(make_model(num_hidden_layers=2), tmp_path / "source")
     ours, run = tmp_path / "ours", tmp_path / "run"
     marks = ["attention.method=landmark", "attention.block_size=5"]
@@ -163,7 +161,7 @@ def test_a_vocabulary_grows_for_landmarks(
     before, after = read_all(source), read_all(tmp_path / "hf")
     assert before.keys() == after.keys()
     assert after["lm_head.weight"].shape[0] == 251
-    # Without landmarks it is a plain model of one token more.
+    # Without landmarks it is a plain model with two more tokens.
     assert (
         main(["convert", "import", str(source), str(tmp_path / "plain"), "--extra-tokens=2"]) == 0
     )
