@@ -1,4 +1,4 @@
-"""A tiny LLaMA in Hugging Face's format, and the main job run on it in this process."""
+"""Fixtures: a tiny LLaMA in Hugging Face's format, and `lcdist extend` run on it in process."""
 
 import json
 import random
@@ -18,7 +18,7 @@ Start = Callable[..., int]
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hundred kilobytes with something to learn, in which names come again far away."""
+    """Return a hundred kilobytes of text in which names repeat at long distances."""
     words = random.Random(0)
     names = ["".join(words.choices("abcdefghij", k=5)) for _ in range(60)]
     file = tmp_path_factory.mktemp("text") / "part.jsonl"
@@ -32,7 +32,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llama(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LLaMA that was trained at 64 tokens, as a Hugging Face folder."""
+    """Train a tiny LLaMA at 64 tokens, and return it as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("llama")
     data, run, out = folder / "data", folder / "run", folder / "tiny-llama"
     own = [f"data.path={data}", f"log.folder={run}", "log.peak_tflops=1", "checkpoint.every=0"]

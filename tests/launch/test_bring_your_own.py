@@ -1,4 +1,4 @@
-"""A Hugging Face model goes the whole way: imported, extended, exported, and read again."""
+"""`lcdist extend --model`: import a Hugging Face model, extend it, export it, read it again."""
 
 import json
 import os
@@ -24,8 +24,8 @@ from tests.launch.conftest import ROOT, TINY, Start, run_here
 from tests.tolerance import assert_matches
 
 
-def read_again(job: Path) -> list[float]:
-    """Perplexity by length of the exported folder, imported anew."""
+def perplexity_of_export(job: Path) -> list[float]:
+    """Import the exported folder again, and return its perplexity by length."""
     again, found = job / "again", job / "again.json"
     assert main(["convert", "import", str(job / "exported"), str(again)]) == 0
     told = json.loads((job / "evaluation.json").read_text())
@@ -35,12 +35,14 @@ def read_again(job: Path) -> list[float]:
     return json.loads(found.read_text())["perplexity"]
 
 
-def theirs(folder: Path, **how: bool) -> LlamaForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
+def load_with_transformers(folder: Path, **options: bool) -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
-def test_the_whole_way_on_two_ranks(llama: Path, text: Path, tmp_path: Path) -> None:
-    """SCCA + position interpolation + LoRA: extended, merged, exported, loaded by transformers."""
+def test_extend_on_two_ranks_lowers_perplexity_and_exports(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    """SCCA, position interpolation and LoRA: extend, merge, export, load with transformers."""
     words = ["--model", str(llama), "--data", str(text), "--name", "job", "--configs", str(TINY)]
     words += ["--method", "scca", "--lora", "4", "log.peak_tflops=1", "train.steps=12"]
     done = subprocess.run(
@@ -72,17 +74,23 @@ def test_the_whole_way_on_two_ranks(llama: Path, text: Path, tmp_path: Path) -> 
     assert table["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 4.0}
     with_adapters, before = run_ranks(logits, 1, [job / "extend", job / "model"], [])[0]
     with torch.no_grad():
-        merged = theirs(job / "exported")(TEXT[None], use_cache=False).logits[0, :, :250]
-        original = theirs(llama)(TEXT[None], use_cache=False).logits[0, :, :250]
+        merged = load_with_transformers(job / "exported")(TEXT[None], use_cache=False).logits[
+            0, :, :250
+        ]
+        original = load_with_transformers(llama)(TEXT[None], use_cache=False).logits[0, :, :250]
     assert_matches(merged, with_adapters, 1e-5)
     assert_matches(original, before, 1e-5)
     assert (merged - original).abs().max() > 0.1
     assert not (job / "merged").exists()
-    assert read_again(job) == pytest.approx(facts["evaluation"]["after"], rel=1e-5)
+    assert perplexity_of_export(job) == pytest.approx(facts["evaluation"]["after"], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["coca", "lssar", "tensorized", "landmark"])
-def test_every_method_goes_the_whole_way(
+# `landmark` is the only method that adds a row to the vocabulary.
+OTHERS = [pytest.param(m, marks=pytest.mark.exhaustive) for m in ("coca", "lssar", "tensorized")]
+
+
+@pytest.mark.parametrize("method", ["landmark", *OTHERS])
+def test_extend_works_with_every_method(
     start: Start, modules_cache: Path, tmp_path: Path, method: str
 ) -> None:
     assert start("--method", method) == 0
@@ -91,13 +99,13 @@ def test_every_method_goes_the_whole_way(
     assert facts["headline"]["length"] == 256 and facts["stages"][0]["steps"] == 2
     assert 1 < facts["headline"]["before"] < 400 and 1 < facts["headline"]["after"] < 400
     assert method in (job / "report.html").read_text()
-    assert read_again(job) == pytest.approx(facts["evaluation"]["after"], rel=1e-5)
-    model = theirs(job / "exported", trust_remote_code=True)
+    assert perplexity_of_export(job) == pytest.approx(facts["evaluation"]["after"], rel=1e-5)
+    model = load_with_transformers(job / "exported", trust_remote_code=True)
     with torch.no_grad():
         found = model(TEXT[None]).logits
     assert found.shape[:2] == (1, len(TEXT)) and found[..., :400].isfinite().all()
     assert (job / "grown").exists() == (method == "landmark")
-    # And on from there: with its own method, by its own rule, with the landmark that it has.
+    # The export can be extended again with its own method only, without another landmark row.
     hf, on = open_user_model(job / "exported"), ["train.seqlen=512"]
     with pytest.raises(ValueError, match=f"extend it with METHOD={method}"):
         fit_config(load(TINY / "extend.toml", on), hf, [], 1)
@@ -106,7 +114,7 @@ def test_every_method_goes_the_whole_way(
     assert fit_config(again, hf, [], 1).model == further
 
 
-def test_stages_are_done_once_and_an_interrupted_one_again(
+def test_extend_runs_each_stage_once_and_resumes_an_interrupted_one(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     job, seen = tmp_path / "runs/job", list[str]()
@@ -121,7 +129,7 @@ def test_stages_are_done_once_and_an_interrupted_one_again(
     monkeypatch.setattr(extend_steps, "run_program", lambda words, _: call(words, "evaluate"))
     assert start() == 1 and seen == ["tokenize", "train"]
     assert not (job / "report.html").exists()
-    # As if the import had been killed after its folder got its name and before that was noted.
+    # State after a kill between the rename of the import's folder and its entry in the table.
     told = json.loads((job / "conversion.json").read_text())
     (job / "conversion.json").unlink()
     monkeypatch.setattr(extend_steps, "run_program", lambda words, _: call(words, ""))
@@ -137,10 +145,10 @@ def test_stages_are_done_once_and_an_interrupted_one_again(
     assert "holds a job with other settings" in capsys.readouterr().out
 
 
-def test_adapters_out_into_the_weights_and_out_of_them(
+def test_convert_adapter_merge_and_unmerge(
     start: Start, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """`lcdist convert adapter`, `merge` and `unmerge` on the run of a job."""
+    """Export, merge and unmerge the adapters of an extended run."""
     assert start("--lora", "2", "lora.embeddings=false", "lora.norms=false") == 0
     job = tmp_path / "runs/job"
     run = str(job / "extend")

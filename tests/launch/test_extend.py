@@ -1,4 +1,4 @@
-"""The main job on a small scale: its report does not tell whether it was ever interrupted."""
+"""`lcdist extend` on a small scale: an interrupted job ends like an uninterrupted one."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ TINY = ROOT / "tests" / "launch" / "tiny"
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few hundred kilobytes of text with something to learn."""
+    """Return a few hundred kilobytes of text with a pattern to learn."""
     folder = tmp_path_factory.mktemp("text")
     words = random.Random(0)
     names = ["".join(words.choices("abcdefghij", k=5)) for _ in range(200)]
@@ -32,7 +32,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(text: Path, where: Path) -> subprocess.Popen[str]:
-    """The job, as its own process group, with its standard output and errors together."""
+    """Start the job in its own process group, with standard error in its standard output."""
     words = ["--data", str(text), "--name", "job", "--configs", str(TINY)]
     return subprocess.Popen(
         [sys.executable, str(ROOT / "launch" / "extend.py"), *words],
@@ -46,14 +46,14 @@ def start(text: Path, where: Path) -> subprocess.Popen[str]:
 
 
 def finish(text: Path, where: Path) -> str:
-    """What the job printed; it must succeed."""
+    """Run the job, assert that it succeeds, and return its output."""
     job = start(text, where)
     printed, _ = job.communicate(timeout=240)
     assert job.returncode == 0, printed
     return printed
 
 
-def test_report_of_an_interrupted_job_equals_that_of_a_whole_one(
+def test_report_of_an_interrupted_job_equals_an_uninterrupted_one(
     text: Path, tmp_path: Path
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -62,7 +62,6 @@ def test_report_of_an_interrupted_job_equals_that_of_a_whole_one(
     first = finish(text, whole)
     assert "perplexity at 256 tokens" in first and "Worth trying next" in first
     assert (whole / "runs/job/report.html").stat().st_size > 10_000
-    assert "all was done before" in finish(text, whole)
 
     job = start(text, broken)
     metrics = broken / "runs/job/pretrain/metrics.jsonl"
@@ -71,7 +70,7 @@ def test_report_of_an_interrupted_job_equals_that_of_a_whole_one(
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.05)
     launcher = psutil.Process(job.pid)
-    # torchrun's workers are sessions of their own.
+    # torchrun starts its workers in sessions of their own, so a signal to the group misses them.
     for process in [launcher, *launcher.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

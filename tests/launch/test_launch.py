@@ -1,4 +1,4 @@
-"""The real launcher: a run killed or told to stop at any moment, started again by one command."""
+"""Runs under torchrun: killed or stopped at any moment, and resumed by the same command."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "debug" / "full.toml"
 TRAIN = ROOT / "launch" / "train.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-# Far more steps than any start of this test gets through before it is stopped, but the last.
+# More steps than any start except the last can take before it is stopped.
 STEPS, EVERY = 60, 4
 SECONDS = 90.0
 
@@ -36,7 +36,7 @@ def words(folder: Path) -> list[str]:
 
 
 class Start:
-    """One start of the run under torchrun."""
+    """One start of a run under torchrun."""
 
     def __init__(self, folder: Path, *more: str) -> None:
         self.folder = folder
@@ -50,19 +50,19 @@ class Start:
         )
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Sleep until the condition holds; fails when the run ends before it does."""
+        """Wait until the condition holds; fail if the run ends first."""
         deadline = time.monotonic() + SECONDS
         while True:
-            # Asked first: what it did last must not be missed.
-            over = self.process.poll() is not None
+            # Poll first, so that the last action of the run is not missed.
+            ended = self.process.poll() is not None
             if condition():
                 return
-            assert not over, self.process.communicate()[0]
-            assert time.monotonic() < deadline, "the run does not get there"
+            assert not ended, self.process.communicate()[0]
+            assert time.monotonic() < deadline, "the condition did not hold in time"
             time.sleep(0.01)
 
     def workers(self) -> list[psutil.Process]:
-        """The processes of the ranks, in no order."""
+        """Return the processes of the ranks, in any order."""
         return [
             child
             for child in psutil.Process(self.process.pid).children()
@@ -70,14 +70,14 @@ class Start:
         ]
 
     def kill(self) -> None:
-        """SIGKILL to everybody, as when a machine is lost."""
+        """Kill the launcher and all ranks, as when a machine fails."""
         launcher = psutil.Process(self.process.pid)
         for process in [launcher, *launcher.children(recursive=True)]:
             process.kill()
         self.process.communicate()
 
     def end(self) -> str:
-        """Wait for the end; returns what was printed."""
+        """Wait for the end, and return the output."""
         printed, _ = self.process.communicate(timeout=SECONDS)
         return printed
 
@@ -97,7 +97,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[], Start]]:
 
 
 def done(folder: Path) -> int:
-    """Steps that the metrics file tells of."""
+    """Return the number of steps in the metrics file."""
     file = folder / "metrics.jsonl"
     return file.read_text().count("\n") if file.exists() else 0
 
@@ -107,8 +107,8 @@ def never_stopped(rank: int, world_size: int, overrides: Sequence[str]) -> None:
     run(load(CONFIG, overrides))
 
 
-def stopped_in_order(started: Start, name: str) -> None:
-    """The run was told to stop: saved at the step it had reached, and says so."""
+def assert_stopped_in_order(started: Start, name: str) -> None:
+    """Assert that the run stopped on request, saved at its last step, and recorded the reason."""
     printed, status = started.end(), read_status(started.folder)
     assert status is not None, printed
     assert status["status"] == "stopped", printed
@@ -116,11 +116,13 @@ def stopped_in_order(started: Start, name: str) -> None:
     latest = latest_in(started.folder / "checkpoints")
     assert latest is not None and latest.name == f"step_{status['step']:08d}", printed
     assert done(started.folder) == status["step"] < STEPS
-    # torchrun shows its own traceback on a signal; none of ours.
+    # torchrun prints its own traceback after a signal; lcdist prints none.
     assert str(ROOT / "lcdist") not in printed, printed
 
 
-def test_killed_and_stopped_and_started_again(start: Callable[[], Start], tmp_path: Path) -> None:
+def test_run_killed_and_stopped_ends_like_an_undisturbed_run(
+    start: Callable[[], Start], tmp_path: Path
+) -> None:
     folder, expected = tmp_path / "run", tmp_path / "never-stopped"
     run_ranks(never_stopped, 2, words(expected), timeout=SECONDS)
 
@@ -155,14 +157,14 @@ def test_killed_and_stopped_and_started_again(start: Callable[[], Start], tmp_pa
     saved = latest_in(folder / "checkpoints")
     told.wait_until(lambda: latest_in(folder / "checkpoints") != saved)
     told.process.send_signal(signal.SIGTERM)
-    stopped_in_order(told, "SIGTERM")
+    assert_stopped_in_order(told, "SIGTERM")
 
     # SIGUSR1 to one rank, as a scheduler sends it before time is up.
     warned = start()
     saved = latest_in(folder / "checkpoints")
     warned.wait_until(lambda: latest_in(folder / "checkpoints") != saved)
     random.choice(warned.workers()).send_signal(signal.SIGUSR1)
-    stopped_in_order(warned, "SIGUSR1")
+    assert_stopped_in_order(warned, "SIGUSR1")
     assert warned.process.returncode == 0
 
     last = start()

@@ -48,5 +48,5 @@ def test_help_version_and_status_import_no_numerical_package(tmp_path: Path) -> 
 def test_plan_methods_and_report_import_no_megatron() -> None:
     commands = [["plan", CONFIG], ["methods"], ["report", "--help"]]
     packages, printed = packages_after(commands)
-    assert {"torch", "matplotlib"} <= packages and "megatron" not in packages
+    assert "torch" in packages and "megatron" not in packages
     assert "parameters" in printed and "`lssar`" in printed
