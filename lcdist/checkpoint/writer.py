@@ -1,7 +1,7 @@
 """Make Megatron's checkpoint writer use threads of this process.
 
 Megatron forks a process for each file and collects results through a queue that another process
-serves. A forked writer whose rank is killed waits for ever and keeps the run folder's lock. The
+serves. A forked writer waits for ever if its rank is killed, and keeps the run folder's lock. The
 queue's server ends with the SIGTERM that torchrun sends to the process group, and then the last
 save fails. Threads write as fast, since writing releases the interpreter lock, and end with their
 process. Checked with megatron-core 0.16.1.

@@ -116,7 +116,7 @@ def _custom_attention(
     x: Tensor,
     layer: tuple[Mapping[str, Any], Tensor | None],
 ) -> Tensor:
-    """Compute attention with the exported file. layer: (method and options, learnt bias)."""
+    """Compute attention with the exported file. layer: (method and options, learned bias)."""
     width = _width(table)
     q, k, v = (linear(f"{names}{one}_proj", x).unflatten(-1, (-1, width))[None] for one in "qkv")
     rotate = load_remote_rotary().rotation(

@@ -1,7 +1,7 @@
 """Read and load the model code that exports carry: the files in `remote_code/`.
 
-The files are package data and no part of the import graph. transformers imports the copies beside
-the exported weights (`trust_remote_code=True`), without lcdist.
+The files are package data and no part of the import graph. transformers imports the copies in
+the exported folder (`trust_remote_code=True`), without lcdist.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""Our models with adapters as transformers and PEFT know them."""
+"""Build transformers and PEFT models with our weights and adapters."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ THEIRS = {
 
 
 def llama(config: Config, weights: dict[str, Tensor]) -> LlamaForCausalLM:
-    """transformers' model with our weights, adapters left out."""
+    """Return transformers' model with our weights, without adapters."""
     model, tied = config.model, config.model.tied_embeddings
     groups = model.nheads_kv or model.nheads
     hf = LlamaForCausalLM(
@@ -50,7 +50,7 @@ def llama(config: Config, weights: dict[str, Tensor]) -> LlamaForCausalLM:
 
 
 def unfused(weights: dict[str, Tensor], ours: str, groups: int) -> dict[str, Tensor]:
-    """By target, the projections of one layer."""
+    """Return the projections of one layer, by target."""
     qkv = weights[f"{ours}self_attention.linear_qkv.weight"]
     heads = qkv.view(groups, -1, 16, qkv.shape[1])
     gate, up = weights[f"{ours}mlp.linear_fc1.weight"].chunk(2)
@@ -66,7 +66,7 @@ def unfused(weights: dict[str, Tensor], ours: str, groups: int) -> dict[str, Ten
 
 
 def peft_llama(config: Config, weights: dict[str, Tensor]) -> PeftModel:
-    """PEFT's model with our weights and our adapters, made by PEFT itself; base weights frozen."""
+    """Return a PEFT model with our weights and adapters, and frozen base weights."""
     lora, whole = config.lora, []
     whole += ["embed_tokens"] * lora.embeddings + ["lm_head"] * lora.head
     whole += ["input_layernorm", "post_attention_layernorm", "model.norm"] * lora.norms
@@ -89,7 +89,7 @@ def peft_llama(config: Config, weights: dict[str, Tensor]) -> PeftModel:
 
 
 def factors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of `tensors` that belong to adapters, by PEFT's names."""
+    """Return the adapters' factors among `tensors`, by PEFT's names."""
     found = {}
     for key, tensor in tensors.items():
         if ".lora." in key:

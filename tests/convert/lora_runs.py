@@ -1,4 +1,4 @@
-"""What ranks do in the tests of adapters: train, save, load, merge. No transformers in here."""
+"""Functions for run_ranks in the tests of adapters: train, save, load, merge."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ TEXT = torch.arange(60).mul(37).remainder(250)
 
 
 def trained(rank: int, world_size: int, folder: Path, words: tuple[str, ...]) -> dict[str, Any]:
-    """First step's batch, loss and gradients; then steps, and a checkpoint in `folder`."""
+    """Return loss and gradients of the first step; then train and save a checkpoint in `folder`."""
     with some_b():
         trainer = Meshes().trainer(small(*words))
     start(trainer)
@@ -52,19 +52,19 @@ def start(trainer: Trainer) -> None:
 
 
 def bare(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The same run without adapters."""
+    """Return the words of the same run without adapters."""
     return tuple(word for word in words if not word.startswith("lora."))
 
 
 def save_base(rank: int, world_size: int, folder: Path, words: tuple[str, ...]) -> None:
-    """The initial weights of a run, which do not depend on whether it has adapters."""
+    """Save the initial weights of a run; they are the same with and without adapters."""
     trainer = Meshes().trainer(small(*words))
     trainer.checkpointer = Checkpointer(folder / "checkpoints", keep_last=1)
     trainer.save()
 
 
 def batches(rank: int, world_size: int, words: tuple[str, ...]) -> list[Batch]:
-    """The first step's, whole."""
+    """Return the unsharded batches of the first step."""
     return Meshes().trainer(small(*words)).loader.next_step()
 
 

@@ -1,4 +1,4 @@
-"""Adapters beside PEFT: the same loss and gradients, folders that either reads, merged weights."""
+"""Adapters match PEFT: loss, gradients, folders in both directions, merged weights."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """By kind, the folder of a run and what its first rank saw."""
+    """Return (folder of a run, results of rank 0) by kind."""
     found = {}
     for kind, (world_size, mesh, shape) in KINDS.items():
         folder = tmp_path_factory.mktemp(kind)
@@ -56,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict
 
 
 @pytest.mark.parametrize("kind", ["whole", "tied", "one-kv"])
-def test_loss_and_gradients_are_peft_s(runs: Any, kind: str) -> None:
+def test_loss_and_gradients_match_peft(runs: Any, kind: str) -> None:
     folder, ours = runs[kind]
     _, _, shape = KINDS[kind]
     peft: Any = peft_llama(small(*shape), ours["initial"])
@@ -85,11 +85,11 @@ def peft_loss(peft: Any, tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["whole", "tied", "one-kv"])
-def test_peft_loads_what_is_exported(runs: Any, tmp_path: Path, kind: str) -> None:
+def test_peft_loads_an_exported_adapter(runs: Any, tmp_path: Path, kind: str) -> None:
     folder, ours = runs[kind]
     config = small(*KINDS[kind][2])
     export_adapter(folder, tmp_path / "adapter")
-    # Before anything was trained whole, so that what the folder brings is seen.
+    # Initial weights, so that modules trained whole must come from the folder.
     peft = PeftModel.from_pretrained(llama(config, ours["initial"]), tmp_path / "adapter")
     [[found]] = run_ranks(logits, 1, [folder], [])
     theirs = peft(TEXT[None]).logits[0]
@@ -100,7 +100,7 @@ def test_peft_loads_what_is_exported(runs: Any, tmp_path: Path, kind: str) -> No
         export_adapter(folder, tmp_path / "adapter")
 
 
-def test_a_run_starts_from_what_peft_saved(runs: Any, tmp_path: Path) -> None:
+def test_run_starts_from_an_adapter_saved_by_peft(runs: Any, tmp_path: Path) -> None:
     folder, ours = runs["whole"]
     shape = KINDS["whole"][2]
     peft_llama(small(*shape), ours["initial"]).save_pretrained(str(tmp_path / "theirs"))
@@ -116,7 +116,7 @@ def test_a_run_starts_from_what_peft_saved(runs: Any, tmp_path: Path) -> None:
             assert torch.equal(weights[key][rows], tensor[rows].to(weights[key].dtype)), key
 
 
-def test_a_run_starts_from_a_model_without_adapters(tmp_path: Path) -> None:
+def test_run_starts_from_a_model_without_adapters(tmp_path: Path) -> None:
     run_ranks(save_base, 1, tmp_path / "base", ())
     there = weights_at(tmp_path / "base")
     base = f"checkpoint.load={tmp_path / 'base'}"
@@ -141,7 +141,7 @@ def test_adapters_resume_on_another_mesh(runs: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS])
-def test_merged_weights_give_the_same_logits(runs: Any, tmp_path: Path, kind: str) -> None:
+def test_merged_weights_keep_the_logits(runs: Any, tmp_path: Path, kind: str) -> None:
     folder, ours = runs[kind]
     [[adapted, found]] = run_ranks(merged, 1, folder, tmp_path / "merged")
     assert_matches(found, adapted, 2e-2 if kind == "bf16" else 1e-5)
@@ -155,12 +155,12 @@ def test_merged_weights_give_the_same_logits(runs: Any, tmp_path: Path, kind: st
     exact = w + scale * b @ a
     assert_matches(there[f"{down}weight"], exact, 1e-2 if kind == "bf16" else 1e-6)
     if kind == "bf16":
-        # Summed in fp32 and rounded once: all but some that lie between two numbers.
+        # Summed in fp32 and rounded once: only ties may differ.
         assert (there[f"{down}weight"] != exact.bfloat16()).double().mean() < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["one-kv", "bf16"])
-def test_unmerging_gives_the_base_to_rounding(runs: Any, tmp_path: Path, kind: str) -> None:
+def test_unmerge_restores_the_base_up_to_rounding(runs: Any, tmp_path: Path, kind: str) -> None:
     folder, ours = runs[kind]
     run_ranks(merged_and_back, 1, folder, tmp_path)
     there, rounding = weights_at(tmp_path / "base"), 2**-8 if kind == "bf16" else 2**-22
@@ -173,12 +173,12 @@ def test_unmerging_gives_the_base_to_rounding(runs: Any, tmp_path: Path, kind: s
     assert changed == 4 * (2 if kind == "one-kv" else 4)
 
 
-def test_what_was_trained_whole_cannot_be_unmerged(runs: Any, tmp_path: Path) -> None:
+def test_unmerge_of_whole_modules_is_rejected(runs: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="trained embeddings, norms, head whole"):
         unmerge(tmp_path, runs["whole"][0], tmp_path / "out")
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- rejected adapters ----------------------------------------------------------------------------
 
 OTHERS = {
     (): ("lora.rank is 3 there and 0 here", "merge"),
@@ -189,14 +189,14 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("words", OTHERS, ids=str)
-def test_other_adapters_are_refused_by_name(runs: Any, words: tuple[str, ...]) -> None:
+def test_resume_with_other_adapters_is_rejected(runs: Any, words: tuple[str, ...]) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_fitting(runs["whole"][0], small(*words))
     for part in OTHERS[words]:
         assert part in str(caught.value)
 
 
-def test_weights_are_not_read_without_their_adapters(runs: Any) -> None:
+def test_weights_with_other_adapters_are_not_loaded(runs: Any) -> None:
     folder = runs["whole"][0]
     [message] = run_ranks(read_without, 1, folder, ("train.steps=3",))
     assert "linear_fc1.lora.gate.A has shape (3, 64) in the checkpoint and is absent" in message
@@ -234,9 +234,7 @@ BAD: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_an_adapter_that_does_not_fit_is_refused_by_name(
-    runs: Any, tmp_path: Path, case: str
-) -> None:
+def test_adapter_that_does_not_fit_is_rejected(runs: Any, tmp_path: Path, case: str) -> None:
     config = small(*KINDS["whole"][2])
     export_adapter(runs["whole"][0], tmp_path / "adapter")
     assert len(check_adapter(tmp_path / "adapter", config)) == 56 + 9 + 2
@@ -254,7 +252,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(
     assert message in str(caught.value)
 
 
-def test_an_output_layer_that_is_the_embedding_stays_it(runs: Any, tmp_path: Path) -> None:
+def test_untied_output_layer_is_rejected(runs: Any, tmp_path: Path) -> None:
     config, folder = small(*KINDS["tied"][2]), tmp_path / "adapter"
     export_adapter(runs["tied"][0], folder)
     check_adapter(folder, config)
@@ -268,7 +266,7 @@ def test_an_output_layer_that_is_the_embedding_stays_it(runs: Any, tmp_path: Pat
             check_adapter(folder, config)
 
 
-def test_what_was_trained_whole_must_be_trained_here(runs: Any, tmp_path: Path) -> None:
+def test_whole_module_must_be_trained_by_the_run(runs: Any, tmp_path: Path) -> None:
     export_adapter(runs["whole"][0], tmp_path / "adapter")
     with pytest.raises(
         ValueError, match="embed_tokens.weight was trained too: set lora.embeddings"

@@ -1,4 +1,4 @@
-"""Copy tokenizer files beside the weights, and refuse a tokenizer that does not fit the model."""
+"""Copy tokenizer files to the folder of the weights, and reject one that does not fit."""
 
 import json
 import shutil

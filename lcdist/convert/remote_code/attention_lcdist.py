@@ -31,7 +31,7 @@ def attend(
         options: "method" and the method's options.
         qkv: queries, keys and values.
         rotate: rotate(x, positions) rotates x `[b, s, h, d]`.
-        branch_bias: learnt bias `[modes, h]` of tensorized attention.
+        branch_bias: learned bias `[modes, h]` of tensorized attention.
 
     Raises:
         ValueError: the method is unknown.

@@ -6,8 +6,8 @@ Exported models carry a copy of this file, of attention_lcdist.py and of rotary_
 
 `config.lcdist["attention"]` lists each layer's method and options. `rope_scaling` or
 `rope_parameters` defines the rotary embedding. There is no KV cache: every call reads the text from
-its beginning. Works with transformers 4.45 to 5, of which it uses LLaMA's modules and generate(),
-but neither masks, rotary embedding, attention nor cache.
+its beginning. Works with transformers 4.45 to 5. It uses LLaMA's modules and generate(), but not
+transformers' masks, rotary embedding, attention or cache.
 """
 
 from typing import Any
