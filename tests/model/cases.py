@@ -90,6 +90,19 @@ def results(cases: tuple[Case, ...], world_size: int) -> dict[Case, list[Any]]:
     return run_cases(world_size, chosen)
 
 
+def tiers(default: Iterable[Case], exhaustive: Iterable[Case]) -> list[Any]:
+    """Return test parameters (cases of the tier, case); those of the second tier are exhaustive.
+
+    `results` runs all cases of a tier in one launch per world size.
+    """
+    small, full = tuple(dict.fromkeys(default)), tuple(dict.fromkeys(exhaustive))
+    full = tuple(case for case in full if case not in small)
+    return [
+        *(pytest.param(small, case, id=str(case)) for case in small),
+        *(pytest.param(full, case, id=str(case), marks=pytest.mark.exhaustive) for case in full),
+    ]
+
+
 def run_cases(world_size: int, cases: Iterable[Case]) -> dict[Case, list[Any]]:
     """What every rank found in each case; one launch for all of them."""
     ordered = sorted(set(cases), key=lambda case: case.mesh)

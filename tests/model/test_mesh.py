@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from tests.model.cases import Case, assert_same_gradients, results, shows_weights
+from tests.model.cases import Case, assert_same_gradients, results, shows_weights, tiers
 
 
 def meshes() -> list[tuple[int, tuple[str, ...]]]:
@@ -56,40 +56,49 @@ def _how(bits: tuple[int, ...]) -> tuple[str, ...]:
     )
 
 
-def cases() -> list[Case]:
-    """Every mesh with two opposite rows of features, then the batches with empty ranks."""
+def cases(rows_of_mesh: tuple[int, ...], documents: tuple[str, ...]) -> list[Case]:
+    """Return every mesh with some rows of features, then batches in which some ranks are empty.
+
+    rows_of_mesh: offsets of a mesh's rows. Offsets 0 and 8 are opposites.
+    documents: data.documents of the batches with empty ranks, in turn.
+    """
     features, found = rows(), []
     for number, (world_size, mesh) in enumerate(meshes()):
-        for row in (number % 8, number % 8 + 8):
+        for offset in rows_of_mesh:
             # Interleaving wants as many micro-batches as stages on each of two dp ranks.
             samples = 8 if "parallel.vp_size=2" in mesh else 4
-            found.append(Case(world_size, mesh, *features[row], samples=samples))
+            row = features[(number + offset) % 16]
+            found.append(Case(world_size, mesh, *row, samples=samples))
     tp, pp, cp = "parallel.tp_size=2", "parallel.pp_size=2", "parallel.cp_size=2"
     sp, contiguous = "parallel.sequence_parallel=true", ("parallel.layout=contiguous",)
-    for documents in ("join", "pack"):
-        shape = (f"data.documents={documents}", "train.seqlen=96")
-        # 30 tokens of 96: the second cp rank holds padding alone.
-        found.append(Case(2, (cp,), shape, contiguous, text=30))
-        found.append(Case(4, (tp, cp, sp), shape, contiguous, text=30))
-        found.append(Case(4, (cp,), shape, contiguous, text=30, holes=True))
-        # The padding of the layout is no part of the length that the rotation depends on.
-        grown = 'model.rope={scaling="dynamic",factor=4,original_seqlen=16}'
-        found.append(Case(4, (cp, pp), (shape[0], "train.seqlen=71", grown)))
-        # Every other sample has no loss: all samples of the second dp rank.
-        found.append(Case(2, (), shape, holes=True))
-        found.append(Case(4, (pp,), shape, holes=True))
+    # 30 tokens of 96: the second cp rank holds padding alone. Holes: every other sample has no
+    # loss, which is all samples of the second dp rank.
+    padded = [(2, (cp,), 30, False), (4, (tp, cp, sp), 30, False), (4, (cp,), 30, True)]
+    masked = [(2, (), None, True), (4, (pp,), None, True)]
+    for number, (world_size, mesh, text, holes) in enumerate([*padded, *masked]):
+        for kind in documents[number % 2 :: 2] or documents:
+            shape = (f"data.documents={kind}", "train.seqlen=96")
+            how = contiguous if text else ()
+            found.append(Case(world_size, mesh, shape, how, text=text, holes=holes))
+    # The padding of the layout is no part of the length that the rotation depends on.
+    grown = 'model.rope={scaling="dynamic",factor=4,original_seqlen=16}'
+    for kind in documents:
+        shape = (f"data.documents={kind}", "train.seqlen=71", grown)
+        found.append(Case(4, (cp, pp), shape))
     return found
 
 
-CASES = tuple(cases())
+DEFAULT = cases((0,), ("join", "pack"))
+EXHAUSTIVE = cases((8,), ("pack", "join"))
+CASES = tiers(DEFAULT, EXHAUSTIVE)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_equal_those_of_one_process(case: Case) -> None:
-    assert_same_gradients(results(CASES, case.world_size)[case], results(CASES, 1)[case.reference])
+@pytest.mark.parametrize(("tier", "case"), CASES)
+def test_gradients_equal_those_of_one_process(tier: tuple[Case, ...], case: Case) -> None:
+    assert_same_gradients(results(tier, case.world_size)[case], results(tier, 1)[case.reference])
 
 
-@pytest.mark.parametrize("case", [*filter(shows_weights, CASES)], ids=str)
-def test_initial_weights_are_the_same_bits(case: Case) -> None:
-    [(_, _, expected, _)] = results(CASES, 1)[case.reference]
-    assert results(CASES, case.world_size)[case][0][2] == expected
+@pytest.mark.parametrize(("tier", "case"), [p for p in CASES if shows_weights(p.values[1])])
+def test_initial_weights_are_the_same_bits(tier: tuple[Case, ...], case: Case) -> None:
+    [(_, _, expected, _)] = results(tier, 1)[case.reference]
+    assert results(tier, case.world_size)[case][0][2] == expected
