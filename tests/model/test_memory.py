@@ -17,7 +17,7 @@ from lcdist.plan import make_plan
 from tests.distributed import run_ranks
 from tests.engines.internals import ddp_wrappers_of
 from tests.live import LiveTensors
-from tests.model.cases import Case, assert_same_gradients, results
+from tests.model.cases import Case, assert_same_gradients, results, tiers
 from tests.model.small import Meshes, mesh_name, small, take_steps
 from tests.tolerance import assert_matches
 
@@ -61,12 +61,17 @@ def cases() -> list[Case]:
     return found
 
 
-CASES = tuple(cases())
+CASES = cases()
+# By default every way on one rank, and in turn some ways on each mesh of two and four ranks.
+ON_ONE, ON_TWO, ON_FOUR = ([c for c in CASES if c.world_size == n] for n in (1, 2, 4))
+TIERS = tiers([*ON_ONE, *ON_TWO[::4], *ON_FOUR[::2]], CASES)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_equal_those_of_one_process_that_keeps_everything(case: Case) -> None:
-    found, reference = results(CASES, case.world_size)[case], results(CASES, 1)[case.reference]
+@pytest.mark.parametrize(("tier", "case"), TIERS)
+def test_gradients_equal_those_of_one_process_that_keeps_everything(
+    tier: tuple[Case, ...], case: Case
+) -> None:
+    found, reference = results(tier, case.world_size)[case], results(tier, 1)[case.reference]
     assert_same_gradients(found, reference)
     if not case.mesh and case.how in ((FULL,), (HOST,)):
         # Nothing is added up in another order.
