@@ -78,6 +78,6 @@ def document_starts(cu_seqlens: Tensor | None, index: Tensor, seqlen: int) -> Te
 
 
 @cache
-def announce(choice: str) -> None:
+def log_choice(choice: str) -> None:
     """Logs, once a process, which implementation impl = "auto" stands for and why."""
     logger.info(choice)

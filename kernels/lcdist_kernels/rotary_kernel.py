@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lcdist_kernels.tile_ranges import Indices, on_device, place_of
-from lcdist_kernels.triton_common import launching, rows
+from lcdist_kernels.triton_common import last_dim_contiguous, launch_context
 
 BLOCK_S = 16
 RADIANS_PER_UNIT = tl.constexpr(2 * math.pi / 2**32)
@@ -32,25 +32,13 @@ def turns(inv_freq: Tensor) -> Tensor:
 
 @triton.jit
 def _rotate_kernel(
-    x,
-    y,
+    x, y,
     positions,
     steps,
-    factor,
-    sign,
-    seqlen,
-    nheads,
-    stride_xb,
-    stride_xs,
-    stride_xh,
-    stride_yb,
-    stride_ys,
-    stride_yh,
-    stride_pb,
-    HALF: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+    factor, sign, seqlen, nheads,
+    stride_xb, stride_xs, stride_xh, stride_yb, stride_ys, stride_yh, stride_pb,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
     i_b = tl.program_id(1).to(tl.int64)
     o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     o_f = tl.arange(0, BLOCK_H)
@@ -94,28 +82,17 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, positions: Tensor, steps: Tensor, factor: float, sign: float):
         ctx.save_for_backward(positions, steps)
         ctx.factor, ctx.sign = factor, sign
-        x = rows(x)
+        x = last_dim_contiguous(x)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         batch, seqlen, nheads, head_dim = x.shape
         if not x.numel():
             return y
-        with launching(x):
+        with launch_context(x):
             _rotate_kernel[(triton.cdiv(seqlen, BLOCK_S), batch)](
-                x,
-                y,
-                positions,
-                steps,
-                factor,
-                sign,
-                seqlen,
-                nheads,
-                *x.stride()[:3],
-                *y.stride()[:3],
-                positions.stride(0) if positions.dim() == 2 else 0,
-                HALF=head_dim // 2,
-                BLOCK_H=triton.next_power_of_2(head_dim // 2),
-                BLOCK_S=BLOCK_S,
-            )
+                x, y, positions, steps, factor, sign, seqlen, nheads, *x.stride()[:3],
+                *y.stride()[:3], positions.stride(0) if positions.dim() == 2 else 0,
+                HALF=head_dim // 2, BLOCK_H=triton.next_power_of_2(head_dim // 2), BLOCK_S=BLOCK_S,
+            )  # fmt: skip
         return y
 
     @staticmethod

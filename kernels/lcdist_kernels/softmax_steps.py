@@ -8,11 +8,11 @@ The maths is in `full.kernel`; the tables of a band come from `bands`.
 import triton
 import triton.language as tl
 
-from lcdist_kernels.triton_common import dot, load_tile
+from lcdist_kernels.triton_common import LN2, LOG2E, dot, load_tile
 
 
 @triton.jit
-def seen(q_idx, q_lo, k_idx, HAS_LO: tl.constexpr):
+def is_visible(q_idx, q_lo, k_idx, HAS_LO: tl.constexpr):
     m = k_idx <= q_idx
     if HAS_LO:
         m = m & (k_idx >= q_lo)
@@ -20,48 +20,138 @@ def seen(q_idx, q_lo, k_idx, HAS_LO: tl.constexpr):
 
 
 @triton.jit
-def ranges_of(ranges, i):
+def load_range(ranges, i):
     p = ranges + i * 4
     return tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3)
 
 
 @triton.jit
-def nth_masked(i, first, full_lo, full_hi):
+def nth_masked(i, lo, full_lo, full_hi):
     """The i-th of the tiles that need a mask: those before the whole ones, then those after."""
-    before = full_lo - first
-    return tl.where(i < before, first + i, full_hi + i - before)
+    before = full_lo - lo
+    return tl.where(i < before, lo + i, full_hi + i - before)
+
+
+@triton.jit
+def finish_softmax(b_out, b_max, b_sum):
+    """Return (out, lse) of rows that have met all keys; 0 and -inf for a row that saw none.
+
+    b_out: unnormalised sums of values; b_max: the greatest score, base 2; b_sum: sum of weights.
+    """
+    m_empty = b_sum == 0
+    b_sum = tl.where(m_empty, 1.0, b_sum)
+    b_lse = tl.where(m_empty, float("-inf"), (b_max + tl.log2(b_sum)) * LN2)
+    return b_out / b_sum[:, None], b_lse
+
+
+@triton.jit
+def merge_partials(b_out, b_lse, b_prev_out, b_prev_lse):
+    """Return the partial over the keys of both; a row that saw nothing in either stays empty.
+
+    The kernel's counterpart of `partial.merge`; lse in natural logarithms.
+    """
+    b_max = tl.maximum(b_prev_lse, b_lse)
+    b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_weight = tl.exp2((b_lse - b_max) * LOG2E)
+    b_prev_weight = tl.exp2((b_prev_lse - b_max) * LOG2E)
+    b_sum = b_weight + b_prev_weight
+    m_empty = b_sum == 0
+    b_sum = tl.where(m_empty, 1.0, b_sum)
+    b_out = b_out * (b_weight / b_sum)[:, None] + b_prev_out * (b_prev_weight / b_sum)[:, None]
+    return b_out, tl.where(m_empty, float("-inf"), b_max + tl.log2(b_sum) * LN2)
+
+
+@triton.jit
+def query_program(seqlen_q):
+    """Return (tile, head, batch row, first row of the statistics) of a kernel that owns queries.
+
+    The grid is (tiles, heads, batch). Late queries have the most keys, so they start first.
+    Statistics such as lse are `[b, h, s_q]`.
+    """
+    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_h = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    return i_m, i_h, i_b, (i_b * tl.num_programs(1) + i_h) * seqlen_q
+
+
+@triton.jit
+def key_program(k, v, stride_kb, stride_kh, stride_vb, stride_vh):
+    """Return (key head, batch row, k, v pointers) of a kernel that owns keys.
+
+    The grid is (tiles, key heads, batch).
+    """
+    i_hk = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    p_k = k + i_b * stride_kb + i_hk * stride_kh
+    return i_hk, i_b, p_k, v + i_b * stride_vb + i_hk * stride_vh
+
+
+@triton.jit
+def head_pointers(
+    q, k, v, i_b, i_h, i_hk, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
+):  # fmt: skip
+    """Return pointers to the first elements of query head i_h and of key head i_hk in k and v."""
+    p_q = q + i_b * stride_qb + i_h * stride_qh
+    p_k = k + i_b * stride_kb + i_hk * stride_kh
+    return p_q, p_k, v + i_b * stride_vb + i_hk * stride_vh
+
+
+@triton.jit
+def load_limits(q_idx, q_lo, o_m, m_m, HAS_LO: tl.constexpr):
+    """Return the last and the first key number that queries o_m see; rows beyond m_m see none.
+
+    Without HAS_LO no first key hides anything: the second result is then never read.
+    """
+    b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
+    b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
+    return b_q_idx, b_q_lo
+
+
+@triton.jit
+def store_delta(
+    p_out, p_dout, p_delta, start, seqlen_q, stride_os, stride_dout_s,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Store delta = dout . out of a tile of queries; return (dout, delta)."""
+    o_m = start + tl.arange(0, BLOCK_M)
+    b_out = load_tile(p_out, start, seqlen_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    b_dout = load_tile(p_dout, start, seqlen_q, stride_dout_s, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
+    tl.store(p_delta + o_m, b_delta, mask=o_m < seqlen_q)
+    return b_dout, b_delta
+
+
+@triton.jit
+def load_query_tile(
+    p_q, p_dout, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_M: tl.constexpr,
+):  # fmt: skip
+    """Return (q, dout, lse in base 2, delta) of a tile of queries, for a kernel that owns keys.
+
+    Rows past the end have lse = inf, so that their weights are 0. EVEN_M: there are none.
+    """
+    o_m = start + tl.arange(0, BLOCK_M)
+    m_m = o_m < seqlen_q
+    b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
+    b_dout = load_tile(p_dout, start, seqlen_q, stride_dout_s, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
+    b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * LOG2E
+    return b_q, b_dout, b_lse, tl.load(p_delta + o_m, mask=m_m, other=0.0)
 
 
 @triton.jit
 def fwd_step(
-    b_q,
-    b_out,
-    b_max,
-    b_sum,
-    p_k,
-    p_v,
-    i_n,
-    seqlen_k,
-    stride_ks,
-    stride_vs,
-    qk_scale,
-    b_q_idx,
-    b_q_lo,
-    k_idx,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_q, b_out, b_max, b_sum, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs, qk_scale, b_q_idx,
+    b_q_lo, k_idx,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     start = i_n * BLOCK_N
     b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     if MASKED:
         o_n = start + tl.arange(0, BLOCK_N)
         b_k_idx = tl.load(k_idx + o_n, mask=o_n < seqlen_k, other=2147483647)
-        m_s = seen(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
+        m_s = is_visible(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
         b_s = tl.where(m_s, b_s * qk_scale, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_new[:, None])
@@ -78,28 +168,11 @@ def fwd_step(
 
 @triton.jit
 def dq_step(
-    b_q,
-    b_dout,
-    b_dq,
-    b_lse,
-    b_delta,
-    p_k,
-    p_v,
-    i_n,
-    seqlen_k,
-    stride_ks,
-    stride_vs,
-    qk_scale,
-    b_q_idx,
-    b_q_lo,
-    k_idx,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs, qk_scale,
+    b_q_idx, b_q_lo, k_idx,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     start = i_n * BLOCK_N
     b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
     b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
@@ -108,7 +181,7 @@ def dq_step(
     if MASKED:
         o_n = start + tl.arange(0, BLOCK_N)
         b_k_idx = tl.load(k_idx + o_n, mask=o_n < seqlen_k, other=2147483647)
-        m_s = seen(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
+        m_s = is_visible(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
         b_p = tl.where(m_s, b_p, 0.0)
     b_dp = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     b_ds = b_p * (b_dp - b_delta[:, None])

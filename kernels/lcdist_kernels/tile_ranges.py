@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A ring of 64 ranks meets as many sets of keys in a lap, and comes back to the first.
+# A ring of 64 ranks meets as many sets of keys in a lap, and comes back to the lo.
 KEPT = 128
 LARGEST = 2**31 - 2
 
@@ -48,7 +48,7 @@ class Indices:
 
 
 class Band(NamedTuple):
-    """The numbers of queries and keys, and the first token of each query's document."""
+    """The numbers of queries and keys, and the lo token of each query's document."""
 
     q_idx: Indices
     q_lo: Indices
@@ -88,9 +88,9 @@ def bounded_below(band: Band) -> bool:
 
 @lru_cache(maxsize=KEPT)
 def key_ranges(band: Band, block_m: int, block_n: int, place: Place) -> Tensor:
-    """For each tile of queries, key tiles (first, first whole, end of whole, end): int32 `[n, 4]`.
+    """For each tile of queries, key tiles (lo, lo whole, end of whole, end): int32 `[n, 4]`.
 
-    Tiles in [first whole, end of whole) have block_n keys, all seen by all queries of the tile.
+    Tiles in [lo whole, end of whole) have block_n keys, all seen by all queries of the tile.
     """
     keys = band.k_idx.values
     least, greatest = band.q_idx.extremes(block_m)
@@ -110,9 +110,9 @@ def key_ranges(band: Band, block_m: int, block_n: int, place: Place) -> Tensor:
 
 @lru_cache(maxsize=KEPT)
 def query_ranges(band: Band, block_m: int, block_n: int, place: Place) -> Tensor:
-    """For each tile of keys, query tiles (first, first whole, end of whole, end): int32 `[n, 4]`.
+    """For each tile of keys, query tiles (lo, lo whole, end of whole, end): int32 `[n, 4]`.
 
-    All queries there are in [first whole, end of whole) see all keys of the tile; the last of
+    All queries there are in [lo whole, end of whole) see all keys of the tile; the last of
     these tiles may have fewer than block_m.
     """
     idx, lo = band.q_idx.values, band.q_lo.values
@@ -131,13 +131,13 @@ def query_ranges(band: Band, block_m: int, block_n: int, place: Place) -> Tensor
     return _send(ranges, place)
 
 
-def _tiles(first: Tensor, stop: Tensor, full_lo: Tensor, full_hi: Tensor, block: int) -> Tensor:
+def _tiles(lo: Tensor, hi: Tensor, full_lo: Tensor, full_hi: Tensor, block: int) -> Tensor:
     """Runs of tiles from runs of tokens; `full_hi` is counted in tiles already."""
-    stop = torch.where(stop > first, -(-stop // block), 0)
-    first = torch.minimum(first // block, stop)
-    full_lo = torch.clamp(-(-full_lo // block), first, stop)
-    full_hi = torch.clamp(full_hi, full_lo, stop)
-    return torch.stack((first, full_lo, full_hi, stop), 1).to(torch.int32)
+    hi = torch.where(hi > lo, -(-hi // block), 0)
+    lo = torch.minimum(lo // block, hi)
+    full_lo = torch.clamp(-(-full_lo // block), lo, hi)
+    full_hi = torch.clamp(full_hi, full_lo, hi)
+    return torch.stack((lo, full_lo, full_hi, hi), 1).to(torch.int32)
 
 
 def _all_masked(count: int, seqlen: int, block: int) -> Tensor:

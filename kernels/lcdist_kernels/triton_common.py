@@ -1,7 +1,8 @@
-"""What every Triton kernel stands on: what it takes, how its launch is guarded, tiles in and out.
+"""Helpers of every Triton kernel: supported tensors, launches, loads and stores of tiles.
 
 Inside kernels: `dot`, `load_tile`, `store_tile`, with int64 offsets into tensors.
-Around them: `interpreting`, `obstacle`, `check_kernel`, `launching`, `rows`, `Launch`.
+Around launches: `interpreting`, `unsupported_reason`, `check_kernel`, `launch_context`,
+`last_dim_contiguous`, `Launch`, `choose_launch`.
 """
 
 from collections.abc import Iterator
@@ -83,7 +84,7 @@ def padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def obstacle(x: Tensor) -> str | None:
+def unsupported_reason(x: Tensor) -> str | None:
     """Why no kernel takes tensors like x `[b, s, h, d]`, or None if kernels do."""
     least, most = HEAD_DIMS
     if x.device.type != "cuda" and not interpreting():
@@ -99,7 +100,7 @@ def obstacle(x: Tensor) -> str | None:
 
 def check_kernel(x: Tensor) -> None:
     """Raises ValueError where kernels do not take tensors like x, with the reason."""
-    reason = obstacle(x)
+    reason = unsupported_reason(x)
     if reason is not None:
         raise ValueError(
             f"impl = 'triton': {reason}; use impl = 'auto' or 'torch'"
@@ -107,13 +108,13 @@ def check_kernel(x: Tensor) -> None:
         )
 
 
-def rows(x: Tensor) -> Tensor:
+def last_dim_contiguous(x: Tensor) -> Tensor:
     """x with its last dimension contiguous, as kernels ask; copied only where it is not."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @contextmanager
-def launching(x: Tensor) -> Iterator[None]:
+def launch_context(x: Tensor) -> Iterator[None]:
     """Within, kernels start on x's device; the interpreter's state serves one thread at a time."""
     if interpreting():
         with _ONE_AT_A_TIME:
@@ -135,15 +136,9 @@ def dot(a, b, acc):
 
 @triton.jit
 def load_tile(
-    p,
-    start,
-    seqlen,
-    stride_s,
-    BLOCK_S: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    p, start, seqlen, stride_s,
+    BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """Rows [start, start + BLOCK_S) of one head, `[BLOCK_S, BLOCK_D]`; 0 outside the tensor.
 
     p: the head's first element; start: a multiple of BLOCK_S. WHOLE: all rows are below seqlen.
@@ -168,15 +163,9 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    p,
-    b,
-    start,
-    seqlen,
-    stride_s,
-    BLOCK_S: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    p, b, start, seqlen, stride_s,
+    BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Stores the rows below seqlen and the features below HEAD_DIM, in the tensor's dtype."""
     o_s = start + tl.arange(0, BLOCK_S)
     o_d = tl.arange(0, BLOCK_D)

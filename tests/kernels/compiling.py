@@ -43,7 +43,7 @@ def compiled_for(capability: int) -> Iterator[list[Any]]:
 
     with (
         patch.object(triton.JITFunction, "run", compile_one),
-        patch.object(triton_common, "obstacle", lambda x: None),
+        patch.object(triton_common, "unsupported_reason", lambda x: None),
         patch.object(torch.cuda, "device", lambda device: nullcontext()),
         patch.object(torch.cuda, "get_device_capability", lambda device: (capability // 10, 0)),
     ):

@@ -73,17 +73,10 @@ class CoCAFunction(torch.autograd.Function):
 
 
 def coca_attention(
-    q: Tensor,
-    t: Tensor,
-    v: Tensor,
-    *,
-    variant: str = "slack",
-    rotary: Rotary | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    softmax_scale: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
+    q: Tensor, t: Tensor, v: Tensor, *,
+    variant: str = "slack", rotary: Rotary | None = None, positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, softmax_scale: float | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
     """Attention of q `[b, s, h, d]` over t, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
     t: what the projection in the key's place gives, before averaging and relu. q' grows as the
@@ -94,15 +87,9 @@ def coca_attention(
     check_impl(impl, "coca", IMPLS)
     if impl == "reference":
         return coca_reference(
-            q,
-            t,
-            v,
-            variant=variant,
-            rotary=rotary,
-            positions=positions,
-            cu_seqlens=cu_seqlens,
+            q, t, v, variant=variant, rotary=rotary, positions=positions, cu_seqlens=cu_seqlens,
             softmax_scale=softmax_scale,
-        )
+        )  # fmt: skip
     check_self(q, t, v)
     check_variant(variant, q.shape[3])
     operator = select_coca_impl(impl, q, "coca attention")

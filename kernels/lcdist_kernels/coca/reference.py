@@ -21,16 +21,10 @@ from lcdist_kernels.rotary import Rotary
 
 
 def coca_reference(
-    q: Tensor,
-    t: Tensor,
-    v: Tensor,
-    *,
-    variant: str = "slack",
-    rotary: Rotary | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    softmax_scale: float | None = None,
-) -> Tensor:
+    q: Tensor, t: Tensor, v: Tensor, *,
+    variant: str = "slack", rotary: Rotary | None = None, positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, softmax_scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of q `[b, s, h, d]` over t, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
     t: what the projection in the key's place gives, before averaging and relu. positions: integers

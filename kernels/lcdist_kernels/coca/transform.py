@@ -100,19 +100,19 @@ def collinear_bwd(dtau: Tensor, tau: Tensor) -> Tensor:
 
 def keys(tau: Tensor, at: Angles, variant: str) -> Tensor:
     """k' `[b, s, h, d]` of tau `[b, s, h, d / 2]`, in the wider of fp32 and tau.dtype."""
-    first, second = _spread(at, variant)
+    first, second = _key_factors(at, variant)
     tau = tau.to(at.cos.dtype)
     return torch.cat((tau * first, tau * second), -1)
 
 
 def keys_bwd(dkeys: Tensor, at: Angles, variant: str) -> Tensor:
     """The gradient of tau `[b, s, h, d / 2]` from that of k', in the wide dtype."""
-    first, second = _spread(at, variant)
+    first, second = _key_factors(at, variant)
     dfirst, dsecond = dkeys.to(at.cos.dtype).chunk(2, -1)
     return (dfirst * first).addcmul_(dsecond, second)
 
 
-def _spread(at: Angles, variant: str) -> tuple[Tensor, Tensor]:
+def _key_factors(at: Angles, variant: str) -> tuple[Tensor, Tensor]:
     """What tau is multiplied by in either half of k'."""
     if variant == "strict":
         return at.cos, at.sin

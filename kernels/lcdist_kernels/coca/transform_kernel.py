@@ -12,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lcdist_kernels.coca.transform import Angles
-from lcdist_kernels.triton_common import launching, rows
+from lcdist_kernels.triton_common import last_dim_contiguous, launch_context
 
 BLOCK_S = 16
 
 
 @triton.jit
-def _halves(p, o, m, HALF: tl.constexpr):
+def _load_halves(p, o, m, HALF: tl.constexpr):
     b_one = tl.load(p + o, mask=m, other=0.0).to(tl.float32)
     b_two = tl.load(p + o + HALF, mask=m, other=0.0).to(tl.float32)
     return b_one, b_two
@@ -26,31 +26,18 @@ def _halves(p, o, m, HALF: tl.constexpr):
 
 @triton.jit
 def _coca_kernel(
-    x,
-    of,
-    y,
-    cos,
-    sin,
-    seqlen,
-    nheads,
-    stride_xb,
-    stride_xs,
-    stride_xh,
-    stride_ob,
-    stride_os,
-    stride_oh,
-    stride_yb,
-    stride_ys,
-    stride_yh,
-    stride_ab,
-    stride_as,
-    HALF: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    STRICT: tl.constexpr,
+    x, primal, y, cos, sin,
+    seqlen, nheads,
+    stride_xb, stride_xs, stride_xh, stride_primal_b, stride_primal_s, stride_primal_h,
+    stride_yb, stride_ys, stride_yh, stride_ab, stride_as,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, STRICT: tl.constexpr,
     MAP: tl.constexpr,
-):
-    """MAP: "queries" or "keys" of x, or the adjoint, "queries_bwd" of x at `of` or "keys_bwd"."""
+):  # fmt: skip
+    """Compute one elementwise map; MAP says which.
+
+    "queries", "keys": q' or k' of x. "queries_bwd": the gradient of q = `primal` from x, that of
+    q'. "keys_bwd": the gradient of tau from x, that of k'.
+    """
     i_b = tl.program_id(1).to(tl.int64)
     o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     o_f = tl.arange(0, BLOCK_H)
@@ -60,11 +47,11 @@ def _coca_kernel(
     b_cos = tl.load(cos + o_a, mask=m, other=0.0)
     b_sin = tl.load(sin + o_a, mask=m, other=0.0)
     o_x = i_b * stride_xb + o_row * stride_xs + o_f[None, :]
-    o_o = i_b * stride_ob + o_row * stride_os + o_f[None, :]
+    o_primal = i_b * stride_primal_b + o_row * stride_primal_s + o_f[None, :]
     o_y = i_b * stride_yb + o_row * stride_ys + o_f[None, :]
     for _ in range(0, nheads):
         if MAP == "queries":
-            b_a, b_b = _halves(x, o_x, m, HALF)
+            b_a, b_b = _load_halves(x, o_x, m, HALF)
             if STRICT:
                 b_square = b_a * b_a + b_b * b_b
                 b_one, b_two = b_square * b_cos, b_square * b_sin
@@ -72,8 +59,8 @@ def _coca_kernel(
                 b_one = b_a * (b_a * b_cos - b_b * b_sin)
                 b_two = b_b * (b_b * b_cos + b_a * b_sin)
         elif MAP == "queries_bwd":
-            b_g, b_h = _halves(x, o_x, m, HALF)
-            b_a, b_b = _halves(of, o_o, m, HALF)
+            b_g, b_h = _load_halves(x, o_x, m, HALF)
+            b_a, b_b = _load_halves(primal, o_primal, m, HALF)
             if STRICT:
                 b_square = 2 * (b_g * b_cos + b_h * b_sin)
                 b_one, b_two = b_a * b_square, b_b * b_square
@@ -88,7 +75,7 @@ def _coca_kernel(
             else:
                 b_one, b_two = b_tau * (b_cos - b_sin), b_tau * (b_cos + b_sin)
         else:
-            b_g, b_h = _halves(x, o_x, m, HALF)
+            b_g, b_h = _load_halves(x, o_x, m, HALF)
             if STRICT:
                 b_one = b_g * b_cos + b_h * b_sin
             else:
@@ -97,63 +84,45 @@ def _coca_kernel(
         if MAP != "keys_bwd":
             tl.store(y + o_y + HALF, b_two.to(y.dtype.element_ty), mask=m)
         o_x += stride_xh
-        o_o += stride_oh
+        o_primal += stride_primal_h
         o_y += stride_yh
 
 
 def queries(q: Tensor, at: Angles, variant: str) -> Tensor:
     """q' of q `[b, s, h, d]`, in q.dtype."""
-    return _mapped("queries", q, q, at, variant, q.shape[3], q.dtype)
+    return _apply_map("queries", q, q, at, variant, q.shape[3], q.dtype)
 
 
 def queries_bwd(dqueries: Tensor, q: Tensor, at: Angles, variant: str) -> Tensor:
     """The gradient of q `[b, s, h, d]` from that of q', in q.dtype."""
-    return _mapped("queries_bwd", dqueries, q, at, variant, q.shape[3], q.dtype)
+    return _apply_map("queries_bwd", dqueries, q, at, variant, q.shape[3], q.dtype)
 
 
 def keys(tau: Tensor, at: Angles, variant: str) -> Tensor:
     """k' `[b, s, h, d]` of tau `[b, s, h, d / 2]`, in tau.dtype."""
-    return _mapped("keys", tau, tau, at, variant, 2 * tau.shape[3], tau.dtype)
+    return _apply_map("keys", tau, tau, at, variant, 2 * tau.shape[3], tau.dtype)
 
 
 def keys_bwd(dkeys: Tensor, at: Angles, variant: str) -> Tensor:
     """The gradient of tau `[b, s, h, d / 2]` from that of k', in fp32."""
-    return _mapped("keys_bwd", dkeys, dkeys, at, variant, dkeys.shape[3] // 2, torch.float32)
+    return _apply_map("keys_bwd", dkeys, dkeys, at, variant, dkeys.shape[3] // 2, torch.float32)
 
 
-def _mapped(
-    name: str,
-    x: Tensor,
-    of: Tensor,
-    at: Angles,
-    variant: str,
-    features: int,
+def _apply_map(
+    name: str, x: Tensor, primal: Tensor, at: Angles, variant: str, features: int,
     dtype: torch.dtype,
-) -> Tensor:
-    x, of, half = rows(x), rows(of), at.cos.shape[3]
+) -> Tensor:  # fmt: skip
+    x, primal, half = last_dim_contiguous(x), last_dim_contiguous(primal), at.cos.shape[3]
     batch, seqlen, nheads = x.shape[:3]
     y = torch.empty((batch, seqlen, nheads, features), dtype=dtype, device=x.device)
     if not y.numel():
         return y
-    cos, sin = rows(at.cos), rows(at.sin)
-    with launching(x):
+    cos, sin = last_dim_contiguous(at.cos), last_dim_contiguous(at.sin)
+    with launch_context(x):
         _coca_kernel[(triton.cdiv(seqlen, BLOCK_S), batch)](
-            x,
-            of,
-            y,
-            cos,
-            sin,
-            seqlen,
-            nheads,
-            *x.stride()[:3],
-            *of.stride()[:3],
-            *y.stride()[:3],
-            cos.stride(0) if cos.shape[0] > 1 else 0,
-            cos.stride(1),
-            HALF=half,
-            BLOCK_H=triton.next_power_of_2(half),
-            BLOCK_S=BLOCK_S,
-            STRICT=variant == "strict",
+            x, primal, y, cos, sin, seqlen, nheads, *x.stride()[:3], *primal.stride()[:3],
+            *y.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), HALF=half,
+            BLOCK_H=triton.next_power_of_2(half), BLOCK_S=BLOCK_S, STRICT=variant == "strict",
             MAP=name,
-        )
+        )  # fmt: skip
     return y

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lcdist_kernels.common import announce
+from lcdist_kernels.common import log_choice
 from lcdist_kernels.full import kernel, tiled
-from lcdist_kernels.triton_common import check_kernel, obstacle
+from lcdist_kernels.triton_common import check_kernel, unsupported_reason
 
 
 class AttentionImpl(NamedTuple):
@@ -33,9 +33,13 @@ def select_impl(impl: str, x: Tensor, what: str) -> AttentionImpl:
     if impl == "torch":
         return TORCH_IMPL
     # Interpreted kernels are for tests: many times slower than torch.
-    reason = obstacle(x) if x.is_cuda else f"kernels run on CUDA, the tensors are on {x.device}"
+    reason = (
+        unsupported_reason(x)
+        if x.is_cuda
+        else f"kernels run on CUDA, the tensors are on {x.device}"
+    )
     if reason is None:
-        announce(f"{what}: Triton kernels, as the tensors are {x.dtype} on CUDA")
+        log_choice(f"{what}: Triton kernels, as the tensors are {x.dtype} on CUDA")
         return TRITON_IMPL
-    announce(f"{what}: tiled torch, as {reason}")
+    log_choice(f"{what}: tiled torch, as {reason}")
     return TORCH_IMPL

@@ -8,7 +8,7 @@ arXiv:2307.08691):
     dq_i = softmax_scale sum_j ds_ij k_j        dk_j = softmax_scale sum_i ds_ij q_i
 
 A program owns a tile of queries (out, dq) or of keys (dk, dv) and walks over the tiles of the
-others that its band touches: first those that need no mask, then those that do. Nothing is added
+others that its band touches: lo those that need no mask, then those that do. Nothing is added
 atomically: the same inputs give the same bits. Scores carry log2 e, exponentials are base 2.
 """
 # What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
@@ -21,7 +21,20 @@ from torch import Tensor
 
 from lcdist_kernels.common import check_qkv
 from lcdist_kernels.full.tile_configs import BWD_DKV, BWD_DQ, FWD, FWD_HOPPER
-from lcdist_kernels.softmax_steps import dq_step, fwd_step, nth_masked, ranges_of, seen
+from lcdist_kernels.softmax_steps import (
+    dq_step,
+    finish_softmax,
+    fwd_step,
+    head_pointers,
+    is_visible,
+    key_program,
+    load_limits,
+    load_query_tile,
+    load_range,
+    nth_masked,
+    query_program,
+    store_delta,
+)
 from lcdist_kernels.tile_ranges import (
     band_of,
     bounded_below,
@@ -31,71 +44,43 @@ from lcdist_kernels.tile_ranges import (
     query_ranges,
 )
 from lcdist_kernels.triton_common import (
-    LN2,
     LOG2E,
     LOWEST,
     Launch,
     check_kernel,
     choose_launch,
     dot,
-    launching,
+    last_dim_contiguous,
+    launch_context,
     load_tile,
     padded,
-    rows,
     store_tile,
 )
 
 
 @triton.jit
 def _full_fwd_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    q_idx,
-    q_lo,
-    k_idx,
-    ranges,
-    qk_scale,
-    seqlen_q,
-    seqlen_k,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_ob,
-    stride_os,
-    stride_oh,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-):
-    # Late queries have most keys: they start first.
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    i_row = (i_b * tl.num_programs(1) + i_h) * seqlen_q
-    p_k = k + i_b * stride_kb + (i_h // GROUP) * stride_kh
-    p_v = v + i_b * stride_vb + (i_h // GROUP) * stride_vh
-    p_q = q + i_b * stride_qb + i_h * stride_qh
+    q, k, v, out, lse,
+    q_idx, q_lo, k_idx, ranges,
+    qk_scale, seqlen_q, seqlen_k,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+):  # fmt: skip
+    i_m, i_h, i_b, i_row = query_program(seqlen_q)
+    p_q, p_k, p_v = head_pointers(
+        q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
+        stride_vb, stride_vh,
+    )  # fmt: skip
     p_out = out + i_b * stride_ob + i_h * stride_oh
-    first, full_lo, full_hi, stop = ranges_of(ranges, i_m)
+    lo, full_lo, full_hi, hi = load_range(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
-    b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
+    b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -104,87 +89,50 @@ def _full_fwd_kernel(
             b_q, b_out, b_max, b_sum, p_k, p_v, full_lo + i, seqlen_k, stride_ks, stride_vs,
             qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
         )  # fmt: skip
-    for i in range(0, (full_lo - first) + (stop - full_hi)):
-        i_n = nth_masked(i, first, full_lo, full_hi)
+    for i in range(0, (full_lo - lo) + (hi - full_hi)):
+        i_n = nth_masked(i, lo, full_lo, full_hi)
         b_out, b_max, b_sum = fwd_step(
-            b_q, b_out, b_max, b_sum, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs,
-            qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
+            b_q, b_out, b_max, b_sum, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs, qk_scale,
+            b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
         )  # fmt: skip
-    m_empty = b_sum == 0
-    b_sum = tl.where(m_empty, 1.0, b_sum)
-    b_lse = tl.where(m_empty, float("-inf"), (b_max + tl.log2(b_sum)) * LN2)
+    b_out, b_lse = finish_softmax(b_out, b_max, b_sum)
     tl.store(lse + i_row + o_m, b_lse, mask=m_m)
-    b_out = b_out / b_sum[:, None]
     store_tile(p_out, b_out, start, seqlen_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _full_bwd_dq_kernel(
-    q,
-    k,
-    v,
-    out,
-    dout,
-    lse,
-    delta,
-    dq,
-    q_idx,
-    q_lo,
-    k_idx,
-    ranges,
-    softmax_scale,
-    seqlen_q,
-    seqlen_k,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_ob,
-    stride_os,
-    stride_oh,
-    stride_gb,
-    stride_gs,
-    stride_gh,
-    stride_db,
-    stride_ds,
-    stride_dh,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-):
+    q, k, v, out, dout, lse, delta, dq,
+    q_idx, q_lo, k_idx, ranges,
+    softmax_scale, seqlen_q, seqlen_k,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
+    stride_dout_b, stride_dout_s, stride_dout_h, stride_db, stride_ds, stride_dh,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+):  # fmt: skip
     """Also writes delta, which the kernel for dk and dv reads."""
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    i_row = (i_b * tl.num_programs(1) + i_h) * seqlen_q
-    p_k = k + i_b * stride_kb + (i_h // GROUP) * stride_kh
-    p_v = v + i_b * stride_vb + (i_h // GROUP) * stride_vh
-    p_q = q + i_b * stride_qb + i_h * stride_qh
+    i_m, i_h, i_b, i_row = query_program(seqlen_q)
+    p_q, p_k, p_v = head_pointers(
+        q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
+        stride_vb, stride_vh,
+    )  # fmt: skip
     p_out = out + i_b * stride_ob + i_h * stride_oh
-    p_dout = dout + i_b * stride_gb + i_h * stride_gh
+    p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
     p_dq = dq + i_b * stride_db + i_h * stride_dh
-    first, full_lo, full_hi, stop = ranges_of(ranges, i_m)
+    lo, full_lo, full_hi, hi = load_range(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
-    b_out = load_tile(p_out, start, seqlen_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    b_dout = load_tile(p_dout, start, seqlen_q, stride_gs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
-    tl.store(delta + i_row + o_m, b_delta, mask=m_m)
+    b_dout, b_delta = store_delta(
+        p_out, p_dout, delta + i_row, start, seqlen_q, stride_os, stride_dout_s, HEAD_DIM, BLOCK_D,
+        BLOCK_M,
+    )  # fmt: skip
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     # A row that is not there has weights exp(-inf) = 0, masked or not.
     b_lse = tl.load(lse + i_row + o_m, mask=m_m, other=float("inf")) * LOG2E
-    b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
-    b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
+    b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
     for i in range(0, full_hi - full_lo):
@@ -193,12 +141,11 @@ def _full_bwd_dq_kernel(
             stride_vs, qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             HAS_LO, False,
         )  # fmt: skip
-    for i in range(0, (full_lo - first) + (stop - full_hi)):
-        i_n = nth_masked(i, first, full_lo, full_hi)
+    for i in range(0, (full_lo - lo) + (hi - full_hi)):
+        i_n = nth_masked(i, lo, full_lo, full_hi)
         b_dq = dq_step(
-            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, seqlen_k, stride_ks,
-            stride_vs, qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            HAS_LO, True,
+            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs,
+            qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
         )  # fmt: skip
     b_dq = b_dq * softmax_scale
     store_tile(p_dq, b_dq, start, seqlen_q, stride_ds, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -206,44 +153,24 @@ def _full_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    b_k,
-    b_v,
-    b_dk,
-    b_dv,
-    p_q,
-    p_dout,
-    p_lse,
-    p_delta,
-    i_m,
-    seqlen_q,
-    stride_qs,
-    stride_gs,
-    qk_scale,
-    q_idx,
-    q_lo,
-    b_k_idx,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    EVEN_M: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_k, b_v, b_dk, b_dv, p_q, p_dout, p_lse, p_delta, i_m, seqlen_q, stride_qs, stride_dout_s,
+    qk_scale, q_idx, q_lo, b_k_idx,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Scores stand transposed, `[BLOCK_N, BLOCK_M]`: they are a product's left side as they are."""
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
-    b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
-    b_dout = load_tile(p_dout, start, seqlen_q, stride_gs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
-    b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * LOG2E
-    b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+    b_q, b_dout, b_lse, b_delta = load_query_tile(
+        p_q, p_dout, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s, HEAD_DIM, BLOCK_D,
+        BLOCK_M, EVEN_M,
+    )  # fmt: skip
     b_s = dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
     b_p = tl.exp2(b_s * qk_scale - b_lse[None, :])
     if MASKED:
-        b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
-        b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
-        m_s = seen(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
+        b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
+        m_s = is_visible(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
         b_p = tl.where(m_s, b_p, 0.0)
     b_dv = dot(b_p.to(b_dout.dtype), b_dout, b_dv)
     b_dp = dot(b_v, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
@@ -254,51 +181,19 @@ def _dkv_step(
 
 @triton.jit
 def _full_bwd_dkv_kernel(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    dk,
-    dv,
-    q_idx,
-    q_lo,
-    k_idx,
-    ranges,
-    softmax_scale,
-    seqlen_q,
-    seqlen_k,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_gb,
-    stride_gs,
-    stride_gh,
-    stride_db,
-    stride_ds,
-    stride_dh,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    EVEN_M: tl.constexpr,
-):
+    q, k, v, dout, lse, delta, dk, dv,
+    q_idx, q_lo, k_idx, ranges,
+    softmax_scale, seqlen_q, seqlen_k,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_dout_b, stride_dout_s, stride_dout_h,
+    stride_db, stride_ds, stride_dh,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, EVEN_M: tl.constexpr,
+):  # fmt: skip
     """All query heads of a key head in one program; dk and dv are laid out alike."""
     i_n = tl.program_id(0)
-    i_hk = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    p_k = k + i_b * stride_kb + i_hk * stride_kh
-    p_v = v + i_b * stride_vb + i_hk * stride_vh
-    first, full_lo, full_hi, stop = ranges_of(ranges, i_n)
+    i_hk, i_b, p_k, p_v = key_program(k, v, stride_kb, stride_kh, stride_vb, stride_vh)
+    lo, full_lo, full_hi, hi = load_range(ranges, i_n)
 
     start = i_n * BLOCK_N
     o_n = start + tl.arange(0, BLOCK_N)
@@ -312,18 +207,18 @@ def _full_bwd_dkv_kernel(
         i_h = i_hk * GROUP + i_g
         i_row = (i_b * (tl.num_programs(1) * GROUP) + i_h) * seqlen_q
         p_q = q + i_b * stride_qb + i_h * stride_qh
-        p_dout = dout + i_b * stride_gb + i_h * stride_gh
+        p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
         for i in range(0, full_hi - full_lo):
             b_dk, b_dv = _dkv_step(
                 b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, full_lo + i,
-                seqlen_q, stride_qs, stride_gs, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D,
-                BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, False,
+                seqlen_q, stride_qs, stride_dout_s, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM,
+                BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, False,
             )  # fmt: skip
-        for i in range(0, (full_lo - first) + (stop - full_hi)):
-            i_m = nth_masked(i, first, full_lo, full_hi)
+        for i in range(0, (full_lo - lo) + (hi - full_hi)):
+            i_m = nth_masked(i, lo, full_lo, full_hi)
             b_dk, b_dv = _dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, i_m,
-                seqlen_q, stride_qs, stride_gs, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D,
+                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, i_m, seqlen_q,
+                stride_qs, stride_dout_s, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D,
                 BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True,
             )  # fmt: skip
     i_own = i_b * stride_db + i_hk * stride_dh
@@ -333,18 +228,10 @@ def _full_bwd_dkv_kernel(
 
 
 def full_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_idx: Tensor,
-    q_lo: Tensor,
-    k_idx: Tensor,
-    softmax_scale: float,
-    *,
-    out_dtype: torch.dtype | None = None,
-    out: Tensor | None = None,
-    launch: Launch | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, q_lo: Tensor, k_idx: Tensor,
+    softmax_scale: float, *,
+    out_dtype: torch.dtype | None = None, out: Tensor | None = None, launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over a block of k, v.
 
     As the tiled `full_fwd`, in bf16, fp16 or fp32, head_dim even and from 16 to 256; lse fp32, out
@@ -355,7 +242,7 @@ def full_fwd(
     check_kernel(q)
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale
-    q, k, v = rows(q), rows(k), rows(v)
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     batch, seqlen, nheads, head_dim = q.shape
     if out is None:
         out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)
@@ -366,47 +253,23 @@ def full_fwd(
     launch = launch or choose_launch(FWD, q, FWD_HOPPER)
     band, place = band_of(q_idx, q_lo, k_idx), place_of(q)
     grid = (triton.cdiv(seqlen, launch.block_m), nheads, batch)
-    with launching(q):
+    with launch_context(q):
         _full_fwd_kernel[grid](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            *(on_device(indices, place) for indices in band),
-            key_ranges(band, launch.block_m, launch.block_n, place),
-            softmax_scale * LOG2E.value,
-            seqlen,
-            k.shape[1],
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *out.stride()[:3],
-            GROUP=nheads // k.shape[2],
-            HEAD_DIM=head_dim,
-            BLOCK_D=padded(head_dim),
-            HAS_LO=bounded_below(band),
-            **launch.options(),
-        )
+            q, k, v, out, lse, *(on_device(indices, place) for indices in band),
+            key_ranges(band, launch.block_m, launch.block_n, place), softmax_scale * LOG2E.value,
+            seqlen, k.shape[1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *out.stride()[:3], GROUP=nheads // k.shape[2], HEAD_DIM=head_dim,
+            BLOCK_D=padded(head_dim), HAS_LO=bounded_below(band), **launch.options(),
+        )  # fmt: skip
     return out, lse
 
 
 def full_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q_idx: Tensor,
-    q_lo: Tensor,
-    k_idx: Tensor,
-    softmax_scale: float,
-    *,
-    grad_dtype: torch.dtype | None = None,
-    dq: Tensor | None = None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_idx: Tensor,
+    q_lo: Tensor, k_idx: Tensor, softmax_scale: float, *,
+    grad_dtype: torch.dtype | None = None, dq: Tensor | None = None,
     launches: tuple[Launch, Launch] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The share of (dq, dk, dv) that passes through this block, in grad_dtype (default fp32).
 
     As the tiled `full_bwd`: out and lse over all keys the queries see. dq: where to write its
@@ -414,7 +277,13 @@ def full_bwd(
     """
     check_qkv(q, k, v)
     check_kernel(q)
-    q, k, v, out, dout = rows(q), rows(k), rows(v), rows(out), rows(dout.to(q.dtype))
+    q, k, v, out, dout = (
+        last_dim_contiguous(q),
+        last_dim_contiguous(k),
+        last_dim_contiguous(v),
+        last_dim_contiguous(out),
+        last_dim_contiguous(dout.to(q.dtype)),
+    )
     batch, seqlen, nheads, head_dim = q.shape
     grads = {"dtype": grad_dtype or torch.float32, "device": q.device}
     dq = torch.empty(q.shape, **grads) if dq is None else dq
@@ -433,47 +302,17 @@ def full_bwd(
         "BLOCK_D": padded(head_dim),
         "HAS_LO": bounded_below(band),
     }
-    with launching(q):
+    with launch_context(q):
         _full_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
-            q,
-            k,
-            v,
-            out,
-            dout,
-            lse,
-            delta,
-            dq,
-            *indices,
-            key_ranges(band, for_dq.block_m, for_dq.block_n, place),
-            float(softmax_scale),
-            seqlen,
-            k.shape[1],
-            *inputs,
-            *out.stride()[:3],
-            *dout.stride()[:3],
-            *dq.stride()[:3],
-            **sizes,
+            q, k, v, out, dout, lse, delta, dq, *indices,
+            key_ranges(band, for_dq.block_m, for_dq.block_n, place), float(softmax_scale), seqlen,
+            k.shape[1], *inputs, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], **sizes,
             **for_dq.options(),
-        )
+        )  # fmt: skip
         _full_bwd_dkv_kernel[(triton.cdiv(k.shape[1], for_dkv.block_n), k.shape[2], batch)](
-            q,
-            k,
-            v,
-            dout,
-            lse,
-            delta,
-            dk,
-            dv,
-            *indices,
-            query_ranges(band, for_dkv.block_m, for_dkv.block_n, place),
-            float(softmax_scale),
-            seqlen,
-            k.shape[1],
-            *inputs,
-            *dout.stride()[:3],
-            *dk.stride()[:3],
-            **sizes,
-            EVEN_M=seqlen % for_dkv.block_m == 0,
-            **for_dkv.options(),
-        )
+            q, k, v, dout, lse, delta, dk, dv, *indices,
+            query_ranges(band, for_dkv.block_m, for_dkv.block_n, place), float(softmax_scale),
+            seqlen, k.shape[1], *inputs, *dout.stride()[:3], *dk.stride()[:3], **sizes,
+            EVEN_M=seqlen % for_dkv.block_m == 0, **for_dkv.options(),
+        )  # fmt: skip
     return dq, dk, dv

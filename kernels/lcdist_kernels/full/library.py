@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lcdist_kernels.common import announce
+from lcdist_kernels.common import log_choice
 
 Fused = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -28,13 +28,15 @@ def library_for(q: Tensor) -> Fused | None:
     take, None for the rest, where torch's own would make all the scores.
     """
     if not q.is_cuda:
-        announce("full attention: torch's scaled_dot_product_attention, as it covers this case")
+        log_choice("full attention: torch's scaled_dot_product_attention, as it covers this case")
         return _torch
     if q.dtype not in HALF or q.shape[3] % 8 or q.shape[3] > 256:
         return None
     flash = _flash(torch.cuda.get_device_capability(q.device)[0])
     if flash is None:
-        announce("full attention: torch's scaled_dot_product_attention; no FlashAttention is here")
+        log_choice(
+            "full attention: torch's scaled_dot_product_attention; no FlashAttention is here"
+        )
     return flash or _torch
 
 
@@ -55,9 +57,9 @@ def _flash(capability: int) -> Fused | None:
         try:
             attend = import_module(name).flash_attn_func
         except (ImportError, AttributeError) as error:
-            announce(f"full attention: {name} is here and cannot be used: {error}")
+            log_choice(f"full attention: {name} is here and cannot be used: {error}")
             continue
-        announce(f"full attention: flash_attn_func of {name}")
+        log_choice(f"full attention: flash_attn_func of {name}")
         return _called(attend)
     return None
 

@@ -20,16 +20,10 @@ IMPLS = ("auto", "triton", "torch", "reference")
 
 
 def full_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    rotary: Rotary | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    softmax_scale: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *,
+    rotary: Rotary | None = None, positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
     positions: integers `[s]` or `[b, s]`, used by rotary alone; default: from 0 in every document.
@@ -40,14 +34,9 @@ def full_attention(
     check_impl(impl, "full", IMPLS)
     if impl == "reference":
         return full_reference(
-            q,
-            k,
-            v,
-            rotary=rotary,
-            positions=positions,
-            cu_seqlens=cu_seqlens,
-            softmax_scale=softmax_scale,
-        )
+            q, k, v,
+            rotary=rotary, positions=positions, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale,
+        )  # fmt: skip
     check_self(q, k, v)
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])

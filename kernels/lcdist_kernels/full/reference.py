@@ -15,15 +15,10 @@ from lcdist_kernels.rotary import Rotary
 
 
 def full_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    rotary: Rotary | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *,
+    rotary: Rotary | None = None, positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
     positions: integers `[s]` or `[b, s]`, used by rotary alone; default: from 0 in every document.

@@ -19,16 +19,10 @@ from lcdist_kernels.tiles import Tile, fold, tile_sides, tiles_of_band, unfold, 
 
 
 def full_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_idx: Tensor,
-    q_lo: Tensor,
-    k_idx: Tensor,
-    softmax_scale: float,
-    *,
+    q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, q_lo: Tensor, k_idx: Tensor,
+    softmax_scale: float, *,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over a block of k, v.
 
     q `[b, s_q, h, d]`; k, v `[b, s_k, h_kv, d]`; q_idx, k_idx: global token numbers `[s_q]`,
@@ -83,19 +77,10 @@ def _fwd_rows(
 
 
 def full_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q_idx: Tensor,
-    q_lo: Tensor,
-    k_idx: Tensor,
-    softmax_scale: float,
-    *,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_idx: Tensor,
+    q_lo: Tensor, k_idx: Tensor, softmax_scale: float, *,
     grad_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The share of (dq, dk, dv) that passes through this block of k, v.
 
     dout, out: like q; lse `[b, h, s_q]`: out and lse over all keys the queries see, not only

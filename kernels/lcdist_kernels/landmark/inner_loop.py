@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lcdist_kernels.triton_common import LN2, LOWEST, Launch, choose_launch, dot
+from lcdist_kernels.triton_common import LOWEST, Launch, choose_launch, dot
 
 
 class Tiling(NamedTuple):
@@ -56,7 +56,7 @@ def launch_for(
 
 
 @triton.jit
-def load_at(
+def load_rows(
     p, o_at, m_at, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr = False
 ):
     """Rows at the int64 offsets o_at, `[rows, BLOCK_D]`; 0 where m_at is not. ALL: m_at is."""
@@ -73,20 +73,11 @@ def load_at(
 
 
 @triton.jit
-def store_at(p, b, o_at, m_at, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(p, b, o_at, m_at, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Stores rows at the int64 offsets o_at where m_at is, in the tensor's dtype."""
     o_d = tl.arange(0, BLOCK_D)
     m = m_at[:, None] & (o_d < HEAD_DIM)[None, :]
     tl.store(p + o_at[:, None] + o_d[None, :], b.to(p.dtype.element_ty), mask=m)
-
-
-@triton.jit
-def finished(b_out, b_top, b_total):
-    """(out, lse) of rows that went through everything; 0 and -inf where there was nothing."""
-    m_empty = b_total == 0
-    b_total = tl.where(m_empty, 1.0, b_total)
-    b_lse = tl.where(m_empty, float("-inf"), (b_top + tl.log2(b_total)) * LN2)
-    return b_out / b_total[:, None], b_lse
 
 
 @triton.jit
@@ -103,7 +94,7 @@ def _block_sum(b, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr)
 
 
 @triton.jit
-def _spread(b, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
+def _to_columns(b, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
     """Something of blocks, for each of their columns."""
     if BLOCKS > 1:
         b = tl.broadcast_to(b[:, :, None], [ROWS, BLOCKS, WIDTH])
@@ -112,7 +103,7 @@ def _spread(b, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _inside(
+def _block_softmax(
     b_s,
     o_in,
     SIZE: tl.constexpr,
@@ -124,170 +115,109 @@ def _inside(
     b_x = tl.where((o_in == SIZE - 1)[None, :], b_s, 0.0)
     b_x = _block_sum(b_x, ROWS, BLOCKS, WIDTH)
     b_s = tl.where((o_in < SIZE - 1)[None, :], b_s, float("-inf"))
-    b_top = _block_max(b_s, ROWS, BLOCKS, WIDTH)
-    b_p = tl.exp2(b_s - _spread(b_top, ROWS, BLOCKS, WIDTH))
+    b_max = _block_max(b_s, ROWS, BLOCKS, WIDTH)
+    b_p = tl.exp2(b_s - _to_columns(b_max, ROWS, BLOCKS, WIDTH))
     return b_p, _block_sum(b_p, ROWS, BLOCKS, WIDTH), b_x
 
 
 @triton.jit
 def past_fwd(
-    b_q,
-    b_k,
-    b_v,
-    b_out,
-    b_top,
-    b_total,
-    o_in,
-    m_seen,
-    qk_scale,
-    SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_q, b_k, b_v, b_out, b_max, b_sum, o_in, m_visible, qk_scale,
+    SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """(out, top, total) after whole blocks. o_in: each column's place in its block `[BLOCK_N]`.
 
-    m_seen: bool `[BLOCK_M, BLOCKS]`, read where MASKED.
+    m_visible: bool `[BLOCK_M, BLOCKS]`, read where MASKED.
     """
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
-    b_p, b_sum, b_x = _inside(b_s, o_in, SIZE, BLOCK_M, BLOCKS, WIDTH)
+    b_p, b_block_sum, b_x = _block_softmax(b_s, o_in, SIZE, BLOCK_M, BLOCKS, WIDTH)
     if MASKED:
-        b_x = tl.where(m_seen, b_x, float("-inf"))
-    b_new = tl.maximum(b_top, tl.max(b_x, 1))
+        b_x = tl.where(m_visible, b_x, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_x, 1))
     b_gate = tl.exp2(b_x - b_new[:, None])
-    b_faded = tl.exp2(b_top - b_new)
-    b_total = b_total * b_faded + tl.sum(b_gate, 1)
-    b_p = b_p * _spread(b_gate / b_sum, BLOCK_M, BLOCKS, WIDTH)
-    b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_faded[:, None])
-    return b_out, b_new, b_total
+    b_rescale = tl.exp2(b_max - b_new)
+    b_sum = b_sum * b_rescale + tl.sum(b_gate, 1)
+    b_p = b_p * _to_columns(b_gate / b_block_sum, BLOCK_M, BLOCKS, WIDTH)
+    b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
+    return b_out, b_new, b_sum
 
 
 @triton.jit
 def large_fwd(
-    b_q,
-    p_k,
-    p_v,
-    b_out,
-    b_top,
-    b_total,
-    stride_ks,
-    stride_vs,
-    m_seen,
-    qk_scale,
-    SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STEPS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_q, p_k, p_v, b_out, b_max, b_sum, stride_ks, stride_vs, m_visible, qk_scale,
+    SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """As `past_fwd`, after one large block whose first key and value are at p_k and p_v."""
     b_in = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_block_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    b_block_sum = tl.zeros([BLOCK_M], tl.float32)
     b_x = tl.zeros([BLOCK_M], tl.float32)
     for i in range(0, STEPS):
         o_in = i * BLOCK_N + tl.arange(0, BLOCK_N)
         o_at = o_in.to(tl.int64)
-        b_k = load_at(p_k, o_at * stride_ks, o_in < SIZE, HEAD_DIM, BLOCK_D)
-        b_v = load_at(p_v, o_at * stride_vs, o_in < SIZE, HEAD_DIM, BLOCK_D)
+        b_k = load_rows(p_k, o_at * stride_ks, o_in < SIZE, HEAD_DIM, BLOCK_D)
+        b_v = load_rows(p_v, o_at * stride_vs, o_in < SIZE, HEAD_DIM, BLOCK_D)
         b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
         b_x += tl.sum(tl.where((o_in == SIZE - 1)[None, :], b_s, 0.0), 1)
         b_s = tl.where((o_in < SIZE - 1)[None, :], b_s, float("-inf"))
-        b_higher = tl.maximum(b_max, tl.max(b_s, 1))
+        b_higher = tl.maximum(b_block_max, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_higher[:, None])
-        b_faded = tl.exp2(b_max - b_higher)
-        b_sum = b_sum * b_faded + tl.sum(b_p, 1)
-        b_in = dot(b_p.to(b_v.dtype), b_v, b_in * b_faded[:, None])
-        b_max = b_higher
+        b_rescale = tl.exp2(b_block_max - b_higher)
+        b_block_sum = b_block_sum * b_rescale + tl.sum(b_p, 1)
+        b_in = dot(b_p.to(b_v.dtype), b_v, b_in * b_rescale[:, None])
+        b_block_max = b_higher
     if MASKED:
-        b_x = tl.where(m_seen, b_x, float("-inf"))
-    b_new = tl.maximum(b_top, b_x)
+        b_x = tl.where(m_visible, b_x, float("-inf"))
+    b_new = tl.maximum(b_max, b_x)
     b_gate = tl.exp2(b_x - b_new)
-    b_faded = tl.exp2(b_top - b_new)
-    b_total = b_total * b_faded + b_gate
-    b_out = b_out * b_faded[:, None] + b_in * (b_gate / b_sum)[:, None]
-    return b_out, b_new, b_total
+    b_rescale = tl.exp2(b_max - b_new)
+    b_sum = b_sum * b_rescale + b_gate
+    b_out = b_out * b_rescale[:, None] + b_in * (b_gate / b_block_sum)[:, None]
+    return b_out, b_new, b_sum
 
 
 @triton.jit
 def _gate_grads(
-    b_s,
-    b_du,
-    b_lse,
-    b_delta,
-    o_in,
-    m_seen,
-    SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    b_s, b_du, b_lse, b_delta, o_in, m_visible,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
-):
+):  # fmt: skip
     """(weights, gradients of scores) of whole blocks. b_du: dout . v; b_lse: base 2."""
-    b_p, b_sum, b_x = _inside(b_s, o_in, SIZE, ROWS, BLOCKS, WIDTH)
+    b_p, b_block_sum, b_x = _block_softmax(b_s, o_in, SIZE, ROWS, BLOCKS, WIDTH)
     b_gate = tl.exp2(b_x - b_lse[:, None])
     if MASKED:
-        b_gate = tl.where(m_seen, b_gate, 0.0)
-    b_mean = _block_sum(b_p * b_du, ROWS, BLOCKS, WIDTH) / b_sum
-    b_p = b_p * _spread(b_gate / b_sum, ROWS, BLOCKS, WIDTH)
-    b_ds = b_p * (b_du - _spread(b_mean, ROWS, BLOCKS, WIDTH))
+        b_gate = tl.where(m_visible, b_gate, 0.0)
+    b_mean = _block_sum(b_p * b_du, ROWS, BLOCKS, WIDTH) / b_block_sum
+    b_p = b_p * _to_columns(b_gate / b_block_sum, ROWS, BLOCKS, WIDTH)
+    b_ds = b_p * (b_du - _to_columns(b_mean, ROWS, BLOCKS, WIDTH))
     b_dx = b_gate * (b_mean - b_delta[:, None])
     m_mark = (o_in == SIZE - 1)[None, :]
-    return b_p, tl.where(m_mark, _spread(b_dx, ROWS, BLOCKS, WIDTH), b_ds)
+    return b_p, tl.where(m_mark, _to_columns(b_dx, ROWS, BLOCKS, WIDTH), b_ds)
 
 
 @triton.jit
 def past_dq(
-    b_q,
-    b_dout,
-    b_dq,
-    b_lse,
-    b_delta,
-    b_k,
-    b_v,
-    o_in,
-    m_seen,
-    qk_scale,
-    SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_q, b_dout, b_dq, b_lse, b_delta, b_k, b_v, o_in, m_visible, qk_scale,
+    SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """dq, less its softmax_scale, after whole blocks; the rest as in `past_fwd`."""
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
     b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     _, b_ds = _gate_grads(
-        b_s, b_du, b_lse, b_delta, o_in, m_seen, SIZE, BLOCK_M, BLOCKS, WIDTH, MASKED
+        b_s, b_du, b_lse, b_delta, o_in, m_visible, SIZE, BLOCK_M, BLOCKS, WIDTH, MASKED
     )
     return dot(b_ds.to(b_k.dtype), b_k, b_dq)
 
 
 @triton.jit
 def past_dkv(
-    b_q,
-    b_dout,
-    b_dk,
-    b_dv,
-    b_lse,
-    b_delta,
-    b_k,
-    b_v,
-    o_in,
-    m_seen,
-    qk_scale,
-    SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, o_in, m_visible, qk_scale,
+    SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """dk, less its softmax_scale, and dv after more queries; the rest as in `past_fwd`.
 
     Queries are rows here too: a block's softmax is then a matter of neighbouring threads.
@@ -295,7 +225,7 @@ def past_dkv(
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
     b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     b_p, b_ds = _gate_grads(
-        b_s, b_du, b_lse, b_delta, o_in, m_seen, SIZE, BLOCK_M, BLOCKS, WIDTH, MASKED
+        b_s, b_du, b_lse, b_delta, o_in, m_visible, SIZE, BLOCK_M, BLOCKS, WIDTH, MASKED
     )
     b_dv = dot(tl.trans(b_p.to(b_dout.dtype)), b_dout, b_dv)
     b_dk = dot(tl.trans(b_ds.to(b_q.dtype)), b_q, b_dk)
@@ -304,60 +234,41 @@ def past_dkv(
 
 @triton.jit
 def _large_stats(
-    b_q,
-    b_dout,
-    b_lse,
-    p_k,
-    p_v,
-    stride_ks,
-    stride_vs,
-    m_seen,
-    qk_scale,
-    SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STEPS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_q, b_dout, b_lse, p_k, p_v, stride_ks, stride_vs, m_visible, qk_scale,
+    SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Of each row and a large block: lse inside, base 2, mean of dout . v, and the gate."""
-    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_block_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    b_block_sum = tl.zeros([BLOCK_M], tl.float32)
     b_mean = tl.zeros([BLOCK_M], tl.float32)
     b_x = tl.zeros([BLOCK_M], tl.float32)
     for i in range(0, STEPS):
         o_in = i * BLOCK_N + tl.arange(0, BLOCK_N)
         o_at = o_in.to(tl.int64)
-        b_k = load_at(p_k, o_at * stride_ks, o_in < SIZE, HEAD_DIM, BLOCK_D)
-        b_v = load_at(p_v, o_at * stride_vs, o_in < SIZE, HEAD_DIM, BLOCK_D)
+        b_k = load_rows(p_k, o_at * stride_ks, o_in < SIZE, HEAD_DIM, BLOCK_D)
+        b_v = load_rows(p_v, o_at * stride_vs, o_in < SIZE, HEAD_DIM, BLOCK_D)
         b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
         b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         b_x += tl.sum(tl.where((o_in == SIZE - 1)[None, :], b_s, 0.0), 1)
         b_s = tl.where((o_in < SIZE - 1)[None, :], b_s, float("-inf"))
-        b_higher = tl.maximum(b_max, tl.max(b_s, 1))
+        b_higher = tl.maximum(b_block_max, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_higher[:, None])
-        b_faded = tl.exp2(b_max - b_higher)
-        b_sum = b_sum * b_faded + tl.sum(b_p, 1)
-        b_mean = b_mean * b_faded + tl.sum(b_p * b_du, 1)
-        b_max = b_higher
+        b_rescale = tl.exp2(b_block_max - b_higher)
+        b_block_sum = b_block_sum * b_rescale + tl.sum(b_p, 1)
+        b_mean = b_mean * b_rescale + tl.sum(b_p * b_du, 1)
+        b_block_max = b_higher
     b_gate = tl.exp2(b_x - b_lse)
     if MASKED:
-        b_gate = tl.where(m_seen, b_gate, 0.0)
-    return b_max + tl.log2(b_sum), b_mean / b_sum, b_gate
+        b_gate = tl.where(m_visible, b_gate, 0.0)
+    return b_block_max + tl.log2(b_block_sum), b_mean / b_block_sum, b_gate
 
 
 @triton.jit
 def _large_grads(
-    b_s,
-    b_du,
-    b_inner,
-    b_mean,
-    b_gate,
-    b_delta,
-    o_in,
+    b_s, b_du, b_inner, b_mean, b_gate, b_delta, o_in,
     SIZE: tl.constexpr,
-):
+):  # fmt: skip
     o_in = o_in[None, :]
     b_p = tl.where(o_in < SIZE - 1, tl.exp2(b_s - b_inner[:, None]), 0.0)
     b_p = b_p * b_gate[:, None]
@@ -367,35 +278,20 @@ def _large_grads(
 
 @triton.jit
 def large_dq(
-    b_q,
-    b_dout,
-    b_dq,
-    b_lse,
-    b_delta,
-    p_k,
-    p_v,
-    stride_ks,
-    stride_vs,
-    m_seen,
-    qk_scale,
-    SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STEPS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, m_visible, qk_scale,
+    SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """As `past_dq`, after one large block."""
     b_inner, b_mean, b_gate = _large_stats(
-        b_q, b_dout, b_lse, p_k, p_v, stride_ks, stride_vs, m_seen, qk_scale, SIZE, HEAD_DIM,
+        b_q, b_dout, b_lse, p_k, p_v, stride_ks, stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM,
         BLOCK_D, BLOCK_M, BLOCK_N, STEPS, MASKED,
     )  # fmt: skip
     for i in range(0, STEPS):
         o_in = i * BLOCK_N + tl.arange(0, BLOCK_N)
         o_at = o_in.to(tl.int64)
-        b_k = load_at(p_k, o_at * stride_ks, o_in < SIZE, HEAD_DIM, BLOCK_D)
-        b_v = load_at(p_v, o_at * stride_vs, o_in < SIZE, HEAD_DIM, BLOCK_D)
+        b_k = load_rows(p_k, o_at * stride_ks, o_in < SIZE, HEAD_DIM, BLOCK_D)
+        b_v = load_rows(p_v, o_at * stride_vs, o_in < SIZE, HEAD_DIM, BLOCK_D)
         b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
         b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         _, b_ds = _large_grads(b_s, b_du, b_inner, b_mean, b_gate, b_delta, o_in, SIZE)
@@ -405,32 +301,14 @@ def large_dq(
 
 @triton.jit
 def large_dkv(
-    b_q,
-    b_dout,
-    b_dk,
-    b_dv,
-    b_lse,
-    b_delta,
-    b_k,
-    b_v,
-    o_in,
-    p_k,
-    p_v,
-    stride_ks,
-    stride_vs,
-    m_seen,
-    qk_scale,
-    SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STEPS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, o_in, p_k, p_v, stride_ks, stride_vs,
+    m_visible, qk_scale,
+    SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """As `past_dkv`, for the part (b_k, b_v, o_in) of the large block at p_k and p_v."""
     b_inner, b_mean, b_gate = _large_stats(
-        b_q, b_dout, b_lse, p_k, p_v, stride_ks, stride_vs, m_seen, qk_scale, SIZE, HEAD_DIM,
+        b_q, b_dout, b_lse, p_k, p_v, stride_ks, stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM,
         BLOCK_D, BLOCK_M, BLOCK_N, STEPS, MASKED,
     )  # fmt: skip
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale

@@ -2,7 +2,7 @@
 
 A program owns a tile of queries (out, dq) or of keys (dk, dv: whole blocks, or a part of a large
 one) and walks over what the others' tables name: past blocks (`steps`; the formulas are in
-`gates`), first those that need no mask, and last the keys of own blocks, which are full attention's
+`gates`), lo those that need no mask, and last the keys of own blocks, which are full attention's
 (arXiv:2305.16300; arXiv:2307.08691). Nothing is added atomically: the same inputs give the same
 bits. A negligible gate is not skipped: that needs the scores of all rows of a tile before its
 loads.
@@ -14,36 +14,38 @@ import triton
 import triton.language as tl
 
 from lcdist_kernels.landmark.inner_loop import (
-    finished,
     large_dkv,
     large_dq,
     large_fwd,
-    load_at,
+    load_rows,
     past_dkv,
     past_dq,
     past_fwd,
-    store_at,
+    store_rows,
 )
-from lcdist_kernels.softmax_steps import dq_step, fwd_step, nth_masked, ranges_of, seen
+from lcdist_kernels.softmax_steps import (
+    dq_step,
+    finish_softmax,
+    fwd_step,
+    head_pointers,
+    is_visible,
+    key_program,
+    load_limits,
+    load_query_tile,
+    load_range,
+    nth_masked,
+    query_program,
+    store_delta,
+)
 from lcdist_kernels.triton_common import LOG2E, LOWEST, dot, load_tile, store_tile
 
 
 @triton.jit
-def _columns(
-    p_k,
-    p_v,
-    i_n,
-    num_blocks,
-    stride_ks,
-    stride_vs,
-    SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+def _load_block_tile(
+    p_k, p_v, i_n, num_blocks, stride_ks, stride_vs,
+    SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Keys and values of the i_n-th tile of small blocks, and each column's place in its block."""
     o_n = tl.arange(0, BLOCK_N)
     o_in = o_n % WIDTH
@@ -52,121 +54,73 @@ def _columns(
     if MASKED:
         m_row = m_row & (i_n * BLOCKS + o_n // WIDTH < num_blocks)
     # A tile's own offsets do not change in a loop; only the scalar does.
-    first = i_n.to(tl.int64) * (BLOCKS * SIZE)
+    row = i_n.to(tl.int64) * (BLOCKS * SIZE)
     ALL: tl.constexpr = (not MASKED) and SIZE == WIDTH
-    b_k = load_at(p_k + first * stride_ks, o_row * stride_ks, m_row, HEAD_DIM, BLOCK_D, ALL)
-    b_v = load_at(p_v + first * stride_vs, o_row * stride_vs, m_row, HEAD_DIM, BLOCK_D, ALL)
+    b_k = load_rows(p_k + row * stride_ks, o_row * stride_ks, m_row, HEAD_DIM, BLOCK_D, ALL)
+    b_v = load_rows(p_v + row * stride_vs, o_row * stride_vs, m_row, HEAD_DIM, BLOCK_D, ALL)
     return b_k, b_v, o_in
 
 
 @triton.jit
-def _past_seen(q_last, q_lo, k_start, i_n, num_blocks, BLOCKS: tl.constexpr, HAS_LO: tl.constexpr):
+def _past_visible(
+    q_last, q_lo, k_start, i_n, num_blocks,
+    BLOCKS: tl.constexpr, HAS_LO: tl.constexpr,
+):  # fmt: skip
     """Which of a tile's blocks queries look back at, bool `[BLOCK_M, BLOCKS]`."""
     o_b = i_n * BLOCKS + tl.arange(0, BLOCKS)
     b_start = tl.load(k_start + o_b, mask=o_b < num_blocks, other=2147483647)
-    return seen(q_last[:, None], q_lo[:, None], b_start[None, :], HAS_LO)
+    return is_visible(q_last[:, None], q_lo[:, None], b_start[None, :], HAS_LO)
 
 
 @triton.jit
 def _past_fwd_step(
-    b_q,
-    b_out,
-    b_top,
-    b_total,
-    p_k,
-    p_v,
-    i_n,
-    num_blocks,
-    stride_ks,
-    stride_vs,
-    qk_scale,
-    b_q_last,
-    b_q_lo,
-    k_start,
-    SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_q, b_out, b_max, b_sum, p_k, p_v, i_n, num_blocks, stride_ks, stride_vs, qk_scale, b_q_last,
+    b_q_lo, k_start,
+    SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     if STEPS == 1:
-        b_k, b_v, o_in = _columns(
+        b_k, b_v, o_in = _load_block_tile(
             p_k, p_v, i_n, num_blocks, stride_ks, stride_vs, SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
             BLOCKS, WIDTH, MASKED,
         )  # fmt: skip
-        m_seen = b_top
+        m_visible = b_max
         if MASKED:
-            m_seen = _past_seen(b_q_last, b_q_lo, k_start, i_n, num_blocks, BLOCKS, HAS_LO)
-        b_out, b_top, b_total = past_fwd(
-            b_q, b_k, b_v, b_out, b_top, b_total, o_in, m_seen, qk_scale, SIZE, BLOCK_M, BLOCK_N,
+            m_visible = _past_visible(b_q_last, b_q_lo, k_start, i_n, num_blocks, BLOCKS, HAS_LO)
+        b_out, b_max, b_sum = past_fwd(
+            b_q, b_k, b_v, b_out, b_max, b_sum, o_in, m_visible, qk_scale, SIZE, BLOCK_M, BLOCK_N,
             BLOCKS, WIDTH, MASKED,
         )  # fmt: skip
     else:
-        first = i_n.to(tl.int64) * SIZE
-        m_seen = b_top
+        row = i_n.to(tl.int64) * SIZE
+        m_visible = b_max
         if MASKED:
-            m_seen = seen(b_q_last, b_q_lo, tl.load(k_start + i_n), HAS_LO)
-        b_out, b_top, b_total = large_fwd(
-            b_q, p_k + first * stride_ks, p_v + first * stride_vs, b_out, b_top, b_total, stride_ks,
-            stride_vs, m_seen, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STEPS, MASKED,
+            m_visible = is_visible(b_q_last, b_q_lo, tl.load(k_start + i_n), HAS_LO)
+        b_out, b_max, b_sum = large_fwd(
+            b_q, p_k + row * stride_ks, p_v + row * stride_vs, b_out, b_max, b_sum, stride_ks,
+            stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STEPS,
+            MASKED,
         )  # fmt: skip
-    return b_out, b_top, b_total
+    return b_out, b_max, b_sum
 
 
 @triton.jit
 def _landmark_fwd_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    q_last,
-    q_lo,
-    k_start,
-    past_ranges,
-    own_last,
-    own_lo,
-    k_idx,
-    own_ranges,
-    qk_scale,
-    seqlen_q,
-    seqlen_k,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_ob,
-    stride_os,
-    stride_oh,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-):
-    # Late queries have most keys: they start first.
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    i_row = (i_b * tl.num_programs(1) + i_h) * seqlen_q
-    p_k = k + i_b * stride_kb + (i_h // GROUP) * stride_kh
-    p_v = v + i_b * stride_vb + (i_h // GROUP) * stride_vh
-    p_q = q + i_b * stride_qb + i_h * stride_qh
+    q, k, v, out, lse,
+    q_last, q_lo, k_start, past_ranges, own_last, own_lo, k_idx, own_ranges,
+    qk_scale, seqlen_q, seqlen_k,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+):  # fmt: skip
+    i_m, i_h, i_b, i_row = query_program(seqlen_q)
+    p_q, p_k, p_v = head_pointers(
+        q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
+        stride_vb, stride_vh,
+    )  # fmt: skip
     p_out = out + i_b * stride_ob + i_h * stride_oh
     num_blocks = seqlen_k // SIZE
 
@@ -174,86 +128,64 @@ def _landmark_fwd_kernel(
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    b_q_last = tl.load(q_last + o_m, mask=m_m, other=-2147483648)
-    b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_last
-    b_own_last = tl.load(own_last + o_m, mask=m_m, other=-2147483648)
-    b_own_lo = tl.load(own_lo + o_m, mask=m_m, other=0)
+    b_q_last, b_q_lo = load_limits(q_last, q_lo, o_m, m_m, HAS_LO)
+    b_own_last, b_own_lo = load_limits(own_last, own_lo, o_m, m_m, True)
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_top = tl.full([BLOCK_M], LOWEST, tl.float32)
-    b_total = tl.zeros([BLOCK_M], tl.float32)
-    first, full_lo, full_hi, stop = ranges_of(past_ranges, i_m)
+    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    lo, full_lo, full_hi, hi = load_range(past_ranges, i_m)
     for i in range(0, full_hi - full_lo):
-        b_out, b_top, b_total = _past_fwd_step(
-            b_q, b_out, b_top, b_total, p_k, p_v, full_lo + i, num_blocks, stride_ks, stride_vs,
+        b_out, b_max, b_sum = _past_fwd_step(
+            b_q, b_out, b_max, b_sum, p_k, p_v, full_lo + i, num_blocks, stride_ks, stride_vs,
             qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D,
             BLOCK_M, BLOCK_N, HAS_LO, False,
         )  # fmt: skip
-    for i in range(0, (full_lo - first) + (stop - full_hi)):
-        i_n = nth_masked(i, first, full_lo, full_hi)
-        b_out, b_top, b_total = _past_fwd_step(
-            b_q, b_out, b_top, b_total, p_k, p_v, i_n, num_blocks, stride_ks, stride_vs,
-            qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D,
-            BLOCK_M, BLOCK_N, HAS_LO, True,
+    for i in range(0, (full_lo - lo) + (hi - full_hi)):
+        i_n = nth_masked(i, lo, full_lo, full_hi)
+        b_out, b_max, b_sum = _past_fwd_step(
+            b_q, b_out, b_max, b_sum, p_k, p_v, i_n, num_blocks, stride_ks, stride_vs, qk_scale,
+            b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D, BLOCK_M,
+            BLOCK_N, HAS_LO, True,
         )  # fmt: skip
-    first, _, _, stop = ranges_of(own_ranges, i_m)
-    for i in range(0, stop - first):
-        b_out, b_top, b_total = fwd_step(
-            b_q, b_out, b_top, b_total, p_k, p_v, first + i, seqlen_k, stride_ks, stride_vs,
-            qk_scale, b_own_last, b_own_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True,
+    lo, _, _, hi = load_range(own_ranges, i_m)
+    for i in range(0, hi - lo):
+        b_out, b_max, b_sum = fwd_step(
+            b_q, b_out, b_max, b_sum, p_k, p_v, lo + i, seqlen_k, stride_ks, stride_vs, qk_scale,
+            b_own_last, b_own_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True,
         )  # fmt: skip
-    b_out, b_lse = finished(b_out, b_top, b_total)
+    b_out, b_lse = finish_softmax(b_out, b_max, b_sum)
     tl.store(lse + i_row + o_m, b_lse, mask=m_m)
     store_tile(p_out, b_out, start, seqlen_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _past_dq_step(
-    b_q,
-    b_dout,
-    b_dq,
-    b_lse,
-    b_delta,
-    p_k,
-    p_v,
-    i_n,
-    num_blocks,
-    stride_ks,
-    stride_vs,
-    qk_scale,
-    b_q_last,
-    b_q_lo,
-    k_start,
-    SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, num_blocks, stride_ks, stride_vs, qk_scale,
+    b_q_last, b_q_lo, k_start,
+    SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     if STEPS == 1:
-        b_k, b_v, o_in = _columns(
+        b_k, b_v, o_in = _load_block_tile(
             p_k, p_v, i_n, num_blocks, stride_ks, stride_vs, SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
             BLOCKS, WIDTH, MASKED,
         )  # fmt: skip
-        m_seen = b_lse
+        m_visible = b_lse
         if MASKED:
-            m_seen = _past_seen(b_q_last, b_q_lo, k_start, i_n, num_blocks, BLOCKS, HAS_LO)
+            m_visible = _past_visible(b_q_last, b_q_lo, k_start, i_n, num_blocks, BLOCKS, HAS_LO)
         b_dq = past_dq(
-            b_q, b_dout, b_dq, b_lse, b_delta, b_k, b_v, o_in, m_seen, qk_scale, SIZE, BLOCK_M,
+            b_q, b_dout, b_dq, b_lse, b_delta, b_k, b_v, o_in, m_visible, qk_scale, SIZE, BLOCK_M,
             BLOCK_N, BLOCKS, WIDTH, MASKED,
         )  # fmt: skip
     else:
-        first = i_n.to(tl.int64) * SIZE
-        m_seen = b_lse
+        row = i_n.to(tl.int64) * SIZE
+        m_visible = b_lse
         if MASKED:
-            m_seen = seen(b_q_last, b_q_lo, tl.load(k_start + i_n), HAS_LO)
+            m_visible = is_visible(b_q_last, b_q_lo, tl.load(k_start + i_n), HAS_LO)
         b_dq = large_dq(
-            b_q, b_dout, b_dq, b_lse, b_delta, p_k + first * stride_ks, p_v + first * stride_vs,
-            stride_ks, stride_vs, m_seen, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            b_q, b_dout, b_dq, b_lse, b_delta, p_k + row * stride_ks, p_v + row * stride_vs,
+            stride_ks, stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             STEPS, MASKED,
         )  # fmt: skip
     return b_dq
@@ -261,103 +193,60 @@ def _past_dq_step(
 
 @triton.jit
 def _landmark_bwd_dq_kernel(
-    q,
-    k,
-    v,
-    out,
-    dout,
-    lse,
-    delta,
-    dq,
-    q_last,
-    q_lo,
-    k_start,
-    past_ranges,
-    own_last,
-    own_lo,
-    k_idx,
-    own_ranges,
-    softmax_scale,
-    seqlen_q,
-    seqlen_k,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_ob,
-    stride_os,
-    stride_oh,
-    stride_gb,
-    stride_gs,
-    stride_gh,
-    stride_db,
-    stride_ds,
-    stride_dh,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-):
+    q, k, v, out, dout, lse, delta, dq,
+    q_last, q_lo, k_start, past_ranges, own_last, own_lo, k_idx, own_ranges,
+    softmax_scale, seqlen_q, seqlen_k,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
+    stride_dout_b, stride_dout_s, stride_dout_h, stride_db, stride_ds, stride_dh,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+):  # fmt: skip
     """Also writes delta, which the kernel for dk and dv reads."""
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    i_row = (i_b * tl.num_programs(1) + i_h) * seqlen_q
-    p_k = k + i_b * stride_kb + (i_h // GROUP) * stride_kh
-    p_v = v + i_b * stride_vb + (i_h // GROUP) * stride_vh
-    p_q = q + i_b * stride_qb + i_h * stride_qh
+    i_m, i_h, i_b, i_row = query_program(seqlen_q)
+    p_q, p_k, p_v = head_pointers(
+        q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
+        stride_vb, stride_vh,
+    )  # fmt: skip
     p_out = out + i_b * stride_ob + i_h * stride_oh
-    p_dout = dout + i_b * stride_gb + i_h * stride_gh
+    p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
     p_dq = dq + i_b * stride_db + i_h * stride_dh
     num_blocks = seqlen_k // SIZE
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
-    b_out = load_tile(p_out, start, seqlen_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    b_dout = load_tile(p_dout, start, seqlen_q, stride_gs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
-    tl.store(delta + i_row + o_m, b_delta, mask=m_m)
+    b_dout, b_delta = store_delta(
+        p_out, p_dout, delta + i_row, start, seqlen_q, stride_os, stride_dout_s, HEAD_DIM, BLOCK_D,
+        BLOCK_M,
+    )  # fmt: skip
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     # A row that is not there has gates and weights exp(-inf) = 0, masked or not.
     b_lse = tl.load(lse + i_row + o_m, mask=m_m, other=float("inf")) * LOG2E
-    b_q_last = tl.load(q_last + o_m, mask=m_m, other=-2147483648)
-    b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_last
-    b_own_last = tl.load(own_last + o_m, mask=m_m, other=-2147483648)
-    b_own_lo = tl.load(own_lo + o_m, mask=m_m, other=0)
+    b_q_last, b_q_lo = load_limits(q_last, q_lo, o_m, m_m, HAS_LO)
+    b_own_last, b_own_lo = load_limits(own_last, own_lo, o_m, m_m, True)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
-    first, full_lo, full_hi, stop = ranges_of(past_ranges, i_m)
+    lo, full_lo, full_hi, hi = load_range(past_ranges, i_m)
     for i in range(0, full_hi - full_lo):
         b_dq = _past_dq_step(
             b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, full_lo + i, num_blocks, stride_ks,
             stride_vs, qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM,
             BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
         )  # fmt: skip
-    for i in range(0, (full_lo - first) + (stop - full_hi)):
-        i_n = nth_masked(i, first, full_lo, full_hi)
+    for i in range(0, (full_lo - lo) + (hi - full_hi)):
+        i_n = nth_masked(i, lo, full_lo, full_hi)
         b_dq = _past_dq_step(
-            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, num_blocks, stride_ks,
-            stride_vs, qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM,
-            BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
+            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, num_blocks, stride_ks, stride_vs,
+            qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D,
+            BLOCK_M, BLOCK_N, HAS_LO, True,
         )  # fmt: skip
-    first, _, _, stop = ranges_of(own_ranges, i_m)
-    for i in range(0, stop - first):
+    lo, _, _, hi = load_range(own_ranges, i_m)
+    for i in range(0, hi - lo):
         b_dq = dq_step(
-            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, first + i, seqlen_k, stride_ks,
-            stride_vs, qk_scale, b_own_last, b_own_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            True, True,
+            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, lo + i, seqlen_k, stride_ks, stride_vs,
+            qk_scale, b_own_last, b_own_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True,
         )  # fmt: skip
     b_dq = b_dq * softmax_scale
     store_tile(p_dq, b_dq, start, seqlen_q, stride_ds, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -365,63 +254,35 @@ def _landmark_bwd_dq_kernel(
 
 @triton.jit
 def _past_dkv_step(
-    b_k,
-    b_v,
-    b_dk,
-    b_dv,
-    p_q,
-    p_dout,
-    p_lse,
-    p_delta,
-    i_m,
-    seqlen_q,
-    stride_qs,
-    stride_gs,
-    qk_scale,
-    q_last,
-    q_lo,
-    b_start,
-    o_in,
-    p_block_k,
-    p_block_v,
-    stride_ks,
-    stride_vs,
-    SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    EVEN_M: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_k, b_v, b_dk, b_dv, p_q, p_dout, p_lse, p_delta, i_m, seqlen_q, stride_qs, stride_dout_s,
+    qk_scale, q_last, q_lo, b_start, o_in, p_block_k, p_block_v, stride_ks, stride_vs,
+    SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
-    b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
-    b_dout = load_tile(p_dout, start, seqlen_q, stride_gs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
-    b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * LOG2E
-    b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
-    m_seen = b_lse
+    b_q, b_dout, b_lse, b_delta = load_query_tile(
+        p_q, p_dout, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s, HEAD_DIM, BLOCK_D,
+        BLOCK_M, EVEN_M,
+    )  # fmt: skip
+    m_visible = b_lse
     if MASKED:
-        b_q_last = tl.load(q_last + o_m, mask=m_m, other=-2147483648)
-        b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_last
+        b_q_last, b_q_lo = load_limits(q_last, q_lo, o_m, m_m, HAS_LO)
         if STEPS == 1:
-            m_seen = seen(b_q_last[:, None], b_q_lo[:, None], b_start[None, :], HAS_LO)
+            m_visible = is_visible(b_q_last[:, None], b_q_lo[:, None], b_start[None, :], HAS_LO)
         else:
-            m_seen = seen(b_q_last, b_q_lo, b_start, HAS_LO)
+            m_visible = is_visible(b_q_last, b_q_lo, b_start, HAS_LO)
     if STEPS == 1:
         b_dk, b_dv = past_dkv(
-            b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, o_in, m_seen, qk_scale, SIZE,
+            b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, o_in, m_visible, qk_scale, SIZE,
             BLOCK_M, BLOCK_N, BLOCKS, WIDTH, MASKED,
         )  # fmt: skip
     else:
         b_dk, b_dv = large_dkv(
             b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, o_in, p_block_k, p_block_v,
-            stride_ks, stride_vs, m_seen, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            stride_ks, stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             STEPS, MASKED,
         )  # fmt: skip
     return b_dk, b_dv
@@ -429,41 +290,23 @@ def _past_dkv_step(
 
 @triton.jit
 def _own_dkv_step(
-    b_k,
-    b_v,
-    b_dk,
-    b_dv,
-    p_q,
-    p_dout,
-    p_lse,
-    p_delta,
-    i_m,
-    seqlen_q,
-    stride_qs,
-    stride_gs,
-    qk_scale,
-    own_last,
-    own_lo,
-    b_k_idx,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    b_k, b_v, b_dk, b_dv, p_q, p_dout, p_lse, p_delta, i_m, seqlen_q, stride_qs, stride_dout_s,
+    qk_scale, own_last, own_lo, b_k_idx,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN_M: tl.constexpr,
-):
+):  # fmt: skip
     """Queries are rows, as where they meet past blocks."""
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
-    b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
-    b_dout = load_tile(p_dout, start, seqlen_q, stride_gs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
-    b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * LOG2E
-    b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
-    b_last = tl.load(own_last + o_m, mask=m_m, other=-2147483648)
-    b_lo = tl.load(own_lo + o_m, mask=m_m, other=0)
-    m_seen = seen(b_last[:, None], b_lo[:, None], b_k_idx[None, :], True)
+    b_q, b_dout, b_lse, b_delta = load_query_tile(
+        p_q, p_dout, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s, HEAD_DIM, BLOCK_D,
+        BLOCK_M, EVEN_M,
+    )  # fmt: skip
+    b_last, b_lo = load_limits(own_last, own_lo, o_m, m_m, True)
+    m_visible = is_visible(b_last[:, None], b_lo[:, None], b_k_idx[None, :], True)
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    b_p = tl.where(m_seen, tl.exp2(b_s * qk_scale - b_lse[:, None]), 0.0)
+    b_p = tl.where(m_visible, tl.exp2(b_s * qk_scale - b_lse[:, None]), 0.0)
     b_dv = dot(tl.trans(b_p.to(b_dout.dtype)), b_dout, b_dv)
     b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     b_ds = b_p * (b_du - b_delta[:, None])
@@ -473,56 +316,19 @@ def _own_dkv_step(
 
 @triton.jit
 def _landmark_bwd_dkv_kernel(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    dk,
-    dv,
-    q_last,
-    q_lo,
-    k_start,
-    past_ranges,
-    own_last,
-    own_lo,
-    k_idx,
-    own_ranges,
-    softmax_scale,
-    seqlen_q,
-    seqlen_k,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_gb,
-    stride_gs,
-    stride_gh,
-    stride_db,
-    stride_ds,
-    stride_dh,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    EVEN_M: tl.constexpr,
-):
+    q, k, v, dout, lse, delta, dk, dv,
+    q_last, q_lo, k_start, past_ranges, own_last, own_lo, k_idx, own_ranges,
+    softmax_scale, seqlen_q, seqlen_k,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_dout_b, stride_dout_s, stride_dout_h,
+    stride_db, stride_ds, stride_dh,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, EVEN_M: tl.constexpr,
+):  # fmt: skip
     """Some whole blocks, or the i_n % STEPS-th part of one; dk and dv are laid out alike."""
     i_n = tl.program_id(0)
-    i_hk = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
+    i_hk, i_b, p_k, p_v = key_program(k, v, stride_kb, stride_kh, stride_vb, stride_vh)
     i_t = i_n // STEPS
     num_blocks = seqlen_k // SIZE
     o_n = tl.arange(0, BLOCK_N)
@@ -530,10 +336,8 @@ def _landmark_bwd_dkv_kernel(
     o_block = i_t * BLOCKS + o_n // WIDTH
     m_n = (o_in < SIZE) & (o_block < num_blocks)
     o_row = o_block.to(tl.int64) * SIZE + o_in
-    p_k = k + i_b * stride_kb + i_hk * stride_kh
-    p_v = v + i_b * stride_vb + i_hk * stride_vh
-    b_k = load_at(p_k, o_row * stride_ks, m_n, HEAD_DIM, BLOCK_D)
-    b_v = load_at(p_v, o_row * stride_vs, m_n, HEAD_DIM, BLOCK_D)
+    b_k = load_rows(p_k, o_row * stride_ks, m_n, HEAD_DIM, BLOCK_D)
+    b_v = load_rows(p_v, o_row * stride_vs, m_n, HEAD_DIM, BLOCK_D)
     b_k_idx = tl.load(k_idx + o_row, mask=m_n, other=2147483647)
     i_block = i_t.to(tl.int64) * SIZE
     if STEPS == 1:
@@ -544,35 +348,35 @@ def _landmark_bwd_dkv_kernel(
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
-    first, full_lo, full_hi, stop = ranges_of(past_ranges, i_t)
-    own_first, _, _, own_stop = ranges_of(own_ranges, i_t)
+    lo, full_lo, full_hi, hi = load_range(past_ranges, i_t)
+    own_tile_lo, _, _, own_tile_hi = load_range(own_ranges, i_t)
     for i_g in range(0, GROUP):
         i_h = i_hk * GROUP + i_g
         i_row = (i_b * (tl.num_programs(1) * GROUP) + i_h) * seqlen_q
         p_q = q + i_b * stride_qb + i_h * stride_qh
-        p_dout = dout + i_b * stride_gb + i_h * stride_gh
-        for i in range(0, own_stop - own_first):
+        p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
+        for i in range(0, own_tile_hi - own_tile_lo):
             b_dk, b_dv = _own_dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, own_first + i,
-                seqlen_q, stride_qs, stride_gs, qk_scale, own_last, own_lo, b_k_idx, HEAD_DIM,
+                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, own_tile_lo + i,
+                seqlen_q, stride_qs, stride_dout_s, qk_scale, own_last, own_lo, b_k_idx, HEAD_DIM,
                 BLOCK_D, BLOCK_M, BLOCK_N, EVEN_M,
             )  # fmt: skip
         for i in range(0, full_hi - full_lo):
             b_dk, b_dv = _past_dkv_step(
                 b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, full_lo + i,
-                seqlen_q, stride_qs, stride_gs, qk_scale, q_last, q_lo, b_start, o_in,
+                seqlen_q, stride_qs, stride_dout_s, qk_scale, q_last, q_lo, b_start, o_in,
                 p_k + i_block * stride_ks, p_v + i_block * stride_vs, stride_ks, stride_vs, SIZE,
                 BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, False,
             )  # fmt: skip
-        for i in range(0, (full_lo - first) + (stop - full_hi)):
-            i_m = nth_masked(i, first, full_lo, full_hi)
+        for i in range(0, (full_lo - lo) + (hi - full_hi)):
+            i_m = nth_masked(i, lo, full_lo, full_hi)
             b_dk, b_dv = _past_dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, i_m,
-                seqlen_q, stride_qs, stride_gs, qk_scale, q_last, q_lo, b_start, o_in,
+                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, i_m, seqlen_q,
+                stride_qs, stride_dout_s, qk_scale, q_last, q_lo, b_start, o_in,
                 p_k + i_block * stride_ks, p_v + i_block * stride_vs, stride_ks, stride_vs, SIZE,
                 BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True,
             )  # fmt: skip
     i_own = i_b * stride_db + i_hk * stride_dh
     o_at = o_row * stride_ds
-    store_at(dk + i_own, b_dk * softmax_scale, o_at, m_n, HEAD_DIM, BLOCK_D)
-    store_at(dv + i_own, b_dv, o_at, m_n, HEAD_DIM, BLOCK_D)
+    store_rows(dk + i_own, b_dk * softmax_scale, o_at, m_n, HEAD_DIM, BLOCK_D)
+    store_rows(dv + i_own, b_dv, o_at, m_n, HEAD_DIM, BLOCK_D)

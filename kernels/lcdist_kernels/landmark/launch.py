@@ -43,11 +43,9 @@ from lcdist_kernels.triton_common import (
     LOG2E,
     Launch,
     check_kernel,
-    launching,
+    last_dim_contiguous,
+    launch_context,
     padded,
-)
-from lcdist_kernels.triton_common import (
-    rows as by_rows,
 )
 
 
@@ -85,16 +83,9 @@ class _Bands(NamedTuple):
 
 
 def landmark_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: QueryRows,
-    k_start: Tensor,
-    softmax_scale: float,
-    *,
-    out_dtype: torch.dtype | None = None,
-    launch: Launch | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, k_start: Tensor, softmax_scale: float, *,
+    out_dtype: torch.dtype | None = None, launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over whole blocks.
 
     As the tiled `landmark_fwd`, in bf16, fp16 or fp32, head_dim even and from 16 to 256; lse fp32,
@@ -103,7 +94,7 @@ def landmark_fwd(
     """
     check_qkv(q, k, v)
     check_kernel(q)
-    q, k, v = by_rows(q), by_rows(k), by_rows(v)
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     batch, seqlen, nheads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)
     lse = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)
@@ -112,45 +103,22 @@ def landmark_fwd(
     size = rows.block_size
     launch = launch or launch_for(FWD, FWD_LARGE, q, size)
     bands, tiling = _Bands.of(q, rows, k_start), tiling_of(size, launch.block_n)
-    with launching(q):
+    with launch_context(q):
         _landmark_fwd_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            *bands.for_queries(launch, tiling.blocks),
-            softmax_scale * LOG2E.value,
-            seqlen,
-            k.shape[1],
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *out.stride()[:3],
-            GROUP=nheads // k.shape[2],
-            **tiling.constants(),
-            HEAD_DIM=head_dim,
-            BLOCK_D=padded(head_dim),
-            HAS_LO=bounded_below(bands.past),
+            q, k, v, out, lse, *bands.for_queries(launch, tiling.blocks),
+            softmax_scale * LOG2E.value, seqlen, k.shape[1], *q.stride()[:3], *k.stride()[:3],
+            *v.stride()[:3], *out.stride()[:3], GROUP=nheads // k.shape[2], **tiling.constants(),
+            HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), HAS_LO=bounded_below(bands.past),
             **launch.options(),
-        )
+        )  # fmt: skip
     return out, lse
 
 
 def landmark_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rows: QueryRows,
-    k_start: Tensor,
-    softmax_scale: float,
-    *,
-    grad_dtype: torch.dtype | None = None,
-    launches: tuple[Launch, Launch] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows,
+    k_start: Tensor, softmax_scale: float, *,
+    grad_dtype: torch.dtype | None = None, launches: tuple[Launch, Launch] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The share of (dq, dk, dv) that passes through these blocks, in grad_dtype (default fp32).
 
     As the tiled `landmark_bwd`: out and lse over all keys the queries see. launches: tiles for dq
@@ -158,7 +126,7 @@ def landmark_bwd(
     """
     check_qkv(q, k, v)
     check_kernel(q)
-    q, k, v, out, dout = (by_rows(x) for x in (q, k, v, out, dout.to(q.dtype)))
+    q, k, v, out, dout = (last_dim_contiguous(x) for x in (q, k, v, out, dout.to(q.dtype)))
     batch, seqlen, nheads, head_dim = q.shape
     grads = {"dtype": grad_dtype or torch.float32, "device": q.device}
     dq, dk, dv = (torch.empty(x.shape, **grads) for x in (q, k, v))
@@ -178,52 +146,21 @@ def landmark_bwd(
         "BLOCK_D": padded(head_dim),
         "HAS_LO": bounded_below(bands.past),
     }
-    with launching(q):
+    with launch_context(q):
         tiling = tiling_of(size, for_dq.block_n)
         _landmark_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
-            q,
-            k,
-            v,
-            out,
-            dout,
-            lse,
-            delta,
-            dq,
-            *bands.for_queries(for_dq, tiling.blocks),
-            float(softmax_scale),
-            seqlen,
-            k.shape[1],
-            *inputs,
-            *out.stride()[:3],
-            *dout.stride()[:3],
-            *dq.stride()[:3],
-            **sizes,
-            **tiling.constants(),
-            **for_dq.options(),
-        )
+            q, k, v, out, dout, lse, delta, dq, *bands.for_queries(for_dq, tiling.blocks),
+            float(softmax_scale), seqlen, k.shape[1], *inputs, *out.stride()[:3],
+            *dout.stride()[:3], *dq.stride()[:3], **sizes, **tiling.constants(), **for_dq.options(),
+        )  # fmt: skip
         tiling = tiling_of(size, for_dkv.block_n)
         tiles = triton.cdiv(len(k_start), tiling.blocks) * tiling.steps
         _landmark_bwd_dkv_kernel[(tiles, k.shape[2], batch)](
-            q,
-            k,
-            v,
-            dout,
-            lse,
-            delta,
-            dk,
-            dv,
-            *bands.for_keys(for_dkv, tiling.blocks, size),
-            float(softmax_scale),
-            seqlen,
-            k.shape[1],
-            *inputs,
-            *dout.stride()[:3],
-            *dk.stride()[:3],
-            **sizes,
-            **tiling.constants(),
-            EVEN_M=seqlen % for_dkv.block_m == 0,
+            q, k, v, dout, lse, delta, dk, dv, *bands.for_keys(for_dkv, tiling.blocks, size),
+            float(softmax_scale), seqlen, k.shape[1], *inputs, *dout.stride()[:3], *dk.stride()[:3],
+            **sizes, **tiling.constants(), EVEN_M=seqlen % for_dkv.block_m == 0,
             **for_dkv.options(),
-        )
+        )  # fmt: skip
     return dq, dk, dv
 
 
@@ -236,16 +173,9 @@ def own_fwd(
 
 
 def own_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rows: QueryRows,
-    k_start: Tensor,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows,
+    k_start: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The share of the gradients through own blocks; as the tiled `own_bwd`."""
     slots = slots_of(k_start, rows.block_size)
     return full.full_bwd(dout, q, k, v, out, lse, *rows.content, slots, softmax_scale)

@@ -28,19 +28,11 @@ IMPLS = ("auto", "triton", "torch", "reference")
 
 
 def landmark_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    block_size: int,
-    top_k: int | None = None,
-    select_tokens: int = 1,
-    rotary: Rotary | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    softmax_scale: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *,
+    block_size: int, top_k: int | None = None, select_tokens: int = 1, rotary: Rotary | None = None,
+    positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
     impl: one of `IMPLS`. The rest, and what raises ValueError, as in `landmark_reference`; also an
@@ -51,17 +43,9 @@ def landmark_attention(
     check_impl(impl, "landmark", IMPLS)
     if impl == "reference":
         return landmark_reference(
-            q,
-            k,
-            v,
-            block_size=block_size,
-            top_k=top_k,
-            select_tokens=select_tokens,
-            rotary=rotary,
-            positions=positions,
-            cu_seqlens=cu_seqlens,
-            softmax_scale=softmax_scale,
-        )
+            q, k, v, block_size=block_size, top_k=top_k, select_tokens=select_tokens, rotary=rotary,
+            positions=positions, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale,
+        )  # fmt: skip
     check_self(q, k, v)
     check_sizes(block_size, top_k, select_tokens)
     operator = select_landmark_impl(impl, q, "landmark attention")
@@ -84,16 +68,9 @@ def landmark_attention(
 
 @torch.no_grad()
 def landmark_cached(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    *,
-    block_size: int,
-    top_k: int | None = None,
-    rotary: Rotary | None = None,
-    softmax_scale: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *,
+    block_size: int, top_k: int | None = None, rotary: Rotary | None = None, softmax_scale: float,
+) -> Tensor:  # fmt: skip
     """New tokens q `[b, n, h, d]` at `positions` `[n]` over k, v of positions 0, 1, ...; like q.
 
     With top_k every token is a unit of its own, whatever training had.

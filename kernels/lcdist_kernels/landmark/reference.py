@@ -29,18 +29,11 @@ from lcdist_kernels.rotary import Rotary
 
 
 def landmark_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    block_size: int,
-    top_k: int | None = None,
-    select_tokens: int = 1,
-    rotary: Rotary | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *,
+    block_size: int, top_k: int | None = None, select_tokens: int = 1, rotary: Rotary | None = None,
+    positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
     block_size: tokens of a block, its landmark, the last, included. top_k: past blocks that a unit
@@ -93,14 +86,9 @@ def read_by_rows(chosen: Tensor, lengths: Tensor, num_blocks: int, nheads: int) 
 
 
 def landmark_partial(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: QueryRows,
-    k_start: Tensor,
-    softmax_scale: float,
+    q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, k_start: Tensor, softmax_scale: float,
     read: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) over whole blocks of keys.
 
     q `[b, s_q, h, d]`; k, v `[b, n L, h_kv, d]`, rotated: n blocks that begin at slots k_start.

@@ -82,15 +82,9 @@ def sparse_fwd(
 
 
 def sparse_bwd(
-    dout: Tensor,
-    q: Tensor,
-    table: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lists: BlockLists,
-    rows: QueryRows,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor]:
+    dout: Tensor, q: Tensor, table: Tensor, out: Tensor, lse: Tensor, lists: BlockLists,
+    rows: QueryRows, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The share of dq, and dtable `[m, 2, L, d]`, through the lists.
 
     dout, out: like q; lse `[b, h, s]`: out and lse over all keys the queries see, not only these.

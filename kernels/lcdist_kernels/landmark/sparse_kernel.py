@@ -12,15 +12,17 @@ import triton
 import triton.language as tl
 
 from lcdist_kernels.landmark.inner_loop import (
-    finished,
     large_dkv,
     large_dq,
     large_fwd,
-    load_at,
+    load_rows,
     past_dkv,
     past_dq,
     past_fwd,
-    store_at,
+    store_rows,
+)
+from lcdist_kernels.softmax_steps import (
+    finish_softmax,
 )
 from lcdist_kernels.triton_common import LOG2E, LOWEST
 
@@ -33,30 +35,19 @@ def _rows_of(first, count, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _named(
-    table,
-    p_ids,
-    i,
-    num_ids,
-    begins,
-    stride_te,
-    stride_tv,
-    stride_ts,
-    SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+def _load_blocks(
+    table, p_ids, i, num_ids, begins, stride_te, stride_tv, stride_ts,
+    SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Keys and values of the list's i-th few blocks, places in them, and where blocks begin."""
     o_n = tl.arange(0, BLOCK_N)
     o_in, o_id = o_n % WIDTH, i * BLOCKS + o_n // WIDTH
     b_id = tl.load(p_ids + o_id, mask=o_id < num_ids, other=-1)
     m_row = (b_id >= 0) & (o_in < SIZE)
     o_at = b_id.to(tl.int64) * stride_te + o_in.to(tl.int64) * stride_ts
-    b_k = load_at(table, o_at, m_row, HEAD_DIM, BLOCK_D)
-    b_v = load_at(table + stride_tv, o_at, m_row, HEAD_DIM, BLOCK_D)
+    b_k = load_rows(table, o_at, m_row, HEAD_DIM, BLOCK_D)
+    b_v = load_rows(table + stride_tv, o_at, m_row, HEAD_DIM, BLOCK_D)
     o_id = i * BLOCKS + tl.arange(0, BLOCKS)
     b_id = tl.load(p_ids + o_id, mask=o_id < num_ids, other=-1)
     b_begin = tl.load(begins + b_id, mask=b_id >= 0, other=2147483647)
@@ -65,38 +56,15 @@ def _named(
 
 @triton.jit
 def _sparse_fwd_kernel(
-    q,
-    table,
-    out,
-    lse,
-    ids,
-    stops,
-    begins,
-    q_last,
-    tiles,
-    qk_scale,
-    seqlen_q,
-    num_units,
-    num_ids,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_te,
-    stride_tv,
-    stride_ts,
-    stride_ob,
-    stride_os,
-    stride_oh,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    q, table, out, lse,
+    ids, stops, begins, q_last, tiles,
+    qk_scale, seqlen_q, num_units, num_ids,
+    stride_qb, stride_qs, stride_qh, stride_te, stride_tv, stride_ts,
+    stride_ob, stride_os, stride_oh,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """tiles: int32 `[n, 3]`: a unit, the first of its rows, and how many of them."""
     # Late units have most blocks: they start first.
     p_tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) * 3
@@ -110,81 +78,50 @@ def _sparse_fwd_kernel(
     o_h = i_hk * GROUP + o_g
     o_s = o_s.to(tl.int64)
     p_q = q + i_b * stride_qb
-    b_q = load_at(p_q, o_s * stride_qs + o_h * stride_qh, m_m, HEAD_DIM, BLOCK_D)
+    b_q = load_rows(p_q, o_s * stride_qs + o_h * stride_qh, m_m, HEAD_DIM, BLOCK_D)
     b_q_last = tl.load(q_last + o_s, mask=m_m, other=-2147483648)
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_top = tl.full([BLOCK_M], LOWEST, tl.float32)
-    b_total = tl.zeros([BLOCK_M], tl.float32)
+    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
     for i in range(0, (stop + BLOCKS - 1) // BLOCKS):
         if STEPS == 1:
-            b_k, b_v, o_in, b_begin = _named(
+            b_k, b_v, o_in, b_begin = _load_blocks(
                 table, p_ids, i, num_ids, begins, stride_te, stride_tv, stride_ts, SIZE, HEAD_DIM,
                 BLOCK_D, BLOCK_N, BLOCKS, WIDTH,
             )  # fmt: skip
-            m_seen = b_begin[None, :] <= b_q_last[:, None]
-            b_out, b_top, b_total = past_fwd(
-                b_q, b_k, b_v, b_out, b_top, b_total, o_in, m_seen, qk_scale, SIZE, BLOCK_M,
+            m_visible = b_begin[None, :] <= b_q_last[:, None]
+            b_out, b_max, b_sum = past_fwd(
+                b_q, b_k, b_v, b_out, b_max, b_sum, o_in, m_visible, qk_scale, SIZE, BLOCK_M,
                 BLOCK_N, BLOCKS, WIDTH, True,
             )  # fmt: skip
         else:
             i_e = tl.load(p_ids + i)
             b_begin = tl.load(begins + i_e, mask=i_e >= 0, other=2147483647)
             p_k = table + tl.maximum(i_e, 0).to(tl.int64) * stride_te
-            b_out, b_top, b_total = large_fwd(
-                b_q, p_k, p_k + stride_tv, b_out, b_top, b_total, stride_ts, stride_ts,
+            b_out, b_max, b_sum = large_fwd(
+                b_q, p_k, p_k + stride_tv, b_out, b_max, b_sum, stride_ts, stride_ts,
                 b_begin <= b_q_last, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STEPS,
                 True,
             )  # fmt: skip
-    b_out, b_lse = finished(b_out, b_top, b_total)
+    b_out, b_lse = finish_softmax(b_out, b_max, b_sum)
     o_row = (i_head * GROUP + o_g) * seqlen_q + o_s
     tl.store(lse + o_row, b_lse, mask=m_m)
     p_out = out + i_b * stride_ob
-    store_at(p_out, b_out, o_s * stride_os + o_h * stride_oh, m_m, HEAD_DIM, BLOCK_D)
+    store_rows(p_out, b_out, o_s * stride_os + o_h * stride_oh, m_m, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _sparse_bwd_dq_kernel(
-    q,
-    table,
-    out,
-    dout,
-    lse,
-    delta,
-    dq,
-    ids,
-    stops,
-    begins,
-    q_last,
-    tiles,
-    softmax_scale,
-    seqlen_q,
-    num_units,
-    num_ids,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_te,
-    stride_tv,
-    stride_ts,
-    stride_ob,
-    stride_os,
-    stride_oh,
-    stride_gb,
-    stride_gs,
-    stride_gh,
-    stride_db,
-    stride_ds,
-    stride_dh,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    q, table, out, dout, lse, delta, dq,
+    ids, stops, begins, q_last, tiles,
+    softmax_scale, seqlen_q, num_units, num_ids,
+    stride_qb, stride_qs, stride_qh, stride_te, stride_tv, stride_ts,
+    stride_ob, stride_os, stride_oh, stride_dout_b, stride_dout_s, stride_dout_h,
+    stride_db, stride_ds, stride_dh,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """Also writes delta, which the kernel for dtable reads."""
     p_tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) * 3
     i_hk = tl.program_id(1).to(tl.int64)
@@ -198,27 +135,27 @@ def _sparse_bwd_dq_kernel(
     o_s = o_s.to(tl.int64)
     o_row = (i_head * GROUP + o_g) * seqlen_q + o_s
     o_out = i_b * stride_ob + o_s * stride_os + o_h * stride_oh
-    b_out = load_at(out, o_out, m_m, HEAD_DIM, BLOCK_D)
-    o_dout = i_b * stride_gb + o_s * stride_gs + o_h * stride_gh
-    b_dout = load_at(dout, o_dout, m_m, HEAD_DIM, BLOCK_D)
+    b_out = load_rows(out, o_out, m_m, HEAD_DIM, BLOCK_D)
+    o_dout = i_b * stride_dout_b + o_s * stride_dout_s + o_h * stride_dout_h
+    b_dout = load_rows(dout, o_dout, m_m, HEAD_DIM, BLOCK_D)
     b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
     tl.store(delta + o_row, b_delta, mask=m_m)
     o_q = i_b * stride_qb + o_s * stride_qs + o_h * stride_qh
-    b_q = load_at(q, o_q, m_m, HEAD_DIM, BLOCK_D)
+    b_q = load_rows(q, o_q, m_m, HEAD_DIM, BLOCK_D)
     b_lse = tl.load(lse + o_row, mask=m_m, other=float("inf")) * LOG2E
     b_q_last = tl.load(q_last + o_s, mask=m_m, other=-2147483648)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
     for i in range(0, (stop + BLOCKS - 1) // BLOCKS):
         if STEPS == 1:
-            b_k, b_v, o_in, b_begin = _named(
+            b_k, b_v, o_in, b_begin = _load_blocks(
                 table, p_ids, i, num_ids, begins, stride_te, stride_tv, stride_ts, SIZE, HEAD_DIM,
                 BLOCK_D, BLOCK_N, BLOCKS, WIDTH,
             )  # fmt: skip
-            m_seen = b_begin[None, :] <= b_q_last[:, None]
+            m_visible = b_begin[None, :] <= b_q_last[:, None]
             b_dq = past_dq(
-                b_q, b_dout, b_dq, b_lse, b_delta, b_k, b_v, o_in, m_seen, qk_scale, SIZE, BLOCK_M,
-                BLOCK_N, BLOCKS, WIDTH, True,
+                b_q, b_dout, b_dq, b_lse, b_delta, b_k, b_v, o_in, m_visible, qk_scale, SIZE,
+                BLOCK_M, BLOCK_N, BLOCKS, WIDTH, True,
             )  # fmt: skip
         else:
             i_e = tl.load(p_ids + i)
@@ -230,46 +167,20 @@ def _sparse_bwd_dq_kernel(
                 True,
             )  # fmt: skip
     o_dq = i_b * stride_db + o_s * stride_ds + o_h * stride_dh
-    store_at(dq, b_dq * softmax_scale, o_dq, m_m, HEAD_DIM, BLOCK_D)
+    store_rows(dq, b_dq * softmax_scale, o_dq, m_m, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _sparse_bwd_dtable_kernel(
-    q,
-    table,
-    dout,
-    lse,
-    delta,
-    dtable,
-    readers,
-    reader_starts,
-    units,
-    begins,
-    q_last,
-    softmax_scale,
-    seqlen_q,
-    num_units,
-    num_ids,
-    nheads_kv,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_te,
-    stride_tv,
-    stride_ts,
-    stride_gb,
-    stride_gs,
-    stride_gh,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    q, table, dout, lse, delta, dtable,
+    readers, reader_starts, units, begins, q_last,
+    softmax_scale, seqlen_q, num_units, num_ids, nheads_kv,
+    stride_qb, stride_qs, stride_qh, stride_te, stride_tv, stride_ts,
+    stride_dout_b, stride_dout_s, stride_dout_h,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """One entry, or its part; dtable is contiguous.
 
     readers: where in ids each entry stands, those of entry e from reader_starts[e] on. units: int32
@@ -281,8 +192,8 @@ def _sparse_bwd_dtable_kernel(
     o_at = o_in.to(tl.int64) * stride_ts
     m_n = o_in < SIZE
     p_k = table + i_e * stride_te
-    b_k = load_at(p_k, o_at, m_n, HEAD_DIM, BLOCK_D)
-    b_v = load_at(p_k + stride_tv, o_at, m_n, HEAD_DIM, BLOCK_D)
+    b_k = load_rows(p_k, o_at, m_n, HEAD_DIM, BLOCK_D)
+    b_v = load_rows(p_k + stride_tv, o_at, m_n, HEAD_DIM, BLOCK_D)
     begin = tl.load(begins + i_e)
     first = tl.load(reader_starts + i_e)
     count = tl.load(reader_starts + i_e + 1) - first
@@ -303,26 +214,26 @@ def _sparse_bwd_dtable_kernel(
             o_s = o_s.to(tl.int64)
             o_h = (i_head % nheads_kv) * GROUP + o_g
             o_q = i_b * stride_qb + o_s * stride_qs + o_h * stride_qh
-            b_q = load_at(q, o_q, m_m, HEAD_DIM, BLOCK_D)
-            o_dout = i_b * stride_gb + o_s * stride_gs + o_h * stride_gh
-            b_dout = load_at(dout, o_dout, m_m, HEAD_DIM, BLOCK_D)
+            b_q = load_rows(q, o_q, m_m, HEAD_DIM, BLOCK_D)
+            o_dout = i_b * stride_dout_b + o_s * stride_dout_s + o_h * stride_dout_h
+            b_dout = load_rows(dout, o_dout, m_m, HEAD_DIM, BLOCK_D)
             o_row = (i_head * GROUP + o_g) * seqlen_q + o_s
             b_lse = tl.load(lse + o_row, mask=m_m, other=float("inf")) * LOG2E
             b_delta = tl.load(delta + o_row, mask=m_m, other=0.0)
             b_q_last = tl.load(q_last + o_s, mask=m_m, other=-2147483648)
-            m_seen = begin <= b_q_last
+            m_visible = begin <= b_q_last
             if STEPS == 1:
                 b_dk, b_dv = past_dkv(
-                    b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, o_in, m_seen[:, None],
+                    b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, o_in, m_visible[:, None],
                     qk_scale, SIZE, BLOCK_M, BLOCK_N, BLOCKS, WIDTH, True,
                 )  # fmt: skip
             else:
                 b_dk, b_dv = large_dkv(
                     b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, o_in, p_k, p_k + stride_tv,
-                    stride_ts, stride_ts, m_seen, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M,
+                    stride_ts, stride_ts, m_visible, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M,
                     BLOCK_N, STEPS, True,
                 )  # fmt: skip
     p_d = dtable + i_e * (2 * SIZE * HEAD_DIM)
     o_at = o_in.to(tl.int64) * HEAD_DIM
-    store_at(p_d, b_dk * softmax_scale, o_at, m_n, HEAD_DIM, BLOCK_D)
-    store_at(p_d + SIZE * HEAD_DIM, b_dv, o_at, m_n, HEAD_DIM, BLOCK_D)
+    store_rows(p_d, b_dk * softmax_scale, o_at, m_n, HEAD_DIM, BLOCK_D)
+    store_rows(p_d + SIZE * HEAD_DIM, b_dv, o_at, m_n, HEAD_DIM, BLOCK_D)

@@ -23,7 +23,14 @@ from lcdist_kernels.landmark.tile_configs import (
     FWD_LARGE,
 )
 from lcdist_kernels.tile_ranges import Indices, on_device, place_of
-from lcdist_kernels.triton_common import LOG2E, Launch, check_kernel, launching, padded, rows
+from lcdist_kernels.triton_common import (
+    LOG2E,
+    Launch,
+    check_kernel,
+    last_dim_contiguous,
+    launch_context,
+    padded,
+)
 
 
 def sparse_fwd(
@@ -41,51 +48,38 @@ def sparse_fwd(
     of q's dtype or a wider one; the partial in fp32. Raises as `check_kernel`.
     """
     table = _checked(q, table)
-    q = rows(q)
+    q = last_dim_contiguous(q)
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=out.dtype, device=q.device)
     if not q.numel() or not lists.ids.numel() or not len(table):
         return out.zero_(), lse.fill_(-torch.inf)
     launch = _cut(launch or launch_for(FWD, FWD_LARGE, q, rows_of.block_size), q, lists)
     tiles = _tiles(q, lists, launch)
-    with launching(q):
+    with launch_context(q):
         _sparse_fwd_kernel[(len(tiles), lists.ids.shape[1], len(q))](
-            q,
-            table,
-            out,
-            lse,
-            *_lists(q, lists, rows_of),
-            tiles,
-            softmax_scale * LOG2E.value,
-            q.shape[1],
-            *lists.ids.shape[2:],
-            *q.stride()[:3],
-            *table.stride()[:3],
-            *out.stride()[:3],
-            **_constants(q, lists, rows_of.block_size, launch),
-        )
+            q, table, out, lse, *_lists(q, lists, rows_of), tiles, softmax_scale * LOG2E.value,
+            q.shape[1], *lists.ids.shape[2:], *q.stride()[:3], *table.stride()[:3],
+            *out.stride()[:3], **_constants(q, lists, rows_of.block_size, launch),
+        )  # fmt: skip
     return out, lse
 
 
 def sparse_bwd(
-    dout: Tensor,
-    q: Tensor,
-    table: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lists: BlockLists,
-    rows_of: QueryRows,
-    softmax_scale: float,
-    *,
+    dout: Tensor, q: Tensor, table: Tensor, out: Tensor, lse: Tensor, lists: BlockLists,
+    rows_of: QueryRows, softmax_scale: float, *,
     launches: tuple[Launch, Launch] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The share of dq, and dtable `[m, 2, L, d]`, through the lists, both fp32.
 
     As the tiled `sparse_bwd`: out and lse over all keys the queries see. launches: tiles for dq and
     for dtable. Raises as `sparse_fwd`.
     """
     table = _checked(q, table)
-    q, out, dout = rows(q), rows(out), rows(dout.to(q.dtype))
+    q, out, dout = (
+        last_dim_contiguous(q),
+        last_dim_contiguous(out),
+        last_dim_contiguous(dout.to(q.dtype)),
+    )
     size = rows_of.block_size
     dq, dtable = (torch.empty(x.shape, dtype=torch.float32, device=q.device) for x in (q, table))
     if not q.numel() or not lists.ids.numel() or not len(table):
@@ -98,51 +92,20 @@ def sparse_bwd(
     tiles = _tiles(q, lists, for_dq)
     ids, stops, begins, q_last = _lists(q, lists, rows_of)
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
-    with launching(q):
+    with launch_context(q):
         _sparse_bwd_dq_kernel[(len(tiles), ids.shape[1], len(q))](
-            q,
-            table,
-            out,
-            dout,
-            lse,
-            delta,
-            dq,
-            ids,
-            stops,
-            begins,
-            q_last,
-            tiles,
-            float(softmax_scale),
-            q.shape[1],
-            *ids.shape[2:],
-            *q.stride()[:3],
-            *table.stride()[:3],
-            *out.stride()[:3],
-            *dout.stride()[:3],
-            *dq.stride()[:3],
+            q, table, out, dout, lse, delta, dq, ids, stops, begins, q_last, tiles,
+            float(softmax_scale), q.shape[1], *ids.shape[2:], *q.stride()[:3], *table.stride()[:3],
+            *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
             **_constants(q, lists, size, for_dq),
-        )
+        )  # fmt: skip
         constants = _constants(q, lists, size, for_dtable) | _one_entry(for_dtable, size)
         _sparse_bwd_dtable_kernel[(len(table) * constants["STEPS"],)](
-            q,
-            table,
-            dout,
-            lse,
-            delta,
-            dtable,
-            *_readers(ids, len(table)),
-            _sent(q, _units(lists), 2),
-            begins,
-            q_last,
-            float(softmax_scale),
-            q.shape[1],
-            *ids.shape[2:],
-            ids.shape[1],
-            *q.stride()[:3],
-            *table.stride()[:3],
-            *dout.stride()[:3],
+            q, table, dout, lse, delta, dtable, *_readers(ids, len(table)),
+            _sent(q, _units(lists), 2), begins, q_last, float(softmax_scale), q.shape[1],
+            *ids.shape[2:], ids.shape[1], *q.stride()[:3], *table.stride()[:3], *dout.stride()[:3],
             **constants,
-        )
+        )  # fmt: skip
     return dq, dtable
 
 
@@ -151,7 +114,7 @@ def _checked(q: Tensor, table: Tensor) -> Tensor:
     check_kernel(q)
     assert table.dim() == 4 and table.shape[1] == 2 and table.shape[3] == q.shape[3]
     assert table.device == q.device
-    return rows(table.to(q.dtype))
+    return last_dim_contiguous(table.to(q.dtype))
 
 
 def _one_entry(launch: Launch, size: int) -> dict[str, int]:

@@ -31,15 +31,9 @@ def sees_any(rows: QueryRows, k_start: Tensor) -> bool:
 
 
 def landmark_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: QueryRows,
-    k_start: Tensor,
-    softmax_scale: float,
-    *,
+    q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, k_start: Tensor, softmax_scale: float, *,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over whole blocks.
 
     q `[b, s_q, h, d]`; k, v `[b, n L, h_kv, d]`, n blocks that begin at slots k_start, int64 `[n]`
@@ -57,18 +51,10 @@ def landmark_fwd(
 
 
 def landmark_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rows: QueryRows,
-    k_start: Tensor,
-    softmax_scale: float,
-    *,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows,
+    k_start: Tensor, softmax_scale: float, *,
     grad_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The share of (dq, dk, dv) that passes through these blocks.
 
     dout, out: like q; lse `[b, h, s_q]`: out and lse over all keys the queries see, not only
@@ -94,16 +80,9 @@ def own_fwd(
 
 
 def own_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rows: QueryRows,
-    k_start: Tensor,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows,
+    k_start: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The share of the gradients through own blocks; as `landmark_bwd`."""
     slots = slots_of(k_start, rows.block_size)
     return full_bwd(dout, q, k, v, out, lse, *rows.content, slots, softmax_scale)
@@ -133,16 +112,9 @@ def past_fwd(
 
 
 def past_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rows: QueryRows,
-    k_start: Tensor,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows,
+    k_start: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The share of the gradients through past blocks; as `landmark_bwd`."""
     shapes, size, nheads_kv = (q.shape, k.shape), rows.block_size, k.shape[2]
     dout, q, k, v, out = (fold(x, nheads_kv) for x in (dout, q, k, v, out))

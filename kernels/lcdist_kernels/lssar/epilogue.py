@@ -53,14 +53,9 @@ def lssar_finish(sums: Sums, threshold: Threshold, reweight: Reweight | None) ->
 
 
 def lssar_rows(
-    dout: Tensor,
-    out: Tensor,
-    slope: Tensor | None,
-    mean: Tensor,
-    gamma: Tensor,
-    band: Band,
+    dout: Tensor, out: Tensor, slope: Tensor | None, mean: Tensor, gamma: Tensor, band: Band,
     reweight: Reweight | None,
-) -> Saved:
+) -> Saved:  # fmt: skip
     """What `lssar_bwd` needs of every row; slope: e / gamma, None for LSSA. Of `band`, the queries.
 
     dout, out, slope `[b, s, h, d]`; mean, gamma `[b, h, s]`, of the dtype of the result.

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lcdist_kernels.common import announce
+from lcdist_kernels.common import log_choice
 from lcdist_kernels.lssar import epilogue, launch, tiled
 from lcdist_kernels.lssar.rows import Finished, Reweight
 from lcdist_kernels.lssar.tiled import Saved, Sums
-from lcdist_kernels.triton_common import check_kernel, obstacle
+from lcdist_kernels.triton_common import check_kernel, unsupported_reason
 
 
 class LssarImpl(NamedTuple):
@@ -70,9 +70,13 @@ def select_lssar_impl(
     if impl == "torch":
         return TORCH_IMPL
     # Interpreted kernels are for tests: many times slower than torch.
-    reason = obstacle(x) if x.is_cuda else f"kernels run on CUDA, the tensors are on {x.device}"
+    reason = (
+        unsupported_reason(x)
+        if x.is_cuda
+        else f"kernels run on CUDA, the tensors are on {x.device}"
+    )
     if reason is None:
-        announce(f"{what}: Triton kernels, as the tensors are {x.dtype} on CUDA")
+        log_choice(f"{what}: Triton kernels, as the tensors are {x.dtype} on CUDA")
         return TRITON_IMPL
-    announce(f"{what}: tiled torch, as {reason}")
+    log_choice(f"{what}: tiled torch, as {reason}")
     return TORCH_IMPL

@@ -15,7 +15,11 @@ score is -inf, at which d, f, sigma and the weight are exactly 0.
 import triton
 import triton.language as tl
 
-from lcdist_kernels.softmax_steps import nth_masked, seen
+from lcdist_kernels.softmax_steps import (
+    is_visible,
+    load_limits,
+    nth_masked,
+)
 from lcdist_kernels.triton_common import LOG2E, dot, load_tile
 
 # The bits that a power known in advance may have.
@@ -84,49 +88,25 @@ def weights(b_f, b_mean, b_inverse, power, TIMES: tl.constexpr, SHARP: tl.conste
 
 @triton.jit
 def scores(
-    b_q,
-    b_k,
-    start,
-    seqlen_k,
-    b_q_idx,
-    b_q_lo,
-    k_idx,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_q, b_k, start, seqlen_k, b_q_idx, b_q_lo, k_idx,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """q . k of the keys from `start` on, -inf where hidden."""
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     if MASKED:
         o_n = start + tl.arange(0, BLOCK_N)
         b_k_idx = tl.load(k_idx + o_n, mask=o_n < seqlen_k, other=2147483647)
-        m_s = seen(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
+        m_s = is_visible(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
         b_s = tl.where(m_s, b_s, float("-inf"))
     return b_s
 
 
 @triton.jit
 def _sums_step(
-    b_q,
-    b_total,
-    b_excess,
-    b_top,
-    p_k,
-    i_n,
-    seqlen_k,
-    stride_ks,
-    b_q_idx,
-    b_q_lo,
-    k_idx,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    PRECISE: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_q, b_sum, b_excess, b_max, p_k, i_n, seqlen_k, stride_ks, b_q_idx, b_q_lo, k_idx,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, PRECISE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     start = i_n * BLOCK_N
     b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
     b_s = scores(
@@ -136,79 +116,43 @@ def _sums_step(
     # Compensated: over thousands of tiles of equal scores plain sums drift, and a flat row is one
     # whose greatest score is its mean.
     b_more = tl.sum(b_f, 1) - b_excess
-    b_sum = b_total + b_more
-    b_excess = (b_sum - b_total) - b_more
-    return b_sum, b_excess, tl.maximum(b_top, tl.max(b_f, 1))
+    b_new = b_sum + b_more
+    b_excess = (b_new - b_sum) - b_more
+    return b_new, b_excess, tl.maximum(b_max, tl.max(b_f, 1))
 
 
 @triton.jit
 def sums_sweep(
-    b_q,
-    p_k,
-    first,
-    full_lo,
-    full_hi,
-    stop,
-    seqlen_k,
-    stride_ks,
-    b_q_idx,
-    b_q_lo,
-    k_idx,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    PRECISE: tl.constexpr,
-):
+    b_q, p_k, lo, full_lo, full_hi, hi, seqlen_k, stride_ks, b_q_idx, b_q_lo, k_idx,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
     """Of every row of a tile of queries: the sum and the greatest of f."""
-    b_total = tl.zeros([BLOCK_M], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_excess = tl.zeros([BLOCK_M], tl.float32)
-    b_top = tl.zeros([BLOCK_M], tl.float32)
+    b_max = tl.zeros([BLOCK_M], tl.float32)
     for i in range(0, full_hi - full_lo):
-        b_total, b_excess, b_top = _sums_step(
-            b_q, b_total, b_excess, b_top, p_k, full_lo + i, seqlen_k, stride_ks, b_q_idx,
-            b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
+        b_sum, b_excess, b_max = _sums_step(
+            b_q, b_sum, b_excess, b_max, p_k, full_lo + i, seqlen_k, stride_ks, b_q_idx, b_q_lo,
+            k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
         )  # fmt: skip
-    for i in range(0, (full_lo - first) + (stop - full_hi)):
-        i_n = nth_masked(i, first, full_lo, full_hi)
-        b_total, b_excess, b_top = _sums_step(
-            b_q, b_total, b_excess, b_top, p_k, i_n, seqlen_k, stride_ks, b_q_idx,
-            b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, True,
+    for i in range(0, (full_lo - lo) + (hi - full_hi)):
+        i_n = nth_masked(i, lo, full_lo, full_hi)
+        b_sum, b_excess, b_max = _sums_step(
+            b_q, b_sum, b_excess, b_max, p_k, i_n, seqlen_k, stride_ks, b_q_idx, b_q_lo, k_idx,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, True,
         )  # fmt: skip
-    return b_total, b_top
+    return b_sum, b_max
 
 
 @triton.jit
 def _power_step(
-    b_q,
-    b_mean,
-    b_inverse,
-    b_out,
-    b_total,
-    b_out_x,
-    b_total_x,
-    p_k,
-    p_v,
-    i_n,
-    seqlen_k,
-    stride_ks,
-    stride_vs,
-    power,
-    b_q_idx,
-    b_q_lo,
-    k_idx,
-    TIMES: tl.constexpr,
-    SHARP: tl.constexpr,
-    SLOPE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    PRECISE: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_q, b_mean, b_inverse, b_out, b_sum, b_out_x, b_sum_x, p_k, p_v, i_n, seqlen_k, stride_ks,
+    stride_vs, power, b_q_idx, b_q_lo, k_idx,
+    TIMES: tl.constexpr, SHARP: tl.constexpr, SLOPE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+    PRECISE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     start = i_n * BLOCK_N
     b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
     b_s = scores(
@@ -217,93 +161,52 @@ def _power_step(
     b_f = softplus(b_s, decay(b_s), PRECISE)
     b_w, b_x = weights(b_f, b_mean[:, None], b_inverse[:, None], power, TIMES, SHARP)
     b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
-    b_total += tl.sum(b_w, 1)
+    b_sum += tl.sum(b_w, 1)
     b_out = dot(b_w.to(b_v.dtype), b_v, b_out)
     if SLOPE:
-        b_total_x += tl.sum(b_x, 1)
+        b_sum_x += tl.sum(b_x, 1)
         b_out_x = dot(b_x.to(b_v.dtype), b_v, b_out_x)
-    return b_out, b_total, b_out_x, b_total_x
+    return b_out, b_sum, b_out_x, b_sum_x
 
 
 @triton.jit
 def power_sweep(
-    b_q,
-    b_mean,
-    b_inverse,
-    p_k,
-    p_v,
-    first,
-    full_lo,
-    full_hi,
-    stop,
-    seqlen_k,
-    stride_ks,
-    stride_vs,
-    power,
-    b_q_idx,
-    b_q_lo,
-    k_idx,
-    TIMES: tl.constexpr,
-    SHARP: tl.constexpr,
-    SLOPE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
+    b_q, b_mean, b_inverse, p_k, p_v, lo, full_lo, full_hi, hi, seqlen_k, stride_ks, stride_vs,
+    power, b_q_idx, b_q_lo, k_idx,
+    TIMES: tl.constexpr, SHARP: tl.constexpr, SLOPE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
     PRECISE: tl.constexpr,
-):
+):  # fmt: skip
     """A, W, and with SLOPE A' and W', of every row of a tile of queries."""
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_total = tl.zeros([BLOCK_M], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
     # Without SLOPE they stay as they are, and the compiler leaves them out.
     b_out_x = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_total_x = tl.zeros([BLOCK_M], tl.float32)
+    b_sum_x = tl.zeros([BLOCK_M], tl.float32)
     for i in range(0, full_hi - full_lo):
-        b_out, b_total, b_out_x, b_total_x = _power_step(
-            b_q, b_mean, b_inverse, b_out, b_total, b_out_x, b_total_x, p_k, p_v, full_lo + i,
-            seqlen_k, stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, SLOPE,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
+        b_out, b_sum, b_out_x, b_sum_x = _power_step(
+            b_q, b_mean, b_inverse, b_out, b_sum, b_out_x, b_sum_x, p_k, p_v, full_lo + i, seqlen_k,
+            stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, SLOPE, HEAD_DIM,
+            BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
         )  # fmt: skip
-    for i in range(0, (full_lo - first) + (stop - full_hi)):
-        i_n = nth_masked(i, first, full_lo, full_hi)
-        b_out, b_total, b_out_x, b_total_x = _power_step(
-            b_q, b_mean, b_inverse, b_out, b_total, b_out_x, b_total_x, p_k, p_v, i_n,
-            seqlen_k, stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, SLOPE,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, True,
+    for i in range(0, (full_lo - lo) + (hi - full_hi)):
+        i_n = nth_masked(i, lo, full_lo, full_hi)
+        b_out, b_sum, b_out_x, b_sum_x = _power_step(
+            b_q, b_mean, b_inverse, b_out, b_sum, b_out_x, b_sum_x, p_k, p_v, i_n, seqlen_k,
+            stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, SLOPE, HEAD_DIM,
+            BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, True,
         )  # fmt: skip
-    return b_out, b_total, b_out_x, b_total_x
+    return b_out, b_sum, b_out_x, b_sum_x
 
 
 @triton.jit
 def dq_step(
-    b_q,
-    b_dout,
-    b_dq,
-    b_mean,
-    b_gamma,
-    b_delta,
-    b_drift,
-    p_k,
-    p_v,
-    i_n,
-    seqlen_k,
-    stride_ks,
-    stride_vs,
-    power,
-    b_q_idx,
-    b_q_lo,
-    k_idx,
-    TIMES: tl.constexpr,
-    SHARP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    PRECISE: tl.constexpr,
+    b_q, b_dout, b_dq, b_mean, b_gamma, b_delta, b_drift, p_k, p_v, i_n, seqlen_k, stride_ks,
+    stride_vs, power, b_q_idx, b_q_lo, k_idx,
+    TIMES: tl.constexpr, SHARP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, PRECISE: tl.constexpr,
     MASKED: tl.constexpr,
-):
+):  # fmt: skip
     """dq and drift are in units of p gamma: what is multiplied in half precision stays small."""
     start = i_n * BLOCK_N
     b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
@@ -323,50 +226,26 @@ def dq_step(
 
 @triton.jit
 def dkv_step(
-    b_k,
-    b_v,
-    b_dk,
-    b_dv,
-    p_q,
-    p_dout,
-    p_mean,
-    p_gamma,
-    p_delta,
-    p_drift,
-    i_m,
-    seqlen_q,
-    stride_qs,
-    stride_gs,
-    power,
-    q_idx,
-    q_lo,
-    b_k_idx,
-    TIMES: tl.constexpr,
-    SHARP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    PRECISE: tl.constexpr,
-    EVEN_M: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_k, b_v, b_dk, b_dv, p_q, p_dout, p_mean, p_gamma, p_delta, p_drift, i_m, seqlen_q, stride_qs,
+    stride_dout_s, power, q_idx, q_lo, b_k_idx,
+    TIMES: tl.constexpr, SHARP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, PRECISE: tl.constexpr,
+    EVEN_M: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Scores stand transposed, `[BLOCK_N, BLOCK_M]`. A row that is not there has gamma = 0."""
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
-    b_dout = load_tile(p_dout, start, seqlen_q, stride_gs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
+    b_dout = load_tile(p_dout, start, seqlen_q, stride_dout_s, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
     b_mean = tl.load(p_mean + o_m, mask=m_m, other=0.0)
     b_gamma = tl.load(p_gamma + o_m, mask=m_m, other=0.0)
     b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
     b_drift = tl.load(p_drift + o_m, mask=m_m, other=0.0)
     b_s = dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
     if MASKED:
-        b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
-        b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
-        m_s = seen(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
+        b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
+        m_s = is_visible(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
         b_s = tl.where(m_s, b_s, float("-inf"))
     b_d = decay(b_s)
     b_f = softplus(b_s, b_d, PRECISE)

@@ -7,7 +7,7 @@ With m = p gamma_i of a row, H_i = dout_i . e_i and h_i = o_i / N_i H_i,
     dq_i = m_i sum_j z_ij k_j           dk_j = sum_i ds_ij q_i          dv_j = sum_i y_ij^p dout_i
 
 A program owns a tile of queries (out, dq) or of keys (dk, dv) and walks over the tiles of the
-others that its band touches: first those that need no mask, then those that do. Nothing is added
+others that its band touches: lo those that need no mask, then those that do. Nothing is added
 atomically: the same inputs give the same bits.
 """
 # What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
@@ -19,7 +19,14 @@ import triton.language as tl
 
 from lcdist_kernels.lssar.inner_loop import dkv_step, dq_step, power_sweep, sums_sweep
 from lcdist_kernels.lssar.rows import FLAT_ULPS
-from lcdist_kernels.softmax_steps import nth_masked, ranges_of
+from lcdist_kernels.softmax_steps import (
+    head_pointers,
+    key_program,
+    load_limits,
+    load_range,
+    nth_masked,
+    query_program,
+)
 from lcdist_kernels.triton_common import load_tile, store_tile
 
 FLAT = tl.constexpr(FLAT_ULPS * torch.finfo(torch.float32).eps)
@@ -34,151 +41,93 @@ def _share(b_q_idx, b_q_lo, exempt_rows):
 
 @triton.jit
 def _lssar_sums_kernel(
-    q,
-    k,
-    total,
-    top,
-    q_idx,
-    q_lo,
-    k_idx,
-    ranges,
-    seqlen_q,
-    seqlen_k,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    PRECISE: tl.constexpr,
-):
-    # Late queries have most keys: they start first.
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    i_row = (i_b * tl.num_programs(1) + i_h) * seqlen_q
+    q, k, total, top,
+    q_idx, q_lo, k_idx, ranges,
+    seqlen_q, seqlen_k,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    i_m, i_h, i_b, i_row = query_program(seqlen_q)
     p_k = k + i_b * stride_kb + (i_h // GROUP) * stride_kh
     p_q = q + i_b * stride_qb + i_h * stride_qh
-    first, full_lo, full_hi, stop = ranges_of(ranges, i_m)
+    lo, full_lo, full_hi, hi = load_range(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
-    b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0)
-    b_total, b_top = sums_sweep(
-        b_q, p_k, first, full_lo, full_hi, stop, seqlen_k, stride_ks, b_q_idx, b_q_lo,
-        k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE,
+    b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, True)
+    b_sum, b_max = sums_sweep(
+        b_q, p_k, lo, full_lo, full_hi, hi, seqlen_k, stride_ks, b_q_idx, b_q_lo, k_idx, HEAD_DIM,
+        BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE,
     )  # fmt: skip
-    tl.store(total + i_row + o_m, b_total, mask=m_m)
-    tl.store(top + i_row + o_m, b_top, mask=m_m)
+    tl.store(total + i_row + o_m, b_sum, mask=m_m)
+    tl.store(top + i_row + o_m, b_max, mask=m_m)
 
 
 @triton.jit
 def _lssar_fwd_kernel(
-    q,
-    k,
-    v,
-    mean,
-    inverse,
-    gamma,
-    out,
-    total,
-    out_x,
-    total_x,
-    q_idx,
-    q_lo,
-    k_idx,
-    ranges,
-    power,
-    exempt_rows,
-    seqlen_q,
-    seqlen_k,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_ob,
-    stride_os,
-    stride_oh,
-    TIMES: tl.constexpr,
-    SHARP: tl.constexpr,
-    SLOPE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    PRECISE: tl.constexpr,
-):
+    q, k, v, mean, inverse, gamma, out, total, out_x, total_x,
+    q_idx, q_lo, k_idx, ranges,
+    power, exempt_rows, seqlen_q, seqlen_k,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
+    TIMES: tl.constexpr, SHARP: tl.constexpr, SLOPE: tl.constexpr, WHOLE: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
     """WHOLE: these are all keys of the rows: both sweeps, out, e / gamma, mean and gamma.
 
     Otherwise mean and inverse are read, and A, W, A' and W' written. out and out_x are laid out
     alike.
     """
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    i_row = (i_b * tl.num_programs(1) + i_h) * seqlen_q
-    p_k = k + i_b * stride_kb + (i_h // GROUP) * stride_kh
-    p_v = v + i_b * stride_vb + (i_h // GROUP) * stride_vh
-    p_q = q + i_b * stride_qb + i_h * stride_qh
+    i_m, i_h, i_b, i_row = query_program(seqlen_q)
+    p_q, p_k, p_v = head_pointers(
+        q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
+        stride_vb, stride_vh,
+    )  # fmt: skip
     i_out = i_b * stride_ob + i_h * stride_oh
-    first, full_lo, full_hi, stop = ranges_of(ranges, i_m)
+    lo, full_lo, full_hi, hi = load_range(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
-    b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0)
+    b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, True)
     if not WHOLE:
         b_mean = tl.load(mean + i_row + o_m, mask=m_m, other=0.0)
         b_inverse = tl.load(inverse + i_row + o_m, mask=m_m, other=0.0)
     elif SHARP:
-        b_sum, b_top = sums_sweep(
-            b_q, p_k, first, full_lo, full_hi, stop, seqlen_k, stride_ks, b_q_idx, b_q_lo,
-            k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE,
+        b_f_sum, b_max = sums_sweep(
+            b_q, p_k, lo, full_lo, full_hi, hi, seqlen_k, stride_ks, b_q_idx, b_q_lo, k_idx,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE,
         )  # fmt: skip
-        b_mean = b_sum * _share(b_q_idx, b_q_lo, exempt_rows)
-        b_spread = b_top - b_mean
-        m_flat = b_spread <= FLAT * b_top
+        b_mean = b_f_sum * _share(b_q_idx, b_q_lo, exempt_rows)
+        b_spread = b_max - b_mean
+        m_flat = b_spread <= FLAT * b_max
         b_inverse = tl.where(m_flat, 0.0, 1.0 / tl.where(m_flat, 1.0, b_spread))
     else:
         b_mean = tl.zeros([BLOCK_M], tl.float32)
         b_inverse = tl.full([BLOCK_M], 1.0, tl.float32)
-    b_out, b_total, b_out_x, b_total_x = power_sweep(
-        b_q, b_mean, b_inverse, p_k, p_v, first, full_lo, full_hi, stop, seqlen_k, stride_ks,
-        stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, SLOPE, HEAD_DIM, BLOCK_D, BLOCK_M,
-        BLOCK_N, HAS_LO, PRECISE,
+    b_out, b_sum, b_out_x, b_sum_x = power_sweep(
+        b_q, b_mean, b_inverse, p_k, p_v, lo, full_lo, full_hi, hi, seqlen_k, stride_ks, stride_vs,
+        power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, SLOPE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        HAS_LO, PRECISE,
     )  # fmt: skip
     if WHOLE:
-        m_empty = b_total == 0
-        b_total = tl.where(m_empty, 1.0, b_total)
-        b_out = b_out / b_total[:, None]
-        b_root = tl.exp2(tl.log2(b_total) / power)
+        m_empty = b_sum == 0
+        b_sum = tl.where(m_empty, 1.0, b_sum)
+        b_out = b_out / b_sum[:, None]
+        b_root = tl.exp2(tl.log2(b_sum) / power)
         tl.store(mean + i_row + o_m, b_mean, mask=m_m)
         tl.store(gamma + i_row + o_m, tl.where(m_empty, 0.0, b_inverse / b_root), mask=m_m)
         if SLOPE:
-            b_out_x = (b_out_x - b_total_x[:, None] * b_out) * (power * b_root / b_total)[:, None]
+            b_out_x = (b_out_x - b_sum_x[:, None] * b_out) * (power * b_root / b_sum)[:, None]
     else:
-        tl.store(total + i_row + o_m, b_total, mask=m_m)
+        tl.store(total + i_row + o_m, b_sum, mask=m_m)
         if SLOPE:
-            tl.store(total_x + i_row + o_m, b_total_x, mask=m_m)
+            tl.store(total_x + i_row + o_m, b_sum_x, mask=m_m)
     store_tile(out + i_out, b_out, start, seqlen_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
     if SLOPE:
         store_tile(out_x + i_out, b_out_x, start, seqlen_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -186,134 +135,85 @@ def _lssar_fwd_kernel(
 
 @triton.jit
 def _lssar_rows_kernel(
-    dout,
-    out,
-    slope,
-    gamma,
-    delta,
-    drift,
-    q_idx,
-    q_lo,
-    exempt_rows,
-    seqlen_q,
-    stride_gb,
-    stride_gs,
-    stride_gh,
-    stride_ob,
-    stride_os,
-    stride_oh,
-    stride_eb,
-    stride_es,
-    stride_eh,
-    SLOPE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    dout, out, slope, gamma, delta, drift,
+    q_idx, q_lo,
+    exempt_rows, seqlen_q,
+    stride_dout_b, stride_dout_s, stride_dout_h, stride_ob, stride_os, stride_oh,
+    stride_slope_b, stride_slope_s, stride_slope_h,
+    SLOPE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     i_h = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
     i_row = (i_b * tl.num_programs(1) + i_h) * seqlen_q
-    p_dout = dout + i_b * stride_gb + i_h * stride_gh
+    p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
     p_out = out + i_b * stride_ob + i_h * stride_oh
-    p_slope = slope + i_b * stride_eb + i_h * stride_eh
+    p_slope = slope + i_b * stride_slope_b + i_h * stride_slope_h
     start = tl.program_id(0) * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
-    b_dout = load_tile(p_dout, start, seqlen_q, stride_gs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    b_dout = load_tile(p_dout, start, seqlen_q, stride_dout_s, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     b_out = load_tile(p_out, start, seqlen_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     b_dout = b_dout.to(tl.float32)
     tl.store(delta + i_row + o_m, tl.sum(b_dout * b_out.to(tl.float32), 1), mask=m_m)
     if SLOPE:
-        b_e = load_tile(p_slope, start, seqlen_q, stride_es, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+        b_slope = load_tile(
+            p_slope, start, seqlen_q, stride_slope_s, BLOCK_M, HEAD_DIM, BLOCK_D, False
+        )
         b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=0)
         b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0)
         b_gamma = tl.load(gamma + i_row + o_m, mask=m_m, other=0.0)
-        b_h = tl.sum(b_dout * b_e.to(tl.float32), 1) * b_gamma
+        b_h = tl.sum(b_dout * b_slope.to(tl.float32), 1) * b_gamma
         b_drift = b_h * _share(b_q_idx, b_q_lo, exempt_rows)
         tl.store(drift + i_row + o_m, b_drift, mask=m_m)
 
 
 @triton.jit
 def _lssar_bwd_dq_kernel(
-    q,
-    k,
-    v,
-    dout,
-    mean,
-    gamma,
-    delta,
-    drift,
-    dq,
-    q_idx,
-    q_lo,
-    k_idx,
-    ranges,
-    power,
-    seqlen_q,
-    seqlen_k,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_gb,
-    stride_gs,
-    stride_gh,
-    stride_db,
-    stride_ds,
-    stride_dh,
-    TIMES: tl.constexpr,
-    SHARP: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
+    q, k, v, dout, mean, gamma, delta, drift, dq,
+    q_idx, q_lo, k_idx, ranges,
+    power, seqlen_q, seqlen_k,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_dout_b, stride_dout_s, stride_dout_h,
+    stride_db, stride_ds, stride_dh,
+    TIMES: tl.constexpr, SHARP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
     PRECISE: tl.constexpr,
-):
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_h = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    i_row = (i_b * tl.num_programs(1) + i_h) * seqlen_q
-    p_k = k + i_b * stride_kb + (i_h // GROUP) * stride_kh
-    p_v = v + i_b * stride_vb + (i_h // GROUP) * stride_vh
-    p_q = q + i_b * stride_qb + i_h * stride_qh
-    p_dout = dout + i_b * stride_gb + i_h * stride_gh
+):  # fmt: skip
+    i_m, i_h, i_b, i_row = query_program(seqlen_q)
+    p_q, p_k, p_v = head_pointers(
+        q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
+        stride_vb, stride_vh,
+    )  # fmt: skip
+    p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
     p_dq = dq + i_b * stride_db + i_h * stride_dh
-    first, full_lo, full_hi, stop = ranges_of(ranges, i_m)
+    lo, full_lo, full_hi, hi = load_range(ranges, i_m)
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    b_dout = load_tile(p_dout, start, seqlen_q, stride_gs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    b_dout = load_tile(p_dout, start, seqlen_q, stride_dout_s, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     b_mean = tl.load(mean + i_row + o_m, mask=m_m, other=0.0)
     b_gamma = tl.load(gamma + i_row + o_m, mask=m_m, other=0.0)
     b_delta = tl.load(delta + i_row + o_m, mask=m_m, other=0.0)
     b_drift = tl.load(drift + i_row + o_m, mask=m_m, other=0.0)
-    b_q_idx = tl.load(q_idx + o_m, mask=m_m, other=-2147483648)
-    b_q_lo = tl.load(q_lo + o_m, mask=m_m, other=0) if HAS_LO else b_q_idx
+    b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
     # Without gamma, a flat row's, there is no drift either.
     b_scale = b_gamma * power
     b_drift = b_drift / tl.where(b_scale > 0, b_scale, 1.0)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in range(0, full_hi - full_lo):
         b_dq = dq_step(
-            b_q, b_dout, b_dq, b_mean, b_gamma, b_delta, b_drift, p_k, p_v, full_lo + i,
-            seqlen_k, stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, HEAD_DIM,
-            BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
+            b_q, b_dout, b_dq, b_mean, b_gamma, b_delta, b_drift, p_k, p_v, full_lo + i, seqlen_k,
+            stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, HEAD_DIM, BLOCK_D,
+            BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
         )  # fmt: skip
-    for i in range(0, (full_lo - first) + (stop - full_hi)):
-        i_n = nth_masked(i, first, full_lo, full_hi)
+    for i in range(0, (full_lo - lo) + (hi - full_hi)):
+        i_n = nth_masked(i, lo, full_lo, full_hi)
         b_dq = dq_step(
-            b_q, b_dout, b_dq, b_mean, b_gamma, b_delta, b_drift, p_k, p_v, i_n,
-            seqlen_k, stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, HEAD_DIM,
-            BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, True,
+            b_q, b_dout, b_dq, b_mean, b_gamma, b_delta, b_drift, p_k, p_v, i_n, seqlen_k,
+            stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, HEAD_DIM, BLOCK_D,
+            BLOCK_M, BLOCK_N, HAS_LO, PRECISE, True,
         )  # fmt: skip
     b_dq = b_dq * b_scale[:, None]
     store_tile(p_dq, b_dq, start, seqlen_q, stride_ds, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -321,56 +221,20 @@ def _lssar_bwd_dq_kernel(
 
 @triton.jit
 def _lssar_bwd_dkv_kernel(
-    q,
-    k,
-    v,
-    dout,
-    mean,
-    gamma,
-    delta,
-    drift,
-    dk,
-    dv,
-    q_idx,
-    q_lo,
-    k_idx,
-    ranges,
-    power,
-    seqlen_q,
-    seqlen_k,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_gb,
-    stride_gs,
-    stride_gh,
-    stride_db,
-    stride_ds,
-    stride_dh,
-    TIMES: tl.constexpr,
-    SHARP: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    PRECISE: tl.constexpr,
-    EVEN_M: tl.constexpr,
-):
+    q, k, v, dout, mean, gamma, delta, drift, dk, dv,
+    q_idx, q_lo, k_idx, ranges,
+    power, seqlen_q, seqlen_k,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_dout_b, stride_dout_s, stride_dout_h,
+    stride_db, stride_ds, stride_dh,
+    TIMES: tl.constexpr, SHARP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+    PRECISE: tl.constexpr, EVEN_M: tl.constexpr,
+):  # fmt: skip
     """All query heads of a key head in one program; dk and dv are laid out alike."""
     i_n = tl.program_id(0)
-    i_hk = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    p_k = k + i_b * stride_kb + i_hk * stride_kh
-    p_v = v + i_b * stride_vb + i_hk * stride_vh
-    first, full_lo, full_hi, stop = ranges_of(ranges, i_n)
+    i_hk, i_b, p_k, p_v = key_program(k, v, stride_kb, stride_kh, stride_vb, stride_vh)
+    lo, full_lo, full_hi, hi = load_range(ranges, i_n)
 
     start = i_n * BLOCK_N
     o_n = start + tl.arange(0, BLOCK_N)
@@ -383,21 +247,20 @@ def _lssar_bwd_dkv_kernel(
         i_h = i_hk * GROUP + i_g
         i_row = (i_b * (tl.num_programs(1) * GROUP) + i_h) * seqlen_q
         p_q = q + i_b * stride_qb + i_h * stride_qh
-        p_dout = dout + i_b * stride_gb + i_h * stride_gh
+        p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
         for i in range(0, full_hi - full_lo):
             b_dk, b_dv = dkv_step(
                 b_k, b_v, b_dk, b_dv, p_q, p_dout, mean + i_row, gamma + i_row, delta + i_row,
-                drift + i_row, full_lo + i, seqlen_q, stride_qs, stride_gs, power, q_idx, q_lo,
-                b_k_idx, TIMES, SHARP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE,
-                EVEN_M, False,
+                drift + i_row, full_lo + i, seqlen_q, stride_qs, stride_dout_s, power, q_idx, q_lo,
+                b_k_idx, TIMES, SHARP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, EVEN_M,
+                False,
             )  # fmt: skip
-        for i in range(0, (full_lo - first) + (stop - full_hi)):
-            i_m = nth_masked(i, first, full_lo, full_hi)
+        for i in range(0, (full_lo - lo) + (hi - full_hi)):
+            i_m = nth_masked(i, lo, full_lo, full_hi)
             b_dk, b_dv = dkv_step(
                 b_k, b_v, b_dk, b_dv, p_q, p_dout, mean + i_row, gamma + i_row, delta + i_row,
-                drift + i_row, i_m, seqlen_q, stride_qs, stride_gs, power, q_idx, q_lo,
-                b_k_idx, TIMES, SHARP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE,
-                EVEN_M, True,
+                drift + i_row, i_m, seqlen_q, stride_qs, stride_dout_s, power, q_idx, q_lo, b_k_idx,
+                TIMES, SHARP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, EVEN_M, True,
             )  # fmt: skip
     i_own = i_b * stride_db + i_hk * stride_dh
     store_tile(dk + i_own, b_dk, start, seqlen_k, stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)

@@ -43,9 +43,9 @@ from lcdist_kernels.triton_common import (
     Launch,
     check_kernel,
     choose_launch,
-    launching,
+    last_dim_contiguous,
+    launch_context,
     padded,
-    rows,
 )
 
 ROWS_BLOCK = 32
@@ -61,42 +61,26 @@ def lssar_sums(
     """
     check_qkv(q, k, k)
     check_kernel(q)
-    q, k = rows(q), rows(k)
+    q, k = last_dim_contiguous(q), last_dim_contiguous(k)
     batch, seqlen, nheads, _ = q.shape
     total, top = (_row(q) for _ in range(2))
     if not q.numel() or not k.numel():
         return total.zero_(), top.zero_()
     launch = launch or choose_launch(SUMS, q)
     indices, ranges = _by_queries(band, launch, q)
-    with launching(q):
+    with launch_context(q):
         _lssar_sums_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
-            q,
-            k,
-            total,
-            top,
-            *indices,
-            ranges,
-            seqlen,
-            k.shape[1],
-            *q.stride()[:3],
-            *k.stride()[:3],
-            **_sizes(q, k, band),
-            **launch.options(),
-        )
+            q, k, total, top, *indices, ranges, seqlen, k.shape[1], *q.stride()[:3],
+            *k.stride()[:3], **_sizes(q, k, band), **launch.options(),
+        )  # fmt: skip
     return total, top
 
 
 def lssar_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    band: Band,
-    threshold: Threshold,
-    reweight: Reweight | None,
-    slope: bool,
-    *,
+    q: Tensor, k: Tensor, v: Tensor, band: Band, threshold: Threshold, reweight: Reweight | None,
+    slope: bool, *,
     launch: Launch | None = None,
-) -> Sums:
+) -> Sums:  # fmt: skip
     """The sums over the visible keys of a block, fp32.
 
     As the tiled `lssar_fwd`; the rest, and what it raises, as in `lssar_sums`.
@@ -116,15 +100,9 @@ def lssar_fwd(
 
 
 def lssar_whole(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    band: Band,
-    reweight: Reweight | None,
-    slope: bool = False,
-    *,
+    q: Tensor, k: Tensor, v: Tensor, band: Band, reweight: Reweight | None, slope: bool = False, *,
     launch: Launch | None = None,
-) -> Finished:
+) -> Finished:  # fmt: skip
     """Rows over a block that holds all keys they see, in one launch; out and slope in v.dtype.
 
     As `op.lssar_whole`; the rest, and what it raises, as in `lssar_sums`.
@@ -143,109 +121,68 @@ def lssar_whole(
 
 
 def _fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    band: Band,
-    reweight: Reweight | None,
-    written: tuple[Tensor, ...],
-    slope: bool,
-    whole: bool,
-    launch: Launch | None,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, band: Band, reweight: Reweight | None,
+    written: tuple[Tensor, ...], slope: bool, whole: bool, launch: Launch | None,
+) -> None:  # fmt: skip
     """written: mean, inverse, gamma, out, total, out_x, total_x; some are read, some unused."""
     check_qkv(q, k, v)
     check_kernel(q)
-    q, k, v = rows(q), rows(k), rows(v)
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     batch, seqlen, nheads, _ = q.shape
     launch = launch or choose_launch(FWD, q, FWD_HOPPER)
     indices, ranges = _by_queries(band, launch, q)
-    with launching(q):
+    with launch_context(q):
         _lssar_fwd_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
-            q,
-            k,
-            v,
-            *written,
-            *indices,
-            ranges,
-            exponent(reweight),
-            0 if reweight is None else reweight.exempt_rows,
-            seqlen,
-            k.shape[1],
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *written[3].stride()[:3],
-            **_power(reweight),
-            SLOPE=slope,
-            WHOLE=whole,
-            **_sizes(q, k, band),
-            **launch.options(),
-        )
+            q, k, v, *written, *indices, ranges, exponent(reweight),
+            0 if reweight is None else reweight.exempt_rows, seqlen, k.shape[1], *q.stride()[:3],
+            *k.stride()[:3], *v.stride()[:3], *written[3].stride()[:3], **_power(reweight),
+            SLOPE=slope, WHOLE=whole, **_sizes(q, k, band), **launch.options(),
+        )  # fmt: skip
 
 
 def lssar_rows(
-    dout: Tensor,
-    out: Tensor,
-    slope: Tensor | None,
-    mean: Tensor,
-    gamma: Tensor,
-    band: Band,
+    dout: Tensor, out: Tensor, slope: Tensor | None, mean: Tensor, gamma: Tensor, band: Band,
     reweight: Reweight | None,
-) -> Saved:
+) -> Saved:  # fmt: skip
     """What `lssar_bwd` needs of every row; slope: e / gamma, None for LSSA. Of `band`, the queries.
 
     As `op.lssar_rows`.
     """
     check_kernel(out)
     batch, seqlen, nheads, head_dim = out.shape
-    dout, out = rows(dout), rows(out)
+    dout, out = last_dim_contiguous(dout), last_dim_contiguous(out)
     delta, drift = torch.empty_like(gamma), torch.zeros_like(gamma)
-    e = out if slope is None else rows(slope)
+    e = out if slope is None else last_dim_contiguous(slope)
     numbers, place = band_of(*band), place_of(out)
     if not out.numel():
         return Saved(mean, gamma, delta, drift)
-    with launching(out):
+    with launch_context(out):
         _lssar_rows_kernel[(triton.cdiv(seqlen, ROWS_BLOCK), nheads, batch)](
-            dout,
-            out,
-            e,
-            gamma,
-            delta,
-            drift,
-            on_device(numbers.q_idx, place),
-            on_device(numbers.q_lo, place),
-            0 if reweight is None else reweight.exempt_rows,
-            seqlen,
-            *dout.stride()[:3],
-            *out.stride()[:3],
-            *e.stride()[:3],
-            SLOPE=slope is not None,
-            HEAD_DIM=head_dim,
-            BLOCK_D=padded(head_dim),
-            BLOCK_M=ROWS_BLOCK,
-        )
+            dout, out, e, gamma, delta, drift, on_device(numbers.q_idx, place),
+            on_device(numbers.q_lo, place), 0 if reweight is None else reweight.exempt_rows, seqlen,
+            *dout.stride()[:3], *out.stride()[:3], *e.stride()[:3], SLOPE=slope is not None,
+            HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=ROWS_BLOCK,
+        )  # fmt: skip
     return Saved(mean, gamma, delta, drift)
 
 
 def lssar_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    band: Band,
-    row: Saved,
-    reweight: Reweight | None,
-    *,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Band, row: Saved,
+    reweight: Reweight | None, *,
     launches: tuple[Launch, Launch] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The share of the gradients of q, k and v that passes through this block of keys, fp32.
 
     As the tiled `lssar_bwd`. launches: tiles for dq and for dk, dv. Raises as `lssar_sums`.
     """
     check_qkv(q, k, v)
     check_kernel(q)
-    q, k, v, dout = rows(q), rows(k), rows(v), rows(dout.to(q.dtype))
+    q, k, v, dout = (
+        last_dim_contiguous(q),
+        last_dim_contiguous(k),
+        last_dim_contiguous(v),
+        last_dim_contiguous(dout.to(q.dtype)),
+    )
     batch, seqlen, nheads, _ = q.shape
     dq, dk, dv = (_out(x, torch.float32) for x in (q, k, v))
     if not q.numel() or not k.numel():
@@ -257,43 +194,17 @@ def lssar_bwd(
     own_rows = [x.contiguous() for x in row]
     inputs = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]]
     words = _power(reweight) | _sizes(q, k, band)
-    with launching(q):
+    with launch_context(q):
         _lssar_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
-            q,
-            k,
-            v,
-            dout,
-            *own_rows,
-            dq,
-            *indices,
-            ranges,
-            exponent(reweight),
-            seqlen,
-            k.shape[1],
-            *inputs,
-            *dq.stride()[:3],
-            **words,
-            **for_dq.options(),
-        )
+            q, k, v, dout, *own_rows, dq, *indices, ranges, exponent(reweight), seqlen, k.shape[1],
+            *inputs, *dq.stride()[:3], **words, **for_dq.options(),
+        )  # fmt: skip
         _lssar_bwd_dkv_kernel[(triton.cdiv(k.shape[1], for_dkv.block_n), k.shape[2], batch)](
-            q,
-            k,
-            v,
-            dout,
-            *own_rows,
-            dk,
-            dv,
-            *indices,
-            query_ranges(numbers, for_dkv.block_m, for_dkv.block_n, place),
-            exponent(reweight),
-            seqlen,
-            k.shape[1],
-            *inputs,
-            *dk.stride()[:3],
-            **words,
-            EVEN_M=seqlen % for_dkv.block_m == 0,
-            **for_dkv.options(),
-        )
+            q, k, v, dout, *own_rows, dk, dv, *indices,
+            query_ranges(numbers, for_dkv.block_m, for_dkv.block_n, place), exponent(reweight),
+            seqlen, k.shape[1], *inputs, *dk.stride()[:3], **words,
+            EVEN_M=seqlen % for_dkv.block_m == 0, **for_dkv.options(),
+        )  # fmt: skip
     return dq, dk, dv
 
 

@@ -20,17 +20,11 @@ IMPLS = ("auto", "triton", "torch", "reference")
 
 
 def lssar_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    reweight: Reweight | None = SHARPENED,
-    rotary: Rotary | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    softmax_scale: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *,
+    reweight: Reweight | None = SHARPENED, rotary: Rotary | None = None,
+    positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
     impl: one of `IMPLS`. The rest, and what raises ValueError, as in `lssar_reference`; also an
@@ -40,15 +34,9 @@ def lssar_attention(
     check_impl(impl, "lssar", IMPLS)
     if impl == "reference":
         return lssar_reference(
-            q,
-            k,
-            v,
-            reweight=reweight,
-            rotary=rotary,
-            positions=positions,
-            cu_seqlens=cu_seqlens,
+            q, k, v, reweight=reweight, rotary=rotary, positions=positions, cu_seqlens=cu_seqlens,
             softmax_scale=softmax_scale,
-        )
+        )  # fmt: skip
     check_self(q, k, v)
     operator = select_lssar_impl(impl, q, "lssar attention", reweight)
     index = torch.arange(q.shape[1])
@@ -61,15 +49,9 @@ def lssar_attention(
 
 
 def lssar_cached(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    *,
-    reweight: Reweight | None,
-    rotary: Rotary | None = None,
-    softmax_scale: float | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *,
+    reweight: Reweight | None, rotary: Rotary | None = None, softmax_scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """New tokens q `[b, n, h, d]` at `positions` `[n]` over k, v of positions 0, 1, ...; like q."""
     band = Band(positions, torch.zeros_like(positions), torch.arange(k.shape[1]))
     queries, keys = directions(q, rotary, positions), directions(k, rotary, band.k_idx)

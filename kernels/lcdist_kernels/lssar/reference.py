@@ -33,16 +33,11 @@ SHARPENED = Reweight()
 
 
 def lssar_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    reweight: Reweight | None = SHARPENED,
-    rotary: Rotary | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *,
+    reweight: Reweight | None = SHARPENED, rotary: Rotary | None = None,
+    positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
     reweight: None is LSSA. positions: integers `[s]` or `[b, s]`, used by rotary alone; default:

@@ -65,14 +65,9 @@ def lssar_sums(q: Tensor, k: Tensor, band: Band) -> tuple[Tensor, Tensor]:
 
 
 def lssar_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    band: Band,
-    threshold: Threshold,
-    reweight: Reweight | None,
+    q: Tensor, k: Tensor, v: Tensor, band: Band, threshold: Threshold, reweight: Reweight | None,
     slope: bool,
-) -> Sums:
+) -> Sums:  # fmt: skip
     """The sums over the visible keys of a block; slope: with A' and W', which LSSA does not need.
 
     q, k as in `lssar_sums`; v like k, of any dtype; threshold: of the rows over all their keys.
@@ -113,14 +108,9 @@ class Saved(NamedTuple):
 
 
 def lssar_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    band: Band,
-    row: Saved,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Band, row: Saved,
     reweight: Reweight | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The share of the gradients of q, k and v that passes through this block of keys.
 
     dout like q; q, k, v, band as in `lssar_fwd`. Result in the dtype of q.

@@ -48,17 +48,10 @@ class BandedFunction(torch.autograd.Function):
 
 
 def scca_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    rules: Sequence[Rule],
-    rotary: Rotary | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    softmax_scale: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *,
+    rules: Sequence[Rule], rotary: Rotary | None = None, positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, softmax_scale: float | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
     impl: one of `IMPLS`. The rest, and what raises ValueError, as in `scca_reference`; also an
@@ -67,15 +60,9 @@ def scca_attention(
     check_impl(impl, "scca", IMPLS)
     if impl == "reference":
         return scca_reference(
-            q,
-            k,
-            v,
-            rules=rules,
-            rotary=rotary,
-            positions=positions,
-            cu_seqlens=cu_seqlens,
+            q, k, v, rules=rules, rotary=rotary, positions=positions, cu_seqlens=cu_seqlens,
             softmax_scale=softmax_scale,
-        )
+        )  # fmt: skip
     check_self(q, k, v)
     check_rules(rules, q.shape[2])
     implementation = select_impl(impl, q, "scca attention")
@@ -92,15 +79,9 @@ def scca_attention(
 
 @torch.no_grad()
 def scca_cached(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    *,
-    rules: Sequence[Rule],
-    rotary: Rotary | None = None,
-    softmax_scale: float | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *,
+    rules: Sequence[Rule], rotary: Rotary | None = None, softmax_scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """New tokens q `[b, n, h, d]` at `positions` `[n]` over k, v of positions 0, 1, ...; like q.
 
     Only the keys that a rule shows are read. No gradients.
@@ -122,14 +103,9 @@ def scca_cached(
                 if rotary is not None:
                     keys_ = rotary.rotate(keys_, index[keys])
                 done, _ = full_fwd(
-                    queries[:, rows, group.kv, members].flatten(2, 3),
-                    keys_,
-                    v[:, keys, group.kv],
-                    last[rows],
-                    first[rows],
-                    index[keys],
-                    scale,
-                )
+                    queries[:, rows, group.kv, members].flatten(2, 3), keys_, v[:, keys, group.kv],
+                    last[rows], first[rows], index[keys], scale,
+                )  # fmt: skip
                 heads = out[:, :, group.kv, members]
                 heads[:, rows] = done.to(q.dtype).view(heads[:, rows].shape)
     return out.flatten(2, 3)

@@ -18,16 +18,10 @@ from lcdist_kernels.scca.rules import KINDS, Rule, dense_mask
 
 
 def scca_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    rules: Sequence[Rule],
-    rotary: Rotary | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    softmax_scale: float | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *,
+    rules: Sequence[Rule], rotary: Rotary | None = None, positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, softmax_scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
     rules: one a query head; chunks, shifts and residues count from the start of a document.

@@ -181,16 +181,10 @@ def _key_parts(rule: Rule, heads: tuple[slice, slice, slice], starts: Tensor) ->
 
 
 def banded_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    parts: Sequence[Part],
-    softmax_scale: float,
-    before: Partial | None = None,
-    *,
-    impl: AttentionImpl = TORCH_IMPL,
-    out_dtype: torch.dtype | None = None,
-) -> Partial:
+    q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], softmax_scale: float,
+    before: Partial | None = None, *,
+    impl: AttentionImpl = TORCH_IMPL, out_dtype: torch.dtype | None = None,
+) -> Partial:  # fmt: skip
     """The partial (out like q, lse `[b, h_kv, h / h_kv, s_q]`) of q over the parts' keys.
 
     q `[b, s_q, h_kv, h / h_kv, d]`, rotated; no query and head may be in two of `parts`. before: a
@@ -220,18 +214,10 @@ def banded_fwd(
 
 
 def banded_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    row: Partial,
-    parts: Sequence[Part],
-    dq: Tensor,
-    softmax_scale: float,
-    *,
-    impl: AttentionImpl = TORCH_IMPL,
-    fresh: bool = False,
-) -> tuple[Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, row: Partial, parts: Sequence[Part], dq: Tensor,
+    softmax_scale: float, *,
+    impl: AttentionImpl = TORCH_IMPL, fresh: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The share of (dk, dv) that passes through the parts; that of dq is added to `dq`.
 
     dout, q, dq: as q in `banded_fwd`; row: (out, lse) over all keys that the queries see. fresh: dq
@@ -246,16 +232,9 @@ def banded_bwd(
         there = {"dq": part.queries(dq)} if direct else {}
         own = (slice(None), part.keys, part.held)
         shares = impl.bwd(
-            part.queries(dout),
-            part.queries(q),
-            k[own],
-            v[own],
-            part.queries(out),
-            part.row_numbers(lse),
-            *part.band,
-            softmax_scale,
-            **there,
-        )
+            part.queries(dout), part.queries(q), k[own], v[own], part.queries(out),
+            part.row_numbers(lse), *part.band, softmax_scale, **there,
+        )  # fmt: skip
         if not direct:
             heads = dq[:, part.rows, part.kv, part.members]
             heads.add_(shares[0].view(heads.shape))

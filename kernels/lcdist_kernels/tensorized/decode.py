@@ -80,16 +80,9 @@ class _Step:
     """New tokens start..stop, and the layer's caches."""
 
     def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor,
-        turning: ModeRotary,
-        state: dict[str, Any],
-        start: int,
-        stop: int,
-    ) -> None:
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, turning: ModeRotary,
+        state: dict[str, Any], start: int, stop: int,
+    ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.bias = q, k[:, :stop], v[:, :stop], bias
         self.turning, self.grid, self.state = turning, turning.grid, state
         self.start, self.stop = start, stop

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lcdist_kernels.common import announce
+from lcdist_kernels.common import log_choice
 from lcdist_kernels.tensorized import launch, tiled
 from lcdist_kernels.tensorized.tiled import Grads, Partial
-from lcdist_kernels.triton_common import check_kernel, obstacle
+from lcdist_kernels.triton_common import check_kernel, unsupported_reason
 
 
 class TensorizedImpl(NamedTuple):
@@ -27,23 +27,13 @@ class TensorizedImpl(NamedTuple):
 
 
 TORCH_IMPL = TensorizedImpl(
-    tiled.mode_fwd,
-    tiled.mode_bwd,
-    tiled.branch_fwd,
-    tiled.branch_bwd,
-    tiled.hop_fwd,
-    tiled.hop_bwd,
-    tiled.row_delta,
-)
+    tiled.mode_fwd, tiled.mode_bwd, tiled.branch_fwd, tiled.branch_bwd, tiled.hop_fwd,
+    tiled.hop_bwd, tiled.row_delta,
+)  # fmt: skip
 TRITON_IMPL = TensorizedImpl(
-    launch.mode_fwd,
-    launch.mode_bwd,
-    launch.branch_fwd,
-    launch.branch_bwd,
-    launch.hop_fwd,
-    launch.hop_bwd,
-    launch.row_delta,
-)
+    launch.mode_fwd, launch.mode_bwd, launch.branch_fwd, launch.branch_bwd, launch.hop_fwd,
+    launch.hop_bwd, launch.row_delta,
+)  # fmt: skip
 
 
 def select_tensorized_impl(impl: str, x: Tensor, what: str) -> TensorizedImpl:
@@ -58,9 +48,13 @@ def select_tensorized_impl(impl: str, x: Tensor, what: str) -> TensorizedImpl:
     if impl == "torch":
         return TORCH_IMPL
     # Interpreted kernels are for tests: many times slower than torch.
-    reason = obstacle(x) if x.is_cuda else f"kernels run on CUDA, the tensors are on {x.device}"
+    reason = (
+        unsupported_reason(x)
+        if x.is_cuda
+        else f"kernels run on CUDA, the tensors are on {x.device}"
+    )
     if reason is None:
-        announce(f"{what}: Triton kernels, as the tensors are {x.dtype} on CUDA")
+        log_choice(f"{what}: Triton kernels, as the tensors are {x.dtype} on CUDA")
         return TRITON_IMPL
-    announce(f"{what}: tiled torch, as {reason}")
+    log_choice(f"{what}: tiled torch, as {reason}")
     return TORCH_IMPL

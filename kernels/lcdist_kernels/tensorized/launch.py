@@ -42,9 +42,9 @@ from lcdist_kernels.triton_common import (
     LaunchTable,
     check_kernel,
     choose_launch,
-    launching,
+    last_dim_contiguous,
+    launch_context,
     padded,
-    rows,
 )
 
 ROW_DOT_BLOCK = 32
@@ -154,14 +154,9 @@ def mode_fwd(
 
 
 def mode_bwd(
-    dout: Tensor,
-    qku: Sequence[Tensor],
-    rows_: tuple[Tensor, Tensor],
-    branch: Branch,
-    hopped: Sequence[Tensor] | None,
-    mode: int,
-    turning: ModeRotary,
-) -> Grads:
+    dout: Tensor, qku: Sequence[Tensor], rows_: tuple[Tensor, Tensor], branch: Branch,
+    hopped: Sequence[Tensor] | None, mode: int, turning: ModeRotary,
+) -> Grads:  # fmt: skip
     """As the tiled `mode_bwd`."""
     q, k, _ = qku
     grid, scale = turning.grid, turning.softmax_scale
@@ -225,23 +220,16 @@ def hop_bwd(
 
 def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     """dout . out of every row: `[b, s, h, d]` -> `[b, h, s]` in fp32."""
-    dout, out = rows(dout), rows(out)
+    dout, out = last_dim_contiguous(dout), last_dim_contiguous(out)
     batch, seqlen, nheads, head_dim = out.shape
     total = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=out.device)
     if not out.numel():
         return total.zero_()
-    with launching(out):
+    with launch_context(out):
         _row_dot_kernel[(triton.cdiv(seqlen, ROW_DOT_BLOCK), nheads, batch)](
-            dout,
-            out,
-            total,
-            seqlen,
-            *dout.stride()[:3],
-            *out.stride()[:3],
-            HEAD_DIM=head_dim,
-            BLOCK_D=padded(head_dim),
-            BLOCK_S=ROW_DOT_BLOCK,
-        )
+            dout, out, total, seqlen, *dout.stride()[:3], *out.stride()[:3], HEAD_DIM=head_dim,
+            BLOCK_D=padded(head_dim), BLOCK_S=ROW_DOT_BLOCK,
+        )  # fmt: skip
     return total
 
 
@@ -279,7 +267,7 @@ def _fwd(
 
     merged: the partial of finer branches, whose memory an fp32 one takes over, and the bias `[h]`.
     """
-    q, k, u = (rows(x) for x in qku)
+    q, k, u = (last_dim_contiguous(x) for x in qku)
     check_kernel(q)
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale
@@ -296,33 +284,16 @@ def _fwd(
     launched, place = _launch(FWD, q, sweep), place_of(q)
     before, bias = merged or (None, None)
     outs = [*(done or (q, q)), *((q, q) if hopped is None else (hopped, lam))]
-    with launching(q):
+    with launch_context(q):
         _tensorized_fwd_kernel[(sweep.sizes(launched, 0)[0] * nheads * batch,)](
-            q,
-            k,
-            u,
-            *(before or (q, q)),
-            *outs,
-            q if bias is None else bias.contiguous(),
-            *sweep.tables(launched, place, q, of_keys=False),
-            softmax_scale * LOG2E.value,
-            sweep.size_q,
-            sweep.size_k,
-            sweep.stride,
-            sweep.outers,
-            nheads,
-            seqlen,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *u.stride()[:3],
-            *(before.out if before else q).stride()[:3],
-            *outs[0].stride()[:3],
-            *outs[2].stride()[:3],
-            **_sizes(q, k, u, sweep),
-            MERGE=merged is not None,
-            BEFORE=bool(len(sweep.before) and sweep.before.any()),
+            q, k, u, *(before or (q, q)), *outs, q if bias is None else bias.contiguous(),
+            *sweep.tables(launched, place, q, of_keys=False), softmax_scale * LOG2E.value,
+            sweep.size_q, sweep.size_k, sweep.stride, sweep.outers, nheads, seqlen, *q.stride()[:3],
+            *k.stride()[:3], *u.stride()[:3], *(before.out if before else q).stride()[:3],
+            *outs[0].stride()[:3], *outs[2].stride()[:3], **_sizes(q, k, u, sweep),
+            MERGE=merged is not None, BEFORE=bool(len(sweep.before) and sweep.before.any()),
             **launched.options(),
-        )
+        )  # fmt: skip
     return done, hopped, lam
 
 
@@ -339,7 +310,7 @@ def _bwd(
     hop: Sequence[Tensor] | None,
 ) -> Grads:
     """The gradients of a sweep in fp32. branch: dout, lse less bias, delta; hop: dU, U, lambda."""
-    q, k, u = (rows(x) for x in qku)
+    q, k, u = (last_dim_contiguous(x) for x in qku)
     check_kernel(q)
     batch, seqlen, nheads, _ = q.shape
     dq, dk, du = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, u))
@@ -348,10 +319,10 @@ def _bwd(
         return Grads(dq, dk, du, dlogits)
     dout, lse, delta, g, lam, gamma = [q] * 6
     if branch is not None:
-        dout = rows(branch[0].to(q.dtype))
+        dout = last_dim_contiguous(branch[0].to(q.dtype))
         lse, delta = (x.float().contiguous() for x in branch[1:])
     if hop is not None:
-        g, lam = rows(hop[0].to(q.dtype)), hop[2].contiguous()
+        g, lam = last_dim_contiguous(hop[0].to(q.dtype)), hop[2].contiguous()
         gamma = row_delta(g, hop[1])
     place, sizes = place_of(q), _sizes(q, k, u, sweep)
     numbers = [
@@ -363,37 +334,18 @@ def _bwd(
     ]
     inputs = [stride for x in (q, k, u, dout, g) for stride in x.stride()[:3]]
     given = [q, k, u, dout, g, lse, delta, lam, gamma]
-    with launching(q):
+    with launch_context(q):
         launched = _launch(BWD_DQ, q, sweep)
         _tensorized_bwd_dq_kernel[(sweep.sizes(launched, 0)[0] * nheads * batch,)](
-            *given,
-            dq,
-            dlogits,
-            *sweep.tables(launched, place, q, of_keys=False),
-            *numbers,
-            nheads,
-            seqlen,
-            *inputs,
-            *dq.stride()[:3],
-            **sizes,
-            BEFORE=bool(len(sweep.before) and sweep.before.any()),
-            **launched.options(),
-        )
+            *given, dq, dlogits, *sweep.tables(launched, place, q, of_keys=False), *numbers, nheads,
+            seqlen, *inputs, *dq.stride()[:3], **sizes,
+            BEFORE=bool(len(sweep.before) and sweep.before.any()), **launched.options(),
+        )  # fmt: skip
         launched = _launch(BWD_DKV, q, sweep)
         _tensorized_bwd_dkv_kernel[(sweep.sizes(launched, 1)[0] * k.shape[2] * batch,)](
-            *given,
-            dk,
-            du,
-            *sweep.tables(launched, place, q, of_keys=True),
-            *numbers,
-            k.shape[2],
-            seqlen,
-            *inputs,
-            *dk.stride()[:3],
-            *du.stride()[:3],
-            **sizes,
+            *given, dk, du, *sweep.tables(launched, place, q, of_keys=True), *numbers, k.shape[2],
+            seqlen, *inputs, *dk.stride()[:3], *du.stride()[:3], **sizes,
             EVEN_M=sweep.size_q % launched.block_m == 0,
-            AFTER=bool(len(sweep.after) and sweep.after.any()),
-            **launched.options(),
-        )
+            AFTER=bool(len(sweep.after) and sweep.after.any()), **launched.options(),
+        )  # fmt: skip
     return Grads(dq, dk, du, dlogits)

@@ -22,18 +22,11 @@ IMPLS = ("auto", "triton", "torch", "reference")
 
 
 def tensorized_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    grid: ModeGrid,
-    branch_bias: Tensor | None = None,
-    rotary: Rotary | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    softmax_scale: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *,
+    grid: ModeGrid, branch_bias: Tensor | None = None, rotary: Rotary | None = None,
+    positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
     """As `tensorized_reference`; impl: one of `IMPLS`.
 
     Any length is legal; a document must start at a multiple of the product of modes, except with
@@ -43,30 +36,17 @@ def tensorized_attention(
     check_impl(impl, "tensorized", IMPLS)
     if impl == "reference":
         return tensorized_reference(
-            q,
-            k,
-            v,
-            grid=grid,
-            branch_bias=branch_bias,
-            rotary=rotary,
-            positions=positions,
-            cu_seqlens=cu_seqlens,
-            softmax_scale=softmax_scale,
-        )
+            q, k, v, grid=grid, branch_bias=branch_bias, rotary=rotary, positions=positions,
+            cu_seqlens=cu_seqlens, softmax_scale=softmax_scale,
+        )  # fmt: skip
     check_self(q, k, v)
     bias = initial_bias(grid.modes, q.shape[2]) if branch_bias is None else branch_bias
     check_bias(bias, grid, q.shape[2])
     if not grid.modes:
         return full_attention(
-            q,
-            k,
-            v,
-            rotary=rotary,
-            positions=positions,
-            cu_seqlens=cu_seqlens,
-            softmax_scale=softmax_scale,
-            impl=impl,
-        )
+            q, k, v, rotary=rotary, positions=positions, cu_seqlens=cu_seqlens,
+            softmax_scale=softmax_scale, impl=impl,
+        )  # fmt: skip
     operator = select_tensorized_impl(impl, q, "tensorized attention")
     seqlen = q.shape[1]
     padding = -seqlen % grid.block
@@ -96,16 +76,9 @@ class TensorizedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q,
-        k,
-        v,
-        bias: Tensor,
-        turning: ModeRotary,
-        index: Tensor,
-        starts: Tensor,
+        ctx: Any, q, k, v, bias: Tensor, turning: ModeRotary, index: Tensor, starts: Tensor,
         operator: TensorizedImpl,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         values, lambdas, done = [v], [], None
         for mode, branch in enumerate(branches(index, starts, turning.grid)):
             qku = (turning.rotate(q, mode), turning.rotate(k, mode), values[-1])

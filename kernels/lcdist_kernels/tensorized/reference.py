@@ -24,17 +24,11 @@ from lcdist_kernels.tensorized.grid import ModeGrid, check_bias, initial_bias
 
 
 def tensorized_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    grid: ModeGrid,
-    branch_bias: Tensor | None = None,
-    rotary: Rotary | None = None,
-    positions: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *,
+    grid: ModeGrid, branch_bias: Tensor | None = None, rotary: Rotary | None = None,
+    positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
 
     branch_bias `[len(modes), h]`; default: log strides. positions: integers `[s]` or `[b, s]`, used

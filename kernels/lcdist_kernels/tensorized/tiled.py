@@ -336,14 +336,9 @@ def mode_fwd(
 
 
 def mode_bwd(
-    dout: Tensor,
-    qku: Sequence[Tensor],
-    rows: tuple[Tensor, Tensor],
-    branch: Branch,
-    hopped: Sequence[Tensor] | None,
-    mode: int,
-    turning: ModeRotary,
-) -> Grads:
+    dout: Tensor, qku: Sequence[Tensor], rows: tuple[Tensor, Tensor], branch: Branch,
+    hopped: Sequence[Tensor] | None, mode: int, turning: ModeRotary,
+) -> Grads:  # fmt: skip
     """The gradients of a mode's branch, and of its hop. hopped: dU_j, U_j and lambda_j, if any."""
     grads = branch_bwd(dout, qku, rows, branch, turning.softmax_scale)
     if hopped is not None:
