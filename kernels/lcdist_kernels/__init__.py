@@ -1,4 +1,4 @@
-"""The attention operators of lcdist as torch functions: usable alone, they never import lcdist."""
+"""Attention operators of lcdist as torch functions, usable without the rest of lcdist."""
 
 from lcdist_kernels.coca import coca_attention, coca_reference
 from lcdist_kernels.full import full_attention, full_reference

@@ -1,4 +1,4 @@
-"""What every operator asks of its inputs: shapes that agree, a legal `impl`, documents in order."""
+"""Checks shared by all operators: tensor shapes, `impl` names and document borders."""
 
 import logging
 from functools import cache
@@ -12,9 +12,9 @@ IMPLS = ("auto", "triton", "torch", "reference")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises ValueError unless q `[b, s_q, h, d]` and k, v `[b, s_k, h_kv, d]` fit each other.
+    """Raise ValueError unless q `[b, s_q, h, d]` and k, v `[b, s_k, h_kv, d]` fit each other.
 
-    h must be a multiple of h_kv; one floating dtype, one device.
+    h must be a multiple of h_kv. All three must have one floating dtype and one device.
     """
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
@@ -34,32 +34,42 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_self(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises ValueError unless `check_qkv` holds and the keys are of the queries' own tokens."""
+    """Raise ValueError unless `check_qkv` holds and q, k, v have the same number of tokens."""
     check_qkv(q, k, v)
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} tokens, k and v have {k.shape[1]}: must be the same")
 
 
 def check_impl(impl: str, method: str, built: tuple[str, ...]) -> None:
-    """Raises ValueError unless `impl` is among those `built` for `method`."""
+    """Raise ValueError unless `impl` is one of `built`, the implementations of `method`."""
     if impl not in built:
-        known = "is not built for this method yet" if impl in IMPLS else "is unknown"
+        known = "is not available for this method" if impl in IMPLS else "is unknown"
         raise ValueError(
             f"impl = {impl!r} {known}: {method} attention has {', '.join(built)}; use one of these"
         )
 
 
+def resolve_scale(softmax_scale: float | None, head_dim: int) -> float:
+    """Return softmax_scale, by default head_dim ** -0.5."""
+    return head_dim**-0.5 if softmax_scale is None else softmax_scale
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over tokens are kept: the wider of fp32 and `dtype`."""
+    """Return the dtype of sums over tokens: the wider of fp32 and `dtype`."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def document_starts(cu_seqlens: Tensor | None, index: Tensor, seqlen: int) -> Tensor:
-    """The first token of the document that each token of `index` belongs to: int64, on the CPU.
+    """Return the first token of each token's document: int64 like `index`, on the CPU.
 
-    cu_seqlens: document borders `[n + 1]`, int32 or int64, from 0, not decreasing, at most
-    `seqlen`; tokens after the last border form a document of their own; None: one document.
-    index: global token numbers, int64 on the CPU. Raises ValueError for borders that are not so.
+    Args:
+        cu_seqlens: document borders `[n + 1]`, int32 or int64, from 0, not decreasing, at most
+            `seqlen`. Tokens after the last border form a document of their own. None: one document.
+        index: global token numbers, int64 on the CPU.
+        seqlen: tokens of the whole sequence.
+
+    Raises:
+        ValueError: cu_seqlens has another shape, dtype or order.
     """
     if cu_seqlens is None:
         return torch.zeros_like(index)
@@ -79,5 +89,5 @@ def document_starts(cu_seqlens: Tensor | None, index: Tensor, seqlen: int) -> Te
 
 @cache
 def log_choice(choice: str) -> None:
-    """Logs, once a process, which implementation impl = "auto" stands for and why."""
+    """Log which implementation impl = "auto" selects and why, once per process."""
     logger.info(choice)

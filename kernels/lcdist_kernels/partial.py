@@ -1,6 +1,6 @@
-"""Partial results of softmax attention: which keys a query sees, and how two partials become one.
+"""Partial results of softmax attention: visible keys, and the merge of two partials.
 
-A partial is (out, lse) over some of the keys; lse = log sum exp(score). With two disjoint sets,
+A partial is (out, lse) over some of the keys; lse = log sum exp(score). For two disjoint key sets,
 
     lse = log(exp(lse_1) + exp(lse_2)),   out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
 
@@ -12,24 +12,25 @@ from torch import Tensor
 
 
 def visible(q_idx: Tensor, q_lo: Tensor, k_idx: Tensor) -> Tensor:
-    """The band of causal attention inside documents, bool `[s_q, s_k]`: q_lo <= k_idx <= q_idx.
+    """Return the mask of causal attention within documents: bool `[s_q, s_k]`.
 
-    q_idx, k_idx: global token numbers; q_lo: the first token of each query's document.
+    True where q_lo <= k_idx <= q_idx. q_idx, k_idx: global token numbers. q_lo: the first token of
+    each query's document.
     """
     return (k_idx <= q_idx[:, None]) & (k_idx >= q_lo[:, None])
 
 
 def reaches(q_idx: Tensor, q_lo: Tensor, k_idx: Tensor) -> bool:
-    """False if it is plain from the extremes that no query sees any of these keys."""
+    """Return False if the smallest and largest numbers show that no query sees any key."""
     return bool(k_idx.min() <= q_idx.max() and k_idx.max() >= q_lo.min())
 
 
 def merge(out: Tensor, lse: Tensor, out_blk: Tensor, lse_blk: Tensor) -> tuple[Tensor, Tensor]:
-    """The partial over the keys of both; differentiable also where a query sees nothing.
+    """Return the partial over the keys of both, differentiable also where a query sees nothing.
 
     out, out_blk: `[b, s, h, d]`; lse, lse_blk: `[b, h, s]`; all fp32 or all float64.
     """
-    # The greatest logit only shifts the exponents: no gradient passes through it.
+    # The maximum only shifts the exponents, so no gradient passes through it.
     top = torch.maximum(lse, lse_blk).detach()
     top = top.masked_fill(top == -torch.inf, 0.0)
     weight, weight_blk = (lse - top).exp(), (lse_blk - top).exp()
@@ -40,10 +41,20 @@ def merge(out: Tensor, lse: Tensor, out_blk: Tensor, lse_blk: Tensor) -> tuple[T
     return out, lse
 
 
-def normalizer(total: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """What a row of weights exp(score - top) that sum to `total` is divided by, and its lse.
+def finish_softmax_(out: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalise accumulated rows in place and return (out, lse); 0 and -inf for an empty row.
 
-    A row that sees nothing (total = 0) gets (1, -inf), with gradients that are zero, not NaN.
+    out `[..., d]`: sum of exp(score - top) times values. top, total `[..., 1]`: the greatest score
+    and the sum of weights. lse is `[..., 1]`. `total` is overwritten. Without gradients.
+    """
+    lse = top + total.log()
+    return out.div_(total.masked_fill_(total == 0, 1.0)), lse
+
+
+def normalizer(total: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the divisor and the lse of rows whose weights exp(score - top) sum to `total`.
+
+    A row that sees nothing (total = 0) gets (1, -inf), with gradients of zero rather than NaN.
     """
     empty = total == 0
     total = total.masked_fill(empty, 1.0)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv:2104.09864), pairs split by halves as in Hugging Face's LLaMA.
+"""Rotary position embedding (arXiv:2104.09864); pairs are halves, as in Hugging Face's LLaMA.
 
 With half = head_dim / 2 and angle[p, i] = p * inv_freq[i], feature i < half pairs with i + half:
 
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels import rotary_kernel
-from lcdist_kernels.common import wide_dtype
+from lcdist_kernels.common import document_starts, wide_dtype
 from lcdist_kernels.triton_common import DTYPES
 
-# A forward pass asks for one set of positions and, when packed or evaluated, a second.
+# A forward pass uses one set of positions, and a second one when packed or evaluated.
 TABLES_KEPT = 2
 
 
 class _Table(NamedTuple):
+    """Cosines and sines of some positions."""
+
     positions: Tensor
     dtype: torch.dtype
     device: torch.device
@@ -28,10 +30,15 @@ class _Table(NamedTuple):
 
 
 class Rotary:
-    """Rotates queries and keys by their positions.
+    """Rotary embedding with fixed frequencies.
 
-    inv_freq: `[head_dim / 2]`, radians a token. attention_factor: multiplies cos and sin, so it
-    scales a logit by its square (YaRN, arXiv:2309.00071). Raises ValueError for another shape.
+    Args:
+        inv_freq: `[head_dim / 2]`, radians per token.
+        attention_factor: multiplies cos and sin, so it scales a logit by its square (YaRN,
+            arXiv:2309.00071).
+
+    Raises:
+        ValueError: inv_freq is not a floating vector.
     """
 
     def __init__(self, inv_freq: Tensor, attention_factor: float = 1.0) -> None:
@@ -46,12 +53,12 @@ class Rotary:
         self._tables: tuple[_Table, ...] = ()
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """`x` `[b, s, h, d]` rotated by `positions`, integers `[s]` or `[b, s]`; differentiable.
+        """Rotate `x` `[b, s, h, d]` by `positions`, integers `[s]` or `[b, s]`; differentiable.
 
         On CUDA, below float64, one kernel computes angles that are exact to fp32 at any position.
-        Elsewhere angles are computed in the wider of fp32 and x.dtype, cos and sin are cast to
-        x.dtype, and the tables of positions that lie on the CPU are kept and found again by value.
-        Raises ValueError where shapes do not fit.
+        Elsewhere angles are computed in the wider of fp32 and x.dtype, and cos and sin are cast to
+        x.dtype. Tables of positions on the CPU are cached and found again by value. Raises
+        ValueError for shapes that do not fit.
         """
         if x.dim() != 4 or x.shape[3] != 2 * len(self.inv_freq):
             raise ValueError(
@@ -71,7 +78,8 @@ class Rotary:
         return _Rotate.apply(x, table.cos, table.sin)
 
     def _find(self, positions: Tensor, x: Tensor) -> _Table:
-        # Comparing values on a GPU would wait for it.
+        """Return the cached table of these positions, or a new one."""
+        # Comparing values on a GPU would block.
         on_cpu = positions.device.type == "cpu"
         tables = self._tables
         if on_cpu:
@@ -81,7 +89,7 @@ class Rotary:
                     return table
         table = self._make(positions, x)
         if on_cpu:
-            # One assignment: virtual ranks share this object from several threads.
+            # One atomic assignment, as virtual ranks share this object between threads.
             self._tables = (table, *tables)[:TABLES_KEPT]
         return table
 
@@ -95,8 +103,31 @@ class Rotary:
         return _Table(positions.clone(), x.dtype, x.device, cos, sin)
 
 
+def rotate_self(
+    q: Tensor, k: Tensor, rotary: Rotary | None, positions: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotate queries and keys of the same tokens and number the tokens.
+
+    Args:
+        q, k: `[b, s, h, d]`, `[b, s, h_kv, d]`.
+        positions: integers `[s]` or `[b, s]`; default: from 0 in every document.
+        cu_seqlens: see `document_starts`.
+
+    Returns:
+        q, k: rotated; unchanged where rotary is None.
+        index: token numbers `[s]`, int64 on the CPU.
+        starts: the first token of each token's document, like index.
+    """
+    index = torch.arange(q.shape[1])
+    starts = document_starts(cu_seqlens, index, q.shape[1])
+    if rotary is not None:
+        positions = index - starts if positions is None else positions
+        q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
+    return q, k, index, starts
+
+
 class _Rotate(torch.autograd.Function):
-    """Keeps the two tables, not x; the adjoint is the rotation by the opposite angle."""
+    """Rotation that saves the two tables, not x; the adjoint rotates by the opposite angle."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

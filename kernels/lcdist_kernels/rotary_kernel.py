@@ -1,12 +1,14 @@
-"""Rotary position embedding in one elementwise kernel; the maths is in `rotary.py`.
+"""Rotary position embedding in one elementwise kernel; the formulas are in `rotary.py`.
 
-An angle p * inv_freq is needed only modulo a turn, and fp32 would carry one of 1e6 radians to 0.03.
-So frequencies are kept as turns a token in units of 2^-64 turn, an integer that wraps where a turn
-is full: p times it, wrapping, is the angle's place in its turn, exact to p * 2^-54 turns as the
-frequency itself is rounded. Its upper 32 bits become an fp32 angle in [-pi, pi), within 2e-7
-whatever the position; cosine, sine and the rotation are fp32, and only the result is cast.
+An angle p * inv_freq matters only modulo one turn; in fp32 an angle of 1e6 radians is off by 0.03.
+So a frequency is an integer: turns per token in units of 2^-64, which wraps at a full turn. The
+product with p, also wrapping, is the angle within its turn, exact to the rounding of the frequency,
+p * 2^-54 turns. Its upper 32 bits become an fp32 angle in [-pi, pi), accurate to 2e-7 at any
+position. Cosine, sine and rotation are fp32; only the result is cast.
+
+    x `[b, s, h, d]`    program (tile of BLOCK_S tokens, batch row), loop over all heads
 """
-# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import math
@@ -17,15 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcdist_kernels.tile_ranges import Indices, on_device, place_of
-from lcdist_kernels.triton_common import last_dim_contiguous, launch_context
+from lcdist_kernels.tile_ranges import Indices, device_stream, on_device
+from lcdist_kernels.triton_common import last_dim_contiguous, launch_context, strides
 
 BLOCK_S = 16
 RADIANS_PER_UNIT = tl.constexpr(2 * math.pi / 2**32)
 
 
 def turns(inv_freq: Tensor) -> Tensor:
-    """Frequencies in radians a token as 2^-64 turns a token, modulo one: int64, of that shape."""
+    """Convert frequencies in radians per token to 2^-64 turns per token, modulo one: int64."""
     cycles = inv_freq.double() / (2 * math.pi)
     return ((cycles - cycles.round()) * 2.0**64).to(torch.int64)
 
@@ -39,6 +41,7 @@ def _rotate_kernel(
     stride_xb, stride_xs, stride_xh, stride_yb, stride_ys, stride_yh, stride_pb,
     HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """Rotate a tile of tokens, all heads; sign = -1 gives the adjoint."""
     i_b = tl.program_id(1).to(tl.int64)
     o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     o_f = tl.arange(0, BLOCK_H)
@@ -64,19 +67,19 @@ def _rotate_kernel(
 
 
 def rotate(x: Tensor, positions: Tensor, steps: Tensor, factor: float) -> Tensor:
-    """x `[b, s, h, d]` rotated by `positions`, integers `[s]` or `[b, s]`; differentiable.
+    """Rotate x `[b, s, h, d]` by `positions`, integers `[s]` or `[b, s]`; differentiable.
 
-    steps: `turns` of the frequencies, on x's device; factor: of cosine and sine. x in bf16, fp16 or
-    fp32, any strides; nothing but positions is kept for the backward.
+    steps: `turns` of the frequencies, on x's device. factor: of cosine and sine. x in bf16, fp16 or
+    fp32, any strides. Only positions are saved for the backward.
     """
     if positions.device.type == "cpu":
-        flat = on_device(Indices(positions.flatten()), place_of(x))
+        flat = on_device(Indices(positions.flatten()), device_stream(x))
         positions = flat.view(positions.shape)
     return _Rotate.apply(x, positions.contiguous(), steps, float(factor), 1.0)
 
 
 class _Rotate(torch.autograd.Function):
-    """The adjoint is the rotation by the opposite angle."""
+    """Rotation whose adjoint is the rotation by the opposite angle."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, positions: Tensor, steps: Tensor, factor: float, sign: float):
@@ -89,9 +92,9 @@ class _Rotate(torch.autograd.Function):
             return y
         with launch_context(x):
             _rotate_kernel[(triton.cdiv(seqlen, BLOCK_S), batch)](
-                x, y, positions, steps, factor, sign, seqlen, nheads, *x.stride()[:3],
-                *y.stride()[:3], positions.stride(0) if positions.dim() == 2 else 0,
-                HALF=head_dim // 2, BLOCK_H=triton.next_power_of_2(head_dim // 2), BLOCK_S=BLOCK_S,
+                x, y, positions, steps, factor, sign, seqlen, nheads, *strides(x, y),
+                positions.stride(0) if positions.dim() == 2 else 0, HALF=head_dim // 2,
+                BLOCK_H=triton.next_power_of_2(head_dim // 2), BLOCK_S=BLOCK_S,
             )  # fmt: skip
         return y
 

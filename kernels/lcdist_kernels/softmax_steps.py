@@ -1,8 +1,9 @@
-"""One tile of softmax attention under a band: what the loops of several kernels step through.
+"""One tile of softmax attention: steps, loads and epilogue shared by several kernels.
 
-The maths is in `full.kernel`; the tables of a band come from `bands`.
+The formulas are in `full.kernel`; the tables of a band come from `tile_ranges`. Names: b_* is a
+tile in registers, p_* a pointer, m_* a mask, o_* an offset, i_* a program or tile number.
 """
-# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import triton
@@ -13,6 +14,7 @@ from lcdist_kernels.triton_common import LN2, LOG2E, dot, load_tile
 
 @triton.jit
 def is_visible(q_idx, q_lo, k_idx, HAS_LO: tl.constexpr):
+    """Return whether queries see keys; q_idx, q_lo, k_idx broadcast."""
     m = k_idx <= q_idx
     if HAS_LO:
         m = m & (k_idx >= q_lo)
@@ -21,13 +23,14 @@ def is_visible(q_idx, q_lo, k_idx, HAS_LO: tl.constexpr):
 
 @triton.jit
 def load_range(ranges, i):
+    """Return (lo, full_lo, full_hi, hi) of row i of a table of `tile_ranges`."""
     p = ranges + i * 4
     return tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3)
 
 
 @triton.jit
 def nth_masked(i, lo, full_lo, full_hi):
-    """The i-th of the tiles that need a mask: those before the whole ones, then those after."""
+    """Return the i-th tile that needs a mask: those before full_lo, then those from full_hi."""
     before = full_lo - lo
     return tl.where(i < before, lo + i, full_hi + i - before)
 
@@ -145,6 +148,11 @@ def fwd_step(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """Return (out, max, sum) of a tile of queries after one more tile of keys.
+
+    b_out, b_max, b_sum: running sum of values, greatest score (base 2) and sum of weights. MASKED:
+    some keys are hidden or past the end; else every query sees every key of the tile.
+    """
     start = i_n * BLOCK_N
     b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
@@ -156,7 +164,7 @@ def fwd_step(
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_new[:, None])
     else:
-        # qk_scale >= 0: one multiplication a row, and one fused with the subtraction an element.
+        # As qk_scale >= 0, the maximum is scaled once a row, and a score in one fused operation.
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)
         b_p = tl.exp2(b_s * qk_scale - b_new[:, None])
     b_rescale = tl.exp2(b_max - b_new)
@@ -173,6 +181,10 @@ def dq_step(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """Return dq of a tile of queries, without softmax_scale, after one more tile of keys.
+
+    b_lse: of the whole row, base 2. b_delta: dout . out. MASKED as in `fwd_step`.
+    """
     start = i_n * BLOCK_N
     b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
     b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)

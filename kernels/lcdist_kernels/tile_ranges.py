@@ -1,10 +1,14 @@
-"""Which tiles of a band a kernel visits: tables made on the host, kept by value, moved once.
+"""Tables of the tiles that a kernel visits: made on the host, cached by value, sent once.
 
 A query sees the keys with q_lo <= k_idx <= q_idx. Where k_idx does not decrease, the keys that a
-tile of queries sees anything of are one run of key tiles, and those that all its queries see
-wholly are a run inside it, which needs no mask; both ends are found by binary search. The same
-holds with the roles exchanged where q_idx and q_lo do not decrease. Numbers in another order are
-legal: then every tile is visited, under a mask.
+tile of queries sees form one run of key tiles:
+
+    key tiles   lo ....... full_lo =========== full_hi ....... hi
+                masked     every query sees     masked
+                           every key: no mask
+
+Both runs are found by binary search. The same holds for tiles of keys where q_idx and q_lo do not
+decrease. Numbers in any other order are legal: then every tile is visited under a mask.
 """
 
 from functools import lru_cache
@@ -13,19 +17,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A ring of 64 ranks meets as many sets of keys in a lap, and comes back to the lo.
-KEPT = 128
-LARGEST = 2**31 - 2
+# Enough for a ring of 64 ranks, which visits 64 sets of keys and starts again.
+TABLES_KEPT = 128
+MAX_TOKEN = 2**31 - 2
 
 
 class Indices:
-    """Global token numbers, int32 on the CPU, that compare by value: a copy, safe to keep."""
+    """Global token numbers: an int32 copy on the CPU that hashes and compares by value."""
 
     __slots__ = ("_hash", "values")
 
     def __init__(self, values: Tensor) -> None:
-        if len(values) and values.max() > LARGEST:
-            raise ValueError(f"token number {int(values.max())}: kernels count to {LARGEST}")
+        if len(values) and values.max() > MAX_TOKEN:
+            raise ValueError(
+                f"token number {int(values.max())}: kernels take numbers up to {MAX_TOKEN}"
+            )
         self.values = values.to("cpu", torch.int32, copy=True)
         ends = values[[0, -1]].tolist() if len(values) else []
         self._hash = hash((len(values), *ends))
@@ -37,60 +43,60 @@ class Indices:
         return isinstance(other, Indices) and torch.equal(self.values, other.values)
 
     def sorted(self) -> bool:
-        """Whether the numbers do not decrease."""
+        """Return whether the numbers do not decrease."""
         return bool((self.values[1:] >= self.values[:-1]).all())
 
     def extremes(self, block: int) -> tuple[Tensor, Tensor]:
-        """The least and the greatest number of every tile of `block`."""
+        """Return the smallest and the largest number of every tile of `block` numbers."""
         pad = self.values[-1:].expand(-len(self.values) % block)
         tiles = torch.cat((self.values, pad)).view(-1, block)
         return tiles.amin(1), tiles.amax(1)
 
 
 class Band(NamedTuple):
-    """The numbers of queries and keys, and the lo token of each query's document."""
+    """Numbers of queries and keys, and the first token of each query's document."""
 
     q_idx: Indices
     q_lo: Indices
     k_idx: Indices
 
 
-class Place(NamedTuple):
-    """Where a table lies, and on which stream it was sent there."""
+class DeviceStream(NamedTuple):
+    """Device of a table, and the CUDA stream that it was sent on."""
 
     device: torch.device
     stream: int
 
 
 def band_of(q_idx: Tensor, q_lo: Tensor, k_idx: Tensor) -> Band:
-    """The band of token numbers as `full_fwd` takes them. Raises ValueError from 2^31 - 1 on."""
+    """Return the band of token numbers. Raise ValueError from token 2^31 - 1 on."""
     return Band(Indices(q_idx), Indices(q_lo), Indices(k_idx))
 
 
-def place_of(x: Tensor) -> Place:
-    """Where the tables of a kernel on x must be."""
+def device_stream(x: Tensor) -> DeviceStream:
+    """Return the device and stream that the tables of a kernel on x need."""
     if x.device.type != "cuda":
-        return Place(x.device, 0)
-    return Place(x.device, torch.cuda.current_stream(x.device).cuda_stream)
+        return DeviceStream(x.device, 0)
+    return DeviceStream(x.device, torch.cuda.current_stream(x.device).cuda_stream)
 
 
-@lru_cache(maxsize=KEPT)
-def on_device(indices: Indices, place: Place) -> Tensor:
-    """The numbers as int32 on the device."""
+@lru_cache(maxsize=TABLES_KEPT)
+def on_device(indices: Indices, place: DeviceStream) -> Tensor:
+    """Return the numbers as an int32 tensor on the device."""
     return _send(indices.values, place)
 
 
-@lru_cache(maxsize=KEPT)
+@lru_cache(maxsize=TABLES_KEPT)
 def bounded_below(band: Band) -> bool:
-    """Whether q_lo hides any key from any query."""
+    """Return whether q_lo hides any key from any query."""
     return bool(band.q_lo.values.max() > band.k_idx.values.min())
 
 
-@lru_cache(maxsize=KEPT)
-def key_ranges(band: Band, block_m: int, block_n: int, place: Place) -> Tensor:
-    """For each tile of queries, key tiles (lo, lo whole, end of whole, end): int32 `[n, 4]`.
+@lru_cache(maxsize=TABLES_KEPT)
+def key_ranges(band: Band, block_m: int, block_n: int, place: DeviceStream) -> Tensor:
+    """Return (lo, full_lo, full_hi, hi) of key tiles for each tile of queries: int32 `[n, 4]`.
 
-    Tiles in [lo whole, end of whole) have block_n keys, all seen by all queries of the tile.
+    Tiles in [full_lo, full_hi) have block_n keys, all visible to all queries of the tile.
     """
     keys = band.k_idx.values
     least, greatest = band.q_idx.extremes(block_m)
@@ -108,12 +114,24 @@ def key_ranges(band: Band, block_m: int, block_n: int, place: Place) -> Tensor:
     return _send(ranges, place)
 
 
-@lru_cache(maxsize=KEPT)
-def query_ranges(band: Band, block_m: int, block_n: int, place: Place) -> Tensor:
-    """For each tile of keys, query tiles (lo, lo whole, end of whole, end): int32 `[n, 4]`.
+def query_tables(band: Band, block_m: int, block_n: int, place: DeviceStream) -> list[Tensor]:
+    """Return q_idx, q_lo, k_idx and ranges on the device, for a kernel that owns queries."""
+    numbers = [on_device(indices, place) for indices in band]
+    return [*numbers, key_ranges(band, block_m, block_n, place)]
 
-    All queries there are in [lo whole, end of whole) see all keys of the tile; the last of
-    these tiles may have fewer than block_m.
+
+def key_tables(band: Band, block_m: int, block_n: int, place: DeviceStream) -> list[Tensor]:
+    """Return q_idx, q_lo, k_idx and ranges on the device, for a kernel that owns keys."""
+    numbers = [on_device(indices, place) for indices in band]
+    return [*numbers, query_ranges(band, block_m, block_n, place)]
+
+
+@lru_cache(maxsize=TABLES_KEPT)
+def query_ranges(band: Band, block_m: int, block_n: int, place: DeviceStream) -> Tensor:
+    """Return (lo, full_lo, full_hi, hi) of query tiles for each tile of keys: int32 `[n, 4]`.
+
+    All queries of tiles in [full_lo, full_hi) see all keys of the tile. The last of these tiles may
+    have fewer than block_m queries.
     """
     idx, lo = band.q_idx.values, band.q_lo.values
     least, greatest = band.k_idx.extremes(block_n)
@@ -132,7 +150,7 @@ def query_ranges(band: Band, block_m: int, block_n: int, place: Place) -> Tensor
 
 
 def _tiles(lo: Tensor, hi: Tensor, full_lo: Tensor, full_hi: Tensor, block: int) -> Tensor:
-    """Runs of tiles from runs of tokens; `full_hi` is counted in tiles already."""
+    """Convert runs of tokens to runs of tiles; `full_hi` is already counted in tiles."""
     hi = torch.where(hi > lo, -(-hi // block), 0)
     lo = torch.minimum(lo // block, hi)
     full_lo = torch.clamp(-(-full_lo // block), lo, hi)
@@ -141,12 +159,14 @@ def _tiles(lo: Tensor, hi: Tensor, full_lo: Tensor, full_hi: Tensor, block: int)
 
 
 def _all_masked(count: int, seqlen: int, block: int) -> Tensor:
+    """Return ranges that visit every tile under a mask."""
     tiles = -(-seqlen // block)
     return torch.tensor([0, tiles, tiles, tiles], dtype=torch.int32).repeat(count, 1)
 
 
-def _send(table: Tensor, place: Place) -> Tensor:
+def _send(table: Tensor, place: DeviceStream) -> Tensor:
+    """Copy a table to the device without waiting for the stream."""
     if place.device.type != "cuda":
         return table.to(place.device)
-    # From pageable memory the copy would wait for all work on the stream.
+    # A copy from pageable memory would wait for all work on the stream.
     return table.pin_memory().to(place.device, non_blocking=True)

@@ -1,8 +1,8 @@
-"""What every tiled operator does with its tensors: heads folded, the band cut into tiles.
+"""Tensors of the tiled torch implementations: folded heads, and a band cut into tiles.
 
-The query heads that share a key head are rows of one tile, so keys are never repeated. Which keys
-a query sees is a band over token numbers; a tile of scores wholly outside it is never made, one
-wholly inside needs no mask.
+Query heads that share a key head are rows of one tile, so keys are never repeated. The keys that a
+query sees are a band over token numbers. A tile of scores outside it is skipped; a tile inside it
+needs no mask.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from torch import Tensor
 from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.partial import visible
 
-# Measured on a CPU at 512 to 32k tokens, head_dim 32 to 64, 1 and 2 threads: 256 x 256 scores a
+# Fastest on a CPU at 512 to 32k tokens, head_dim 32 to 64, 1 and 2 threads: 256 x 256 scores per
 # head, and as many heads at once as fill 2 MiB. Short rows waste less with half the side.
 BLOCK = 256
 SHORT_BLOCK = 128
@@ -23,7 +23,7 @@ SCORES_AT_ONCE = 8 * BLOCK * BLOCK
 
 
 class Tile(NamedTuple):
-    """Some queries against keys [k_start, k_stop); hidden: bool mask, None if all are visible."""
+    """Keys [k_start, k_stop) of some queries; hidden: bool mask, None if all are visible."""
 
     k_start: int
     k_stop: int
@@ -38,7 +38,7 @@ def tiles_of_band(
     block_k: int,
     device: torch.device,
 ) -> Iterator[tuple[int, int, list[Tile]]]:
-    """For each tile of queries [start, stop), the tiles of keys that it sees anything of."""
+    """Yield (start, stop, tiles): for each tile of queries, the tiles of keys it sees."""
     keys = k_idx.split(block_k)
     least = torch.stack([tile.min() for tile in keys])
     greatest = torch.stack([tile.max() for tile in keys])
@@ -53,23 +53,24 @@ def tiles_of_band(
 
 
 def tile_sides(q: Tensor, k: Tensor) -> tuple[int, int, int]:
-    """Queries and keys a tile, and key heads at once, for folded q and k."""
+    """Return queries and keys per tile, and key heads at once, for folded q and k."""
     side = SHORT_BLOCK if max(q.shape[2], k.shape[1]) <= SHORT_ROW else BLOCK
     block_q, block_k = min(max(side // q.shape[1], 1), q.shape[2]), min(side, k.shape[1])
     return block_q, block_k, min(len(q), max(1, SCORES_AT_ONCE // (q.shape[1] * block_q * block_k)))
 
 
 def fold(x: Tensor, nheads_kv: int) -> Tensor:
-    """[b, s, h, d] -> [b * h_kv, h / h_kv, s, d], contiguous, in the wider of fp32 and x.dtype."""
+    """Fold [b, s, h, d] to [b * h_kv, h / h_kv, s, d], contiguous, at least fp32."""
     view = x.unflatten(2, (nheads_kv, -1)).permute(0, 2, 3, 1, 4)
     folded = torch.empty(view.shape, dtype=wide_dtype(x.dtype), device=x.device)
     return folded.copy_(view).flatten(0, 1)
 
 
 def unfold(x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """[b * h_kv, h / h_kv, s, d] -> [b, s, h, d], contiguous."""
+    """Unfold [b * h_kv, h / h_kv, s, d] to [b, s, h, d], contiguous."""
     return x.reshape(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2).contiguous()
 
 
 def view_of(buffer: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Return the first elements of a flat buffer as a tensor of `shape`."""
     return buffer[: shape[0] * shape[1] * shape[2]].view(shape)

@@ -17,32 +17,34 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from lcdist_kernels.common import log_choice
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Below every score, yet finite: a row that has seen nothing needs no branch, as -inf - it = -inf.
+# Below every score and finite: -inf - LOWEST is -inf, so an empty row needs no branch.
 LOWEST = tl.constexpr(-3.0e38)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 256)
 
-_ONE_AT_A_TIME = Lock()
+_INTERPRETER_LOCK = Lock()
 
 
 @cache
 def interpreting() -> bool:
-    """Whether kernels run as Python on any device: TRITON_INTERPRET=1 when they were imported."""
+    """Return whether kernels run as Python on any device (TRITON_INTERPRET=1 at import)."""
     return bool(knobs.runtime.interpret)
 
 
-# What a kernel was decorated as does not change when the environment does.
+# Fixed when kernels are decorated: a later change of the environment has no effect.
 INTERPRETED = tl.constexpr(interpreting())
 
 
 class Launch(NamedTuple):
-    """Queries and keys a tile, warps a program, loads in flight: chosen by hand, never by chance.
+    """Tile sizes, warps and pipeline stages of a launch, chosen by hand.
 
-    No autotuning: the tables of a band are cut to the tiles before the launch, and another number
-    of warps sums in another order, so a tuned choice would change bits from run to run.
+    No autotuning: the tables of a band are cut into tiles before the launch, and another number of
+    warps sums in another order, so a tuned choice would change bits from run to run.
     """
 
     block_m: int
@@ -51,7 +53,7 @@ class Launch(NamedTuple):
     num_stages: int
 
     def options(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
+        """Return the keyword arguments of a launch."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -67,9 +69,9 @@ INTERPRETED_LAUNCH = Launch(64, 64, 4, 1)
 
 
 def choose_launch(table: LaunchTable, x: Tensor, hopper: LaunchTable | None = None) -> Launch:
-    """The entry of `table` for x `[b, s, h, d]`, or one to interpret.
+    """Return the entry of `table` for x `[b, s, h, d]`, or a fixed one for the interpreter.
 
-    hopper: entries that take the place of those in `table` from compute capability 9 on.
+    hopper: entries that replace those of `table` from compute capability 9 on.
     """
     if interpreting():
         return INTERPRETED_LAUNCH
@@ -80,12 +82,12 @@ def choose_launch(table: LaunchTable, x: Tensor, hopper: LaunchTable | None = No
 
 
 def padded(head_dim: int) -> int:
-    """BLOCK_D: the power of two, from 16, that a tile's features are padded to."""
+    """Return BLOCK_D: head_dim rounded up to a power of two, at least 16."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def unsupported_reason(x: Tensor) -> str | None:
-    """Why no kernel takes tensors like x `[b, s, h, d]`, or None if kernels do."""
+    """Return why kernels do not take tensors like x `[b, s, h, d]`, or None if they do."""
     least, most = HEAD_DIMS
     if x.device.type != "cuda" and not interpreting():
         return f"kernels run on CUDA, the tensors are on {x.device}"
@@ -99,25 +101,56 @@ def unsupported_reason(x: Tensor) -> str | None:
 
 
 def check_kernel(x: Tensor) -> None:
-    """Raises ValueError where kernels do not take tensors like x, with the reason."""
+    """Raise ValueError with the reason if kernels do not take tensors like x."""
     reason = unsupported_reason(x)
     if reason is not None:
         raise ValueError(
             f"impl = 'triton': {reason}; use impl = 'auto' or 'torch'"
-            + ("" if interpreting() else ", or set TRITON_INTERPRET=1 to try kernels on a CPU")
+            + ("" if interpreting() else ", or set TRITON_INTERPRET=1 to run kernels on a CPU")
         )
 
 
+def use_kernels(impl: str, x: Tensor, what: str) -> bool:
+    """Return whether `impl`, "auto", "triton" or "torch", means kernels for x `[b, s, h, d]`.
+
+    "auto" takes kernels on CUDA only: interpreted ones are for tests, many times slower than torch.
+    The choice of "auto" is logged; what: the operator's name in the log. Raises ValueError for
+    "triton" where kernels do not take such tensors.
+    """
+    if impl == "triton":
+        check_kernel(x)
+    if impl != "auto":
+        return impl == "triton"
+    on_cpu = f"kernels run on CUDA, the tensors are on {x.device}"
+    reason = unsupported_reason(x) if x.is_cuda else on_cpu
+    if reason is None:
+        log_choice(f"{what}: Triton kernels, as the tensors are {x.dtype} on CUDA")
+    else:
+        log_choice(f"{what}: tiled torch, as {reason}")
+    return reason is None
+
+
 def last_dim_contiguous(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, as kernels ask; copied only where it is not."""
+    """Return x with its last dimension contiguous, as kernels need; copy only if it is not."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Return the batch, sequence and head strides of each tensor `[b, s, h, d]`, in order."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def head_constants(q: Tensor, k: Tensor) -> dict[str, int]:
+    """Return the kernel constants of the heads of q `[b, s, h, d]` and k `[b, s, h_kv, d]`."""
+    head_dim = q.shape[3]
+    return {"GROUP": q.shape[2] // k.shape[2], "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
 
 
 @contextmanager
 def launch_context(x: Tensor) -> Iterator[None]:
-    """Within, kernels start on x's device; the interpreter's state serves one thread at a time."""
+    """Select x's device for launches; the interpreter serves one thread at a time."""
     if interpreting():
-        with _ONE_AT_A_TIME:
+        with _INTERPRETER_LOCK:
             yield
     else:
         with torch.cuda.device(x.device):
@@ -126,9 +159,9 @@ def launch_context(x: Tensor) -> Iterator[None]:
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b, summed in fp32; fp32 operands are not rounded to TF32."""
+    """Return acc + a @ b, summed in fp32; fp32 operands are not rounded to TF32."""
     if INTERPRETED:
-        # The interpreter multiplies the bits of bf16 as integers.
+        # The interpreter multiplies bf16 as integers.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -139,13 +172,13 @@ def load_tile(
     p, start, seqlen, stride_s,
     BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Rows [start, start + BLOCK_S) of one head, `[BLOCK_S, BLOCK_D]`; 0 outside the tensor.
+    """Return rows [start, start + BLOCK_S) of one head, `[BLOCK_S, BLOCK_D]`; 0 outside the tensor.
 
-    p: the head's first element; start: a multiple of BLOCK_S. WHOLE: all rows are below seqlen.
+    p: the head's first element. start: a multiple of BLOCK_S. WHOLE: all rows are below seqlen.
     """
     o_s = tl.arange(0, BLOCK_S)
     o_d = tl.arange(0, BLOCK_D)
-    # The tile's own offsets do not change in a loop; only the scalar does.
+    # In a loop only the scalar `start` changes; the tile's own offsets are loop invariant.
     p_tile = p + start.to(tl.int64) * stride_s + (o_s.to(tl.int64) * stride_s)[:, None] + o_d
     if WHOLE:
         if HEAD_DIM == BLOCK_D:
@@ -166,7 +199,7 @@ def store_tile(
     p, b, start, seqlen, stride_s,
     BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Stores the rows below seqlen and the features below HEAD_DIM, in the tensor's dtype."""
+    """Store the rows below seqlen and the features below HEAD_DIM, in the tensor's dtype."""
     o_s = start + tl.arange(0, BLOCK_S)
     o_d = tl.arange(0, BLOCK_D)
     m = (o_s < seqlen)[:, None] & (o_d < HEAD_DIM)[None, :]

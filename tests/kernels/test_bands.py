@@ -6,18 +6,18 @@ from torch import Tensor
 
 from lcdist_kernels.full import visible
 from lcdist_kernels.tile_ranges import (
-    LARGEST,
+    MAX_TOKEN,
     Indices,
     band_of,
     bounded_below,
+    device_stream,
     key_ranges,
     on_device,
-    place_of,
     query_ranges,
 )
 from tests.kernels.test_full import borders, tiled_starts
 
-HERE = place_of(torch.empty(0))
+HERE = device_stream(torch.empty(0))
 SEQLEN = 150
 TILES = [(16, 16), (32, 16), (16, 64), (7, 13), (256, 8)]
 
@@ -95,5 +95,5 @@ def test_tables_are_found_again_by_value_and_numbers_changed_in_place_are_not_co
 
 
 def test_numbers_beyond_int32_are_refused() -> None:
-    with pytest.raises(ValueError, match=str(LARGEST + 1)):
-        Indices(torch.tensor([0, LARGEST + 1]))
+    with pytest.raises(ValueError, match=str(MAX_TOKEN + 1)):
+        Indices(torch.tensor([0, MAX_TOKEN + 1]))

@@ -1,4 +1,4 @@
-"""What carries CoCA: its elementwise maps and the softmax over a block, chosen once by name."""
+"""Implementations of CoCA: its elementwise maps, and softmax attention over a block."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,10 +10,9 @@ from lcdist_kernels.coca import transform, transform_kernel
 
 
 class CoCAImpl(NamedTuple):
-    """Full attention's operator over q' and k', and what makes those, as in `transform`.
+    """Softmax attention over q' and k', and the maps of `transform` that make these.
 
-    The kernels' maps give q' and k' in the input's dtype, rounded once, as their softmax takes
-    them; torch's in a wide one.
+    The kernels' maps return q' and k' in the input's dtype, rounded once; torch's in a wide one.
     """
 
     block: full.AttentionImpl
@@ -36,9 +35,5 @@ TRITON_IMPL = CoCAImpl(
 
 
 def select_coca_impl(impl: str, x: Tensor, what: str) -> CoCAImpl:
-    """The operator that `impl`, "auto", "triton" or "torch", stands for with tensors like x.
-
-    x `[b, s, h, d]`; what: who asks, for the log. Raises ValueError for "triton" where no kernel
-    takes such tensors.
-    """
+    """Return the implementation that `impl` means for x; see `full.select_impl`."""
     return TRITON_IMPL if full.select_impl(impl, x, what) is full.TRITON_IMPL else TORCH_IMPL

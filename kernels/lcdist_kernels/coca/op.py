@@ -1,8 +1,8 @@
-"""Collinear constrained attention as a function of torch (arXiv:2309.08646), by way of q' and k'.
+"""Collinear constrained attention as a differentiable torch function (arXiv:2309.08646).
 
-q' and k' are made elementwise, anew for the backward, and go to the softmax operator of full
-attention: "triton" are its kernels, "torch" the tiled one; "auto" takes the kernels on CUDA and the
-tiled one on a CPU, never a library's, which would keep q' and k'; "reference" is the dense one.
+q' and k' are computed elementwise, again for the backward, and go to full attention's softmax.
+"triton": the kernels. "torch": the tiled implementation. "reference": the dense one. "auto": the
+kernels on CUDA, tiled torch on a CPU; never a library, which would save q' and k'.
 """
 
 from typing import Any, NamedTuple
@@ -19,56 +19,56 @@ from lcdist_kernels.coca.transform import (
     collinear_bwd,
     rotary_angles,
 )
-from lcdist_kernels.common import check_impl, check_self, document_starts
+from lcdist_kernels.common import check_impl, check_self, document_starts, resolve_scale
 from lcdist_kernels.rotary import Rotary
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
 
-class Asked(NamedTuple):
-    """What q' and k' are made by, which keys a query sees, and what carries it."""
+class CoCAContext(NamedTuple):
+    """Inputs of CoCA besides tensors: angles, variant, visible keys, scale, implementation."""
 
-    at: Angles
+    angles: Angles
     variant: str
     index: Tensor
     starts: Tensor
     softmax_scale: float
-    operator: CoCAImpl
+    impl: CoCAImpl
 
     def factors(self, q: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """q' and k'."""
-        how = self.at, self.variant
-        return self.operator.queries(q, *how), self.operator.keys(tau, *how)
+        """Return q' and k'."""
+        maps = self.angles, self.variant
+        return self.impl.queries(q, *maps), self.impl.keys(tau, *maps)
 
     @property
     def band(self) -> tuple[Tensor, Tensor, Tensor]:
-        """As `full_fwd` takes it."""
+        """Return the arguments of `full_fwd` that say which keys are visible."""
         return self.index, self.starts, self.index
 
 
 class CoCAFunction(torch.autograd.Function):
-    """Self-attention in one block; q, tau, v, out and lse are all that is kept."""
+    """Self-attention over one block of keys; saves q, tau, v, out and lse."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, t: Tensor, v: Tensor, asked: Asked):
+    def forward(ctx: Any, q: Tensor, t: Tensor, v: Tensor, context: CoCAContext):
         tau = collinear(t)
-        out, lse = asked.operator.block.fwd(
-            *asked.factors(q, tau), v, *asked.band, asked.softmax_scale, out_dtype=q.dtype
+        out, lse = context.impl.block.fwd(
+            *context.factors(q, tau), v, *context.band, context.softmax_scale, out_dtype=q.dtype
         )
         ctx.save_for_backward(q, tau, v, out, lse)
-        ctx.asked = asked
+        ctx.context = context
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, tau, v, out, lse = ctx.saved_tensors
-        asked: Asked = ctx.asked
-        operator = asked.operator
-        dqueries, dkeys, dv = operator.block.bwd(
-            dout, *asked.factors(q, tau), v, out, lse, *asked.band, asked.softmax_scale
+        context: CoCAContext = ctx.context
+        impl = context.impl
+        dqueries, dkeys, dv = impl.block.bwd(
+            dout, *context.factors(q, tau), v, out, lse, *context.band, context.softmax_scale
         )
-        dq = operator.queries_bwd(dqueries, q, asked.at, asked.variant)
-        dt = collinear_bwd(operator.keys_bwd(dkeys, asked.at, asked.variant), tau)
+        dq = impl.queries_bwd(dqueries, q, context.angles, context.variant)
+        dt = collinear_bwd(impl.keys_bwd(dkeys, context.angles, context.variant), tau)
         return dq.to(q.dtype), dt.to(q.dtype), dv.to(v.dtype), None
 
 
@@ -77,12 +77,17 @@ def coca_attention(
     variant: str = "slack", rotary: Rotary | None = None, positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None, softmax_scale: float | None = None, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Attention of q `[b, s, h, d]` over t, v `[b, s, h_kv, d]`, un-rotated; out is like q.
+    """Return attention of q `[b, s, h, d]` over t, v `[b, s, h_kv, d]`, shaped like q.
 
-    t: what the projection in the key's place gives, before averaging and relu. q' grows as the
-    square of q: the kernels' is in q's dtype, so in float16 it is infinite from |q| = 181 on.
-    impl: one of `IMPLS`. The rest, and what raises ValueError, as in `coca_reference`; also an
-    `impl` that is not built, and "triton" where it does not take the tensors.
+    Args:
+        t: output of the key projection, before averaging and relu.
+        impl: one of `IMPLS`. The kernels' q' is in q's dtype and grows as the square of q, so in
+            float16 it is infinite from |q| = 181 on.
+        other: as in `coca_reference`.
+
+    Raises:
+        ValueError: as `coca_reference`; also an unknown `impl`, or tensors that kernels do not
+            take.
     """
     check_impl(impl, "coca", IMPLS)
     if impl == "reference":
@@ -92,9 +97,13 @@ def coca_attention(
         )  # fmt: skip
     check_self(q, t, v)
     check_variant(variant, q.shape[3])
-    operator = select_coca_impl(impl, q, "coca attention")
+    implementation = select_coca_impl(impl, q, "coca attention")
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
-    at = rotary_angles(rotary, index - starts if positions is None else positions, q, q.shape[3])
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    return CoCAFunction.apply(q, t, v, Asked(at, variant, index, starts, scale, operator))
+    angles = rotary_angles(
+        rotary, index - starts if positions is None else positions, q, q.shape[3]
+    )
+    scale = resolve_scale(softmax_scale, q.shape[3])
+    return CoCAFunction.apply(
+        q, t, v, CoCAContext(angles, variant, index, starts, scale, implementation)
+    )

@@ -1,4 +1,4 @@
-"""Collinear constrained attention, dense and readable: the truth the other implementations meet.
+"""Collinear constrained attention, dense and readable: the reference of the others.
 
 With R_m the rotation by position m and t~ = [tau ; tau], tau = relu(mean of t's two halves), the
 score of query m and key n is (arXiv:2309.08646)
@@ -8,7 +8,7 @@ score of query m and key n is (arXiv:2309.08646)
 
 times softmax_scale, causal, softmax over n. Both are a product of one factor of m and one of n:
 slack (q * R_m q).(R_n t~), strict (R_m [|q|^2 ; 0]).(R_n [tau ; 0]). The paper does not say how
-strict holds q to its constraint; here q is free and enters by |q|^2 alone.
+strict holds q to its constraint; here q is unconstrained and enters by |q|^2 only.
 """
 
 import torch
@@ -25,13 +25,20 @@ def coca_reference(
     variant: str = "slack", rotary: Rotary | None = None, positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None, softmax_scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of q `[b, s, h, d]` over t, v `[b, s, h_kv, d]`, un-rotated; out is like q.
+    """Return attention of q `[b, s, h, d]` over t, v `[b, s, h_kv, d]`, shaped like q.
 
-    t: what the projection in the key's place gives, before averaging and relu. positions: integers
-    `[s]` or `[b, s]`; default: from 0 in every document; slack depends on where they start.
-    cu_seqlens: see `document_starts`. softmax_scale: default head_dim ** -0.5. Any float dtype;
-    sums in the wider of fp32 and q.dtype. Raises ValueError where shapes do not fit, head_dim is
-    odd, the rotary does not turn all of it, or `variant` is neither "slack" nor "strict".
+    Args:
+        q, v: not rotated; any float dtype. Sums are in the wider of fp32 and q.dtype.
+        t: output of the key projection, before averaging and relu.
+        variant: "slack" or "strict".
+        positions: integers `[s]` or `[b, s]`; default: from 0 in every document. Slack depends on
+            where they start.
+        cu_seqlens: see `document_starts`.
+        softmax_scale: default head_dim ** -0.5.
+
+    Raises:
+        ValueError: shapes do not fit, head_dim is odd, the rotary covers another head_dim, or the
+            variant is unknown.
     """
     check_self(q, t, v)
     check_variant(variant, q.shape[3])
@@ -49,7 +56,7 @@ def coca_reference(
 
 
 def coca_queries(q: Tensor, rotary: Rotary | None, positions: Tensor, variant: str) -> Tensor:
-    """The factor of the query, like q in the wider of fp32 and q.dtype; differentiable."""
+    """Return q', like q in the wider of fp32 and q.dtype; differentiable."""
     q = q.to(wide_dtype(q.dtype))
     if variant == "slack":
         return q * _turn(q, rotary, positions)
@@ -59,17 +66,18 @@ def coca_queries(q: Tensor, rotary: Rotary | None, positions: Tensor, variant: s
 
 
 def coca_tau(t: Tensor) -> Tensor:
-    """The collinear coefficients `[..., d / 2]` of t `[..., d]`, in t.dtype; differentiable."""
+    """Return the collinear coefficients `[..., d / 2]` of t `[..., d]`; differentiable."""
     first, second = t.chunk(2, -1)
     return (0.5 * (first + second)).relu()
 
 
 def coca_keys(tau: Tensor, rotary: Rotary | None, positions: Tensor, variant: str) -> Tensor:
-    """The factor of the key from its tau `[b, s, h_kv, d / 2]`, wide; differentiable."""
+    """Return k' from tau `[b, s, h_kv, d / 2]`, in a wide dtype; differentiable."""
     tau = tau.to(wide_dtype(tau.dtype))
     pair = tau if variant == "slack" else torch.zeros_like(tau)
     return _turn(torch.cat((tau, pair), -1), rotary, positions)
 
 
 def _turn(x: Tensor, rotary: Rotary | None, positions: Tensor) -> Tensor:
+    """Rotate x, if there is a rotary."""
     return x if rotary is None else rotary.rotate(x, positions)

@@ -1,9 +1,15 @@
-"""CoCA's elementwise maps in kernels that read once and write once; the maths is in `transform.py`.
+"""CoCA's elementwise maps as kernels that read once and write once; formulas in `transform.py`.
 
-A program takes a tile of tokens and all heads, so that a token's cosines and sines are read once.
+    x, primal, y `[b, s, h, d or d / 2]`; cos, sin `[1 or b, s, 1, d / 2]`
+
+               heads 0 ......... h - 1
+             +-------------------------+      one program: a tile of BLOCK_S tokens of one batch
+    tokens   | -----> loop over heads  |      row, grid (token tiles, b); the tile's cosines and
+             +-------------------------+      sines are loaded once for all heads
+
 Products are fp32; only the result is rounded.
 """
-# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import torch
@@ -12,13 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lcdist_kernels.coca.transform import Angles
-from lcdist_kernels.triton_common import last_dim_contiguous, launch_context
+from lcdist_kernels.triton_common import last_dim_contiguous, launch_context, strides
 
 BLOCK_S = 16
 
 
 @triton.jit
 def _load_halves(p, o, m, HALF: tl.constexpr):
+    """Return the two halves of the features of one head, in fp32."""
     b_one = tl.load(p + o, mask=m, other=0.0).to(tl.float32)
     b_two = tl.load(p + o + HALF, mask=m, other=0.0).to(tl.float32)
     return b_one, b_two
@@ -88,40 +95,41 @@ def _coca_kernel(
         o_y += stride_yh
 
 
-def queries(q: Tensor, at: Angles, variant: str) -> Tensor:
-    """q' of q `[b, s, h, d]`, in q.dtype."""
-    return _apply_map("queries", q, q, at, variant, q.shape[3], q.dtype)
+def queries(q: Tensor, angles: Angles, variant: str) -> Tensor:
+    """Return q' of q `[b, s, h, d]`, in q.dtype."""
+    return _apply_map("queries", q, q, angles, variant, q.shape[3], q.dtype)
 
 
-def queries_bwd(dqueries: Tensor, q: Tensor, at: Angles, variant: str) -> Tensor:
-    """The gradient of q `[b, s, h, d]` from that of q', in q.dtype."""
-    return _apply_map("queries_bwd", dqueries, q, at, variant, q.shape[3], q.dtype)
+def queries_bwd(dqueries: Tensor, q: Tensor, angles: Angles, variant: str) -> Tensor:
+    """Return the gradient of q `[b, s, h, d]` from that of q', in q.dtype."""
+    return _apply_map("queries_bwd", dqueries, q, angles, variant, q.shape[3], q.dtype)
 
 
-def keys(tau: Tensor, at: Angles, variant: str) -> Tensor:
-    """k' `[b, s, h, d]` of tau `[b, s, h, d / 2]`, in tau.dtype."""
-    return _apply_map("keys", tau, tau, at, variant, 2 * tau.shape[3], tau.dtype)
+def keys(tau: Tensor, angles: Angles, variant: str) -> Tensor:
+    """Return k' `[b, s, h, d]` of tau `[b, s, h, d / 2]`, in tau.dtype."""
+    return _apply_map("keys", tau, tau, angles, variant, 2 * tau.shape[3], tau.dtype)
 
 
-def keys_bwd(dkeys: Tensor, at: Angles, variant: str) -> Tensor:
-    """The gradient of tau `[b, s, h, d / 2]` from that of k', in fp32."""
-    return _apply_map("keys_bwd", dkeys, dkeys, at, variant, dkeys.shape[3] // 2, torch.float32)
+def keys_bwd(dkeys: Tensor, angles: Angles, variant: str) -> Tensor:
+    """Return the gradient of tau `[b, s, h, d / 2]` from that of k', in fp32."""
+    return _apply_map("keys_bwd", dkeys, dkeys, angles, variant, dkeys.shape[3] // 2, torch.float32)
 
 
 def _apply_map(
-    name: str, x: Tensor, primal: Tensor, at: Angles, variant: str, features: int,
+    name: str, x: Tensor, primal: Tensor, angles: Angles, variant: str, features: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    x, primal, half = last_dim_contiguous(x), last_dim_contiguous(primal), at.cos.shape[3]
+    """Launch the map `name` of x; primal: q for "queries_bwd", else unused."""
+    x, primal, half = last_dim_contiguous(x), last_dim_contiguous(primal), angles.cos.shape[3]
     batch, seqlen, nheads = x.shape[:3]
     y = torch.empty((batch, seqlen, nheads, features), dtype=dtype, device=x.device)
     if not y.numel():
         return y
-    cos, sin = last_dim_contiguous(at.cos), last_dim_contiguous(at.sin)
+    cos, sin = last_dim_contiguous(angles.cos), last_dim_contiguous(angles.sin)
     with launch_context(x):
         _coca_kernel[(triton.cdiv(seqlen, BLOCK_S), batch)](
-            x, primal, y, cos, sin, seqlen, nheads, *x.stride()[:3], *primal.stride()[:3],
-            *y.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), HALF=half,
+            x, primal, y, cos, sin, seqlen, nheads, *strides(x, primal, y),
+            cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), HALF=half,
             BLOCK_H=triton.next_power_of_2(half), BLOCK_S=BLOCK_S, STRICT=variant == "strict",
             MAP=name,
         )  # fmt: skip

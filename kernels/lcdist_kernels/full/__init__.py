@@ -1,4 +1,4 @@
-"""Full causal attention: softmax over every earlier token of a query's own document."""
+"""Full causal attention: softmax over the earlier tokens of a query's own document."""
 
 from lcdist_kernels.full.impl import TORCH_IMPL, TRITON_IMPL, AttentionImpl, select_impl
 from lcdist_kernels.full.op import IMPLS, full_attention

@@ -1,4 +1,4 @@
-"""Full causal attention in Triton: the block operator of every ring whose scores are q.k.
+"""Full causal attention in Triton: the kernels of every ring whose scores are q.k.
 
 With s_ij = softmax_scale q_i . k_j over the keys with lo_i <= j <= i (FlashAttention-2,
 arXiv:2307.08691):
@@ -7,11 +7,24 @@ arXiv:2307.08691):
     dv_j = sum_i p_ij dout_i            ds_ij = p_ij (dout_i . v_j - delta_i)
     dq_i = softmax_scale sum_j ds_ij k_j        dk_j = softmax_scale sum_i ds_ij q_i
 
-A program owns a tile of queries (out, dq) or of keys (dk, dv) and walks over the tiles of the
-others that its band touches: lo those that need no mask, then those that do. Nothing is added
-atomically: the same inputs give the same bits. Scores carry log2 e, exponentials are base 2.
+Shapes: q, out, dout, dq `[b, s_q, h, d]`; k, v, dk, dv `[b, s_k, h_kv, d]`; lse, delta `[b, h,
+s_q]`; q_idx, q_lo int32 `[s_q]`; k_idx int32 `[s_k]`; ranges int32 `[tiles, 4]`.
+
+                     keys, tiles of BLOCK_N              fwd, dq: one program is a row of tiles,
+                 +-----+-----+-----+-----+-----+                  grid (query tiles, h, b)
+    queries,     |  m  |     |     |     |     |         dkv:     one program is a column of tiles,
+    tiles of     +-----+-----+-----+-----+-----+                  grid (key tiles, h_kv, b), and
+    BLOCK_M      |  =  |  m  |     |     |     |                  loops over the heads of a group
+                 +-----+-----+-----+-----+-----+
+                 |     |  m  |  m  |     |     |         =  all visible: visited first, no mask
+                 +-----+-----+-----+-----+-----+         m  partly visible: masked
+                 |     |  m  |  =  |  m  |     |            hidden: skipped (a later token, or
+                 +-----+-----+-----+-----+-----+            another document's)
+
+Nothing is added atomically: the same inputs give the same bits. Scores are scaled by log2 e and
+exponentials are base 2.
 """
-# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import torch
@@ -38,10 +51,9 @@ from lcdist_kernels.softmax_steps import (
 from lcdist_kernels.tile_ranges import (
     band_of,
     bounded_below,
-    key_ranges,
-    on_device,
-    place_of,
-    query_ranges,
+    device_stream,
+    key_tables,
+    query_tables,
 )
 from lcdist_kernels.triton_common import (
     LOG2E,
@@ -50,11 +62,12 @@ from lcdist_kernels.triton_common import (
     check_kernel,
     choose_launch,
     dot,
+    head_constants,
     last_dim_contiguous,
     launch_context,
     load_tile,
-    padded,
     store_tile,
+    strides,
 )
 
 
@@ -68,6 +81,7 @@ def _full_fwd_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
 ):  # fmt: skip
+    """Compute out and lse of a tile of queries."""
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
     p_q, p_k, p_v = head_pointers(
         q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
@@ -111,7 +125,7 @@ def _full_bwd_dq_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
 ):  # fmt: skip
-    """Also writes delta, which the kernel for dk and dv reads."""
+    """Compute dq of a tile of queries, and delta, which the kernel for dk and dv reads."""
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
     p_q, p_k, p_v = head_pointers(
         q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
@@ -130,7 +144,7 @@ def _full_bwd_dq_kernel(
         BLOCK_M,
     )  # fmt: skip
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    # A row that is not there has weights exp(-inf) = 0, masked or not.
+    # Rows past the end have weights exp(-inf) = 0, masked or not.
     b_lse = tl.load(lse + i_row + o_m, mask=m_m, other=float("inf")) * LOG2E
     b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -158,7 +172,11 @@ def _dkv_step(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores stand transposed, `[BLOCK_N, BLOCK_M]`: they are a product's left side as they are."""
+    """Return (dk, dv) of a tile of keys after one more tile of queries; dk without softmax_scale.
+
+    Scores are transposed, `[BLOCK_N, BLOCK_M]`, so they are the left operand of a product as they
+    are.
+    """
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
@@ -190,7 +208,7 @@ def _full_bwd_dkv_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, EVEN_M: tl.constexpr,
 ):  # fmt: skip
-    """All query heads of a key head in one program; dk and dv are laid out alike."""
+    """Compute dk and dv of a tile of keys from all query heads of the key head."""
     i_n = tl.program_id(0)
     i_hk, i_b, p_k, p_v = key_program(k, v, stride_kb, stride_kh, stride_vb, stride_vh)
     lo, full_lo, full_hi, hi = load_range(ranges, i_n)
@@ -232,18 +250,24 @@ def full_fwd(
     softmax_scale: float, *,
     out_dtype: torch.dtype | None = None, out: Tensor | None = None, launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over a block of k, v.
+    """Return the partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of q over a block of keys.
 
-    As the tiled `full_fwd`, in bf16, fp16 or fp32, head_dim even and from 16 to 256; lse fp32, out
-    in out_dtype (default fp32), or written to `out`, of any strides but the last. launch: other
-    tiles than those chosen. Raises as `check_kernel`.
+    Like the tiled `full_fwd`, for bf16, fp16 and fp32, head_dim even and from 16 to 256.
+
+    Args:
+        out_dtype: of out, default fp32; lse is fp32.
+        out: tensor to write to, its last dimension contiguous.
+        launch: tiles other than those of the table.
+
+    Raises:
+        ValueError: as `check_kernel`.
     """
     check_qkv(q, k, v)
     check_kernel(q)
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale
-    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
-    batch, seqlen, nheads, head_dim = q.shape
+    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
+    batch, seqlen, nheads, _ = q.shape
     if out is None:
         out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)
     assert out.shape == q.shape and out.stride(3) == 1
@@ -251,15 +275,13 @@ def full_fwd(
     if not q.numel() or not k.numel():
         return out.zero_(), lse.fill_(-torch.inf)
     launch = launch or choose_launch(FWD, q, FWD_HOPPER)
-    band, place = band_of(q_idx, q_lo, k_idx), place_of(q)
+    band, place = band_of(q_idx, q_lo, k_idx), device_stream(q)
     grid = (triton.cdiv(seqlen, launch.block_m), nheads, batch)
     with launch_context(q):
         _full_fwd_kernel[grid](
-            q, k, v, out, lse, *(on_device(indices, place) for indices in band),
-            key_ranges(band, launch.block_m, launch.block_n, place), softmax_scale * LOG2E.value,
-            seqlen, k.shape[1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *out.stride()[:3], GROUP=nheads // k.shape[2], HEAD_DIM=head_dim,
-            BLOCK_D=padded(head_dim), HAS_LO=bounded_below(band), **launch.options(),
+            q, k, v, out, lse, *query_tables(band, launch.block_m, launch.block_n, place),
+            softmax_scale * LOG2E.value, seqlen, k.shape[1], *strides(q, k, v, out),
+            **head_constants(q, k), HAS_LO=bounded_below(band), **launch.options(),
         )  # fmt: skip
     return out, lse
 
@@ -270,21 +292,22 @@ def full_bwd(
     grad_dtype: torch.dtype | None = None, dq: Tensor | None = None,
     launches: tuple[Launch, Launch] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The share of (dq, dk, dv) that passes through this block, in grad_dtype (default fp32).
+    """Return the share of (dq, dk, dv) that passes through this block of keys.
 
-    As the tiled `full_bwd`: out and lse over all keys the queries see. dq: where to write its
-    share, of any strides but the last. launches: tiles for dq and for dk, dv. Raises as `full_fwd`.
+    Like the tiled `full_bwd`: out and lse are over all keys that the queries see.
+
+    Args:
+        grad_dtype: of the gradients, default fp32.
+        dq: tensor to write dq to, its last dimension contiguous.
+        launches: tiles for dq and for dk, dv, other than those of the tables.
+
+    Raises:
+        ValueError: as `check_kernel`.
     """
     check_qkv(q, k, v)
     check_kernel(q)
-    q, k, v, out, dout = (
-        last_dim_contiguous(q),
-        last_dim_contiguous(k),
-        last_dim_contiguous(v),
-        last_dim_contiguous(out),
-        last_dim_contiguous(dout.to(q.dtype)),
-    )
-    batch, seqlen, nheads, head_dim = q.shape
+    q, k, v, out, dout = (last_dim_contiguous(x) for x in (q, k, v, out, dout.to(q.dtype)))
+    batch, seqlen, nheads, _ = q.shape
     grads = {"dtype": grad_dtype or torch.float32, "device": q.device}
     dq = torch.empty(q.shape, **grads) if dq is None else dq
     assert dq.shape == q.shape and dq.stride(3) == 1
@@ -292,27 +315,20 @@ def full_bwd(
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     for_dq, for_dkv = launches or (choose_launch(BWD_DQ, q), choose_launch(BWD_DKV, q))
-    band, place = band_of(q_idx, q_lo, k_idx), place_of(q)
-    indices = [on_device(of, place) for of in band]
+    band, place = band_of(q_idx, q_lo, k_idx), device_stream(q)
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
-    inputs = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
-    sizes = {
-        "GROUP": nheads // k.shape[2],
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": padded(head_dim),
-        "HAS_LO": bounded_below(band),
-    }
+    inputs = strides(q, k, v)
+    sizes = head_constants(q, k) | {"HAS_LO": bounded_below(band)}
     with launch_context(q):
         _full_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
-            q, k, v, out, dout, lse, delta, dq, *indices,
-            key_ranges(band, for_dq.block_m, for_dq.block_n, place), float(softmax_scale), seqlen,
-            k.shape[1], *inputs, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], **sizes,
-            **for_dq.options(),
+            q, k, v, out, dout, lse, delta, dq,
+            *query_tables(band, for_dq.block_m, for_dq.block_n, place), float(softmax_scale),
+            seqlen, k.shape[1], *inputs, *strides(out, dout, dq), **sizes, **for_dq.options(),
         )  # fmt: skip
         _full_bwd_dkv_kernel[(triton.cdiv(k.shape[1], for_dkv.block_n), k.shape[2], batch)](
-            q, k, v, dout, lse, delta, dk, dv, *indices,
-            query_ranges(band, for_dkv.block_m, for_dkv.block_n, place), float(softmax_scale),
-            seqlen, k.shape[1], *inputs, *dout.stride()[:3], *dk.stride()[:3], **sizes,
+            q, k, v, dout, lse, delta, dk, dv,
+            *key_tables(band, for_dkv.block_m, for_dkv.block_n, place), float(softmax_scale),
+            seqlen, k.shape[1], *inputs, *strides(dout, dk), **sizes,
             EVEN_M=seqlen % for_dkv.block_m == 0, **for_dkv.options(),
         )  # fmt: skip
     return dq, dk, dv

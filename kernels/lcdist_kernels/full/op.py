@@ -1,8 +1,8 @@
-"""Full causal attention as a function of torch, with its gradients and a choice of implementation.
+"""Full causal attention as a differentiable torch function with a choice of implementation.
 
-"triton" are the kernels, "torch" the tiled operator, "reference" the dense one. "auto" takes a
-library's fused attention where that is exact, since it is faster and well kept; elsewhere the
-kernels on CUDA and the tiled operator on a CPU.
+"triton": the kernels. "torch": the tiled implementation. "reference": the dense one. "auto": a
+library's fused attention where it is exact, as it is faster; else the kernels on CUDA and tiled
+torch on a CPU.
 """
 
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist_kernels.common import check_impl, check_self, document_starts
+from lcdist_kernels.common import check_impl, check_self, resolve_scale
 from lcdist_kernels.full.impl import AttentionImpl, select_impl
 from lcdist_kernels.full.library import library_for
 from lcdist_kernels.full.reference import full_reference
-from lcdist_kernels.rotary import Rotary
+from lcdist_kernels.rotary import Rotary, rotate_self
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
@@ -24,49 +24,49 @@ def full_attention(
     rotary: Rotary | None = None, positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
+    """Return attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, shaped like q.
 
-    positions: integers `[s]` or `[b, s]`, used by rotary alone; default: from 0 in every document.
-    cu_seqlens: see `document_starts`. softmax_scale: default head_dim ** -0.5. impl: one of
-    `IMPLS`. Raises ValueError where shapes do not fit, `impl` is not built, or "triton" does not
-    take the tensors.
+    Args:
+        q, k, v: not rotated.
+        positions: integers `[s]` or `[b, s]`, used by rotary only; default: from 0 in every
+            document.
+        cu_seqlens: see `document_starts`.
+        softmax_scale: default head_dim ** -0.5.
+        impl: one of `IMPLS`.
+
+    Raises:
+        ValueError: shapes do not fit, `impl` is unknown, or kernels do not take the tensors.
     """
     check_impl(impl, "full", IMPLS)
     if impl == "reference":
         return full_reference(
-            q, k, v,
-            rotary=rotary, positions=positions, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale,
+            q, k, v, rotary=rotary, positions=positions, cu_seqlens=cu_seqlens,
+            softmax_scale=softmax_scale,
         )  # fmt: skip
     check_self(q, k, v)
-    index = torch.arange(q.shape[1])
-    starts = document_starts(cu_seqlens, index, q.shape[1])
     library = library_for(q) if impl == "auto" and cu_seqlens is None else None
     what = "full attention" if cu_seqlens is None else "full attention of packed documents"
-    operator = None if library else select_impl(impl, q, what)
-    if rotary is not None:
-        positions = index - starts if positions is None else positions
-        q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    implementation = None if library else select_impl(impl, q, what)
+    q, k, index, starts = rotate_self(q, k, rotary, positions, cu_seqlens)
+    scale = resolve_scale(softmax_scale, q.shape[3])
     if library is not None:
         return library(q, k, v, scale)
-    return FullFunction.apply(q, k, v, index, starts, scale, operator)
+    return FullFunction.apply(q, k, v, index, starts, scale, implementation)
 
 
 class FullFunction(torch.autograd.Function):
-    """Self-attention in one block; q, k, v, out and lse are all that is kept."""
+    """Self-attention over one block of keys; saves q, k, v, out and lse."""
 
     @staticmethod
     def forward(
-        ctx: Any, q, k, v, index: Tensor, starts: Tensor, scale: float, operator: AttentionImpl
+        ctx: Any, q, k, v, index: Tensor, starts: Tensor, scale: float, impl: AttentionImpl
     ):
-        out, lse = operator.fwd(q, k, v, index, starts, index, scale, out_dtype=q.dtype)
+        out, lse = impl.fwd(q, k, v, index, starts, index, scale, out_dtype=q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.band, ctx.scale, ctx.operator = (index, starts, index), scale, operator
+        ctx.band, ctx.scale, ctx.impl = (index, starts, index), scale, impl
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads = ctx.operator.bwd(
-            dout, *ctx.saved_tensors, *ctx.band, ctx.scale, grad_dtype=dout.dtype
-        )
+        grads = ctx.impl.bwd(dout, *ctx.saved_tensors, *ctx.band, ctx.scale, grad_dtype=dout.dtype)
         return *grads, None, None, None, None

@@ -1,4 +1,4 @@
-"""Full causal attention tile by tile in torch: memory linear in the sequence, gradients by hand.
+"""Full causal attention tile by tile in torch: linear memory, gradients written by hand.
 
 With s_ij = softmax_scale q_i . k_j over the visible keys (FlashAttention-2, arXiv:2307.08691):
 
@@ -6,15 +6,15 @@ With s_ij = softmax_scale q_i . k_j over the visible keys (FlashAttention-2, arX
     dv_j = sum_i p_ij dout_i            ds_ij = p_ij (dout_i . v_j - delta_i)
     dq_i = softmax_scale sum_j ds_ij k_j        dk_j = softmax_scale sum_i ds_ij q_i
 
-The query heads that share a key head are rows of one tile, so keys are never repeated. Which keys
-a query sees is a band over global token numbers, so any cut of the sequence works: a tile wholly
-outside is skipped, one wholly inside needs no mask. With `out` and `lse` of the whole row,
-`full_bwd` gives a block's exact share of the gradients.
+The visible keys of a query are a band over global token numbers, so any cut of the sequence works:
+see `tiles`. With `out` and `lse` of the whole row, `full_bwd` returns a block's exact share of the
+gradients.
 """
 
 import torch
 from torch import Tensor
 
+from lcdist_kernels.partial import finish_softmax_
 from lcdist_kernels.tiles import Tile, fold, tile_sides, tiles_of_band, unfold, view_of
 
 
@@ -23,12 +23,15 @@ def full_fwd(
     softmax_scale: float, *,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over a block of k, v.
+    """Return the partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of q over a block of keys.
 
-    q `[b, s_q, h, d]`; k, v `[b, s_k, h_kv, d]`; q_idx, k_idx: global token numbers `[s_q]`,
-    `[s_k]`; q_lo: the first token of each query's document; these three int64 on the CPU. Result
-    in the wider of fp32 and q.dtype, out in out_dtype where one is given; a query that sees nothing
-    has out = 0, lse = -inf.
+    Args:
+        q, k, v: `[b, s_q, h, d]`, `[b, s_k, h_kv, d]` twice; q and k rotated.
+        q_idx, k_idx: global token numbers `[s_q]`, `[s_k]`, int64 on the CPU.
+        q_lo: the first token of each query's document, like q_idx.
+        out_dtype: of out; default, and dtype of lse: the wider of fp32 and q.dtype.
+
+    A query that sees no key has out = 0, lse = -inf.
     """
     batch, seqlen, nheads, head_dim = q.shape
     q, k, v = (fold(x, k.shape[2]) for x in (q, k, v))
@@ -53,6 +56,7 @@ def full_fwd(
 def _fwd_rows(
     q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile], scratch: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of some rows `[units, group, rows, d]` over their tiles of keys."""
     units, group, rows, head_dim = q.shape
     q = q.reshape(units, group * rows, head_dim)
     top = q.new_full((units, group * rows, 1), -torch.inf)
@@ -64,15 +68,14 @@ def _fwd_rows(
         if hidden is not None:
             scores.view(units, group, rows, -1).masked_fill_(hidden, -torch.inf)
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-        # A row that has seen nothing yet: -inf - (-inf) would be NaN.
+        # For a row that has seen no key yet, -inf - (-inf) would be NaN.
         shift = new_top.masked_fill(new_top == -torch.inf, 0.0)
         weights = scores.sub_(shift).exp_()
-        faded = (top - shift).exp_()
-        total.mul_(faded).add_(weights.sum(-1, keepdim=True))
-        out.mul_(faded).baddbmm_(weights, v[:, k_start:k_stop])
+        rescale = (top - shift).exp_()
+        total.mul_(rescale).add_(weights.sum(-1, keepdim=True))
+        out.mul_(rescale).baddbmm_(weights, v[:, k_start:k_stop])
         top = new_top
-    lse = top + total.log()
-    out.div_(total.masked_fill_(total == 0, 1.0))
+    out, lse = finish_softmax_(out, top, total)
     return out.view(units, group, rows, head_dim), lse.view(units, group, rows)
 
 
@@ -81,18 +84,19 @@ def full_bwd(
     q_lo: Tensor, k_idx: Tensor, softmax_scale: float, *,
     grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The share of (dq, dk, dv) that passes through this block of k, v.
+    """Return the share of (dq, dk, dv) that passes through this block of keys.
 
-    dout, out: like q; lse `[b, h, s_q]`: out and lse over all keys the queries see, not only
-    these. The rest as in `full_fwd`. Result shaped like q, k, v, in grad_dtype, by default the
-    wider of fp32 and q.dtype.
+    Args:
+        dout, out: like q. lse: `[b, h, s_q]`. out and lse are over all keys that the queries see.
+        q, k, v, q_idx, q_lo, k_idx, softmax_scale: as in `full_fwd`.
+        grad_dtype: of the results; default: the wider of fp32 and q.dtype.
     """
     shapes, nheads_kv = (q.shape, k.shape), k.shape[2]
     dout, q, k, v, out = (fold(x, nheads_kv) for x in (dout, q, k, v, out))
     k, v = k.squeeze(1), v.squeeze(1)
     delta = (dout * out).sum(-1)
     lse = lse.reshape(delta.shape)
-    # The buffer of `out` is free now: it takes dq.
+    # `out` is no longer needed: its buffer takes dq.
     dq, dk, dv = out.zero_(), torch.zeros_like(k), torch.zeros_like(v)
     block_q, block_k, units = tile_sides(q, k)
     scratch = q.new_empty(2, units * q.shape[1] * block_q * block_k)
@@ -120,6 +124,10 @@ def _bwd_rows(
     tiles: list[Tile],
     scratch: Tensor,
 ) -> None:
+    """Add the gradients of some rows to `grads` (dq, dk, dv).
+
+    queries: dout, scaled q, lse, delta. keys: k, v. scratch: two buffers of scores.
+    """
     units, group, rows, head_dim = queries[0].shape
     dout, q = (x.reshape(units, group * rows, head_dim) for x in queries[:2])
     lse, delta = (x.reshape(units, group * rows, 1) for x in queries[2:])
@@ -137,7 +145,7 @@ def _bwd_rows(
         dv[:, own].baddbmm_(weights.transpose(1, 2), dout)
         torch.bmm(dout, v[:, own].transpose(1, 2), out=dscores)
         dscores.sub_(delta).mul_(weights)
-        # q carries softmax_scale already.
+        # q already includes softmax_scale.
         dk[:, own].baddbmm_(dscores.transpose(1, 2), q)
         dq_rows.baddbmm_(dscores, k[:, own])
     dq.add_(dq_rows.view(units, group, rows, head_dim))

@@ -31,12 +31,12 @@ from lcdist_kernels.landmark.tile_configs import (
 )
 from lcdist_kernels.tile_ranges import (
     Band,
-    Place,
+    DeviceStream,
     band_of,
     bounded_below,
+    device_stream,
     key_ranges,
     on_device,
-    place_of,
     query_ranges,
 )
 from lcdist_kernels.triton_common import (
@@ -46,6 +46,7 @@ from lcdist_kernels.triton_common import (
     last_dim_contiguous,
     launch_context,
     padded,
+    strides,
 )
 
 
@@ -54,12 +55,12 @@ class _Bands(NamedTuple):
 
     past: Band
     own: Band
-    place: Place
+    place: DeviceStream
 
     @classmethod
     def of(cls, q: Tensor, rows: QueryRows, k_start: Tensor) -> "_Bands":
         slots = slots_of(k_start, rows.block_size)
-        return cls(band_of(*rows.past, k_start), band_of(*rows.content, slots), place_of(q))
+        return cls(band_of(*rows.past, k_start), band_of(*rows.content, slots), device_stream(q))
 
     def for_queries(self, launch: Launch, blocks: int) -> list[Tensor]:
         """What a kernel that owns queries reads: numbers and ranges, of the past and of own."""
@@ -94,7 +95,7 @@ def landmark_fwd(
     """
     check_qkv(q, k, v)
     check_kernel(q)
-    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     batch, seqlen, nheads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)
     lse = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)
@@ -106,10 +107,9 @@ def landmark_fwd(
     with launch_context(q):
         _landmark_fwd_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
             q, k, v, out, lse, *bands.for_queries(launch, tiling.blocks),
-            softmax_scale * LOG2E.value, seqlen, k.shape[1], *q.stride()[:3], *k.stride()[:3],
-            *v.stride()[:3], *out.stride()[:3], GROUP=nheads // k.shape[2], **tiling.constants(),
-            HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), HAS_LO=bounded_below(bands.past),
-            **launch.options(),
+            softmax_scale * LOG2E.value, seqlen, k.shape[1], *strides(q, k, v, out),
+            GROUP=nheads // k.shape[2], **tiling.constants(), HEAD_DIM=head_dim,
+            BLOCK_D=padded(head_dim), HAS_LO=bounded_below(bands.past), **launch.options(),
         )  # fmt: skip
     return out, lse
 
@@ -139,7 +139,7 @@ def landmark_bwd(
     )
     bands = _Bands.of(q, rows, k_start)
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
-    inputs = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
+    inputs = strides(q, k, v)
     sizes = {
         "GROUP": nheads // k.shape[2],
         "HEAD_DIM": head_dim,
@@ -150,16 +150,15 @@ def landmark_bwd(
         tiling = tiling_of(size, for_dq.block_n)
         _landmark_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
             q, k, v, out, dout, lse, delta, dq, *bands.for_queries(for_dq, tiling.blocks),
-            float(softmax_scale), seqlen, k.shape[1], *inputs, *out.stride()[:3],
-            *dout.stride()[:3], *dq.stride()[:3], **sizes, **tiling.constants(), **for_dq.options(),
+            float(softmax_scale), seqlen, k.shape[1], *inputs, *strides(out, dout, dq), **sizes,
+            **tiling.constants(), **for_dq.options(),
         )  # fmt: skip
         tiling = tiling_of(size, for_dkv.block_n)
         tiles = triton.cdiv(len(k_start), tiling.blocks) * tiling.steps
         _landmark_bwd_dkv_kernel[(tiles, k.shape[2], batch)](
             q, k, v, dout, lse, delta, dk, dv, *bands.for_keys(for_dkv, tiling.blocks, size),
-            float(softmax_scale), seqlen, k.shape[1], *inputs, *dout.stride()[:3], *dk.stride()[:3],
-            **sizes, **tiling.constants(), EVEN_M=seqlen % for_dkv.block_m == 0,
-            **for_dkv.options(),
+            float(softmax_scale), seqlen, k.shape[1], *inputs, *strides(dout, dk), **sizes,
+            **tiling.constants(), EVEN_M=seqlen % for_dkv.block_m == 0, **for_dkv.options(),
         )  # fmt: skip
     return dq, dk, dv
 

@@ -22,7 +22,7 @@ from lcdist_kernels.landmark.tile_configs import (
     FWD,
     FWD_LARGE,
 )
-from lcdist_kernels.tile_ranges import Indices, on_device, place_of
+from lcdist_kernels.tile_ranges import Indices, device_stream, on_device
 from lcdist_kernels.triton_common import (
     LOG2E,
     Launch,
@@ -30,6 +30,7 @@ from lcdist_kernels.triton_common import (
     last_dim_contiguous,
     launch_context,
     padded,
+    strides,
 )
 
 
@@ -58,8 +59,8 @@ def sparse_fwd(
     with launch_context(q):
         _sparse_fwd_kernel[(len(tiles), lists.ids.shape[1], len(q))](
             q, table, out, lse, *_lists(q, lists, rows_of), tiles, softmax_scale * LOG2E.value,
-            q.shape[1], *lists.ids.shape[2:], *q.stride()[:3], *table.stride()[:3],
-            *out.stride()[:3], **_constants(q, lists, rows_of.block_size, launch),
+            q.shape[1], *lists.ids.shape[2:], *strides(q, table, out),
+            **_constants(q, lists, rows_of.block_size, launch),
         )  # fmt: skip
     return out, lse
 
@@ -95,16 +96,14 @@ def sparse_bwd(
     with launch_context(q):
         _sparse_bwd_dq_kernel[(len(tiles), ids.shape[1], len(q))](
             q, table, out, dout, lse, delta, dq, ids, stops, begins, q_last, tiles,
-            float(softmax_scale), q.shape[1], *ids.shape[2:], *q.stride()[:3], *table.stride()[:3],
-            *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
+            float(softmax_scale), q.shape[1], *ids.shape[2:], *strides(q, table, out, dout, dq),
             **_constants(q, lists, size, for_dq),
         )  # fmt: skip
         constants = _constants(q, lists, size, for_dtable) | _one_entry(for_dtable, size)
         _sparse_bwd_dtable_kernel[(len(table) * constants["STEPS"],)](
             q, table, dout, lse, delta, dtable, *_readers(ids, len(table)),
             _sent(q, _units(lists), 2), begins, q_last, float(softmax_scale), q.shape[1],
-            *ids.shape[2:], ids.shape[1], *q.stride()[:3], *table.stride()[:3], *dout.stride()[:3],
-            **constants,
+            *ids.shape[2:], ids.shape[1], *strides(q, table, dout), **constants,
         )  # fmt: skip
     return dq, dtable
 
@@ -150,7 +149,7 @@ def _lists(
     place = torch.arange(1, ids.shape[3] + 1, dtype=torch.int32, device=q.device)
     stops = ((ids >= 0) * place).amax(3).to(torch.int32)
     begins = (lists.numbers * rows_of.block_size).to(q.device, torch.int32)
-    return ids, stops, begins, on_device(Indices(rows_of.past[0]), place_of(q))
+    return ids, stops, begins, on_device(Indices(rows_of.past[0]), device_stream(q))
 
 
 def _units(lists: BlockLists) -> Tensor:
@@ -171,7 +170,7 @@ def _tiles(q: Tensor, lists: BlockLists, launch: Launch) -> Tensor:
 
 
 def _sent(q: Tensor, table: Tensor, width: int) -> Tensor:
-    return on_device(Indices(table.flatten()), place_of(q)).view(-1, width)
+    return on_device(Indices(table.flatten()), device_stream(q)).view(-1, width)
 
 
 def _readers(ids: Tensor, entries: int) -> tuple[Tensor, Tensor]:

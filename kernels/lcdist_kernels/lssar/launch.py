@@ -34,9 +34,9 @@ from lcdist_kernels.lssar.tiled import Saved, Sums
 from lcdist_kernels.tile_ranges import (
     band_of,
     bounded_below,
+    device_stream,
     key_ranges,
     on_device,
-    place_of,
     query_ranges,
 )
 from lcdist_kernels.triton_common import (
@@ -46,6 +46,7 @@ from lcdist_kernels.triton_common import (
     last_dim_contiguous,
     launch_context,
     padded,
+    strides,
 )
 
 ROWS_BLOCK = 32
@@ -70,8 +71,8 @@ def lssar_sums(
     indices, ranges = _by_queries(band, launch, q)
     with launch_context(q):
         _lssar_sums_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
-            q, k, total, top, *indices, ranges, seqlen, k.shape[1], *q.stride()[:3],
-            *k.stride()[:3], **_sizes(q, k, band), **launch.options(),
+            q, k, total, top, *indices, ranges, seqlen, k.shape[1], *strides(q, k),
+            **_sizes(q, k, band), **launch.options(),
         )  # fmt: skip
     return total, top
 
@@ -127,16 +128,16 @@ def _fwd(
     """written: mean, inverse, gamma, out, total, out_x, total_x; some are read, some unused."""
     check_qkv(q, k, v)
     check_kernel(q)
-    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     batch, seqlen, nheads, _ = q.shape
     launch = launch or choose_launch(FWD, q, FWD_HOPPER)
     indices, ranges = _by_queries(band, launch, q)
     with launch_context(q):
         _lssar_fwd_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
             q, k, v, *written, *indices, ranges, exponent(reweight),
-            0 if reweight is None else reweight.exempt_rows, seqlen, k.shape[1], *q.stride()[:3],
-            *k.stride()[:3], *v.stride()[:3], *written[3].stride()[:3], **_power(reweight),
-            SLOPE=slope, WHOLE=whole, **_sizes(q, k, band), **launch.options(),
+            0 if reweight is None else reweight.exempt_rows, seqlen, k.shape[1],
+            *strides(q, k, v, written[3]), **_power(reweight), SLOPE=slope, WHOLE=whole,
+            **_sizes(q, k, band), **launch.options(),
         )  # fmt: skip
 
 
@@ -153,15 +154,15 @@ def lssar_rows(
     dout, out = last_dim_contiguous(dout), last_dim_contiguous(out)
     delta, drift = torch.empty_like(gamma), torch.zeros_like(gamma)
     e = out if slope is None else last_dim_contiguous(slope)
-    numbers, place = band_of(*band), place_of(out)
+    numbers, place = band_of(*band), device_stream(out)
     if not out.numel():
         return Saved(mean, gamma, delta, drift)
     with launch_context(out):
         _lssar_rows_kernel[(triton.cdiv(seqlen, ROWS_BLOCK), nheads, batch)](
             dout, out, e, gamma, delta, drift, on_device(numbers.q_idx, place),
             on_device(numbers.q_lo, place), 0 if reweight is None else reweight.exempt_rows, seqlen,
-            *dout.stride()[:3], *out.stride()[:3], *e.stride()[:3], SLOPE=slope is not None,
-            HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=ROWS_BLOCK,
+            *strides(dout, out, e), SLOPE=slope is not None, HEAD_DIM=head_dim,
+            BLOCK_D=padded(head_dim), BLOCK_M=ROWS_BLOCK,
         )  # fmt: skip
     return Saved(mean, gamma, delta, drift)
 
@@ -177,12 +178,7 @@ def lssar_bwd(
     """
     check_qkv(q, k, v)
     check_kernel(q)
-    q, k, v, dout = (
-        last_dim_contiguous(q),
-        last_dim_contiguous(k),
-        last_dim_contiguous(v),
-        last_dim_contiguous(dout.to(q.dtype)),
-    )
+    q, k, v, dout = (last_dim_contiguous(x) for x in (q, k, v, dout.to(q.dtype)))
     batch, seqlen, nheads, _ = q.shape
     dq, dk, dv = (_out(x, torch.float32) for x in (q, k, v))
     if not q.numel() or not k.numel():
@@ -190,19 +186,19 @@ def lssar_bwd(
     chosen = choose_launch(BWD_DQ, q), choose_launch(BWD_DKV, q, BWD_DKV_HOPPER)
     for_dq, for_dkv = launches or chosen
     indices, ranges = _by_queries(band, for_dq, q)
-    numbers, place = band_of(*band), place_of(q)
+    numbers, place = band_of(*band), device_stream(q)
     own_rows = [x.contiguous() for x in row]
-    inputs = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]]
+    inputs = strides(q, k, v, dout)
     words = _power(reweight) | _sizes(q, k, band)
     with launch_context(q):
         _lssar_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
             q, k, v, dout, *own_rows, dq, *indices, ranges, exponent(reweight), seqlen, k.shape[1],
-            *inputs, *dq.stride()[:3], **words, **for_dq.options(),
+            *inputs, *strides(dq), **words, **for_dq.options(),
         )  # fmt: skip
         _lssar_bwd_dkv_kernel[(triton.cdiv(k.shape[1], for_dkv.block_n), k.shape[2], batch)](
             q, k, v, dout, *own_rows, dk, dv, *indices,
             query_ranges(numbers, for_dkv.block_m, for_dkv.block_n, place), exponent(reweight),
-            seqlen, k.shape[1], *inputs, *dk.stride()[:3], **words,
+            seqlen, k.shape[1], *inputs, *strides(dk), **words,
             EVEN_M=seqlen % for_dkv.block_m == 0, **for_dkv.options(),
         )  # fmt: skip
     return dq, dk, dv
@@ -219,7 +215,7 @@ def _row(q: Tensor) -> Tensor:
 
 def _by_queries(band: Band, launch: Launch, q: Tensor) -> tuple[list[Tensor], Tensor]:
     """The numbers of queries and keys on q's device, and the tiles of keys a tile of queries."""
-    numbers, place = band_of(*band), place_of(q)
+    numbers, place = band_of(*band), device_stream(q)
     ranges = key_ranges(numbers, launch.block_m, launch.block_n, place)
     return [on_device(each, place) for each in numbers], ranges
 

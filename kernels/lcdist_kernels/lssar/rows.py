@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.rotary import Rotary
-from lcdist_kernels.tile_ranges import Indices, on_device, place_of
+from lcdist_kernels.tile_ranges import Indices, device_stream, on_device
 
 # Of a squared norm. The paper says nothing of zero vectors; here they stay zero.
 LEAST_SQUARE = 1e-12
@@ -111,7 +111,7 @@ def mean_shares(counts: Tensor, reweight: Reweight | None, like: Tensor) -> Tens
 
 def _moved(counts: Tensor, like: Tensor) -> Tensor:
     """The counts on the device of `like`, where they are kept by value: no wait, no second copy."""
-    return on_device(Indices(counts), place_of(like)) if like.is_cuda else counts
+    return on_device(Indices(counts), device_stream(like)) if like.is_cuda else counts
 
 
 def row_threshold(total: Tensor, top: Tensor, shares: Tensor) -> Threshold:

@@ -1,4 +1,4 @@
-"""Shifted cross chunk attention and its relatives: windows of chunks, and dilated keys."""
+"""Shifted cross chunk attention and related patterns: chunk windows and dilated keys."""
 
 from lcdist_kernels.scca.op import IMPLS, BandedFunction, scca_attention, scca_cached
 from lcdist_kernels.scca.reference import scca_reference

@@ -1,7 +1,7 @@
-"""Shifted cross chunk attention as a function of torch, with gradients and implementations.
+"""Shifted cross chunk attention as a differentiable torch function.
 
-"triton" are full attention's kernels by parts, "torch" the tiled operator by parts, "reference" the
-dense one; "auto" takes the kernels on CUDA and the tiled operator on a CPU.
+"triton": full attention's kernels, part by part. "torch": the tiled implementation, part by part.
+"reference": the dense one. "auto": the kernels on CUDA, tiled torch on a CPU.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist_kernels.common import check_impl, check_qkv, check_self, document_starts
+from lcdist_kernels.common import check_impl, check_qkv, check_self, resolve_scale
 from lcdist_kernels.full import AttentionImpl, full_fwd, select_impl
 from lcdist_kernels.full.impl import TRITON_IMPL
-from lcdist_kernels.rotary import Rotary
+from lcdist_kernels.rotary import Rotary, rotate_self
 from lcdist_kernels.scca.reference import check_rules, scca_reference
 from lcdist_kernels.scca.rules import Rule, head_groups
 from lcdist_kernels.scca.tiled import Part, banded_bwd, banded_fwd, self_parts
@@ -22,13 +22,13 @@ IMPLS = ("auto", "triton", "torch", "reference")
 
 
 class BandedFunction(torch.autograd.Function):
-    """Attention by parts, q `[b, s, h_kv, h / h_kv, d]`; kept: q, k, v, out and lse."""
+    """Attention by parts over q `[b, s, h_kv, h / h_kv, d]`; saves q, k, v, out and lse."""
 
     @staticmethod
     def forward(
         ctx: Any, q, k, v, parts: Sequence[Part], scale: float, impl: AttentionImpl
     ) -> Tensor:
-        # No query is in two parts: kernels write the result itself.
+        # No query is in two parts, so kernels write the result directly.
         dtype = q.dtype if impl is TRITON_IMPL else None
         out, lse = banded_fwd(q, k, v, parts, scale, impl=impl, out_dtype=dtype)
         out = out.to(q.dtype)
@@ -52,10 +52,15 @@ def scca_attention(
     rules: Sequence[Rule], rotary: Rotary | None = None, positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None, softmax_scale: float | None = None, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
+    """Return attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, shaped like q.
 
-    impl: one of `IMPLS`. The rest, and what raises ValueError, as in `scca_reference`; also an
-    `impl` that is not built, and "triton" where it does not take the tensors.
+    Args:
+        impl: one of `IMPLS`.
+        other: as in `scca_reference`.
+
+    Raises:
+        ValueError: as `scca_reference`; also an unknown `impl`, or tensors that kernels do not
+            take.
     """
     check_impl(impl, "scca", IMPLS)
     if impl == "reference":
@@ -66,12 +71,8 @@ def scca_attention(
     check_self(q, k, v)
     check_rules(rules, q.shape[2])
     implementation = select_impl(impl, q, "scca attention")
-    index = torch.arange(q.shape[1])
-    starts = document_starts(cu_seqlens, index, q.shape[1])
-    if rotary is not None:
-        positions = index - starts if positions is None else positions
-        q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    q, k, _, starts = rotate_self(q, k, rotary, positions, cu_seqlens)
+    scale = resolve_scale(softmax_scale, q.shape[3])
     parts = self_parts(head_groups(rules, k.shape[2]), starts, implementation)
     grouped = q.unflatten(2, (k.shape[2], -1))
     return BandedFunction.apply(grouped, k, v, parts, scale, implementation).flatten(2, 3)
@@ -82,13 +83,14 @@ def scca_cached(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *,
     rules: Sequence[Rule], rotary: Rotary | None = None, softmax_scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """New tokens q `[b, n, h, d]` at `positions` `[n]` over k, v of positions 0, 1, ...; like q.
+    """Return attention of new tokens over a cache, shaped like q; without gradients.
 
-    Only the keys that a rule shows are read. No gradients.
+    q `[b, n, h, d]` at `positions` `[n]`; k, v: entries of positions 0, 1, ... Only keys that a
+    rule shows are read.
     """
     check_qkv(q, k, v)
     check_rules(rules, q.shape[2])
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = resolve_scale(softmax_scale, q.shape[3])
     index = torch.arange(k.shape[1])
     queries = q if rotary is None else rotary.rotate(q, positions)
     queries = queries.unflatten(2, (k.shape[2], -1))
@@ -96,33 +98,35 @@ def scca_cached(
     for group in head_groups(rules, k.shape[2]):
         for members, rule in group.members:
             first, last = rule.limits(positions)
-            for rows, keys in _read(rule, positions, first, last):
+            for rows, keys in _cache_reads(rule, positions, first, last):
                 if not len(index[keys]) or not len(rows):
                     continue
-                keys_ = k[:, keys, group.kv]
+                part_k = k[:, keys, group.kv]
                 if rotary is not None:
-                    keys_ = rotary.rotate(keys_, index[keys])
-                done, _ = full_fwd(
-                    queries[:, rows, group.kv, members].flatten(2, 3), keys_, v[:, keys, group.kv],
+                    part_k = rotary.rotate(part_k, index[keys])
+                part, _ = full_fwd(
+                    queries[:, rows, group.kv, members].flatten(2, 3), part_k, v[:, keys, group.kv],
                     last[rows], first[rows], index[keys], scale,
                 )  # fmt: skip
                 heads = out[:, :, group.kv, members]
-                heads[:, rows] = done.to(q.dtype).view(heads[:, rows].shape)
+                heads[:, rows] = part.to(q.dtype).view(heads[:, rows].shape)
     return out.flatten(2, 3)
 
 
-def _read(rule: Rule, positions: Tensor, first: Tensor, last: Tensor) -> list[tuple[Tensor, slice]]:
-    """Which of the new rows read which slice of the cache."""
-    everyone = torch.arange(len(positions))
+def _cache_reads(
+    rule: Rule, positions: Tensor, first: Tensor, last: Tensor
+) -> list[tuple[Tensor, slice]]:
+    """Return (rows, keys): which new rows read which slice of the cache."""
+    all_rows = torch.arange(len(positions))
     if rule.kind == "key":
-        return [(everyone, slice(rule.shift, None, rule.size))]
+        return [(all_rows, slice(rule.shift, None, rule.size))]
     if rule.kind == "pair":
         residue = positions % rule.size
         return [
-            (everyone[residue == r], slice((r - rule.shift) % rule.size, None, rule.size))
+            (all_rows[residue == r], slice((r - rule.shift) % rule.size, None, rule.size))
             for r in residue.unique().tolist()
         ]
-    seen = first <= last
-    if not seen.any():
+    nonempty = first <= last
+    if not nonempty.any():
         return []
-    return [(everyone, slice(int(first[seen].min()), int(last[seen].max()) + 1))]
+    return [(all_rows, slice(int(first[nonempty].min()), int(last[nonempty].max()) + 1))]

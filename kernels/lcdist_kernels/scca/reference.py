@@ -1,19 +1,18 @@
-"""Shifted cross chunk attention and its relatives, dense and readable: the truth for the others.
+"""Shifted cross chunk attention, dense and readable: the reference of the others.
 
     out_i = sum_j softmax_j(softmax_scale * q_i . k_j) v_j   over the keys that the rule shows
 
-(`rules` has the rules, one a head; arXiv:2312.07305). A query that sees no key has out = 0. Heads
-are independent: what they see together is what the paper accumulates over heads.
+(`rules` defines the rules, one per head; arXiv:2312.07305). A query that sees no key has out = 0.
+Heads are independent; the paper's accumulation over heads is the union of what they see.
 """
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from lcdist_kernels.common import check_self, document_starts
+from lcdist_kernels.common import check_self, resolve_scale
 from lcdist_kernels.full.reference import full_partial
-from lcdist_kernels.rotary import Rotary
+from lcdist_kernels.rotary import Rotary, rotate_self
 from lcdist_kernels.scca.rules import KINDS, Rule, dense_mask
 
 
@@ -22,29 +21,31 @@ def scca_reference(
     rules: Sequence[Rule], rotary: Rotary | None = None, positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None, softmax_scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
+    """Return attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, shaped like q.
 
-    rules: one a query head; chunks, shifts and residues count from the start of a document.
-    positions: integers `[s]` or `[b, s]`, used by rotary alone; default: from 0 in every document.
-    cu_seqlens: see `document_starts`. softmax_scale: default head_dim ** -0.5. Any float dtype;
-    sums in the wider of fp32 and q.dtype. Raises ValueError where shapes or rules do not fit.
+    Args:
+        q, k, v: not rotated; any float dtype. Sums are in the wider of fp32 and q.dtype.
+        rules: one per query head; chunks, shifts and residues count from the start of a document.
+        positions: integers `[s]` or `[b, s]`, used by rotary only; default: from 0 in every
+            document.
+        cu_seqlens: see `document_starts`.
+        softmax_scale: default head_dim ** -0.5.
+
+    Raises:
+        ValueError: shapes or rules do not fit.
     """
     check_self(q, k, v)
     check_rules(rules, q.shape[2])
-    index = torch.arange(q.shape[1])
-    starts = document_starts(cu_seqlens, index, q.shape[1])
-    if rotary is not None:
-        positions = index - starts if positions is None else positions
-        q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    q, k, index, starts = rotate_self(q, k, rotary, positions, cu_seqlens)
+    scale = resolve_scale(softmax_scale, q.shape[3])
     mask = dense_mask(rules, index, starts, index, starts).to(q.device)
     return full_partial(q, k, v, mask, scale)[0].to(q.dtype)
 
 
 def check_rules(rules: Sequence[Rule], nheads: int) -> None:
-    """Raises ValueError unless there is one legal rule a query head."""
+    """Raise ValueError unless there is one legal rule per query head."""
     if len(rules) != nheads:
-        raise ValueError(f"{len(rules)} rules for {nheads} query heads: expected one a head")
+        raise ValueError(f"{len(rules)} rules for {nheads} query heads: expected one per head")
     for rule in rules:
         if rule.kind not in KINDS or rule.size < 1 or rule.shift < 0:
             raise ValueError(

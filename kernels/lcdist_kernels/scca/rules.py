@@ -1,6 +1,6 @@
-"""Which keys a query sees in shifted cross chunk attention and its relatives (arXiv:2312.07305).
+"""Rules: which keys a query sees in SCCA and related patterns (arXiv:2312.07305).
 
-With i and j the places of query and key in their common document, j <= i, and n = floor(n / w):
+With i and j the places of query and key in their common document, j <= i, and [x] = floor(x):
 
     chunk   [(j + s) / w] = [i / w]                     keys delayed by s, chunks of w tokens
     fold    [j / w] = c - (m mod (c + 1)),  c = [i / w], m = s / w     never an empty chunk
@@ -8,8 +8,8 @@ With i and j the places of query and key in their common document, j <= i, and n
     pair    (i - j - s) mod r = 0                       every r-th distance
     key     j mod r = s                                 every r-th key
 
-The paper shows neither distances nor wrap-around; these are this project's reading of it. Every
-one is causal: keys are looked back at, and what would wrap around is seen by nobody.
+The paper gives neither distances nor wrap-around; these are this project's interpretation. All
+rules are causal. A key that would wrap around to a later position is not visible.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ WINDOWS = ("chunk", "fold", "split")
 
 
 class Rule(NamedTuple):
-    """What one head sees. kind: of `KINDS`; size: w or r; shift: s, in tokens."""
+    """Rule of one head. kind: one of `KINDS`; size: w or r; shift: s, in tokens."""
 
     kind: str
     size: int
@@ -31,29 +31,29 @@ class Rule(NamedTuple):
 
     @property
     def is_window(self) -> bool:
-        """Whether a query's keys are one interval, as `limits` gives it."""
+        """Return whether a query's keys are one interval, given by `limits`."""
         return self.kind in WINDOWS
 
     def mask(self, i: Tensor, j: Tensor) -> Tensor:
-        """True where a query at `i` sees a key at `j` of its document; i and j broadcast."""
+        """Return True where a query at `i` sees a key at `j` of its document; i, j broadcast."""
         size, shift = self.size, self.shift
         chunk = i // size
         if self.kind == "chunk":
-            seen = (j + shift) // size == chunk
+            visible = (j + shift) // size == chunk
         elif self.kind == "fold":
-            seen = j // size == chunk - (shift // size) % (chunk + 1)
+            visible = j // size == chunk - (shift // size) % (chunk + 1)
         elif self.kind == "split":
-            seen = (j + shift) // size == (i + shift) // size
+            visible = (j + shift) // size == (i + shift) // size
         elif self.kind == "pair":
-            seen = (i - j - shift) % size == 0
+            visible = (i - j - shift) % size == 0
         else:
-            seen = j % size == shift
-        return seen & (j <= i)
+            visible = j % size == shift
+        return visible & (j <= i)
 
     def limits(self, i: Tensor) -> tuple[Tensor, Tensor]:
-        """The first and the last key that queries at `i` see; none where first > last.
+        """Return the first and the last key that queries at `i` see; none where first > last.
 
-        Of the kinds `pair` and `key` the interval in which their keys are.
+        For `pair` and `key` this is the interval that contains the visible keys.
         """
         size, shift = self.size, self.shift
         if not self.is_window:
@@ -67,8 +67,11 @@ class Rule(NamedTuple):
             first = (i + shift) // size * size - shift
         return first.clamp_min(0), torch.minimum(i, first + size - 1)
 
-    def turns(self, begin: int, end: int) -> Tensor:
-        """Of a window rule, the last place in begin..end of each run of queries with one window."""
+    def window_ends(self, begin: int, end: int) -> Tensor:
+        """Return, for a window rule, the last place of each run of queries with one window.
+
+        The runs cover begin..end.
+        """
         ahead = self.shift if self.kind == "split" else 0
         first = begin + self.size - 1 - (begin + ahead) % self.size
         return torch.cat(
@@ -76,7 +79,7 @@ class Rule(NamedTuple):
         )
 
     def pairs(self, seqlen: int) -> int:
-        """How many (query, key) pairs of a document of `seqlen` tokens are visible."""
+        """Return the number of visible (query, key) pairs of a document of `seqlen` tokens."""
         i = torch.arange(seqlen)
         first, last = self.limits(i)
         if self.is_window:
@@ -87,7 +90,7 @@ class Rule(NamedTuple):
 class HeadGroup(NamedTuple):
     """Key heads whose query heads follow the same rules.
 
-    kv: of the key heads; members: which of each one's query heads follow which rule.
+    kv: the key heads. members: slices of each one's query heads, with their rule.
     """
 
     kv: slice
@@ -95,7 +98,7 @@ class HeadGroup(NamedTuple):
 
 
 def head_groups(rules: Sequence[Rule], nheads_kv: int) -> tuple[HeadGroup, ...]:
-    """The heads of `rules`, one a query head, in groups that are slices of the head dims."""
+    """Group the heads of `rules`, one per query head, into slices of the head dimensions."""
     size = len(rules) // nheads_kv
     alike: dict[tuple[Rule, ...], list[int]] = {}
     for kv in range(nheads_kv):
@@ -108,13 +111,14 @@ def head_groups(rules: Sequence[Rule], nheads_kv: int) -> tuple[HeadGroup, ...]:
 
 
 def _members(followed: tuple[Rule, ...]) -> Iterable[tuple[slice, Rule]]:
+    """Yield the slices of query heads that follow one rule."""
     for rule in dict.fromkeys(followed):
         for members in slices([i for i, other in enumerate(followed) if other == rule]):
             yield members, rule
 
 
 def slices(numbers: Sequence[int]) -> list[slice]:
-    """Increasing numbers as few slices, each of an even step."""
+    """Return increasing numbers as few slices, each of a constant step."""
     found: list[list[int]] = []
     for number in numbers:
         last = found[-1] if found else []
@@ -128,10 +132,10 @@ def slices(numbers: Sequence[int]) -> list[slice]:
 def dense_mask(
     rules: Sequence[Rule], index: Tensor, starts: Tensor, k_index: Tensor, k_starts: Tensor
 ) -> Tensor:
-    """True where each head's queries see keys: bool `[len(rules), s_q, s_k]`.
+    """Return True where each head's queries see keys: bool `[len(rules), s_q, s_k]`.
 
-    index, k_index: global token numbers of queries and keys; starts, k_starts: the first token of
-    each one's document; int64 on the CPU.
+    index, k_index: global token numbers of queries and keys, int64 on the CPU. starts, k_starts:
+    the first token of each one's document.
     """
     same = starts[:, None] == k_starts
     i, j = (index - starts)[:, None], k_index - k_starts

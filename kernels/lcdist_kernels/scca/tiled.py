@@ -1,11 +1,11 @@
-"""Shifted cross chunk attention by parts: memory linear in the sequence, gradients by hand.
+"""Shifted cross chunk attention by parts: linear memory, gradients written by hand.
 
-The work is a list of parts, each an ordinary banded attention of some queries over some keys, both
-slices of what is there: nothing is rolled or gathered. Tiled torch takes a window rule in one part
-for each chunk of queries over just the keys it sees (small chunks together until they fill a tile);
-the kernels, which find the tiles of a band themselves, in as few parts as have ends that do not
-decrease: one, but for folded shifts. A dilated rule gives one strided part for each residue
-(arXiv:2312.07305; the parts' maths is that of `lcdist_kernels.full`).
+The work is a list of parts, each an ordinary banded attention of a slice of the queries over a
+slice of the keys: nothing is rolled or gathered. Tiled torch takes a window rule as one part for
+each chunk of queries over the keys it sees; small chunks are joined until they fill a tile. The
+kernels find the tiles of a band themselves, so they take as few parts as have limits that do not
+decrease: one, except for folded shifts. A dilated rule gives one strided part for each residue
+(arXiv:2312.07305; the formulas of a part are in `lcdist_kernels.full`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,31 +26,34 @@ Partial = tuple[Tensor, Tensor]
 class Part(NamedTuple):
     """Some queries of some heads over some keys: q_lo <= k_idx <= q_hi is visible.
 
-    rows, keys: slices of the query and key tokens; kv: of q's groups of heads; held: of k's heads,
-    as many; members: of each group. q_hi, q_lo, k_idx: int64 on the CPU, for rows and keys.
+    Attributes:
+        rows, keys: slices of the query and key tokens.
+        kv: slice of q's groups of heads. k_heads: the same heads in k and v.
+        members: slice of the query heads of each group.
+        q_hi, q_lo, k_idx: int64 on the CPU, for rows and keys.
     """
 
     rows: slice
     keys: slice
     kv: slice
-    held: slice
+    k_heads: slice
     members: slice
     q_hi: Tensor
     q_lo: Tensor
     k_idx: Tensor
 
     def queries(self, x: Tensor) -> Tensor:
-        """Of `[b, s, h_kv, h / h_kv, d]`: `[b, rows, heads, d]`."""
+        """Return `[b, rows, heads, d]` of x `[b, s, h_kv, h / h_kv, d]`."""
         return x[:, self.rows, self.kv, self.members].flatten(2, 3)
 
     def row_numbers(self, x: Tensor) -> Tensor:
-        """Of `[b, h_kv, h / h_kv, s]`: `[b, heads, rows]`."""
+        """Return `[b, heads, rows]` of x `[b, h_kv, h / h_kv, s]`."""
         return x[:, self.kv, self.members, self.rows].flatten(1, 2)
 
-    def apart(self, k: Tensor, *like_q: Tensor) -> list["Part"]:
-        """The same in parts whose heads are one strided dim of each tensor like q: none is copied.
+    def split_heads(self, k: Tensor, *like_q: Tensor) -> list["Part"]:
+        """Split the part so that its heads are one strided dimension of each tensor like q.
 
-        Of the few query heads or the few key heads, one at a time.
+        Kernels then copy none of them. The split is along the fewer of query heads and key heads.
         """
         if all(_one_dim(x[:, self.rows, self.kv, self.members]) for x in like_q):
             return [self]
@@ -58,27 +61,27 @@ class Part(NamedTuple):
         members = range(like_q[0].shape[3])[self.members]
         if len(members) < len(kv):
             return [self._replace(members=slice(m, m + 1)) for m in members]
-        held = range(k.shape[2])[self.held]
+        k_heads = range(k.shape[2])[self.k_heads]
         return [
-            self._replace(kv=slice(i, i + 1), held=slice(j, j + 1))
-            for i, j in zip(kv, held, strict=True)
+            self._replace(kv=slice(i, i + 1), k_heads=slice(j, j + 1))
+            for i, j in zip(kv, k_heads, strict=True)
         ]
 
     @property
     def band(self) -> tuple[Tensor, Tensor, Tensor]:
-        """As `full_fwd` takes it."""
+        """Return the arguments of `full_fwd` that say which keys are visible."""
         return self.q_hi, self.q_lo, self.k_idx
 
 
 def _one_dim(x: Tensor) -> bool:
-    """Whether dims 2 and 3 of `[b, rows, kv, members, d]` are one strided dim."""
+    """Return whether dims 2 and 3 of `[b, rows, kv, members, d]` are one strided dim."""
     return 1 in x.shape[2:4] or x.stride(2) == x.shape[3] * x.stride(3)
 
 
 def self_parts(
     groups: Iterable[HeadGroup], starts: Tensor, impl: AttentionImpl = TORCH_IMPL
 ) -> list[Part]:
-    """All parts of a sequence over itself, as `impl` takes them best.
+    """Return all parts of a sequence over itself, as `impl` takes them best.
 
     starts: the first token of each token's document.
     """
@@ -103,10 +106,12 @@ def window_parts(
     k_idx: Tensor,
     impl: AttentionImpl = TORCH_IMPL,
 ) -> list[Part]:
-    """The parts of a window rule, as `impl` takes them. heads: kv, held, members of a `Part`.
+    """Return the parts of a window rule, as `impl` takes them best.
 
-    index: global numbers of the queries, starts: the first tokens of their documents; k_idx: those
-    of the keys, increasing.
+    Args:
+        heads: kv, k_heads and members of a `Part`.
+        index: global numbers of the queries. starts: the first tokens of their documents.
+        k_idx: global numbers of the keys, increasing.
     """
     first, last = rule.limits(index - starts)
     q_lo, q_hi = first + starts, last + starts
@@ -118,7 +123,7 @@ def window_parts(
 
 
 def _rising_runs(q_lo: Tensor, q_hi: Tensor, k_idx: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of queries whose first and last keys never move back, and of the keys they see."""
+    """Yield slices of queries whose key limits do not decrease, and of the keys they see."""
     falls = (q_lo[1:] < q_lo[:-1]) | (q_hi[1:] < q_hi[:-1])
     inner = (falls.nonzero().flatten() + 1).tolist()
     for row, stop in zip([0, *inner], [*inner, len(q_lo)], strict=True):
@@ -129,20 +134,20 @@ def _rising_runs(q_lo: Tensor, q_hi: Tensor, k_idx: Tensor) -> Iterator[tuple[sl
 
 
 def _stretches(q_lo: Tensor, q_hi: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries with one first key together: their first row, end row, first key and last key.
+    """Return first row, end row, first key and last key of runs of queries with one first key.
 
-    Those that see nothing are apart from those that see something.
+    Queries that see nothing are runs of their own.
     """
     new, empty = torch.ones_like(q_lo, dtype=torch.bool), q_hi < q_lo
     new[1:] = (q_lo[1:] != q_lo[:-1]) | (empty[1:] != empty[:-1])
     begin = new.nonzero().flatten()
     end = torch.cat((begin[1:], begin.new_tensor([len(q_lo)])))
-    # With the first key fixed, the last one never moves back.
+    # With a fixed first key, the last key does not decrease.
     return begin, end, q_lo[begin], q_hi[end - 1]
 
 
 def _runs(q_lo: Tensor, q_hi: Tensor, k_idx: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of queries and of the keys they see, each a chunk, or chunks that fill one tile."""
+    """Yield slices of queries and of their keys: a chunk, or several that fill one tile."""
     begin, end, first, last = _stretches(q_lo, q_hi)
     k_begin = torch.searchsorted(k_idx, first).tolist()
     k_end = torch.searchsorted(k_idx, last, right=True).tolist()
@@ -162,7 +167,8 @@ def _runs(q_lo: Tensor, q_hi: Tensor, k_idx: Tensor) -> Iterator[tuple[slice, sl
 
 
 def _pair_parts(rule: Rule, heads: tuple[slice, slice, slice], starts: Tensor) -> Iterator[Part]:
-    # i - j does not know where a document begins: residues of global numbers will do.
+    """Yield one part for each residue of a `pair` rule."""
+    # i - j does not depend on where a document begins, so global residues are exact.
     index, step = torch.arange(len(starts)), rule.size
     for residue in range(min(step, len(starts))):
         rows = slice(residue, None, step)
@@ -172,6 +178,7 @@ def _pair_parts(rule: Rule, heads: tuple[slice, slice, slice], starts: Tensor) -
 
 
 def _key_parts(rule: Rule, heads: tuple[slice, slice, slice], starts: Tensor) -> Iterator[Part]:
+    """Yield one part for each document of a `key` rule."""
     index = torch.arange(len(starts))
     begin = (index == starts).nonzero().flatten().tolist()
     for start, stop in zip(begin, [*begin[1:], len(starts)], strict=True):
@@ -185,11 +192,15 @@ def banded_fwd(
     before: Partial | None = None, *,
     impl: AttentionImpl = TORCH_IMPL, out_dtype: torch.dtype | None = None,
 ) -> Partial:  # fmt: skip
-    """The partial (out like q, lse `[b, h_kv, h / h_kv, s_q]`) of q over the parts' keys.
+    """Return the partial (out like q, lse `[b, h_kv, h / h_kv, s_q]`) of q over the parts' keys.
 
-    q `[b, s_q, h_kv, h / h_kv, d]`, rotated; no query and head may be in two of `parts`. before: a
-    partial over other keys, into which this one is merged in place. In the wider of fp32 and
-    q.dtype, or out in out_dtype where nothing is merged; what sees nothing has out = 0, lse = -inf.
+    Args:
+        q: `[b, s_q, h_kv, h / h_kv, d]`, rotated.
+        parts: no query of a head may be in two of them.
+        before: a partial over other keys, into which this one is merged in place.
+        out_dtype: of out, where nothing is merged; default: the wider of fp32 and q.dtype.
+
+    A query that sees no key has out = 0, lse = -inf.
     """
     if before is None:
         wide = wide_dtype(q.dtype)
@@ -198,18 +209,18 @@ def banded_fwd(
     else:
         out, lse = before
     direct = impl is TRITON_IMPL and before is None
-    for part in _pieces(parts, impl, k, q, out):
-        own = (slice(None), part.keys, part.held)
-        # Kernels write where the result belongs: in `apart`'s parts that is a view.
-        there = {"out": part.queries(out)} if direct else {}
-        done = impl.fwd(part.queries(q), k[own], v[own], *part.band, softmax_scale, **there)
+    for part in _impl_parts(parts, impl, k, q, out):
+        own = (slice(None), part.keys, part.k_heads)
+        # Kernels write into the result: for parts of `split_heads` that is a view.
+        target = {"out": part.queries(out)} if direct else {}
+        partial = impl.fwd(part.queries(q), k[own], v[own], *part.band, softmax_scale, **target)
         if before is not None:
-            done = merge(part.queries(out), part.row_numbers(lse), *done)
+            partial = merge(part.queries(out), part.row_numbers(lse), *partial)
         if not direct:
             heads = out[:, part.rows, part.kv, part.members]
-            heads.copy_(done[0].view(heads.shape))
+            heads.copy_(partial[0].view(heads.shape))
         rows = lse[:, part.kv, part.members, part.rows]
-        rows.copy_(done[1].view(rows.shape))
+        rows.copy_(partial[1].view(rows.shape))
     return out, lse
 
 
@@ -218,22 +229,27 @@ def banded_bwd(
     softmax_scale: float, *,
     impl: AttentionImpl = TORCH_IMPL, fresh: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The share of (dk, dv) that passes through the parts; that of dq is added to `dq`.
+    """Return the share of (dk, dv) that passes through the parts; add that of dq to `dq`.
 
-    dout, q, dq: as q in `banded_fwd`; row: (out, lse) over all keys that the queries see. fresh: dq
-    holds nothing yet, and these are all the parts. In the wider of fp32 and q.dtype, as is dq
-    unless it is fresh.
+    Args:
+        dout, q, dq: like q in `banded_fwd`.
+        row: (out, lse) over all keys that the queries see.
+        fresh: dq is empty and these are all parts. Otherwise dq is in the wider of fp32 and
+            q.dtype.
+
+    Returns:
+        dk, dv in the wider of fp32 and q.dtype.
     """
     wide = wide_dtype(q.dtype)
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
     out, lse = row
     direct = impl is TRITON_IMPL and fresh
-    for part in _pieces(parts, impl, k, q, dout, out, dq):
-        there = {"dq": part.queries(dq)} if direct else {}
-        own = (slice(None), part.keys, part.held)
+    for part in _impl_parts(parts, impl, k, q, dout, out, dq):
+        target = {"dq": part.queries(dq)} if direct else {}
+        own = (slice(None), part.keys, part.k_heads)
         shares = impl.bwd(
             part.queries(dout), part.queries(q), k[own], v[own], part.queries(out),
-            part.row_numbers(lse), *part.band, softmax_scale, **there,
+            part.row_numbers(lse), *part.band, softmax_scale, **target,
         )  # fmt: skip
         if not direct:
             heads = dq[:, part.rows, part.kv, part.members]
@@ -243,9 +259,9 @@ def banded_bwd(
     return dk, dv
 
 
-def _pieces(
+def _impl_parts(
     parts: Sequence[Part], impl: AttentionImpl, k: Tensor, *like_q: Tensor
 ) -> Iterator[Part]:
-    """Tiled torch lays heads out anew in any case; kernels take them where they are."""
+    """Yield the parts; for kernels split by heads, as tiled torch copies heads in any case."""
     for part in parts:
-        yield from part.apart(k, *like_q) if impl is TRITON_IMPL else (part,)
+        yield from part.split_heads(k, *like_q) if impl is TRITON_IMPL else (part,)

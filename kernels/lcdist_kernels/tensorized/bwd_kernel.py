@@ -86,7 +86,11 @@ def _tensorized_bwd_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, BRANCH: tl.constexpr,
     HOP: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
-    """lse, delta: of the whole row less the branch's bias; hop_lse, hop_delta: of the hop; du_next: dU."""
+    """Compute dq and the row sums of dlogits of a tile of queries.
+
+    lse, delta: of the whole row, less the branch's bias. du_next: gradient of U_j, the hop's
+    output. hop_lse, hop_delta: of the hop.
+    """
     tiles = tl.cdiv(size_q, BLOCK_M)
     i_m, i_h, i_r, i_o = program_coords(tiles, stride, nheads)
     i_m = tiles - 1 - i_m

@@ -27,13 +27,13 @@ from lcdist_kernels.tensorized.tiled import (
     past_band,
 )
 from lcdist_kernels.tile_ranges import (
+    DeviceStream,
     Indices,
-    Place,
     band_of,
     bounded_below,
+    device_stream,
     key_ranges,
     on_device,
-    place_of,
     query_ranges,
 )
 from lcdist_kernels.triton_common import (
@@ -45,6 +45,7 @@ from lcdist_kernels.triton_common import (
     last_dim_contiguous,
     launch_context,
     padded,
+    strides,
 )
 
 ROW_DOT_BLOCK = 32
@@ -76,7 +77,9 @@ class Sweep(NamedTuple):
         tiles = triton.cdiv(self[side], launched[side])
         return tiles * self.stride * self.outers, tiles
 
-    def tables(self, launched: Launch, place: Place, x: Tensor, of_keys: bool) -> list[Tensor]:
+    def tables(
+        self, launched: Launch, place: DeviceStream, x: Tensor, of_keys: bool
+    ) -> list[Tensor]:
         """q_idx, q_lo, k_idx, ranges and before or after; x where there is nothing to tell."""
         block_m, block_n = launched.block_m, launched.block_n
         if self.band is None:
@@ -227,7 +230,7 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
         return total.zero_()
     with launch_context(out):
         _row_dot_kernel[(triton.cdiv(seqlen, ROW_DOT_BLOCK), nheads, batch)](
-            dout, out, total, seqlen, *dout.stride()[:3], *out.stride()[:3], HEAD_DIM=head_dim,
+            dout, out, total, seqlen, *strides(dout, out), HEAD_DIM=head_dim,
             BLOCK_D=padded(head_dim), BLOCK_S=ROW_DOT_BLOCK,
         )  # fmt: skip
     return total
@@ -281,18 +284,17 @@ def _fwd(
             done = Partial(out, _rows_like(q))
     if sweep.hop:
         hopped, lam = torch.empty(q.shape, dtype=u.dtype, device=q.device), _rows_like(q)
-    launched, place = _launch(FWD, q, sweep), place_of(q)
+    launched, place = _launch(FWD, q, sweep), device_stream(q)
     before, bias = merged or (None, None)
     outs = [*(done or (q, q)), *((q, q) if hopped is None else (hopped, lam))]
     with launch_context(q):
         _tensorized_fwd_kernel[(sweep.sizes(launched, 0)[0] * nheads * batch,)](
             q, k, u, *(before or (q, q)), *outs, q if bias is None else bias.contiguous(),
             *sweep.tables(launched, place, q, of_keys=False), softmax_scale * LOG2E.value,
-            sweep.size_q, sweep.size_k, sweep.stride, sweep.outers, nheads, seqlen, *q.stride()[:3],
-            *k.stride()[:3], *u.stride()[:3], *(before.out if before else q).stride()[:3],
-            *outs[0].stride()[:3], *outs[2].stride()[:3], **_sizes(q, k, u, sweep),
-            MERGE=merged is not None, BEFORE=bool(len(sweep.before) and sweep.before.any()),
-            **launched.options(),
+            sweep.size_q, sweep.size_k, sweep.stride, sweep.outers, nheads, seqlen,
+            *strides(q, k, u, before.out if before else q, outs[0], outs[2]),
+            **_sizes(q, k, u, sweep), MERGE=merged is not None,
+            BEFORE=bool(len(sweep.before) and sweep.before.any()), **launched.options(),
         )  # fmt: skip
     return done, hopped, lam
 
@@ -324,7 +326,7 @@ def _bwd(
     if hop is not None:
         g, lam = last_dim_contiguous(hop[0].to(q.dtype)), hop[2].contiguous()
         gamma = row_delta(g, hop[1])
-    place, sizes = place_of(q), _sizes(q, k, u, sweep)
+    place, sizes = device_stream(q), _sizes(q, k, u, sweep)
     numbers = [
         float(softmax_scale),
         sweep.size_q,
@@ -332,20 +334,19 @@ def _bwd(
         sweep.stride,
         sweep.outers,
     ]
-    inputs = [stride for x in (q, k, u, dout, g) for stride in x.stride()[:3]]
+    inputs = strides(q, k, u, dout, g)
     given = [q, k, u, dout, g, lse, delta, lam, gamma]
     with launch_context(q):
         launched = _launch(BWD_DQ, q, sweep)
         _tensorized_bwd_dq_kernel[(sweep.sizes(launched, 0)[0] * nheads * batch,)](
             *given, dq, dlogits, *sweep.tables(launched, place, q, of_keys=False), *numbers, nheads,
-            seqlen, *inputs, *dq.stride()[:3], **sizes,
+            seqlen, *inputs, *strides(dq), **sizes,
             BEFORE=bool(len(sweep.before) and sweep.before.any()), **launched.options(),
         )  # fmt: skip
         launched = _launch(BWD_DKV, q, sweep)
         _tensorized_bwd_dkv_kernel[(sweep.sizes(launched, 1)[0] * k.shape[2] * batch,)](
             *given, dk, du, *sweep.tables(launched, place, q, of_keys=True), *numbers, k.shape[2],
-            seqlen, *inputs, *dk.stride()[:3], *du.stride()[:3], **sizes,
-            EVEN_M=sweep.size_q % launched.block_m == 0,
+            seqlen, *inputs, *strides(dk, du), **sizes, EVEN_M=sweep.size_q % launched.block_m == 0,
             AFTER=bool(len(sweep.after) and sweep.after.any()), **launched.options(),
         )  # fmt: skip
     return Grads(dq, dk, du, dlogits)

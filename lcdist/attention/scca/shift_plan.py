@@ -91,7 +91,7 @@ def visible_spans(
                 continue
             for rule in rules:
                 # The last query of a window sees all keys that the others see.
-                first, last = rule.limits(rule.turns(first_query, end_query))
+                first, last = rule.limits(rule.window_ends(first_query, end_query))
                 spans += zip((first + start).tolist(), (last + start + 1).tolist(), strict=True)
     return _merge_spans(spans)
 

@@ -173,7 +173,7 @@ def reference_units(exchange: UnitSwap, pending: Pending) -> Tensor:
     # Every exchange's result must enter the output, also on a rank without units.
     out = q * 0
     for part in exchange.parts:
-        k_part, v_part = k[:, part.keys, part.held], v[:, part.keys, part.held]
+        k_part, v_part = k[:, part.keys, part.k_heads], v[:, part.keys, part.k_heads]
         mask = visible(part.q_hi, part.q_lo, part.k_idx).to(q.device)
         scale = exchange.ctx.softmax_scale
         rows, _ = full_partial(part.queries(q), k_part, v_part, mask, scale)
