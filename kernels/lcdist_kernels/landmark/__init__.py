@@ -1,4 +1,4 @@
-"""Landmark attention: past blocks are gated by their landmarks, all of them or the top k."""
+"""Landmark attention: landmarks gate past blocks, either all blocks or the top k."""
 
 from lcdist_kernels.landmark.blocks import (
     BlockGrid,

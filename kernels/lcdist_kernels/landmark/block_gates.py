@@ -1,28 +1,29 @@
-"""The step of tiled landmark attention: some rows of queries meet some past blocks, whole ones.
+"""Steps of tiled landmark attention: rows of queries over whole past blocks.
 
-A past block b is one entry of a row's softmax, with its landmark's score x_ib as the logit and
-o_ib = sum_j r_ibj v_j as the value, r_ib being the softmax inside. So an online softmax over x runs
-along (arXiv:2305.16300; arXiv:2307.08691), and with w_ib = exp(x_ib - lse_i), u_ij = dout_i . v_j,
-e_ib = sum_j r_ibj u_ij and delta_i = dout_i . out_i,
+A past block b is one entry of a row's softmax: its landmark's score x_ib is the logit and o_ib =
+sum_j r_ibj v_j the value, where r_ib is the softmax inside the block. An online softmax over x
+accumulates these (arXiv:2305.16300; arXiv:2307.08691). With w_ib = exp(x_ib - lse_i), u_ij = dout_i
+. v_j, e_ib = sum_j r_ibj u_ij and delta_i = dout_i . out_i,
 
     dv_j = sum_i w_ib r_ibj dout_i
     ds_ij = w_ib r_ibj (u_ij - e_ib)      dx_ib = w_ib (e_ib - delta_i)
 
-A landmark has r = 0, so its value is neither read nor moved. All sizes go: a tile holds whole
-blocks, many small ones or a single large one.
+A landmark has r = 0, so its value is neither read nor changed. All block sizes work: a tile holds
+whole blocks, many small ones or a single large one.
 """
 
 import torch
 from torch import Tensor
 
+from lcdist_kernels.partial import finish_softmax_
 from lcdist_kernels.tiles import view_of
 
-# Torch's softmax goes row by row: below this length the separate steps are faster.
+# torch's softmax works row by row: below this length separate operations are faster.
 SHORT_SOFTMAX = 16
 
 
-class Gates:
-    """Rows of queries `[n, r, d]`, times softmax_scale, under way through past blocks."""
+class GateAccumulator:
+    """Online softmax over past blocks of rows of queries `[n, r, d]`, times softmax_scale."""
 
     def __init__(self, q: Tensor) -> None:
         self.q = q
@@ -31,31 +32,31 @@ class Gates:
         self.out = torch.zeros_like(q)
 
     def add(self, k: Tensor, v: Tensor, hidden: Tensor | None, size: int, scratch: Tensor) -> None:
-        """Meet blocks of `size` tokens: k, v `[n, m size, d]`.
+        """Accumulate blocks of `size` tokens: k, v `[n, m size, d]`.
 
-        hidden: bool mask whose dims, before the last of m, are or broadcast to those that make n
-        and r; None: every row sees every block.
+        hidden: bool mask `[..., m]`; its other dims equal or broadcast to the dims that n and r
+        were flattened from. None: every row sees every block. scratch: two buffers of scores.
         """
-        inside, logits = _inside(self.q, k, size, scratch)
-        logits = _masked(logits, hidden)
+        inside, logits = _block_softmax(self.q, k, size, scratch)
+        logits = _mask_logits(logits, hidden)
         new_top = torch.maximum(self.top, logits.amax(-1, keepdim=True))
-        # A row that has seen nothing yet: -inf - (-inf) would be NaN.
+        # For a row that has seen no block yet, -inf - (-inf) would be NaN.
         shift = new_top.masked_fill(new_top == -torch.inf, 0.0)
         gates = logits.sub_(shift).exp_()
-        faded = (self.top - shift).exp_()
-        self.total.mul_(faded).add_(gates.sum(-1, keepdim=True))
+        rescale = (self.top - shift).exp_()
+        self.total.mul_(rescale).add_(gates.sum(-1, keepdim=True))
         weights = inside.mul_(gates[..., None]).flatten(2)
-        self.out.mul_(faded).baddbmm_(weights, v)
+        self.out.mul_(rescale).baddbmm_(weights, v)
         self.top = new_top
 
-    def done(self) -> tuple[Tensor, Tensor]:
-        """(out `[n, r, d]`, lse `[n, r]`); 0 and -inf for a row that saw nothing."""
-        lse = self.top + self.total.log()
-        return self.out.div_(self.total.masked_fill_(self.total == 0, 1.0)), lse[..., 0]
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Return (out `[n, r, d]`, lse `[n, r]`); 0 and -inf for a row that saw nothing."""
+        out, lse = finish_softmax_(self.out, self.top, self.total)
+        return out, lse[..., 0]
 
 
 class GateGrads:
-    """Rows on their way back: dout, scaled q `[n, r, d]`; lse, delta `[n, r, 1]`."""
+    """Backward of rows: dout and scaled q `[n, r, d]`; lse and delta `[n, r, 1]`."""
 
     def __init__(self, dout: Tensor, q: Tensor, lse: Tensor, delta: Tensor) -> None:
         self.dout, self.q, self.lse, self.delta = dout, q, lse, delta
@@ -69,10 +70,10 @@ class GateGrads:
         size: int,
         scratch: Tensor,
     ) -> None:
-        """Meet blocks as forward did; adds to grads (dk, dv), which are like keys (k, v)."""
+        """Add the gradients through some blocks to grads (dk, dv), shaped like keys (k, v)."""
         (k, v), (dk, dv) = keys, grads
-        inside, logits = _inside(self.q, k, size, scratch)
-        gates = _masked(logits.sub_(self.lse), hidden).exp_()
+        inside, logits = _block_softmax(self.q, k, size, scratch)
+        gates = _mask_logits(logits.sub_(self.lse), hidden).exp_()
         shape = (len(k), self.q.shape[1], k.shape[1])
         dinside, products = view_of(scratch[2], shape), view_of(scratch[0], shape)
         torch.bmm(self.dout, v.transpose(1, 2), out=dinside)
@@ -83,15 +84,16 @@ class GateGrads:
         dinside.sub_(mean[..., None]).mul_(inside)
         dinside[..., -1] = mean.sub_(self.delta).mul_(gates)
         dscores = dinside.flatten(2)
-        # q carries softmax_scale already.
+        # q already includes softmax_scale.
         dk.baddbmm_(dscores.transpose(1, 2), self.q)
         self.dq.baddbmm_(dscores, k)
 
 
-def _inside(q: Tensor, k: Tensor, size: int, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax inside blocks `[n, r, m, size]`, 0 at landmarks, and landmarks' scores `[n, r, m]`.
+def _block_softmax(q: Tensor, k: Tensor, size: int, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the softmax inside blocks `[n, r, m, size]`, 0 at landmarks, and the gate logits.
 
-    In the second buffer and on its own; the first is used and free again.
+    The logits are landmarks' scores `[n, r, m]`. The softmax is in the second buffer; the first is
+    free again.
     """
     shape = (len(q), q.shape[1], k.shape[1])
     scores, weights = view_of(scratch[0], shape), view_of(scratch[1], shape)
@@ -107,13 +109,14 @@ def _inside(q: Tensor, k: Tensor, size: int, scratch: Tensor) -> tuple[Tensor, T
     return weights, logits
 
 
-def _masked(logits: Tensor, hidden: Tensor | None) -> Tensor:
+def _mask_logits(logits: Tensor, hidden: Tensor | None) -> Tensor:
+    """Set the logits of hidden blocks to -inf, in place."""
     if hidden is not None:
-        logits.view(*_lead(logits, hidden), -1).masked_fill_(hidden, -torch.inf)
+        logits.view(*_row_dims(logits, hidden), -1).masked_fill_(hidden, -torch.inf)
     return logits
 
 
-def _lead(logits: Tensor, hidden: Tensor) -> tuple[int, ...]:
-    """The dims of rows to which hidden broadcasts: (n, group, rows), rows being hidden's."""
+def _row_dims(logits: Tensor, hidden: Tensor) -> tuple[int, ...]:
+    """Return the dims of rows to which `hidden` broadcasts: (n, group, rows)."""
     rows = hidden.shape[-2]
     return len(logits), logits.shape[1] // rows, rows

@@ -1,9 +1,9 @@
-"""The grid of landmark attention: blocks of L tokens, the last of which is the block's landmark.
+"""Block grid of landmark attention: blocks of L tokens; the last token is the landmark.
 
-Blocks are counted from the beginning of every document (arXiv:2305.16300). Everything below this
-file reckons with slots: token numbers of a sequence in which every document begins at a multiple
-of L, so that slot s lies in block s // L and is a landmark where s % L == L - 1. Where documents
-begin so of themselves, slots are the tokens' own numbers.
+Blocks count from the start of every document (arXiv:2305.16300). The code below works with slots:
+token numbers in a padded sequence where every document starts at a multiple of L. So slot s is in
+block s // L and is a landmark where s % L == L - 1. Where documents already start at multiples of
+L, slots equal token numbers.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,10 @@ from lcdist_kernels.common import document_starts
 
 
 class QueryRows(NamedTuple):
-    """Queries by slot. idx `[s]`; lo `[s]`: the first slot of their document; int64 on the CPU."""
+    """Queries by slot.
+
+    idx `[s]`: their slots. lo `[s]`: the first slot of their documents. Both int64 on the CPU.
+    """
 
     idx: Tensor
     lo: Tensor
@@ -25,32 +28,32 @@ class QueryRows(NamedTuple):
 
     @property
     def own(self) -> Tensor:
-        """The first slot of each query's own block."""
+        """Return the first slot of each query's own block."""
         return self.idx // self.block_size * self.block_size
 
     @property
     def content(self) -> tuple[Tensor, Tensor]:
-        """(last, first) slot that each query sees of its own block: never the landmark."""
+        """Return the (last, first) slot each query sees of its own block, without the landmark."""
         return self.idx - (self.idx % self.block_size == self.block_size - 1).long(), self.own
 
     @property
     def past(self) -> tuple[Tensor, Tensor]:
-        """(last, first) slot at which a block that each query may look back at begins."""
+        """Return the (last, first) slot at which a past block of each query may begin."""
         return self.own - 1, self.lo
 
     def part(self, start: int, stop: int) -> "QueryRows":
-        """Queries start to stop."""
+        """Return queries start to stop."""
         return QueryRows(self.idx[start:stop], self.lo[start:stop], self.block_size)
 
 
 class BlockGrid(NamedTuple):
-    """A whole sequence on its grid. rows: all its tokens; num_slots: blocks times block_size."""
+    """A whole sequence by slot. rows: all tokens; num_slots: number of blocks times block_size."""
 
     rows: QueryRows
     num_slots: int
 
     def to_slots(self, x: Tensor) -> Tensor:
-        """x `[b, s, h, d]` by slot, `[b, num_slots, h, d]`; zero where there is no token."""
+        """Return x `[b, s, h, d]` by slot, `[b, num_slots, h, d]`; zero in empty slots."""
         slots = self.rows.idx
         if len(slots) == 0 or int(slots[-1]) == len(slots) - 1:
             return F.pad(x, (0, 0, 0, 0, 0, self.num_slots - len(slots)))
@@ -59,33 +62,33 @@ class BlockGrid(NamedTuple):
 
 
 def block_grid(cu_seqlens: Tensor | None, seqlen: int, block_size: int) -> BlockGrid:
-    """The grid of a sequence with documents of any length. cu_seqlens: see `document_starts`."""
+    """Return the grid of a sequence with documents of any length; see `document_starts`."""
     index = torch.arange(seqlen)
     starts = document_starts(cu_seqlens, index, seqlen)
     lengths = torch.unique_consecutive(starts, return_counts=True)[1]
-    room = -(-lengths // block_size) * block_size
-    begins = room.cumsum(0) - room
+    padded = -(-lengths // block_size) * block_size
+    begins = padded.cumsum(0) - padded
     lo = begins.repeat_interleave(lengths)
-    return BlockGrid(QueryRows(lo + index - starts, lo, block_size), int(room.sum()))
+    return BlockGrid(QueryRows(lo + index - starts, lo, block_size), int(padded.sum()))
 
 
 def block_starts(num_slots: int, block_size: int) -> Tensor:
-    """The first slots of all blocks of a grid."""
+    """Return the first slots of all blocks of a grid."""
     return torch.arange(0, num_slots, block_size)
 
 
 def slots_of(k_start: Tensor, block_size: int) -> Tensor:
-    """The slots of blocks that begin at `k_start`, one block after the other."""
+    """Return the slots of the blocks that begin at `k_start`, block after block."""
     return (k_start[:, None] + torch.arange(block_size)).flatten()
 
 
 def landmarks(k: Tensor, block_size: int) -> Tensor:
-    """The keys of the landmarks `[b, n, h_kv, d]` among those of n whole blocks."""
+    """Return the landmarks' keys `[b, n, h_kv, d]` of n whole blocks of keys."""
     return k[:, block_size - 1 :: block_size]
 
 
 class Run(NamedTuple):
-    """Neighbouring selection units of one length. start: row; first: unit; count; length: rows."""
+    """Consecutive selection units of one length. start: row; first: unit; length: in rows."""
 
     start: int
     first: int
@@ -94,18 +97,21 @@ class Run(NamedTuple):
 
 
 def unit_lengths(index: Tensor, starts: Tensor, select_tokens: int) -> Tensor:
-    """How many rows each selection unit has: select_tokens tokens, fewer at a document's border.
+    """Return the number of rows of each selection unit.
 
-    index: numbers of consecutive tokens of the whole sequence; starts: the first token of each
-    one's document. Units are counted from the beginning of the whole sequence, so a border inside
-    one makes two units of it.
+    A unit has select_tokens tokens, or fewer at a document border. Units count from the start of
+    the whole sequence, so a border inside a unit splits it.
+
+    Args:
+        index: numbers of consecutive tokens of the whole sequence.
+        starts: the first token of each token's document.
     """
-    of = torch.stack((index // select_tokens, starts))
-    return torch.unique_consecutive(of, dim=1, return_counts=True)[1]
+    units = torch.stack((index // select_tokens, starts))
+    return torch.unique_consecutive(units, dim=1, return_counts=True)[1]
 
 
 def runs_of(lengths: Tensor) -> Iterator[Run]:
-    """Units grouped where neighbours have one length."""
+    """Yield runs of consecutive units with one length."""
     start = first = 0
     values, counts = torch.unique_consecutive(lengths, return_counts=True)
     for length, count in zip(values.tolist(), counts.tolist(), strict=True):

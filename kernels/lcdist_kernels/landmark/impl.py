@@ -1,4 +1,4 @@
-"""What carries landmark attention over whole blocks: tiled torch or kernels, by name."""
+"""Implementations of landmark attention over whole blocks: tiled torch or kernels."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from lcdist_kernels.landmark import launch, sparse, sparse_launch, tiled
 
 
 class LandmarkImpl(NamedTuple):
-    """Forward and backward of one semantics, as `tiled` and `sparse` describe them."""
+    """Forward and backward functions; `tiled` and `sparse` describe their semantics."""
 
     fwd: Callable[..., tuple[Tensor, Tensor]]
     bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -40,8 +40,5 @@ TRITON_IMPL = LandmarkImpl(
 
 
 def select_landmark_impl(impl: str, x: Tensor, what: str) -> LandmarkImpl:
-    """The operator that `impl`, "auto", "triton" or "torch", stands for with tensors like x.
-
-    The choice is full attention's: see `select_impl`.
-    """
+    """Return the implementation that `impl` means for x; see `full.select_impl`."""
     return TRITON_IMPL if select_impl(impl, x, what) is FULL_KERNEL else TORCH_IMPL

@@ -1,12 +1,18 @@
-"""One meeting of a tile of queries with past blocks, as every Triton kernel of landmark attention
-has it; the formulas are in `gates`.
+"""Steps of a tile of queries over past blocks, shared by landmark attention's kernels.
 
-Small blocks: a tile of BLOCK_N columns holds BLOCKS whole blocks in WIDTH columns each, a power of
-two from the block's SIZE on; what belongs to a block is found by a reshape. A large block, SIZE >
-BLOCK_N, is walked over in STEPS tiles: forward with an accumulator of its own, backward once for
-the softmax inside and once for the gradients. Scores are base 2.
+The formulas are in `block_gates`. Scores are base 2.
+
+    small blocks, SIZE <= BLOCK_N: a tile of BLOCK_N columns holds BLOCKS blocks of WIDTH columns
+    each, WIDTH = SIZE rounded up to a power of two; a reshape separates the blocks
+
+        |<----------- BLOCK_N ----------->|
+        | c c c M . | c c c M . | c c c M . |      c content, M landmark, . padding
+        |<- WIDTH ->|
+
+    a large block, SIZE > BLOCK_N, takes STEPS tiles: forward with an accumulator of its own,
+    backward once for the softmax inside and once for the gradients
 """
-# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from typing import NamedTuple
@@ -19,7 +25,7 @@ from lcdist_kernels.triton_common import LOWEST, Launch, choose_launch, dot
 
 
 class Tiling(NamedTuple):
-    """How blocks of one size lie in tiles of keys; see above."""
+    """Layout of blocks of one size in tiles of keys; see the module."""
 
     size: int
     blocks: int
@@ -27,12 +33,12 @@ class Tiling(NamedTuple):
     steps: int
 
     def constants(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
+        """Return the keyword arguments of a launch."""
         return {"SIZE": self.size, "BLOCKS": self.blocks, "WIDTH": self.width, "STEPS": self.steps}
 
 
 def tiling_of(size: int, block_n: int) -> Tiling:
-    """Blocks of `size` tokens in tiles of block_n keys, a power of two."""
+    """Return the layout of blocks of `size` tokens in tiles of block_n keys, a power of two."""
     width = triton.next_power_of_2(size)
     if width <= block_n:
         return Tiling(size, block_n // width, width, 1)
@@ -45,7 +51,7 @@ def launch_for(
     x: torch.Tensor,
     size: int,
 ) -> Launch:
-    """The entry of `small` for x, made wider to hold a block of `size`; `large` if that fails."""
+    """Return the entry of `small` for x, widened to a block of `size`, else that of `large`."""
     launch, width = choose_launch(small, x), triton.next_power_of_2(size)
     if width <= launch.block_n:
         return launch
@@ -59,7 +65,10 @@ def launch_for(
 def load_rows(
     p, o_at, m_at, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr = False
 ):
-    """Rows at the int64 offsets o_at, `[rows, BLOCK_D]`; 0 where m_at is not. ALL: m_at is."""
+    """Return rows at the int64 offsets o_at, `[rows, BLOCK_D]`; 0 where m_at is False.
+
+    ALL: m_at is True everywhere.
+    """
     o_d = tl.arange(0, BLOCK_D)
     p_at = p + o_at[:, None] + o_d[None, :]
     if ALL:
@@ -74,7 +83,7 @@ def load_rows(
 
 @triton.jit
 def store_rows(p, b, o_at, m_at, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores rows at the int64 offsets o_at where m_at is, in the tensor's dtype."""
+    """Store rows at the int64 offsets o_at where m_at is True, in the tensor's dtype."""
     o_d = tl.arange(0, BLOCK_D)
     m = m_at[:, None] & (o_d < HEAD_DIM)[None, :]
     tl.store(p + o_at[:, None] + o_d[None, :], b.to(p.dtype.element_ty), mask=m)
@@ -82,20 +91,21 @@ def store_rows(p, b, o_at, m_at, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _block_max(b, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
-    """The greatest of each block, `[rows, blocks]`, of something of scores."""
+    """Return the maximum over each block, `[rows, blocks]`, of a tile of columns."""
     b = tl.max(b, 1)[:, None] if BLOCKS == 1 else tl.max(tl.reshape(b, [ROWS, BLOCKS, WIDTH]), 2)
     return b
 
 
 @triton.jit
 def _block_sum(b, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the sum over each block, `[rows, blocks]`, of a tile of columns."""
     b = tl.sum(b, 1)[:, None] if BLOCKS == 1 else tl.sum(tl.reshape(b, [ROWS, BLOCKS, WIDTH]), 2)
     return b
 
 
 @triton.jit
 def _to_columns(b, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
-    """Something of blocks, for each of their columns."""
+    """Repeat a value of each block for each of its columns."""
     if BLOCKS > 1:
         b = tl.broadcast_to(b[:, :, None], [ROWS, BLOCKS, WIDTH])
         b = tl.reshape(b, [ROWS, BLOCKS * WIDTH])
@@ -111,7 +121,7 @@ def _block_softmax(
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """exp2 of scores less the block's greatest, its sum in each block, and landmarks' scores."""
+    """Return exp2(scores - maximum of the block), its sum per block, and landmarks' scores."""
     b_x = tl.where((o_in == SIZE - 1)[None, :], b_s, 0.0)
     b_x = _block_sum(b_x, ROWS, BLOCKS, WIDTH)
     b_s = tl.where((o_in < SIZE - 1)[None, :], b_s, float("-inf"))
@@ -126,9 +136,10 @@ def past_fwd(
     SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(out, top, total) after whole blocks. o_in: each column's place in its block `[BLOCK_N]`.
+    """Return (out, max, sum) after some whole blocks.
 
-    m_visible: bool `[BLOCK_M, BLOCKS]`, read where MASKED.
+    o_in: each column's place in its block `[BLOCK_N]`. m_visible: bool `[BLOCK_M, BLOCKS]`, read
+    where MASKED.
     """
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
     b_p, b_block_sum, b_x = _block_softmax(b_s, o_in, SIZE, BLOCK_M, BLOCKS, WIDTH)
@@ -149,7 +160,7 @@ def large_fwd(
     SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """As `past_fwd`, after one large block whose first key and value are at p_k and p_v."""
+    """Return the same as `past_fwd` after one large block that starts at p_k and p_v."""
     b_in = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_block_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     b_block_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -162,12 +173,12 @@ def large_fwd(
         b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
         b_x += tl.sum(tl.where((o_in == SIZE - 1)[None, :], b_s, 0.0), 1)
         b_s = tl.where((o_in < SIZE - 1)[None, :], b_s, float("-inf"))
-        b_higher = tl.maximum(b_block_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_higher[:, None])
-        b_rescale = tl.exp2(b_block_max - b_higher)
+        b_new_max = tl.maximum(b_block_max, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_new_max[:, None])
+        b_rescale = tl.exp2(b_block_max - b_new_max)
         b_block_sum = b_block_sum * b_rescale + tl.sum(b_p, 1)
         b_in = dot(b_p.to(b_v.dtype), b_v, b_in * b_rescale[:, None])
-        b_block_max = b_higher
+        b_block_max = b_new_max
     if MASKED:
         b_x = tl.where(m_visible, b_x, float("-inf"))
     b_new = tl.maximum(b_max, b_x)
@@ -184,7 +195,10 @@ def _gate_grads(
     SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(weights, gradients of scores) of whole blocks. b_du: dout . v; b_lse: base 2."""
+    """Return (weights, gradients of scores) of whole blocks.
+
+    b_du: dout . v. b_lse: of the whole row, base 2.
+    """
     b_p, b_block_sum, b_x = _block_softmax(b_s, o_in, SIZE, ROWS, BLOCKS, WIDTH)
     b_gate = tl.exp2(b_x - b_lse[:, None])
     if MASKED:
@@ -203,7 +217,7 @@ def past_dq(
     SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq, less its softmax_scale, after whole blocks; the rest as in `past_fwd`."""
+    """Return dq, without softmax_scale, after some whole blocks; arguments as in `past_fwd`."""
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
     b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     _, b_ds = _gate_grads(
@@ -218,9 +232,9 @@ def past_dkv(
     SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dk, less its softmax_scale, and dv after more queries; the rest as in `past_fwd`.
+    """Return (dk, dv) after more queries; dk without softmax_scale; as in `past_fwd`.
 
-    Queries are rows here too: a block's softmax is then a matter of neighbouring threads.
+    Queries are rows here too, so that the softmax of a block stays within neighbouring threads.
     """
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
     b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
@@ -238,7 +252,7 @@ def _large_stats(
     SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Of each row and a large block: lse inside, base 2, mean of dout . v, and the gate."""
+    """Return, for each row and a large block: its lse (base 2), mean of dout . v, and the gate."""
     b_block_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     b_block_sum = tl.zeros([BLOCK_M], tl.float32)
     b_mean = tl.zeros([BLOCK_M], tl.float32)
@@ -252,12 +266,12 @@ def _large_stats(
         b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         b_x += tl.sum(tl.where((o_in == SIZE - 1)[None, :], b_s, 0.0), 1)
         b_s = tl.where((o_in < SIZE - 1)[None, :], b_s, float("-inf"))
-        b_higher = tl.maximum(b_block_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_higher[:, None])
-        b_rescale = tl.exp2(b_block_max - b_higher)
+        b_new_max = tl.maximum(b_block_max, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_new_max[:, None])
+        b_rescale = tl.exp2(b_block_max - b_new_max)
         b_block_sum = b_block_sum * b_rescale + tl.sum(b_p, 1)
         b_mean = b_mean * b_rescale + tl.sum(b_p * b_du, 1)
-        b_block_max = b_higher
+        b_block_max = b_new_max
     b_gate = tl.exp2(b_x - b_lse)
     if MASKED:
         b_gate = tl.where(m_visible, b_gate, 0.0)
@@ -269,6 +283,7 @@ def _large_grads(
     b_s, b_du, b_inner, b_mean, b_gate, b_delta, o_in,
     SIZE: tl.constexpr,
 ):  # fmt: skip
+    """Return (weights, gradients of scores) of one part of a large block."""
     o_in = o_in[None, :]
     b_p = tl.where(o_in < SIZE - 1, tl.exp2(b_s - b_inner[:, None]), 0.0)
     b_p = b_p * b_gate[:, None]
@@ -282,7 +297,7 @@ def large_dq(
     SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """As `past_dq`, after one large block."""
+    """Return the same as `past_dq` after one large block."""
     b_inner, b_mean, b_gate = _large_stats(
         b_q, b_dout, b_lse, p_k, p_v, stride_ks, stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM,
         BLOCK_D, BLOCK_M, BLOCK_N, STEPS, MASKED,
@@ -306,7 +321,7 @@ def large_dkv(
     SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """As `past_dkv`, for the part (b_k, b_v, o_in) of the large block at p_k and p_v."""
+    """Return the same as `past_dkv` for part (b_k, b_v, o_in) of the block at p_k and p_v."""
     b_inner, b_mean, b_gate = _large_stats(
         b_q, b_dout, b_lse, p_k, p_v, stride_ks, stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM,
         BLOCK_D, BLOCK_M, BLOCK_N, STEPS, MASKED,

@@ -1,13 +1,28 @@
-"""Landmark attention in Triton: partials over whole blocks, each query's own one among them.
+"""Landmark attention in Triton: partials over whole blocks, past ones and each query's own.
 
-A program owns a tile of queries (out, dq) or of keys (dk, dv: whole blocks, or a part of a large
-one) and walks over what the others' tables name: past blocks (`steps`; the formulas are in
-`gates`), lo those that need no mask, and last the keys of own blocks, which are full attention's
-(arXiv:2305.16300; arXiv:2307.08691). Nothing is added atomically: the same inputs give the same
-bits. A negligible gate is not skipped: that needs the scores of all rows of a tile before its
-loads.
+The formulas are in `block_gates`, the steps in `inner_loop`; the keys of a query's own block are
+plain softmax entries, as in full attention (arXiv:2305.16300; arXiv:2307.08691).
+
+Shapes: q, out, dout, dq `[b, s_q, h, d]`; k, v, dk, dv `[b, n SIZE, h_kv, d]`, n blocks; lse, delta
+`[b, h, s_q]`; q_last, q_lo, own_last, own_lo int32 `[s_q]`: (last, first) slot that a past block
+may begin at, and slots visible in the own block; k_start int32 `[n]`; k_idx int32 `[n SIZE]`.
+
+                  blocks 0 ................... n - 1      fwd, dq: a program is a row,
+                 +------+------+------+------+------+              grid (query tiles, h, b)
+    queries,     | own  |      |      |      |      |     dkv:     a program is a column: BLOCKS
+    tiles of     +------+------+------+------+------+              whole blocks, or one of STEPS
+    BLOCK_M      | past | own  |      |      |      |              parts of a large one, grid
+                 +------+------+------+------+------+              (parts, h_kv, b), loops over
+                 | past | past | own  |      |      |              the heads of a group
+                 +------+------+------+------+------+
+
+    past   one softmax entry per block, gated by its landmark; unmasked tiles first
+    own    one softmax entry per key, causal, without the landmark
+
+Nothing is added atomically: the same inputs give the same bits. A negligible gate is not skipped,
+as that would need the scores of all rows of a tile before its loads.
 """
-# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
 
 import triton
@@ -46,14 +61,14 @@ def _load_block_tile(
     SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of the i_n-th tile of small blocks, and each column's place in its block."""
+    """Return keys and values of tile i_n of small blocks, and each column's place in its block."""
     o_n = tl.arange(0, BLOCK_N)
     o_in = o_n % WIDTH
     o_row = ((o_n // WIDTH) * SIZE + o_in).to(tl.int64)
     m_row = o_in < SIZE
     if MASKED:
         m_row = m_row & (i_n * BLOCKS + o_n // WIDTH < num_blocks)
-    # A tile's own offsets do not change in a loop; only the scalar does.
+    # In a loop only the scalar `row` changes; the tile's own offsets are loop invariant.
     row = i_n.to(tl.int64) * (BLOCKS * SIZE)
     ALL: tl.constexpr = (not MASKED) and SIZE == WIDTH
     b_k = load_rows(p_k + row * stride_ks, o_row * stride_ks, m_row, HEAD_DIM, BLOCK_D, ALL)
@@ -66,7 +81,7 @@ def _past_visible(
     q_last, q_lo, k_start, i_n, num_blocks,
     BLOCKS: tl.constexpr, HAS_LO: tl.constexpr,
 ):  # fmt: skip
-    """Which of a tile's blocks queries look back at, bool `[BLOCK_M, BLOCKS]`."""
+    """Return which of a tile's blocks the queries look back at, bool `[BLOCK_M, BLOCKS]`."""
     o_b = i_n * BLOCKS + tl.arange(0, BLOCKS)
     b_start = tl.load(k_start + o_b, mask=o_b < num_blocks, other=2147483647)
     return is_visible(q_last[:, None], q_lo[:, None], b_start[None, :], HAS_LO)
@@ -80,6 +95,7 @@ def _past_fwd_step(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """Return (out, max, sum) after tile i_n of past blocks, small or large."""
     if STEPS == 1:
         b_k, b_v, o_in = _load_block_tile(
             p_k, p_v, i_n, num_blocks, stride_ks, stride_vs, SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
@@ -116,6 +132,7 @@ def _landmark_fwd_kernel(
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
 ):  # fmt: skip
+    """Compute out and lse of a tile of queries."""
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
     p_q, p_k, p_v = head_pointers(
         q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
@@ -166,6 +183,7 @@ def _past_dq_step(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """Return dq, without softmax_scale, after tile i_n of past blocks."""
     if STEPS == 1:
         b_k, b_v, o_in = _load_block_tile(
             p_k, p_v, i_n, num_blocks, stride_ks, stride_vs, SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
@@ -203,7 +221,7 @@ def _landmark_bwd_dq_kernel(
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
 ):  # fmt: skip
-    """Also writes delta, which the kernel for dk and dv reads."""
+    """Compute dq of a tile of queries, and delta, which the kernel for dk and dv reads."""
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
     p_q, p_k, p_v = head_pointers(
         q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
@@ -222,7 +240,7 @@ def _landmark_bwd_dq_kernel(
         BLOCK_M,
     )  # fmt: skip
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    # A row that is not there has gates and weights exp(-inf) = 0, masked or not.
+    # Rows past the end have gates and weights exp(-inf) = 0, masked or not.
     b_lse = tl.load(lse + i_row + o_m, mask=m_m, other=float("inf")) * LOG2E
     b_q_last, b_q_lo = load_limits(q_last, q_lo, o_m, m_m, HAS_LO)
     b_own_last, b_own_lo = load_limits(own_last, own_lo, o_m, m_m, True)
@@ -260,6 +278,7 @@ def _past_dkv_step(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """Return (dk, dv) after tile i_m of queries that look back at the blocks."""
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
@@ -295,7 +314,7 @@ def _own_dkv_step(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN_M: tl.constexpr,
 ):  # fmt: skip
-    """Queries are rows, as where they meet past blocks."""
+    """Return (dk, dv) after tile i_m of queries inside their own block; queries are rows."""
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
@@ -326,7 +345,7 @@ def _landmark_bwd_dkv_kernel(
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, EVEN_M: tl.constexpr,
 ):  # fmt: skip
-    """Some whole blocks, or the i_n % STEPS-th part of one; dk and dv are laid out alike."""
+    """Compute dk and dv of whole blocks, or of part i_n % STEPS of one; one layout for both."""
     i_n = tl.program_id(0)
     i_hk, i_b, p_k, p_v = key_program(k, v, stride_kb, stride_kh, stride_vb, stride_vh)
     i_t = i_n // STEPS

@@ -1,9 +1,9 @@
-"""Launches of landmark attention's dense kernels: tiles, tables, memory.
+"""Launches of landmark attention's dense kernels: tiles, tables and outputs.
 
-Queries see past blocks as a band over the slots where blocks begin, and their own block as a band
-over slots, so both kinds of table are full attention's.
+Past blocks are a band over the slots where blocks begin, and the own block is a band over slots. So
+both kinds of table are full attention's.
 """
-# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from typing import NamedTuple
@@ -35,23 +35,22 @@ from lcdist_kernels.tile_ranges import (
     band_of,
     bounded_below,
     device_stream,
-    key_ranges,
-    on_device,
-    query_ranges,
+    key_tables,
+    query_tables,
 )
 from lcdist_kernels.triton_common import (
     LOG2E,
     Launch,
     check_kernel,
+    head_constants,
     last_dim_contiguous,
     launch_context,
-    padded,
     strides,
 )
 
 
 class _Bands(NamedTuple):
-    """Which past blocks queries see, and which slots of their own block."""
+    """Bands of the visible past blocks and of the visible slots of the own block."""
 
     past: Band
     own: Band
@@ -59,44 +58,42 @@ class _Bands(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, rows: QueryRows, k_start: Tensor) -> "_Bands":
+        """Return the bands of queries `rows` over blocks that begin at k_start."""
         slots = slots_of(k_start, rows.block_size)
         return cls(band_of(*rows.past, k_start), band_of(*rows.content, slots), device_stream(q))
 
     def for_queries(self, launch: Launch, blocks: int) -> list[Tensor]:
-        """What a kernel that owns queries reads: numbers and ranges, of the past and of own."""
+        """Return the tables of a kernel that owns queries: past blocks, then own block."""
         block_m, place = launch.block_m, self.place
-        return [
-            *(on_device(x, place) for x in self.past),
-            key_ranges(self.past, block_m, blocks, place),
-            *(on_device(x, place) for x in self.own),
-            key_ranges(self.own, block_m, launch.block_n, place),
-        ]
+        past = query_tables(self.past, block_m, blocks, place)
+        return past + query_tables(self.own, block_m, launch.block_n, place)
 
     def for_keys(self, launch: Launch, blocks: int, size: int) -> list[Tensor]:
-        """The same for a kernel that owns `blocks` blocks of `size` tokens."""
+        """Return the same tables for a kernel that owns `blocks` blocks of `size` tokens."""
         block_m, place = launch.block_m, self.place
-        return [
-            *(on_device(x, place) for x in self.past),
-            query_ranges(self.past, block_m, blocks, place),
-            *(on_device(x, place) for x in self.own),
-            query_ranges(self.own, block_m, blocks * size, place),
-        ]
+        past = key_tables(self.past, block_m, blocks, place)
+        return past + key_tables(self.own, block_m, blocks * size, place)
 
 
 def landmark_fwd(
     q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, k_start: Tensor, softmax_scale: float, *,
     out_dtype: torch.dtype | None = None, launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over whole blocks.
+    """Return the partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of q over whole blocks.
 
-    As the tiled `landmark_fwd`, in bf16, fp16 or fp32, head_dim even and from 16 to 256; lse fp32,
-    out in out_dtype (default fp32). launch: other tiles than those chosen. Raises as
-    `check_kernel`.
+    Like the tiled `landmark_fwd`, for bf16, fp16 and fp32, head_dim even and from 16 to 256.
+
+    Args:
+        out_dtype: of out, default fp32; lse is fp32.
+        launch: tiles other than those of the table.
+
+    Raises:
+        ValueError: as `check_kernel`.
     """
     check_qkv(q, k, v)
     check_kernel(q)
     q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
-    batch, seqlen, nheads, head_dim = q.shape
+    batch, seqlen, nheads, _ = q.shape
     out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)
     lse = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)
     if not q.numel() or not k.numel():
@@ -108,8 +105,8 @@ def landmark_fwd(
         _landmark_fwd_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
             q, k, v, out, lse, *bands.for_queries(launch, tiling.blocks),
             softmax_scale * LOG2E.value, seqlen, k.shape[1], *strides(q, k, v, out),
-            GROUP=nheads // k.shape[2], **tiling.constants(), HEAD_DIM=head_dim,
-            BLOCK_D=padded(head_dim), HAS_LO=bounded_below(bands.past), **launch.options(),
+            **head_constants(q, k), **tiling.constants(), HAS_LO=bounded_below(bands.past),
+            **launch.options(),
         )  # fmt: skip
     return out, lse
 
@@ -119,15 +116,21 @@ def landmark_bwd(
     k_start: Tensor, softmax_scale: float, *,
     grad_dtype: torch.dtype | None = None, launches: tuple[Launch, Launch] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The share of (dq, dk, dv) that passes through these blocks, in grad_dtype (default fp32).
+    """Return the share of (dq, dk, dv) that passes through these blocks.
 
-    As the tiled `landmark_bwd`: out and lse over all keys the queries see. launches: tiles for dq
-    and for dk, dv. Raises as `landmark_fwd`.
+    Like the tiled `landmark_bwd`: out and lse are over all keys that the queries see.
+
+    Args:
+        grad_dtype: of the gradients, default fp32.
+        launches: tiles for dq and for dk, dv, other than those of the tables.
+
+    Raises:
+        ValueError: as `check_kernel`.
     """
     check_qkv(q, k, v)
     check_kernel(q)
     q, k, v, out, dout = (last_dim_contiguous(x) for x in (q, k, v, out, dout.to(q.dtype)))
-    batch, seqlen, nheads, head_dim = q.shape
+    batch, seqlen, nheads, _ = q.shape
     grads = {"dtype": grad_dtype or torch.float32, "device": q.device}
     dq, dk, dv = (torch.empty(x.shape, **grads) for x in (q, k, v))
     if not q.numel() or not k.numel():
@@ -140,12 +143,7 @@ def landmark_bwd(
     bands = _Bands.of(q, rows, k_start)
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
     inputs = strides(q, k, v)
-    sizes = {
-        "GROUP": nheads // k.shape[2],
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": padded(head_dim),
-        "HAS_LO": bounded_below(bands.past),
-    }
+    sizes = head_constants(q, k) | {"HAS_LO": bounded_below(bands.past)}
     with launch_context(q):
         tiling = tiling_of(size, for_dq.block_n)
         _landmark_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
@@ -166,7 +164,7 @@ def landmark_bwd(
 def own_fwd(
     q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, k_start: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The partial over each query's own block; as the tiled `own_fwd`."""
+    """Return the partial over each query's own block, like the tiled `own_fwd`."""
     slots = slots_of(k_start, rows.block_size)
     return full.full_fwd(q, k, v, *rows.content, slots, softmax_scale)
 
@@ -175,6 +173,6 @@ def own_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows,
     k_start: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The share of the gradients through own blocks; as the tiled `own_bwd`."""
+    """Return the share of the gradients through own blocks, like the tiled `own_bwd`."""
     slots = slots_of(k_start, rows.block_size)
     return full.full_bwd(dout, q, k, v, out, lse, *rows.content, slots, softmax_scale)

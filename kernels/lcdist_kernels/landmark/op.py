@@ -1,7 +1,7 @@
-"""Landmark attention as a function of torch, with its gradients and a choice of implementation.
+"""Landmark attention as a differentiable torch function with a choice of implementation.
 
-"triton" are the kernels, "torch" the tiled operators, "reference" the dense ones; "auto" takes the
-kernels on CUDA and the tiled operators on a CPU.
+"triton": the kernels. "torch": the tiled implementation. "reference": the dense one. "auto": the
+kernels on CUDA, tiled torch on a CPU.
 """
 
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcdist_kernels.common import check_impl, check_self, document_starts
+from lcdist_kernels.common import check_impl, check_self, resolve_scale
 from lcdist_kernels.landmark.blocks import (
     QueryRows,
     block_grid,
@@ -22,7 +22,7 @@ from lcdist_kernels.landmark.reference import check_sizes, landmark_reference
 from lcdist_kernels.landmark.sparse import BlockLists
 from lcdist_kernels.landmark.top_k import choose_blocks
 from lcdist_kernels.partial import merge
-from lcdist_kernels.rotary import Rotary
+from lcdist_kernels.rotary import Rotary, rotate_self
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
@@ -33,12 +33,18 @@ def landmark_attention(
     positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
+    """Return attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, shaped like q.
 
-    impl: one of `IMPLS`. The rest, and what raises ValueError, as in `landmark_reference`; also an
-    `impl` that is not built, and "triton" where it does not take the tensors. With top_k and
-    select_tokens = 1 it is causal token by token; a later query of a larger unit has a say in which
-    past blocks the unit's earlier ones read, never in what these hold.
+    With top_k and select_tokens = 1 it is causal token by token. In a larger unit, a later query
+    influences which past blocks the unit's earlier queries read, never the content of these blocks.
+
+    Args:
+        impl: one of `IMPLS`.
+        other: as in `landmark_reference`.
+
+    Raises:
+        ValueError: as `landmark_reference`; also an unknown `impl`, or tensors that kernels do not
+            take.
     """
     check_impl(impl, "landmark", IMPLS)
     if impl == "reference":
@@ -48,22 +54,18 @@ def landmark_attention(
         )  # fmt: skip
     check_self(q, k, v)
     check_sizes(block_size, top_k, select_tokens)
-    operator = select_landmark_impl(impl, q, "landmark attention")
-    index = torch.arange(q.shape[1])
-    starts = document_starts(cu_seqlens, index, q.shape[1])
-    if rotary is not None:
-        positions = index - starts if positions is None else positions
-        q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    implementation = select_landmark_impl(impl, q, "landmark attention")
+    q, k, index, starts = rotate_self(q, k, rotary, positions, cu_seqlens)
+    scale = resolve_scale(softmax_scale, q.shape[3])
     grid = block_grid(cu_seqlens, q.shape[1], block_size)
     k, v = grid.to_slots(k), grid.to_slots(v)
     if top_k is None:
         k_start = block_starts(grid.num_slots, block_size)
-        return LandmarkFunction.apply(q, k, v, grid.rows, k_start, scale, operator)
+        return LandmarkFunction.apply(q, k, v, grid.rows, k_start, scale, implementation)
     lengths = unit_lengths(index, starts, select_tokens)
     lists = choose_local_blocks(q, k, grid.rows, lengths, top_k, scale)
-    reading = SparseContext(lists, grid.rows, 0, scale, operator)
-    return SparseFunction.apply(q, k, v, None, None, reading)
+    context = SparseContext(lists, grid.rows, 0, scale, implementation)
+    return SparseFunction.apply(q, k, v, None, None, context)
 
 
 @torch.no_grad()
@@ -71,9 +73,10 @@ def landmark_cached(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *,
     block_size: int, top_k: int | None = None, rotary: Rotary | None = None, softmax_scale: float,
 ) -> Tensor:  # fmt: skip
-    """New tokens q `[b, n, h, d]` at `positions` `[n]` over k, v of positions 0, 1, ...; like q.
+    """Return attention of new tokens over a cache, shaped like q; without gradients.
 
-    With top_k every token is a unit of its own, whatever training had.
+    q `[b, n, h, d]` at `positions` `[n]`; k, v: entries of positions 0, 1, ... With top_k, every
+    token is a selection unit of its own, whatever training used.
     """
     grid = block_grid(None, k.shape[1], block_size)
     if rotary is not None:
@@ -90,77 +93,80 @@ def landmark_cached(
 
 
 class LandmarkFunction(torch.autograd.Function):
-    """Self-attention in one block of keys; q, k, v, out and lse are all that is kept."""
+    """Self-attention over one block of keys; saves q, k, v, out and lse."""
 
     @staticmethod
     def forward(
-        ctx: Any, q, k, v, rows: QueryRows, k_start: Tensor, scale: float, operator: LandmarkImpl
+        ctx: Any, q, k, v, rows: QueryRows, k_start: Tensor, scale: float, impl: LandmarkImpl
     ):
-        out, lse = operator.fwd(q, k, v, rows, k_start, scale, out_dtype=q.dtype)
+        out, lse = impl.fwd(q, k, v, rows, k_start, scale, out_dtype=q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.band, ctx.operator = (rows, k_start, scale), operator
+        ctx.band, ctx.impl = (rows, k_start, scale), impl
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads = ctx.operator.bwd(dout, *ctx.saved_tensors, *ctx.band, grad_dtype=dout.dtype)
+        grads = ctx.impl.bwd(dout, *ctx.saved_tensors, *ctx.band, grad_dtype=dout.dtype)
         return *grads, None, None, None, None
 
 
 class SparseContext(NamedTuple):
-    """What `SparseFunction` is told. first: the first slot of its own keys."""
+    """Inputs of `SparseFunction` besides tensors. first: the first slot of its own keys."""
 
     lists: BlockLists
     rows: QueryRows
     first: int
     softmax_scale: float
-    operator: LandmarkImpl = TORCH_IMPL
+    impl: LandmarkImpl = TORCH_IMPL
 
     def k_start(self, k: Tensor) -> Tensor:
-        """The first slots of the blocks of k."""
+        """Return the first slots of the blocks of k."""
         return self.first + block_starts(k.shape[1], self.rows.block_size)
 
     @torch.no_grad()
     def own_partial(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The partial over own blocks."""
-        return self.operator.own_fwd(q, k, v, self.rows, self.k_start(k), self.softmax_scale)
+        """Return the partial over own blocks."""
+        return self.impl.own_fwd(q, k, v, self.rows, self.k_start(k), self.softmax_scale)
 
 
 class SparseFunction(torch.autograd.Function):
-    """Own blocks among k, v, and listed ones of a table; these, q, out, lse and lists are kept.
+    """Attention over own blocks among k, v, and over listed blocks of a table.
 
-    table: None where it is made of k and v. own: the partial over own blocks where it was computed
-    already, so as to hide the exchange that brings the table.
+    Saves q, k, v, the table, out, lse and the lists.
+
+    Args:
+        table: listed blocks; None: made of k and v.
+        own: the partial over own blocks, if already computed while the table was exchanged.
     """
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, table: Tensor | None, own: Any, reading: SparseContext):
-        lists, rows, _, scale, operator = reading
-        own = reading.own_partial(q, k, v) if own is None else own
+    def forward(ctx: Any, q, k, v, table: Tensor | None, own: Any, context: SparseContext):
+        lists, rows, _, scale, impl = context
+        own = context.own_partial(q, k, v) if own is None else own
         entries = table_of(k, v, rows.block_size) if table is None else table
-        past = operator.sparse_fwd(q, entries, lists, rows, scale)
+        past = impl.sparse_fwd(q, entries, lists, rows, scale)
         out, lse = merge(own[0], own[1], *past)
         out = out.to(q.dtype)
-        # A table may come in a wider dtype, so that its gradient does; its values need none.
+        # A table may have a wider dtype so that its gradient has; its values do not need it.
         ctx.wide = None if table is None else table.dtype
         table = None if table is None else table.to(q.dtype)
         ctx.save_for_backward(q, k, v, table, out, lse)
-        ctx.reading = reading
+        ctx.context = context
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, table, out, lse = ctx.saved_tensors
-        lists, rows, _, scale, operator = reading = ctx.reading
+        lists, rows, _, scale, impl = context = ctx.context
         entries = table_of(k, v, rows.block_size) if table is None else table
-        dq, dtable = operator.sparse_bwd(dout, q, entries, out, lse, lists, rows, scale)
+        dq, dtable = impl.sparse_bwd(dout, q, entries, out, lse, lists, rows, scale)
         del entries
-        own = operator.own_bwd(dout, q, k, v, out, lse, rows, reading.k_start(k), scale)
+        own = impl.own_bwd(dout, q, k, v, out, lse, rows, context.k_start(k), scale)
         dq.add_(own[0])
         dk, dv = own[1:]
         if table is None:
-            for whole, part in zip((dk, dv), keys_of(dtable, k.shape), strict=True):
-                whole.add_(part)
+            for total, share in zip((dk, dv), keys_of(dtable, k.shape), strict=True):
+                total.add_(share)
             dtable = None
         else:
             dtable = dtable.to(ctx.wide)
@@ -170,9 +176,9 @@ class SparseFunction(torch.autograd.Function):
 def choose_local_blocks(
     q: Tensor, k: Tensor, rows: QueryRows, lengths: Tensor, top_k: int, softmax_scale: float
 ) -> BlockLists:
-    """The lists of units that find all blocks of the grid in `table_of` of k `[b, n L, h_kv, d]`.
+    """Choose blocks for units when all blocks of the grid are in k `[b, n L, h_kv, d]`.
 
-    The rest as in `choose_blocks`.
+    Returns the lists with entries of `table_of(k, v)`. Other arguments as in `choose_blocks`.
     """
     keys = landmarks(k, rows.block_size)
     chosen = choose_blocks(q.detach(), keys.detach(), rows, lengths, top_k, softmax_scale)
@@ -184,13 +190,13 @@ def choose_local_blocks(
 
 
 def table_of(k: Tensor, v: Tensor, block_size: int) -> Tensor:
-    """k, v `[b, n L, h_kv, d]` by block: `[b * h_kv * n, 2, L, d]`; differentiable."""
+    """Return k, v `[b, n L, h_kv, d]` by block: `[b * h_kv * n, 2, L, d]`; differentiable."""
     blocks = torch.stack([x.unflatten(1, (-1, block_size)) for x in (k, v)], 2)
     return blocks.permute(0, 4, 1, 2, 3, 5).flatten(0, 2)  # of [b, n, 2, L, h_kv, d]
 
 
 def keys_of(table: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """The other way round: views `[b, n L, h_kv, d]` of the shape given, by copy if need be."""
+    """Return k, v `[b, n L, h_kv, d]` of a table: inverse of `table_of`; views where possible."""
     blocks = table.unflatten(0, (shape[0], shape[2], -1))  # [b, h_kv, n, 2, L, d]
     k, v = blocks.permute(3, 0, 2, 4, 1, 5).flatten(2, 3)
     return k, v

@@ -1,21 +1,21 @@
-"""Landmark attention, dense and readable: the truth that the other implementations meet.
+"""Landmark attention, dense and readable: the reference of the other implementations.
 
-With s_ij = softmax_scale q_i . k_j, blocks b of L tokens, their landmarks m(b) being the last, and
+With s_ij = softmax_scale q_i . k_j, blocks b of L tokens whose last token m(b) is the landmark, and
 query i in block B (arXiv:2305.16300):
 
     gate     g_i = softmax of s_ij over the j <= i of block B but m(B), and over m(b), b < B
     inside   r_ib = softmax of s_ij over the j of block b but m(b)
     out_i  = sum_j g_ij v_j  +  sum_b g_i,m(b) sum_j r_ib,j v_j
 
-A landmark is never seen in its own block, not even by itself, and its value has no weight. With
-top_k, the b are those that `choose_blocks` chose for i's unit, and the gate is over these alone.
-Suffixes: B batch, S queries, N blocks, L tokens of a block, H query heads, K key heads, D head_dim.
+A landmark is not visible in its own block, not even to itself, and its value has no weight. With
+top_k, b ranges over the blocks that `choose_blocks` chose for i's unit, in the gate too. Suffixes:
+B batch, S queries, N blocks, L tokens of a block, H query heads, K key heads, D head_dim.
 """
 
 import torch
 from torch import Tensor
 
-from lcdist_kernels.common import check_self, document_starts, wide_dtype
+from lcdist_kernels.common import check_self, resolve_scale, wide_dtype
 from lcdist_kernels.landmark.blocks import (
     QueryRows,
     block_grid,
@@ -25,7 +25,7 @@ from lcdist_kernels.landmark.blocks import (
 )
 from lcdist_kernels.landmark.top_k import choose_blocks
 from lcdist_kernels.partial import normalizer, visible
-from lcdist_kernels.rotary import Rotary
+from lcdist_kernels.rotary import Rotary, rotate_self
 
 
 def landmark_reference(
@@ -34,23 +34,25 @@ def landmark_reference(
     positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
+    """Return attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, shaped like q.
 
-    block_size: tokens of a block, its landmark, the last, included. top_k: past blocks that a unit
-    of select_tokens tokens reads; None: all. positions: integers `[s]` or `[b, s]`, used by rotary
-    alone; default: from 0 in every document. cu_seqlens: see `document_starts`; blocks are counted
-    from the beginning of every document, whose last may be short and has no landmark then.
-    softmax_scale: default head_dim ** -0.5. Any float dtype; sums in the wider of fp32 and
-    q.dtype. Raises ValueError where shapes do not fit.
+    Args:
+        q, k, v: not rotated; any float dtype. Sums are in the wider of fp32 and q.dtype.
+        block_size: tokens of a block, including its landmark, the last one.
+        top_k: past blocks that a unit of select_tokens tokens reads; None: all.
+        positions: integers `[s]` or `[b, s]`, used by rotary only; default: from 0 in every
+            document.
+        cu_seqlens: see `document_starts`. Blocks count from the start of every document; its last
+            block may be short and then has no landmark.
+        softmax_scale: default head_dim ** -0.5.
+
+    Raises:
+        ValueError: shapes do not fit.
     """
     check_self(q, k, v)
     check_sizes(block_size, top_k, select_tokens)
-    index = torch.arange(q.shape[1])
-    starts = document_starts(cu_seqlens, index, q.shape[1])
-    if rotary is not None:
-        positions = index - starts if positions is None else positions
-        q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    q, k, index, starts = rotate_self(q, k, rotary, positions, cu_seqlens)
+    scale = resolve_scale(softmax_scale, q.shape[3])
     rows, num_slots = grid = block_grid(cu_seqlens, q.shape[1], block_size)
     k, v = grid.to_slots(k), grid.to_slots(v)
     read = None
@@ -64,10 +66,10 @@ def landmark_reference(
 
 
 def check_sizes(block_size: int, top_k: int | None, select_tokens: int) -> None:
-    """Raises ValueError for a block without content, or counts below 1."""
+    """Raise ValueError for a block without content, or counts below 1."""
     if block_size < 2:
         raise ValueError(
-            f"block_size = {block_size}: a block holds its landmark and one more token at least; "
+            f"block_size = {block_size}: a block holds its landmark and at least one more token; "
             "use 2 or more"
         )
     if (top_k is not None and top_k < 1) or select_tokens < 1:
@@ -78,7 +80,7 @@ def check_sizes(block_size: int, top_k: int | None, select_tokens: int) -> None:
 
 
 def read_by_rows(chosen: Tensor, lengths: Tensor, num_blocks: int, nheads: int) -> Tensor:
-    """Which of num_blocks blocks each row reads, bool `[b, h, s, n]`, of what its unit chose."""
+    """Return which blocks each row reads, bool `[b, h, s, n]`, from the choice of its unit."""
     numbers = torch.arange(num_blocks, device=chosen.device)
     of_unit = (chosen[..., None] == numbers).any(3)
     of_row = of_unit.repeat_interleave(lengths.to(chosen.device), 2)
@@ -89,11 +91,14 @@ def landmark_partial(
     q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, k_start: Tensor, softmax_scale: float,
     read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) over whole blocks of keys.
+    """Return the partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) over whole blocks of keys.
 
-    q `[b, s_q, h, d]`; k, v `[b, n L, h_kv, d]`, rotated: n blocks that begin at slots k_start.
-    read: bool, to be broadcast to `[b, h, s_q, n]`: which past blocks may be read, None: all.
-    Result in the wider of fp32 and q.dtype; differentiable.
+    Args:
+        q, k, v: `[b, s_q, h, d]`, `[b, n L, h_kv, d]` twice, rotated.
+        k_start: the first slots of the n blocks.
+        read: bool, broadcasts to `[b, h, s_q, n]`: past blocks that may be read; None: all.
+
+    The result is in the wider of fp32 and q.dtype; differentiable.
     """
     wide, size = wide_dtype(q.dtype), rows.block_size
     group = q.shape[2] // k.shape[2]
@@ -116,10 +121,14 @@ def sparse_partial(
     past: Tensor,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The partial over blocks that each row names, of a table `kv` `[m, 2, L, d]`, rotated.
+    """Return the partial over the blocks that each row names, of a table `kv` `[m, 2, L, d]`.
 
-    q `[b, s, h, d]`; ids: rows of the table, `[b, h_kv, s, K]`; past: bool, like ids, whether one
-    counts. Result as of `landmark_partial`; differentiable.
+    Args:
+        q: `[b, s, h, d]`, rotated, like the table.
+        ids: rows of the table, `[b, h_kv, s, K]`.
+        past: bool like ids: whether an entry counts.
+
+    The result is like that of `landmark_partial`; differentiable.
     """
     group = q.shape[2] // ids.shape[1]
     named = kv.to(wide_dtype(q.dtype)).index_select(0, ids.flatten().long())
@@ -132,23 +141,25 @@ def sparse_partial(
 
 
 def gate(scores: Tensor, past: Tensor, local: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weights `[..., s, n, l]` of all keys, and lse `[..., s]` of the gate.
+    """Return the weights `[..., s, n, l]` of all keys, and lse `[..., s]` of the gate.
 
-    scores: like the weights. past: bool `[..., s, n]`: blocks that are gated by their landmark,
-    which is their last token. local: bool `[..., s, n, l]`: keys that stand for themselves.
+    Args:
+        scores: like the weights.
+        past: bool `[..., s, n]`: blocks gated by their landmark, the last token.
+        local: bool `[..., s, n, l]`: keys that are softmax entries of their own.
     """
     logits = scores[..., -1].masked_fill(~past, -torch.inf)
     if local is not None:
         plain = scores.masked_fill(~local, -torch.inf)
         logits = torch.cat((logits, plain.flatten(-2)), -1)
     top = logits.amax(-1).detach()
-    # A row that sees nothing: -inf - (-inf) would be NaN.
+    # For a row that sees nothing, -inf - (-inf) would be NaN.
     top = top.masked_fill(top == -torch.inf, 0.0)
     gates = (logits - top[..., None]).exp()
     total, lse = normalizer(gates.sum(-1), top)
     gates = gates / total[..., None]
     of_blocks = gates[..., : scores.shape[-2], None]
-    # The landmark has no weight of its own: 0, as content beside it.
+    # A landmark has no weight of its own in its block.
     inside = torch.cat((scores[..., :-1].softmax(-1), torch.zeros_like(scores[..., -1:])), -1)
     weights = of_blocks * inside
     if local is not None:

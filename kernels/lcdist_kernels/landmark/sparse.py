@@ -1,9 +1,9 @@
-"""Landmark attention over lists of past blocks: what top_k reads, tile by tile, gradients by hand.
+"""Landmark attention over lists of past blocks (top_k), tile by tile, gradients by hand.
 
-Each selection unit has a list for each key head, of blocks in a table: its own rank's, or those
-fetched for it. Every row of a unit goes through the same list, and a listed block that is not past
-for a row is hidden from it. A tile holds rows of one unit, or where units are short of many, each
-with its own blocks: what a row computes never hangs on what others chose, to the last bit.
+Each selection unit has one list per key head, of blocks in a table. The table holds the rank's own
+blocks or fetched ones. Every row of a unit walks the same list; a listed block that is not past for
+a row is hidden from it. A tile holds rows of one unit, or of several short units, each with its own
+blocks. So what a row computes does not depend on other units' choices, to the last bit.
 """
 
 from collections.abc import Iterator
@@ -12,19 +12,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lcdist_kernels.landmark.block_gates import GateGrads, Gates
+from lcdist_kernels.landmark.block_gates import GateAccumulator, GateGrads
 from lcdist_kernels.landmark.blocks import QueryRows, runs_of
 from lcdist_kernels.tiles import BLOCK, SCORES_AT_ONCE, fold, unfold
 
-# Elements of keys that are taken from the table at once: 8 MiB in fp32, and values as many.
+# Elements of keys gathered from the table at once: 8 MiB in fp32, and as many of values.
 KEYS_AT_ONCE = 1 << 21
 
 
 class BlockLists(NamedTuple):
-    """What each unit reads.
+    """Lists of blocks that selection units read.
 
-    numbers: the block number of each entry of the table, int64 `[m]`. ids: entries of the table,
-    int32 `[b, h_kv, units, K]`, -1 for none. lengths: rows of each unit, int64 on the CPU.
+    Attributes:
+        numbers: the block number of each entry of the table, int64 `[m]`.
+        ids: entries of the table, int32 `[b, h_kv, units, K]`; -1: none.
+        lengths: rows of each unit, int64 on the CPU.
     """
 
     numbers: Tensor
@@ -33,17 +35,17 @@ class BlockLists(NamedTuple):
 
     @property
     def by_head(self) -> Tensor:
-        """ids as `[b * h_kv, units, K]`."""
+        """Return ids as `[b * h_kv, units, K]`."""
         return self.ids.flatten(0, 1)
 
     def hidden(self, rows: QueryRows) -> Tensor:
-        """Which of the listed blocks no row may read: bool `[b, h_kv, s, K]`."""
+        """Return which listed blocks a row may not read: bool `[b, h_kv, s, K]`."""
         of_row = self.ids.repeat_interleave(self.lengths.to(self.ids.device), 2)
-        return _hidden(of_row, self.numbers, rows)
+        return _hidden_mask(of_row, self.numbers, rows)
 
 
 class _Tile(NamedTuple):
-    """heads [0], units [1] and rows within each unit [2], all ranges; start: first row of all."""
+    """Ranges of heads, units, and rows within each unit; start: first row of the units."""
 
     heads: slice
     units: slice
@@ -51,8 +53,8 @@ class _Tile(NamedTuple):
     start: int
     length: int
 
-    def of(self, x: Tensor) -> Tensor:
-        """The tile's rows of x `[u, g, s, ...]`: a view `[heads, g, units, rows, ...]`."""
+    def select(self, x: Tensor) -> Tensor:
+        """Return the tile's rows of x `[u, g, s, ...]`: a view `[heads, g, units, rows, ...]`."""
         count = self.units.stop - self.units.start
         whole = x[self.heads, :, self.start : self.start + count * self.length]
         return whole.unflatten(2, (count, self.length))[:, :, :, self.rows]
@@ -61,23 +63,23 @@ class _Tile(NamedTuple):
 def sparse_fwd(
     q: Tensor, table: Tensor, lists: BlockLists, rows: QueryRows, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The partial (out `[b, s, h, d]`, lse `[b, h, s]`) of rotated q over its units' lists.
+    """Return the partial (out `[b, s, h, d]`, lse `[b, h, s]`) of q over its units' lists.
 
-    q `[b, s, h, d]`; table `[m, 2, L, d]`, m blocks of rotated keys and values, of one key head
-    each. Result in the wider of fp32 and q.dtype; a query that sees nothing has out = 0,
-    lse = -inf.
+    q `[b, s, h, d]`, rotated. table `[m, 2, L, d]`: m blocks of rotated keys and values, each of
+    one key head. The result is in the wider of fp32 and q.dtype. A query that sees nothing has out
+    = 0, lse = -inf.
     """
     shape, nheads_kv = q.shape, lists.ids.shape[1]
     q = fold(q, nheads_kv)
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf)
-    steps = _Steps(q, table, lists, rows)
-    scratch = q.new_empty(2, steps.scores)
-    for tile in steps.tiles():
-        gates = Gates(steps.rows_of(tile, q) * softmax_scale)
-        for ids, hidden in steps.blocks(tile):
-            gates.add(*steps.take(ids), hidden, rows.block_size, scratch)
-        for whole, part in zip((out, lse), gates.done(), strict=True):
-            steps.put(tile, whole, part)
+    work = _TileWork(q, table, lists, rows)
+    scratch = q.new_empty(2, work.scores)
+    for tile in work.tiles():
+        gates = GateAccumulator(work.gather_rows(tile, q) * softmax_scale)
+        for ids, hidden in work.blocks(tile):
+            gates.add(*work.gather_blocks(ids), hidden, rows.block_size, scratch)
+        for whole, part in zip((out, lse), gates.result(), strict=True):
+            work.scatter_rows(tile, whole, part)
     return unfold(out, shape), lse.view(shape[0], shape[2], shape[1])
 
 
@@ -85,38 +87,38 @@ def sparse_bwd(
     dout: Tensor, q: Tensor, table: Tensor, out: Tensor, lse: Tensor, lists: BlockLists,
     rows: QueryRows, softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The share of dq, and dtable `[m, 2, L, d]`, through the lists.
+    """Return the share of dq, and dtable `[m, 2, L, d]`, through the lists.
 
-    dout, out: like q; lse `[b, h, s]`: out and lse over all keys the queries see, not only these.
-    The rest as in `sparse_fwd`. Result in the wider of fp32 and q.dtype; the same bits every time.
+    dout, out: like q. lse `[b, h, s]`. out and lse are over all keys that the queries see. Other
+    arguments as in `sparse_fwd`. The result is in the wider of fp32 and q.dtype and deterministic.
     """
     shape, nheads_kv = q.shape, lists.ids.shape[1]
     dout, q, out = (fold(x, nheads_kv) for x in (dout, q, out))
     delta = (dout * out).sum(-1)
     lse = lse.reshape(delta.shape)
-    # The buffer of `out` is free now: it takes dq.
+    # `out` is no longer needed: its buffer takes dq.
     dq, dtable = out.zero_(), torch.zeros(table.shape, dtype=q.dtype, device=q.device)
-    steps = _Steps(q, table, lists, rows)
-    scratch = q.new_empty(3, steps.scores)
-    for tile in steps.tiles():
+    work = _TileWork(q, table, lists, rows)
+    scratch = q.new_empty(3, work.scores)
+    for tile in work.tiles():
         grads = GateGrads(
-            steps.rows_of(tile, dout),
-            steps.rows_of(tile, q) * softmax_scale,
-            steps.rows_of(tile, lse[..., None]),
-            steps.rows_of(tile, delta[..., None]),
+            work.gather_rows(tile, dout),
+            work.gather_rows(tile, q) * softmax_scale,
+            work.gather_rows(tile, lse[..., None]),
+            work.gather_rows(tile, delta[..., None]),
         )
-        for ids, hidden in steps.blocks(tile):
-            keys = steps.take(ids)
+        for ids, hidden in work.blocks(tile):
+            keys = work.gather_blocks(ids)
             dkeys = (torch.zeros_like(keys[0]), torch.zeros_like(keys[1]))
             grads.add(keys, dkeys, hidden, rows.block_size, scratch)
             for i, part in enumerate(dkeys):
                 _add_rows(dtable.view(-1, *table.shape[2:]), 2 * ids + i, part)
-        steps.put(tile, dq, grads.dq)
+        work.scatter_rows(tile, dq, grads.dq)
     return unfold(dq.mul_(softmax_scale), shape), dtable
 
 
-class _Steps:
-    """How rows and lists are cut into tiles, and what a tile takes from the table."""
+class _TileWork:
+    """Tiles of rows and lists, and the blocks that a tile gathers from the table."""
 
     def __init__(self, q: Tensor, table: Tensor, lists: BlockLists, rows: QueryRows) -> None:
         self.num_heads, self.group = q.shape[:2]
@@ -128,20 +130,21 @@ class _Steps:
 
     @property
     def scores(self) -> int:
-        """Scores that a tile has at most."""
+        """Return the greatest number of scores of a tile."""
         return max((x * self.group * r * self.keys for x, r in map(self._size, self._runs())))
 
     def _runs(self) -> list[int]:
         return self.lists.lengths.unique().tolist()
 
     def _size(self, length: int) -> tuple[int, int]:
-        """Units (of whatever key head) at once, and rows of each."""
+        """Return the units (of any key head) at once, and the rows of each."""
         rows = min(length, self.rows_at_once)
         room = SCORES_AT_ONCE // (self.group * rows * self.keys)
         room = min(room, KEYS_AT_ONCE // (self.keys * self.table.shape[2]))
         return max(1, min(room, self.num_heads * len(self.lists.lengths))), rows
 
     def tiles(self) -> Iterator[_Tile]:
+        """Yield all tiles."""
         if not len(self.table) or not self.ids.shape[2]:
             return
         for run in runs_of(self.lists.lengths):
@@ -157,41 +160,46 @@ class _Steps:
                         some = slice(head, min(head + heads, self.num_heads))
                         yield _Tile(some, slice(first, last), rows, start, run.length)
 
-    def rows_of(self, tile: _Tile, x: Tensor) -> Tensor:
-        """[heads * units, g * rows, ...] of x [u, g, s, ...]: a copy."""
-        return tile.of(x).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    def gather_rows(self, tile: _Tile, x: Tensor) -> Tensor:
+        """Return [heads * units, g * rows, ...] of x [u, g, s, ...]: a copy."""
+        return tile.select(x).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
-    def put(self, tile: _Tile, whole: Tensor, part: Tensor) -> None:
-        """The other way round."""
-        at = tile.of(whole).transpose(1, 2)
-        at.copy_(part.view(at.shape))
+    def scatter_rows(self, tile: _Tile, whole: Tensor, part: Tensor) -> None:
+        """Write `part`, as from `gather_rows`, into `whole`."""
+        target = tile.select(whole).transpose(1, 2)
+        target.copy_(part.view(target.shape))
 
     def blocks(self, tile: _Tile) -> Iterator[tuple[Tensor, Tensor]]:
-        """Entries of the table [heads * units, k], some at a time, and from which rows they are
-        hidden [heads * units, 1, rows, k]."""
+        """Yield entries of the table [heads * units, k], some at a time, and their mask.
+
+        The mask [heads * units, 1, rows, k] is True where an entry is hidden from a row.
+        """
         index = torch.arange(tile.start, tile.start + self._rows_in(tile))
         of_tile = index.view(-1, tile.length)[:, tile.rows]
         idx, lo = self.rows.idx[of_tile], self.rows.lo[of_tile]
         ids = self.ids[tile.heads, tile.units]
         for i in range(0, ids.shape[2], self.blocks_at_once):
             some = ids[:, :, None, i : i + self.blocks_at_once]
-            hidden = _hidden(some, self.lists.numbers, QueryRows(idx, lo, self.rows.block_size))
+            hidden = _hidden_mask(
+                some, self.lists.numbers, QueryRows(idx, lo, self.rows.block_size)
+            )
             if not bool(hidden.all()):
                 yield some.flatten(0, 2).clamp(min=0).long(), hidden.flatten(0, 1)[:, None]
 
     @staticmethod
     def _rows_in(tile: _Tile) -> int:
+        """Return the rows of a tile's units."""
         return (tile.units.stop - tile.units.start) * tile.length
 
-    def take(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [heads * units, k * L, d]."""
+    def gather_blocks(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [heads * units, k * L, d] of entries."""
         k, v = (self.table.index_select(0, 2 * ids.flatten() + i).to(self.wide) for i in (0, 1))
         shape = (len(ids), -1, k.shape[2])
         return k.view(shape), v.view(shape)
 
 
-def _hidden(ids: Tensor, numbers: Tensor, rows: QueryRows) -> Tensor:
-    """ids: [..., s or 1, K]; rows: [..., s]; hidden [..., s, K]."""
+def _hidden_mask(ids: Tensor, numbers: Tensor, rows: QueryRows) -> Tensor:
+    """Return the mask [..., s, K] of ids [..., s or 1, K] hidden from rows [..., s]."""
     if not len(numbers):
         return torch.ones_like(ids, dtype=torch.bool)
     begins = numbers[ids.clamp(min=0).long()] * rows.block_size
@@ -199,7 +207,7 @@ def _hidden(ids: Tensor, numbers: Tensor, rows: QueryRows) -> Tensor:
 
 
 def _add_rows(table: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """Of the operators that add, index_add_ does so in order on a CPU, index_put_ on CUDA."""
+    """Add rows to the table in order: index_add_ on a CPU, index_put_ on CUDA."""
     rows = rows.view(-1, *table.shape[1:])
     if rows.is_cuda:
         table.index_put_((ids.flatten(),), rows, accumulate=True)

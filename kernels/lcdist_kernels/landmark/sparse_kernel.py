@@ -1,11 +1,24 @@
 """Landmark attention over lists of past blocks in Triton: partials of what each unit names.
 
-A program owns some rows of one selection unit, the query heads of a key head side by side (out,
-dq), and reads its list; or one entry of the table, or a part of one (dtable), and walks over the
-units that name it, which the inverse of the lists has in their order: nothing is added atomically,
-the same inputs give the same bits. Formulas in `gates`, steps in `steps`.
+The formulas are in `block_gates`, the steps in `inner_loop`.
+
+Shapes: q, out, dout, dq `[b, s, h, d]`; table, dtable `[m, 2, SIZE, d]`, m blocks of one key head
+each; ids int32 `[b, h_kv, units, K]`, -1 for none; stops `[b, h_kv, units]`: length of each list;
+begins `[m]`: first slot of each entry; q_last `[s]`: last slot a past block may begin at; lse,
+delta `[b, h, s]`.
+
+                         lists, K entries each          fwd, dq: a program is some rows of one
+    unit 0   [row 0..]   | e5 | e2 | e9 | -1 |                   unit times the heads of a group,
+    unit 1   [row n..]   | e5 | e1 | -1 | -1 |                   grid (row tiles, h_kv, b); it walks
+    unit 2   ...         | e2 | e7 | e3 | e8 |                   the unit's list from left to right
+                                                        dtable:  a program is an entry e, or one of
+                                                                 STEPS parts of it, grid (m STEPS,);
+                                                                 it walks the units that name e
+
+The inverse of the lists has these units in order and nothing is added atomically, so the same
+inputs give the same bits.
 """
-# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import triton
@@ -29,7 +42,7 @@ from lcdist_kernels.triton_common import LOG2E, LOWEST
 
 @triton.jit
 def _rows_of(first, count, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Tokens from `first` on, each once for every query head of the group: (token, head, there)."""
+    """Return (token, head in the group, mask) of a tile's rows: each token once per head."""
     o_m = tl.arange(0, BLOCK_M)
     return first + o_m // GROUP, o_m % GROUP, o_m // GROUP < count
 
@@ -40,7 +53,10 @@ def _load_blocks(
     SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of the list's i-th few blocks, places in them, and where blocks begin."""
+    """Return keys and values of BLOCKS entries of a list, places in them, and block begins.
+
+    i: number of the group of BLOCKS entries.
+    """
     o_n = tl.arange(0, BLOCK_N)
     o_in, o_id = o_n % WIDTH, i * BLOCKS + o_n // WIDTH
     b_id = tl.load(p_ids + o_id, mask=o_id < num_ids, other=-1)
@@ -65,8 +81,11 @@ def _sparse_fwd_kernel(
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """tiles: int32 `[n, 3]`: a unit, the first of its rows, and how many of them."""
-    # Late units have most blocks: they start first.
+    """Compute out and lse of some rows of one unit.
+
+    tiles: int32 `[n, 3]`: a unit, the first of its rows in the tile, and their number.
+    """
+    # Late units have the most blocks, so they start first.
     p_tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) * 3
     i_hk = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
@@ -122,7 +141,7 @@ def _sparse_bwd_dq_kernel(
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Also writes delta, which the kernel for dtable reads."""
+    """Compute dq of some rows of one unit, and delta, which the kernel for dtable reads."""
     p_tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) * 3
     i_hk = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
@@ -181,10 +200,10 @@ def _sparse_bwd_dtable_kernel(
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One entry, or its part; dtable is contiguous.
+    """Compute dk and dv of one entry, or of a part of it; dtable is contiguous.
 
-    readers: where in ids each entry stands, those of entry e from reader_starts[e] on. units: int32
-    `[n, 2]`: the first row of each, and how many.
+    readers: positions in ids that name an entry, those of entry e from reader_starts[e] on. units:
+    int32 `[n, 2]`: the first row of each unit, and its number of rows.
     """
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     i_e = tl.program_id(0).to(tl.int64) // STEPS
@@ -207,9 +226,9 @@ def _sparse_bwd_dtable_kernel(
         p_unit = units + (i_unit % num_units) * 2
         start, length = tl.load(p_unit), tl.load(p_unit + 1)
         for i_m in range(0, (length + TOKENS - 1) // TOKENS):
-            done = i_m * TOKENS
-            o_s, o_g, m_m = _rows_of(start + done, length - done, GROUP, BLOCK_M)
-            # Where the group does not divide the tile, its last rows would be the next tile's.
+            offset = i_m * TOKENS
+            o_s, o_g, m_m = _rows_of(start + offset, length - offset, GROUP, BLOCK_M)
+            # Where the group does not divide the tile, the last rows belong to the next tile.
             m_m = m_m & (tl.arange(0, BLOCK_M) < TOKENS * GROUP)
             o_s = o_s.to(tl.int64)
             o_h = (i_head % nheads_kv) * GROUP + o_g

@@ -1,17 +1,16 @@
-"""Landmark attention tile by tile in torch: memory linear in the sequence, gradients by hand.
+"""Landmark attention tile by tile in torch: linear memory, gradients written by hand.
 
-A row's keys are those of its own block, each an entry of the softmax, and the past blocks, each
-one entry too (`gates`). The first are a band over slots, which full attention's tiles go through;
-the second a band over blocks. Both partials merge as any two do, so a block of the sequence, whole
-blocks of L tokens, gives the exact share of (out, lse), and with out and lse of the whole row of
-the gradients: a ring needs no more.
+A row's keys are those of its own block, each one softmax entry, and the past blocks, one entry each
+(`block_gates`). The former are a band over slots, computed by full attention's tiles; the latter a
+band over blocks. Both partials merge like any two. So a block of the sequence, whole blocks of L
+tokens, gives its exact share of (out, lse), and with these of the whole row, of the gradients.
 """
 
 import torch
 from torch import Tensor
 
 from lcdist_kernels.full.tiled import full_bwd, full_fwd
-from lcdist_kernels.landmark.block_gates import GateGrads, Gates
+from lcdist_kernels.landmark.block_gates import GateAccumulator, GateGrads
 from lcdist_kernels.landmark.blocks import QueryRows, slots_of
 from lcdist_kernels.partial import merge, reaches
 from lcdist_kernels.tiles import (
@@ -24,7 +23,7 @@ from lcdist_kernels.tiles import (
 
 
 def sees_any(rows: QueryRows, k_start: Tensor) -> bool:
-    """False if it is plain from the extremes that no query sees any of blocks at k_start."""
+    """Return False if the extremes show that no query sees any of the blocks at k_start."""
     return reaches(*rows.past, k_start) or reaches(
         *rows.content, slots_of(k_start, rows.block_size)
     )
@@ -34,11 +33,14 @@ def landmark_fwd(
     q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, k_start: Tensor, softmax_scale: float, *,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of rotated q over whole blocks.
+    """Return the partial (out `[b, s_q, h, d]`, lse `[b, h, s_q]`) of q over whole blocks.
 
-    q `[b, s_q, h, d]`; k, v `[b, n L, h_kv, d]`, n blocks that begin at slots k_start, int64 `[n]`
-    on the CPU. Result in the wider of fp32 and q.dtype, out in out_dtype where one is given; a
-    query that sees nothing has out = 0, lse = -inf.
+    Args:
+        q, k, v: `[b, s_q, h, d]`, `[b, n L, h_kv, d]` twice; q and k rotated.
+        k_start: the first slots of the n blocks, int64 `[n]` on the CPU.
+        out_dtype: of out; default, and dtype of lse: the wider of fp32 and q.dtype.
+
+    A query that sees nothing has out = 0, lse = -inf.
     """
     row = (q, k, v, rows, k_start, softmax_scale)
     if not reaches(*rows.past, k_start):
@@ -55,11 +57,12 @@ def landmark_bwd(
     k_start: Tensor, softmax_scale: float, *,
     grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The share of (dq, dk, dv) that passes through these blocks.
+    """Return the share of (dq, dk, dv) that passes through these blocks.
 
-    dout, out: like q; lse `[b, h, s_q]`: out and lse over all keys the queries see, not only
-    these. The rest as in `landmark_fwd`. Result in grad_dtype, by default the wider of fp32 and
-    q.dtype.
+    Args:
+        dout, out: like q. lse: `[b, h, s_q]`. out and lse are over all keys that the queries see.
+        grad_dtype: of the results; default: the wider of fp32 and q.dtype.
+        other: as in `landmark_fwd`.
     """
     row = (dout, q, k, v, out, lse, rows, k_start, softmax_scale)
     if not reaches(*rows.past, k_start):
@@ -75,7 +78,7 @@ def landmark_bwd(
 def own_fwd(
     q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, k_start: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The partial over each query's own block; arguments and result as of `landmark_fwd`."""
+    """Return the partial over each query's own block; as `landmark_fwd`."""
     return full_fwd(q, k, v, *rows.content, slots_of(k_start, rows.block_size), softmax_scale)
 
 
@@ -83,7 +86,7 @@ def own_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows,
     k_start: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The share of the gradients through own blocks; as `landmark_bwd`."""
+    """Return the share of the gradients through own blocks; as `landmark_bwd`."""
     slots = slots_of(k_start, rows.block_size)
     return full_bwd(dout, q, k, v, out, lse, *rows.content, slots, softmax_scale)
 
@@ -91,7 +94,7 @@ def own_bwd(
 def past_fwd(
     q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, k_start: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The partial over past blocks; arguments and result as of `landmark_fwd`."""
+    """Return the partial over past blocks; as `landmark_fwd`."""
     shape, size, nheads_kv = q.shape, rows.block_size, k.shape[2]
     q, k, v = (fold(x, nheads_kv) for x in (q, k, v))
     k, v = k.squeeze(1), v.squeeze(1)
@@ -101,13 +104,13 @@ def past_fwd(
     band = tiles_of_band(*rows.past, k_start, block_q, blocks, q.device)
     for start, stop, tiles in band:
         for unit in range(0, len(q), units):
-            at = (slice(unit, unit + units), slice(None), slice(start, stop))
-            gates = Gates(q[at].flatten(1, 2) * softmax_scale)
+            part = (slice(unit, unit + units), slice(None), slice(start, stop))
+            gates = GateAccumulator(q[part].flatten(1, 2) * softmax_scale)
             for first, last, hidden in tiles:
                 own = slice(first * size, last * size)
-                gates.add(k[at[0], own], v[at[0], own], hidden, size, scratch)
-            for whole, part in zip((out, lse), gates.done(), strict=True):
-                whole[at] = part.view(whole[at].shape)
+                gates.add(k[part[0], own], v[part[0], own], hidden, size, scratch)
+            for whole, rows_result in zip((out, lse), gates.result(), strict=True):
+                whole[part] = rows_result.view(whole[part].shape)
     return unfold(out, shape), lse.view(shape[0], shape[2], shape[1])
 
 
@@ -115,38 +118,38 @@ def past_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows,
     k_start: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The share of the gradients through past blocks; as `landmark_bwd`."""
+    """Return the share of the gradients through past blocks; as `landmark_bwd`."""
     shapes, size, nheads_kv = (q.shape, k.shape), rows.block_size, k.shape[2]
     dout, q, k, v, out = (fold(x, nheads_kv) for x in (dout, q, k, v, out))
     k, v = k.squeeze(1), v.squeeze(1)
     delta = (dout * out).sum(-1)
     lse = lse.reshape(delta.shape)
-    # The buffer of `out` is free now: it takes dq.
+    # `out` is no longer needed: its buffer takes dq.
     dq, dk, dv = out.zero_(), torch.zeros_like(k), torch.zeros_like(v)
     block_q, blocks, units = sides(q, k, size)
     scratch = q.new_empty(3, units * q.shape[1] * block_q * blocks * size)
     band = tiles_of_band(*rows.past, k_start, block_q, blocks, q.device)
     for start, stop, tiles in band:
         for unit in range(0, len(q), units):
-            at = (slice(unit, unit + units), slice(None), slice(start, stop))
+            part = (slice(unit, unit + units), slice(None), slice(start, stop))
             grads = GateGrads(
-                dout[at].flatten(1, 2),
-                q[at].flatten(1, 2) * softmax_scale,
-                lse[at].flatten(1)[..., None],
-                delta[at].flatten(1)[..., None],
+                dout[part].flatten(1, 2),
+                q[part].flatten(1, 2) * softmax_scale,
+                lse[part].flatten(1)[..., None],
+                delta[part].flatten(1)[..., None],
             )
             for first, last, hidden in tiles:
-                own = (at[0], slice(first * size, last * size))
+                own = (part[0], slice(first * size, last * size))
                 grads.add((k[own], v[own]), (dk[own], dv[own]), hidden, size, scratch)
-            dq[at] = grads.dq.view(dq[at].shape)
+            dq[part] = grads.dq.view(dq[part].shape)
     dq.mul_(softmax_scale)
     return unfold(dq, shapes[0]), unfold(dk[:, None], shapes[1]), unfold(dv[:, None], shapes[1])
 
 
 def sides(q: Tensor, k: Tensor, size: int) -> tuple[int, int, int]:
-    """Queries and blocks a tile, and key heads at once, for folded q and k."""
+    """Return queries and blocks per tile, and key heads at once, for folded q and k."""
     block_q, block_k, _ = tile_sides(q, k)
-    # A block beyond the usual side is not cut, and fewer rows would read it for next to nothing.
+    # A larger block is not cut; fewer rows per tile would load it too often.
     blocks = max(1, block_k // size)
     area = q.shape[1] * block_q * blocks * size
     return block_q, blocks, min(len(q), max(1, SCORES_AT_ONCE // area))

@@ -1,17 +1,17 @@
-"""Which past blocks a selection unit reads: its top_k by the gate probability of their landmarks.
+"""Choice of past blocks by a selection unit: its top_k by their landmarks' gate probability.
 
 With p_ib = softmax over the past landmarks of query i (arXiv:2305.16300, retrieval; no local keys),
 a unit of tokens chooses, for each key head, the blocks of greatest
 
     max over its tokens i and the group's query heads of p_ib,
 
-among those that are past for one of its tokens at least; all of them where there are no more than
-top_k. Equal ones: the block that comes first.
+among those that are past for at least one of its tokens; all of them if there are at most top_k. Of
+equal blocks the first wins.
 
-The choice must not hang on the order in which a matrix product adds, which follows the shapes of
-tiles and shards. So p is computed in float64 from whatever dtype q and k have, and compared as
-1 - ln p rounded to float32: sums in another order move it by 1e-13 or less, a step of its rounding
-is 1e-7, so that landmarks that a longer look would hardly tell apart are equal here.
+The choice must not depend on the summation order of a matrix product, which follows the shapes of
+tiles and shards. So p is computed in float64 from any dtype of q and k, and 1 - ln p is compared
+rounded to float32. Another order moves it by 1e-13 or less while a rounding step is 1e-7, so
+landmarks that are nearly equal compare as equal.
 """
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from lcdist_kernels.landmark.blocks import QueryRows, Run, runs_of
 from lcdist_kernels.partial import visible
 
-# Scores in float64 that are held at once: 16 MiB.
+# Scores in float64 at once: 16 MiB.
 SCORES_AT_ONCE = 1 << 21
 
 
@@ -33,11 +33,14 @@ def choose_blocks(
     top_k: int,
     softmax_scale: float,
 ) -> Tensor:
-    """The numbers of the blocks that each unit reads: int32 `[b, h_kv, units, min(top_k, n)]`.
+    """Return the blocks that each unit reads: int32 `[b, h_kv, units, min(top_k, n)]`.
 
-    q `[b, s, h, d]`, rotated; k_landmarks `[b, n, h_kv, d]`, rotated: of all blocks of the grid.
-    lengths: rows of each unit, all of one document, int64 `[units]`. Increasing; -1, last, where
-    there are fewer blocks than top_k.
+    The numbers increase; -1 fills the end where there are fewer blocks than top_k.
+
+    Args:
+        q: `[b, s, h, d]`, rotated.
+        k_landmarks: `[b, n, h_kv, d]`, rotated: of all blocks of the grid.
+        lengths: rows of each unit, all of one document, int64 `[units]`.
     """
     nheads_kv, num_blocks = k_landmarks.shape[2], k_landmarks.shape[1]
     width = min(top_k, num_blocks)
@@ -55,14 +58,17 @@ def choose_blocks(
                 run.start + i * run.length, run.first + i, min(units, run.count - i), run.length
             )
             cost = _unit_costs(by_head, keys, rows, k_start, part, at_once)
-            chosen[:, :, part.first : part.first + part.count] = _least(cost, width)
+            chosen[:, :, part.first : part.first + part.count] = _select_least(cost, width)
     return chosen
 
 
 def _unit_costs(
     q: Tensor, keys: Tensor, rows: QueryRows, k_start: Tensor, run: Run, at_once: int
 ) -> Tensor:
-    """1 - ln p, its least over each unit: fp32 `[b, h_kv, units, n]`, infinite where not past."""
+    """Return the least 1 - ln p over each unit: fp32 `[b, h_kv, units, n]`.
+
+    It is infinite where a block is past for none of the unit's tokens.
+    """
     rows_of_run = run.count * run.length
     last, first = rows.part(run.start, run.start + rows_of_run).past
     a, b = int(first.min()) // rows.block_size, (int(last.max()) + 1) // rows.block_size
@@ -83,15 +89,16 @@ def _unit_costs(
 
 
 def _costs(scores: Tensor, past: Tensor) -> Tensor:
+    """Return 1 - ln p of scores, infinite where not past; overwrites scores."""
     scores = scores.masked_fill_(~past, -torch.inf)
     normalizer = scores.logsumexp(-1, keepdim=True)
     return (1 - (scores - normalizer)).masked_fill_(~past, torch.inf).float()
 
 
-def _least(cost: Tensor, width: int) -> Tensor:
-    """The blocks of least cost, increasing, then -1: int32 `[b, h_kv, units, width]`."""
+def _select_least(cost: Tensor, width: int) -> Tensor:
+    """Return the blocks of least cost, increasing, then -1: int32 `[b, h_kv, units, width]`."""
     num_blocks = cost.shape[-1]
-    # Positive floats are in the order of their bits; the number below them breaks ties.
+    # Positive floats sort like their bits; the block number in the low bits breaks ties.
     bits = cost.contiguous().view(torch.int32).long() << 32
     keys = bits | torch.arange(num_blocks, device=cost.device)
     best = keys.topk(width, dim=-1, largest=False).values

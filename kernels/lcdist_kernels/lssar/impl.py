@@ -1,32 +1,31 @@
-"""What carries LSSA and LSSAR: tiled torch or the kernels, chosen once by name."""
+"""Implementations of LSSA and LSSAR: tiled torch or kernels."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from lcdist_kernels.common import log_choice
 from lcdist_kernels.lssar import epilogue, launch, tiled
-from lcdist_kernels.lssar.rows import Finished, Reweight
-from lcdist_kernels.lssar.tiled import Saved, Sums
-from lcdist_kernels.triton_common import check_kernel, unsupported_reason
+from lcdist_kernels.lssar.rows import Reweight, RowResults
+from lcdist_kernels.lssar.tiled import RowStats, Sums
+from lcdist_kernels.triton_common import use_kernels
 
 
 class LssarImpl(NamedTuple):
-    """Operators of one semantics, as `tiled` and `epilogue` describe them.
+    """Functions of one implementation; `tiled` and `epilogue` describe their semantics.
 
-    narrow: queries and keys are given in the dtype of v, not in the wider of fp32 and it.
+    narrow: queries and keys have the dtype of v rather than the wider of fp32 and it.
     """
 
     sums: Callable[..., tuple[Tensor, Tensor]]
     fwd: Callable[..., Sums]
-    whole: Callable[..., Finished]
-    rows: Callable[..., Saved]
+    whole: Callable[..., RowResults]
+    rows: Callable[..., RowStats]
     bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
     narrow: bool
 
     def factor(self, x: Tensor, v: Tensor) -> Tensor:
-        """Directions x in the dtype in which they are multiplied, where values are like v."""
+        """Return directions x in the dtype in which they are multiplied, for values like v."""
         return x.to(v.dtype) if self.narrow else x
 
 
@@ -51,32 +50,16 @@ TRITON_IMPL = LssarImpl(
 def select_lssar_impl(
     impl: str, x: Tensor, what: str, reweight: Reweight | None = None
 ) -> LssarImpl:
-    """The operator that `impl`, "auto", "triton" or "torch", stands for with tensors like x.
+    """Return the implementation that `impl` means for x `[b, s, h, d]`.
 
-    x `[b, s, h, d]`; what: who asks, for the log. Raises ValueError for "triton" where no kernel
-    takes such tensors, and for a power below 1 in half precision.
+    As `full.select_impl`. Raises ValueError also for a power below 1 in half precision.
     """
     if reweight is not None and reweight.power < 1 and x.element_size() < 4:
-        # y^(p - 1) is unbounded at the threshold: directions rounded to half precision give dq, dk
-        # off by a tenth at p = 0.5, and it leaves fp16's range at 0.3.
+        # y^(p - 1) is unbounded at the threshold. Directions rounded to half precision give dq and
+        # dk an error of a tenth at p = 0.5, and at 0.3 it exceeds fp16's range.
         raise ValueError(
             f"power = {reweight.power:g} with {x.dtype}: below 1 the gradient is unbounded where a "
             "score meets its row's mean, which half precision cannot hold; use a power of at least "
             "1, or float32"
         )
-    if impl == "triton":
-        check_kernel(x)
-        return TRITON_IMPL
-    if impl == "torch":
-        return TORCH_IMPL
-    # Interpreted kernels are for tests: many times slower than torch.
-    reason = (
-        unsupported_reason(x)
-        if x.is_cuda
-        else f"kernels run on CUDA, the tensors are on {x.device}"
-    )
-    if reason is None:
-        log_choice(f"{what}: Triton kernels, as the tensors are {x.dtype} on CUDA")
-        return TRITON_IMPL
-    log_choice(f"{what}: tiled torch, as {reason}")
-    return TORCH_IMPL
+    return TRITON_IMPL if use_kernels(impl, x, what) else TORCH_IMPL

@@ -1,14 +1,14 @@
-"""What LSSA's and LSSAR's kernels do with one tile of scores, and with all tiles of a band.
+"""Steps of LSSA's and LSSAR's kernels: one tile of scores, and all tiles of a band.
 
     f = max(s, 0) + d P(d),  d = exp(-|s|) in (0, 1]       sigma = (1 if s >= 0 else d) / (1 + d)
 
-P is the polynomial that brings y P(y) closest to ln(1 + y) on (0, 1] in relative error: 8.5e-6 with
-6 coefficients, for half precision, and 3.3e-7 with 8, for fp32, rounding included. Relative, so a
-row whose scores are all far below 0, where f is e^s, keeps its weights. It costs a special function
-less than a logarithm, and these kernels make more exponentials than full attention does. A hidden
-score is -inf, at which d, f, sigma and the weight are exactly 0.
+P is the polynomial that brings y P(y) closest to ln(1 + y) on (0, 1] in relative error, rounding
+included: 8.5e-6 with 6 coefficients for half precision, 3.3e-7 with 8 for fp32. The error is
+relative, so rows whose scores are all far below 0, where f is e^s, keep their weights. The
+polynomial needs one special function less than a logarithm; these kernels compute more exponentials
+than full attention. A hidden score is -inf, where d, f, sigma and the weight are exactly 0.
 """
-# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
 
@@ -22,19 +22,19 @@ from lcdist_kernels.softmax_steps import (
 )
 from lcdist_kernels.triton_common import LOG2E, dot, load_tile
 
-# The bits that a power known in advance may have.
+# Bits of a power that is a compile-time constant.
 POWER_BITS = tl.constexpr(6)
 
 
 @triton.jit
 def decay(b_s):
-    """exp(-|s|)."""
+    """Return exp(-|s|)."""
     return tl.exp2(tl.abs(b_s) * -LOG2E)
 
 
 @triton.jit
 def softplus(b_s, b_d, PRECISE: tl.constexpr):
-    """ln(1 + e^s), from s and exp(-|s|)."""
+    """Return ln(1 + e^s) from s and exp(-|s|)."""
     if PRECISE:
         b_p = b_d * -0.008539209199694388 + 0.044089639056390476
         b_p = b_p * b_d - 0.10768173136800996
@@ -54,15 +54,16 @@ def softplus(b_s, b_d, PRECISE: tl.constexpr):
 
 @triton.jit
 def sigmoid(b_s, b_d):
-    """1 / (1 + e^-s), from s and exp(-|s|)."""
+    """Return 1 / (1 + e^-s) from s and exp(-|s|)."""
     return tl.where(b_s >= 0, 1.0, b_d) / (1.0 + b_d)
 
 
 @triton.jit
 def weights(b_f, b_mean, b_inverse, power, TIMES: tl.constexpr, SHARP: tl.constexpr):
-    """(y^p, y^(p-1)) of y = relu(f - mean) inverse, both 0 where y is; f inverse and 1 for LSSA.
+    """Return (y^p, y^(p-1)) of y = relu(f - mean) inverse, both 0 where y is 0.
 
-    TIMES: p - 1 where that is an integer of at most POWER_BITS bits, else -1.
+    For LSSA (not SHARP) return (f inverse, 1). TIMES: p - 1 where that is an integer of at most
+    POWER_BITS bits, else -1.
     """
     if SHARP:
         b_y = tl.maximum(b_f - b_mean, 0.0) * b_inverse
@@ -91,7 +92,7 @@ def scores(
     b_q, b_k, start, seqlen_k, b_q_idx, b_q_lo, k_idx,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """q . k of the keys from `start` on, -inf where hidden."""
+    """Return q . k for the keys from `start` on, -inf where hidden."""
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     if MASKED:
         o_n = start + tl.arange(0, BLOCK_N)
@@ -107,14 +108,15 @@ def _sums_step(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, PRECISE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """Return (sum, compensation, maximum) of f after one more tile of keys."""
     start = i_n * BLOCK_N
     b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
     b_s = scores(
         b_q, b_k, start, seqlen_k, b_q_idx, b_q_lo, k_idx, BLOCK_M, BLOCK_N, HAS_LO, MASKED
     )
     b_f = softplus(b_s, decay(b_s), PRECISE)
-    # Compensated: over thousands of tiles of equal scores plain sums drift, and a flat row is one
-    # whose greatest score is its mean.
+    # Compensated (Kahan): plain sums drift over thousands of tiles of equal scores, and a flat row
+    # is recognised by a maximum that equals its mean.
     b_more = tl.sum(b_f, 1) - b_excess
     b_new = b_sum + b_more
     b_excess = (b_new - b_sum) - b_more
@@ -127,7 +129,7 @@ def sums_sweep(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Of every row of a tile of queries: the sum and the greatest of f."""
+    """Return the sum and the maximum of f of every row of a tile of queries."""
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_excess = tl.zeros([BLOCK_M], tl.float32)
     b_max = tl.zeros([BLOCK_M], tl.float32)
@@ -153,6 +155,7 @@ def _power_step(
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
     PRECISE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """Return (A, W, A', W') after one more tile of keys; see `tiled`."""
     start = i_n * BLOCK_N
     b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
     b_s = scores(
@@ -177,10 +180,10 @@ def power_sweep(
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
     PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """A, W, and with SLOPE A' and W', of every row of a tile of queries."""
+    """Return A, W, and with SLOPE A' and W', of every row of a tile of queries."""
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    # Without SLOPE they stay as they are, and the compiler leaves them out.
+    # Without SLOPE these stay zero and the compiler removes them.
     b_out_x = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_sum_x = tl.zeros([BLOCK_M], tl.float32)
     for i in range(0, full_hi - full_lo):
@@ -207,7 +210,10 @@ def dq_step(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, PRECISE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq and drift are in units of p gamma: what is multiplied in half precision stays small."""
+    """Return dq after one more tile of keys.
+
+    dq and drift are in units of p gamma, so that the factors of half-precision products stay small.
+    """
     start = i_n * BLOCK_N
     b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
     b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
@@ -232,7 +238,10 @@ def dkv_step(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, PRECISE: tl.constexpr,
     EVEN_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores stand transposed, `[BLOCK_N, BLOCK_M]`. A row that is not there has gamma = 0."""
+    """Return (dk, dv) after one more tile of queries.
+
+    Scores are transposed, `[BLOCK_N, BLOCK_M]`. Rows past the end have gamma = 0.
+    """
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
@@ -254,7 +263,7 @@ def dkv_step(
     b_dp = dot(b_v, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
     b_scale = b_gamma * power
     if b_q.dtype == tl.float16:
-        # A nearly flat row has a gamma beyond fp16: what is multiplied is in units of the greatest.
+        # gamma of a nearly flat row exceeds fp16, so factors are in units of the tile's maximum.
         unit = tl.max(b_scale, 0)
         unit = tl.where(unit > 0, unit, 1.0)
         b_scale = b_scale / unit

@@ -1,16 +1,27 @@
-"""LSSA and LSSAR in Triton: one process's two sweeps in one program, and the operators of a ring.
+"""LSSA and LSSAR in Triton: both sweeps in one program, and the kernels of a ring.
 
-The sums and gradients are those of `tiled`; f, its derivative and what stays small are in `steps`.
-With m = p gamma_i of a row, H_i = dout_i . e_i and h_i = o_i / N_i H_i,
+The sums and gradients are defined in `tiled`, f and its derivative in `inner_loop`. With m_i = p
+gamma_i of a row, H_i = dout_i . e_i and h_i = o_i / N_i H_i,
 
     ds_ij = m_i z_ij,   z_ij = sigma(s_ij) (y_ij^(p-1) (dout_i . v_j - D_i) - h_i / m_i)
     dq_i = m_i sum_j z_ij k_j           dk_j = sum_i ds_ij q_i          dv_j = sum_i y_ij^p dout_i
 
-A program owns a tile of queries (out, dq) or of keys (dk, dv) and walks over the tiles of the
-others that its band touches: lo those that need no mask, then those that do. Nothing is added
-atomically: the same inputs give the same bits.
+Shapes: q, out, out_x, dout, dq `[b, s_q, h, d]`; k, v, dk, dv `[b, s_k, h_kv, d]`; total, top,
+mean, inverse, gamma, delta, drift `[b, h, s_q]`; q_idx, q_lo int32 `[s_q]`; k_idx int32 `[s_k]`.
+
+                   keys, tiles of BLOCK_N        sums, fwd, dq: a program is a row of tiles, grid
+                  +-----+-----+-----+-----+                     (query tiles, h, b)
+    queries,      |  m  |     |     |     |      dkv:           a program is a column, grid
+    tiles of      +-----+-----+-----+-----+                     (key tiles, h_kv, b), loops over
+    BLOCK_M       |  =  |  m  |     |     |                     the heads of a group
+                  +-----+-----+-----+-----+      rows:          row statistics, no keys
+                  |  =  |  =  |  m  |     |
+                  +-----+-----+-----+-----+      =  visible: first, no mask;   m  masked
+    LSSAR fwd:    sweep 1: sum and maximum of f -> mean, inverse;  sweep 2: powers
+
+Nothing is added atomically: the same inputs give the same bits.
 """
-# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import torch
@@ -34,7 +45,7 @@ FLAT = tl.constexpr(FLAT_ULPS * torch.finfo(torch.float32).eps)
 
 @triton.jit
 def _share(b_q_idx, b_q_lo, exempt_rows):
-    """o_i / N_i."""
+    """Return o_i / N_i."""
     b_count = b_q_idx - b_q_lo + 1
     return tl.where(b_count > exempt_rows, 1.0 / tl.maximum(b_count, 1).to(tl.float32), 0.0)
 
@@ -48,6 +59,7 @@ def _lssar_sums_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
+    """Compute the sum and the maximum of f of a tile of queries."""
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
     p_k = k + i_b * stride_kb + (i_h // GROUP) * stride_kh
     p_q = q + i_b * stride_qb + i_h * stride_qh
@@ -77,10 +89,11 @@ def _lssar_fwd_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """WHOLE: these are all keys of the rows: both sweeps, out, e / gamma, mean and gamma.
+    """Compute results (WHOLE) or sums of a tile of queries.
 
-    Otherwise mean and inverse are read, and A, W, A' and W' written. out and out_x are laid out
-    alike.
+    WHOLE: these are all keys of the rows. Both sweeps run; out, e / gamma, mean and gamma are
+    written. Otherwise mean and inverse are read, and A, W, A' and W' written. out and out_x have
+    one layout.
     """
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
     p_q, p_k, p_v = head_pointers(
@@ -142,6 +155,7 @@ def _lssar_rows_kernel(
     stride_slope_b, stride_slope_s, stride_slope_h,
     SLOPE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    """Compute delta and drift of a tile of queries."""
     i_h = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
     i_row = (i_b * tl.num_programs(1) + i_h) * seqlen_q
@@ -179,6 +193,7 @@ def _lssar_bwd_dq_kernel(
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
     PRECISE: tl.constexpr,
 ):  # fmt: skip
+    """Compute dq of a tile of queries."""
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
     p_q, p_k, p_v = head_pointers(
         q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
@@ -198,7 +213,7 @@ def _lssar_bwd_dq_kernel(
     b_delta = tl.load(delta + i_row + o_m, mask=m_m, other=0.0)
     b_drift = tl.load(drift + i_row + o_m, mask=m_m, other=0.0)
     b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
-    # Without gamma, a flat row's, there is no drift either.
+    # A flat row has gamma = 0 and no drift.
     b_scale = b_gamma * power
     b_drift = b_drift / tl.where(b_scale > 0, b_scale, 1.0)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -231,7 +246,7 @@ def _lssar_bwd_dkv_kernel(
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
     PRECISE: tl.constexpr, EVEN_M: tl.constexpr,
 ):  # fmt: skip
-    """All query heads of a key head in one program; dk and dv are laid out alike."""
+    """Compute dk and dv of a tile of keys from all query heads of the key head."""
     i_n = tl.program_id(0)
     i_hk, i_b, p_k, p_v = key_program(k, v, stride_kb, stride_kh, stride_vb, stride_vh)
     lo, full_lo, full_hi, hi = load_range(ranges, i_n)

@@ -1,9 +1,9 @@
-"""Launches of LSSA's and LSSAR's kernels: the operators of `tiled` for bf16, fp16 and fp32.
+"""Launches of LSSA's and LSSAR's kernels for bf16, fp16 and fp32, like the functions of `tiled`.
 
-Queries, keys and values are of one dtype here, that of the model: a tensor core takes nothing else.
-Statistics, sums and gradients are fp32.
+Queries, keys and values have one dtype, the model's, as tensor cores need. Statistics, sums and
+gradients are fp32.
 """
-# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from typing import Any
@@ -21,7 +21,7 @@ from lcdist_kernels.lssar.kernel import (
     _lssar_rows_kernel,
     _lssar_sums_kernel,
 )
-from lcdist_kernels.lssar.rows import Band, Finished, Reweight, Threshold, exponent
+from lcdist_kernels.lssar.rows import Band, Reweight, RowResults, Threshold, exponent
 from lcdist_kernels.lssar.tile_configs import (
     BWD_DKV,
     BWD_DKV_HOPPER,
@@ -30,19 +30,20 @@ from lcdist_kernels.lssar.tile_configs import (
     FWD_HOPPER,
     SUMS,
 )
-from lcdist_kernels.lssar.tiled import Saved, Sums
+from lcdist_kernels.lssar.tiled import RowStats, Sums
 from lcdist_kernels.tile_ranges import (
     band_of,
     bounded_below,
     device_stream,
-    key_ranges,
+    key_tables,
     on_device,
-    query_ranges,
+    query_tables,
 )
 from lcdist_kernels.triton_common import (
     Launch,
     check_kernel,
     choose_launch,
+    head_constants,
     last_dim_contiguous,
     launch_context,
     padded,
@@ -55,10 +56,10 @@ ROWS_BLOCK = 32
 def lssar_sums(
     q: Tensor, k: Tensor, band: Band, *, launch: Launch | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The sum and the greatest of f over the visible keys of a block, each fp32 `[b, h, s_q]`.
+    """Return the sum and the maximum of f over a block's visible keys, fp32 `[b, h, s_q]` each.
 
-    As the tiled `lssar_sums`, in bf16, fp16 or fp32, head_dim even and from 16 to 256. launch:
-    other tiles than those chosen. Raises as `check_kernel`.
+    Like the tiled `lssar_sums`, for bf16, fp16 and fp32, head_dim even and from 16 to 256. launch:
+    tiles other than those of the table. Raises as `check_kernel`.
     """
     check_qkv(q, k, k)
     check_kernel(q)
@@ -68,11 +69,11 @@ def lssar_sums(
     if not q.numel() or not k.numel():
         return total.zero_(), top.zero_()
     launch = launch or choose_launch(SUMS, q)
-    indices, ranges = _by_queries(band, launch, q)
+    tables = query_tables(band_of(*band), launch.block_m, launch.block_n, device_stream(q))
     with launch_context(q):
         _lssar_sums_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
-            q, k, total, top, *indices, ranges, seqlen, k.shape[1], *strides(q, k),
-            **_sizes(q, k, band), **launch.options(),
+            q, k, total, top, *tables, seqlen, k.shape[1], *strides(q, k), **_sizes(q, k, band),
+            **launch.options(),
         )  # fmt: skip
     return total, top
 
@@ -82,10 +83,7 @@ def lssar_fwd(
     slope: bool, *,
     launch: Launch | None = None,
 ) -> Sums:  # fmt: skip
-    """The sums over the visible keys of a block, fp32.
-
-    As the tiled `lssar_fwd`; the rest, and what it raises, as in `lssar_sums`.
-    """
+    """Return the sums over a block's visible keys, fp32; like the tiled `lssar_fwd`."""
     slope = slope and reweight is not None
     out, total = _out(q, torch.float32), _row(q)
     out_x, total_x = (_out(q, torch.float32), _row(q)) if slope else (out, total)
@@ -95,18 +93,18 @@ def lssar_fwd(
         for x in (out, out_x, total, total_x):
             x.zero_()
     else:
-        written = (mean, inverse, inverse, out, total, out_x, total_x)
-        _fwd(q, k, v, band, reweight, written, slope, False, launch)
+        buffers = (mean, inverse, inverse, out, total, out_x, total_x)
+        _fwd(q, k, v, band, reweight, buffers, slope, False, launch)
     return Sums(out, total, (out_x, total_x) if slope else None)
 
 
 def lssar_whole(
     q: Tensor, k: Tensor, v: Tensor, band: Band, reweight: Reweight | None, slope: bool = False, *,
     launch: Launch | None = None,
-) -> Finished:  # fmt: skip
-    """Rows over a block that holds all keys they see, in one launch; out and slope in v.dtype.
+) -> RowResults:  # fmt: skip
+    """Return results of rows over a block that holds all their keys, in one launch.
 
-    As `op.lssar_whole`; the rest, and what it raises, as in `lssar_sums`.
+    Like `epilogue.lssar_whole`; out and slope are in v.dtype. Raises as `lssar_sums`.
     """
     slope = slope and reweight is not None
     out, mean, gamma = _out(q, v.dtype), _row(q), _row(q)
@@ -116,27 +114,30 @@ def lssar_whole(
         for x in (out, out_x, mean, gamma):
             x.zero_()
     else:
-        written = (mean, mean, gamma, out, mean, out_x, mean)
-        _fwd(q, k, v, band, reweight, written, slope, True, launch)
-    return Finished(out, out_x if slope else None, mean, gamma)
+        buffers = (mean, mean, gamma, out, mean, out_x, mean)
+        _fwd(q, k, v, band, reweight, buffers, slope, True, launch)
+    return RowResults(out, out_x if slope else None, mean, gamma)
 
 
 def _fwd(
     q: Tensor, k: Tensor, v: Tensor, band: Band, reweight: Reweight | None,
-    written: tuple[Tensor, ...], slope: bool, whole: bool, launch: Launch | None,
+    buffers: tuple[Tensor, ...], slope: bool, whole: bool, launch: Launch | None,
 ) -> None:  # fmt: skip
-    """written: mean, inverse, gamma, out, total, out_x, total_x; some are read, some unused."""
+    """Launch the forward kernel.
+
+    buffers: mean, inverse, gamma, out, total, out_x, total_x; some are read, some unused.
+    """
     check_qkv(q, k, v)
     check_kernel(q)
     q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     batch, seqlen, nheads, _ = q.shape
     launch = launch or choose_launch(FWD, q, FWD_HOPPER)
-    indices, ranges = _by_queries(band, launch, q)
+    tables = query_tables(band_of(*band), launch.block_m, launch.block_n, device_stream(q))
     with launch_context(q):
         _lssar_fwd_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
-            q, k, v, *written, *indices, ranges, exponent(reweight),
+            q, k, v, *buffers, *tables, exponent(reweight),
             0 if reweight is None else reweight.exempt_rows, seqlen, k.shape[1],
-            *strides(q, k, v, written[3]), **_power(reweight), SLOPE=slope, WHOLE=whole,
+            *strides(q, k, v, buffers[3]), **_power(reweight), SLOPE=slope, WHOLE=whole,
             **_sizes(q, k, band), **launch.options(),
         )  # fmt: skip
 
@@ -144,11 +145,8 @@ def _fwd(
 def lssar_rows(
     dout: Tensor, out: Tensor, slope: Tensor | None, mean: Tensor, gamma: Tensor, band: Band,
     reweight: Reweight | None,
-) -> Saved:  # fmt: skip
-    """What `lssar_bwd` needs of every row; slope: e / gamma, None for LSSA. Of `band`, the queries.
-
-    As `op.lssar_rows`.
-    """
+) -> RowStats:  # fmt: skip
+    """Return the row statistics that `lssar_bwd` needs; like `epilogue.lssar_rows`."""
     check_kernel(out)
     batch, seqlen, nheads, head_dim = out.shape
     dout, out = last_dim_contiguous(dout), last_dim_contiguous(out)
@@ -156,7 +154,7 @@ def lssar_rows(
     e = out if slope is None else last_dim_contiguous(slope)
     numbers, place = band_of(*band), device_stream(out)
     if not out.numel():
-        return Saved(mean, gamma, delta, drift)
+        return RowStats(mean, gamma, delta, drift)
     with launch_context(out):
         _lssar_rows_kernel[(triton.cdiv(seqlen, ROWS_BLOCK), nheads, batch)](
             dout, out, e, gamma, delta, drift, on_device(numbers.q_idx, place),
@@ -164,17 +162,17 @@ def lssar_rows(
             *strides(dout, out, e), SLOPE=slope is not None, HEAD_DIM=head_dim,
             BLOCK_D=padded(head_dim), BLOCK_M=ROWS_BLOCK,
         )  # fmt: skip
-    return Saved(mean, gamma, delta, drift)
+    return RowStats(mean, gamma, delta, drift)
 
 
 def lssar_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Band, row: Saved,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Band, row: RowStats,
     reweight: Reweight | None, *,
     launches: tuple[Launch, Launch] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The share of the gradients of q, k and v that passes through this block of keys, fp32.
+    """Return the share of the gradients of q, k and v through this block of keys, fp32.
 
-    As the tiled `lssar_bwd`. launches: tiles for dq and for dk, dv. Raises as `lssar_sums`.
+    Like the tiled `lssar_bwd`. launches: tiles for dq and for dk, dv. Raises as `lssar_sums`.
     """
     check_qkv(q, k, v)
     check_kernel(q)
@@ -185,19 +183,19 @@ def lssar_bwd(
         return dq.zero_(), dk.zero_(), dv.zero_()
     chosen = choose_launch(BWD_DQ, q), choose_launch(BWD_DKV, q, BWD_DKV_HOPPER)
     for_dq, for_dkv = launches or chosen
-    indices, ranges = _by_queries(band, for_dq, q)
     numbers, place = band_of(*band), device_stream(q)
     own_rows = [x.contiguous() for x in row]
     inputs = strides(q, k, v, dout)
     words = _power(reweight) | _sizes(q, k, band)
     with launch_context(q):
         _lssar_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
-            q, k, v, dout, *own_rows, dq, *indices, ranges, exponent(reweight), seqlen, k.shape[1],
-            *inputs, *strides(dq), **words, **for_dq.options(),
+            q, k, v, dout, *own_rows, dq,
+            *query_tables(numbers, for_dq.block_m, for_dq.block_n, place), exponent(reweight),
+            seqlen, k.shape[1], *inputs, *strides(dq), **words, **for_dq.options(),
         )  # fmt: skip
         _lssar_bwd_dkv_kernel[(triton.cdiv(k.shape[1], for_dkv.block_n), k.shape[2], batch)](
-            q, k, v, dout, *own_rows, dk, dv, *indices,
-            query_ranges(numbers, for_dkv.block_m, for_dkv.block_n, place), exponent(reweight),
+            q, k, v, dout, *own_rows, dk, dv,
+            *key_tables(numbers, for_dkv.block_m, for_dkv.block_n, place), exponent(reweight),
             seqlen, k.shape[1], *inputs, *strides(dk), **words,
             EVEN_M=seqlen % for_dkv.block_m == 0, **for_dkv.options(),
         )  # fmt: skip
@@ -205,33 +203,26 @@ def lssar_bwd(
 
 
 def _out(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an empty tensor shaped like `like`."""
     return torch.empty(like.shape, dtype=dtype, device=like.device)
 
 
 def _row(q: Tensor) -> Tensor:
-    """A scalar a row: fp32 `[b, h, s]` for q `[b, s, h, d]`."""
+    """Return an empty fp32 `[b, h, s]` for q `[b, s, h, d]`: one number per row."""
     return torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
 
 
-def _by_queries(band: Band, launch: Launch, q: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The numbers of queries and keys on q's device, and the tiles of keys a tile of queries."""
-    numbers, place = band_of(*band), device_stream(q)
-    ranges = key_ranges(numbers, launch.block_m, launch.block_n, place)
-    return [on_device(each, place) for each in numbers], ranges
-
-
 def _power(reweight: Reweight | None) -> dict[str, Any]:
-    """What a kernel knows of the power when it is compiled."""
+    """Return the constants that a kernel is compiled with for the power."""
     times = exponent(reweight) - 1
     known = times == int(times) and 0 <= times < 2**POWER_BITS.value
     return {"TIMES": int(times) if known else -1, "SHARP": reweight is not None}
 
 
 def _sizes(q: Tensor, k: Tensor, band: Band) -> dict[str, Any]:
+    """Return the constants of heads, limits and precision."""
     return {
-        "GROUP": q.shape[2] // k.shape[2],
-        "HEAD_DIM": q.shape[3],
-        "BLOCK_D": padded(q.shape[3]),
+        **head_constants(q, k),
         "HAS_LO": bounded_below(band_of(*band)),
         "PRECISE": q.dtype == torch.float32,
     }

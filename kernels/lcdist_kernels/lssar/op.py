@@ -1,7 +1,7 @@
-"""LSSA and LSSAR as a function of torch, with gradients and a choice of implementation.
+"""LSSA and LSSAR as a differentiable torch function with a choice of implementation.
 
-"triton" are the kernels, "torch" the tiled operator, "reference" the dense one; "auto" takes the
-kernels on CUDA and the tiled operator on a CPU.
+"triton": the kernels. "torch": the tiled implementation. "reference": the dense one. "auto": the
+kernels on CUDA, tiled torch on a CPU.
 """
 
 from typing import Any
@@ -25,11 +25,15 @@ def lssar_attention(
     positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
+    """Return attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, shaped like q.
 
-    impl: one of `IMPLS`. The rest, and what raises ValueError, as in `lssar_reference`; also an
-    `impl` that is not built, "triton" where it does not take the tensors, and a power below 1 in
-    half precision.
+    Args:
+        impl: one of `IMPLS`.
+        other: as in `lssar_reference`.
+
+    Raises:
+        ValueError: as `lssar_reference`; also an unknown `impl`, tensors that kernels do not take,
+            and a power below 1 in half precision.
     """
     check_impl(impl, "lssar", IMPLS)
     if impl == "reference":
@@ -38,21 +42,24 @@ def lssar_attention(
             softmax_scale=softmax_scale,
         )  # fmt: skip
     check_self(q, k, v)
-    operator = select_lssar_impl(impl, q, "lssar attention", reweight)
+    implementation = select_lssar_impl(impl, q, "lssar attention", reweight)
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
     positions = index - starts if positions is None else positions
     queries, keys = directions(q, rotary, positions), directions(k, rotary, positions)
     band = Band(index, starts, index)
     queries = queries * logit_scales(band.counts, softmax_scale, queries)
-    return LssarFunction.apply(queries, keys, v, band, reweight, operator)
+    return LssarFunction.apply(queries, keys, v, band, reweight, implementation)
 
 
 def lssar_cached(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *,
     reweight: Reweight | None, rotary: Rotary | None = None, softmax_scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """New tokens q `[b, n, h, d]` at `positions` `[n]` over k, v of positions 0, 1, ...; like q."""
+    """Return attention of new tokens over a cache, shaped like q.
+
+    q `[b, n, h, d]` at `positions` `[n]`; k, v: entries of positions 0, 1, ...
+    """
     band = Band(positions, torch.zeros_like(positions), torch.arange(k.shape[1]))
     queries, keys = directions(q, rotary, positions), directions(k, rotary, band.k_idx)
     queries = queries * logit_scales(band.counts, softmax_scale, queries)
@@ -60,23 +67,26 @@ def lssar_cached(
 
 
 class LssarFunction(torch.autograd.Function):
-    """Self-attention in one block of directions; kept: them, v, out, e and two scalars a row."""
+    """Self-attention over one block of directions; saves them, v, out, e and two row scalars."""
 
     @staticmethod
     def forward(
-        ctx: Any, q, k, v, band: Band, reweight: Reweight | None, operator: LssarImpl
+        ctx: Any, q, k, v, band: Band, reweight: Reweight | None, impl: LssarImpl
     ) -> Tensor:
-        q, k = operator.factor(q, v), operator.factor(k, v)
-        done = operator.whole(q, k, v, band, reweight, slope=any(ctx.needs_input_grad))
-        out, e = done.out.to(v.dtype), None if done.slope is None else done.slope.to(v.dtype)
-        ctx.save_for_backward(q, k, v, out, e, done.mean, done.gamma)
-        ctx.band, ctx.reweight, ctx.operator = band, reweight, operator
+        q, k = impl.factor(q, v), impl.factor(k, v)
+        results = impl.whole(q, k, v, band, reweight, slope=any(ctx.needs_input_grad))
+        out, slope = (
+            results.out.to(v.dtype),
+            None if results.slope is None else results.slope.to(v.dtype),
+        )
+        ctx.save_for_backward(q, k, v, out, slope, results.mean, results.gamma)
+        ctx.band, ctx.reweight, ctx.impl = band, reweight, impl
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *row = ctx.saved_tensors
-        band, reweight, operator = ctx.band, ctx.reweight, ctx.operator
-        saved = operator.rows(dout, *row, band, reweight)
-        dq, dk, dv = operator.bwd(dout, q, k, v, band, saved, reweight)
+        band, reweight, impl = ctx.band, ctx.reweight, ctx.impl
+        stats = impl.rows(dout, *row, band, reweight)
+        dq, dk, dv = impl.bwd(dout, q, k, v, band, stats, reweight)
         return dq, dk, dv.to(v.dtype), None, None, None

@@ -1,15 +1,15 @@
-"""LSSA and LSSAR, dense and readable: the truth that the other implementations meet.
+"""LSSA and LSSAR, dense and readable: the reference of the other implementations.
 
-With f_ij = softplus(c_i cos(q_i, k_j)) over the visible keys (`rows` has c_i and mu_i),
+With f_ij = softplus(c_i cos(q_i, k_j)) over the visible keys (`rows` defines c_i and mu_i),
 
     LSSA   out_i = sum_j f_ij v_j / sum_j f_ij
     LSSAR  out_i = sum_j relu(f_ij - mu_i)^p v_j / sum_j relu(f_ij - mu_i)^p
 
-(arXiv:2501.13428). The paper's two L1 normalisations of LSSAR, relu(N_i f_ij / sum_j f_ij - o_i)^p
-being divided by its row sum, are this with a common factor left out; and as rows may be scaled,
-each is scaled so that its greatest relu(f - mu) is 1, which neither overflows nor needs the eps of
-published implementations. A row with nothing above its mean gives 0.
-Suffixes: B batch, S queries, T keys, H query heads, D head_dim.
+(arXiv:2501.13428). The paper normalises LSSAR twice by L1 norms, relu(N_i f_ij / sum_j f_ij -
+o_i)^p divided by its row sum, which equals this up to a common factor. Rows may be scaled freely,
+so each is scaled to a greatest relu(f - mu) of 1. That neither overflows nor needs the eps of
+published implementations. A row with nothing above its mean gives 0. Suffixes: B batch, S queries,
+T keys, H query heads, D head_dim.
 """
 
 import torch
@@ -38,12 +38,18 @@ def lssar_reference(
     positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, un-rotated; out is like q.
+    """Return attention of q `[b, s, h, d]` over k, v `[b, s, h_kv, d]`, shaped like q.
 
-    reweight: None is LSSA. positions: integers `[s]` or `[b, s]`, used by rotary alone; default:
-    from 0 in every document. cu_seqlens: see `document_starts`. softmax_scale: in the place of
-    ln(head_dim). Any float dtype; sums in the wider of fp32 and q.dtype. Raises ValueError where
-    shapes do not fit.
+    Args:
+        q, k, v: not rotated; any float dtype. Sums are in the wider of fp32 and q.dtype.
+        reweight: None means LSSA.
+        positions: integers `[s]` or `[b, s]`, used by rotary only; default: from 0 in every
+            document.
+        cu_seqlens: see `document_starts`.
+        softmax_scale: replaces ln(head_dim).
+
+    Raises:
+        ValueError: shapes do not fit.
     """
     check_self(q, k, v)
     index = torch.arange(q.shape[1])
@@ -63,9 +69,9 @@ def lssar_reference(
 
 
 def softplus_scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """softplus(q . k), `[b, h, s_q, s_k]`, and 0 where `mask` `[s_q, s_k]` is False.
+    """Return softplus(q . k), `[b, h, s_q, s_k]`; 0 where `mask` `[s_q, s_k]` is False.
 
-    q `[b, s_q, h, d]`, directions times their logit scales; k `[b, s_k, h_kv, d]`, directions.
+    q `[b, s_q, h, d]`: directions times their logit scales. k `[b, s_k, h_kv, d]`: directions.
     Differentiable.
     """
     k_BTHD = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
@@ -76,13 +82,13 @@ def softplus_scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
 def lssar_block(
     scores: Tensor, v: Tensor, threshold: Threshold, reweight: Reweight | None
 ) -> tuple[Tensor, Tensor]:
-    """The sums of w v `[b, s_q, h, d]` and of w `[b, h, s_q]` over a block of keys.
+    """Return the sums of w v `[b, s_q, h, d]` and of w `[b, h, s_q]` over a block of keys.
 
-    w = (relu(f - mean) * inverse)^p for softplus scores f `[b, h, s_q, s_k]`; v
-    `[b, s_k, h_kv, d]`. The sums over all blocks, divided, are the result. Differentiable.
+    w = (relu(f - mean) * inverse)^p for softplus scores f `[b, h, s_q, s_k]`; v `[b, s_k, h_kv,
+    d]`. The quotient of the sums over all blocks is the result. Differentiable.
     """
     y_BHST = (scores - threshold.mean[..., None]).relu() * threshold.inverse[..., None]
-    # A power below 1 has no finite derivative at 0, and what is 0 has no derivative here.
+    # A power below 1 has no finite derivative at 0; here it is taken as 0.
     none = y_BHST == 0
     weights_BHST = y_BHST.masked_fill(none, 1.0).pow(exponent(reweight)).masked_fill(none, 0.0)
     v_BTHD = v.to(scores.dtype).repeat_interleave(scores.shape[1] // v.shape[2], dim=2)
@@ -90,5 +96,5 @@ def lssar_block(
 
 
 def divisor(total: Tensor) -> Tensor:
-    """Sums of weights `[b, h, s]` as divisors `[b, s, h, 1]`; 1 for a row that has none."""
+    """Return sums of weights `[b, h, s]` as divisors `[b, s, h, 1]`; 1 for an empty row."""
     return total.masked_fill(total == 0, 1.0).transpose(1, 2)[..., None]

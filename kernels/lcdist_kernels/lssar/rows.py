@@ -1,11 +1,11 @@
-"""What LSSA and LSSAR say of a row before any score is known, and of its mean (arXiv:2501.13428).
+"""Row quantities of LSSA and LSSAR: logit scale, mean and threshold (arXiv:2501.13428).
 
-N_i, the number of keys that query i sees, scales its scores: c_i = ln(head_dim) ln(N_i). With
-f_ij = softplus(c_i cos(q_i, k_j)) over those keys, LSSAR compares f_ij with
+N_i, the number of keys that query i sees, scales its scores: c_i = ln(head_dim) ln(N_i). With f_ij
+= softplus(c_i cos(q_i, k_j)) over those keys, LSSAR compares f_ij with
 
     mu_i = o_i / N_i sum_j f_ij,
 
-o_i being 0 in the first `exempt_rows` rows of a document and 1 elsewhere; LSSA has mu_i = 0.
+where o_i is 0 in the first `exempt_rows` rows of a document and 1 elsewhere; LSSA has mu_i = 0.
 """
 
 import math
@@ -19,15 +19,15 @@ from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.rotary import Rotary
 from lcdist_kernels.tile_ranges import Indices, device_stream, on_device
 
-# Of a squared norm. The paper says nothing of zero vectors; here they stay zero.
+# Lower bound of a squared norm. The paper does not treat zero vectors; here they stay zero.
 LEAST_SQUARE = 1e-12
-# Units in the last place by which the greatest score of a row of equal ones may miss their mean.
+# Greatest difference, in units in the last place, of maximum and mean in a row of equal scores.
 FLAT_ULPS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reweight:
-    """The sharpening that makes LSSA into LSSAR.
+    """Sharpening that turns LSSA into LSSAR.
 
     power: p > 0 of relu(f - mu)^p; below 1 the gradient is unbounded at mu. exempt_rows: the first
     rows of a document, whose mu is 0.
@@ -40,7 +40,7 @@ class Reweight:
 class Band(NamedTuple):
     """Queries and keys by global token number, int64 on the CPU: lo <= k <= q is visible.
 
-    q_idx `[s_q]`, k_idx `[s_k]`; q_lo `[s_q]`: the first token of each query's document.
+    q_idx `[s_q]`, k_idx `[s_k]`. q_lo `[s_q]`: the first token of each query's document.
     """
 
     q_idx: Tensor
@@ -49,22 +49,22 @@ class Band(NamedTuple):
 
     @property
     def counts(self) -> Tensor:
-        """N_i: how many keys of the whole sequence each query sees, int64 `[s_q]`."""
+        """Return N_i: keys of the whole sequence that each query sees, int64 `[s_q]`."""
         return self.q_idx - self.q_lo + 1
 
 
 class Threshold(NamedTuple):
-    """What a score of a row is compared with, and the factor that brings the row's greatest to 1.
+    """Mean that scores of a row are compared with, and the factor that scales its maximum to 1.
 
-    Both `[b, h, s]`; a row with inverse = 0 has nothing above its mean.
+    Both `[b, h, s]`. A row with inverse = 0 has nothing above its mean.
     """
 
     mean: Tensor
     inverse: Tensor
 
 
-class Finished(NamedTuple):
-    """Rows over all their keys: out, slope (e / gamma) `[b, s, h, d]`; mean, gamma `[b, h, s]`."""
+class RowResults(NamedTuple):
+    """Rows over all keys: out, slope (e / gamma) `[b, s, h, d]`; mean, gamma `[b, h, s]`."""
 
     out: Tensor
     slope: Tensor | None
@@ -73,14 +73,14 @@ class Finished(NamedTuple):
 
 
 def exponent(reweight: Reweight | None) -> float:
-    """The power of relu(f - mu): that of `reweight`, 1 for LSSA."""
+    """Return the power of relu(f - mu): 1 for LSSA."""
     return 1.0 if reweight is None else reweight.power
 
 
 def directions(x: Tensor, rotary: Rotary | None, positions: Tensor) -> Tensor:
-    """x / |x| over head_dim, then rotated; `[b, s, h, d]` in the wider of fp32 and x.dtype.
+    """Return x / |x| over head_dim, then rotated: `[b, s, h, d]`, at least fp32; differentiable.
 
-    Differentiable. Rotated last, so that a rotary's attention factor scales the score.
+    The rotation comes last, so a rotary's attention factor scales the score.
     """
     x = x.to(wide_dtype(x.dtype))
     x = x * x.square().sum(-1, keepdim=True).clamp_min(LEAST_SQUARE).rsqrt()
@@ -88,38 +88,38 @@ def directions(x: Tensor, rotary: Rotary | None, positions: Tensor) -> Tensor:
 
 
 def logit_scales(counts: Tensor, softmax_scale: float | None, like: Tensor) -> Tensor:
-    """c_i for queries like `like` `[b, s, h, d]`, to be multiplied with them: `[s, 1, 1]`.
+    """Return c_i `[s, 1, 1]`, to multiply with queries like `like` `[b, s, h, d]`.
 
-    counts: N_i, int64 `[s]`. softmax_scale: in the place of ln(head_dim).
+    counts: N_i, int64 `[s]`. softmax_scale: replaces ln(head_dim).
     """
     factor = math.log(like.shape[3]) if softmax_scale is None else softmax_scale
-    return (factor * _moved(counts, like).double().log())[:, None, None].to(like.dtype)
+    return (factor * _counts_on_device(counts, like).double().log())[:, None, None].to(like.dtype)
 
 
 def mean_shares(counts: Tensor, reweight: Reweight | None, like: Tensor) -> Tensor:
-    """o_i / N_i, `[s]`, on the device of `like` in the wider of fp32 and its dtype.
+    """Return o_i / N_i `[s]` on the device of `like`, in the wider of fp32 and its dtype.
 
-    None stands for LSSA, which has o_i = 0.
+    reweight: None means LSSA, where o_i = 0.
     """
     if reweight is None:
         return torch.zeros(len(counts), dtype=wide_dtype(like.dtype), device=like.device)
-    counts = _moved(counts, like)
+    counts = _counts_on_device(counts, like)
     return (counts.double().reciprocal() * (counts > reweight.exempt_rows)).to(
         wide_dtype(like.dtype)
     )
 
 
-def _moved(counts: Tensor, like: Tensor) -> Tensor:
-    """The counts on the device of `like`, where they are kept by value: no wait, no second copy."""
+def _counts_on_device(counts: Tensor, like: Tensor) -> Tensor:
+    """Return the counts on the device of `like`, from a cache by value."""
     return on_device(Indices(counts), device_stream(like)) if like.is_cuda else counts
 
 
 def row_threshold(total: Tensor, top: Tensor, shares: Tensor) -> Threshold:
-    """The threshold of rows `[b, h, s]` whose softplus scores sum to `total`, greatest `top`.
+    """Return the threshold of rows `[b, h, s]` with the sum and the maximum of softplus scores.
 
-    shares: see `mean_shares`. Differentiable in `total`; the factor only scales a row, so no
-    gradient passes through it. A row whose greatest score is its mean, up to rounding, is flat:
-    its result is 0.
+    total: the sums, differentiable. top: the maxima. shares: see `mean_shares`. The factor only
+    scales a row, so no gradient passes through it. A row whose maximum equals its mean up to
+    rounding is flat: its result is 0.
     """
     mean = total * shares
     spread = (top - mean).detach()
@@ -128,7 +128,7 @@ def row_threshold(total: Tensor, top: Tensor, shares: Tensor) -> Threshold:
 
 
 def no_threshold(like: Tensor) -> Threshold:
-    """LSSA's, for queries like `like` `[b, s, h, d]`: every score is taken as it is."""
+    """Return LSSA's threshold for queries like `like` `[b, s, h, d]`: mean 0, factor 1."""
     shape = (like.shape[0], like.shape[2], like.shape[1])
-    words = {"dtype": wide_dtype(like.dtype), "device": like.device}
-    return Threshold(torch.zeros(shape, **words), torch.ones(shape, **words))
+    options = {"dtype": wide_dtype(like.dtype), "device": like.device}
+    return Threshold(torch.zeros(shape, **options), torch.ones(shape, **options))

@@ -1,4 +1,4 @@
-"""Tensorized (lexicographic) attention: hops over the modes of a sequence, a branch a mode."""
+"""Tensorized (lexicographic) attention: hops over the modes of a sequence, one branch per mode."""
 
 from lcdist_kernels.tensorized.decode import decode_step
 from lcdist_kernels.tensorized.grid import (

@@ -1,8 +1,21 @@
-"""The backward of tensorized attention in Triton: a branch's and a hop's gradients in one sweep.
+"""Backward of tensorized attention in Triton: gradients of a branch and a hop in one sweep.
 
-The formulas are in `tensorized.tiled`; who owns what is as in `tensorized.kernel`.
+The formulas are in `tensorized.tiled`; tiles, fibres and grid are as in `tensorized.kernel`.
+
+Shapes: dout, du_next, dq like q; dk like k; du like u; lse, delta, hop_lse, hop_delta, dlogits `[b,
+h, s]`.
+
+    dq:   a program is a row of tiles of one fibre and query head
+    dkv:  a program is a column of tiles of one fibre and key head; it loops over the query heads
+
+                 keys
+             +-----+-----+-----+       dq visits, per row:     branch tiles (with the hop), blocks
+    queries  |  f  |  h  |  h  |                               before, then the hop's other tiles
+             +-----+-----+-----+       dkv visits, per column: branch tiles (with the hop), blocks
+             |  =  |  f  |  h  |                               after, then the hop's other tiles
+             +-----+-----+-----+
 """
-# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import triton
@@ -25,6 +38,10 @@ def _dq_step(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, BRANCH: tl.constexpr, HOP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """Return (dq, dlogits) after one more tile of keys; dq without softmax_scale.
+
+    BRANCH, HOP: parts that the tile belongs to.
+    """
     start = i_n * BLOCK_N
     o_n = start + tl.arange(0, BLOCK_N)
     b_k = load_tile(p_k, start, size_k, step_k, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
@@ -56,7 +73,7 @@ def _dq_all(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BRANCH: tl.constexpr, HOP: tl.constexpr,
 ):  # fmt: skip
-    """Key tiles from the lo on, all seen by all queries."""
+    """Return (dq, dlogits) after all key tiles from `lo` on, visible to all queries."""
     b_all = tl.full([BLOCK_M], 2147483646, tl.int32)
     whole = tl.maximum(size_k // BLOCK_N, lo)
     for i in range(0, whole - lo):
@@ -111,7 +128,7 @@ def _tensorized_bwd_dq_kernel(
     b_q = load_tile(p_q, start, size_q, step_q, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_dlogits = tl.zeros([BLOCK_M], tl.float32)
-    # What a launch has no use for is never read: any tile of the right shape stands for it.
+    # Inputs that a launch does not use are never read; any tile of the right shape will do.
     b_dout, b_du_next = b_q, b_q
     b_lse, b_delta, b_hop_lse, b_hop_delta = b_dlogits, b_dlogits, b_dlogits, b_dlogits
     if HOP:
@@ -129,7 +146,7 @@ def _tensorized_bwd_dq_kernel(
         p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h + row_q * stride_dout_s
         step_dout = stride_dout_s * stride64
         b_dout = load_tile(p_dout, start, size_q, step_dout, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-        # A row that is not there has weights exp(-inf) = 0, masked or not.
+        # Rows past the end have weights exp(-inf) = 0, masked or not.
         b_lse = tl.load(lse + o_row, mask=m_m, other=float("inf")) * LOG2E
         b_delta = tl.load(delta + o_row, mask=m_m, other=0.0)
         b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
@@ -175,7 +192,11 @@ def _dkv_step(
     HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, BRANCH: tl.constexpr, HOP: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores stand transposed, `[BLOCK_N, BLOCK_M]`: they are a product's left side as they are."""
+    """Return (dk, du) after one more tile of queries; dk without softmax_scale.
+
+    Scores are transposed, `[BLOCK_N, BLOCK_M]`, so they are the left operand of a product as they
+    are.
+    """
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < size_q
@@ -216,7 +237,7 @@ def _dkv_branch(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, HOP: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
-    """All queries whose branch sees any of the keys, those of later blocks last."""
+    """Return (dk, du) after all queries whose branch sees the keys; later blocks come last."""
     lo, full_lo, full_hi, hi = run
     for i in range(0, full_hi - full_lo):
         b_dk, b_du = _dkv_step(
@@ -258,10 +279,10 @@ def _tensorized_bwd_dkv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, EVEN_M: tl.constexpr,
     BRANCH: tl.constexpr, HOP: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
-    """All query heads of a key head in one program; nheads: of keys.
+    """Compute dk and du of a tile of a fibre's keys from all query heads of the key head.
 
-    after (AFTER): how many blocks after its own have branches that see the whole of each block.
-    GROUP_U is 1, and a query head has a U of its own, or GROUP_K.
+    nheads: of keys. AFTER: branches of after[o] blocks behind block o see all of it. GROUP_U is 1,
+    where each query head has its own U, or GROUP_K.
     """
     tiles = tl.cdiv(size_k, BLOCK_N)
     i_n, i_hk, i_r, i_o = program_coords(tiles, stride, nheads)
@@ -322,8 +343,8 @@ def _tensorized_bwd_dkv_kernel(
                 HOP, AFTER,
             )  # fmt: skip
         if HOP:
-            # Queries whose branch sees nothing of this tile: those before it, and, where the
-            # last ones do not, those after it.
+            # Queries whose branch sees nothing of this tile: those before it, and those after it
+            # where the branch is bounded.
             for i in range(0, lo + (query_tiles - hi)):
                 i_m = tl.where(i < lo, i, hi + i - lo)
                 b_dk, b_du = _dkv_step(

@@ -1,9 +1,9 @@
-"""Tensorized attention of new tokens against a cache, and what it keeps of closed blocks.
+"""Tensorized attention of new tokens over a cache, and the state kept for closed blocks.
 
-A token reads its fibres alone: of branch j the earlier digits' keys and their U_{j-1}, sum_j n_j
-rows in all. When a block of s_{j+1} tokens closes, its U_j takes the place of its U_{j-1}, so one
-value row a token and hop head is kept; the hop needs the block's queries, which are kept until the
-block of the coarsest mode closes. Keys and v stay where they are, in the cache.
+A token reads only its fibres: for branch j the keys of earlier digits and their U_{j-1}, sum_j n_j
+rows in all. When a block of s_{j+1} tokens closes, its U_j replaces its U_{j-1}, so one value row
+per token and hop head is kept. The hop needs the block's queries, which are kept until the block of
+the coarsest mode closes. Keys and v stay in the cache.
 """
 
 import dataclasses
@@ -30,33 +30,38 @@ def decode_step(
     k_cache: Tensor,
     v_cache: Tensor,
     bias: Tensor,
-    turning: ModeRotary,
+    mode_rotary: ModeRotary,
     state: dict[str, Any],
 ) -> Tensor:
-    """out like q `[b, n, h, d]` of tokens at `turning.positions`, which go on where `state` ends.
+    """Return attention of new tokens over the cache, shaped like q `[b, n, h, d]`.
 
-    Caches `[b, s_cache, h_kv, d]`, un-rotated, with the new tokens' entries in place; bias
-    `[len(modes), h]` in the wider of fp32 and q.dtype. state: empty at the start; seen: tokens so
-    far, queries `[b, block, h, d]`: first those of the open block, hops `[b, room, h_u, d]`: the U
-    of closed blocks. Raises ValueError where positions do not go on or lie outside the cache, or
-    the batch is not the state's.
+    Args:
+        q: new tokens at `mode_rotary.positions`, which continue where `state` ends.
+        k_cache, v_cache: `[b, s_cache, h_kv, d]`, not rotated, the new tokens' entries included.
+        bias: `[len(modes), h]`, in the wider of fp32 and q.dtype.
+        state: empty at the start. seen: tokens so far. queries `[b, block, h, d]`: those of the
+            open block first. hops `[b, capacity, h_u, d]`: the U of closed blocks.
+
+    Raises:
+        ValueError: positions do not continue the state or exceed the cache, or the batch differs.
     """
-    start, stop = _span(q, k_cache, turning.positions, state)
-    if not turning.grid.modes:
-        whole = dataclasses.replace(turning, positions=torch.arange(stop))
+    start, stop = _span(q, k_cache, mode_rotary.positions, state)
+    if not mode_rotary.grid.modes:
+        whole = dataclasses.replace(mode_rotary, positions=torch.arange(stop))
         band = Band(torch.arange(start, stop), torch.zeros(stop - start).long(), torch.arange(stop))
         k = whole.rotate(k_cache[:, :stop], 0)
-        qku = (turning.rotate(q, 0), k, v_cache[:, :stop])
-        part = softmax_fwd(qku, band, turning.softmax_scale)
+        qku = (mode_rotary.rotate(q, 0), k, v_cache[:, :stop])
+        part = softmax_fwd(qku, band, mode_rotary.softmax_scale)
         state["seen"] = stop
         return part.out.to(q.dtype)
-    step = _Step(q, k_cache, v_cache, bias, turning, state, start, stop)
-    out = step.one() if stop - start == 1 else step.many()
+    tokens = _NewTokens(q, k_cache, v_cache, bias, mode_rotary, state, start, stop)
+    out = tokens.decode_token() if stop - start == 1 else tokens.decode_tokens()
     state["seen"] = stop
     return out.to(q.dtype)
 
 
 def _span(q: Tensor, k_cache: Tensor, positions: Tensor, state: dict[str, Any]) -> tuple[int, int]:
+    """Return the numbers of the first new token and of the one after the last."""
     start = state.get("seen", 0)
     stop = start + q.shape[1]
     if positions.shape != q.shape[1:2] or positions.tolist() != list(range(start, stop)):
@@ -71,29 +76,30 @@ def _span(q: Tensor, k_cache: Tensor, positions: Tensor, state: dict[str, Any]) 
         )
     if "queries" in state and len(state["queries"]) != len(q):
         raise ValueError(
-            f"q has {len(q)} rows, the state {len(state['queries'])}: begin with an empty state"
+            f"q has {len(q)} rows, the state {len(state['queries'])}: start with an empty state"
         )
     return start, stop
 
 
-class _Step:
-    """New tokens start..stop, and the layer's caches."""
+class _NewTokens:
+    """New tokens start..stop of a layer, and its caches."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, turning: ModeRotary,
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mode_rotary: ModeRotary,
         state: dict[str, Any], start: int, stop: int,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.bias = q, k[:, :stop], v[:, :stop], bias
-        self.turning, self.grid, self.state = turning, turning.grid, state
+        self.mode_rotary, self.grid, self.state = mode_rotary, mode_rotary.grid, state
         self.start, self.stop = start, stop
-        self.scale = turning.softmax_scale
-        # The first token of the open block of the coarsest mode.
+        self.scale = mode_rotary.softmax_scale
+        # First token of the coarsest mode's open block.
         self.open = start - start % self.grid.block
         if "queries" not in state:
             state["queries"] = q.new_zeros(len(q), self.grid.block, *q.shape[2:])
-        self.queries, self.hops = state["queries"], self._room(k.shape[1])
+        self.queries, self.hops = state["queries"], self._hop_cache(k.shape[1])
 
-    def _room(self, capacity: int) -> Tensor:
+    def _hop_cache(self, capacity: int) -> Tensor:
+        """Return the state's cache of U, grown to `capacity` tokens."""
         nheads = self.q.shape[2] if self.grid.hop_heads == "q" else self.k.shape[2]
         shape = (len(self.q), capacity, nheads, self.q.shape[3])
         hops = self.state.get("hops")
@@ -104,14 +110,14 @@ class _Step:
             hops = self.state["hops"] = grown
         return hops
 
-    def _at(self, rows: range) -> ModeRotary:
-        """What turns keys or queries of the tokens `rows`."""
+    def _rotary_at(self, rows: range) -> ModeRotary:
+        """Return the rotation of the tokens `rows`."""
         return dataclasses.replace(
-            self.turning, positions=torch.arange(rows.start, rows.stop, rows.step)
+            self.mode_rotary, positions=torch.arange(rows.start, rows.stop, rows.step)
         )
 
-    def one(self) -> Tensor:
-        """One token: row by row of its fibres."""
+    def decode_token(self) -> Tensor:
+        """Return attention of one token, fibre by fibre."""
         t, grid = self.start, self.grid
         self.queries[:, t - self.open] = self.q[:, 0]
         partial = None
@@ -119,23 +125,23 @@ class _Step:
             rows = self._fibre(t, mode)
             if not len(rows):
                 continue
-            taken = slice(rows.start, rows.stop, rows.step)
-            k = self._at(rows).rotate(self.k[:, taken], mode)
-            u = (self.hops if mode else self.v)[:, taken]
+            tokens = slice(rows.start, rows.stop, rows.step)
+            k = self._rotary_at(rows).rotate(self.k[:, tokens], mode)
+            u = (self.hops if mode else self.v)[:, tokens]
             last = torch.tensor([len(rows) - 1])
             band = Band(last, torch.zeros_like(last), torch.arange(len(rows)))
-            part = softmax_fwd((self.turning.rotate(self.q, mode), k, u), band, self.scale)
+            part = softmax_fwd((self.mode_rotary.rotate(self.q, mode), k, u), band, self.scale)
             partial = merge_branch(partial, part, self.bias, mode)
         for mode in range(len(grid.modes)):
             if self.stop % grid.strides[mode + 1] == 0:
                 first = self.stop - grid.strides[mode + 1]
                 u = (self.hops if mode else self.v)[:, first : self.stop]
                 self.hops[:, first : self.stop] = self._hop(u, range(first, self.stop), mode)
-        assert partial is not None, "a token sees at least itself"
+        assert partial is not None, "a token always sees itself"
         return partial.out
 
     def _fibre(self, t: int, mode: int) -> range:
-        """The tokens whose keys branch `mode` of token t reads."""
+        """Return the tokens whose keys branch `mode` of token t reads."""
         grid = self.grid
         stride = grid.strides[mode]
         if mode == 0:
@@ -147,30 +153,39 @@ class _Step:
         return range(first, first + max(0, count) * stride, stride)
 
     def _hop(self, u: Tensor, rows: range, mode: int) -> Tensor:
-        turning = self._at(rows)
-        taken = slice(rows.start, rows.stop)
+        """Return U_{mode + 1} of a closed block."""
+        mode_rotary = self._rotary_at(rows)
+        tokens = slice(rows.start, rows.stop)
         q = self.queries[:, rows.start - self.open : rows.stop - self.open]
         return hop_fwd(
-            turning.rotate(q, mode), turning.rotate(self.k[:, taken], mode), u, mode, turning
+            mode_rotary.rotate(q, mode),
+            mode_rotary.rotate(self.k[:, tokens], mode),
+            u,
+            mode,
+            mode_rotary,
         )[0]
 
-    def many(self) -> Tensor:
-        """Several tokens: whole blocks from the open one on, padded, as in training."""
+    def decode_tokens(self) -> Tensor:
+        """Return attention of several tokens: padded whole blocks from the open one on."""
         grid, first = self.grid, self.open
         end = self.stop + -self.stop % grid.block
         rows = range(first, end)
         queries = torch.cat((self.queries[:, : self.start - first], self.q), 1)
         rest = self.stop % grid.block
         self.queries[:, :rest] = queries[:, queries.shape[1] - rest :]
-        q, k = self._padded(queries, end - first), self._padded(self.k, end)
-        values, partial, turning = [self._padded(self.v, end)[:, first:]], None, self._at(rows)
+        q, k = self._pad(queries, end - first), self._pad(self.k, end)
+        values, partial, mode_rotary = (
+            [self._pad(self.v, end)[:, first:]],
+            None,
+            self._rotary_at(rows),
+        )
         for mode in range(len(grid.modes)):
-            q_mode, own = turning.rotate(q, mode), turning.rotate(k[:, first:], mode)
-            part = self._fine(q_mode, own, values[-1], mode, rows)
+            q_mode, own = mode_rotary.rotate(q, mode), mode_rotary.rotate(k[:, first:], mode)
+            part = self._fine_branch(q_mode, own, values[-1], mode, rows)
             partial = merge_branch(partial, part, self.bias, mode)
-            values.append(hop_fwd(q_mode, own, values[-1], mode, turning)[0])
+            values.append(hop_fwd(q_mode, own, values[-1], mode, mode_rotary)[0])
         last = len(grid.modes)
-        part = self._coarsest(turning.rotate(q, last), k, values[-1], rows)
+        part = self._coarsest_branch(mode_rotary.rotate(q, last), k, values[-1], rows)
         partial = merge_branch(partial, part, self.bias, last)
         for mode, u in enumerate(values[1:]):
             closed = self.stop - self.stop % grid.strides[mode + 1]
@@ -178,26 +193,28 @@ class _Step:
                 self.hops[:, first:closed] = u[:, : closed - first]
         return partial.out[:, self.start - first : self.stop - first]
 
-    def _padded(self, x: Tensor, length: int) -> Tensor:
+    def _pad(self, x: Tensor, length: int) -> Tensor:
+        """Pad x with zeros to `length` tokens."""
         return F.pad(x, (0, 0, 0, 0, 0, length - x.shape[1]))
 
-    def _fine(self, q: Tensor, k: Tensor, u: Tensor, mode: int, rows: range) -> Partial:
+    def _fine_branch(self, q: Tensor, k: Tensor, u: Tensor, mode: int, rows: range) -> Partial:
+        """Return the partial of branch `mode`, not the coarsest."""
         before = 0
         if mode == 0:
             before = min(rows.start, (self.grid.local_blocks - 1) * self.grid.modes[0])
         keys = range(rows.start - before, rows.stop)
         if before:
             halo = slice(keys.start, rows.start)
-            k = torch.cat((self._at(keys[:before]).rotate(self.k[:, halo], mode), k), 1)
+            k = torch.cat((self._rotary_at(keys[:before]).rotate(self.k[:, halo], mode), k), 1)
             u = torch.cat((self.v[:, halo], u), 1)
         index, k_idx = torch.arange(rows.start, rows.stop), torch.arange(keys.start, keys.stop)
         branch = fine_branch(mode, index, torch.zeros_like(index), k_idx, self.grid)
         return branch_fwd((q, k, u), branch, self.scale)
 
-    def _coarsest(self, q: Tensor, k: Tensor, u: Tensor, rows: range) -> Partial:
-        """Of the blocks `rows` over all, as a sequence of blocks whose offsets are heads."""
+    def _coarsest_branch(self, q: Tensor, k: Tensor, u: Tensor, rows: range) -> Partial:
+        """Return the partial of blocks `rows` over all blocks, whose offsets act as heads."""
         block, nheads = self.grid.block, self.q.shape[2]
-        k = self._at(range(rows.stop)).rotate(k, len(self.grid.modes))
+        k = self._rotary_at(range(rows.stop)).rotate(k, len(self.grid.modes))
         u = torch.cat((self.hops[:, : rows.start], u), 1)
         parts = [x.reshape(len(x), -1, block * x.shape[2], x.shape[3]) for x in (q, k, u)]
         blocks = torch.arange(rows.stop // block)

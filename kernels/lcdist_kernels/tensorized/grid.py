@@ -1,7 +1,7 @@
-"""How tensorized attention folds a sequence: modes, digits, and what each branch and hop sees.
+"""Grid of tensorized attention: modes, digits, and the keys of each branch and hop.
 
-A document is folded into modes of n_1 (finest), n_2, ... tokens; the coarsest is left out and grows
-with the document. With strides s_1 = 1, s_{j+1} = s_j n_j, position p has the digits
+A document is folded into modes of n_1 (finest), n_2, ... tokens. The coarsest mode is not listed
+and grows with the document. With strides s_1 = 1, s_{j+1} = s_j n_j, position p has the digits
 
     c_j(p) = floor(p / s_j) mod n_j,   and the coarsest floor(p / s_m).
 
@@ -22,13 +22,16 @@ HOP_HEADS = ("q", "kv")
 
 @dataclass(frozen=True)
 class ModeGrid:
-    """The fold of a sequence and what branches read.
+    """Fold of a sequence into modes, and what branches read.
 
-    modes: tokens a mode, finest first, the coarsest left out. local_blocks: blocks of the finest
-    mode that branch 1 sees, the query's own included. pe: a branch rotates by the digit of its
-    mode ("mode") or by positions ("global"). hop_heads: hidden hops use every query head ("q") or
-    the mean query of a group ("kv"). Raises ValueError for what is no such thing, and for
-    local_blocks > 1 with two or more modes.
+    Args:
+        modes: tokens per mode, finest first, without the coarsest.
+        local_blocks: blocks of the finest mode that branch 1 sees, the query's own included.
+        pe: a branch rotates by the digit of its mode ("mode") or by positions ("global").
+        hop_heads: hidden hops use every query head ("q") or the mean query of a group ("kv").
+
+    Raises:
+        ValueError: a value is illegal, or local_blocks > 1 with two or more modes.
     """
 
     modes: tuple[int, ...]
@@ -55,58 +58,58 @@ class ModeGrid:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """s_1, ..., s_m: one more than there are modes, the last their product."""
+        """Return s_1, ..., s_m: one more than there are modes; the last is their product."""
         return (1, *accumulate(self.modes, mul))
 
     @property
     def block(self) -> int:
-        """Tokens of which the coarsest mode counts one: the product of modes."""
+        """Return the tokens of one step of the coarsest mode: the product of modes."""
         return self.strides[-1]
 
     def digit(self, positions: Tensor, mode: int) -> Tensor:
-        """The digit of `mode` (from 0, finest) at integer positions of any shape."""
+        """Return the digit of `mode` (0 is the finest) at integer positions of any shape."""
         digit = positions // self.strides[mode]
         return digit % self.modes[mode] if mode < len(self.modes) else digit
 
     def angle(self, positions: Tensor, mode: int) -> Tensor:
-        """What queries and keys of `mode` are rotated by at `positions`."""
-        # The local branch crosses blocks; inside one, differences of digits are the same.
+        """Return the positions by which queries and keys of `mode` are rotated."""
+        # The local branch crosses blocks; within one block, digits have the same differences.
         local = mode == 0 and self.local_blocks > 1
         return positions if self.pe == "global" or local else self.digit(positions, mode)
 
     def hop_mask(self, q_pos: Tensor, k_pos: Tensor, mode: int) -> Tensor:
-        """Which keys share a query's fibre of `mode`: bool `[s_q, s_k]`, in one document."""
+        """Return which keys share a query's fibre of `mode`: bool `[s_q, s_k]`, one document."""
         low, high = self.strides[mode], self.strides[mode + 1] if mode < len(self.modes) else 0
         q_pos, k_pos = q_pos[:, None], k_pos[None]
         mask = q_pos % low == k_pos % low
         return mask & (q_pos // high == k_pos // high) if high else mask
 
     def branch_mask(self, q_pos: Tensor, k_pos: Tensor, mode: int) -> Tensor:
-        """Which keys branch `mode` reads: bool `[s_q, s_k]`, in one document."""
+        """Return which keys branch `mode` reads: bool `[s_q, s_k]`, one document."""
         if mode == 0:
             mask = k_pos[None] <= q_pos[:, None]
             if not self.modes:
                 return mask
-            apart = q_pos[:, None] // self.modes[0] - k_pos[None] // self.modes[0]
-            return mask & (apart < self.local_blocks)
+            distance = q_pos[:, None] // self.modes[0] - k_pos[None] // self.modes[0]
+            return mask & (distance < self.local_blocks)
         q_digit, k_digit = self.digit(q_pos, mode)[:, None], self.digit(k_pos, mode)[None]
         return self.hop_mask(q_pos, k_pos, mode) & (k_digit <= q_digit - self.local_blocks)
 
 
 def branch_pairs(grid: ModeGrid, seqlen: int) -> int:
-    """How many pairs of a query and a key the branches of one document of `seqlen` tokens read."""
-    place = torch.arange(seqlen)
+    """Return the (query, key) pairs that the branches of one document of `seqlen` tokens read."""
+    offset = torch.arange(seqlen)
     if not grid.modes:
-        return int((place + 1).sum())
-    first = (place // grid.modes[0] - grid.local_blocks + 1) * grid.modes[0]
-    pairs = (place - first.clamp(min=0) + 1).sum()
+        return int((offset + 1).sum())
+    first = (offset // grid.modes[0] - grid.local_blocks + 1) * grid.modes[0]
+    pairs = (offset - first.clamp(min=0) + 1).sum()
     for mode in range(1, len(grid.modes) + 1):
-        pairs += (grid.digit(place, mode) - grid.local_blocks + 1).clamp(min=0).sum()
+        pairs += (grid.digit(offset, mode) - grid.local_blocks + 1).clamp(min=0).sum()
     return int(pairs)
 
 
 def initial_bias(modes: Sequence[int], nheads: int) -> Tensor:
-    """log s_j for each coarse mode and query head, float64 `[len(modes), nheads]`.
+    """Return log s_j for each coarse mode and query head, float64 `[len(modes), nheads]`.
 
     A coarse key stands for s_j tokens: with constant scores the output is then the causal mean.
     """
@@ -115,16 +118,16 @@ def initial_bias(modes: Sequence[int], nheads: int) -> Tensor:
 
 
 def check_bias(bias: Tensor, grid: ModeGrid, nheads: int) -> None:
-    """Raises ValueError unless `bias` is `[len(modes), nheads]`."""
+    """Raise ValueError unless `bias` is `[len(modes), nheads]`."""
     if bias.shape != (len(grid.modes), nheads):
         raise ValueError(
             f"branch_bias of shape {tuple(bias.shape)}: expected "
-            f"[{len(grid.modes)}, {nheads}], one a coarse mode and query head"
+            f"[{len(grid.modes)}, {nheads}], one per coarse mode and query head"
         )
 
 
 def check_documents(starts: Tensor, grid: ModeGrid) -> None:
-    """Raises ValueError unless every document starts at a multiple of the product of modes.
+    """Raise ValueError unless every document starts at a multiple of the product of modes.
 
     starts: the first token of each token's document.
     """

@@ -1,20 +1,19 @@
-"""What carries tensorized attention: tiled torch or the kernels, chosen once by name."""
+"""Implementations of tensorized attention: tiled torch or kernels."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from lcdist_kernels.common import log_choice
 from lcdist_kernels.tensorized import launch, tiled
 from lcdist_kernels.tensorized.tiled import Grads, Partial
-from lcdist_kernels.triton_common import check_kernel, unsupported_reason
+from lcdist_kernels.triton_common import use_kernels
 
 
 class TensorizedImpl(NamedTuple):
-    """Operators of one semantics, as `tiled` describes them.
+    """Functions of one implementation; `tiled` describes their semantics.
 
-    lambda_j is laid out as the operator likes: its own backward takes it back.
+    The layout of lambda_j is private to an implementation; only its own backward reads it.
     """
 
     mode_fwd: Callable[..., tuple[Partial, Tensor | None, Tensor | None]]
@@ -37,24 +36,5 @@ TRITON_IMPL = TensorizedImpl(
 
 
 def select_tensorized_impl(impl: str, x: Tensor, what: str) -> TensorizedImpl:
-    """The operator that `impl`, "auto", "triton" or "torch", stands for with tensors like x.
-
-    x `[b, s, h, d]`; what: who asks, for the log. Raises ValueError for "triton" where no kernel
-    takes such tensors.
-    """
-    if impl == "triton":
-        check_kernel(x)
-        return TRITON_IMPL
-    if impl == "torch":
-        return TORCH_IMPL
-    # Interpreted kernels are for tests: many times slower than torch.
-    reason = (
-        unsupported_reason(x)
-        if x.is_cuda
-        else f"kernels run on CUDA, the tensors are on {x.device}"
-    )
-    if reason is None:
-        log_choice(f"{what}: Triton kernels, as the tensors are {x.dtype} on CUDA")
-        return TRITON_IMPL
-    log_choice(f"{what}: tiled torch, as {reason}")
-    return TORCH_IMPL
+    """Return the implementation that `impl` means for x; see `full.select_impl`."""
+    return TRITON_IMPL if use_kernels(impl, x, what) else TORCH_IMPL

@@ -1,13 +1,28 @@
 """Tensorized attention in Triton: a branch and the hop of a mode in one sweep over its fibres.
 
-With the branches and hops of `tensorized.tiled`, rows of fibre (o, r) of mode j are the tokens
-(o n_j + i) s_j + r: strided rows of the tensors as they are, so nothing is transposed or copied. A
-program owns a tile of a fibre's queries (out, U, dq) or of its keys (dk, dU). Where hop and branch
-have the same queries they share a sweep: before the diagonal one accumulator serves both, there it
-forks, and beyond it only the hop goes on. A branch's partial is merged into the finer ones' in the
-epilogue. Nothing is added atomically. Scores carry log2 e, exponentials are base 2.
+The branches and hops are defined in `tensorized.tiled`. Fibre (o, r) of mode j is the tokens (o n_j
++ i) s_j + r: strided rows of the tensors, so nothing is transposed or copied.
+
+Shapes: q, out, u_next `[b, s, h, d]`; k `[b, s, h_k, d]`; u `[b, s, h_u, d]`; lse, hop_lse `[b, h,
+s]`; q_idx, q_lo, k_idx: limits of a branch within a fibre; ranges int32 `[tiles, 4]`. Sizes:
+size_q, size_k tokens of a fibre (n_j); stride s_j; outers: fibres o per sequence.
+
+    sequence  | 0 1 2 3 | 4 5 6 7 | 8 9 ..          mode j with s_j = 4: fibre r = 1 is 1, 5, 9, ..
+
+    one fibre:                keys
+                     +-----+-----+-----+-----+      fwd: a program is a row of tiles of one fibre
+        queries      |  f  |  h  |  h  |  h  |      and head; the grid is one-dimensional: heads run
+                     +-----+-----+-----+-----+      fastest, then offsets r, tiles, fibres o, batch
+                     |  =  |  f  |  h  |  h  |
+                     +-----+-----+-----+-----+      =  branch and hop see all: one accumulator
+                     |  =  |  =  |  f  |  h  |      f  the accumulators fork: branch masked, hop not
+                     +-----+-----+-----+-----+      h  only the hop goes on
+
+Branch and hop share a sweep where they have the same queries. The epilogue merges a branch's
+partial into that of the finer ones. Nothing is added atomically. Scores are scaled by log2 e,
+exponentials are base 2.
 """
-# What a kernel's arguments are, `tl.constexpr` decides, which is no type to Python's checkers.
+# Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import triton
@@ -26,9 +41,9 @@ from lcdist_kernels.triton_common import LOWEST, load_tile, store_tile
 
 @triton.jit
 def program_coords(tiles, stride, nheads):
-    """(tile, head, row of offset 0 in the batch's sequence, fibre's outer number) of a program.
+    """Return (tile, head, offset r, fibre number with the batch row) of a program.
 
-    Heads run fastest, then offsets: neighbours read neighbouring rows.
+    Heads run fastest, then offsets: neighbouring programs read neighbouring rows.
     """
     i = tl.program_id(0)
     i_h = i % nheads
@@ -43,7 +58,7 @@ def _fwd_all(
     b_q, b_out, b_max, b_sum, p_k, p_u, lo, size_k, step_k, step_u, qk_scale, k_idx,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Key tiles from the lo on, all seen by all queries."""
+    """Return (out, max, sum) after all key tiles from `lo` on, visible to all queries."""
     b_all = tl.full([BLOCK_M], 2147483646, tl.int32)
     whole = tl.maximum(size_k // BLOCK_N, lo)
     for i in range(0, whole - lo):
@@ -71,13 +86,14 @@ def _tensorized_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, BRANCH: tl.constexpr,
     HOP: tl.constexpr, MERGE: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
-    """prev_out: the partial of finer branches, of p's strides; bias: of this branch, a head each.
+    """Compute a branch (out, lse) and a hop (u_next, hop_lse) of a tile of a fibre's queries.
 
-    before (BEFORE): how many whole blocks before its own each block's branch sees.
+    MERGE: merge with prev_out, prev_lse, the partial of finer branches. bias: one per head of this
+    branch. BEFORE: before[o] whole blocks in front of its own are visible to block o's branch.
     """
     tiles = tl.cdiv(size_q, BLOCK_M)
     i_m, i_h, i_r, i_o = program_coords(tiles, stride, nheads)
-    # Late queries have most keys of a branch: they start lo.
+    # Late queries have the most keys of a branch, so they start first.
     i_m = tiles - 1 - i_m
     i_b, i_o = i_o // outers, i_o % outers
     # Tokens of the fibre: row + i * stride.
@@ -95,7 +111,7 @@ def _tensorized_fwd_kernel(
     m_m = o_m < size_q
     o_row = i_row + o_m.to(tl.int64) * stride
     b_q = load_tile(p_q, start, size_q, step_q, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    # A hop sees every key there is, a query that is not there what it likes.
+    # A hop sees every key; rows past the end are not stored.
     b_all = tl.full([BLOCK_M], 2147483646, tl.int32)
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -117,14 +133,14 @@ def _tensorized_fwd_kernel(
                 b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
             )  # fmt: skip
             if HOP:
-                # The same tile and scores: the compiler computes what they share once.
+                # The same tile and scores: the compiler computes common parts once.
                 hop_out, hop_max, hop_sum = fwd_step(
                     b_q, hop_out, hop_max, hop_sum, p_k, p_u, i_n, size_k, step_k, step_u, qk_scale,
                     b_all, b_all, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, True,
                 )  # fmt: skip
         hop_lo = tl.maximum(hi, full_hi)
         if BEFORE:
-            # The blocks just before this one, one run of rows, all of it in the past.
+            # The blocks just before this one are one run of rows, all in the past.
             rows_before = tl.load(before + i_o) * size_k
             b_out, b_max, b_sum = _fwd_all(
                 b_q, b_out, b_max, b_sum, p_k - rows_before * step_k, p_u - rows_before * step_u, 0,
@@ -163,7 +179,7 @@ def _row_dot_kernel(
     stride_ab, stride_as, stride_ah, stride_bb, stride_bs, stride_bh,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """total[b, h, s] = a . b of every row, in fp32."""
+    """Compute total[b, h, s] = a . b of every row, in fp32."""
     start = tl.program_id(0) * BLOCK_S
     i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     p_a = a + i_b * stride_ab + i_h * stride_ah

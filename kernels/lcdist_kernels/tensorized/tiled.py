@@ -1,15 +1,15 @@
-"""Tensorized attention mode by mode in torch: memory linear in the sequence, gradients by hand.
+"""Tensorized attention mode by mode in torch: linear memory, gradients written by hand.
 
-A fibre of mode j is strided rows of a contiguous tensor, so a reshape makes fibres the rows of a
-batch and the s_j offsets heads beside the others; every branch and hop is then softmax attention
-with a band of its own. With lse and delta = dout . out of the whole row, out over all branches
-(FlashAttention-2, arXiv:2307.08691), branch j and the hop of mode j have, G being dU_j,
+A fibre of mode j is strided rows of a contiguous tensor. So a reshape turns fibres into rows of a
+batch, and the s_j offsets into heads; every branch and hop is then softmax attention with its own
+band. Let lse and delta = dout . out be of the whole row, out over all branches (FlashAttention-2,
+arXiv:2307.08691), and G be dU_j. Branch j and the hop of mode j have
 
     p = exp(s + bias_j - lse)           f = exp(s - lambda_j)
     ds = p (dout . u - delta) + f (G . u - G . U_j)          dbias_j = sum of the first
     dU_{j-1} = p^T dout + f^T G         dq = softmax_scale ds k,   dk = softmax_scale ds^T q
 
-from the coarsest mode to the finest: no weight is kept, only U_j, lambda_j, out and lse.
+from the coarsest mode to the finest. No weights are saved, only U_j, lambda_j, out and lse.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from lcdist_kernels.tiles import Tile, fold, tile_sides, tiles_of_band, unfold, 
 
 
 class Band(NamedTuple):
-    """Keys with q_lo <= k_idx <= q_idx are seen; int64 on the CPU."""
+    """Limits of queries and numbers of keys, int64 on the CPU: q_lo <= k_idx <= q_idx."""
 
     q_idx: Tensor
     q_lo: Tensor
@@ -43,7 +43,7 @@ class Partial(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Of one branch or hop: like q, k and u; and of every row's logits `[b, h, s]`, summed."""
+    """Gradients of a branch or hop: like q, k and u, and row sums of the logits' `[b, h, s]`."""
 
     dq: Tensor
     dk: Tensor
@@ -53,7 +53,7 @@ class Grads(NamedTuple):
 
 @dataclass(frozen=True)
 class ModeRotary:
-    """How queries and keys at hand become those of a mode, and what scores are multiplied by."""
+    """Rotation of the tokens at hand for each mode, and the scale of scores."""
 
     grid: ModeGrid
     rotary: Rotary | None
@@ -61,13 +61,13 @@ class ModeRotary:
     softmax_scale: float
 
     def rotate(self, x: Tensor, mode: int) -> Tensor:
-        """`x` `[b, s, h, d]` rotated as `mode` has it."""
+        """Rotate `x` `[b, s, h, d]` as `mode` does."""
         if self.rotary is None:
             return x
         return self.rotary.rotate(x, self.grid.angle(self.positions, mode))
 
     def rotate_back(self, dx: Tensor, mode: int) -> Tensor:
-        """The adjoint of `turn`: the opposite angle."""
+        """Apply the adjoint of `rotate`: the opposite angle."""
         if self.rotary is None:
             return dx
         return self.rotary.rotate(dx, -self.grid.angle(self.positions, mode))
@@ -75,50 +75,53 @@ class ModeRotary:
 
 @dataclass(frozen=True)
 class Fibres:
-    """The fibres of `size` tokens `stride` apart that the tokens at hand consist of."""
+    """Fibres of `size` tokens, `stride` apart, that the tokens at hand consist of."""
 
     size: int
     stride: int
 
-    def of(self, x: Tensor) -> Tensor:
+    def split(self, x: Tensor) -> Tensor:
         """[b, s, h, d] -> [b * outer, size, stride * h, d]: a view where x is contiguous."""
         return x.reshape(-1, self.size, self.stride * x.shape[2], x.shape[3])
 
-    def rows(self, x: Tensor) -> Tensor:
-        """[b, h, s] -> [b * outer, stride * h, size], as `of` has tokens."""
+    def split_rows(self, x: Tensor) -> Tensor:
+        """[b, h, s] -> [b * outer, stride * h, size], in the order of `split`."""
         parts = x.unflatten(2, (-1, self.size, self.stride)).permute(0, 2, 4, 1, 3)
         return parts.reshape(-1, self.stride * x.shape[1], self.size)
 
-    def joined(self, x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        """The inverse of `of`; shape: [b, s, h, d]."""
+    def join(self, x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """Inverse of `split`; shape: [b, s, h, d]."""
         return x.reshape(shape)
 
-    def joined_rows(self, x: Tensor, batch: int) -> Tensor:
-        """The inverse of `rows`."""
+    def join_rows(self, x: Tensor, batch: int) -> Tensor:
+        """Inverse of `split_rows`."""
         parts = x.unflatten(0, (batch, -1)).unflatten(2, (self.stride, -1))
         return parts.permute(0, 3, 1, 4, 2).flatten(2)
 
 
 def hop_queries(q: Tensor, nheads_kv: int, grid: ModeGrid) -> Tensor:
-    """The queries of hidden hops: q, or the mean over each group in the wider of fp32 and q's."""
+    """Return the queries of hidden hops: q, or the mean over each group, at least fp32."""
     if grid.hop_heads == "q":
         return q
     return q.to(wide_dtype(q.dtype)).unflatten(2, (nheads_kv, -1)).mean(3)
 
 
 def hop_queries_bwd(dq: Tensor, nheads: int) -> Tensor:
-    """Their adjoint: `[b, s, nheads, d]`."""
+    """Return the gradient of q from that of `hop_queries`: `[b, s, nheads, d]`."""
     group = nheads // dq.shape[2]
     return dq if group == 1 else (dq / group).repeat_interleave(group, 2)
 
 
 def softmax_fwd(qku: Sequence[Tensor], band: Band, softmax_scale: float) -> Partial:
-    """`full_fwd` of q, k and u, where u may have a multiple of k's heads; no heads are legal."""
+    """Return `full_fwd` of q, k and u, where u may have a multiple of k's heads.
+
+    Zero heads are legal.
+    """
     q, k, u = qku
     if not q.numel():
         out = q.new_empty(q.shape, dtype=wide_dtype(q.dtype))
         return Partial(out, out.new_empty(q.shape[0], q.shape[2], q.shape[1]))
-    # The mean query is wider than a bf16 key: `full_fwd` folds each on its own.
+    # The mean query may be wider than a bf16 key; `full_fwd` converts each on its own.
     k = k.repeat_interleave(u.shape[2] // k.shape[2], 2)
     return Partial(*full_fwd(q, k, u, band.q_idx, band.q_lo, band.k_idx, softmax_scale))
 
@@ -131,10 +134,12 @@ def softmax_bwd(
     band: Band,
     softmax_scale: float,
 ) -> Grads:
-    """The share of the gradients that passes through these keys, in the wider of fp32 and theirs.
+    """Return the share of the gradients through these keys, at least fp32.
 
-    qku: rotated q `[b, s_q, h, d]`, k `[b, s_k, h_k, d]`, u `[b, s_k, h_u, d]`, h_u a multiple of
-    h_k; lse, delta `[b, h, s_q]`: of the whole row, also over keys that are not here.
+    Args:
+        qku: rotated q `[b, s_q, h, d]`, k `[b, s_k, h_k, d]`, u `[b, s_k, h_u, d]`; h_u is a
+            multiple of h_k.
+        lse, delta: `[b, h, s_q]`, of the whole row, which may include other keys.
     """
     q, k, u = qku
     if not q.numel():
@@ -175,6 +180,10 @@ def _bwd_rows(
     tiles: list[Tile],
     scratch: Tensor,
 ) -> None:
+    """Add the gradients of some rows to `grads` (dq, dk, du, dlogits).
+
+    queries: dout, scaled q, lse, delta. keys: k, u. scratch: two buffers of scores.
+    """
     units, group, rows, head_dim = queries[0].shape
     dout, q = (x.reshape(units, group * rows, head_dim) for x in queries[:2])
     lse, delta = (x.reshape(units, group * rows, 1) for x in queries[2:])
@@ -193,7 +202,7 @@ def _bwd_rows(
         torch.bmm(dout, u[:, own].transpose(1, 2), out=dscores)
         dscores.sub_(delta).mul_(weights)
         dlogits_rows.add_(dscores.sum(-1, keepdim=True))
-        # q carries softmax_scale already.
+        # q already includes softmax_scale.
         dk[:, own].baddbmm_(dscores.transpose(1, 2), q)
         dq_rows.baddbmm_(dscores, k[:, own])
     dq.add_(dq_rows.view(units, group, rows, head_dim))
@@ -201,44 +210,59 @@ def _bwd_rows(
 
 
 def whole_band(size: int) -> Band:
-    """A hop: every key of the fibre is seen."""
+    """Return the band of a hop: every key of the fibre is visible."""
     last = torch.full((size,), size - 1)
     return Band(last, torch.zeros_like(last), torch.arange(size))
 
 
-def past_band(size: int, apart: int = 1, lo: Tensor | None = None) -> Band:
-    """Keys at least `apart` places earlier, from `lo` `[size]` on: a branch of a coarse mode."""
-    place = torch.arange(size)
-    return Band(place - apart, torch.zeros_like(place) if lo is None else lo, place)
+def past_band(size: int, distance: int = 1, lo: Tensor | None = None) -> Band:
+    """Return the band of a coarse branch: keys at least `distance` places earlier.
+
+    lo: the first visible key of each query `[size]`; default 0.
+    """
+    offset = torch.arange(size)
+    return Band(offset - distance, torch.zeros_like(offset) if lo is None else lo, offset)
 
 
 def hop_fwd(
-    q: Tensor, k: Tensor, u: Tensor, mode: int, turning: ModeRotary
+    q: Tensor, k: Tensor, u: Tensor, mode: int, mode_rotary: ModeRotary
 ) -> tuple[Tensor, Tensor]:
-    """(U_j in u.dtype `[b, s, h_u, d]`, lambda_j as fibres have rows); q, k rotated for `mode`."""
-    grid = turning.grid
+    """Return (U_j in u.dtype `[b, s, h_u, d]`, lambda_j in the order of `split_rows`).
+
+    q, k: rotated for `mode`.
+    """
+    grid = mode_rotary.grid
     fibres = Fibres(grid.modes[mode], grid.strides[mode])
     q = hop_queries(q, k.shape[2], grid)
     k, u = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, u))
-    band, parts = whole_band(fibres.size), [fibres.of(x) for x in (q, k, u)]
-    out, lam = softmax_fwd(parts, band, turning.softmax_scale)
-    return fibres.joined(out, q.shape).to(u.dtype), lam
+    band, parts = whole_band(fibres.size), [fibres.split(x) for x in (q, k, u)]
+    out, hop_lse = softmax_fwd(parts, band, mode_rotary.softmax_scale)
+    return fibres.join(out, q.shape).to(u.dtype), hop_lse
 
 
 def hop_bwd(
-    g: Tensor, qku: Sequence[Tensor], hopped: Sequence[Tensor], mode: int, turning: ModeRotary
+    du_next: Tensor,
+    qku: Sequence[Tensor],
+    hop_saved: Sequence[Tensor],
+    mode: int,
+    mode_rotary: ModeRotary,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, du) of a hop. g: dU_j; hopped: U_j and lambda_j; qku: as given to `hop_fwd`."""
-    (q, k, u), (u_next, lam), grid = qku, hopped, turning.grid
+    """Return (dq, dk, du) of a hop.
+
+    du_next: dU_j. hop_saved: U_j and lambda_j. qku: as given to `hop_fwd`.
+    """
+    (q, k, u), (u_next, hop_lse), grid = qku, hop_saved, mode_rotary.grid
     shapes = (q.shape, k.shape, u.shape)
     fibres = Fibres(grid.modes[mode], grid.strides[mode])
     q = hop_queries(q, k.shape[2], grid)
-    delta = fibres.rows(row_delta(g, u_next))
+    delta = fibres.split_rows(row_delta(du_next, u_next))
     k, u = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, u))
-    parts = [fibres.of(x) for x in (q, k, u)]
+    parts = [fibres.split(x) for x in (q, k, u)]
     band = whole_band(fibres.size)
-    grads = softmax_bwd(fibres.of(g), parts, lam, delta, band, turning.softmax_scale)
-    dq, dk, du = (fibres.joined(x, q.shape) for x in grads[:3])
+    grads = softmax_bwd(
+        fibres.split(du_next), parts, hop_lse, delta, band, mode_rotary.softmax_scale
+    )
+    dq, dk, du = (fibres.join(x, q.shape) for x in grads[:3])
     dk, du = (
         x.unflatten(2, (shape[2], -1)).sum(3) for x, shape in zip((dk, du), shapes[1:], strict=True)
     )
@@ -246,17 +270,18 @@ def hop_bwd(
 
 
 class Branch(NamedTuple):
-    """What the rows of a branch are, and what they see; fibres None: the tokens as they are."""
+    """Rows of a branch and the keys they see; fibres None: the tokens as they are."""
 
     band: Band
     fibres: Fibres | None = None
 
 
 def fine_branch(mode: int, index: Tensor, starts: Tensor, k_idx: Tensor, grid: ModeGrid) -> Branch:
-    """Branch `mode`, not the coarsest, of tokens `index`, whole blocks of `grid.block`.
+    """Return branch `mode`, not the coarsest, of tokens `index`, whole blocks of `grid.block`.
 
-    starts: the first token of each one's document, a multiple of `grid.block`; k_idx: the tokens
-    whose keys are at hand, read where mode 0 sees more than one block, else those of `index`.
+    Args:
+        starts: the first token of each one's document, a multiple of `grid.block`.
+        k_idx: tokens whose keys are at hand, where mode 0 sees more than one block; else unused.
     """
     size = grid.modes[mode]
     if mode == 0 and grid.local_blocks > 1:
@@ -266,54 +291,54 @@ def fine_branch(mode: int, index: Tensor, starts: Tensor, k_idx: Tensor, grid: M
 
 
 def coarsest_branch(starts: Tensor, grid: ModeGrid) -> Branch:
-    """The last branch, over whole blocks; starts: as for `fine_branch`, of all tokens.
+    """Return the last branch, over whole blocks; starts: of all tokens, as in `fine_branch`.
 
     Without modes it is the only one, over tokens, and a token sees itself.
     """
     lo = starts[:: grid.block] // grid.block
-    apart = grid.local_blocks if grid.modes else 0
-    return Branch(past_band(len(lo), apart, lo), Fibres(len(lo), grid.block))
+    distance = grid.local_blocks if grid.modes else 0
+    return Branch(past_band(len(lo), distance, lo), Fibres(len(lo), grid.block))
 
 
 def branch_fwd(qku: Sequence[Tensor], branch: Branch, softmax_scale: float) -> Partial:
-    """The partial of a branch, its bias left out; q and k rotated for its mode."""
+    """Return the partial of a branch without its bias; q and k are rotated for its mode."""
     band, fibres = branch
     if fibres is None:
         return softmax_fwd(qku, band, softmax_scale)
-    out, lse = softmax_fwd([fibres.of(x) for x in qku], band, softmax_scale)
-    return Partial(fibres.joined(out, qku[0].shape), fibres.joined_rows(lse, len(qku[0])))
+    out, lse = softmax_fwd([fibres.split(x) for x in qku], band, softmax_scale)
+    return Partial(fibres.join(out, qku[0].shape), fibres.join_rows(lse, len(qku[0])))
 
 
 def branch_bwd(
     dout: Tensor,
     qku: Sequence[Tensor],
-    rows: tuple[Tensor, Tensor],
+    row_stats: tuple[Tensor, Tensor],
     branch: Branch,
     softmax_scale: float,
 ) -> Grads:
-    """The gradients of a branch; rows: (lse - bias, delta) `[b, h, s]` of the whole row."""
+    """Return the gradients of a branch; row_stats: (lse - bias, delta) `[b, h, s]`."""
     band, fibres = branch
     if fibres is None:
-        return softmax_bwd(dout, qku, *rows, band, softmax_scale)
-    lse, delta = (fibres.rows(x) for x in rows)
-    parts = [fibres.of(x) for x in qku]
-    grads = softmax_bwd(fibres.of(dout), parts, lse, delta, band, softmax_scale)
-    dq, dk, du = (fibres.joined(x, like.shape) for x, like in zip(grads[:3], qku, strict=True))
-    return Grads(dq, dk, du, fibres.joined_rows(grads.dlogits, len(dout)))
+        return softmax_bwd(dout, qku, *row_stats, band, softmax_scale)
+    lse, delta = (fibres.split_rows(x) for x in row_stats)
+    parts = [fibres.split(x) for x in qku]
+    grads = softmax_bwd(fibres.split(dout), parts, lse, delta, band, softmax_scale)
+    dq, dk, du = (fibres.join(x, like.shape) for x, like in zip(grads[:3], qku, strict=True))
+    return Grads(dq, dk, du, fibres.join_rows(grads.dlogits, len(dout)))
 
 
 def row_delta(dout: Tensor, out: Tensor) -> Tensor:
-    """dout . out of every row: `[b, s, h, d]` -> `[b, h, s]`, in the wider of fp32 and theirs."""
+    """Return dout . out of every row: `[b, s, h, d]` -> `[b, h, s]`, at least fp32."""
     wide = wide_dtype(out.dtype)
     return (dout.to(wide) * out.to(wide)).sum(-1).transpose(1, 2)
 
 
-def merge_branch(so_far: Partial | None, part: Partial, bias: Tensor, mode: int) -> Partial:
-    """Branch `mode` merged into the finer ones, with its bias of `[len(modes), h]`."""
-    if so_far is None:
+def merge_branch(previous: Partial | None, part: Partial, bias: Tensor, mode: int) -> Partial:
+    """Merge branch `mode` into the finer ones, with its bias of `[len(modes), h]`."""
+    if previous is None:
         return part
     lse = part.lse + bias[mode - 1, :, None]
-    out, lse = merge(so_far.out, so_far.lse, part.out, lse)
+    out, lse = merge(previous.out, previous.lse, part.out, lse)
     return Partial(out, lse)
 
 
@@ -321,28 +346,32 @@ def mode_fwd(
     qku: Sequence[Tensor],
     branch: Branch,
     mode: int,
-    turning: ModeRotary,
-    so_far: Partial | None,
+    mode_rotary: ModeRotary,
+    previous: Partial | None,
     bias: Tensor,
 ) -> tuple[Partial, Tensor | None, Tensor | None]:
-    """(branch `mode` merged into so_far, U_j, lambda_j), None after the coarsest mode.
+    """Return (branch `mode` merged into `previous`, U_j, lambda_j); no hop after the coarsest mode.
 
-    qku: q and k rotated for the mode, U_{j-1}. so_far: its memory may be taken over.
+    qku: q and k rotated for the mode, and U_{j-1}. previous: partial of finer branches; its memory
+    may be overwritten.
     """
-    done = merge_branch(so_far, branch_fwd(qku, branch, turning.softmax_scale), bias, mode)
-    if mode == len(turning.grid.modes):
-        return done, None, None
-    return done, *hop_fwd(qku[0], qku[1], qku[2], mode, turning)
+    partial = merge_branch(previous, branch_fwd(qku, branch, mode_rotary.softmax_scale), bias, mode)
+    if mode == len(mode_rotary.grid.modes):
+        return partial, None, None
+    return partial, *hop_fwd(qku[0], qku[1], qku[2], mode, mode_rotary)
 
 
 def mode_bwd(
-    dout: Tensor, qku: Sequence[Tensor], rows: tuple[Tensor, Tensor], branch: Branch,
-    hopped: Sequence[Tensor] | None, mode: int, turning: ModeRotary,
+    dout: Tensor, qku: Sequence[Tensor], row_stats: tuple[Tensor, Tensor], branch: Branch,
+    hop_saved: Sequence[Tensor] | None, mode: int, mode_rotary: ModeRotary,
 ) -> Grads:  # fmt: skip
-    """The gradients of a mode's branch, and of its hop. hopped: dU_j, U_j and lambda_j, if any."""
-    grads = branch_bwd(dout, qku, rows, branch, turning.softmax_scale)
-    if hopped is not None:
-        more = hop_bwd(hopped[0], qku, hopped[1:], mode, turning)
+    """Return the gradients of a mode's branch and of its hop.
+
+    hop_saved: dU_j, U_j and lambda_j, or None without a hop.
+    """
+    grads = branch_bwd(dout, qku, row_stats, branch, mode_rotary.softmax_scale)
+    if hop_saved is not None:
+        more = hop_bwd(hop_saved[0], qku, hop_saved[1:], mode, mode_rotary)
         for total, one in zip(grads[:3], more, strict=True):
             total += one
     return grads
