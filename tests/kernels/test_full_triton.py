@@ -303,7 +303,7 @@ def test_flash_attention_is_found_by_what_it_can_do(
     invalidate_caches()
     with caplog.at_level("INFO", "lcdist_kernels"):
         assert found(9) is None
-    assert "flash_attn is here and cannot be used: undefined symbol" in caplog.text
+    assert "flash_attn is installed but cannot be used: undefined symbol" in caplog.text
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
