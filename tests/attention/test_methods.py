@@ -293,6 +293,20 @@ def test_tensor_parallelism_does_not_change_the_function(variant: Variant, impl:
             assert sent == problem.method.bytes(problem.options, shape, problem.layout)
 
 
+# `reference` and `attention` share this default, so comparing them would not show an error in it.
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_softmax_scale_is_used_and_has_a_default(variant: Variant) -> None:
+    problem = make(variant, variant.kinds[0], 1)
+
+    def output(softmax_scale: float | None) -> Tensor:
+        scaled = dataclasses.replace(problem, softmax_scale=softmax_scale)
+        return output_on_virtual_ranks(scaled, "torch")
+
+    default = variant.method.default_scale(16)
+    assert_all_match([output(None)], [output(default)])
+    assert relative_error(output(0.5 * default), output(default)) > 1e-3
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_heads_outside_the_model_raise(variant: Variant) -> None:
     problem = make(variant, variant.kinds[0], 1, heads=(4, 4))
