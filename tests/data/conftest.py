@@ -1,4 +1,4 @@
-"""A small corpus and the token folder made from it."""
+"""Fixtures: a small corpus and the token folder made from it."""
 
 import random
 from pathlib import Path
@@ -13,7 +13,7 @@ SETTINGS = TokenizeSettings(vocab_size=320, valid_fraction=0.2, seed=0, on_error
 
 
 def write_corpus(folder: Path, documents: int = 40) -> Path:
-    """Text files of different lengths in two folders, an empty one among them."""
+    """Write text files of different lengths, one of them empty, to two folders."""
     draw = random.Random(0)
     words = ["alpha", "beta", "gamma", "delta = 3", "\tepsilon", "    zeta", "eta\n", "é", "\n\n"]
     for number in range(documents):

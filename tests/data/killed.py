@@ -1,6 +1,7 @@
-"""A program that tokenizes and kills itself on the way: `killed.py CORPUS OUT SETTINGS WHAT WHEN`.
+"""Tokenize and kill this process on the way: `killed.py CORPUS OUT SETTINGS STAGE COUNT`.
 
-It imports what tokenizing imports and no more, so that starting it takes no time.
+The process ends at the COUNT-th progress report of STAGE. It imports no more than tokenizing needs,
+so that it starts fast.
 """
 
 import json
@@ -15,16 +16,16 @@ from lcdist.data.prepare.prepare import prepare
 from lcdist.data.prepare.settings import TokenizeSettings
 
 
-def main(corpus: str, out: str, settings: str, stage: str, when: str) -> None:
+def main(corpus: str, out: str, settings: str, stage: str, count: str) -> None:
     shards.SHARD_BYTES = 4000
-    said: list[str] = []
+    reports: list[str] = []
 
-    def stop(what: str, _done: int, _total: int) -> None:
-        said.append(what)
-        if said.count(stage) == int(when):
+    def kill_at(reported_stage: str, _done: int, _total: int) -> None:
+        reports.append(reported_stage)
+        if reports.count(stage) == int(count):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    prepare(Source(corpus), Path(out), TokenizeSettings(**json.loads(settings)), progress=stop)
+    prepare(Source(corpus), Path(out), TokenizeSettings(**json.loads(settings)), progress=kill_at)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A step's samples dealt by work: the same samples, equally many each, and less to wait for."""
+"""Samples of a step assigned by work: the same samples, equally many per rank, less waiting."""
 
 import random
 from pathlib import Path
@@ -21,7 +21,7 @@ SEQLEN, BATCH = 128, 24
 
 @pytest.fixture
 def skewed(tmp_path: Path) -> Path:
-    """Many short documents and a few that fill rows, as text has them."""
+    """A folder of many short documents and a few that fill rows, as in real text."""
     draw = random.Random(0)
     lengths = [draw.choice([3, 5, 9, 14]) for _ in range(600)] + [700, 900, 400]
     draw.shuffle(lengths)
@@ -48,24 +48,27 @@ def rows_of(ranks: list[list[Batch]]) -> list[list[int]]:
     return sorted(row for rank in ranks for batch in rank for row in batch.tokens.tolist())
 
 
-@pytest.mark.parametrize("kind", [TokenDataset, PackedDataset])
-@pytest.mark.parametrize("dp_size", [2, 3, 4])
-def test_the_same_samples_and_less_waiting(kind: type, dp_size: int, skewed: Path) -> None:
-    dataset = kind(skewed, "train", SEQLEN, 3)
+@pytest.mark.parametrize(
+    ("dataset_class", "dp_size"), [(TokenDataset, 3), (PackedDataset, 2), (PackedDataset, 4)]
+)
+def test_balance_keeps_the_samples_and_reduces_waiting(
+    dataset_class: type, dp_size: int, skewed: Path
+) -> None:
+    dataset = dataset_class(skewed, "train", SEQLEN, 3)
     waits = {False: 0.0, True: 0.0}
     for sample in range(0, 10 * BATCH, BATCH):
         before, after = (step(dataset, dp_size, balance, sample) for balance in (False, True))
         assert rows_of(after) == rows_of(before)
         assert {len(rank) for rank in after} == {BATCH // dp_size // 2}
         for balance, ranks in ((False, before), (True, after)):
-            done = works(ranks)
-            waits[balance] += max(done) / (sum(done) / dp_size) - 1
-    # How much longer than the mean the slowest rank computes, summed over ten steps; a row cannot
-    # be divided, so some of it stays.
+            rank_works = works(ranks)
+            waits[balance] += max(rank_works) / (sum(rank_works) / dp_size) - 1
+    # Excess of the slowest rank over the mean, summed over ten steps. A row cannot be divided, so
+    # some of it remains.
     assert waits[True] < waits[False] / 3
 
 
-def test_one_rank_keeps_its_order_and_resumes_anywhere(skewed: Path) -> None:
+def test_balance_keeps_the_order_of_one_rank_and_resumes(skewed: Path) -> None:
     dataset = PackedDataset(skewed, "train", SEQLEN, 3)
     for one, other in zip(step(dataset, 1, False)[0], step(dataset, 1, True)[0], strict=True):
         assert torch.equal(one.tokens, other.tokens)
@@ -80,30 +83,30 @@ def test_one_rank_keeps_its_order_and_resumes_anywhere(skewed: Path) -> None:
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.data())
-def test_everyone_gets_equally_many_and_each_is_dealt_once(
-    ranks: int, each: int, data: st.DataObject
+def test_every_item_is_assigned_once_and_ranks_get_equally_many(
+    num_ranks: int, per_rank: int, data: st.DataObject
 ) -> None:
     given_works = data.draw(
-        st.lists(st.integers(0, 100), min_size=ranks * each, max_size=ranks * each)
+        st.lists(st.integers(0, 100), min_size=num_ranks * per_rank, max_size=num_ranks * per_rank)
     )
-    hands = assign_by_work(given_works, ranks)
-    assert sorted(place for hand in hands for place in hand) == list(range(ranks * each))
-    assert all(len(hand) == each and hand == sorted(hand) for hand in hands)
-    assert len(hands) == ranks
+    assigned = assign_by_work(given_works, num_ranks)
+    assert sorted(i for items in assigned for i in items) == list(range(num_ranks * per_rank))
+    assert all(len(items) == per_rank and items == sorted(items) for items in assigned)
+    assert len(assigned) == num_ranks
 
 
-def test_work_by_hand_and_tables_without_tokens(skewed: Path, monkeypatch) -> None:
+def test_work_is_computed_without_reading_tokens(skewed: Path, monkeypatch) -> None:
     assert attention_work(torch.tensor([0, 3, 4, 10], dtype=torch.int32)) == 9 + 1 + 36
     long = torch.tensor([0, 2**20], dtype=torch.int32)
     assert attention_work(long) == 2**40
     assert assign_by_work([9, 1, 8, 2, 1, 1], 2) == [[0, 1, 4], [2, 3, 5]]
-    made_up = SyntheticDataset(50, 64, 1)
-    assert torch.equal(sample_cu_seqlens(made_up, 5), made_up.sample(5).cu_seqlens)
+    synthetic = SyntheticDataset(50, 64, 1)
+    assert torch.equal(sample_cu_seqlens(synthetic, 5), synthetic.sample(5).cu_seqlens)
     dataset = TokenDataset(skewed, "train", SEQLEN, 3)
     expected = dataset.sample(9).cu_seqlens
 
     def refuse(*_: object) -> None:
-        raise AssertionError("a table needs no tokens")
+        raise AssertionError("cu_seqlens needs no tokens")
 
     monkeypatch.setattr(dataset, "_read", refuse)
     assert torch.equal(sample_cu_seqlens(dataset, 9), expected)

@@ -1,4 +1,4 @@
-"""Every byte of a source becomes a document or is named; bad input is refused with its place."""
+"""Every byte of a source becomes part of a document, or an error names its location."""
 
 import json
 from pathlib import Path
@@ -20,21 +20,22 @@ from lcdist.data.prepare.corpus import Source, SourceFile, list_files, standard_
 def read(
     folder: Path, on_error: OnError = "refuse", field: str = "text", **options
 ) -> tuple[list, list]:
-    """(name, text) of all documents, and what was skipped."""
-    how, found, skipped = ReadOptions(on_error, field), [], []
+    """Return (name, text) of all documents, and the skipped entries."""
+    read_options, found, skipped = ReadOptions(on_error, field), [], []
     for file in list_files(Source(folder, **options)):
         lines = 0
-        for part in split_file(file):
-            tally = SkipCounts()
+        for chunk in split_file(file):
+            skip_counts = SkipCounts()
             found += [
-                (document.name, document.text) for document in read_documents(part, how, tally)
+                (document.name, document.text)
+                for document in read_documents(chunk, read_options, skip_counts)
             ]
-            skipped += shift_lines(tally.skipped, lines)
-            lines += tally.lines
+            skipped += shift_lines(skip_counts.skipped, lines)
+            lines += skip_counts.lines
     return found, skipped
 
 
-def test_a_folder_is_read_sorted_whole_and_filtered(tmp_path: Path) -> None:
+def test_a_folder_is_read_completely_in_sorted_order(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.md", "a/y.py", "a/skip/x.txt", ".git/w.txt", "picture.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(name.encode() + b"\r\n\tend")
@@ -44,7 +45,7 @@ def test_a_folder_is_read_sorted_whole_and_filtered(tmp_path: Path) -> None:
     assert read(tmp_path / "picture.png")[0] == [("picture.png", "picture.png\r\n\tend")]
 
 
-def test_max_bytes_bounds_the_files_taken(tmp_path: Path) -> None:
+def test_max_bytes_limits_the_files(tmp_path: Path) -> None:
     for number in range(9):
         (tmp_path / f"{number}.txt").write_text("x" * 100)
     names = [file.name for file in list_files(Source(tmp_path, max_bytes=450))]
@@ -53,7 +54,7 @@ def test_max_bytes_bounds_the_files_taken(tmp_path: Path) -> None:
         list_files(Source(tmp_path, max_bytes=10))
 
 
-def test_missing_empty_and_foreign_folders_are_named(tmp_path: Path) -> None:
+def test_missing_and_unsuitable_folders_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere: no such file or folder"):
         list_files(Source(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="has no file"):
@@ -64,23 +65,23 @@ def test_missing_empty_and_foreign_folders_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["line é\n" * 999, "é" * 4001, "x" * 99 + "\n" + "€" * 3000, ""])
-def test_parts_tile_a_file_without_breaking_a_character(
+def test_chunks_tile_a_file_without_breaking_a_character(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks_module, "CHUNK_BYTES", 500)
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
     found = split_file(SourceFile(path, "a.txt", path.stat().st_size), [77, 1300])
-    read_in = [
-        d for part in found for d in read_documents(part, ReadOptions("refuse"), SkipCounts())
+    documents = [
+        d for chunk in found for d in read_documents(chunk, ReadOptions("refuse"), SkipCounts())
     ]
-    assert "".join(document.text for document in read_in) == text
-    assert len(found) == 1 or max(part.stop - part.start for part in found) < 600
-    names = [document.name for document in read_in]
+    assert "".join(document.text for document in documents) == text
+    assert len(found) == 1 or max(chunk.stop - chunk.start for chunk in found) < 600
+    names = [document.name for document in documents]
     assert names[0] == "a.txt" and len(set(names)) == len(names)
 
 
-def test_undecodable_bytes_are_refused_or_listed(tmp_path: Path) -> None:
+def test_undecodable_bytes_raise_or_are_listed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"fine")
     (tmp_path / "b.txt").write_bytes(b"abc\xff\xfe")
     with pytest.raises(ValueError, match=r"b\.txt, byte 3: not UTF-8.*on_error"):
@@ -93,7 +94,7 @@ def test_undecodable_bytes_are_refused_or_listed(tmp_path: Path) -> None:
 
 
 GOOD = [json.dumps({"text": f"a\u2028b\r\n{i}", "id": i}, ensure_ascii=False) for i in range(3)]
-# A bare carriage return is a space to JSON, not the end of a line.
+# In JSON a bare carriage return is a space, not the end of a line.
 GOOD[1] = '{"text":\r"b"}'
 BAD = {
     b'{"text": "a"': "line 3, byte {0}: not JSON",
@@ -106,11 +107,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("line", list(BAD))
-@pytest.mark.parametrize("part_bytes", [2**20, 16])
-def test_jsonl_names_the_bad_line(
-    line: bytes, part_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("chunk_bytes", [2**20, 16])
+def test_an_unreadable_line_of_jsonl_is_named(
+    line: bytes, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks_module, "CHUNK_BYTES", part_bytes)
+    monkeypatch.setattr(chunks_module, "CHUNK_BYTES", chunk_bytes)
     path = tmp_path / "a.jsonl"
     head = f"{GOOD[0]}\n\n".encode()
     path.write_bytes(head + line + f"\n{GOOD[1]}\n{GOOD[2]}".encode())
@@ -125,7 +126,7 @@ def test_jsonl_names_the_bad_line(
     assert len(skipped) == 1 and skipped[0]["line"] == 3
 
 
-def test_the_standard_library_is_clean_code() -> None:
+def test_the_standard_library_is_read_without_tests() -> None:
     source = standard_library()
     names = {file.name for file in list_files(source)}
     assert {"ast.py", "json/decoder.py"} <= names

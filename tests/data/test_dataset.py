@@ -1,4 +1,4 @@
-"""Samples are a function of (seed, index), each epoch takes every token once, damage is named."""
+"""Token and synthetic datasets: every epoch uses each token once, damaged folders raise."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ TOTAL = sum(LENGTHS)
 
 @pytest.fixture
 def counted(prepared: Prepared, tmp_path: Path) -> Path:
-    """A token folder whose token numbers say where they stand: 0, 1, 2, ..."""
+    """A token folder with the tokens 0, 1, 2, ... in stored order."""
     folder = tmp_path / "counted"
     shutil.copytree(prepared.folder, folder)
     fill(folder, [list(range(sum(LENGTHS[:i]), sum(LENGTHS[: i + 1]))) for i in range(6)])
@@ -32,13 +32,13 @@ def fill(folder: Path, documents: Sequence[list[int]]) -> None:
     with IndexedWriter(folder / "train", 320) as writer:
         for tokens in documents:
             writer.add(tokens)
-    meta = read_meta_anyway(folder)
+    meta = read_meta_without_check(folder)
     sizes = {name: (folder / name).stat().st_size for name in meta.files}
     tokens = {**meta.tokens, "train": writer.tokens}
     write_meta(folder, dataclasses.replace(meta, files=sizes, tokens=tokens))
 
 
-def read_meta_anyway(folder: Path):
+def read_meta_without_check(folder: Path):
     table = json.loads((folder / "meta.json").read_text())
     table["files"] = {}
     (folder / "meta.json").write_text(json.dumps(table))
@@ -47,7 +47,7 @@ def read_meta_anyway(folder: Path):
 
 
 @pytest.mark.parametrize("seqlen", [1, 10, 51, 102])
-def test_every_epoch_takes_every_window_once(counted: Path, seqlen: int) -> None:
+def test_every_epoch_uses_every_window_once(counted: Path, seqlen: int) -> None:
     data = TokenDataset(counted, "train", seqlen, seed=3)
     assert data.num_tokens == TOTAL == 103
     windows = [data.sample(i).tokens for i in range(TOTAL)]  # exactly seqlen epochs
@@ -60,7 +60,7 @@ def test_every_epoch_takes_every_window_once(counted: Path, seqlen: int) -> None
         assert len(set(starts)) == len(starts)
 
 
-def test_epochs_join_into_one_string_of_whole_documents(counted: Path) -> None:
+def test_epochs_form_one_string_of_whole_documents(counted: Path) -> None:
     data = TokenDataset(counted, "train", 10, seed=3)
     follower: dict[tuple[int, int], set[int]] = {}
     for i in range(TOTAL):
@@ -79,7 +79,7 @@ def test_epochs_join_into_one_string_of_whole_documents(counted: Path) -> None:
     assert len(orders) > 5, "every epoch has its own order of documents"
 
 
-def test_documents_end_where_the_table_says(counted: Path) -> None:
+def test_documents_end_at_cu_seqlens(counted: Path) -> None:
     data = TokenDataset(counted, "train", 10, seed=0)
     ends = {sum(LENGTHS[: i + 1]) - 1 for i in range(len(LENGTHS))}
     closed = 0
@@ -116,7 +116,7 @@ def test_a_sample_is_a_function_of_seed_and_index(counted: Path) -> None:
             make(-1)
 
 
-def test_evaluation_reaches_documents_and_windows(counted: Path) -> None:
+def test_a_split_gives_documents_and_windows(counted: Path) -> None:
     data = TokenSplit(counted, "train")
     assert (
         data.num_documents == 6
@@ -130,7 +130,7 @@ def test_evaluation_reaches_documents_and_windows(counted: Path) -> None:
             data.window(start, tokens)
 
 
-def test_a_corpus_smaller_than_a_sample_is_named(counted: Path) -> None:
+def test_a_corpus_smaller_than_a_sample_raises(counted: Path) -> None:
     with pytest.raises(ValueError, match="103 tokens, fewer than one sample of .* = 104; give"):
         TokenDataset(counted, "train", 103, 0)
 
@@ -150,18 +150,18 @@ def test_missing_and_incomplete_folders_raise(counted: Path) -> None:
     [("{", "not JSON"), ('{"format": 99}', "format 99, this version reads 1"), ("[]", "None"),
      ('{"format": 1}', "missing or unknown keys: digest")],
 )  # fmt: skip
-def test_a_damaged_meta_is_named(counted: Path, text: str, message: str) -> None:
+def test_a_damaged_meta_raises(counted: Path, text: str, message: str) -> None:
     (counted / "meta.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         TokenSplit(counted, "train")
 
 
-def test_a_truncated_or_missing_file_is_named(counted: Path) -> None:
+def test_a_truncated_or_missing_file_raises(counted: Path) -> None:
     whole = (counted / "train.bin").read_bytes()
     (counted / "train.bin").write_bytes(whole[:-2])
     with pytest.raises(ValueError, match=r"train\.bin: has 204 bytes, meta.json says 206"):
         TokenSplit(counted, "train")
-    meta = read_meta_anyway(counted)
+    meta = read_meta_without_check(counted)
     sizes = {name: (counted / name).stat().st_size for name in meta.files}
     write_meta(counted, dataclasses.replace(meta, files=sizes))
     with pytest.raises(ValueError, match=r"204 bytes, but .*train\.idx lists 103 tokens in 206"):
@@ -171,7 +171,7 @@ def test_a_truncated_or_missing_file_is_named(counted: Path) -> None:
         TokenSplit(counted, "train")
 
 
-def test_synthetic_tokens_are_documents_with_words_that_return() -> None:
+def test_synthetic_documents_repeat_a_word() -> None:
     data = SyntheticDataset(50, 256, seed=1)
     lengths, copies = [], 0
     for i in range(20):

@@ -1,4 +1,4 @@
-"""Rows with landmarks and aligned documents: every token of text once, and who predicts whom."""
+"""Rows with landmarks and aligned documents: every token once, and the right labels."""
 
 from itertools import pairwise
 
@@ -22,11 +22,13 @@ BLOCKS = DocumentLayout(multiple=5)
 BOTH = DocumentLayout(multiple=6, block_size=4, landmark=MARK)
 
 
-def document(tokens: int, slots: DocumentLayout) -> Tensor:
-    return slots.place(torch.arange(tokens), 0, int(slots.length(np.array(tokens))), tokens)
+def document(tokens: int, document_layout: DocumentLayout) -> Tensor:
+    return document_layout.place(
+        torch.arange(tokens), 0, int(document_layout.length(np.array(tokens))), tokens
+    )
 
 
-def test_by_hand() -> None:
+def test_small_documents_are_placed_as_expected() -> None:
     pad = PADDING
     assert document(5, LANDMARKS).tolist() == [0, 1, 2, MARK, 3, 4, pad, MARK]
     assert document(6, LANDMARKS).tolist() == [0, 1, 2, MARK, 3, 4, 5, MARK]
@@ -36,26 +38,28 @@ def test_by_hand() -> None:
     assert document(7, DocumentLayout()).tolist() == list(range(7))
 
 
-@pytest.mark.parametrize("slots", [DocumentLayout(), LANDMARKS, BLOCKS, BOTH])
-def test_pieces_of_a_document_are_the_document(slots: DocumentLayout) -> None:
+@pytest.mark.parametrize("document_layout", [DocumentLayout(), LANDMARKS, BLOCKS, BOTH])
+def test_pieces_of_a_document_join_to_the_document(document_layout: DocumentLayout) -> None:
     for tokens in range(1, 20):
-        whole = document(tokens, slots)
-        assert whole[slots.is_text(whole)].tolist() == list(range(tokens))
-        assert not len(whole) % slots.step
-        assert len(whole) - slots.num_slots(tokens) < slots.step + (slots.block_size > 1)
-        assert int(whole[slots.num_slots(tokens) - 1]) == tokens - 1
+        whole = document(tokens, document_layout)
+        assert whole[document_layout.is_text(whole)].tolist() == list(range(tokens))
+        assert not len(whole) % document_layout.step
+        assert len(whole) - document_layout.num_slots(tokens) < document_layout.step + (
+            document_layout.block_size > 1
+        )
+        assert int(whole[document_layout.num_slots(tokens) - 1]) == tokens - 1
         for cut in range(len(whole)):
-            before = min(slots.num_text_slots(cut), tokens)
-            assert before == int(slots.is_text(whole[:cut]).sum())
+            before = min(document_layout.num_text_slots(cut), tokens)
+            assert before == int(document_layout.is_text(whole[:cut]).sum())
             pieces = [
-                slots.place(torch.arange(before), 0, cut, tokens),
-                slots.place(torch.arange(before, tokens), cut, len(whole), tokens),
+                document_layout.place(torch.arange(before), 0, cut, tokens),
+                document_layout.place(torch.arange(before, tokens), cut, len(whole), tokens),
             ]
             assert torch.equal(torch.cat(pieces), whole)
 
 
 class Texts:
-    """Sample i holds 100 i, 100 i + 1, ...; documents end after 3, 4 and 9 tokens."""
+    """Sample i has tokens 100 i, 100 i + 1, ...; documents end after 3, 4 and 9 tokens."""
 
     vocab_size, seed = 1000, 7
 
@@ -68,14 +72,14 @@ class Texts:
 
 
 def batch_of(
-    dataset: object, slots: DocumentLayout, documents: str, cp_size: int = 1
+    dataset: object, document_layout: DocumentLayout, documents: str, cp_size: int = 1
 ) -> list[Tensor]:
-    """Whole [tokens, labels, mask] of the first row."""
-    seqlen = -(-dataset.seqlen // (slots.step * cp_size)) * slots.step * cp_size
+    """Return unsharded [tokens, labels, mask] of the first row."""
+    seqlen = -(-dataset.seqlen // (document_layout.step * cp_size)) * document_layout.step * cp_size
     layout = ContextLayout("contiguous", seqlen, cp_size)
     ranks = []
     for rank in range(cp_size):
-        spec = LoaderSpec(layout, 0, 1, rank, 1, 1, documents, slots)  # type: ignore[arg-type]
+        spec = LoaderSpec(layout, 0, 1, rank, 1, 1, documents, document_layout)  # type: ignore[arg-type]
         ranks.append(Loader(dataset, spec).next_step()[0])  # type: ignore[arg-type]
     names = ("tokens", "labels", "loss_mask")
     return [layout.unshard([getattr(b, n) for b in ranks], 1)[0] for n in names]
@@ -89,7 +93,7 @@ def test_the_token_before_a_landmark_predicts_the_one_after_it(cp_size: int) -> 
     learned = mask.bool()
     assert learned.tolist()[:10] == [True] * 3 + [False] + [True] * 3 + [False] + [True] * 2
     assert not learned[10:].any()
-    # Every token predicts the next one of the text, over landmarks; the last one too.
+    # Every text token predicts the next text token, also across landmarks and at the end.
     assert torch.equal(labels[learned], tokens[learned] + 1)
 
 
@@ -108,40 +112,40 @@ def test_no_document_predicts_the_next_one() -> None:
         assert table.tolist() == [0, 4, 8, 16, 24]
 
 
-def test_made_up_documents_begin_at_multiples() -> None:
+def test_synthetic_documents_begin_at_multiples() -> None:
     dataset = PackedSyntheticDataset(SyntheticDataset(50, 60, seed=3), BLOCKS)
     for index in range(20):
         sample = dataset.sample(index)
         assert len(sample.tokens) == 61 and not (sample.cu_seqlens % 5).any()
         assert int(sample.cu_seqlens[-1]) == 60
         for start, stop in pairwise(sample.cu_seqlens.tolist()):
-            # Padding stands at a document's end alone.
+            # Padding is only at the end of a document.
             text = BLOCKS.is_text(sample.tokens[start:stop]).int()
             assert text[0] and (text.diff() <= 0).all()
 
 
-@pytest.mark.parametrize("slots", [LANDMARKS, BLOCKS, BOTH])
+@pytest.mark.parametrize("document_layout", [LANDMARKS, BLOCKS, BOTH])
 def test_an_epoch_of_a_folder_has_every_token_once(
-    prepared: Prepared, slots: DocumentLayout
+    prepared: Prepared, document_layout: DocumentLayout
 ) -> None:
     plain = TokenDataset(prepared.folder, "train", 12, seed=5)
-    seqlen = 2 * slots.step
-    dataset = TokenDataset(prepared.folder, "train", seqlen, 5, slots)
+    seqlen = 2 * document_layout.step
+    dataset = TokenDataset(prepared.folder, "train", seqlen, 5, document_layout)
     windows = -(-dataset.round_slots // seqlen)
     rows = [dataset.sample(i) for i in range(windows)]
     seen = torch.cat([row.tokens[:-1] for row in rows])
-    texts = torch.bincount(seen[slots.is_text(seen)], minlength=MARK + 1)
+    texts = torch.bincount(seen[document_layout.is_text(seen)], minlength=MARK + 1)
     stored = torch.bincount(plain.window(0, plain.num_tokens), minlength=MARK + 1)
-    # The last window runs on into the next epoch.
+    # The last window continues into the next epoch.
     assert (texts >= stored).all()
     assert int((texts - stored).sum()) <= windows * seqlen - dataset.round_slots
     for row in rows:
-        assert not (row.cu_seqlens % slots.step).any()
-        if slots.landmark is not None:
+        assert not (row.cu_seqlens % document_layout.step).any()
+        if document_layout.landmark is not None:
             marks = (row.tokens[:-1] == MARK).nonzero().flatten()
-            assert (marks % slots.block_size == slots.block_size - 1).all()
+            assert (marks % document_layout.block_size == document_layout.block_size - 1).all()
 
 
-def test_a_row_that_begins_inside_a_block_is_refused(prepared: Prepared) -> None:
+def test_a_row_that_begins_inside_a_block_raises(prepared: Prepared) -> None:
     with pytest.raises(ValueError, match=r"train\.seqlen = 13: .* multiple of 4; the next is 16"):
         TokenDataset(prepared.folder, "train", 13, 5, LANDMARKS)

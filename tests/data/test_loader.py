@@ -1,4 +1,4 @@
-"""Who draws which sample; labels at shard borders; packed masks; the state is one number."""
+"""Loader: samples of each rank, labels at shard borders, packed masks, resuming."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from lcdist.layout import KINDS, ContextLayout
 
 
 class Counted:
-    """Sample i holds 1000 i, 1000 i + 1, ...; documents end after 3, 4 and 9 tokens."""
+    """Sample i has tokens 1000 i, 1000 i + 1, ...; documents end after 3, 4 and 9 tokens."""
 
     vocab_size, seed = 10**6, 7
 
@@ -89,7 +89,7 @@ def test_padding_is_masked_and_a_document_of_its_own(kind: str) -> None:
     assert whole(joined, layout, "loss_mask")[0].tolist() == [1] * 12 + [0] * 4
 
 
-def test_dp_ranks_are_disjoint_and_their_union_is_the_same() -> None:
+def test_dp_ranks_are_disjoint_and_cover_the_step() -> None:
     for dp_size, micro_batch_size in ((1, 1), (2, 2), (3, 4), (4, 1), (12, 1)):
         drawn: list[list[int]] = [[], []]
         for dp_rank in range(dp_size):
@@ -107,7 +107,7 @@ def test_dp_ranks_are_disjoint_and_their_union_is_the_same() -> None:
         assert [sorted(step) for step in drawn] == [list(range(12)), list(range(12, 24))]
 
 
-def test_micro_batches_take_samples_in_the_order_written_down() -> None:
+def test_micro_batches_use_samples_in_the_documented_order() -> None:
     loader = Loader(Counted(), spec(dp_rank=1, dp_size=2, global_batch_size=8))
     drawn = [[int(row[0]) // 1000 for row in batch.tokens] for batch in loader.step_at(40)]
     assert drawn == [[42, 43], [46, 47]]
@@ -120,7 +120,7 @@ def test_resuming_at_a_sample_equals_running_to_it() -> None:
         through.next_step()
     state = through.state_dict()
     assert state == {"seed": 3, "sample": 12}
-    # Another mesh and another batch size may go on from the same state.
+    # Another mesh and another batch size can continue from the same state.
     halves = [
         Loader(SyntheticDataset(50, 12, seed=3), spec(dp_rank=r, dp_size=2, global_batch_size=8))
         for r in range(2)
@@ -133,14 +133,14 @@ def test_resuming_at_a_sample_equals_running_to_it() -> None:
     assert torch.equal(torch.cat(found), torch.cat(expected))
 
 
-def test_a_state_of_another_seed_is_refused() -> None:
+def test_a_state_of_another_seed_raises() -> None:
     loader = Loader(Counted(), spec())
     with pytest.raises(ValueError, match="seed = 3, this run train.seed = 7: set train.seed = 3"):
         loader.load_state_dict({"seed": 3, "sample": 12})
     assert loader.sample == 0
 
 
-def test_sizes_that_do_not_fit_are_named() -> None:
+def test_sizes_that_do_not_fit_raise() -> None:
     with pytest.raises(ValueError, match="global_batch_size = 6: .* 2 x 2 = 4"):
         spec(dp_size=2, global_batch_size=6)
     with pytest.raises(ValueError, match="samples have 12 tokens, but the layout's rows only 8"):

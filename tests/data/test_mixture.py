@@ -1,4 +1,4 @@
-"""Shares and factors are exact; any sample by its number; figures say what is read how often."""
+"""Mixtures: exact shares and factors, samples by number, and the coverage report."""
 
 from collections import Counter
 from pathlib import Path
@@ -20,7 +20,7 @@ from lcdist.plan import make_plan
 from tests.data.folders import token_folder
 from tests.test_config import table
 
-# Folder i has tokens from 10,000 i on.
+# The tokens of folder i start at 10,000 i.
 LENGTHS = {"books": [300, 41, 7, 500], "code": [9] * 70, "web": [33, 120, 64, 5, 200] * 2}
 
 
@@ -61,7 +61,7 @@ def source_of(tokens: torch.Tensor) -> int:
         ((0.3334, 0.3333, 0.3333), 10_000, [3334, 3333, 3333]),
     ],
 )
-def test_shares_are_exact_over_a_cycle_and_near_everywhere(
+def test_shares_are_exact_over_a_cycle_and_close_everywhere(
     folders: dict[str, Path], weights: tuple[float, ...], cycle: int, counts: list[int]
 ) -> None:
     mixed = mixture_of(config(folders, *weights))
@@ -78,7 +78,7 @@ def test_shares_are_exact_over_a_cycle_and_near_everywhere(
         ]
 
 
-def test_every_source_is_read_in_its_own_order_without_gaps(folders: dict[str, Path]) -> None:
+def test_every_source_keeps_its_order_without_gaps(folders: dict[str, Path]) -> None:
     mixed, alone = mixture_of(config(folders, 0.5, 0.3, 0.2)), {}
     drawn: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for i in range(230):
@@ -89,18 +89,18 @@ def test_every_source_is_read_in_its_own_order_without_gaps(folders: dict[str, P
         alone[number, inner] = tokens
         assert torch.equal(mixed.cu_seqlens(i), mixed.sample(i).cu_seqlens)
     assert all(found == list(range(len(found))) for found in drawn.values())
-    # Another source beside it, or another weight, changes nothing in a source's order.
+    # Another source, or another weight, does not change the order of a source.
     names = ("code", "books")
     two = mixture_of(config({name: folders[name] for name in names}, 1.0, 9.0))
     for i in range(60):
         number, inner = two.locate(i)
-        # The other way round, so that source 0 is the first mixture's source 1.
+        # In reverse order: source 0 is source 1 of the first mixture.
         assert torch.equal(two.sample(i).tokens, alone[1 - number, inner])
     first = mixture_of(config(folders, 0.5, 0.3, 0.2), seed=4)
     assert any(not torch.equal(first.sample(i).tokens, mixed.sample(i).tokens) for i in range(9))
 
 
-def test_packed_rows_are_shared_out_by_tokens_not_by_rows(tmp_path: Path) -> None:
+def test_shares_of_packed_rows_count_tokens(tmp_path: Path) -> None:
     # Documents of 11 tokens leave 9 of 20 for padding; those of 20 leave none.
     padded = token_folder(tmp_path / "padded", [11] * 40)
     full = token_folder(tmp_path / "full", [20] * 40, 10_000)
@@ -120,7 +120,7 @@ def spec(dp_rank: int, dp_size: int, batch: int) -> LoaderSpec:
     return LoaderSpec(ContextLayout("contiguous", 20, 1), dp_rank, dp_size, 0, 2, batch)
 
 
-def test_any_mesh_draws_the_same_and_ranks_are_disjoint(folders: dict[str, Path]) -> None:
+def test_any_mesh_draws_the_same_samples(folders: dict[str, Path]) -> None:
     data = config(folders, 0.5, 0.3, 0.2, long_from=(100,), long_factor=(2.5,))
     whole = Loader(mixture_of(data), spec(0, 1, 12))
     steps = [torch.cat([batch.tokens for batch in whole.next_step()]) for _ in range(5)]
@@ -130,8 +130,8 @@ def test_any_mesh_draws_the_same_and_ranks_are_disjoint(folders: dict[str, Path]
             rank.load_state_dict({"seed": 3, "sample": 24})
         for step in steps[2:]:
             parts = [[batch.tokens for batch in rank.next_step()] for rank in ranks]
-            dealt = [batch for micro in zip(*parts, strict=True) for batch in micro]
-            assert torch.equal(torch.cat(dealt), step)
+            joined = [batch for micro in zip(*parts, strict=True) for batch in micro]
+            assert torch.equal(torch.cat(joined), step)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_long_documents_are_drawn_by_their_factor(
     assert counts.tolist() == expected
 
 
-def test_no_factor_is_the_plain_data_set(folders: dict[str, Path]) -> None:
+def test_a_factor_of_one_equals_the_plain_dataset(folders: dict[str, Path]) -> None:
     plain = TokenDataset(folders["web"], "train", 20, 3)
     one = TokenDataset(folders["web"], "train", 20, 3, long_documents=LongDocuments((50,), (1.0,)))
     for i in range(200):
@@ -171,7 +171,7 @@ def test_no_factor_is_the_plain_data_set(folders: dict[str, Path]) -> None:
     assert torch.equal(alone.sample(7).tokens, plain.sample(7).tokens)
 
 
-def test_the_accounts_are_what_is_read(folders: dict[str, Path]) -> None:
+def test_coverage_lines_equal_what_is_read(folders: dict[str, Path]) -> None:
     data = config(folders, 0.5, 0.3, 0.2, long_from=(100,), long_factor=(3.0,))
     lines = coverage_lines(mixture_of(data), 100)
     stored = {name: sum(lengths) for name, lengths in LENGTHS.items()}
@@ -196,10 +196,8 @@ def test_the_accounts_are_what_is_read(folders: dict[str, Path]) -> None:
     assert lines[1] == "data: 43 rows, 1.40% padding; 3 documents are longer than a row and cut"
 
 
-def test_folders_that_do_not_go_together_are_named(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    other = token_folder(tmp_path / "other", [30], mark="another")
+def test_conflicting_folders_raise(folders: dict[str, Path], tmp_path: Path) -> None:
+    other = token_folder(tmp_path / "other", [30], fingerprint="another")
     with pytest.raises(
         ValueError, match=r"data\.mixture\.web\.path = .* another tokenizer .*books"
     ):
@@ -208,15 +206,15 @@ def test_folders_that_do_not_go_together_are_named(
         build_dataset(config(folders, 1, 0.77777777, 1e-7), 20, 3, DocumentLayout())
 
 
-def test_the_first_folder_or_path_is_evaluated_on(folders: dict[str, Path]) -> None:
+def test_the_held_out_folder_is_path_or_the_first_source(folders: dict[str, Path]) -> None:
     assert held_out_folder(config(folders, 1, 1, 1)) == folders["books"]
-    assert held_out_folder(config(folders, 1, 1, 1, path="here")) == Path("here")
+    assert held_out_folder(config(folders, 1, 1, 1, path="other")) == Path("other")
     assert TokenSplit(held_out_folder(config(folders, 1, 1, 1)), "valid").num_tokens == 300
     with pytest.raises(ValueError, match="'synthetic' has no valid split"):
         held_out_folder(DataConfig(source="synthetic"))
 
 
-CONTRADICTIONS = {
+CONFLICTS = {
     "data.source=synthetic data.long_from=[9] data.long_factor=[2]": [
         "data.long_from has no meaning with data.source = 'synthetic'; leave it out, or read "
         "folders with data.source = 'tokens'",
@@ -258,14 +256,14 @@ CONTRADICTIONS = {
 }
 
 
-@pytest.mark.parametrize("words", list(CONTRADICTIONS))
-def test_what_contradicts_is_named_by_the_plan(words: str) -> None:
+@pytest.mark.parametrize("words", list(CONFLICTS))
+def test_conflicting_settings_raise(words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make_plan(parse(table(), words.split()), 1)
-    assert list(caught.value.errors) == CONTRADICTIONS[words]
+    assert list(caught.value.errors) == CONFLICTS[words]
 
 
-def test_a_mixture_is_planned_and_comes_through_overrides() -> None:
+def test_a_mixture_is_planned_from_overrides() -> None:
     words = ["data.mixture.a.path=x", "data.mixture.b={path = 'y', weight = 2}"]
     plan = make_plan(parse(table(), [*words, "data.long_from=[9]", "data.long_factor=[2.5]"]), 1)
     assert dict(plan.config.data.mixture) == {

@@ -1,4 +1,4 @@
-"""Best-fit packing: every document once, whole if it fits in a row; rows are a function of i."""
+"""Best-fit packing: every document once, whole if it fits in a row; rows depend on the index."""
 
 import random
 from collections import Counter
@@ -25,7 +25,7 @@ LENGTHS = [7, 1, 30, 2, 19, 44, 10, 3, 3, 20, 5, 60, 21, 9]
 
 
 def naive(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best fit decreasing, one item at a time."""
+    """Pack by best fit decreasing, one item at a time."""
     rows: list[list[int]] = []
     for length in sorted(lengths, reverse=True):
         fits = [row for row in rows if sum(row) + length <= capacity]
@@ -38,31 +38,34 @@ def naive(lengths: list[int], capacity: int) -> list[list[int]]:
 
 @given(st.lists(st.integers(1, 23), max_size=80))
 @settings(max_examples=300, deadline=None)
-def test_it_is_best_fit_decreasing(lengths: list[int]) -> None:
+def test_packing_equals_naive_best_fit_decreasing(lengths: list[int]) -> None:
     found = best_fit(np.asarray(lengths, np.int64), 23)
     assert sorted(found.members.tolist()) == list(range(len(lengths)))
     rows = [sum(lengths[i] for i in found.members[a:b]) for a, b in pairwise(found.offsets)]
-    # Of rows with the same room either may be taken; how full all rows get is the same.
+    # Rows with equal room are interchangeable, so only the fill of the rows is compared.
     assert sorted(rows) == sorted(map(sum, naive(lengths, 23)))
 
 
-def test_a_million_documents_take_as_long_as_their_lengths() -> None:
+def test_many_documents_are_packed_fast_and_tightly() -> None:
     draw = np.random.default_rng(0)
     lengths = np.minimum(draw.lognormal(5, 1.5, 300_000).astype(np.int64) + 1, 4096)
     found = best_fit(lengths, 4096)
     filled = np.add.reduceat(lengths[found.members], found.offsets[:-1])
     assert filled.max() <= 4096 and filled.sum() == lengths.sum()
-    # No row more than are needed, but for the last.
+    # At most one row more than necessary.
     assert len(found) <= -(-lengths.sum() // 4096) + 1
 
 
-@pytest.mark.parametrize("slots", [DocumentLayout(), LANDMARKS, BLOCKS, BOTH])
-def test_an_epoch_has_every_token_once_and_documents_whole(
-    slots: DocumentLayout, tmp_path: Path
+@pytest.mark.parametrize("document_layout", [DocumentLayout(), LANDMARKS, BLOCKS, BOTH])
+def test_an_epoch_has_every_token_once_and_whole_documents(
+    document_layout: DocumentLayout, tmp_path: Path
 ) -> None:
-    folder, seqlen = token_folder(tmp_path / "a", LENGTHS), 2 * slots.step + (slots.plain * 18)
-    data = PackedDataset(folder, "train", seqlen, 3, slots)
-    slot_lengths = slots.length(np.asarray(LENGTHS)).tolist()
+    folder, seqlen = (
+        token_folder(tmp_path / "a", LENGTHS),
+        2 * document_layout.step + (document_layout.plain * 18),
+    )
+    data = PackedDataset(folder, "train", seqlen, 3, document_layout)
+    slot_lengths = document_layout.length(np.asarray(LENGTHS)).tolist()
     starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
     epochs = []
     for epoch in range(2):
@@ -75,7 +78,7 @@ def test_an_epoch_has_every_token_once_and_documents_whole(
             assert row.cu_seqlens.dtype == torch.int32
             for a, b in pairwise(table):
                 piece = row.tokens[a:b]
-                text = piece[slots.is_text(piece)].tolist()
+                text = piece[document_layout.is_text(piece)].tolist()
                 assert text == list(range(text[0], text[0] + len(text))) if text else True
                 seen.update(text)
                 if text and text[0] in starts and b - a == slot_lengths[starts.index(text[0])]:
@@ -83,12 +86,12 @@ def test_an_epoch_has_every_token_once_and_documents_whole(
         assert seen == Counter(range(sum(LENGTHS)))
         assert set(whole) == {i for i, n in enumerate(slot_lengths) if n <= seqlen}
         epochs.append([row.tokens.tolist() for row in rows])
-    # The same rows in another order.
+    # Every epoch has the same rows in another order.
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
     assert data.num_cut_documents == sum(n > seqlen for n in slot_lengths)
 
 
-def test_labels_stay_in_their_document_and_reach_into_its_next_row(tmp_path: Path) -> None:
+def test_labels_stay_in_their_document_and_continue_in_its_next_row(tmp_path: Path) -> None:
     folder = token_folder(tmp_path / "a", LENGTHS)
     data = PackedDataset(folder, "train", 20, 3)
     layout = ContextLayout("contiguous", 24, 1)
@@ -104,7 +107,7 @@ def test_labels_stay_in_their_document_and_reach_into_its_next_row(tmp_path: Pat
         assert torch.equal(batch.labels[0][mask], batch.tokens[0][mask] + 1)
         learned.update(batch.tokens[0][mask].tolist())
         assert batch.cu_seqlens is not None and int(batch.cu_seqlens[0][-1]) == 24
-    # Every token but the last of each document predicts the next one, also over a cut.
+    # Every token except the last of each document predicts the next one, also across a cut.
     assert learned == Counter(set(range(sum(LENGTHS))) - ends)
 
 

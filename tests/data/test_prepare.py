@@ -1,4 +1,4 @@
-"""A token folder is Megatron's format, the same everywhere, and whole or not there."""
+"""Token folders: Megatron's format, the same bytes everywhere, complete or absent."""
 
 import dataclasses
 import os
@@ -27,9 +27,9 @@ def change(**values) -> TokenizeSettings:
 
 
 def texts_of(made: Prepared, split: str) -> list[str]:
-    """The texts of a split's documents; each has to end with eos."""
+    """Return the texts of a split's documents and check that each ends with eos."""
     tokenizer = SentencePieceTokenizer(made.folder / "tokenizer.model")
-    # Bound to a name: the tokens that Megatron's class returns die with it.
+    # Keep a reference: the arrays that Megatron's class returns are freed with it.
     data = IndexedDataset(str(made.folder / split))
     assert all(data[i][-1] == tokenizer.eos_id for i in range(len(data)))
     return [tokenizer.decode(data[i][:-1].tolist()) for i in range(len(data))]
@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("vocab_size", [65499, 65500])
-def test_the_files_are_those_megatron_writes(tmp_path: Path, vocab_size: int) -> None:
+def test_files_equal_those_of_megatron(tmp_path: Path, vocab_size: int) -> None:
     texts = [torch.randint(60000, (n,)) for n in (3, 1, 700)]
     with IndexedWriter(tmp_path / "ours", vocab_size) as writer:
         for tokens in texts:
@@ -55,7 +55,7 @@ def test_the_files_are_those_megatron_writes(tmp_path: Path, vocab_size: int) ->
         assert ours == (tmp_path / f"theirs.{ending}").read_bytes()
 
 
-def test_every_document_is_there_once_with_its_eos(corpus: Path, prepared: Prepared) -> None:
+def test_every_document_is_stored_once_with_eos(corpus: Path, prepared: Prepared) -> None:
     tokenizer = SentencePieceTokenizer(prepared.folder / "tokenizer.model")
     texts = []
     for split in ("train", "valid"):
@@ -69,7 +69,7 @@ def test_every_document_is_there_once_with_its_eos(corpus: Path, prepared: Prepa
     assert prepared.meta.fingerprint == tokenizer.fingerprint
 
 
-def test_processes_shards_and_place_change_no_byte(
+def test_processes_shards_and_location_change_no_byte(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_corpus(tmp_path / "elsewhere")
@@ -91,7 +91,7 @@ def test_the_split_depends_on_seed_and_name_alone(corpus: Path, tmp_path: Path) 
     assert valid("a1", corpus, 1) != valid("a", corpus, 0)
 
 
-def test_a_lone_text_file_is_cut_once_at_a_line_end(tmp_path: Path) -> None:
+def test_a_single_text_file_is_split_at_a_line_end(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text(
         "".join(f"line {i} of a {'very ' * (i % 5)}long book on many things\n" for i in range(1000))
@@ -126,7 +126,7 @@ def test_jsonl_is_split_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert contents(second.folder)["valid.bin"] == contents(first.folder)["valid.bin"]
 
 
-def test_again_is_done_and_anything_else_is_refused(corpus: Path, tmp_path: Path) -> None:
+def test_a_second_call_does_nothing_and_other_contents_raise(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = prepare(Source(corpus), out, SETTINGS)
     before = contents(out)
@@ -144,7 +144,7 @@ def test_again_is_done_and_anything_else_is_refused(corpus: Path, tmp_path: Path
         prepare(Source(changed), out, change(seed=1))
 
 
-def test_foreign_and_half_written_folders_are_left_alone(corpus: Path, tmp_path: Path) -> None:
+def test_incomplete_folders_are_not_touched(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(b"half")
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="not a complete token folder .meta.json is missing"):
@@ -152,16 +152,16 @@ def test_foreign_and_half_written_folders_are_left_alone(corpus: Path, tmp_path:
     assert os.listdir(tmp_path) == ["train.bin"]
 
 
-def test_two_at_a_time_are_refused(corpus: Path, tmp_path: Path) -> None:
+def test_a_second_process_raises(corpus: Path, tmp_path: Path) -> None:
     refused: list[str] = []
 
-    def other(what: str, _done: int, _total: int) -> None:
-        if what == "tokenizing":
+    def start_second(stage: str, _done: int, _total: int) -> None:
+        if stage == "tokenizing":
             with pytest.raises(ValueError, match="out: another process is making it"):
                 prepare(Source(corpus), tmp_path / "out", SETTINGS)
-            refused.append(what)
+            refused.append(stage)
 
-    assert prepare(Source(corpus), tmp_path / "out", SETTINGS, progress=other).fresh
+    assert prepare(Source(corpus), tmp_path / "out", SETTINGS, progress=start_second).fresh
     assert refused
 
 
@@ -189,9 +189,7 @@ def test_skipped_documents_are_listed_in_meta(tmp_path: Path) -> None:
     assert (entry["file"], entry["offset"]) == ("bad.txt", 11)
 
 
-def test_settings_that_cannot_be_are_named(
-    corpus: Path, prepared: Prepared, tmp_path: Path
-) -> None:
+def test_invalid_settings_raise(corpus: Path, prepared: Prepared, tmp_path: Path) -> None:
     model = prepared.folder / "tokenizer.model"
     cases = [
         (change(valid_fraction=1.0), None, r"valid_fraction = 1.0: must be in \[0, 1\)"),
@@ -210,7 +208,7 @@ def test_settings_that_cannot_be_are_named(
         prepare(Source(tmp_path / "empty.txt"), tmp_path / "none", change(vocab_size=None), model)
 
 
-def test_a_vocabulary_that_does_not_match_is_named(prepared: Prepared) -> None:
+def test_a_vocabulary_that_does_not_match_raises(prepared: Prepared) -> None:
     check_vocabulary(prepared.meta, 320)
     with pytest.raises(ValueError, match="vocab_size = 512, but .* 320 pieces: set"):
         check_vocabulary(prepared.meta, 512)

@@ -1,4 +1,4 @@
-"""Tokenizing killed anywhere, and started again with any number of processes, is the same bytes."""
+"""Tokenizing gives the same bytes if it is killed anywhere and run again with any workers."""
 
 import json
 import os
@@ -25,9 +25,9 @@ SHARD = 4000  # as in killed.py
 
 
 def kill(corpus: Path, out: Path, settings: TokenizeSettings, when: tuple[str, int]) -> None:
-    """prepare, killed at the `when[1]`-th word about `when[0]`."""
-    given = {key: value for key, value in vars(settings).items() if key != "special_tokens"}
-    words = [str(corpus), str(out), json.dumps(given), when[0], str(when[1])]
+    """Run prepare in a process that is killed at the `when[1]`-th progress report of `when[0]`."""
+    options = {key: value for key, value in vars(settings).items() if key != "special_tokens"}
+    words = [str(corpus), str(out), json.dumps(options), when[0], str(when[1])]
     program = [sys.executable, "-m", "tests.data.killed", *words]
     done = subprocess.run(program, cwd=ROOT, timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -41,7 +41,7 @@ def without_meta(folder: Path) -> dict[str, bytes]:
     ("workers", "when"),
     [(1, ("tokenizing", 1)), (1, ("tokenizing", 25)), (2, ("tokenizing", 25)), (1, ("joining", 3))],
 )
-def test_killed_and_started_again_is_the_same_bytes(
+def test_a_killed_run_continues_to_the_same_bytes(
     corpus: Path,
     prepared: Prepared,
     tmp_path: Path,
@@ -56,18 +56,18 @@ def test_killed_and_started_again_is_the_same_bytes(
     assert left != out
     with pytest.raises(ValueError, match="incomplete"):
         read_meta(left)
-    done = {path for path in left.glob("shards/*/??????") if (path / "shard.json").is_file()}
-    assert bool(done) == (when[1] > 1)
-    inodes = {path.stat().st_ino for path in done}
+    complete = {path for path in left.glob("shards/*/??????") if (path / "shard.json").is_file()}
+    assert bool(complete) == (when[1] > 1)
+    inodes = {path.stat().st_ino for path in complete}
     seen: list[set[int]] = []
 
-    def look(what: str, _done: int, _total: int) -> None:
-        if what == "joining" and not seen:
+    def look(stage: str, _done: int, _total: int) -> None:
+        if stage == "joining" and not seen:
             seen.append({path.stat().st_ino for path in left.glob("shards/*/??????")})
 
     again = prepare(Source(corpus), out, change(workers=3 - workers), progress=look)
     assert again.fresh and os.listdir(tmp_path) == ["out"]
-    # What was done is not done again, and what comes out is what nothing had happened to.
+    # Complete shards are not made again, and the result equals that of an uninterrupted run.
     assert inodes <= seen[0]
     assert without_meta(out) == without_meta(prepared.folder)
     assert again.meta.digest == prepared.meta.digest
@@ -76,11 +76,11 @@ def test_killed_and_started_again_is_the_same_bytes(
 def interrupted(
     corpus: Path, out: Path, settings: TokenizeSettings, after: int, error: type[BaseException]
 ) -> None:
-    said: list[str] = []
+    reports: list[str] = []
 
-    def stop(what: str, _done: int, _total: int) -> None:
-        said.append(what)
-        if said.count("tokenizing") == after:
+    def stop(stage: str, _done: int, _total: int) -> None:
+        reports.append(stage)
+        if reports.count("tokenizing") == after:
             raise error
 
     with pytest.raises(error):
@@ -88,7 +88,7 @@ def interrupted(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_interrupted_keeps_what_is_done_for_the_same_work_alone(
+def test_shards_of_an_interrupted_run_are_used_for_the_same_job_only(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(shards_module, "SHARD_BYTES", SHARD)
@@ -97,14 +97,14 @@ def test_interrupted_keeps_what_is_done_for_the_same_work_alone(
     (left,) = tmp_path.iterdir()
     kept = [path for path in left.glob("shards/*/*") if path.suffix == ""]
     assert kept
-    # Another seed is other work: nothing of the first may be in it.
+    # With another seed, nothing of the first run may be used.
     made = prepare(Source(corpus), out, change(seed=5))
     fresh = prepare(Source(corpus), tmp_path / "fresh", change(seed=5))
     assert without_meta(made.folder) == without_meta(fresh.folder)
     assert sorted(os.listdir(tmp_path)) == ["fresh", "out"]
 
 
-def test_interrupted_before_anything_is_done_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_interrupted_at_the_start_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
     interrupted(corpus, tmp_path / "out", SETTINGS, 1, KeyboardInterrupt)
     assert os.listdir(tmp_path) == []
 
@@ -121,7 +121,7 @@ def test_a_damaged_shard_is_made_again(
     assert without_meta(out) == without_meta(prepared.folder)
 
 
-def test_whole_but_not_yet_named_is_named(
+def test_a_complete_folder_that_was_not_renamed_is_renamed(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -129,7 +129,7 @@ def test_whole_but_not_yet_named_is_named(
     out.rename(tmp_path / ".out.partial")
     again = prepare(Source(corpus), out, SETTINGS)
     assert again.meta == made.meta and os.listdir(tmp_path) == ["out"]
-    # The same place and another seed: nothing of it may be taken.
+    # With another seed, nothing of it may be used.
     out.rename(tmp_path / ".out.partial")
     other = prepare(Source(corpus), out, change(seed=3))
     assert other.meta.settings["seed"] == 3 and other.meta.tokens != made.meta.tokens
@@ -147,13 +147,13 @@ def bad_lines(folder: Path, lines: int, bad: set[int]) -> Path:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_first_bad_line_is_the_one_that_is_named(
+def test_the_first_unreadable_line_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 600)
     monkeypatch.setattr("lcdist.data.prepare.chunks.CHUNK_BYTES", 300)
     source = Source(bad_lines(tmp_path, 200, {140, 171, 199}))
-    first = prepare_bytes(source, tmp_path / "first", change(workers=workers, on_error="skip"))
+    first = prepare_bytes(source, tmp_path / "first", change(on_error="skip"))
     assert [(e["line"], e["file"]) for e in first.meta.skipped] == [
         (n, "a.jsonl") for n in (140, 171, 199)
     ]
@@ -162,22 +162,22 @@ def test_the_first_bad_line_is_the_one_that_is_named(
     hopeless = Source(bad_lines(tmp_path / "all", 200, set(range(1, 201))))
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1, byte"):
         prepare_bytes(hopeless, tmp_path / "none", change(workers=workers))
-    # What was done before it is kept, and skipping goes on from there to the same bytes.
+    # Earlier shards are kept, and a run with "skip" continues from there to the same bytes.
     assert list(tmp_path.glob(".out.partial/shards/*/000000"))
     made = prepare_bytes(source, tmp_path / "out", change(workers=workers, on_error="skip"))
     assert contents(made.folder)["train.bin"] == contents(first.folder)["train.bin"]
     assert made.meta.skipped == first.meta.skipped
 
 
-def test_what_a_try_skipped_is_refused_by_the_next_that_refuses(
+def test_documents_skipped_by_an_earlier_run_raise_in_a_run_that_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards_module, "SHARD_BYTES", 600)
     monkeypatch.setattr("lcdist.data.prepare.chunks.CHUNK_BYTES", 300)
     source, out = Source(bad_lines(tmp_path, 200, {3})), tmp_path / "out"
 
-    def stop(what: str, done: int, _total: int) -> None:
-        if what == "tokenizing" and done > 3000:
+    def stop(stage: str, done: int, _total: int) -> None:
+        if stage == "tokenizing" and done > 3000:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -198,18 +198,18 @@ def prepare_bytes(
     )
 
 
-def test_a_process_that_dies_is_named_and_nobody_waits(corpus: Path, tmp_path: Path) -> None:
-    work = shards_module.ShardJob(
+def test_a_worker_that_dies_raises_without_delay(corpus: Path, tmp_path: Path) -> None:
+    job = shards_module.ShardJob(
         str(tmp_path), ("train",), 0.0, 0, False, shards_module.ReadOptions("skip")
     )
     files = sorted(corpus.rglob("*.txt"))[:4]
-    parts = [
+    chunks = [
         (FileChunk(shards_module.SourceFile(path, path.name, 9), 0, 9, 9), "train")
         for path in files
     ]
-    shards = [shards_module.Shard(i, (part,)) for i, part in enumerate(parts)]
-    begun = time.monotonic()
-    # No such tokenizer: both processes end before they have answered.
+    shards = [shards_module.Shard(i, (chunk,)) for i, chunk in enumerate(chunks)]
+    start = time.monotonic()
+    # There is no such tokenizer: both processes end before they answer.
     with pytest.raises(ValueError, match=r"process ended with status 1 .*--workers"):
-        tokenize_shards(work, shards, tmp_path / "nowhere", 2, lambda size: None)
-    assert time.monotonic() - begun < 60
+        tokenize_shards(job, shards, tmp_path / "nowhere", 2, lambda size: None)
+    assert time.monotonic() - start < 60

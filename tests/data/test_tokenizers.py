@@ -1,4 +1,4 @@
-"""Hugging Face's and byte tokenizers: ends of documents, and what a token folder keeps of them."""
+"""Hugging Face and byte tokenizers: tokens at the ends of documents, and token folders."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,10 @@ TEXT = "alpha <|end|> beta é\n\t= 3"
 
 
 def make(folder: Path, template: bool = False, **config: object) -> Path:
-    """A byte-level tokenizer.json of 256 bytes and three specials, with files beside it."""
+    """Write a byte-level tokenizer.json with 256 bytes and three special tokens.
+
+    template: whether its template adds bos. config: contents of tokenizer_config.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
@@ -34,7 +37,7 @@ def make(folder: Path, template: bool = False, **config: object) -> Path:
         model.post_processor = processors.TemplateProcessing(
             single="<|begin|> $A", special_tokens=[("<|begin|>", 256)]
         )
-    # Both would lose or add tokens if they were left on.
+    # Truncation and padding in the file must have no effect.
     model.enable_truncation(5)
     model.enable_padding(length=64, pad_id=258, pad_token="<|pad|>")
     model.save(str(folder / "tokenizer.json"))
@@ -43,26 +46,28 @@ def make(folder: Path, template: bool = False, **config: object) -> Path:
     return folder / "tokenizer.json"
 
 
-def test_ends_are_found_beside_it(tmp_path: Path) -> None:
+def test_special_tokens_are_read_from_files_beside_it(tmp_path: Path) -> None:
     plain = make(tmp_path / "a", eos_token="<|end|>")
     opened = HuggingFaceTokenizer(plain)
     assert (opened.eos_id, opened.bos_id, opened.vocab_size) == (257, None, 259)
     assert not opened.add_bos and bos_prefix(opened) == []
     table = make(tmp_path / "b", True, eos_token={"content": "<|end|>"}, bos_token="<|begin|>")
     opened = HuggingFaceTokenizer(table)
-    # Its own template begins texts with bos, so documents do too, unless told otherwise.
+    # Its template adds bos, so documents begin with bos unless add_bos says otherwise.
     assert (opened.eos_id, opened.bos_id, bos_prefix(opened)) == (257, 256, [256])
     assert not HuggingFaceTokenizer(table, SpecialTokens(add_bos=False)).add_bos
     (tmp_path / "b" / "tokenizer_config.json").unlink()
     names = {"bos_token": {"content": "<|begin|>"}, "eos_token": "<|pad|>"}
     (tmp_path / "b" / "special_tokens_map.json").write_text(json.dumps(names))
     assert HuggingFaceTokenizer(table).eos_id == 258
-    asked = HuggingFaceTokenizer(table, SpecialTokens(eos="<|end|>", bos="<|pad|>", add_bos=True))
-    assert (asked.eos_id, bos_prefix(asked)) == (257, [258])
-    assert asked.fingerprint != HuggingFaceTokenizer(table).fingerprint
+    requested = HuggingFaceTokenizer(
+        table, SpecialTokens(eos="<|end|>", bos="<|pad|>", add_bos=True)
+    )
+    assert (requested.eos_id, bos_prefix(requested)) == (257, [258])
+    assert requested.fingerprint != HuggingFaceTokenizer(table).fingerprint
 
 
-def test_text_comes_back_and_never_makes_a_special_token(tmp_path: Path) -> None:
+def test_decoding_returns_the_text_and_text_makes_no_special_token(tmp_path: Path) -> None:
     opened = HuggingFaceTokenizer(make(tmp_path, True, eos_token="<|end|>", bos_token="<|begin|>"))
     tokens = opened.encode(TEXT)
     assert len(tokens) == len(TEXT.encode()) and max(tokens) < 256
@@ -73,7 +78,7 @@ def test_text_comes_back_and_never_makes_a_special_token(tmp_path: Path) -> None
         opened.encode("a\ud800")
 
 
-def test_no_end_of_text_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_eos_raises(tmp_path: Path) -> None:
     path = make(tmp_path)
     with pytest.raises(ValueError, match=r"which token ends a text.*--eos-token.*<\|begin\|>"):
         HuggingFaceTokenizer(path)
@@ -91,7 +96,7 @@ def test_no_end_of_text_is_refused(tmp_path: Path) -> None:
         open_tokenizer(tmp_path / "nowhere.json")
 
 
-def test_bytes_are_bytes() -> None:
+def test_byte_tokens_are_bytes() -> None:
     opened = ByteTokenizer()
     tokens = opened.encode(TEXT)
     assert tokens == list(TEXT.encode()) and opened.decode([257, *tokens, 256]) == TEXT
@@ -100,8 +105,9 @@ def test_bytes_are_bytes() -> None:
         opened.decode([258])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("kind", ["huggingface", "bytes", "sentencepiece"])
+@pytest.mark.parametrize(
+    ("kind", "workers"), [("huggingface", 2), ("bytes", 1), ("bytes", 2), ("sentencepiece", 1)]
+)
 def test_a_token_folder_opens_as_its_own_tokenizer(
     kind: str, workers: int, corpus: Path, prepared: Prepared, tmp_path: Path, monkeypatch
 ) -> None:
@@ -111,7 +117,7 @@ def test_a_token_folder_opens_as_its_own_tokenizer(
         "bytes": "bytes",
         "sentencepiece": prepared.folder / "tokenizer.model",
     }[kind]
-    # Only bytes are asked for their bos: Hugging Face's has it from its own template.
+    # Only bytes need add_bos: the Hugging Face tokenizer has it from its template.
     specials = SpecialTokens(add_bos=True if kind == "bytes" else None)
     settings = change(vocab_size=None, workers=workers, special_tokens=specials)
     made = prepare(Source(corpus), tmp_path / "out", settings, made_with)
@@ -129,9 +135,7 @@ def test_a_token_folder_opens_as_its_own_tokenizer(
         assert opened.decode(body) in texts and opened.encode(opened.decode(body)) == body
 
 
-def test_what_is_not_for_this_tokenizer_is_refused(
-    corpus: Path, prepared: Prepared, tmp_path: Path
-) -> None:
+def test_options_that_do_not_apply_raise(corpus: Path, prepared: Prepared, tmp_path: Path) -> None:
     model = prepared.folder / "tokenizer.model"
     for path in ("bytes", model):
         with pytest.raises(ValueError, match="--eos-token apply to a tokenizer.json only"):
@@ -147,7 +151,7 @@ def test_what_is_not_for_this_tokenizer_is_refused(
     assert isinstance(open_tokenizer(prepared.folder), SentencePieceTokenizer)
 
 
-def test_published_models_may_have_more_rows_than_their_tokenizer() -> None:
+def test_published_models_may_have_a_larger_vocabulary() -> None:
     def meta(kind: str) -> Meta:
         return Meta(1, "", 300, 0, "", {}, {}, {}, {}, 0, [], {}, kind)
 

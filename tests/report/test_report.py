@@ -66,15 +66,30 @@ def make_stage(folder: Path, seqlen: int, steps: int, clock: random.Random, resu
     (folder / "config.toml").write_text(f"[train]\nseqlen = {seqlen}  # <b>\n")
 
 
-@pytest.fixture
-def main_job(tmp_path) -> Path:
-    folder = tmp_path / "a & b"
+@pytest.fixture(scope="module")
+def pristine_job(tmp_path_factory) -> Path:
+    """Write a run of two stages, of which the second was resumed, and its report."""
+    folder = tmp_path_factory.mktemp("job") / "a & b"
     clock = random.Random(5)
     make_stage(folder / "pretrain", 512, 40, clock)
     make_stage(folder / "extend", 4096, 10, clock, resumed_at=6)
     (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
     (folder / "sample.txt").write_text(SAMPLE)
+    assert write_report(folder) == folder / "report.html"
     return folder
+
+
+@pytest.fixture
+def main_job(pristine_job, tmp_path) -> Path:
+    """Return a copy of `pristine_job` without a report, which a test may change."""
+    folder = tmp_path / "a & b"
+    shutil.copytree(pristine_job, folder, ignore=shutil.ignore_patterns("report.html"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(pristine_job) -> str:
+    return (pristine_job / "report.html").read_text()
 
 
 class Resources(HTMLParser):
@@ -120,43 +135,36 @@ def test_a_resumed_run_has_the_same_facts(main_job, tmp_path):
     assert report_facts(other) == report_facts(main_job)
 
 
-def test_the_page_shows_headline_and_resumes(main_job):
-    path = write_report(main_job)
-    assert path == main_job / "report.html"
-    text = path.read_text()
-    assert "from <b>1,830</b> (before) to <b>12.4</b> (after &lt;extension&gt;)" in text
-    assert "extend after step 6" in text
-    assert "attention = method" in text
+def test_the_page_shows_headline_and_resumes(page):
+    assert "from <b>1,830</b> (before) to <b>12.4</b> (after &lt;extension&gt;)" in page
+    assert "extend after step 6" in page
+    assert "attention = method" in page
     for words in ("tokens per second", "Peak memory", "Learning rate", "3.0 MiB", "mesh.cp size"):
-        assert words in text
+        assert words in page
 
 
-def test_the_page_has_no_external_resources(main_job):
-    text = write_report(main_job).read_text()
-    found = Resources(text)
-    assert not re.search(r"https?:|@import|url\((?!#)", text)
+def test_the_page_has_no_external_resources(page):
+    found = Resources(page)
+    assert not re.search(r"https?:|@import|url\((?!#)", page)
     assert all(address.startswith("#") for address in found.addresses)
     assert not {"script", "link", "iframe", "object", "img"} & set(found.tags)
 
 
-def test_figures_have_alternative_text_and_unique_ids(main_job):
-    text = write_report(main_job).read_text()
-    found = Resources(text)
+def test_figures_have_alternative_text_and_unique_ids(page):
+    found = Resources(page)
     assert found.tags.count("svg") == 6 and found.unnamed == 0
     assert len(set(found.ids)) == len(found.ids)
     assert {address[1:] for address in found.addresses} <= set(found.ids)
 
 
-def test_text_from_files_is_escaped(main_job):
-    text = write_report(main_job).read_text()
-    assert "<title>a &amp; b:" in text and "a &lt;device&gt;" in text
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "# &lt;b&gt;" in text
-    assert "<script" not in text and "<device>" not in text and "<extension>" not in text
+def test_text_from_files_is_escaped(page):
+    assert "<title>a &amp; b:" in page and "a &lt;device&gt;" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "# &lt;b&gt;" in page
+    assert "<script" not in page and "<device>" not in page and "<extension>" not in page
 
 
-def test_the_same_folder_gives_the_same_page(main_job, tmp_path):
-    first = write_report(main_job).read_bytes()
-    assert write_report(main_job, tmp_path / "again.html").read_bytes() == first
+def test_the_same_folder_gives_the_same_page(main_job, page, tmp_path):
+    assert write_report(main_job, tmp_path / "again.html").read_text() == page
 
 
 def test_a_single_run_has_a_report(tmp_path):
