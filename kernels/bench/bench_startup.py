@@ -11,6 +11,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -29,7 +30,7 @@ COMMANDS = (
 )
 
 
-def cpu_seconds(words: list[str]) -> float:
+def cpu_seconds(words: Sequence[str]) -> float:
     """Return the user and system time of one run of `python -m lcdist`."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
