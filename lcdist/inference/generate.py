@@ -36,20 +36,7 @@ def generate(
     Raises:
         ValueError: the prompt is empty, or the mesh has pipeline, context or sequence parallelism.
     """
-    config = model.config
-    if config.sequence_parallel:
-        raise ValueError(
-            "generation reads one token at a time, which parallel.sequence_parallel = true cannot "
-            "cut: set it to false"
-        )
-    if config.pipeline_model_parallel_size > 1 or config.context_parallel_size > 1:
-        raise ValueError(
-            f"generation runs with parallel.pp_size = 1 and cp_size = 1, not "
-            f"{config.pipeline_model_parallel_size} and {config.context_parallel_size}; "
-            "a checkpoint of any mesh loads on such a one"
-        )
-    if not len(prompt):
-        raise ValueError("the prompt has no token")
+    _check(model, prompt)
     layout = model.document_layout
     cache = KVCache(layout.num_slots(len(prompt) + max_new_tokens))
     generator = torch.Generator().manual_seed(seed)
@@ -74,6 +61,24 @@ def generate(
                 cache = KVCache(cache.max_seqlen)
                 new = layout.place(tokens.cpu(), 0, next_length, count + 1)
     return tokens
+
+
+def _check(model: CausalLM, prompt: Tensor) -> None:
+    """Raise ValueError if the prompt is empty or the mesh is not one for generation."""
+    config = model.config
+    if config.sequence_parallel:
+        raise ValueError(
+            "generation reads one token at a time, which parallel.sequence_parallel = true cannot "
+            "cut: set it to false"
+        )
+    if config.pipeline_model_parallel_size > 1 or config.context_parallel_size > 1:
+        raise ValueError(
+            f"generation runs with parallel.pp_size = 1 and cp_size = 1, not "
+            f"{config.pipeline_model_parallel_size} and {config.context_parallel_size}; "
+            "a checkpoint of any mesh loads on such a one"
+        )
+    if not len(prompt):
+        raise ValueError("the prompt has no token")
 
 
 def _last_logits(model: CausalLM, new: Tensor, cache: KVCache) -> Tensor:
