@@ -13,8 +13,8 @@ from lcdist.config import ConfigError
 from lcdist.config.rope import RopePI, RopeYarn
 from lcdist.config.stages import load_stages
 from lcdist.rundir.records import read_records
+from tests.checkpoint.stored import assert_same_tensors
 from tests.distributed import run_ranks
-from tests.train.stored import assert_same_tensors
 from tests.train.test_resume import launched
 from tests.train.test_survival import asked_at
 

@@ -19,11 +19,11 @@ from lcdist.layout import ContextLayout
 from lcdist.model.sequence import SequenceParams
 from lcdist.train.resume import open_fitting, restore_weights
 from lcdist.train.trainer import Trainer
+from tests.checkpoint.stored import stored_tensors
 from tests.engines.internals import chunks_of, optimizer_of
 from tests.model.lora_cases import some_b
 from tests.model.small import Meshes, small, take_steps
 from tests.model.whole import gather_gradients, gather_weights
-from tests.train.stored import stored_tensors
 
 TEXT = torch.arange(60).mul(37).remainder(250)
 

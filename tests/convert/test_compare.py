@@ -17,9 +17,9 @@ from lcdist.convert.huggingface import import_model as importing
 from lcdist.convert.huggingface import names
 from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.huggingface.names import EMBEDDING, OUTPUT, FusedTensor, SourceRows
+from tests.checkpoint.stored import stored_tensors
 from tests.convert.hf import make_model, save
 from tests.distributed import run_ranks
-from tests.train.stored import stored_tensors
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -17,8 +17,8 @@ from lcdist.commands.train import run
 from lcdist.config import load
 from lcdist.rundir.paths import latest_in
 from lcdist.rundir.status import read_status
+from tests.checkpoint.stored import assert_same_tensors
 from tests.distributed import run_ranks
-from tests.train.stored import assert_same_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "debug" / "full.toml"

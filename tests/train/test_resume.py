@@ -21,9 +21,9 @@ from lcdist.rundir.records import StepRecord, read_records
 from lcdist.rundir.run_config import check_same_run, write_config
 from lcdist.rundir.status import read_status, write_status
 from lcdist.train.trainer import Trainer
+from tests.checkpoint.stored import assert_same_tensors
 from tests.distributed import run_ranks
 from tests.model.small import small
-from tests.train.stored import assert_same_tensors
 
 STEPS = 6
 # What differs between two runs of the same steps: all that a clock or a scale of memory says.

@@ -21,9 +21,9 @@ from lcdist.rundir.paths import latest_in
 from lcdist.train.trainer import Trainer
 from lcdist.verify import preflight as checks
 from lcdist.verify.preflight import check_start
+from tests.checkpoint.stored import assert_same_tensors
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
-from tests.train.stored import assert_same_tensors
 from tests.train.test_resume import STEPS, config_in, killed_after, launched, unmeasured
 
 # --- the file `stop`, and what a batch script reads -----------------------------------------------

@@ -21,11 +21,11 @@ from lcdist.checkpoint.save import Checkpointer
 from lcdist.rundir.paths import latest_in
 from lcdist.train.resume import open_fitting
 from lcdist.train.trainer import Trainer
+from tests.checkpoint.stored import stored_tensors
 from tests.distributed import run_ranks
 from tests.engines.internals import optimizer_of
 from tests.model.small import Meshes, small, take_steps
 from tests.model.whole import gather_weights
-from tests.train.stored import stored_tensors
 
 
 def test_without_a_pointer_the_newest_whole_one_counts(tmp_path: Path) -> None:

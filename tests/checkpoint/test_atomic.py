@@ -13,10 +13,10 @@ from lcdist.checkpoint import save as room
 from lcdist.checkpoint.read import open_checkpoint
 from lcdist.checkpoint.save import Checkpointer
 from lcdist.rundir.paths import latest_in
+from tests.checkpoint.stored import assert_same_tensors
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
 from tests.model.whole import digest, gather_weights
-from tests.train.stored import assert_same_tensors
 
 
 class Killed(BaseException):
