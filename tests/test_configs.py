@@ -101,7 +101,7 @@ def gpus(path: Path) -> int:
 
 
 def begins_with(path: Path) -> str:
-    """The published model of a recipe."""
+    """Return the published model of a recipe."""
     return OWN.get(name(path)) or next(
         word
         for word in sorted(PUBLISHED, key=len, reverse=True)

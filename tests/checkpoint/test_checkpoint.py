@@ -56,7 +56,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(original: Path, tmp_path: Path) -> Path:
-    """A checkpoint of its own for a test to spoil."""
+    """Copy a checkpoint for a test to damage."""
     copy = tmp_path / original.name
     copy.mkdir()
     for file in original.iterdir():

@@ -129,7 +129,7 @@ def load_all(rank: int, world_size: int, folder: Path) -> dict[tuple[str, Mesh, 
 
 @pytest.fixture(scope="module")
 def stands(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What each rank found after saving, and after loading, each launch made when first asked."""
+    """Return each rank's results after saving and after loading; each launch runs once."""
     folder = tmp_path_factory.mktemp("checkpoints")
     saved: dict[tuple[str, Mesh], Standing] = {}
     for size in (1, 4):

@@ -21,7 +21,7 @@ SEQLEN, BATCH = 128, 24
 
 @pytest.fixture
 def skewed(tmp_path: Path) -> Path:
-    """A folder of many short documents and a few that fill rows, as in real text."""
+    """Make a folder of many short documents and a few that fill rows, as in real text."""
     draw = random.Random(0)
     lengths = [draw.choice([3, 5, 9, 14]) for _ in range(600)] + [700, 900, 400]
     draw.shuffle(lengths)

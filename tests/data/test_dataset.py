@@ -21,7 +21,7 @@ TOTAL = sum(LENGTHS)
 
 @pytest.fixture
 def counted(prepared: Prepared, tmp_path: Path) -> Path:
-    """A token folder with the tokens 0, 1, 2, ... in stored order."""
+    """Make a token folder with the tokens 0, 1, 2, ... in stored order."""
     folder = tmp_path / "counted"
     shutil.copytree(prepared.folder, folder)
     fill(folder, [list(range(sum(LENGTHS[:i]), sum(LENGTHS[: i + 1]))) for i in range(6)])

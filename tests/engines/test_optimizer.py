@@ -62,7 +62,7 @@ class Bits(nn.Module):
 
 
 def plain_steps(dtype: torch.dtype) -> tuple[list[float], dict[str, Tensor]]:
-    """What torch alone makes of the same parameters and gradients, in fp32 throughout."""
+    """Step the same parameters and gradients with torch alone, in fp32 throughout."""
     bits = Bits(dtype).float()
     named = dict(bits.named_parameters())
     adamw = torch.optim.AdamW(
@@ -134,7 +134,7 @@ def test_values_travel_in_pieces() -> None:
 
 
 def poison(rank: int, world_size: int, mesh: tuple[str, ...]) -> tuple[str, bool]:
-    """The last rank's gradient of one weight is infinite: (message, whether nothing changed)."""
+    """Step with an infinite gradient on the last rank: (message, whether nothing changed)."""
     trainer = Meshes().trainer(small(*mesh))
     take_steps(trainer, 1)
     engine = trainer.engine
@@ -195,7 +195,7 @@ def plain_config(*mesh: str) -> Config:
 
 
 def plain_loop(rank: int, world_size: int) -> Steps:
-    """The same model under torch's own autograd, clipping and AdamW, the whole batch summed."""
+    """Train the same model with torch's autograd, clipping and AdamW, the whole batch summed."""
     config = plain_config()
     trainer = Meshes().trainer(config)
     [model] = build_model(trainer.plan, trainer.mesh.device)

@@ -32,7 +32,7 @@ TOKENS = 192
 
 
 def write_tokens(folder: Path, documents: dict[str, list[list[int]]]) -> Path:
-    """A token folder of the given documents by split."""
+    """Write a token folder of the given documents by split."""
     folder.mkdir(parents=True)
     for split, of_split in documents.items():
         with IndexedWriter(folder / split, VOCAB) as writer:

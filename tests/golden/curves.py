@@ -25,7 +25,7 @@ MADE_UP = ("data.source=synthetic", "data.path=''")
 
 
 def names() -> list[str]:
-    """The configurations that have a curve, as paths under configs/ without the ending."""
+    """Return the configurations that have a curve, as paths under configs/ without the ending."""
     debug = sorted(f"debug/{file.stem}" for file in (CONFIGS / "debug").glob("*.toml"))
     return [*debug, "quickstart/pretrain"]
 

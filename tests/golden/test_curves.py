@@ -52,7 +52,7 @@ def all_curves(rank: int, world_size: int, name: str) -> list[dict[str, list[flo
 
 @cache
 def found(name: str, world_size: int) -> dict[tuple[str, ...], dict[str, list[float]]]:
-    """The curves on rank 0; every mesh of this world size in one launch."""
+    """Return the curves on rank 0; every mesh of this world size in one launch."""
     curves = run_ranks(all_curves, world_size, name, timeout=300)
     assert all(other == curves[0] for other in curves), "ranks report different numbers"
     return dict(zip(chosen(name, world_size), curves[0], strict=True))

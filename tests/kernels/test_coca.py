@@ -60,7 +60,7 @@ def test_golden_values(variant: str, impl: str) -> None:
 
 
 def turn(x: Tensor, angle: Tensor) -> Tensor:
-    """The rotation in complex numbers: pair l is the number x[l] + i x[l + half]."""
+    """Rotate with complex numbers: pair l is the number x[l] + i x[l + half]."""
     a, b = x.chunk(2, -1)
     y = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((y.real, y.imag), -1)

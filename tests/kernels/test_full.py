@@ -32,7 +32,7 @@ def inputs(
 
 
 def borders(seqlen: int) -> Tensor:
-    """A document of one token, an empty one, others, and padding after the last."""
+    """Return borders: a document of one token, an empty one, others, padding after the last."""
     inner = {1, seqlen // 3, seqlen // 2, seqlen - seqlen // 7}
     return torch.tensor(sorted([0, min(1, seqlen), *(x for x in inner if x)]), dtype=torch.int32)
 

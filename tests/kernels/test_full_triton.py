@@ -34,7 +34,7 @@ SMALL = [Launch(16, 16, 4, 1), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1)]
 
 
 def on_its_device(problem: Problem) -> Problem:
-    """The problem with the first row of its batch alone, where kernels run."""
+    """Keep the first row of the problem's batch, on the device of the kernels."""
     problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
     return problem
 

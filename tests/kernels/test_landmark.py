@@ -75,7 +75,7 @@ def test_by_hand(impl: str) -> None:
 
 
 def published(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> Tensor:
-    """The softmax in groups: past content by block; landmarks and what is local in the last one."""
+    """Compute a softmax by groups: past content by block; landmarks and local keys in the last."""
     index = torch.arange(q.shape[1])
     block, landmark = index // block_size, index % block_size == block_size - 1
     same = block[:, None] == block

@@ -116,7 +116,7 @@ def assert_accurate(
 
 
 def eager(qkv: list[Tensor], dout: Tensor, block_size: int, **choice: Any) -> list[Tensor]:
-    """The dense form in the tensors' own dtype, from scores on to weights; no choice of blocks."""
+    """Compute the dense form in the tensors' own dtype, from scores to weights."""
     assert not choice
     q, k, v = qkv
     index = torch.arange(q.shape[1], device=q.device)

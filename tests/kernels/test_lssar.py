@@ -83,7 +83,7 @@ def test_golden_values(name: str) -> None:
 
 
 def published(q: Tensor, k: Tensor, v: Tensor, scale: float, power: float | None) -> Tensor:
-    """The paper's two L1 normalisations as they are written, without eps; power None: LSSA."""
+    """Compute the paper's two L1 normalisations as written, without eps; power None: LSSA."""
     q, k = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (q, k))
     count = torch.arange(1, q.shape[1] + 1, dtype=DOUBLE)[:, None]
     scores = scale * count.log() * torch.einsum("bshd,bthd->bhst", q, k)

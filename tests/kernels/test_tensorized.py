@@ -39,7 +39,7 @@ def bias_of(grid: ModeGrid, nheads: int) -> Tensor:
 
 
 def aligned_borders(seqlen: int, step: int) -> Tensor:
-    """A short document, an empty one, others, and padding after the last: all start at steps."""
+    """Return borders at multiples of `step`: a short document, an empty one, others, padding."""
     inner = [step * (seqlen * part // 7 // step) for part in (2, 2, 4, 6)]
     return torch.tensor([0, *inner], dtype=torch.int32)
 

@@ -52,7 +52,7 @@ def shows_weights(case: Case) -> bool:
 
 
 def with_holes(batches: list[Batch], trainer: Trainer) -> list[Batch]:
-    """The batches with the loss of every sample of odd number masked."""
+    """Mask the loss of every odd sample."""
     spec = trainer.loader.spec
     for micro, batch in enumerate(batches):
         first = (micro * spec.dp_size + spec.dp_rank) * spec.micro_batch_size
@@ -82,8 +82,10 @@ def differentiate_all(rank: int, world_size: int, cases: list[Case]) -> list[Any
 
 @cache
 def results(cases: tuple[Case, ...], world_size: int) -> dict[Case, list[Any]]:
-    """What every rank found in each of `cases` of this world size; in one process, in the
-    references of all of them too."""
+    """Return every rank's results in the `cases` of this world size.
+
+    One process also runs the references of all cases.
+    """
     chosen = {case for case in cases if case.world_size == world_size}
     if world_size == 1:
         chosen |= {case.reference for case in cases}
@@ -104,14 +106,14 @@ def tiers(default: Iterable[Case], exhaustive: Iterable[Case]) -> list[Any]:
 
 
 def run_cases(world_size: int, cases: Iterable[Case]) -> dict[Case, list[Any]]:
-    """What every rank found in each case; one launch for all of them."""
+    """Run all cases in one launch; return every rank's results by case."""
     ordered = sorted(set(cases), key=lambda case: case.mesh)
     answers = run_ranks(differentiate_all, world_size, ordered, timeout=240)
     return {case: [answer[i] for answer in answers] for i, case in enumerate(ordered)}
 
 
 def assert_same_gradients(ranks: list[Any], reference: list[Any]) -> None:
-    """The loss on every rank and all gradients are those of one process."""
+    """Assert that losses on all ranks and all gradients equal those of one process."""
     [(loss, tokens, _, gradients)] = reference
     for rank_loss, rank_tokens, _, _ in ranks:
         assert rank_tokens == tokens

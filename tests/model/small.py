@@ -32,7 +32,7 @@ TABLE = {
 
 
 def small(*overrides: str) -> Config:
-    """The small model's configuration with `section.key=value` overrides."""
+    """Return the small model's configuration with `section.key=value` overrides."""
     return parse(TABLE, overrides)
 
 
@@ -44,7 +44,7 @@ class ShortSamples:
         self.vocab_size, self.seqlen, self.seed = vocab_size, seqlen, seed
 
     def sample(self, index: int) -> Sample:
-        """The sample with number `index`."""
+        """Return the sample with number `index`."""
         return self.inner.sample(index)
 
 
@@ -55,7 +55,7 @@ class Meshes:
         self.built: tuple[object, Mesh] | None = None
 
     def trainer(self, config: Config, dataset: Dataset | None = None) -> Trainer:
-        """A new trainer as `config` says, on all ranks of this world."""
+        """Build a trainer for `config` on all ranks of this world."""
         plan = make_plan(config, dist.get_world_size())
         if self.built is None or self.built[0] != config.parallel:
             self.built = config.parallel, build_mesh(config.parallel, config.train.seed)
@@ -76,6 +76,6 @@ def take_steps(trainer: Trainer, count: int, lr: float = 1e-3) -> list[tuple[flo
 
 
 def mesh_name(words: Sequence[str]) -> str:
-    """A test's name for a mesh: "tp_size=2 cp_size=2" to "tp2-cp2"."""
+    """Return a test's name for a mesh: "tp_size=2 cp_size=2" to "tp2-cp2"."""
     short = [word.split(".")[-1].replace("_size=", "") for word in words]
     return "-".join(word.replace("sequence_parallel=true", "sp") for word in short) or "one"

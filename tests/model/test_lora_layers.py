@@ -31,7 +31,7 @@ def draw(*shape: int) -> Tensor:
 
 
 def dense(layer: str, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    """What every target gives, by the formula, and then as Megatron lays them side by side."""
+    """Compute every target by the formula, in the order of Megatron's fused output."""
     out = {}
     for target in ("o",) if layer == "o" else ("gate", "up") if "up" in layer else ("q", "k", "v"):
         out[target] = x @ weights[target].T
@@ -50,7 +50,7 @@ def dense(layer: str, weights: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def my_part(layer: str, whole: Tensor, dim: int) -> Tensor:
-    """This rank's part of what is cut; gate and up are cut each."""
+    """Return this rank's part of a sharded tensor; gate and up are sharded separately."""
     halves = whole.chunk(2, dim) if "up" in layer and dim == 0 else [whole]
     return torch.cat(
         [half.chunk(dist.get_world_size(), dim)[dist.get_rank()] for half in halves], dim

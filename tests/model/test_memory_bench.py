@@ -16,7 +16,7 @@ TINY = (800, 128, 96)
 
 
 def tried(rank: int, world_size: int) -> tuple[str | None, str | None, list[dict[str, object]]]:
-    """What the gate says of the ways as they are, and with tiles of half the output; rows."""
+    """Return the gate's answer without and with a planted fault, and the rows."""
     sound, rows = bench_memory.gate(*TINY), bench_memory.rows(*TINY, 1)
     sequence_tiled: Callable[..., Any] = bench_memory.sequence_tiled
     bench_memory.sequence_tiled = lambda half, x, size: sequence_tiled(half, x, size) - x / 2

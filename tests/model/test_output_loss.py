@@ -65,7 +65,7 @@ def dense(problem: Problem, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 def chunked(
     problem: Problem, chunk: int, shard: VocabShard, dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:
-    """The same of this rank's part of the problem."""
+    """Compute the same for this rank's part of the problem."""
     hidden, weight, targets, dloss = problem.tensors(dtype)
     ranks = shard.group.size() if shard.group is not None else 1
     rank = shard.group.rank() if shard.group is not None else 0

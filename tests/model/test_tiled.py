@@ -45,8 +45,7 @@ def draw(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
 
 
 def layer_of(words: tuple[str, ...]) -> Any:
-    """The first layer of the small model in fp64, of values that differ over ranks where it is
-    cut."""
+    """Build the first layer of the small model in fp64; sharded weights differ between ranks."""
     config = small(*words, "model.num_layers=1")
     mesh = build_mesh(config.parallel, 0)
     plan = make_plan(config, 2 if TP in words else 1)

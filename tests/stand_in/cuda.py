@@ -33,7 +33,7 @@ OURS = ("/lcdist/", "/lcdist_kernels/", "/megatron/")
 
 
 def compiled(folder: Path) -> Path:
-    """The library of `device.cpp`, made in `folder`."""
+    """Compile `device.cpp` in `folder` and return the library."""
     library, source = folder / "device.so", Path(__file__).parent / "device.cpp"
     words = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{TORCH}/include", str(source)]
     words += ["-o", str(library), f"-L{TORCH}/lib", "-lc10", "-ltorch_cpu"]
@@ -123,13 +123,13 @@ def _who() -> str:
 
 
 def leave() -> None:
-    """Ends the process well: autograd's thread for the device cannot be ended by torch."""
+    """End the process with success: torch cannot end autograd's thread for the device."""
     sys.stdout.flush()
     os._exit(0)
 
 
 def install(rank: int, world_size: int) -> StandIn:
-    """Makes torch, Triton and torch.distributed of this process believe in the device."""
+    """Make torch, Triton and torch.distributed of this process accept the device."""
     stand_in = StandIn()
     for name, value in _cuda().items():
         setattr(torch.cuda, name, value)

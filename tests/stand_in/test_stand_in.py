@@ -38,7 +38,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(library: Path, module: str, *words: str) -> list[str]:
-    """The lines that the program said."""
+    """Run a program and return its output lines."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),

@@ -61,7 +61,7 @@ def config(folder: Path, **log) -> Config:
 
 
 def write_steps(folder: Path, steps, start: int = 0, **log) -> str:
-    """What the terminal was told while `steps` were written by a run started after `start`."""
+    """Write `steps` as a run started after `start` does; return the terminal's output."""
     screen = io.StringIO()
     console = Console(file=screen, width=100)
     with open_metrics(

@@ -40,12 +40,12 @@ def config_in(folder: Path, *overrides: str) -> Config:
 
 
 def launched(world_size: int) -> None:
-    """What the launcher says in the environment."""
+    """Set the launcher's environment variables."""
     os.environ["WORLD_SIZE"] = str(world_size)
 
 
 def killed_after(config: Config, step: int, saved: bool) -> None:
-    """The run up to the end of `step`, with or without the checkpoint that is due there."""
+    """Run to the end of `step`, with or without the checkpoint that is due there."""
     real = Trainer.save
 
     def save(self: Trainer, wait: bool = True) -> None:
@@ -64,7 +64,7 @@ def killed_after(config: Config, step: int, saved: bool) -> None:
 
 
 def signalled_at(config: Config, step: int, number: int, rank: int) -> Any:
-    """The run, with one rank told to stop while it takes `step`."""
+    """Run, and signal one rank to stop while it takes `step`."""
     real = Trainer._one_step
 
     def one_step(self: Trainer, *more: Any) -> Any:

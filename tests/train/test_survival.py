@@ -136,7 +136,7 @@ def test_what_is_written_meanwhile_is_the_state_of_its_step(tmp_path: Path) -> N
 
 
 def named_between(rank: int, world_size: int, folder: Path) -> Path | None:
-    """The newest checkpoint as the last save begins, where the one before was written in time."""
+    """Return the newest checkpoint when the last save begins, if the one before is complete."""
     launched(world_size)
     step, save, found = Trainer._one_step, Trainer.save, []
 
@@ -201,7 +201,7 @@ def test_the_last_and_every_third_are_kept(tmp_path: Path) -> None:
 
 
 def disk_full(rank: int, world_size: int, folder: Path) -> list[str]:
-    """What each rank hears: one rank cannot write; the disk is full before anything is written."""
+    """Return each rank's errors: one rank cannot write; the disk is full before any writing."""
     trainer = Meshes().trainer(small("model.num_layers=1"))
     trainer.checkpointer = Checkpointer(folder, keep_last=2)
     take_steps(trainer, 1)
