@@ -18,6 +18,7 @@ from lcdist_kernels.coca import (
 )
 from tests.kernels.test_full import DOUBLE, HEADS, borders, inputs, with_grads
 from tests.kernels.test_rotary import frequencies
+from tests.kernels.tiers import covering, one
 from tests.tolerance import assert_as_good_as_eager, assert_matches, relative_error
 
 LENGTHS = [1, 63, 100, 257]
@@ -108,10 +109,16 @@ def test_the_two_agree_where_the_halves_of_q_are_equal() -> None:
     assert_matches(slack, strict)
 
 
-@pytest.mark.parametrize(("impl", "packed"), [("torch", False), ("torch", True), ("auto", False)])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("seqlen", LENGTHS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("seqlen", "variant", "impl", "packed", "heads"),
+    covering(
+        one(LENGTHS),
+        one(VARIANTS),
+        [("torch", False), ("torch", True), ("auto", False)],
+        one(HEADS),
+        free=2,
+    ),
+)
 def test_equals_reference(
     variant: str, seqlen: int, heads: tuple[int, int], packed: bool, impl: str
 ) -> None:

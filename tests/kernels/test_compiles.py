@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.tiers import one, tiered
+
 ROOT = Path(__file__).parent.parent.parent
 
 FULL = """
@@ -120,7 +122,7 @@ def compiles(program: str, capability: int, cache: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", tiered(one([80, 90]), {1}))
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_kernels_compile(name: str, capability: int, tmp_path: Path) -> None:
     compiles(PROGRAMS[name], capability, tmp_path)

@@ -28,6 +28,7 @@ from lcdist_kernels.landmark import top_k as choose_module
 from lcdist_kernels.partial import merge
 from tests.kernels.test_full import DOUBLE, HEADS, borders, inputs, with_grads
 from tests.kernels.test_rotary import frequencies
+from tests.kernels.tiers import covering, one
 from tests.tolerance import assert_as_good_as_eager, assert_matches
 
 LENGTHS = [1, 63, 100, 257]
@@ -102,10 +103,16 @@ def test_equals_the_published_form(block_size: int) -> None:
         assert_all(got, truth)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("heads", "block_size"), list(zip(HEADS, (2, 7, 64, 300), strict=True)))
-@pytest.mark.parametrize("seqlen", LENGTHS)
+@pytest.mark.parametrize(
+    ("seqlen", "choice", "heads", "block_size", "packed"),
+    covering(
+        one(LENGTHS),
+        one(CHOICES),
+        list(zip(HEADS, (2, 7, 64, 300), strict=True)),
+        one([False, True]),
+        free=2,
+    ),
+)
 def test_equals_reference(
     seqlen: int, heads: tuple[int, int], block_size: int, packed: bool, choice: dict[str, Any]
 ) -> None:

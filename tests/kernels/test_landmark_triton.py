@@ -38,6 +38,7 @@ from tests.kernels.test_full_triton import (
     wide,
 )
 from tests.kernels.test_rotary import frequencies
+from tests.kernels.tiers import covering, one, tiered
 from tests.tolerance import assert_as_good_as_eager
 
 WIDE = Launch(16, 64, 4, 1)
@@ -73,8 +74,10 @@ def by_kernel(qkv: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
     return with_grads(landmark_attention(*qkv, impl="triton", **more), qkv, dout)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("seqlen", "heads", "head_dim", "block_size", "choice"), SHAPES)
+@pytest.mark.parametrize(
+    ("seqlen", "heads", "head_dim", "block_size", "choice", "packed"),
+    covering(SHAPES, one([False, True])),
+)
 def test_equals_reference(
     seqlen: int,
     heads: tuple[int, int],
@@ -204,7 +207,9 @@ PIECES: list[tuple[int, int, str, bool, Launch]] = [
 ]
 
 
-@pytest.mark.parametrize(("size", "seqlen", "cut", "packed", "launch"), PIECES)
+@pytest.mark.parametrize(
+    ("size", "seqlen", "cut", "packed", "launch"), tiered(PIECES, {0, 2, 4, 5, 7, 10})
+)
 def test_pieces_of_whole_blocks(
     size: int, seqlen: int, cut: str, packed: bool, launch: Launch
 ) -> None:
@@ -246,10 +251,12 @@ def some_lists(
     return BlockLists(numbers.to(HERE), ids.int().to(HERE), lengths)
 
 
-@pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize(
-    ("size", "launch"),
-    [(2, SMALL[0]), (7, SMALL[1]), (32, SMALL[2]), (32, SMALL[0]), (64, WIDE), (100, WIDE)],
+    ("size", "launch", "group"),
+    covering(
+        [(2, SMALL[0]), (7, SMALL[1]), (32, SMALL[2]), (32, SMALL[0]), (64, WIDE), (100, WIDE)],
+        one([1, 3]),
+    ),
 )
 def test_lists(size: int, launch: Launch, group: int) -> None:
     blocks = 7
@@ -306,8 +313,7 @@ def test_lists_of_nothing_and_of_an_empty_table(entries: int) -> None:
     assert torch.all(dq == 0) and torch.all(dtable == 0) and dtable.shape == table.shape
 
 
-@pytest.mark.parametrize("choice", [{}, UNITS])
-@pytest.mark.parametrize("block_size", [5, 70])
+@pytest.mark.parametrize(("block_size", "choice"), covering(one([5, 70]), one([{}, UNITS])))
 def test_extreme_scores_do_no_harm(block_size: int, choice: dict[str, Any]) -> None:
     qkv = on_device(150, (4, 2), 16, torch.float32)
     with torch.no_grad():
@@ -329,14 +335,17 @@ def test_any_scale(scale: float) -> None:
 
 @pytest.mark.parametrize(
     ("options", "kind", "cp_size", "packed"),
-    [
-        (LandmarkOptions(block_size=4), "contiguous", 2, True),
-        (LandmarkOptions(block_size=7), "contiguous", 3, False),
-        (LandmarkOptions(block_size=4), "zigzag", 2, False),
-        (LandmarkOptions(block_size=3), "zigzag", 3, True),
-        (LandmarkOptions(block_size=4, top_k=2, select_tokens=8), "contiguous", 2, False),
-        (LandmarkOptions(block_size=3, top_k=2, select_tokens=9), "contiguous", 3, True),
-    ],
+    tiered(
+        [
+            (LandmarkOptions(block_size=4), "contiguous", 2, True),
+            (LandmarkOptions(block_size=7), "contiguous", 3, False),
+            (LandmarkOptions(block_size=4), "zigzag", 2, False),
+            (LandmarkOptions(block_size=3), "zigzag", 3, True),
+            (LandmarkOptions(block_size=4, top_k=2, select_tokens=8), "contiguous", 2, False),
+            (LandmarkOptions(block_size=3, top_k=2, select_tokens=9), "contiguous", 3, True),
+        ],
+        {0, 3, 4},
+    ),
 )
 def test_ranks_of_kernels_equal_ranks_of_torch(
     options: LandmarkOptions, kind: str, cp_size: int, packed: bool
@@ -425,7 +434,7 @@ for head_dim, dtype, size in (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", tiered(one([80, 90]), {1}))
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     test_compiles.compiles(PROGRAM, capability, tmp_path)
 

@@ -25,6 +25,7 @@ from lcdist_kernels.lssar import (
 )
 from tests.kernels.test_full import DOUBLE, HEADS, borders, inputs, tiled_starts, with_grads
 from tests.kernels.test_rotary import frequencies
+from tests.kernels.tiers import covering, one
 from tests.tolerance import assert_as_good_as_eager, assert_matches
 
 LENGTHS = [1, 63, 100, 257]
@@ -107,10 +108,10 @@ def test_equals_the_published_form(power: float | None, scale: float | None) -> 
         assert_all(got, truth)
 
 
-@pytest.mark.parametrize("reweight", MODES)
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("seqlen", LENGTHS)
+@pytest.mark.parametrize(
+    ("seqlen", "reweight", "heads", "packed"),
+    covering(one(LENGTHS), one(MODES), one(HEADS), one([False, True]), free=2),
+)
 def test_equals_reference(
     seqlen: int, heads: tuple[int, int], packed: bool, reweight: Reweight | None
 ) -> None:

@@ -44,6 +44,7 @@ from tests.kernels.test_full_triton import (
 from tests.kernels.test_full_triton import wide as in_double
 from tests.kernels.test_lssar import one_match
 from tests.kernels.test_rotary import frequencies
+from tests.kernels.tiers import covering, one, tiered
 from tests.tolerance import assert_as_good_as_eager, assert_matches
 
 FLOAT = torch.float32
@@ -61,8 +62,10 @@ SHAPES += [(100, heads, 16) for heads in ((8, 8), (8, 4), (8, 1))]
 SHAPES += [(70, (2, 1), head_dim) for head_dim in (18, 48, 80, 128, 256)]
 
 
-@pytest.mark.parametrize(("packed", "reweight"), [(False, SHARP), (True, SHARP), (True, LSSA)])
-@pytest.mark.parametrize(("seqlen", "heads", "head_dim"), SHAPES)
+@pytest.mark.parametrize(
+    ("seqlen", "heads", "head_dim", "packed", "reweight"),
+    covering(SHAPES, [(False, SHARP), (True, LSSA), (True, SHARP)]),
+)
 def test_equals_reference(
     seqlen: int, heads: tuple[int, int], head_dim: int, packed: bool, reweight: Reweight | None
 ) -> None:
@@ -88,8 +91,10 @@ def test_powers_below_1_are_refused_in_half_precision(impl: str, dtype: torch.dt
     lssar_attention(*qkv, reweight=Reweight(power=1.0), impl="torch")
 
 
-@pytest.mark.parametrize("power", [0.5, 1.0, 1.5, 2.0, 3.0, 6.0, 40.0, 100.0])
-@pytest.mark.parametrize("exempt_rows", [0, 3, 200])
+@pytest.mark.parametrize(
+    ("power", "exempt_rows"),
+    covering(one([0.5, 1.0, 1.5, 2.0, 3.0, 6.0, 40.0, 100.0]), one([0, 3, 200])),
+)
 def test_powers_and_exempt_rows(power: float, exempt_rows: int) -> None:
     qkv = on_device(70, (2, 1), 16, FLOAT)
     dout = torch.randn_like(qkv[0])
@@ -140,15 +145,19 @@ def assert_accurate(
         assert_as_good_as_eager(a, e, r, noise)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("reweight", [LSSA, SHARP, CUBE])
+@pytest.mark.parametrize(
+    ("reweight", "dtype"),
+    covering(one([LSSA, SHARP, CUBE]), one([torch.float16, torch.bfloat16])),
+)
 def test_as_good_as_eager_in_half_precision(dtype: torch.dtype, reweight: Reweight | None) -> None:
     assert_accurate(100, (4, 2), 48, dtype, reweight)
 
 
-@pytest.mark.parametrize("reweight", [LSSA, SHARP])
 # A ratio of errors says nothing of one token, whose dq and dk are 0: fp32 has that case.
-@pytest.mark.parametrize("seqlen", [63, 128, 257])
+@pytest.mark.parametrize(
+    ("seqlen", "reweight"),
+    tiered([(n, kind) for n in (63, 128, 257) for kind in (LSSA, SHARP)], {1, 2}),
+)
 def test_half_precision_at_any_length(seqlen: int, reweight: Reweight | None) -> None:
     assert_accurate(seqlen, (4, 1), 16, torch.float16, reweight)
 
@@ -181,15 +190,18 @@ def test_any_strides_are_taken_and_nothing_outside_is_read(reweight: Reweight | 
 
 @pytest.mark.parametrize(
     ("cut", "packed", "launch", "reweight"),
-    [
-        ("runs", False, SMALL[0], LSSA),
-        ("runs", True, SMALL[1], SHARP),
-        ("stripes", False, SMALL[1], CUBE),
-        ("stripes", True, SMALL[2], LSSA),
-        ("folded", True, SMALL[0], UNEVEN),
-        ("folded", False, SMALL[2], SHARP),
-        ("shuffled", True, SMALL[2], SHARP),
-    ],
+    tiered(
+        [
+            ("runs", False, SMALL[0], LSSA),
+            ("runs", True, SMALL[1], SHARP),
+            ("stripes", False, SMALL[1], CUBE),
+            ("stripes", True, SMALL[2], LSSA),
+            ("folded", True, SMALL[0], UNEVEN),
+            ("folded", False, SMALL[2], SHARP),
+            ("shuffled", True, SMALL[2], SHARP),
+        ],
+        {1, 3, 4, 6},
+    ),
 )
 def test_blocks_are_those_of_the_tiled_operator(
     cut: str, packed: bool, launch: Launch, reweight: Reweight | None
@@ -237,8 +249,9 @@ def test_blocks_are_those_of_the_tiled_operator(
         assert_close(list(got), list(truth))
 
 
-@pytest.mark.parametrize("launch", [SMALL[1], SMALL[2]])
-@pytest.mark.parametrize("reweight", [LSSA, SHARP, UNEVEN])
+@pytest.mark.parametrize(
+    ("reweight", "launch"), covering(one([LSSA, SHARP, UNEVEN]), one(SMALL[1:]))
+)
 def test_both_sweeps_in_one_program_are_one_after_the_other(
     launch: Launch, reweight: Reweight | None
 ) -> None:
@@ -293,8 +306,10 @@ def test_rows_that_see_nothing_and_blocks_of_other_lengths() -> None:
         assert torch.all(none.out == 0) and torch.all(none.total == 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "zero"),
+    covering(one([torch.float32, torch.float16, torch.bfloat16]), one([False, True])),
+)
 def test_flat_rows_are_zero_and_do_no_harm(dtype: torch.dtype, zero: bool) -> None:
     qkv = [x.detach()[:1] for x in on_device(300, (2, 1), 16, dtype)]
     qkv[1] = qkv[1][:, :1].expand(1, 300, 1, 16).clone()
@@ -310,8 +325,10 @@ def test_flat_rows_are_zero_and_do_no_harm(dtype: torch.dtype, zero: bool) -> No
     assert torch.all(grads[2][:, 3:] == 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("cosine", [-0.5, 0.9])
+@pytest.mark.parametrize(
+    ("dtype", "cosine"),
+    covering(one([torch.float32, torch.float16, torch.bfloat16]), one([-0.5, 0.9])),
+)
 def test_one_match_and_nearly_flat_rows(cosine: float, dtype: torch.dtype) -> None:
     q, k, v = (x[:, -300:].to(HERE, dtype).requires_grad_() for x in one_match(cosine))
     got = with_grads(lssar_attention(q, k, v, impl="triton"), [q, k, v], torch.randn_like(v))
@@ -361,15 +378,18 @@ def test_rows_of_very_small_scores_keep_their_weights(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize(
     ("kind", "cp_size", "packed", "options"),
-    [
-        ("contiguous", 2, True, LssarOptions()),
-        ("contiguous", 3, False, LssarOptions(reweight=False)),
-        ("zigzag", 2, False, LssarOptions(power=3.0)),
-        ("zigzag", 3, True, LssarOptions()),
-        ("striped", 2, False, LssarOptions()),
-        ("striped", 3, True, LssarOptions(reweight=False)),
-        ("striped", 3, False, LssarOptions(power=1.5, exempt_rows=0)),
-    ],
+    tiered(
+        [
+            ("contiguous", 2, True, LssarOptions()),
+            ("contiguous", 3, False, LssarOptions(reweight=False)),
+            ("zigzag", 2, False, LssarOptions(power=3.0)),
+            ("zigzag", 3, True, LssarOptions()),
+            ("striped", 2, False, LssarOptions()),
+            ("striped", 3, True, LssarOptions(reweight=False)),
+            ("striped", 3, False, LssarOptions(power=1.5, exempt_rows=0)),
+        ],
+        {0, 2, 5},
+    ),
 )
 def test_a_ring_of_kernels_equals_one_of_torch(
     kind: str, cp_size: int, packed: bool, options: LssarOptions
@@ -479,7 +499,7 @@ for head_dim, dtype, starts, reweight in (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", tiered(one([80, 90]), {1}))
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     compiles(LSSAR, capability, tmp_path)
 

@@ -21,6 +21,7 @@ from lcdist_kernels.scca import (
 )
 from tests.kernels.test_full import DOUBLE, HEADS, LENGTHS, borders, inputs, with_grads
 from tests.kernels.test_rotary import frequencies
+from tests.kernels.tiers import covering, one
 from tests.tolerance import assert_as_good_as_eager, assert_matches
 
 IMPLS = ("reference", "torch")
@@ -91,7 +92,7 @@ def test_key_ranges_of_the_specification(shift: int, ranges: list[tuple[int, int
 
 
 @pytest.mark.parametrize("seqlen", [1, 5, 60, 64])
-@pytest.mark.parametrize("rule", {*MIXED, *(rule for rule, _, _ in TOTALS)}, ids=str)
+@pytest.mark.parametrize("rule", dict.fromkeys([*MIXED, *(rule for rule, _, _ in TOTALS)]), ids=str)
 def test_limits_are_those_of_the_mask(rule: Rule, seqlen: int) -> None:
     mask, j = mask_of(rule, seqlen), torch.arange(seqlen)
     first, last = rule.limits(j)
@@ -160,9 +161,10 @@ def test_reference_by_hand() -> None:
         assert_matches(out[0, :, :, 0].T, expected)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("seqlen", LENGTHS)
+@pytest.mark.parametrize(
+    ("seqlen", "packed", "heads"),
+    covering(one(LENGTHS), one([False, True]), one(HEADS), free=2),
+)
 def test_equals_reference(seqlen: int, heads: tuple[int, int], packed: bool) -> None:
     qkv = inputs(seqlen, heads)
     dout = torch.randn_like(qkv[0])

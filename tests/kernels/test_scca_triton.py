@@ -26,6 +26,7 @@ from tests.kernels.test_full_triton import (
 )
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.test_scca import MIXED
+from tests.kernels.tiers import covering, one, tiered
 from tests.tolerance import assert_as_good_as_eager
 
 # One a kind, for key heads of one member, two of which the rules are not alike, and four.
@@ -46,8 +47,9 @@ def truth_of(qkv: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
     return with_grads(scca_reference(*doubles, **more), doubles, dout.cpu().double())
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("seqlen", "heads", "rules", "head_dim"), SHAPES)
+@pytest.mark.parametrize(
+    ("seqlen", "heads", "rules", "head_dim", "packed"), covering(SHAPES, one([True, False]))
+)
 def test_equals_reference(
     seqlen: int, heads: tuple[int, int], rules: tuple[Rule, ...], head_dim: int, packed: bool
 ) -> None:
@@ -89,7 +91,7 @@ def test_as_good_as_eager_in_half_precision(dtype: torch.dtype) -> None:
 
 
 # A ratio of errors says nothing of one token, whose dq and dk are 0: fp32 has that case.
-@pytest.mark.parametrize("seqlen", [63, 128, 257])
+@pytest.mark.parametrize("seqlen", tiered(one([63, 128, 257]), {0}))
 def test_half_precision_at_any_length(seqlen: int) -> None:
     assert_accurate(seqlen, 16, torch.float16, FEW)
 
@@ -182,7 +184,9 @@ PATTERNS = [
 ]
 
 
-@pytest.mark.parametrize(("words", "kind", "cp_size", "packed"), PATTERNS)
+@pytest.mark.parametrize(
+    ("words", "kind", "cp_size", "packed"), tiered(PATTERNS, range(0, len(PATTERNS), 2))
+)
 def test_exchanges_with_kernels_equal_those_with_torch(
     words: dict[str, Any],
     kind: str,

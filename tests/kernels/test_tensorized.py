@@ -18,6 +18,7 @@ from lcdist_kernels import (
 from lcdist_kernels.tensorized import ModeGrid, initial_bias
 from tests.kernels.test_full import DOUBLE, HEADS, inputs, with_grads
 from tests.kernels.test_rotary import frequencies
+from tests.kernels.tiers import covering, one
 from tests.tolerance import assert_as_good_as_eager, assert_matches
 
 GRIDS = [
@@ -150,10 +151,10 @@ def test_reference_equals_loops_over_fibres(grid: ModeGrid) -> None:
     assert_matches(out, by_loops(qkv, grid, bias, rotary, 0.4))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("seqlen", [1, 63, 100, 257])
-@pytest.mark.parametrize("grid", GRIDS, ids=name)
+@pytest.mark.parametrize(
+    ("grid", "seqlen", "heads", "packed"),
+    covering(one(GRIDS), one([1, 63, 100, 257]), one(HEADS), one([False, True]), free=2),
+)
 def test_tiled_equals_reference(
     grid: ModeGrid, seqlen: int, heads: tuple[int, int], packed: bool
 ) -> None:
@@ -232,9 +233,12 @@ def test_equal_scores_give_the_causal_mean(grid: ModeGrid, impl: str) -> None:
     assert (plain - mean.repeat_interleave(2, 2)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("pe", ["none", "mode", "global"])
-@pytest.mark.parametrize("grid", [*GRIDS, ModeGrid((2, 2, 2))], ids=name)
+@pytest.mark.parametrize(
+    ("grid", "impl", "pe"),
+    covering(
+        one([*GRIDS, ModeGrid((2, 2, 2))]), one(IMPLS), one(["none", "mode", "global"]), free=2
+    ),
+)
 def test_every_token_reaches_every_later_one_and_none_before(
     grid: ModeGrid, pe: str, impl: str
 ) -> None:
@@ -356,8 +360,10 @@ def test_what_is_kept_for_the_backward(hop_heads: str, width: int) -> None:
     assert sorted(saved_by(out).values()) == sorted(expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("grid", GRIDS, ids=name)
+@pytest.mark.parametrize(
+    ("grid", "dtype"),
+    covering(one(GRIDS), one([torch.bfloat16, torch.float16, torch.float32])),
+)
 def test_as_good_as_eager_in_low_precision(dtype: torch.dtype, grid: ModeGrid) -> None:
     qkv, bias = inputs(257, dtype=dtype), bias_of(grid, 4).detach().float().requires_grad_()
     dout = torch.randn_like(qkv[0])
