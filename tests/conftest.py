@@ -30,6 +30,8 @@ def pytest_configure() -> None:
         settings.load_profile("lcdist")
 
 
+# First: pytest-xdist reads the groups in a hook of the same name.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Group tests for pytest-xdist, and skip those that need more CUDA devices than there are."""
     if config.pluginmanager.hasplugin("xdist"):
