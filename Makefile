@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 DATA   ?= stdlib
 METHOD ?= full
 NAME   ?=
-# Number of test processes. Each runs whole files (see tests/conftest.py), with one torch thread.
+# Number of test processes. Each runs whole files, with one torch thread.
 WORKERS ?= 2
 # MODEL: a Hugging Face folder to extend instead of the model trained here. LORA: the rank of LoRA
 # adapters, 0 for none. WITH: overrides of configs/quickstart/extend.toml, such as
@@ -21,11 +21,14 @@ extend: install
 	$(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
 		--model "$(MODEL)" --lora "$(LORA)" $(WITH)
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+# All Slurm tests share one cluster, so they run in one process, after the others.
+ONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := $(ONE) -n $(WORKERS) --dist loadfile --ignore=tests/slurm
 
 # Lint, types and the default tests.
 test: $(VENV)/.dev checks
 	$(PYTEST) -m "not exhaustive"
+	$(ONE) -m "not exhaustive" tests/slurm
 
 # The default tests without the slow ones, for use while editing.
 test-fast: $(VENV)/.dev
@@ -34,6 +37,7 @@ test-fast: $(VENV)/.dev
 # All tests: `test`, then full matrices, compile counts, long fuzzing, and the wheel in a fresh environment.
 test-all: test
 	$(PYTEST) -m exhaustive
+	$(ONE) -m exhaustive tests/slurm
 
 # The tests that need Slurm, on a cluster made on this machine. Needs root; installs Debian packages.
 slurm-test: $(VENV)/.dev

@@ -30,28 +30,14 @@ def pytest_configure() -> None:
         settings.load_profile("lcdist")
 
 
-# First: pytest-xdist reads the groups in a hook of the same name.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group tests for pytest-xdist, and skip those that need more CUDA devices than there are."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(worker_group(item)))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests that need more CUDA devices than there are."""
     found = torch.cuda.device_count()
     for marker, needed in (("gpu", 1), ("multi_gpu", 2)):
         reason = f"needs {needed} CUDA device{'s' * (needed > 1)}, {found} found"
         for item in items:
             if item.get_closest_marker(marker) and found < needed:
                 item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def worker_group(item: pytest.Item) -> str:
-    """Return the name of the group of tests that run in the same process as `item`.
-
-    A file is one group, because its fixtures are made once. All Slurm tests share one cluster.
-    """
-    file = item.path.relative_to(Path(__file__).parent)
-    return "slurm" if file.parts[0] == "slurm" else str(file)
 
 
 @pytest.fixture(autouse=True)
