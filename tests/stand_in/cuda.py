@@ -1,7 +1,7 @@
 """A CUDA device that is not there: tensors on it have a shape, a dtype and a place, but no data.
 
 What a run on a GPU would do is done without one, kernels and messages left out: a tensor on the
-wrong device, a mesh that CUDA refuses and a wait for the device show on a CPU. Tensors on the CPU
+wrong device, a grid that CUDA refuses and a wait for the device show on a CPU. Tensors on the CPU
 are real. To be installed before anything of lcdist or megatron is imported, in a process started
 with `device.cpp`'s library in LD_PRELOAD.
 """
@@ -104,16 +104,16 @@ class StandIn(TorchDispatchMode):
     def _without_data(self, x: Tensor) -> Tensor:
         return x if isinstance(x, FakeTensor) else self.fake.from_tensor(x.detach())
 
-    def launch(self, kernel: Any, *args: Any, mesh: Any, **words: Any) -> None:
-        """Stands for a launch: all tensors are on the device and CUDA takes the mesh."""
+    def launch(self, kernel: Any, *args: Any, grid: Any, **words: Any) -> None:
+        """Stand in for a launch: check that tensors are on the device and CUDA accepts the grid."""
         name = kernel.fn.__name__
         values = dict(zip(kernel.arg_names, args, strict=False)) | words
         for key, value in values.items():
             if isinstance(value, Tensor):
                 assert value.is_cuda, f"{name}: {key} is on {value.device}"
-        blocks = mesh(values) if callable(mesh) else mesh
+        blocks = grid(values) if callable(grid) else grid
         fits = all(0 < n <= most for n, most in zip(blocks, MOST_BLOCKS, strict=False))
-        assert fits, f"{name}: no mesh of {blocks}"
+        assert fits, f"{name}: no grid of {blocks}"
         self.launches[name] += 1
 
 
@@ -138,8 +138,8 @@ def install(rank: int, world_size: int) -> StandIn:
     torch.Tensor.pin_memory = lambda x, *args: x
     torch.nn.Module.to = _to
 
-    def launch(kernel: Any, *args: Any, mesh: Any, warmup: bool, **words: Any) -> None:
-        stand_in.launch(kernel, *args, mesh=mesh, **words)
+    def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **words: Any) -> None:
+        stand_in.launch(kernel, *args, grid=grid, **words)
 
     triton.JITFunction.run = launch
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
