@@ -53,7 +53,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "rank": "holds another run: lora.rank was 3, is 2",
         "full": "other LoRA adapters: lora.rank is 3 there and 0 here",
         "two": "checkpoint.load has adapters already",
-        "none": "no adapter_config.json there; give PEFT's folder",
+        "none": "no adapter_config.json; give PEFT's folder",
         "again": "finished at 2",
     }.items(),
 )
