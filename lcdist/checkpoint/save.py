@@ -98,12 +98,12 @@ class Checkpointer:
 
     @property
     def writing(self) -> bool:
-        """Whether this rank is still writing."""
+        """Return whether this rank is still writing."""
         return self._pending is not None and self._pending.thread.is_alive()
 
     @property
     def unfinished(self) -> bool:
-        """Whether a save was begun and not finished; the same on all ranks."""
+        """Return whether a save was begun and not finished; the same on all ranks."""
         return self._pending is not None
 
     def finish(self) -> Path | None:

@@ -44,7 +44,7 @@ class Mesh:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank's pipeline stage computes the loss."""
+        """Return whether this rank's pipeline stage computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
 

@@ -34,7 +34,7 @@ class DocumentLayout:
 
     @property
     def plain(self) -> bool:
-        """Whether every slot holds a token of text."""
+        """Return whether every slot holds a token of text."""
         return self.multiple == 1 and self.landmark is None
 
     @property

@@ -76,7 +76,7 @@ class MemoryEstimate:
 
     @property
     def offloads(self) -> bool:
-        """Whether layer inputs wait for backward in the host's memory."""
+        """Return whether layer inputs wait for backward in the host's memory."""
         offload = self.shape.config.train.offload
         if offload != "auto":
             return offload == "host"

@@ -87,7 +87,7 @@ class UnitLayout:
 
     @cached_property
     def duplicates_keys(self) -> bool:
-        """Whether a key head has several bundles, so that its keys are sent to each."""
+        """Return whether a key head has several bundles, so that its keys are sent to each."""
         return len(set(self.kv_heads)) < self.num_bundles
 
     @property
@@ -102,7 +102,7 @@ class UnitLayout:
 
     @property
     def units_per_rank(self) -> list[int]:
-        """How many units each rank holds."""
+        """Return the number of units of each rank."""
         units, cp = self.num_bundles * self.heads.dilation, self.layout.cp_size
         return [units // cp + (rank < units % cp) for rank in range(cp)]
 

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """How the layers of a model chunk save activations for backward.
+    """Policy of a model chunk's layers for saving activations for backward.
 
     recompute: "none", "selective" or "full".
     mlp_chunk: returns, for a number of tokens on this rank, how many of them go through the MLP at

@@ -102,7 +102,7 @@ def replay_rng(states: tuple[Any, ...]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Recomputation:
-    """How to recompute a tensor or a view of it: `make(x)`, then size, stride and offset."""
+    """Recipe to recompute a tensor or a view of it: `make(x)`, then size, stride and offset."""
 
     make: Callable[[Tensor], Tensor]
     x: Tensor
