@@ -13,7 +13,7 @@ def tiered(cases: Cases, default: Collection[int]) -> list[Any]:
     """Return all cases as parameters; those whose number is not in `default` are exhaustive."""
     assert default and all(0 <= number < len(cases) for number in default)
     return [
-        case if number in default else pytest.param(*case, marks=pytest.mark.exhaustive)
+        pytest.param(*case, marks=() if number in default else pytest.mark.exhaustive)
         for number, case in enumerate(cases)
     ]
 
