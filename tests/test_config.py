@@ -16,16 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcdist.config import ConfigError, dump, load, parse
+from lcdist.config import rope as ropes
 from lcdist.config.build import build_options
-from lcdist.config.rope import (
-    RopeDynamic,
-    RopeLlama3,
-    RopeLong,
-    RopeNTK,
-    RopePI,
-    RopePlain,
-    RopeYarn,
-)
 from lcdist.config.schema import (
     OPTIONS,
     AttentionConfig,
@@ -59,7 +51,7 @@ def errors_of(raw: Mapping[str, Any], *overrides: str) -> list[str]:
 def test_required_keys_suffice_and_the_schema_has_defaults() -> None:
     config = parse(table())
     assert config.train.seqlen == 32 and config.attention.options == FullOptions()
-    assert config.model.rope == RopePlain() and config.optim.beta2 == 0.95
+    assert config.model.rope == ropes.RopePlain() and config.optim.beta2 == 0.95
 
 
 def pairs(text: str) -> list[tuple[str, str]]:
@@ -216,13 +208,13 @@ def test_integers_become_floats_and_lists_tuples() -> None:
 @pytest.mark.parametrize(
     ("rope", "expected"),
     [
-        ({}, RopePlain()),
-        ({"base": 500000}, RopePlain(base=500000.0)),
-        ({"scaling": "pi", "factor": 8}, RopePI(factor=8.0)),
-        ({"scaling": "ntk", "factor": 4, "base": 7}, RopeNTK(factor=4.0, base=7.0)),
-        ({"scaling": "yarn", "original_seqlen": 9}, RopeYarn(original_seqlen=9)),
-        ({"scaling": "llama3", "factor": 32}, RopeLlama3(factor=32.0)),
-        ({"scaling": "dynamic", "original_seqlen": 9}, RopeDynamic(original_seqlen=9)),
+        ({}, ropes.RopePlain()),
+        ({"base": 500000}, ropes.RopePlain(base=500000.0)),
+        ({"scaling": "pi", "factor": 8}, ropes.RopePI(factor=8.0)),
+        ({"scaling": "ntk", "factor": 4, "base": 7}, ropes.RopeNTK(factor=4.0, base=7.0)),
+        ({"scaling": "yarn", "original_seqlen": 9}, ropes.RopeYarn(original_seqlen=9)),
+        ({"scaling": "llama3", "factor": 32}, ropes.RopeLlama3(factor=32.0)),
+        ({"scaling": "dynamic", "original_seqlen": 9}, ropes.RopeDynamic(original_seqlen=9)),
         (
             {
                 "scaling": "longrope",
@@ -230,7 +222,7 @@ def test_integers_become_floats_and_lists_tuples() -> None:
                 "short_factors": [1, 2],
                 "long_factors": [3, 4.5],
             },
-            RopeLong(original_seqlen=9, short_factors=(1.0, 2.0), long_factors=(3.0, 4.5)),
+            ropes.RopeLong(original_seqlen=9, short_factors=(1.0, 2.0), long_factors=(3.0, 4.5)),
         ),
     ],
 )
@@ -283,7 +275,7 @@ def test_raw_options_are_checked_as_strictly() -> None:
         ("data.path='one'\ntwo = 2", "data.path", "'one'\ntwo = 2"),
         ("attention.method=full", "attention.method", "full"),
         ("model.rope.base=500000", "model.rope.base", 500000.0),
-        ("model.rope={scaling = 'pi', factor = 2}", "model.rope", RopePI(factor=2.0)),
+        ("model.rope={scaling = 'pi', factor = 2}", "model.rope", ropes.RopePI(factor=2.0)),
     ],
 )
 def test_override_is_a_toml_value_or_a_bare_word(override: str, keys: str, value: Any) -> None:

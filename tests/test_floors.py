@@ -47,7 +47,7 @@ MEETS_MEGATRON = (
     "lcdist.engines",
     "lcdist.model",
 )
-READS_MEGATRON = "lcdist.data.datasets.tokens"
+READS_MEGATRON = "lcdist.data.datasets.split"
 # The shim itself: it imports Megatron with torch.compile put aside, which takes a function.
 SHIM = "lcdist.hardware.megatron_on_cpu"
 WAITS_FOR_DEVICE = "lcdist.hardware.device"

@@ -103,6 +103,26 @@ class AttentionContext:
         """
         return document_borders(self.cu_seqlens, self.layout.seqlen)
 
+    @property
+    def kernel_arguments(self) -> dict[str, Any]:
+        """Keyword arguments that are the same for every method's kernel function."""
+        return {
+            "rotary": self.rotary,
+            "cu_seqlens": self.cu_seqlens,
+            "softmax_scale": self.softmax_scale,
+            "impl": self.impl,
+        }
+
+    @property
+    def reference_arguments(self) -> dict[str, Any]:
+        """Keyword arguments that are the same for every method's dense reference."""
+        return {
+            "rotary": self.rotary,
+            "positions": self.position_ids,
+            "cu_seqlens": self.cu_seqlens,
+            "softmax_scale": self.softmax_scale,
+        }
+
     def token_ids(self, rank: int | None = None, device: torch.device = CPU) -> Tensor:
         """Return the global positions of a rank's tokens, increasing: int64 `[local_seqlen]`.
 

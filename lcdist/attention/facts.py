@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lcdist.attention.context import AttentionContext, DecodeCache
 from lcdist.attention.shape import HeadSlice, Shape, Traffic
-from lcdist.layout import ContextLayout
+from lcdist.layout import ContextLayout, pieces_needed
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, AttentionContext], Tensor]
 Decode: TypeAlias = Callable[[Tensor, DecodeCache, AttentionContext], Tensor]
@@ -33,6 +33,10 @@ class KeywordFunctions(NamedTuple):
 
 def _all_of(options: Any) -> tuple[str, ...]:
     raise AssertionError("replaced when the method is made")
+
+
+def _layout_multiple(options: Any, cp_size: int, kind: str = "contiguous") -> int:
+    return pieces_needed(kind, cp_size)
 
 
 def _no_parameters(options: Any, nheads: int) -> Mapping[str, Any]:
@@ -68,8 +72,9 @@ class MethodFacts:
             may be dense, and are by default;
         "landmarks": the last token of every block must be the landmark; the loader puts it there;
         "state": `decode` needs more of the past than keys and values.
-    multiple_of(options, cp_size, kind="contiguous"): the divisor that seqlen must have. With
-        cp_size = 1, packed documents must begin at its multiples; the loader aligns them.
+    multiple_of(options, cp_size, kind="contiguous"): the divisor that seqlen must have; default:
+        what the layout needs. With cp_size = 1, packed documents must begin at its multiples; the
+        loader aligns them.
     flops(options, shape): floating-point operations of one layer's forward pass over the scores it
         computes, summed over ranks. A multiply-add counts two; softmax and rotation are left out.
     bytes(options, shape, layout): `Traffic` of one layer. Methods whose traffic depends on the
@@ -95,9 +100,9 @@ class MethodFacts:
     layouts: tuple[str, ...]
     exchange: tuple[str, ...]
     supports: frozenset[str]
-    multiple_of: Callable[..., int]
     flops: Callable[[Any, Shape], int]
     bytes: Callable[[Any, Shape, ContextLayout], Traffic]
+    multiple_of: Callable[..., int] = _layout_multiple
     layouts_for: Callable[[Any], tuple[str, ...]] = _all_of
     exchange_for: Callable[[Any], tuple[str, ...]] = _all_of
     parameters: Callable[[Any, int], Mapping[str, tuple[int, ...]]] = _no_parameters

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lcdist.config.schema import Config
-from lcdist.data.datasets.tokens import TokenSplit
+from lcdist.data.datasets.split import TokenSplit
 from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.loaded_model import generate_text
 from lcdist.evaluate.perplexity import held_out_text

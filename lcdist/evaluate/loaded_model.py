@@ -10,7 +10,7 @@ import torch
 from lcdist.checkpoint.read import Checkpoint, load_weights, open_checkpoint, saved_config
 from lcdist.config.schema import Config
 from lcdist.data.datasets.build import held_out_folder
-from lcdist.data.datasets.tokens import TokenSplit
+from lcdist.data.datasets.split import TokenSplit
 from lcdist.data.meta import check_vocabulary
 from lcdist.data.tokenizers.files import bos_prefix, open_tokenizer
 from lcdist.distributed.mesh import Mesh, build_mesh, start_world, world_size

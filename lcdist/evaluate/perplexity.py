@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lcdist.data.datasets.aligned import AlignedDataset
 from lcdist.data.datasets.sample import Sample
-from lcdist.data.datasets.tokens import TokenSplit
+from lcdist.data.datasets.split import TokenSplit
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.distributed.mesh import Mesh
 from lcdist.engines.engine import ForwardEngine

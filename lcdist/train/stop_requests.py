@@ -7,7 +7,7 @@ to the ranks, such as a batch script whose job step a signal would kill.
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -27,12 +27,7 @@ class StopRequests:
         self._handlers_before = [signal.signal(number, self._note) for number in STOP_SIGNALS]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in zip(STOP_SIGNALS, self._handlers_before, strict=True):
             signal.signal(number, handler)  # type: ignore[arg-type]
 

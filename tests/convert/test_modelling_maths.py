@@ -10,16 +10,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention import METHODS
-from lcdist.config.rope import (
-    Rope,
-    RopeDynamic,
-    RopeLlama3,
-    RopeLong,
-    RopeNTK,
-    RopePI,
-    RopePlain,
-    RopeYarn,
-)
+from lcdist.config import rope as ropes
 from lcdist.config.schema import (
     CocaOptions,
     FullOptions,
@@ -76,7 +67,7 @@ def test_exported_method_matches_its_reference(
 ) -> None:
     """Compare outputs and gradients at odd lengths, one token, grouped heads, a learnt bias."""
     monkeypatch.setattr(attention_lcdist, "SCORES_AT_ONCE", at_once)
-    rotary = make_rotary(RopePlain(), WIDTH)
+    rotary = make_rotary(ropes.RopePlain(), WIDTH)
     rotate = rotation({"rope_theta": 10000.0}, WIDTH, 40, 40)
     table = {"method": method, **dataclasses.asdict(options)}
     for seqlen, nheads, nheads_kv in ((1, 4, 4), (7, 4, 2), (53, 6, 2), (29, 2, 2)):
@@ -100,16 +91,18 @@ def random(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-ROPES: list[Rope] = [
-    RopePlain(base=700.0),
-    RopePI(factor=2.5),
-    RopeNTK(factor=2.5),
-    RopeDynamic(factor=2.0, original_seqlen=16),
-    RopeYarn(factor=2.5, original_seqlen=16, beta_fast=2.0, beta_slow=0.2),
-    RopeYarn(factor=3.0, original_seqlen=16, beta_slow=0.2, truncate=False, attention_factor=1.3),
-    RopeYarn(factor=4.0, original_seqlen=4096),
-    RopeLlama3(factor=4.0, original_seqlen=16, base=100.0),
-    RopeLong(
+ROPES: list[ropes.Rope] = [
+    ropes.RopePlain(base=700.0),
+    ropes.RopePI(factor=2.5),
+    ropes.RopeNTK(factor=2.5),
+    ropes.RopeDynamic(factor=2.0, original_seqlen=16),
+    ropes.RopeYarn(factor=2.5, original_seqlen=16, beta_fast=2.0, beta_slow=0.2),
+    ropes.RopeYarn(
+        factor=3.0, original_seqlen=16, beta_slow=0.2, truncate=False, attention_factor=1.3
+    ),
+    ropes.RopeYarn(factor=4.0, original_seqlen=4096),
+    ropes.RopeLlama3(factor=4.0, original_seqlen=16, base=100.0),
+    ropes.RopeLong(
         factor=2.5,
         original_seqlen=16,
         short_factors=(1.0, 1.1, 1.2, 1.3),
@@ -119,7 +112,7 @@ ROPES: list[Rope] = [
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.scaling)
-def test_frequencies_match_training(rope: Rope) -> None:
+def test_frequencies_match_training(rope: ropes.Rope) -> None:
     """Use the exported config.json, at lengths below and beyond the original length."""
     table = rope_to_hf(rope, WIDTH, 40)
     block, _ = rope_block(table)

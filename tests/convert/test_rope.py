@@ -6,16 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lcdist.config.rope import (
-    Rope,
-    RopeDynamic,
-    RopeLlama3,
-    RopeLong,
-    RopeNTK,
-    RopePI,
-    RopePlain,
-    RopeYarn,
-)
+from lcdist.config import rope as ropes
 from lcdist.convert.huggingface.rope import rope_from_hf, rope_to_hf
 from lcdist.convert.reference_forward import hf_frequencies
 from lcdist.model.rotary import attention_factor, inverse_frequencies
@@ -23,14 +14,16 @@ from tests.tolerance import assert_matches
 
 WIDTH = 16
 FACTORS = tuple(1 + i / 3 for i in range(WIDTH // 2))
-ROPES: list[Rope] = [
-    RopePlain(base=500.0),
-    RopePI(base=700.0, factor=4.0),
-    RopeDynamic(base=900.0, factor=3.0, original_seqlen=32),
-    RopeYarn(factor=4.0, original_seqlen=64, beta_fast=3.0, beta_slow=0.3, attention_factor=1.2),
-    RopeYarn(factor=4.0, original_seqlen=64, attention_factor=1.5, truncate=False),
-    RopeLlama3(factor=4.0, low_freq_factor=1.5, high_freq_factor=3.0, original_seqlen=64),
-    RopeLong(
+ROPES: list[ropes.Rope] = [
+    ropes.RopePlain(base=500.0),
+    ropes.RopePI(base=700.0, factor=4.0),
+    ropes.RopeDynamic(base=900.0, factor=3.0, original_seqlen=32),
+    ropes.RopeYarn(
+        factor=4.0, original_seqlen=64, beta_fast=3.0, beta_slow=0.3, attention_factor=1.2
+    ),
+    ropes.RopeYarn(factor=4.0, original_seqlen=64, attention_factor=1.5, truncate=False),
+    ropes.RopeLlama3(factor=4.0, low_freq_factor=1.5, high_freq_factor=3.0, original_seqlen=64),
+    ropes.RopeLong(
         factor=4.0,
         original_seqlen=32,
         short_factors=FACTORS[::-1],
@@ -52,7 +45,7 @@ def transformers_frequencies(table: dict[str, Any], seqlen: int) -> tuple[torch.
 
 @pytest.mark.parametrize("seqlen", [20, 100])
 @pytest.mark.parametrize("rope", ROPES, ids=names)
-def test_frequencies_match_transformers(rope: Rope, seqlen: int) -> None:
+def test_frequencies_match_transformers(rope: ropes.Rope, seqlen: int) -> None:
     """Compare transformers, the reference and our model, below and beyond the original length."""
     table = rope_to_hf(rope, WIDTH, 128)
     theirs, factor = transformers_frequencies(dict(table), seqlen)
@@ -65,7 +58,7 @@ def test_frequencies_match_transformers(rope: Rope, seqlen: int) -> None:
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=names)
-def test_rope_survives_a_round_trip_in_both_forms(rope: Rope) -> None:
+def test_rope_survives_a_round_trip_in_both_forms(rope: ropes.Rope) -> None:
     old = rope_to_hf(rope, WIDTH, 128)
     assert rope_from_hf(old) == rope
     block = {**(old["rope_scaling"] or {"rope_type": "default"}), "rope_theta": old["rope_theta"]}
@@ -78,11 +71,11 @@ def test_rope_survives_a_round_trip_in_both_forms(rope: Rope) -> None:
 
 def test_ntk_is_written_as_a_larger_base() -> None:
     """Hugging Face has no such type; the frequencies are the same."""
-    rope = RopeNTK(base=10000.0, factor=4.0)
+    rope = ropes.RopeNTK(base=10000.0, factor=4.0)
     table = rope_to_hf(rope, WIDTH, 128)
     assert table["rope_scaling"] is None and table["max_position_embeddings"] == 128
     back = rope_from_hf(table)
-    assert isinstance(back, RopePlain)
+    assert isinstance(back, ropes.RopePlain)
     assert_matches(inverse_frequencies(back, WIDTH), inverse_frequencies(rope, WIDTH), 1e-14)
 
 
@@ -100,7 +93,7 @@ def test_yarn_derives_factor_from_lengths_and_scale_from_mscale() -> None:
         },
     }
     rope = rope_from_hf(table)
-    assert isinstance(rope, RopeYarn) and rope.factor == 4.0 and rope.original_seqlen == 40
+    assert isinstance(rope, ropes.RopeYarn) and rope.factor == 4.0 and rope.original_seqlen == 40
     read, factor = hf_frequencies(table, WIDTH, 10)
     assert factor == pytest.approx(attention_factor(rope), rel=1e-12)
     assert_matches(read, inverse_frequencies(rope, WIDTH), 1e-12)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lcdist.data.datasets.split import TokenSplit
 from lcdist.data.datasets.synthetic import SyntheticDataset
-from lcdist.data.datasets.tokens import TokenDataset, TokenSplit
+from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.data.meta import read_meta, write_meta
 from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.data.prepare.prepare import Prepared

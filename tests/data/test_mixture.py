@@ -12,7 +12,8 @@ from lcdist.config.schema import DataConfig, MixtureSource
 from lcdist.data.datasets.build import build_dataset, coverage_lines, held_out_folder
 from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.data.datasets.mixture import Mixture, round_tokens
-from lcdist.data.datasets.tokens import TokenDataset, TokenSplit
+from lcdist.data.datasets.split import TokenSplit
+from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.layout import ContextLayout
 from lcdist.layout.documents import PADDING, DocumentLayout

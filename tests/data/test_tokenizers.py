@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
-from lcdist.data.datasets.tokens import TokenSplit
+from lcdist.data.datasets.split import TokenSplit
 from lcdist.data.meta import Meta, check_vocabulary
 from lcdist.data.prepare.corpus import Source
 from lcdist.data.prepare.prepare import Prepared, prepare

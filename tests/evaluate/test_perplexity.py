@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lcdist.checkpoint.save import Checkpointer
-from lcdist.data.datasets.tokens import TokenSplit
+from lcdist.data.datasets.split import TokenSplit
 from lcdist.data.meta import Meta, write_meta
 from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.engines.optimizer import ShardedAdamW

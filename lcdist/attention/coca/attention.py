@@ -22,7 +22,7 @@ from lcdist.attention.shape import Shape, Traffic
 from lcdist.attention.shared.checks import causal_flops, decode_rows
 from lcdist.attention.shared.ring_softmax import RingSoftmax, reference_ring, ring_bytes
 from lcdist.config.schema import CocaOptions
-from lcdist.layout import KINDS, ContextLayout, pieces_needed
+from lcdist.layout import KINDS, ContextLayout
 from lcdist_kernels import coca_attention, coca_reference
 from lcdist_kernels.coca import (
     IMPLS,
@@ -113,30 +113,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
 
 def attend_local(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return the output of a whole sequence on one rank; k is t."""
-    return coca_attention(
-        q,
-        k,
-        v,
-        variant=ctx.options.variant,
-        rotary=ctx.rotary,
-        cu_seqlens=ctx.cu_seqlens,
-        softmax_scale=ctx.softmax_scale,
-        impl=ctx.impl,
-    )
+    return coca_attention(q, k, v, variant=ctx.options.variant, **ctx.kernel_arguments)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return dense attention of a whole sequence: see `coca_reference`."""
-    return coca_reference(
-        q,
-        k,
-        v,
-        variant=ctx.options.variant,
-        rotary=ctx.rotary,
-        positions=ctx.position_ids,
-        cu_seqlens=ctx.cu_seqlens,
-        softmax_scale=ctx.softmax_scale,
-    )
+    return coca_reference(q, k, v, variant=ctx.options.variant, **ctx.reference_arguments)
 
 
 def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
@@ -164,11 +146,6 @@ def traffic(options: CocaOptions, shape: Shape, layout: ContextLayout) -> Traffi
     return ring_bytes(shape, layout, shape.head_dim // 2 + shape.head_dim)
 
 
-def multiple_of(options: CocaOptions, cp_size: int, kind: str = "contiguous") -> int:
-    """Return the divisor that the layout itself needs; CoCA adds none."""
-    return pieces_needed(kind, cp_size)
-
-
 METHOD = AttentionMethod(
     name="coca",
     paper="2309.08646",
@@ -176,7 +153,6 @@ METHOD = AttentionMethod(
     layouts=KINDS,
     exchange=("ring",),
     supports=frozenset({"gqa", "varlen", "decode"}),
-    multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
     impls=IMPLS,

@@ -14,7 +14,7 @@ from lcdist.attention.shape import Shape, Traffic
 from lcdist.attention.shared.checks import causal_flops, decode_rows
 from lcdist.attention.shared.ring_softmax import RingSoftmax, reference_ring, ring_bytes
 from lcdist.config.schema import FullOptions
-from lcdist.layout import KINDS, ContextLayout, pieces_needed
+from lcdist.layout import KINDS, ContextLayout
 from lcdist_kernels import full_attention, full_reference
 from lcdist_kernels.full import IMPLS, TORCH_IMPL, AttentionImpl, full_fwd, select_impl
 
@@ -49,28 +49,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
 
 def attend_local(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return the output of a whole sequence on one rank."""
-    return full_attention(
-        q,
-        k,
-        v,
-        rotary=ctx.rotary,
-        cu_seqlens=ctx.cu_seqlens,
-        softmax_scale=ctx.softmax_scale,
-        impl=ctx.impl,
-    )
+    return full_attention(q, k, v, **ctx.kernel_arguments)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return dense attention of a whole sequence: see `full_reference`."""
-    return full_reference(
-        q,
-        k,
-        v,
-        rotary=ctx.rotary,
-        positions=ctx.position_ids,
-        cu_seqlens=ctx.cu_seqlens,
-        softmax_scale=ctx.softmax_scale,
-    )
+    return full_reference(q, k, v, **ctx.reference_arguments)
 
 
 def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
@@ -95,11 +79,6 @@ def traffic(options: FullOptions, shape: Shape, layout: ContextLayout) -> Traffi
     return ring_bytes(shape, layout, 2 * shape.head_dim)
 
 
-def multiple_of(options: FullOptions, cp_size: int, kind: str = "contiguous") -> int:
-    """Return the divisor that the layout itself needs; full attention adds none."""
-    return pieces_needed(kind, cp_size)
-
-
 METHOD = AttentionMethod(
     name="full",
     paper="1706.03762",
@@ -107,7 +86,6 @@ METHOD = AttentionMethod(
     layouts=KINDS,
     exchange=("ring",),
     supports=frozenset({"gqa", "varlen", "decode", "dense"}),
-    multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
     impls=IMPLS,

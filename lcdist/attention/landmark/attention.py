@@ -68,10 +68,7 @@ def attend_local(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tens
         block_size=ctx.options.block_size,
         top_k=ctx.options.top_k,
         select_tokens=ctx.options.select_tokens,
-        rotary=ctx.rotary,
-        cu_seqlens=ctx.cu_seqlens,
-        softmax_scale=ctx.softmax_scale,
-        impl=ctx.impl,
+        **ctx.kernel_arguments,
     )
 
 
@@ -95,10 +92,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
         block_size=ctx.options.block_size,
         top_k=ctx.options.top_k,
         select_tokens=ctx.options.select_tokens,
-        rotary=ctx.rotary,
-        positions=ctx.position_ids,
-        cu_seqlens=ctx.cu_seqlens,
-        softmax_scale=ctx.softmax_scale,
+        **ctx.reference_arguments,
     )
 
 

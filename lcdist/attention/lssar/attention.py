@@ -23,7 +23,7 @@ from lcdist.attention.shape import Shape, Traffic
 from lcdist.attention.shared.checks import causal_flops, decode_rows
 from lcdist.config.schema import LssarOptions
 from lcdist.exchange import ring, ring_with_gradients
-from lcdist.layout import KINDS, ContextLayout, pieces_needed
+from lcdist.layout import KINDS, ContextLayout
 from lcdist_kernels import lssar as ops
 from lcdist_kernels.full import reaches, visible
 from lcdist_kernels.lssar import Band, LssarImpl, Reweight, Threshold
@@ -46,16 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
 
 def attend_local(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return the output of a whole sequence on one rank."""
-    return ops.lssar_attention(
-        q,
-        k,
-        v,
-        reweight=_reweight(ctx),
-        rotary=ctx.rotary,
-        cu_seqlens=ctx.cu_seqlens,
-        softmax_scale=ctx.softmax_scale,
-        impl=ctx.impl,
-    )
+    return ops.lssar_attention(q, k, v, reweight=_reweight(ctx), **ctx.kernel_arguments)
 
 
 def _reweight(ctx: AttentionContext) -> Reweight | None:
@@ -176,16 +167,7 @@ def _mean_pass(queries: Tensor, k: Tensor, ctx: AttentionContext, impl: LssarImp
 
 def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return dense attention of a whole sequence: see `lssar_reference`."""
-    return ops.lssar_reference(
-        q,
-        k,
-        v,
-        reweight=_reweight(ctx),
-        rotary=ctx.rotary,
-        positions=ctx.position_ids,
-        cu_seqlens=ctx.cu_seqlens,
-        softmax_scale=ctx.softmax_scale,
-    )
+    return ops.lssar_reference(q, k, v, reweight=_reweight(ctx), **ctx.reference_arguments)
 
 
 def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
@@ -221,11 +203,6 @@ def traffic(options: LssarOptions, shape: Shape, layout: ContextLayout) -> Traff
     return Traffic((forward,) * cp, (backward,) * cp)
 
 
-def multiple_of(options: LssarOptions, cp_size: int, kind: str = "contiguous") -> int:
-    """Return the divisor that the layout itself needs; LSSA and LSSAR add none."""
-    return pieces_needed(kind, cp_size)
-
-
 METHOD = AttentionMethod(
     name="lssar",
     paper="2501.13428",
@@ -233,7 +210,6 @@ METHOD = AttentionMethod(
     layouts=KINDS,
     exchange=("ring",),
     supports=frozenset({"gqa", "varlen", "decode"}),
-    multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
     impls=ops.IMPLS,

@@ -34,7 +34,7 @@ from lcdist.attention.shape import HeadSlice, Shape, Traffic
 from lcdist.attention.shared.checks import decode_rows
 from lcdist.config.schema import SccaOptions
 from lcdist.exchange import Pending
-from lcdist.layout import ContextLayout, pieces_needed
+from lcdist.layout import ContextLayout
 from lcdist_kernels import scca_attention, scca_reference
 from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, select_impl
 from lcdist_kernels.scca import IMPLS, Rule, scca_cached
@@ -121,16 +121,7 @@ def _post_units(
 
 def attend_local(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return the output of a whole sequence on one rank."""
-    return scca_attention(
-        q,
-        k,
-        v,
-        rules=_training_rules(q, ctx),
-        rotary=ctx.rotary,
-        cu_seqlens=ctx.cu_seqlens,
-        softmax_scale=ctx.softmax_scale,
-        impl=ctx.impl,
-    )
+    return scca_attention(q, k, v, rules=_training_rules(q, ctx), **ctx.kernel_arguments)
 
 
 def _training_rules(q: Tensor, ctx: AttentionContext) -> tuple[Rule, ...]:
@@ -142,16 +133,7 @@ def _training_rules(q: Tensor, ctx: AttentionContext) -> tuple[Rule, ...]:
 
 def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return dense attention of a whole sequence: see `scca_reference`."""
-    return scca_reference(
-        q,
-        k,
-        v,
-        rules=_training_rules(q, ctx),
-        rotary=ctx.rotary,
-        positions=ctx.position_ids,
-        cu_seqlens=ctx.cu_seqlens,
-        softmax_scale=ctx.softmax_scale,
-    )
+    return scca_reference(q, k, v, rules=_training_rules(q, ctx), **ctx.reference_arguments)
 
 
 def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
@@ -194,11 +176,6 @@ def traffic(options: SccaOptions, shape: Shape, layout: ContextLayout) -> Traffi
     )
 
 
-def multiple_of(options: SccaOptions, cp_size: int, kind: str = "contiguous") -> int:
-    """Return the divisor that the layout itself needs; chunks may cross shard borders."""
-    return pieces_needed(kind, cp_size)
-
-
 def check(options: SccaOptions, layout: ContextLayout, heads: HeadSlice, tp_size: int) -> None:
     """Raise ValueError if `attend` would, with a single document."""
     model_rules(options, heads.nheads, heads.nheads_kv)
@@ -226,7 +203,6 @@ METHOD = AttentionMethod(
     layouts=LAYOUTS,
     exchange=("shift", "swap", "ring"),
     supports=frozenset({"gqa", "varlen", "decode", "dense"}),
-    multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
     impls=IMPLS,

@@ -50,17 +50,7 @@ def attend_local(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tens
     """Return the output of a whole sequence on one rank."""
     grid, bias = _grid_and_bias(q, k, ctx)
     _check_documents(grid, ctx)
-    return tensorized_attention(
-        q,
-        k,
-        v,
-        grid=grid,
-        branch_bias=bias,
-        rotary=ctx.rotary,
-        cu_seqlens=ctx.cu_seqlens,
-        softmax_scale=ctx.softmax_scale,
-        impl=ctx.impl,
-    )
+    return tensorized_attention(q, k, v, grid=grid, branch_bias=bias, **ctx.kernel_arguments)
 
 
 def _grid_and_bias(q: Tensor, k: Tensor, ctx: AttentionContext) -> tuple[ModeGrid, Tensor]:
@@ -98,17 +88,7 @@ def _check_documents(grid: ModeGrid, ctx: AttentionContext) -> None:
 def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return dense attention of a whole sequence: see `tensorized_reference`."""
     grid, bias = _grid_and_bias(q, k, ctx)
-    return tensorized_reference(
-        q,
-        k,
-        v,
-        grid=grid,
-        branch_bias=bias,
-        rotary=ctx.rotary,
-        positions=ctx.position_ids,
-        cu_seqlens=ctx.cu_seqlens,
-        softmax_scale=ctx.softmax_scale,
-    )
+    return tensorized_reference(q, k, v, grid=grid, branch_bias=bias, **ctx.reference_arguments)
 
 
 def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:

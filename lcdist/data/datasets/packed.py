@@ -8,61 +8,34 @@ i // num_rows.
 """
 
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lcdist.data.datasets.best_fit import best_fit
-from lcdist.data.datasets.long_documents import LongDocuments
-from lcdist.data.datasets.sample import Sample, check_seed
-from lcdist.data.datasets.tokens import Span, TokenSplit, check_seqlen, permutation
-from lcdist.layout.documents import PADDING, DocumentLayout
+from lcdist.data.datasets.sample import Sample
+from lcdist.data.datasets.split import SampledSplit, Span, permutation
+from lcdist.layout.documents import PADDING
 
 # Random streams of `permutation`. `TokenDataset` also uses stream 1, for another purpose.
 _ROWS_STREAM, _PACKING_STREAM = 1, 2
 
 
-class PackedDataset(TokenSplit):
+class PackedDataset(SampledSplit):
     """Endless samples of `seqlen` slots: rows of documents that are whole if they fit in a row.
 
-    The arguments are those of `TokenDataset`.
-
-    Raises:
-        ValueError: as `TokenSplit`; or seqlen is below 1 or not a multiple of document_layout.step.
+    The arguments and errors are those of `SampledSplit`.
     """
 
-    def __init__(  # noqa: PLR0913
-        self,
-        folder: str | Path,
-        split: str,
-        seqlen: int,
-        seed: int,
-        document_layout: DocumentLayout | None = None,
-        long_documents: LongDocuments | None = None,
-    ) -> None:
-        super().__init__(folder, split)
-        check_seed(seed)
-        self.document_layout = document_layout or DocumentLayout()
-        self.long_documents = long_documents or LongDocuments()
-        if seqlen < 1:
-            raise ValueError(f"train.seqlen = {seqlen}: must be at least 1")
-        check_seqlen(seqlen, self.document_layout)
-        self.seqlen, self.seed = seqlen, seed
-        self._slot_lengths = self.document_layout.length(self.document_lengths)
-        copies = self.long_documents.copies(self.document_lengths)
-        self.round_slots = int((self._slot_lengths * copies).sum())
-        self._pack(copies)
-        self._epoch_order: tuple[int, np.ndarray] | None = None
-
-    def _pack(self, copies: np.ndarray) -> None:
+    def _make_rows(self) -> None:
         """Make the rows of a round: full rows of long documents first, then packed rows.
 
         Row i has the pieces [_offsets[i], _offsets[i + 1]). Piece j starts at slot _starts[j] of
         document _documents[j].
         """
-        documents = np.repeat(np.arange(self.num_documents), copies)
+        self._epoch_order: tuple[int, np.ndarray] | None = None
+        documents = np.repeat(np.arange(self.num_documents), self._copies)
         # Shuffle: otherwise documents of equal length would share rows in their stored order.
         shuffled = permutation(len(documents), (self.seed, 0), _PACKING_STREAM)
         documents = documents[shuffled]

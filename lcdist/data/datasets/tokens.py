@@ -9,194 +9,35 @@ of this is a function of (seed, index). If long documents are upsampled, an epoc
 `LongDocuments`, which contains some documents several times.
 """
 
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.data.datasets.long_documents import LongDocuments
-from lcdist.data.datasets.sample import Sample, check_seed, random_uint64
-from lcdist.data.meta import read_meta
-from lcdist.layout.documents import DocumentLayout
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from lcdist.data.datasets.sample import Sample
+from lcdist.data.datasets.split import DocumentOrder, SampledSplit, Span, permutation
 
 _DOCUMENTS_STREAM, _WINDOWS_STREAM = 0, 1
 
 
-class Span(NamedTuple):
-    """Slots [start, stop) of one document."""
-
-    document: int
-    start: int
-    stop: int
-
-
-class TokenSplit:
-    """The documents of one split of a token folder, in stored order.
-
-    Attributes:
-        meta: contents of meta.json.
-        document_lengths: int64 `[num_documents]`, in tokens.
-        num_tokens: total number of tokens.
-
-    Raises:
-        ValueError: the folder is missing, incomplete or damaged, or does not have this split.
-    """
-
-    def __init__(self, folder: str | Path, split: str) -> None:
-        self.meta = read_meta(folder)
-        self.split = split
-        if split not in self.meta.tokens:
-            raise ValueError(
-                f"data folder {folder}: has no split {split!r}, only "
-                f"{', '.join(self.meta.tokens)}; tokenize with a valid_fraction above 0"
-            )
-        prefix = str(Path(folder, split))
-        self._tokens = IndexedDataset(prefix)
-        self.document_lengths: np.ndarray = self._tokens.sequence_lengths.astype(np.int64)
-        self.vocab_size: int = self.meta.vocab_size
-        self.num_tokens = int(self.document_lengths.sum())
-        bytes_needed = self.num_tokens * np.dtype(self._tokens.index.dtype).itemsize
-        size = Path(f"{prefix}.bin").stat().st_size
-        if size != bytes_needed or self.num_tokens != self.meta.tokens[split]:
-            raise ValueError(
-                f"{prefix}.bin has {size} bytes, but {prefix}.idx lists {self.num_tokens} tokens "
-                f"in {bytes_needed} bytes and meta.json {self.meta.tokens[split]} tokens; remove "
-                "the folder and make it again with `lcdist tokenize`"
-            )
-
-    @property
-    def num_documents(self) -> int:
-        """Number of documents."""
-        return len(self.document_lengths)
-
-    def document(self, number: int) -> Tensor:
-        """Return the tokens of a document, its eos included: int64 `[n]`."""
-        return self._read(number, 0, int(self.document_lengths[number]))
-
-    def longest_documents(self, min_tokens: int = 1) -> list[int]:
-        """Return the numbers of all documents of at least `min_tokens` tokens, longest first."""
-        order = np.argsort(-self.document_lengths, kind="stable")
-        return [int(i) for i in order if self.document_lengths[i] >= min_tokens]
-
-    def window(self, start: int, num_tokens: int) -> Tensor:
-        """Return tokens [start, start + num_tokens) of the split in stored order: int64.
-
-        Raises:
-            ValueError: the split does not contain this window.
-        """
-        if start < 0 or num_tokens < 1 or start + num_tokens > self.num_tokens:
-            raise ValueError(
-                f"window of {num_tokens} tokens at {start}: the {self.split} split has "
-                f"{self.num_tokens}"
-            )
-        spans, _ = self._find_spans(self._stored_order, start, num_tokens, self.document_lengths)
-        return torch.cat([self._read_span(span, DocumentLayout()) for span in spans])
-
-    @cached_property
-    def _stored_order(self) -> "_DocumentOrder":
-        return _DocumentOrder(np.arange(self.num_documents), np.cumsum(self.document_lengths))
-
-    def _read(self, number: int, start: int, length: int) -> Tensor:
-        tokens = self._tokens.get(number, start, length)
-        return torch.from_numpy(np.asarray(tokens).astype(np.int64))
-
-    def _find_spans(
-        self, order: "_DocumentOrder", start: int, length: int, document_lengths: np.ndarray
-    ) -> tuple[list[Span], list[int]]:
-        """Find the documents in slots [start, start + length) of `order`.
-
-        Args:
-            order: order of the documents.
-            start: first slot.
-            length: number of slots; fewer are returned if `order` ends before.
-            document_lengths: lengths of the documents in slots.
-
-        Returns:
-            The document spans, and the document ends inside the range, relative to `start`.
-        """
-        spans, borders, range_end = [], [], min(start + length, int(order.ends[-1]))
-        index = int(np.searchsorted(order.ends, start, side="right"))
-        position = start
-        while position < range_end:
-            number, document_end = int(order.documents[index]), int(order.ends[index])
-            document_start = document_end - int(document_lengths[number])
-            span_end = min(document_end, range_end)
-            spans.append(Span(number, position - document_start, span_end - document_start))
-            if span_end == document_end:
-                borders.append(document_end - start)
-            position, index = span_end, index + 1
-        return spans, borders
-
-    def _read_span(self, span: Span, document_layout: DocumentLayout) -> Tensor:
-        """Return the slots of a span: int64 `[span.stop - span.start]`."""
-        length = int(self.document_lengths[span.document])
-        first = min(document_layout.num_text_slots(span.start), length)
-        last = min(document_layout.num_text_slots(span.stop), length)
-        if last > first:
-            text = self._read(span.document, first, last - first)
-        else:
-            text = torch.zeros(0, dtype=torch.int64)
-        if document_layout.plain:
-            return text
-        return document_layout.place(text, span.start, span.stop, length)
-
-
-@dataclass(frozen=True)
-class _DocumentOrder:
-    """A sequence of documents: their numbers, and the slot at which each one ends."""
-
-    documents: np.ndarray
-    ends: np.ndarray
-
-
-class TokenDataset(TokenSplit):
+class TokenDataset(SampledSplit):
     """Endless samples of `seqlen` slots from a split of a token folder.
 
-    Args:
-        folder: token folder.
-        split: name of the split.
-        seqlen: slots per sample.
-        seed: seed of all orders.
-        document_layout: layout of the documents; by default every slot is a token.
-        long_documents: upsampling of long documents.
+    The arguments are those of `SampledSplit`.
 
     Raises:
-        ValueError: as `TokenSplit`; the split is smaller than one sample; or seqlen is not a
-            multiple of document_layout.step, so that a row would start inside a block.
+        ValueError: as `SampledSplit`; or the split is smaller than one sample.
     """
 
-    def __init__(  # noqa: PLR0913
-        self,
-        folder: str | Path,
-        split: str,
-        seqlen: int,
-        seed: int,
-        document_layout: DocumentLayout | None = None,
-        long_documents: LongDocuments | None = None,
-    ) -> None:
-        super().__init__(folder, split)
-        check_seed(seed)
-        self.document_layout = document_layout or DocumentLayout()
-        self.long_documents = long_documents or LongDocuments()
-        self._slot_lengths = self.document_layout.length(self.document_lengths)
-        self._copies = self.long_documents.copies(self.document_lengths)
-        self.round_slots = int((self._slot_lengths * self._copies).sum())
-        if seqlen < 1 or self.round_slots < seqlen + 1:
+    def _make_rows(self) -> None:
+        if self.round_slots < self.seqlen + 1:
             raise ValueError(
-                f"data folder {folder}: its {split} split has {self.round_slots} tokens, fewer "
-                f"than one sample of seqlen + 1 = {seqlen + 1}; give more text or a smaller seqlen"
+                f"data folder {self.folder}: its {self.split} split has {self.round_slots} tokens, "
+                f"fewer than one sample of seqlen + 1 = {self.seqlen + 1}; give more text or a "
+                "smaller seqlen"
             )
-        check_seqlen(seqlen, self.document_layout)
-        self.seqlen = seqlen
-        self.seed = seed
-        self._document_orders: dict[int, _DocumentOrder] = {}
+        self._document_orders: dict[int, DocumentOrder] = {}
         self._window_order: tuple[int, np.ndarray] | None = None
 
     @property
@@ -248,7 +89,7 @@ class TokenDataset(TokenSplit):
             self._window_order = epoch, permutation(count, (self.seed, epoch), _WINDOWS_STREAM)
         return self._window_order[1]
 
-    def _documents_of(self, epoch: int) -> _DocumentOrder:
+    def _documents_of(self, epoch: int) -> DocumentOrder:
         """Return the order of the documents of `epoch`."""
         if epoch not in self._document_orders:
             # A window that crosses from one epoch into the next needs the orders of both.
@@ -257,21 +98,6 @@ class TokenDataset(TokenSplit):
             shuffled = permutation(len(numbers), (self.seed, epoch), _DOCUMENTS_STREAM)
             documents = numbers[shuffled]
             ends = np.cumsum(self._slot_lengths[documents])
-            orders[epoch] = _DocumentOrder(documents, ends)
+            orders[epoch] = DocumentOrder(documents, ends)
             self._document_orders = orders
         return self._document_orders[epoch]
-
-
-def check_seqlen(seqlen: int, document_layout: DocumentLayout) -> None:
-    """Raise ValueError if rows of `seqlen` slots would start inside a block."""
-    step = document_layout.step
-    if seqlen % step:
-        raise ValueError(
-            f"train.seqlen = {seqlen}: with data.documents = 'pack' this attention needs a "
-            f"multiple of {step}; the next is {-(-seqlen // step) * step}"
-        )
-
-
-def permutation(count: int, key: tuple[int, int], stream: int) -> np.ndarray:
-    """Return the numbers below `count` in an order determined by `key` and `stream` alone."""
-    return np.argsort(random_uint64(count, key, stream), kind="stable")

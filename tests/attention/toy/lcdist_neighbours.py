@@ -8,7 +8,7 @@ from torch import Tensor
 from lcdist.attention import AttentionContext, AttentionMethod, DecodeCache, Shape, Traffic
 from lcdist.attention.shared.checks import decode_rows
 from lcdist.exchange import ring
-from lcdist.layout import KINDS, ContextLayout, pieces_needed
+from lcdist.layout import KINDS, ContextLayout
 from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.full import full_partial, merge, visible
 
@@ -72,7 +72,6 @@ METHOD = AttentionMethod(
     layouts=KINDS,
     exchange=("ring",),
     supports=frozenset({"gqa", "varlen", "decode"}),
-    multiple_of=lambda options, cp_size, kind="contiguous": pieces_needed(kind, cp_size),
     flops=flops,
     bytes=traffic,
     attend=attend,
