@@ -93,7 +93,7 @@ def growth(direction: str, source: Path, out: Path, tiny: Path) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_conversions_do_not_hold_the_model(tmp_path: Path) -> None:
     """Allow a third of the bytes of a model of 530 MB."""
     small = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 16, "num_hidden_layers": 1}

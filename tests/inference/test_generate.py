@@ -111,7 +111,7 @@ def generated_by_methods(rank: int, world_size: int) -> dict[str, tuple[Tensor, 
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_every_method_generates_what_its_full_passes_say(world_size: int) -> None:
     for of_rank in run_ranks(generated_by_methods, world_size):
         for words, (cached, passes) in of_rank.items():

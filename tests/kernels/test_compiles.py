@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.tiers import one, tiered
+from tests.kernels.tiers import tiered
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -121,8 +121,10 @@ def compiles(program: str, capability: int, cache: Path) -> None:
     assert not done.returncode, done.stderr[-4000:]
 
 
+CASES = [(name, capability) for name in PROGRAMS for capability in (80, 90)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", tiered(one([80, 90]), {1}))
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(("name", "capability"), tiered(CASES, {CASES.index(("full", 90))}))
 def test_kernels_compile(name: str, capability: int, tmp_path: Path) -> None:
     compiles(PROGRAMS[name], capability, tmp_path)

@@ -433,8 +433,8 @@ for head_dim, dtype, size in (
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", tiered(one([80, 90]), {1}))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     test_compiles.compiles(PROGRAM, capability, tmp_path)
 

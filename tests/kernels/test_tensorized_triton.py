@@ -38,7 +38,7 @@ GRIDS = [
 CASES = [(grid, n, (2, 1), 16) for grid in GRIDS for n in (1, 63, 100, 257)]
 CASES += [(ModeGrid((64,), local_blocks=2), 256, (2, 1), 16)]
 CASES += [(ModeGrid((20,), local_blocks=4), 63, heads, 16) for heads in ((8, 8), (8, 4), (8, 1))]
-CASES += [(ModeGrid((9, 2)), 63, (2, 1), 16), (ModeGrid((2, 3, 4), hop_heads="kv"), 63, (4, 2), 16)]
+CASES += [(ModeGrid((9, 2)), 63, (2, 1), 16), (ModeGrid((2, 3, 4), hop_heads="kv"), 26, (4, 2), 16)]
 CASES += [(ModeGrid((20,)), 70, (2, 1), head_dim) for head_dim in (18, 48, 80)]
 SMALL = [Launch(16, 16, 4, 1), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1)]
 
@@ -68,7 +68,7 @@ def by_kernels(leaves: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
     # By default every grid at 63 and at one longer sequence, GQA, and unusual head dims.
     tiered(
         [(packed, *case) for case in CASES for packed in (False, True)],
-        {0, 3, 7, 10, 13, 19, 22, 24, 29, 33, 34, 36, 41},
+        {0, 3, 7, 10, 13, 19, 24, 29, 33, 34, 36, 41},
     ),
     ids=lambda value: name(value) if isinstance(value, ModeGrid) else None,
 )
@@ -96,9 +96,9 @@ def test_equals_reference(
 )
 def test_any_tiles(grid: ModeGrid, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "choose_launch", lambda table, x: launch)
-    leaves = leaves_of(grid, 190, (2, 1), 16, torch.float32)
+    leaves = leaves_of(grid, 100, (2, 1), 16, torch.float32)
     dout, more = torch.randn_like(leaves[0]), {"grid": grid, "softmax_scale": 0.4}
-    more["cu_seqlens"] = aligned_borders(190, grid.block) if len(grid.modes) == 1 else None
+    more["cu_seqlens"] = aligned_borders(100, grid.block) if len(grid.modes) == 1 else None
     assert_close(by_kernels(leaves, dout, **more), truth_of(leaves, dout, **more))
 
 
@@ -184,7 +184,7 @@ def eager(leaves: list[Tensor], grid: ModeGrid, rotary: Rotary) -> Tensor:
     ),
 )
 def test_as_good_as_eager_in_half_precision(grid: ModeGrid, dtype: torch.dtype) -> None:
-    assert_accurate(grid, 100, (4, 2), 48, dtype)
+    assert_accurate(grid, 60, (4, 2), 48, dtype)
 
 
 # A ratio of errors says nothing of one token, whose dq and dk are 0: fp32 has that case.
@@ -214,7 +214,7 @@ def test_any_strides_are_taken_and_nothing_outside_is_read() -> None:
             ({"modes": (24,), "local_blocks": 1, "hop_heads": "q"}, 3, True),
             ({"modes": (), "local_blocks": 1}, 2, True),
         ],
-        {0, 2},
+        {0},
     ),
 )
 def test_shards_of_kernels_equal_those_of_torch(

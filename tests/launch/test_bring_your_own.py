@@ -39,6 +39,7 @@ def load_with_transformers(folder: Path, **options: bool) -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
+@pytest.mark.exhaustive
 def test_extend_on_two_ranks_lowers_perplexity_and_exports(
     llama: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def finish(text: Path, where: Path) -> str:
     return printed
 
 
+@pytest.mark.exhaustive
 def test_report_of_an_interrupted_job_equals_an_uninterrupted_one(
     text: Path, tmp_path: Path
 ) -> None:

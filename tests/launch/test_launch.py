@@ -120,6 +120,7 @@ def assert_stopped_in_order(started: Start, name: str) -> None:
     assert str(ROOT / "lcdist") not in printed, printed
 
 
+@pytest.mark.exhaustive
 def test_run_killed_and_stopped_ends_like_an_undisturbed_run(
     start: Callable[[], Start], tmp_path: Path
 ) -> None:

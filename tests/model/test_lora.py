@@ -76,7 +76,13 @@ def results(world_size: int) -> dict[tuple[str, ...], list[Steps]]:
     return {case: [rank[i] for rank in found] for i, case in enumerate(sorted(cases))}
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
+TIERS = [
+    pytest.param(case, id=name(case), marks=pytest.mark.exhaustive if case[0] == 4 else ())
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize("case", TIERS)
 def test_steps_are_those_of_one_process(case: Any) -> None:
     world_size, how, shape = case
     [expected] = results(1)[*LORA, *shape]

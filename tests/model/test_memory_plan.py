@@ -72,8 +72,12 @@ def two_and_one_layers(mesh: tuple[str, ...], way: tuple[str, ...]) -> list[tupl
 
 @pytest.mark.parametrize(
     ("mesh", "ways"),
-    [((), WAYS), ((TP,), WAYS[:4]), ((TP, SP), WAYS[1:6]), ((CP,), WAYS[1:6:2])],
-    ids=["one", "tp2", "tp2-sp", "cp2"],
+    [
+        pytest.param((), WAYS, id="one"),
+        pytest.param((TP,), WAYS[:4], id="tp2", marks=pytest.mark.exhaustive),
+        pytest.param((TP, SP), WAYS[1:6], id="tp2-sp"),
+        pytest.param((CP,), WAYS[1:6:2], id="cp2", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_layer_saves_what_the_plan_estimates(
     mesh: tuple[str, ...], ways: list[tuple[str, ...]]

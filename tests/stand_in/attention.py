@@ -1,6 +1,6 @@
 """Every method and variant, forward and backward, on a device that is not there: a line each.
 
-    python -m tests.stand_in.attention RANK
+    python -m tests.stand_in.attention RANK IMPL...
 
 One process, and rank RANK of four. What is wrong ends it.
 """
@@ -56,7 +56,7 @@ def cases(variant: Variant) -> Iterator[tuple[str, int, bool, str]]:
     """(layout kind, cp_size, packed, impl)."""
     sparse = getattr(variant.options, "top_k", None) is not None
     for kind, cp_size, packed, impl in product(
-        variant.kinds, (1, RANKS), (False, True), ("triton", "torch")
+        variant.kinds, (1, RANKS), (False, True), sys.argv[2:]
     ):
         if cp_size == 1 and kind != variant.kinds[0]:
             continue

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,11 @@ pytestmark = [
 ]
 
 
+def exhaustive(value: Any) -> Any:
+    """Return the value as a parameter of the exhaustive tier."""
+    return pytest.param(value, marks=pytest.mark.exhaustive)
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(tmp_path_factory.mktemp("device"))
@@ -55,9 +61,12 @@ def run(library: Path, module: str, *words: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_attention(library: Path, rank: int) -> None:
-    *lines, last = run(library, "attention", str(rank))
+@pytest.mark.parametrize(
+    ("rank", "impls"),
+    [(3, ("triton",)), pytest.param(0, ("triton", "torch"), marks=pytest.mark.exhaustive)],
+)
+def test_attention(library: Path, rank: int, impls: tuple[str, ...]) -> None:
+    *lines, last = run(library, "attention", str(rank), *impls)
     assert {line.split("-")[0].split("|")[0] for line in lines} == set(METHODS)
     for line in lines:
         *_, impl, kernels = line.split("|")
@@ -90,11 +99,11 @@ def trained(library: Path, rank: int, cases: list[str]) -> None:
         assert not line["waits in use"], line
 
 
-def test_training(library: Path) -> None:
-    names = (f"{DEBUG}/{name}.toml" for name in METHODS)
-    trained(library, 1, [" ".join((name, *mesh)) for name in names for mesh in MESHES])
+@pytest.mark.parametrize("mesh", [MESHES[0], *(exhaustive(mesh) for mesh in MESHES[1:])])
+def test_training(library: Path, mesh: tuple[str, ...]) -> None:
+    trained(library, 1, [" ".join((f"{DEBUG}/{name}.toml", *mesh)) for name in METHODS])
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("rank", [0, exhaustive(3)])
 def test_training_with_more(library: Path, rank: int) -> None:
     trained(library, rank, [f"{DEBUG}/full.toml {words}" for words in MORE])

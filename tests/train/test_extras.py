@@ -53,7 +53,8 @@ def start(
     return gather_weights(trainer.engine), heard.lines
 
 
-MESHES = [(1, ()), (4, ("parallel.tp_size=2", "parallel.pp_size=2"))]
+FOUR_RANKS = (4, ("parallel.tp_size=2", "parallel.pp_size=2"))
+MESHES = [(1, ()), pytest.param(*FOUR_RANKS, marks=pytest.mark.exhaustive)]
 
 
 @pytest.mark.parametrize(("world_size", "mesh"), MESHES)
