@@ -125,20 +125,36 @@ def store_delta(
 
 
 @triton.jit
+def load_lse(p_lse, p_lse2, o_m, m_m):
+    """Return lse of a tile of queries in base 2, and store it for the kernel that owns keys.
+
+    That kernel loads it for every tile of keys, so it is converted once. Rows past the end have
+    inf: their weights exp(-inf) are 0, masked or not.
+    """
+    b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * LOG2E
+    tl.store(p_lse2 + o_m, b_lse, mask=m_m)
+    return b_lse
+
+
+@triton.jit
 def load_query_tile(
     p_q, p_dout, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_M: tl.constexpr,
 ):  # fmt: skip
-    """Return (q, dout, lse in base 2, delta) of a tile of queries, for a kernel that owns keys.
+    """Return (q, dout, lse, delta) of a tile of queries, for a kernel that owns keys; lse base 2.
 
     Rows past the end have lse = inf, so that their weights are 0. EVEN_M: there are none.
     """
-    o_m = start + tl.arange(0, BLOCK_M)
-    m_m = o_m < seqlen_q
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
     b_dout = load_tile(p_dout, start, seqlen_q, stride_dout_s, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
-    b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * LOG2E
-    return b_q, b_dout, b_lse, tl.load(p_delta + o_m, mask=m_m, other=0.0)
+    o_m = start + tl.arange(0, BLOCK_M)
+    if EVEN_M:
+        b_lse, b_delta = tl.load(p_lse + o_m), tl.load(p_delta + o_m)
+    else:
+        m_m = o_m < seqlen_q
+        b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf"))
+        b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+    return b_q, b_dout, b_lse, b_delta
 
 
 @triton.jit

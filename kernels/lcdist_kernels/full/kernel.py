@@ -7,8 +7,9 @@ arXiv:2307.08691):
     dv_j = sum_i p_ij dout_i            ds_ij = p_ij (dout_i . v_j - delta_i)
     dq_i = softmax_scale sum_j ds_ij k_j        dk_j = softmax_scale sum_i ds_ij q_i
 
-Shapes: q, out, dout, dq `[b, s_q, h, d]`; k, v, dk, dv `[b, s_k, h_kv, d]`; lse, delta `[b, h,
-s_q]`; q_idx, q_lo int32 `[s_q]`; k_idx int32 `[s_k]`; ranges int32 `[tiles, 4]`.
+Shapes: q, out, dout, dq `[b, s_q, h, d]`; k, v, dk, dv `[b, s_k, h_kv, d]`; lse, lse2 = lse
+log2(e), delta `[b, h, s_q]`; q_idx, q_lo int32 `[s_q]`; k_idx int32 `[s_k]`; ranges int32 `[tiles,
+4]`.
 
                      keys, tiles of BLOCK_N              fwd, dq: one program is a row of tiles,
                  +-----+-----+-----+-----+-----+                  grid (query tiles, h, b)
@@ -42,6 +43,7 @@ from lcdist_kernels.softmax_steps import (
     is_visible,
     key_program,
     load_limits,
+    load_lse,
     load_query_tile,
     load_range,
     nth_masked,
@@ -116,7 +118,7 @@ def _full_fwd_kernel(
 
 @triton.jit
 def _full_bwd_dq_kernel(
-    q, k, v, out, dout, lse, delta, dq,
+    q, k, v, out, dout, lse, delta, lse2, dq,
     q_idx, q_lo, k_idx, ranges,
     softmax_scale, seqlen_q, seqlen_k,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
@@ -125,7 +127,7 @@ def _full_bwd_dq_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of a tile of queries, and delta, which the kernel for dk and dv reads."""
+    """Compute dq of a tile of queries, and delta and lse2, which the kernel for dk and dv reads."""
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
     p_q, p_k, p_v = head_pointers(
         q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
@@ -144,8 +146,7 @@ def _full_bwd_dq_kernel(
         BLOCK_M,
     )  # fmt: skip
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    # Rows past the end have weights exp(-inf) = 0, masked or not.
-    b_lse = tl.load(lse + i_row + o_m, mask=m_m, other=float("inf")) * LOG2E
+    b_lse = load_lse(lse + i_row, lse2 + i_row, o_m, m_m)
     b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
@@ -184,14 +185,15 @@ def _dkv_step(
         p_q, p_dout, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s, HEAD_DIM, BLOCK_D,
         BLOCK_M, EVEN_M,
     )  # fmt: skip
+    # Both products go before the exponentials, which then run beside the second.
     b_s = dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+    b_dp = dot(b_v, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
     b_p = tl.exp2(b_s * qk_scale - b_lse[None, :])
     if MASKED:
         b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
         m_s = is_visible(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
         b_p = tl.where(m_s, b_p, 0.0)
     b_dv = dot(b_p.to(b_dout.dtype), b_dout, b_dv)
-    b_dp = dot(b_v, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
     b_ds = b_p * (b_dp - b_delta[None, :])
     b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
     return b_dk, b_dv
@@ -199,7 +201,7 @@ def _dkv_step(
 
 @triton.jit
 def _full_bwd_dkv_kernel(
-    q, k, v, dout, lse, delta, dk, dv,
+    q, k, v, dout, lse2, delta, dk, dv,
     q_idx, q_lo, k_idx, ranges,
     softmax_scale, seqlen_q, seqlen_k,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
@@ -228,14 +230,14 @@ def _full_bwd_dkv_kernel(
         p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
         for i in range(0, full_hi - full_lo):
             b_dk, b_dv = _dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, full_lo + i,
+                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse2 + i_row, delta + i_row, full_lo + i,
                 seqlen_q, stride_qs, stride_dout_s, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM,
                 BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, False,
             )  # fmt: skip
         for i in range(0, (full_lo - lo) + (hi - full_hi)):
             i_m = nth_masked(i, lo, full_lo, full_hi)
             b_dk, b_dv = _dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, i_m, seqlen_q,
+                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse2 + i_row, delta + i_row, i_m, seqlen_q,
                 stride_qs, stride_dout_s, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D,
                 BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True,
             )  # fmt: skip
@@ -316,17 +318,18 @@ def full_bwd(
         return dq.zero_(), dk.zero_(), dv.zero_()
     for_dq, for_dkv = launches or (choose_launch(BWD_DQ, q), choose_launch(BWD_DKV, q))
     band, place = band_of(q_idx, q_lo, k_idx), device_stream(q)
-    lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
+    lse = lse.contiguous()
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     inputs = strides(q, k, v)
     sizes = head_constants(q, k) | {"HAS_LO": bounded_below(band)}
     with launch_context(q):
         _full_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
-            q, k, v, out, dout, lse, delta, dq,
+            q, k, v, out, dout, lse, delta, lse2, dq,
             *query_tables(band, for_dq.block_m, for_dq.block_n, place), float(softmax_scale),
             seqlen, k.shape[1], *inputs, *strides(out, dout, dq), **sizes, **for_dq.options(),
         )  # fmt: skip
         _full_bwd_dkv_kernel[(triton.cdiv(k.shape[1], for_dkv.block_n), k.shape[2], batch)](
-            q, k, v, dout, lse, delta, dk, dv,
+            q, k, v, dout, lse2, delta, dk, dv,
             *key_tables(band, for_dkv.block_m, for_dkv.block_n, place), float(softmax_scale),
             seqlen, k.shape[1], *inputs, *strides(dout, dk), **sizes,
             EVEN_M=seqlen % for_dkv.block_m == 0, **for_dkv.options(),

@@ -3,9 +3,10 @@
 The formulas are in `block_gates`, the steps in `inner_loop`; the keys of a query's own block are
 plain softmax entries, as in full attention (arXiv:2305.16300; arXiv:2307.08691).
 
-Shapes: q, out, dout, dq `[b, s_q, h, d]`; k, v, dk, dv `[b, n SIZE, h_kv, d]`, n blocks; lse, delta
-`[b, h, s_q]`; q_last, q_lo, own_last, own_lo int32 `[s_q]`: (last, first) slot that a past block
-may begin at, and slots visible in the own block; k_start int32 `[n]`; k_idx int32 `[n SIZE]`.
+Shapes: q, out, dout, dq `[b, s_q, h, d]`; k, v, dk, dv `[b, n SIZE, h_kv, d]`, n blocks; lse, lse2
+= lse log2(e), delta `[b, h, s_q]`; q_last, q_lo, own_last, own_lo int32 `[s_q]`: (last, first) slot
+that a past block may begin at, and slots visible in the own block; k_start int32 `[n]`; k_idx int32
+`[n SIZE]`.
 
                   blocks 0 ................... n - 1      fwd, dq: a program is a row,
                  +------+------+------+------+------+              grid (query tiles, h, b)
@@ -46,6 +47,7 @@ from lcdist_kernels.softmax_steps import (
     is_visible,
     key_program,
     load_limits,
+    load_lse,
     load_query_tile,
     load_range,
     nth_masked,
@@ -211,7 +213,7 @@ def _past_dq_step(
 
 @triton.jit
 def _landmark_bwd_dq_kernel(
-    q, k, v, out, dout, lse, delta, dq,
+    q, k, v, out, dout, lse, delta, lse2, dq,
     q_last, q_lo, k_start, past_ranges, own_last, own_lo, k_idx, own_ranges,
     softmax_scale, seqlen_q, seqlen_k,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
@@ -221,7 +223,7 @@ def _landmark_bwd_dq_kernel(
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of a tile of queries, and delta, which the kernel for dk and dv reads."""
+    """Compute dq of a tile of queries, and delta and lse2, which the kernel for dk and dv reads."""
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
     p_q, p_k, p_v = head_pointers(
         q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
@@ -240,8 +242,7 @@ def _landmark_bwd_dq_kernel(
         BLOCK_M,
     )  # fmt: skip
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    # Rows past the end have gates and weights exp(-inf) = 0, masked or not.
-    b_lse = tl.load(lse + i_row + o_m, mask=m_m, other=float("inf")) * LOG2E
+    b_lse = load_lse(lse + i_row, lse2 + i_row, o_m, m_m)
     b_q_last, b_q_lo = load_limits(q_last, q_lo, o_m, m_m, HAS_LO)
     b_own_last, b_own_lo = load_limits(own_last, own_lo, o_m, m_m, True)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -325,9 +326,9 @@ def _own_dkv_step(
     b_last, b_lo = load_limits(own_last, own_lo, o_m, m_m, True)
     m_visible = is_visible(b_last[:, None], b_lo[:, None], b_k_idx[None, :], True)
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     b_p = tl.where(m_visible, tl.exp2(b_s * qk_scale - b_lse[:, None]), 0.0)
     b_dv = dot(tl.trans(b_p.to(b_dout.dtype)), b_dout, b_dv)
-    b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     b_ds = b_p * (b_du - b_delta[:, None])
     b_dk = dot(tl.trans(b_ds.to(b_q.dtype)), b_q, b_dk)
     return b_dk, b_dv
@@ -335,7 +336,7 @@ def _own_dkv_step(
 
 @triton.jit
 def _landmark_bwd_dkv_kernel(
-    q, k, v, dout, lse, delta, dk, dv,
+    q, k, v, dout, lse2, delta, dk, dv,
     q_last, q_lo, k_start, past_ranges, own_last, own_lo, k_idx, own_ranges,
     softmax_scale, seqlen_q, seqlen_k,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
@@ -376,13 +377,13 @@ def _landmark_bwd_dkv_kernel(
         p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
         for i in range(0, own_tile_hi - own_tile_lo):
             b_dk, b_dv = _own_dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, own_tile_lo + i,
+                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse2 + i_row, delta + i_row, own_tile_lo + i,
                 seqlen_q, stride_qs, stride_dout_s, qk_scale, own_last, own_lo, b_k_idx, HEAD_DIM,
                 BLOCK_D, BLOCK_M, BLOCK_N, EVEN_M,
             )  # fmt: skip
         for i in range(0, full_hi - full_lo):
             b_dk, b_dv = _past_dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, full_lo + i,
+                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse2 + i_row, delta + i_row, full_lo + i,
                 seqlen_q, stride_qs, stride_dout_s, qk_scale, q_last, q_lo, b_start, o_in,
                 p_k + i_block * stride_ks, p_v + i_block * stride_vs, stride_ks, stride_vs, SIZE,
                 BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, False,
@@ -390,7 +391,7 @@ def _landmark_bwd_dkv_kernel(
         for i in range(0, (full_lo - lo) + (hi - full_hi)):
             i_m = nth_masked(i, lo, full_lo, full_hi)
             b_dk, b_dv = _past_dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse + i_row, delta + i_row, i_m, seqlen_q,
+                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse2 + i_row, delta + i_row, i_m, seqlen_q,
                 stride_qs, stride_dout_s, qk_scale, q_last, q_lo, b_start, o_in,
                 p_k + i_block * stride_ks, p_v + i_block * stride_vs, stride_ks, stride_vs, SIZE,
                 BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True,

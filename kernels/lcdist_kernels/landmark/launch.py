@@ -141,20 +141,21 @@ def landmark_bwd(
         launch_for(BWD_DKV, BWD_DKV_LARGE, q, size),
     )
     bands = _Bands.of(q, rows, k_start)
-    lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
+    lse = lse.contiguous()
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     inputs = strides(q, k, v)
     sizes = head_constants(q, k) | {"HAS_LO": bounded_below(bands.past)}
     with launch_context(q):
         tiling = tiling_of(size, for_dq.block_n)
         _landmark_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
-            q, k, v, out, dout, lse, delta, dq, *bands.for_queries(for_dq, tiling.blocks),
+            q, k, v, out, dout, lse, delta, lse2, dq, *bands.for_queries(for_dq, tiling.blocks),
             float(softmax_scale), seqlen, k.shape[1], *inputs, *strides(out, dout, dq), **sizes,
             **tiling.constants(), **for_dq.options(),
         )  # fmt: skip
         tiling = tiling_of(size, for_dkv.block_n)
         tiles = triton.cdiv(len(k_start), tiling.blocks) * tiling.steps
         _landmark_bwd_dkv_kernel[(tiles, k.shape[2], batch)](
-            q, k, v, dout, lse, delta, dk, dv, *bands.for_keys(for_dkv, tiling.blocks, size),
+            q, k, v, dout, lse2, delta, dk, dv, *bands.for_keys(for_dkv, tiling.blocks, size),
             float(softmax_scale), seqlen, k.shape[1], *inputs, *strides(dout, dk), **sizes,
             **tiling.constants(), EVEN_M=seqlen % for_dkv.block_m == 0, **for_dkv.options(),
         )  # fmt: skip
