@@ -582,7 +582,11 @@ def test_plan_command_uses_the_given_hardware(capsys: pytest.CaptureFixture[str]
         ([str(DEBUG), "train.stepz=1"], "unknown key 'train.stepz'; did you mean 'train.steps'?"),
         (
             ["no/such.toml", "--world-size", "4"],
-            "cannot read configuration no/such.toml: No such file or directory",
+            "no/such.toml: No such file or directory; the folder no does not exist",
+        ),
+        (
+            [str(DEBUG.parent / "ful.toml")],
+            f"; give one of {DEBUG.parent / 'full.toml'}",
         ),
         ([str(DEBUG.parent)], "Is a directory"),
     ],

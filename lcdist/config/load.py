@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def read_table(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError([f"cannot read configuration {path}: {error.strerror}"]) from error
+        message = f"cannot read configuration {path}: {error.strerror}; {_toml_files_near(path)}"
+        raise ConfigError([message]) from error
     except UnicodeDecodeError as error:
         raise ConfigError([f"cannot read configuration {path}: not UTF-8 ({error})"]) from error
     try:
@@ -35,6 +37,17 @@ def read_table(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         # Not only TOMLDecodeError: an integer with too many digits is a plain ValueError.
         raise ConfigError([f"cannot read configuration {path}: not TOML ({error})"]) from error
+
+
+def _toml_files_near(path: str | Path) -> str:
+    """Say which TOML files the folder of `path` has, the most similar names first."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist"
+    names = [file.name for file in folder.glob("*.toml")]
+    names.sort(key=lambda name: (-SequenceMatcher(None, name, Path(path).name).ratio(), name))
+    shown = ", ".join(str(folder / name) for name in names[:3])
+    return f"give one of {shown}" if shown else f"the folder {folder} has no TOML file"
 
 
 def parse(table: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
