@@ -1,5 +1,6 @@
 """Checks shared by all operators: tensor shapes, `impl` names and document borders."""
 
+import itertools
 import logging
 from functools import cache
 
@@ -71,20 +72,33 @@ def document_starts(cu_seqlens: Tensor | None, index: Tensor, seqlen: int) -> Te
     Raises:
         ValueError: cu_seqlens has another shape, dtype or order.
     """
-    if cu_seqlens is None:
+    documents = document_borders(cu_seqlens, seqlen)
+    if documents is None:
         return torch.zeros_like(index)
+    borders = torch.tensor(documents)
+    return borders[torch.searchsorted(borders, index, right=True) - 1]
+
+
+def document_borders(cu_seqlens: Tensor | None, seqlen: int) -> tuple[int, ...] | None:
+    """Return cu_seqlens as numbers, which can be the key of a plan; None: one document.
+
+    Arguments and errors as in `document_starts`.
+    """
+    if cu_seqlens is None:
+        return None
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens of shape {tuple(cu_seqlens.shape)}, {cu_seqlens.dtype}: "
             "expected one int32 table [n + 1], the same for every row of the batch"
         )
-    borders = cu_seqlens.to("cpu", torch.int64)
-    if not len(borders) or borders[0] != 0 or (borders.diff() < 0).any() or borders[-1] > seqlen:
+    borders = cu_seqlens.tolist()
+    rising = all(a <= b for a, b in itertools.pairwise(borders))
+    if not borders or borders[0] != 0 or not rising or borders[-1] > seqlen:
         raise ValueError(
-            f"cu_seqlens = {borders.tolist()}: must start with 0, not decrease and "
+            f"cu_seqlens = {borders}: must start with 0, not decrease and "
             f"end at most at seqlen = {seqlen}"
         )
-    return borders[torch.searchsorted(borders, index, right=True) - 1]
+    return tuple(borders)
 
 
 @cache

@@ -425,9 +425,10 @@ for head_dim, dtype, size in (
     with compiled_for(CAPABILITY) as made:
         out, lse = TRITON_IMPL.fwd(q, k, k, *band)
         TRITON_IMPL.bwd(q, q, k, k, out, lse, *band, grad_dtype=dtype)
+        TRITON_IMPL.choose_blocks(q, k[:, size - 1 :: size], grid.rows, lengths, 3, 0.25)
         TRITON_IMPL.sparse_fwd(q, table, lists, grid.rows, 0.25)
         TRITON_IMPL.sparse_bwd(q, q, table, out, lse, lists, grid.rows, 0.25)
-    assert len(made) == 6
+    assert len(made) == 7
     for each in made:
         assert each.metadata.shared <= SHARED[CAPABILITY], (head_dim, size, each.metadata)
 """

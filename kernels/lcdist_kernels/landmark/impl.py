@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lcdist_kernels.full import TRITON_IMPL as FULL_KERNEL
 from lcdist_kernels.full import select_impl
-from lcdist_kernels.landmark import launch, sparse, sparse_launch, tiled
+from lcdist_kernels.landmark import launch, sparse, sparse_launch, tiled, top_k, top_k_launch
 
 
 class LandmarkImpl(NamedTuple):
@@ -19,6 +19,7 @@ class LandmarkImpl(NamedTuple):
     own_bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
     sparse_fwd: Callable[..., tuple[Tensor, Tensor]]
     sparse_bwd: Callable[..., tuple[Tensor, Tensor]]
+    choose_blocks: Callable[..., Tensor]
 
 
 TORCH_IMPL = LandmarkImpl(
@@ -28,6 +29,7 @@ TORCH_IMPL = LandmarkImpl(
     tiled.own_bwd,
     sparse.sparse_fwd,
     sparse.sparse_bwd,
+    top_k.choose_blocks,
 )
 TRITON_IMPL = LandmarkImpl(
     launch.landmark_fwd,
@@ -36,6 +38,7 @@ TRITON_IMPL = LandmarkImpl(
     launch.own_bwd,
     sparse_launch.sparse_fwd,
     sparse_launch.sparse_bwd,
+    top_k_launch.choose_blocks,
 )
 
 

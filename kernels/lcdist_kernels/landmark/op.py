@@ -4,13 +4,21 @@
 kernels on CUDA, tiled torch on a CPU.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lcdist_kernels.common import check_impl, check_self, resolve_scale
+from lcdist_kernels.common import (
+    check_impl,
+    check_self,
+    document_borders,
+    document_starts,
+    resolve_scale,
+)
 from lcdist_kernels.landmark.blocks import (
+    BlockGrid,
     QueryRows,
     block_grid,
     block_starts,
@@ -20,11 +28,13 @@ from lcdist_kernels.landmark.blocks import (
 from lcdist_kernels.landmark.impl import TORCH_IMPL, LandmarkImpl, select_landmark_impl
 from lcdist_kernels.landmark.reference import check_sizes, landmark_reference
 from lcdist_kernels.landmark.sparse import BlockLists
-from lcdist_kernels.landmark.top_k import choose_blocks
 from lcdist_kernels.partial import merge
-from lcdist_kernels.rotary import Rotary, rotate_self
+from lcdist_kernels.rotary import Rotary
 
 IMPLS = ("auto", "triton", "torch", "reference")
+
+# Sequences with documents of their own come and go; all layers of one share its plan.
+PLANS_KEPT = 32
 
 
 def landmark_attention(
@@ -55,17 +65,44 @@ def landmark_attention(
     check_self(q, k, v)
     check_sizes(block_size, top_k, select_tokens)
     implementation = select_landmark_impl(impl, q, "landmark attention")
-    q, k, index, starts = rotate_self(q, k, rotary, positions, cu_seqlens)
-    scale = resolve_scale(softmax_scale, q.shape[3])
-    grid = block_grid(cu_seqlens, q.shape[1], block_size)
+    documents = document_borders(cu_seqlens, q.shape[1])
+    plan = _make_plan(q.shape[1], documents, block_size, select_tokens)
+    if rotary is not None:
+        positions = plan.positions if positions is None else positions
+        q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
+    scale, grid = resolve_scale(softmax_scale, q.shape[3]), plan.grid
     k, v = grid.to_slots(k), grid.to_slots(v)
     if top_k is None:
-        k_start = block_starts(grid.num_slots, block_size)
-        return LandmarkFunction.apply(q, k, v, grid.rows, k_start, scale, implementation)
-    lengths = unit_lengths(index, starts, select_tokens)
-    lists = choose_local_blocks(q, k, grid.rows, lengths, top_k, scale)
+        return LandmarkFunction.apply(q, k, v, grid.rows, plan.k_start, scale, implementation)
+    lists = choose_local_blocks(q, k, grid.rows, plan.lengths, top_k, scale, implementation)
     context = SparseContext(lists, grid.rows, 0, scale, implementation)
     return SparseFunction.apply(q, k, v, None, None, context)
+
+
+class _Plan(NamedTuple):
+    """What a whole sequence needs besides its tensors; int64 tables on the CPU.
+
+    positions: of tokens in their documents. k_start: first slots of blocks. lengths: of units.
+    """
+
+    positions: Tensor
+    grid: BlockGrid
+    k_start: Tensor
+    lengths: Tensor
+
+
+@lru_cache(maxsize=PLANS_KEPT)
+@torch.inference_mode(False)
+def _make_plan(
+    seqlen: int, documents: tuple[int, ...] | None, block_size: int, select_tokens: int
+) -> _Plan:
+    """Return the plan of a sequence; documents as in `document_borders`."""
+    cu_seqlens = None if documents is None else torch.tensor(documents)
+    index = torch.arange(seqlen)
+    starts = document_starts(cu_seqlens, index, seqlen)
+    grid = block_grid(cu_seqlens, seqlen, block_size)
+    lengths = unit_lengths(index, starts, select_tokens)
+    return _Plan(index - starts, grid, block_starts(grid.num_slots, block_size), lengths)
 
 
 @torch.no_grad()
@@ -174,14 +211,15 @@ class SparseFunction(torch.autograd.Function):
 
 
 def choose_local_blocks(
-    q: Tensor, k: Tensor, rows: QueryRows, lengths: Tensor, top_k: int, softmax_scale: float
-) -> BlockLists:
+    q: Tensor, k: Tensor, rows: QueryRows, lengths: Tensor, top_k: int, softmax_scale: float,
+    impl: LandmarkImpl = TORCH_IMPL,
+) -> BlockLists:  # fmt: skip
     """Choose blocks for units when all blocks of the grid are in k `[b, n L, h_kv, d]`.
 
     Returns the lists with entries of `table_of(k, v)`. Other arguments as in `choose_blocks`.
     """
     keys = landmarks(k, rows.block_size)
-    chosen = choose_blocks(q.detach(), keys.detach(), rows, lengths, top_k, softmax_scale)
+    chosen = impl.choose_blocks(q.detach(), keys.detach(), rows, lengths, top_k, softmax_scale)
     num_blocks, num_heads = keys.shape[1], keys.shape[0] * keys.shape[2]
     numbers = torch.arange(num_blocks, device=q.device).repeat(num_heads)
     first = torch.arange(num_heads, device=q.device, dtype=torch.int32) * num_blocks

@@ -55,3 +55,12 @@ BWD_DKV_LARGE = {
     (128, 4): Launch(16, 16, 8, 1),
     (256, 4): Launch(16, 16, 4, 1),
 }
+# Costs of past blocks. Nothing else chooses tiles, so that a row's cost has the same bits anywhere.
+TOP_K = {
+    (64, 2): Launch(128, 64, 4, 3),
+    (128, 2): Launch(128, 64, 8, 3),
+    (256, 2): Launch(64, 64, 4, 2),
+    (64, 4): Launch(32, 64, 4, 1),
+    (128, 4): Launch(32, 64, 8, 1),
+    (256, 4): Launch(16, 32, 8, 1),
+}

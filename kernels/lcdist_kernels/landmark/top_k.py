@@ -11,7 +11,8 @@ equal blocks the first wins.
 The choice must not depend on the summation order of a matrix product, which follows the shapes of
 tiles and shards. So p is computed in float64 from any dtype of q and k, and 1 - ln p is compared
 rounded to float32. Another order moves it by 1e-13 or less while a rounding step is 1e-7, so
-landmarks that are nearly equal compare as equal.
+landmarks that are nearly equal compare as equal. `top_k_launch` has the same choice by a kernel, of
+costs in float32.
 """
 
 import torch
@@ -58,7 +59,7 @@ def choose_blocks(
                 run.start + i * run.length, run.first + i, min(units, run.count - i), run.length
             )
             cost = _unit_costs(by_head, keys, rows, k_start, part, at_once)
-            chosen[:, :, part.first : part.first + part.count] = _select_least(cost, width)
+            chosen[:, :, part.first : part.first + part.count] = select_least(cost, width)
     return chosen
 
 
@@ -95,7 +96,7 @@ def _costs(scores: Tensor, past: Tensor) -> Tensor:
     return (1 - (scores - normalizer)).masked_fill_(~past, torch.inf).float()
 
 
-def _select_least(cost: Tensor, width: int) -> Tensor:
+def select_least(cost: Tensor, width: int) -> Tensor:
     """Return the blocks of least cost, increasing, then -1: int32 `[b, h_kv, units, width]`."""
     num_blocks = cost.shape[-1]
     # Positive floats sort like their bits; the block number in the low bits breaks ties.

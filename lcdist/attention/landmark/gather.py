@@ -16,12 +16,12 @@ from lcdist.attention.landmark.ring import query_rows
 from lcdist.attention.shared.plan_cache import cached_plan
 from lcdist.exchange import Pending, gather
 from lcdist_kernels.landmark import (
+    TORCH_IMPL,
     BlockLists,
     LandmarkImpl,
     QueryRows,
     SparseContext,
     SparseFunction,
-    choose_blocks,
     landmark_partial,
     landmarks,
     sparse_partial,
@@ -35,7 +35,7 @@ def attend_selected(
     q: Tensor, k: Tensor, v: Tensor, impl: LandmarkImpl, ctx: AttentionContext
 ) -> Tensor:
     """Return out of rotated q, k, v; own blocks are computed while the others are in flight."""
-    rows, pending, lists = _select_and_request(q, k, v, ctx)
+    rows, pending, lists = _select_and_request(q, k, v, impl, ctx)
     sparse = SparseContext(lists, rows, int(rows.idx[0]), ctx.softmax_scale, impl)
     own = sparse.own_partial(q, k, v)
     return SparseFunction.apply(q, k, v, pending.wait(), own, sparse)
@@ -46,7 +46,7 @@ def reference_selected(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -
 
     `attend_selected` is tested against it.
     """
-    rows, pending, lists = _select_and_request(q, k, v, ctx)
+    rows, pending, lists = _select_and_request(q, k, v, TORCH_IMPL, ctx)
     table = pending.wait()
     # Entry 0 stands for -1, no block, and keeps an empty table in the graph.
     table = torch.cat((table.new_zeros((1, *table.shape[1:])), table))
@@ -59,7 +59,7 @@ def reference_selected(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -
 
 
 def _select_and_request(
-    q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext
+    q: Tensor, k: Tensor, v: Tensor, impl: LandmarkImpl, ctx: AttentionContext
 ) -> tuple[QueryRows, Pending, BlockLists]:
     """Select blocks and request them; return own queries, the pending table, and the lists."""
     options = ctx.options
@@ -69,7 +69,7 @@ def _select_and_request(
     lengths = make_unit_lengths(options.select_tokens, ctx.layout_key, ctx.documents)
     own_table = table_of(k, v, options.block_size)
     assert options.top_k is not None
-    selected = choose_blocks(
+    selected = impl.choose_blocks(
         q.detach(), pending_keys.wait(), rows, lengths, options.top_k, ctx.softmax_scale
     )
     numbering = TableNumbering(keys.shape[1], keys.shape[0], keys.shape[2])
