@@ -20,6 +20,7 @@ from lcdist_kernels.coca import (
     select_coca_impl,
 )
 from tests.attention.body import make, on_virtual_ranks, whole
+from tests.kernels.repeat import assert_right_behind_2_to_the_31, assert_same_bits
 from tests.kernels.test_full import borders, with_grads
 from tests.kernels.test_full_triton import (
     HERE,
@@ -228,25 +229,14 @@ def test_as_good_as_eager_on_a_gpu(dtype: torch.dtype, head_dim: int, variant: s
 def test_the_same_bits_twice() -> None:
     qtv = on_device(3000, (8, 2), 64, torch.bfloat16)
     dout, rotary = torch.randn_like(qtv[0]), Rotary(frequencies(64))
-    first, *others = (
-        with_grads(coca_attention(*qtv, rotary=rotary, impl="triton"), qtv, dout) for _ in range(5)
+    assert_same_bits(
+        lambda: with_grads(coca_attention(*qtv, rotary=rotary, impl="triton"), qtv, dout)
     )
-    for again in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.gpu
 def test_tensors_of_more_than_2_to_the_31_elements() -> None:
-    # The last row of the batch lies behind 2^31 elements of q, of t and v, of q', out and dq.
-    home = torch.zeros(3, 2048, 1408, 256, dtype=torch.bfloat16, device="cuda")
-    assert home[:-1].numel() < 2**31 < home.numel()
-    home[-1].normal_()
-    dout = torch.zeros_like(home)
-    dout[-1].normal_()
-    qtv = [x.detach().requires_grad_() for x in (home, home[:, :, :2], home[:, :, 2:4])]
     more = {"rotary": Rotary(frequencies(256)), "impl": "triton"}
-    got = with_grads(coca_attention(*qtv, **more), qtv, dout)
-    alone = [x.detach()[-1:].requires_grad_() for x in qtv]
-    truth = with_grads(coca_attention(*alone, **more), alone, dout[-1:])
-    for actual, reference in zip(got, truth, strict=True):
-        assert torch.equal(actual[-1:], reference) and torch.all(actual[:-1] == 0)
+    assert_right_behind_2_to_the_31(
+        lambda qtv, dout: with_grads(coca_attention(*qtv, **more), qtv, dout)
+    )

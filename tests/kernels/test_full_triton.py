@@ -24,6 +24,7 @@ from lcdist_kernels.full import (
 )
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import Problem, make, on_virtual_ranks
+from tests.kernels.repeat import assert_right_behind_2_to_the_31, assert_same_bits
 from tests.kernels.test_full import borders, inputs, tiled_starts, with_grads
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.tiers import one, tiered
@@ -332,28 +333,16 @@ def test_as_good_as_eager_on_a_gpu(dtype: torch.dtype, head_dim: int) -> None:
 def test_the_same_bits_twice(dtype: torch.dtype) -> None:
     qkv = on_device(3000, (8, 2), 64, dtype)
     dout = torch.randn_like(qkv[0])
-    first, *others = (
-        with_grads(full_attention(*qkv, cu_seqlens=borders(3000), impl="triton"), qkv, dout)
-        for _ in range(5)
+    assert_same_bits(
+        lambda: with_grads(full_attention(*qkv, cu_seqlens=borders(3000), impl="triton"), qkv, dout)
     )
-    for again in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.gpu
 def test_tensors_of_more_than_2_to_the_31_elements() -> None:
-    # The last row of the batch lies behind 2^31 elements of q, of k and v, of out and of dq.
-    home = torch.zeros(3, 2048, 1408, 256, dtype=torch.bfloat16, device="cuda")
-    assert home[:-1].numel() < 2**31 < home.numel()
-    home[-1].normal_()
-    dout = torch.zeros_like(home)
-    dout[-1].normal_()
-    qkv = [x.detach().requires_grad_() for x in (home, home[:, :, :2], home[:, :, 2:4])]
-    got = with_grads(full_attention(*qkv, impl="triton"), qkv, dout)
-    alone = [x.detach()[-1:].requires_grad_() for x in qkv]
-    truth = with_grads(full_attention(*alone, impl="triton"), alone, dout[-1:])
-    for actual, reference in zip(got, truth, strict=True):
-        assert torch.equal(actual[-1:], reference) and torch.all(actual[:-1] == 0)
+    assert_right_behind_2_to_the_31(
+        lambda qkv, dout: with_grads(full_attention(*qkv, impl="triton"), qkv, dout)
+    )
 
 
 @pytest.mark.gpu

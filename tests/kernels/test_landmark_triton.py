@@ -26,6 +26,7 @@ from lcdist_kernels.partial import merge
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import Variant, make, on_virtual_ranks
 from tests.kernels import test_compiles
+from tests.kernels.repeat import assert_right_behind_2_to_the_31, assert_same_bits
 from tests.kernels.test_full import borders, with_grads
 from tests.kernels.test_full_triton import (
     FP32,
@@ -468,22 +469,9 @@ def test_the_same_bits_twice(dtype: torch.dtype, choice: dict[str, Any]) -> None
     qkv = on_device(3000, (8, 2), 64, dtype)
     dout = torch.randn_like(qkv[0])
     more = {"block_size": 32, "cu_seqlens": borders(3000), **choice}
-    first, *others = (by_kernel(qkv, dout, **more) for _ in range(5))
-    for again in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert_same_bits(lambda: by_kernel(qkv, dout, **more))
 
 
 @pytest.mark.gpu
 def test_tensors_of_more_than_2_to_the_31_elements() -> None:
-    # The last row of the batch lies behind 2^31 elements of q, of k and v, of out and of dq.
-    home = torch.zeros(3, 2048, 1408, 256, dtype=torch.bfloat16, device="cuda")
-    assert home[:-1].numel() < 2**31 < home.numel()
-    home[-1].normal_()
-    dout = torch.zeros_like(home)
-    dout[-1].normal_()
-    qkv = [x.detach().requires_grad_() for x in (home, home[:, :, :2], home[:, :, 2:4])]
-    got = by_kernel(qkv, dout, block_size=64)
-    alone = [x.detach()[-1:].requires_grad_() for x in qkv]
-    truth = by_kernel(alone, dout[-1:], block_size=64)
-    for actual, reference in zip(got, truth, strict=True):
-        assert torch.equal(actual[-1:], reference) and torch.all(actual[:-1] == 0)
+    assert_right_behind_2_to_the_31(lambda qkv, dout: by_kernel(qkv, dout, block_size=64))

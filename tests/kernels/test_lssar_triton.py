@@ -29,6 +29,7 @@ from lcdist_kernels.lssar import (
 )
 from lcdist_kernels.triton_common import Launch, interpreting
 from tests.attention.body import make, on_virtual_ranks
+from tests.kernels.repeat import assert_same_bits, large_tensor
 from tests.kernels.test_compiles import compiles
 from tests.kernels.test_full import borders, tiled_starts, with_grads
 from tests.kernels.test_full_triton import (
@@ -522,20 +523,17 @@ def test_as_good_as_eager_on_a_gpu(
 def test_the_same_bits_twice(dtype: torch.dtype) -> None:
     qkv = on_device(3000, (8, 2), 64, dtype)
     dout = torch.randn_like(qkv[0])
-    first, *others = (
-        with_grads(lssar_attention(*qkv, cu_seqlens=borders(3000), impl="triton"), qkv, dout)
-        for _ in range(5)
+    assert_same_bits(
+        lambda: with_grads(
+            lssar_attention(*qkv, cu_seqlens=borders(3000), impl="triton"), qkv, dout
+        )
     )
-    for again in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.gpu
 def test_tensors_of_more_than_2_to_the_31_elements() -> None:
     # The last row of the batch lies behind 2^31 elements of q, of k and v, of out, of e and dout.
-    home = torch.zeros(3, 2048, 1408, 256, dtype=torch.bfloat16, device="cuda")
-    assert home[:-1].numel() < 2**31 < home.numel()
-    home[-1].normal_()
+    home = large_tensor()
     index = torch.arange(2048)
     band, k, v = Band(index, 0 * index, index), home[:, :, :2], home[:, :, 2:4]
     home[-1] /= home[-1].float().norm(dim=-1, keepdim=True).to(home.dtype)

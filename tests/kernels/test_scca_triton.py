@@ -15,6 +15,7 @@ from lcdist_kernels.common import document_starts
 from lcdist_kernels.full import TORCH_IMPL, TRITON_IMPL, AttentionImpl
 from lcdist_kernels.scca import Rule, dense_mask, head_groups, op, self_parts, tiled
 from tests.attention.body import Variant, make, on_virtual_ranks, whole
+from tests.kernels.repeat import assert_same_bits
 from tests.kernels.test_full import borders, with_grads
 from tests.kernels.test_full_triton import (
     HERE,
@@ -235,8 +236,6 @@ def test_as_good_as_eager_on_a_gpu(dtype: torch.dtype, head_dim: int) -> None:
 def test_the_same_bits_twice() -> None:
     qkv = on_device(3000, (8, 4), 64, torch.bfloat16)
     dout = torch.randn_like(qkv[0])
-    first, *others = (
-        with_grads(scca_attention(*qkv, rules=MIXED, impl="triton"), qkv, dout) for _ in range(5)
+    assert_same_bits(
+        lambda: with_grads(scca_attention(*qkv, rules=MIXED, impl="triton"), qkv, dout)
     )
-    for again in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -15,6 +15,7 @@ from lcdist_kernels.tensorized import launch as launchers
 from lcdist_kernels.tensorized.impl import TORCH_IMPL, TRITON_IMPL
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import Variant, make, on_virtual_ranks, whole
+from tests.kernels.repeat import assert_same_bits
 from tests.kernels.test_full import with_grads
 from tests.kernels.test_full_triton import (
     HERE,
@@ -292,9 +293,7 @@ def test_the_same_bits_twice() -> None:
     grid = ModeGrid((128,), local_blocks=2)
     leaves = leaves_of(grid, 3000, (8, 2), 64, torch.bfloat16)
     dout = torch.randn_like(leaves[0])
-    first, *others = (by_kernels(leaves, dout, grid=grid) for _ in range(5))
-    for again in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert_same_bits(lambda: by_kernels(leaves, dout, grid=grid))
 
 
 @pytest.mark.gpu

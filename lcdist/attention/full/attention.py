@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.context import AttentionContext, DecodeCache
+from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.shape import Shape, Traffic
 from lcdist.attention.shared.checks import causal_flops, decode_rows
@@ -89,8 +90,5 @@ METHOD = AttentionMethod(
     flops=flops,
     bytes=traffic,
     impls=IMPLS,
-    attend=attend,
-    attend_local=attend_local,
-    reference=reference,
-    decode=decode,
+    functions=ContextFunctions(attend, reference, decode, attend_local),
 )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.context import AttentionContext, DecodeCache
+from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.landmark.gather import attend_selected, reference_selected
 from lcdist.attention.landmark.plan import (
@@ -129,10 +130,7 @@ METHOD = AttentionMethod(
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
-    attend=attend,
-    attend_local=attend_local,
-    reference=reference,
-    decode=decode,
+    functions=ContextFunctions(attend, reference, decode, attend_local),
     layouts_for=layouts_for,
     exchange_for=exchange_for,
     check=check,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.context import AttentionContext, DecodeCache
+from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.shape import Shape, Traffic
 from lcdist.attention.shared.checks import causal_flops, decode_rows
@@ -214,8 +215,5 @@ METHOD = AttentionMethod(
     bytes=traffic,
     impls=ops.IMPLS,
     default_scale=math.log,
-    attend=attend,
-    attend_local=attend_local,
-    reference=reference,
-    decode=decode,
+    functions=ContextFunctions(attend, reference, decode, attend_local),
 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.context import AttentionContext, DecodeCache
+from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.scca.pattern import check_documents, for_layer, held_rules, model_rules
 from lcdist.attention.scca.ring import (
@@ -206,10 +207,7 @@ METHOD = AttentionMethod(
     flops=flops,
     bytes=traffic,
     impls=IMPLS,
-    attend=attend,
-    attend_local=attend_local,
-    reference=reference,
-    decode=decode,
+    functions=ContextFunctions(attend, reference, decode, attend_local),
     exchange_for=exchange_for,
     for_layer=for_layer,
     check=check,

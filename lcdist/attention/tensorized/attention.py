@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.context import AttentionContext, DecodeCache
+from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.shape import HeadSlice, Shape
 from lcdist.attention.tensorized.plan import make_grid, make_shard_plan, traffic
@@ -160,10 +161,7 @@ METHOD = AttentionMethod(
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
-    attend=attend,
-    attend_local=attend_local,
-    reference=reference,
-    decode=decode,
+    functions=ContextFunctions(attend, reference, decode, attend_local),
     parameters=parameters,
     exchange_for=exchange_for,
     initial=initial,
