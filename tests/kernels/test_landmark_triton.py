@@ -288,6 +288,44 @@ def test_lists(size: int, launch: Launch, group: int) -> None:
     assert torch.all(got[1][-2:] == 0)
 
 
+@pytest.mark.parametrize(
+    ("size", "launch", "group"),
+    tiered(
+        [
+            (7, SMALL[1], 3),
+            (40, Launch(64, 32, 4, 1), 1),
+            (2, SMALL[1], 1),
+            (32, SMALL[2], 3),
+            (100, WIDE, 1),
+            (100, SMALL[0], 3),
+        ],
+        {0, 1},
+    ),
+)
+def test_own_and_chosen_blocks(size: int, launch: Launch, group: int) -> None:
+    grid = block_grid(torch.tensor([0, size + 1]), 4 * size, size)
+    lengths = torch.tensor([1, size, size, 2 * size - 1])
+    blocks = grid.num_slots // size
+    chosen = torch.rand(1, 2, 4, blocks).argsort(-1)[..., :3].sort(-1).values.int()
+    chosen[:, :, 2:, 2:] = -1
+    q = torch.randn(1, 4 * size, 2 * group, 16, device=HERE)
+    k, v = (torch.randn(1, grid.num_slots, 2, 16, device=HERE) for _ in range(2))
+    units = (chosen.to(HERE), lengths, grid.rows, 0.25)
+    out, lse = TRITON_IMPL.local_fwd(q, k, v, *units, launch=launch)
+    doubles, of_torch = [x.cpu().double() for x in (q, k, v)], (chosen, *units[1:])
+    truth = TORCH_IMPL.local_fwd(*doubles, *of_torch)
+    assert_close([out, lse], list(truth))
+    dout = torch.randn_like(q)
+    got = TRITON_IMPL.local_bwd(
+        dout, q, k, v, truth[0].float().to(HERE), truth[1].float().to(HERE), *units,
+        launches=(launch, launch),
+    )  # fmt: skip
+    expected = TORCH_IMPL.local_bwd(dout.cpu().double(), *doubles, *truth, *of_torch)
+    assert_close(list(got), list(expected))
+    # No value of a landmark has a gradient.
+    assert torch.all(got[2][:, size - 1 :: size] == 0)
+
+
 def test_rows_that_see_nothing() -> None:
     q, k, v = (x.detach() for x in on_device(12, (2, 2), 16, torch.float32))
     rows, k_start = QueryRows(torch.arange(12), torch.zeros(12).long(), 4), torch.tensor([4, 8, 12])
@@ -408,7 +446,7 @@ def test_how_blocks_lie_in_tiles() -> None:
 PROGRAM = """
 import torch
 from lcdist_kernels.landmark import TRITON_IMPL, block_starts, block_grid, table_of, unit_lengths
-from lcdist_kernels.landmark.op import choose_local_blocks
+from lcdist_kernels.landmark.sparse import list_blocks
 from tests.kernels.compiling import SHARED, compiled_for
 
 index = torch.arange(512)
@@ -421,7 +459,10 @@ for head_dim, dtype, size in (
     grid = block_grid(torch.tensor([0, 100]), 512, size)
     q = torch.zeros(1, 512, 4, head_dim, dtype=dtype)
     k = torch.zeros(1, grid.num_slots, 2, head_dim, dtype=dtype)
-    lists, table = choose_local_blocks(q, k, grid.rows, lengths, 3, 0.25), table_of(k, k, size)
+    chosen = torch.zeros(1, 2, len(lengths), 3, dtype=torch.int32)
+    units = (chosen, lengths, grid.rows, 0.25)
+    lists = list_blocks(chosen, grid.num_slots // size, lengths)
+    table = table_of(k, k, size)
     band = (grid.rows, block_starts(grid.num_slots, size), 0.25)
     with compiled_for(CAPABILITY) as made:
         out, lse = TRITON_IMPL.fwd(q, k, k, *band)
@@ -429,7 +470,9 @@ for head_dim, dtype, size in (
         TRITON_IMPL.choose_blocks(q, k[:, size - 1 :: size], grid.rows, lengths, 3, 0.25)
         TRITON_IMPL.sparse_fwd(q, table, lists, grid.rows, 0.25)
         TRITON_IMPL.sparse_bwd(q, q, table, out, lse, lists, grid.rows, 0.25)
-    assert len(made) == 7
+        TRITON_IMPL.local_fwd(q, k, k, *units)
+        TRITON_IMPL.local_bwd(q, q, k, k, out, lse, *units)
+    assert len(made) == 10
     for each in made:
         assert each.metadata.shared <= SHARED[CAPABILITY], (head_dim, size, each.metadata)
 """

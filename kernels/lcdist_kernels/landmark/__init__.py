@@ -13,13 +13,17 @@ from lcdist_kernels.landmark.op import (
     IMPLS,
     SparseContext,
     SparseFunction,
-    keys_of,
     landmark_attention,
     landmark_cached,
-    table_of,
 )
 from lcdist_kernels.landmark.reference import landmark_partial, landmark_reference, sparse_partial
-from lcdist_kernels.landmark.sparse import BlockLists, sparse_bwd, sparse_fwd
+from lcdist_kernels.landmark.sparse import (
+    BlockLists,
+    keys_of,
+    sparse_bwd,
+    sparse_fwd,
+    table_of,
+)
 from lcdist_kernels.landmark.tiled import landmark_bwd, landmark_fwd, sees_any
 from lcdist_kernels.landmark.top_k import choose_blocks
 

@@ -20,6 +20,8 @@ class LandmarkImpl(NamedTuple):
     sparse_fwd: Callable[..., tuple[Tensor, Tensor]]
     sparse_bwd: Callable[..., tuple[Tensor, Tensor]]
     choose_blocks: Callable[..., Tensor]
+    local_fwd: Callable[..., tuple[Tensor, Tensor]]
+    local_bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 TORCH_IMPL = LandmarkImpl(
@@ -30,6 +32,8 @@ TORCH_IMPL = LandmarkImpl(
     sparse.sparse_fwd,
     sparse.sparse_bwd,
     top_k.choose_blocks,
+    sparse.local_fwd,
+    sparse.local_bwd,
 )
 TRITON_IMPL = LandmarkImpl(
     launch.landmark_fwd,
@@ -39,6 +43,8 @@ TRITON_IMPL = LandmarkImpl(
     sparse_launch.sparse_fwd,
     sparse_launch.sparse_bwd,
     top_k_launch.choose_blocks,
+    sparse_launch.local_fwd,
+    sparse_launch.local_bwd,
 )
 
 

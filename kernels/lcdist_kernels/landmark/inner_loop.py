@@ -247,6 +247,21 @@ def past_dkv(
 
 
 @triton.jit
+def own_dkv(
+    b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, m_visible, qk_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return (dk, dv) after more queries of the keys' own block, where each key is an entry."""
+    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    b_p = tl.where(m_visible, tl.exp2(b_s * qk_scale - b_lse[:, None]), 0.0)
+    b_dv = dot(tl.trans(b_p.to(b_dout.dtype)), b_dout, b_dv)
+    b_ds = b_p * (b_du - b_delta[:, None])
+    b_dk = dot(tl.trans(b_ds.to(b_q.dtype)), b_q, b_dk)
+    return b_dk, b_dv
+
+
+@triton.jit
 def _large_stats(
     b_q, b_dout, b_lse, p_k, p_v, stride_ks, stride_vs, m_visible, qk_scale,
     SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,

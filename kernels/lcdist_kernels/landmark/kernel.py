@@ -34,6 +34,7 @@ from lcdist_kernels.landmark.inner_loop import (
     large_dq,
     large_fwd,
     load_rows,
+    own_dkv,
     past_dkv,
     past_dq,
     past_fwd,
@@ -54,7 +55,7 @@ from lcdist_kernels.softmax_steps import (
     query_program,
     store_delta,
 )
-from lcdist_kernels.triton_common import LOG2E, LOWEST, dot, load_tile, store_tile
+from lcdist_kernels.triton_common import LOG2E, LOWEST, load_tile, store_tile
 
 
 @triton.jit
@@ -325,13 +326,9 @@ def _own_dkv_step(
     )  # fmt: skip
     b_last, b_lo = load_limits(own_last, own_lo, o_m, m_m, True)
     m_visible = is_visible(b_last[:, None], b_lo[:, None], b_k_idx[None, :], True)
-    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    b_p = tl.where(m_visible, tl.exp2(b_s * qk_scale - b_lse[:, None]), 0.0)
-    b_dv = dot(tl.trans(b_p.to(b_dout.dtype)), b_dout, b_dv)
-    b_ds = b_p * (b_du - b_delta[:, None])
-    b_dk = dot(tl.trans(b_ds.to(b_q.dtype)), b_q, b_dk)
-    return b_dk, b_dv
+    return own_dkv(
+        b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, m_visible, qk_scale, BLOCK_M, BLOCK_N
+    )  # fmt: skip
 
 
 @triton.jit

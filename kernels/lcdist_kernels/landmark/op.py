@@ -74,9 +74,11 @@ def landmark_attention(
     k, v = grid.to_slots(k), grid.to_slots(v)
     if top_k is None:
         return LandmarkFunction.apply(q, k, v, grid.rows, plan.k_start, scale, implementation)
-    lists = choose_local_blocks(q, k, grid.rows, plan.lengths, top_k, scale, implementation)
-    context = SparseContext(lists, grid.rows, 0, scale, implementation)
-    return SparseFunction.apply(q, k, v, None, None, context)
+    chosen = implementation.choose_blocks(
+        q.detach(), landmarks(k.detach(), block_size), grid.rows, plan.lengths, top_k, scale
+    )
+    units = (chosen, plan.lengths, grid.rows)
+    return LocalSparseFunction.apply(q, k, v, *units, scale, implementation)
 
 
 class _Plan(NamedTuple):
@@ -123,10 +125,9 @@ def landmark_cached(
     k_start = block_starts(grid.num_slots, block_size)
     if top_k is None:
         return TORCH_IMPL.fwd(q, k, v, rows, k_start, softmax_scale, out_dtype=q.dtype)[0]
-    lists = choose_local_blocks(q, k, rows, torch.ones_like(positions), top_k, softmax_scale)
-    past = TORCH_IMPL.sparse_fwd(q, table_of(k, v, block_size), lists, rows, softmax_scale)
-    own = TORCH_IMPL.own_fwd(q, k, v, rows, k_start, softmax_scale)
-    return merge(*own, *past)[0].to(q.dtype)
+    lengths, keys = torch.ones_like(positions), landmarks(k, block_size)
+    chosen = TORCH_IMPL.choose_blocks(q, keys, rows, lengths, top_k, softmax_scale)
+    return TORCH_IMPL.local_fwd(q, k, v, chosen, lengths, rows, softmax_scale)[0]
 
 
 class LandmarkFunction(torch.autograd.Function):
@@ -167,27 +168,22 @@ class SparseContext(NamedTuple):
 
 
 class SparseFunction(torch.autograd.Function):
-    """Attention over own blocks among k, v, and over listed blocks of a table.
+    """Attention over own blocks among k, v, and over listed blocks of a fetched table.
 
     Saves q, k, v, the table, out, lse and the lists.
 
     Args:
-        table: listed blocks; None: made of k and v.
-        own: the partial over own blocks, if already computed while the table was exchanged.
+        own: the partial over own blocks, computed while the table was exchanged.
     """
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, table: Tensor | None, own: Any, context: SparseContext):
+    def forward(ctx: Any, q, k, v, table: Tensor, own: Any, context: SparseContext):
         lists, rows, _, scale, impl = context
-        own = context.own_partial(q, k, v) if own is None else own
-        entries = table_of(k, v, rows.block_size) if table is None else table
-        past = impl.sparse_fwd(q, entries, lists, rows, scale)
-        out, lse = merge(own[0], own[1], *past)
+        out, lse = merge(own[0], own[1], *impl.sparse_fwd(q, table, lists, rows, scale))
         out = out.to(q.dtype)
         # A table may have a wider dtype so that its gradient has; its values do not need it.
-        ctx.wide = None if table is None else table.dtype
-        table = None if table is None else table.to(q.dtype)
-        ctx.save_for_backward(q, k, v, table, out, lse)
+        ctx.wide = table.dtype
+        ctx.save_for_backward(q, k, v, table.to(q.dtype), out, lse)
         ctx.context = context
         return out
 
@@ -195,46 +191,23 @@ class SparseFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, table, out, lse = ctx.saved_tensors
         lists, rows, _, scale, impl = context = ctx.context
-        entries = table_of(k, v, rows.block_size) if table is None else table
-        dq, dtable = impl.sparse_bwd(dout, q, entries, out, lse, lists, rows, scale)
-        del entries
+        dq, dtable = impl.sparse_bwd(dout, q, table, out, lse, lists, rows, scale)
         own = impl.own_bwd(dout, q, k, v, out, lse, rows, context.k_start(k), scale)
-        dq.add_(own[0])
-        dk, dv = own[1:]
-        if table is None:
-            for total, share in zip((dk, dv), keys_of(dtable, k.shape), strict=True):
-                total.add_(share)
-            dtable = None
-        else:
-            dtable = dtable.to(ctx.wide)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dtable, None, None
+        dq, dk, dv = dq.add_(own[0]), *own[1:]
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dtable.to(ctx.wide), None, None
 
 
-def choose_local_blocks(
-    q: Tensor, k: Tensor, rows: QueryRows, lengths: Tensor, top_k: int, softmax_scale: float,
-    impl: LandmarkImpl = TORCH_IMPL,
-) -> BlockLists:  # fmt: skip
-    """Choose blocks for units when all blocks of the grid are in k `[b, n L, h_kv, d]`.
+class LocalSparseFunction(torch.autograd.Function):
+    """Attention over own and chosen blocks of k, v; saves q, k, v, out, lse and the choice."""
 
-    Returns the lists with entries of `table_of(k, v)`. Other arguments as in `choose_blocks`.
-    """
-    keys = landmarks(k, rows.block_size)
-    chosen = impl.choose_blocks(q.detach(), keys.detach(), rows, lengths, top_k, softmax_scale)
-    num_blocks, num_heads = keys.shape[1], keys.shape[0] * keys.shape[2]
-    numbers = torch.arange(num_blocks, device=q.device).repeat(num_heads)
-    first = torch.arange(num_heads, device=q.device, dtype=torch.int32) * num_blocks
-    ids = chosen + first.view(*chosen.shape[:2], 1, 1)
-    return BlockLists(numbers, ids.masked_fill(chosen < 0, -1), lengths)
+    @staticmethod
+    def forward(ctx: Any, q, k, v, chosen, lengths, rows: QueryRows, scale, impl: LandmarkImpl):
+        out, lse = impl.local_fwd(q, k, v, chosen, lengths, rows, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.units, ctx.impl = (chosen, lengths, rows, scale), impl
+        return out
 
-
-def table_of(k: Tensor, v: Tensor, block_size: int) -> Tensor:
-    """Return k, v `[b, n L, h_kv, d]` by block: `[b * h_kv * n, 2, L, d]`; differentiable."""
-    blocks = torch.stack([x.unflatten(1, (-1, block_size)) for x in (k, v)], 2)
-    return blocks.permute(0, 4, 1, 2, 3, 5).flatten(0, 2)  # of [b, n, 2, L, h_kv, d]
-
-
-def keys_of(table: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Return k, v `[b, n L, h_kv, d]` of a table: inverse of `table_of`; views where possible."""
-    blocks = table.unflatten(0, (shape[0], shape[2], -1))  # [b, h_kv, n, 2, L, d]
-    k, v = blocks.permute(3, 0, 2, 4, 1, 5).flatten(2, 3)
-    return k, v
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grads = ctx.impl.local_bwd(dout, *ctx.saved_tensors, *ctx.units)
+        return *grads, None, None, None, None, None

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels.landmark.block_gates import GateAccumulator, GateGrads
-from lcdist_kernels.landmark.blocks import QueryRows, runs_of
+from lcdist_kernels.landmark.blocks import QueryRows, block_starts, runs_of
+from lcdist_kernels.landmark.tiled import own_bwd, own_fwd
+from lcdist_kernels.partial import merge
 from lcdist_kernels.tiles import BLOCK, SCORES_AT_ONCE, fold, unfold
 
 # Elements of keys gathered from the table at once: 8 MiB in fp32, and as many of values.
@@ -117,6 +119,50 @@ def sparse_bwd(
     return unfold(dq.mul_(softmax_scale), shape), dtable
 
 
+def local_fwd(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, lengths: Tensor, rows: QueryRows,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return (out `[b, s, h, d]` in q's dtype, lse `[b, h, s]`) over own and chosen blocks.
+
+    Args:
+        k, v: all keys by slot, `[b, n L, h_kv, d]`; k rotated.
+        chosen: blocks that each unit reads, int32 `[b, h_kv, units, K]`; -1: none.
+        lengths: rows of each unit, int64 on the CPU.
+        other: as in `sparse_fwd`.
+    """
+    lists = list_blocks(chosen, k.shape[1] // rows.block_size, lengths)
+    own = own_fwd(q, k, v, rows, block_starts(k.shape[1], rows.block_size), softmax_scale)
+    past = sparse_fwd(q, table_of(k, v, rows.block_size), lists, rows, softmax_scale)
+    out, lse = merge(*own, *past)
+    return out.to(q.dtype), lse
+
+
+def local_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, chosen: Tensor,
+    lengths: Tensor, rows: QueryRows, softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return (dq, dk, dv), in q's dtype; arguments as in `local_fwd` and `sparse_bwd`."""
+    lists = list_blocks(chosen, k.shape[1] // rows.block_size, lengths)
+    table, known = table_of(k, v, rows.block_size), (dout, q, k, v, out, lse, rows)
+    share, dtable = sparse_bwd(dout, q, table, out, lse, lists, rows, softmax_scale)
+    del table
+    dq, dk, dv = own_bwd(*known, block_starts(k.shape[1], rows.block_size), softmax_scale)
+    dq.add_(share)
+    for total, part in zip((dk, dv), keys_of(dtable, k.shape), strict=True):
+        total.add_(part)
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def list_blocks(chosen: Tensor, num_blocks: int, lengths: Tensor) -> BlockLists:
+    """Return lists over entries of `table_of` for chosen blocks `[b, h_kv, units, K]`."""
+    num_heads = chosen.shape[0] * chosen.shape[1]
+    numbers = torch.arange(num_blocks, device=chosen.device).repeat(num_heads)
+    first = torch.arange(num_heads, device=chosen.device, dtype=torch.int32) * num_blocks
+    ids = chosen + first.view(*chosen.shape[:2], 1, 1)
+    return BlockLists(numbers, ids.masked_fill(chosen < 0, -1), lengths)
+
+
 class _TileWork:
     """Tiles of rows and lists, and the blocks that a tile gathers from the table."""
 
@@ -213,3 +259,16 @@ def _add_rows(table: Tensor, ids: Tensor, rows: Tensor) -> None:
         table.index_put_((ids.flatten(),), rows, accumulate=True)
     else:
         table.index_add_(0, ids.flatten(), rows)
+
+
+def table_of(k: Tensor, v: Tensor, block_size: int) -> Tensor:
+    """Return k, v `[b, n L, h_kv, d]` by block: `[b * h_kv * n, 2, L, d]`; differentiable."""
+    blocks = torch.stack([x.unflatten(1, (-1, block_size)) for x in (k, v)], 2)
+    return blocks.permute(0, 4, 1, 2, 3, 5).flatten(0, 2)  # of [b, n, 2, L, h_kv, d]
+
+
+def keys_of(table: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Return k, v `[b, n L, h_kv, d]` of a table: inverse of `table_of`; views where possible."""
+    blocks = table.unflatten(0, (shape[0], shape[2], -1))  # [b, h_kv, n, 2, L, d]
+    k, v = blocks.permute(3, 0, 2, 4, 1, 5).flatten(2, 3)
+    return k, v

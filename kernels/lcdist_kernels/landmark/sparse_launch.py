@@ -2,6 +2,8 @@
 # Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -10,8 +12,8 @@ from lcdist_kernels.landmark.blocks import QueryRows
 from lcdist_kernels.landmark.inner_loop import Tiling, launch_for, tiling_of
 from lcdist_kernels.landmark.sparse import BlockLists
 from lcdist_kernels.landmark.sparse_kernel import (
+    _sparse_bwd_dkv_kernel,
     _sparse_bwd_dq_kernel,
-    _sparse_bwd_dtable_kernel,
     _sparse_fwd_kernel,
 )
 from lcdist_kernels.landmark.tile_configs import (
@@ -22,7 +24,15 @@ from lcdist_kernels.landmark.tile_configs import (
     FWD,
     FWD_LARGE,
 )
-from lcdist_kernels.tile_ranges import Indices, device_stream, on_device
+from lcdist_kernels.landmark.unit_tables import (
+    block_rows,
+    numbers_by_head,
+    on_device,
+    unit_rows,
+    unit_tiles,
+    units_of,
+)
+from lcdist_kernels.tile_ranges import device_stream
 from lcdist_kernels.triton_common import (
     LOG2E,
     Launch,
@@ -32,6 +42,58 @@ from lcdist_kernels.triton_common import (
     padded,
     strides,
 )
+
+
+class _Work(NamedTuple):
+    """Rows and lists of a launch.
+
+    ids: int32 `[b, h_kv, units, K]`, contiguous. lengths: rows of each unit. begins: first slots of
+    a table's entries, int32; None: entries are blocks of k and v, and rows also see their own.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    rows: QueryRows
+    begins: Tensor | None
+
+    def row_launch(self, launch: Launch, q: Tensor) -> Launch:
+        """Return the launch with at most the rows of the longest unit, but all heads of a group."""
+        group = q.shape[2] // self.ids.shape[1]
+        longest = triton.next_power_of_2(units_of(self.lengths).longest * group)
+        block_m = max(16, triton.next_power_of_2(group), min(launch.block_m, longest))
+        return launch._replace(block_m=block_m)
+
+    def tiles(self, launch: Launch, q: Tensor) -> Tensor:
+        """Return (unit, first row, number of rows) of every tile of queries: int32 `[n, 3]`."""
+        tokens = launch.block_m * self.ids.shape[1] // q.shape[2]
+        return unit_tiles(self.lengths, tokens, device_stream(q))
+
+    def slots(self, q: Tensor) -> Tensor:
+        """Return the slot of each row, int32 on the device."""
+        return on_device(self.rows.idx, device_stream(q))
+
+    def entry_strides(self, *tensors: Tensor) -> list[int]:
+        """Return the batch, entry, token and head strides of each tensor."""
+        found = []
+        for x in tensors:
+            if self.begins is None:
+                batch, token, head = x.stride()[:3]
+                found += [batch, self.rows.block_size * token, token, head]
+            else:
+                found += [0, *x.stride()[:2], 0]
+        return found
+
+    def constants(self, q: Tensor, launch: Launch) -> dict[str, int]:
+        """Return the constants of a launch."""
+        return {
+            "GROUP": q.shape[2] // self.ids.shape[1],
+            "HEAD_DIM": q.shape[3],
+            "BLOCK_D": padded(q.shape[3]),
+            "BLOCK_K": triton.next_power_of_2(self.ids.shape[3]),
+            "LOCAL": self.begins is None,
+            **tiling_of(self.rows.block_size, launch.block_n).constants(),
+            **launch.options(),
+        }
 
 
 def sparse_fwd(
@@ -48,21 +110,11 @@ def sparse_fwd(
     Like the tiled `sparse_fwd`, for bf16, fp16 and fp32, head_dim even and from 16 to 256. The
     table has q's dtype or a wider one; the partial is fp32. Raises as `check_kernel`.
     """
-    table = _prepare_table(q, table)
-    q = last_dim_contiguous(q)
+    work, (k, v) = _table_work(lists, query_rows), _table_sides(q, table)
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=out.dtype, device=q.device)
     if not q.numel() or not lists.ids.numel() or not len(table):
-        return out.zero_(), lse.fill_(-torch.inf)
-    launch = _limit_rows(launch or launch_for(FWD, FWD_LARGE, q, query_rows.block_size), q, lists)
-    tiles = _tiles(q, lists, launch)
-    with launch_context(q):
-        _sparse_fwd_kernel[(len(tiles), lists.ids.shape[1], len(q))](
-            q, table, out, lse, *_list_tables(q, lists, query_rows), tiles,
-            softmax_scale * LOG2E.value, q.shape[1], *lists.ids.shape[2:], *strides(q, table, out),
-            **_constants(q, lists, query_rows.block_size, launch),
-        )  # fmt: skip
-    return out, lse
+        return out.zero_(), _new_lse(q).fill_(-torch.inf)
+    return out, _forward(q, k, v, out, work, softmax_scale, launch)
 
 
 def sparse_bwd(
@@ -75,45 +127,131 @@ def sparse_bwd(
     Like the tiled `sparse_bwd`: out and lse are over all keys that the queries see. launches: tiles
     for dq and for dtable. Raises as `check_kernel`.
     """
-    table = _prepare_table(q, table)
-    q, out, dout = (
-        last_dim_contiguous(q),
-        last_dim_contiguous(out),
-        last_dim_contiguous(dout.to(q.dtype)),
-    )
-    size = query_rows.block_size
+    work, (k, v) = _table_work(lists, query_rows), _table_sides(q, table)
     dq, dtable = (torch.empty(x.shape, dtype=torch.float32, device=q.device) for x in (q, table))
     if not q.numel() or not lists.ids.numel() or not len(table):
         return dq.zero_(), dtable.zero_()
-    for_dq, for_dtable = launches or (
-        launch_for(BWD_DQ, BWD_DQ_LARGE, q, size),
-        launch_for(BWD_DKV, BWD_DKV_LARGE, q, size),
-    )
-    for_dq, for_dtable = _limit_rows(for_dq, q, lists), _limit_rows(for_dtable, q, lists)
-    tiles = _tiles(q, lists, for_dq)
-    ids, stops, begins, q_last = _list_tables(q, lists, query_rows)
-    lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
-    with launch_context(q):
-        _sparse_bwd_dq_kernel[(len(tiles), ids.shape[1], len(q))](
-            q, table, out, dout, lse, delta, dq, ids, stops, begins, q_last, tiles,
-            float(softmax_scale), q.shape[1], *ids.shape[2:], *strides(q, table, out, dout, dq),
-            **_constants(q, lists, size, for_dq),
-        )  # fmt: skip
-        constants = _constants(q, lists, size, for_dtable) | _one_entry(for_dtable, size)
-        _sparse_bwd_dtable_kernel[(len(table) * constants["STEPS"],)](
-            q, table, dout, lse, delta, dtable, *_readers(ids, len(table)),
-            _table_on_device(q, _units(lists), 2), begins, q_last, float(softmax_scale), q.shape[1],
-            *ids.shape[2:], ids.shape[1], *strides(q, table, dout), **constants,
-        )  # fmt: skip
+    grads = (dq, *dtable.unbind(1))
+    _backward(dout, q, k, v, out, lse, grads, work, softmax_scale, launches)
     return dq, dtable
 
 
-def _prepare_table(q: Tensor, table: Tensor) -> Tensor:
-    """Return the table in the dtype and layout that kernels take."""
+def local_fwd(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, lengths: Tensor, rows: QueryRows,
+    softmax_scale: float, *,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return (out, lse) over own and chosen blocks, like the tiled `local_fwd`, in one kernel.
+
+    Raises as `check_kernel`.
+    """
+    check_kernel(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not q.numel():
+        return out, _new_lse(q)
+    work = _Work(chosen.contiguous(), lengths, rows, None)
+    k, v = last_dim_contiguous(k), last_dim_contiguous(v)
+    return out, _forward(q, k, v, out, work, softmax_scale, launch)
+
+
+def local_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, chosen: Tensor,
+    lengths: Tensor, rows: QueryRows, softmax_scale: float, *,
+    launches: tuple[Launch, Launch] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return (dq, dk, dv), like the tiled `local_bwd`, in two kernels.
+
+    launches: tiles for dq and for dk, dv. Raises as `check_kernel`.
+    """
+    check_kernel(q)
+    dq, dk, dv = (torch.empty(x.shape, dtype=q.dtype, device=q.device) for x in (q, k, v))
+    if q.numel():
+        work = _Work(chosen.contiguous(), lengths, rows, None)
+        k, v = last_dim_contiguous(k), last_dim_contiguous(v)
+        _backward(dout, q, k, v, out, lse, (dq, dk, dv), work, softmax_scale, launches)
+    return dq, dk, dv
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, work: _Work, softmax_scale: float,
+    launch: Launch | None,
+) -> Tensor:  # fmt: skip
+    """Fill out and return lse."""
+    q, lse, ids = last_dim_contiguous(q), _new_lse(q), work.ids
+    launch = launch or launch_for(FWD, FWD_LARGE, q, work.rows.block_size)
+    launch = work.row_launch(launch, q)
+    tiles, slots = work.tiles(launch, q), work.slots(q)
+    begins, k_idx = _places(q, k, work)
+    with launch_context(q):
+        _sparse_fwd_kernel[(len(tiles), ids.shape[1], len(q))](
+            q, k, v, out, lse, ids, slots, begins, k_idx, tiles, softmax_scale * LOG2E.value,
+            q.shape[1], k.shape[1], *ids.shape[2:], *strides(q), *work.entry_strides(k, v),
+            *strides(out), **work.constants(q, launch),
+        )  # fmt: skip
+    return lse
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    grads: tuple[Tensor, ...], work: _Work, softmax_scale: float,
+    launches: tuple[Launch, Launch] | None,
+) -> None:  # fmt: skip
+    """Fill grads (dq, dk, dv)."""
+    q, out, dout = (last_dim_contiguous(x) for x in (q, out, dout.to(q.dtype)))
+    (dq, dk, dv), ids, size = grads, work.ids, work.rows.block_size
+    for_dq, for_dkv = launches or (
+        launch_for(BWD_DQ, BWD_DQ_LARGE, q, size),
+        launch_for(BWD_DKV, BWD_DKV_LARGE, q, size),
+    )
+    for_dq, for_dkv = work.row_launch(for_dq, q), work.row_launch(for_dkv, q)
+    tiles, slots, place = work.tiles(for_dq, q), work.slots(q), device_stream(q)
+    begins, k_idx = _places(q, k, work)
+    lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
+    local, inputs = work.begins is None, work.entry_strides(k, v)
+    with launch_context(q):
+        _sparse_bwd_dq_kernel[(len(tiles), ids.shape[1], len(q))](
+            q, k, v, out, dout, lse, delta, dq, ids, slots, begins, k_idx, tiles,
+            float(softmax_scale), q.shape[1], k.shape[1], *ids.shape[2:], *strides(q), *inputs,
+            *strides(out, dout, dq), **work.constants(q, for_dq),
+        )  # fmt: skip
+        entries = k.shape[1] // size if local else len(k)
+        own_rows = block_rows(work.rows.idx, size, entries, place) if local else begins
+        constants = work.constants(q, for_dkv) | _one_entry(for_dkv, size)
+        grid = (entries * constants["STEPS"], ids.shape[1] if local else 1, len(q) if local else 1)
+        _sparse_bwd_dkv_kernel[grid](
+            q, k, v, dout, lse, delta, dk, dv, *_readers(ids, entries, local),
+            unit_rows(work.lengths, place), slots, begins, own_rows, float(softmax_scale),
+            q.shape[1], entries, *ids.shape[2:], ids.shape[1], *strides(q), *inputs, *strides(dout),
+            *work.entry_strides(dk, dv), **constants,
+        )  # fmt: skip
+
+
+def _new_lse(q: Tensor) -> Tensor:
+    """Return an empty lse `[b, h, s]` of q."""
+    return torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+
+
+def _table_work(lists: BlockLists, rows: QueryRows) -> _Work:
+    """Return the work over lists of a table's entries."""
+    begins = (lists.numbers * rows.block_size).to(lists.ids.device, torch.int32)
+    return _Work(lists.ids.contiguous(), lists.lengths, rows, begins)
+
+
+def _table_sides(q: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values `[m, L, d]` of the table in the dtype and layout that kernels take."""
     check_kernel(q)
     assert table.dim() == 4 and table.shape[1] == 2 and table.shape[3] == q.shape[3]
     assert table.device == q.device
-    return last_dim_contiguous(table.to(q.dtype))
+    k, v = last_dim_contiguous(table.to(q.dtype)).unbind(1)
+    return k, v
+
+
+def _places(q: Tensor, k: Tensor, work: _Work) -> tuple[Tensor, Tensor]:
+    """Return (begins, slots of k), int32 on the device; one of them is never read."""
+    if work.begins is not None:
+        return work.begins, work.begins
+    slots = numbers_by_head(1, k.shape[1], device_stream(q))[0]
+    return slots, slots
 
 
 def _one_entry(launch: Launch, size: int) -> dict[str, int]:
@@ -123,60 +261,12 @@ def _one_entry(launch: Launch, size: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, **Tiling(size, 1, block_n, steps).constants()}
 
 
-def _limit_rows(launch: Launch, q: Tensor, lists: BlockLists) -> Launch:
-    """Return the launch with at most the rows of the longest unit, but all heads of a group."""
-    group = q.shape[2] // lists.ids.shape[1]
-    longest = triton.next_power_of_2(int(lists.lengths.max()) * group)
-    block_m = max(16, triton.next_power_of_2(group), min(launch.block_m, longest))
-    return launch._replace(block_m=block_m)
+def _readers(ids: Tensor, entries: int, local: bool) -> tuple[Tensor, Tensor]:
+    """Return the inverse of the lists: places sorted by entry, and each entry's first.
 
-
-def _constants(q: Tensor, lists: BlockLists, size: int, launch: Launch) -> dict[str, int]:
-    """Return the constants of a launch."""
-    return {
-        "GROUP": q.shape[2] // lists.ids.shape[1],
-        "HEAD_DIM": q.shape[3],
-        "BLOCK_D": padded(q.shape[3]),
-        **tiling_of(size, launch.block_n).constants(),
-        **launch.options(),
-    }
-
-
-def _list_tables(
-    q: Tensor, lists: BlockLists, query_rows: QueryRows
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (ids, entries of each list to visit, first slots of entries, last slots), int32."""
-    ids = lists.ids.contiguous()
-    place = torch.arange(1, ids.shape[3] + 1, dtype=torch.int32, device=q.device)
-    stops = ((ids >= 0) * place).amax(3).to(torch.int32)
-    begins = (lists.numbers * query_rows.block_size).to(q.device, torch.int32)
-    return ids, stops, begins, on_device(Indices(query_rows.past[0]), device_stream(q))
-
-
-def _units(lists: BlockLists) -> Tensor:
-    """Return the first row and the number of rows of each unit: int64 `[n, 2]`."""
-    return torch.stack((lists.lengths.cumsum(0) - lists.lengths, lists.lengths), 1)
-
-
-def _tiles(q: Tensor, lists: BlockLists, launch: Launch) -> Tensor:
-    """Return (unit, first row, number of rows) of every tile of queries: int32 `[n, 3]`."""
-    tokens = launch.block_m * lists.ids.shape[1] // q.shape[2]
-    starts, lengths = _units(lists).unbind(1)
-    tiles_of = -(-lengths // tokens)
-    unit = torch.arange(len(lengths)).repeat_interleave(tiles_of)
-    before = (tiles_of.cumsum(0) - tiles_of)[unit]
-    offset = (torch.arange(len(unit)) - before) * tokens
-    count = (lengths[unit] - offset).clamp(max=tokens)
-    return _table_on_device(q, torch.stack((unit, starts[unit] + offset, count), 1), 3)
-
-
-def _table_on_device(q: Tensor, table: Tensor, width: int) -> Tensor:
-    """Return a host table as int32 `[n, width]` on q's device."""
-    return on_device(Indices(table.flatten()), device_stream(q)).view(-1, width)
-
-
-def _readers(ids: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    """Return the inverse of the lists: positions in ids sorted by entry, and each entry's first."""
-    in_order, readers = ids.flatten().sort(stable=True)
-    starts = torch.searchsorted(in_order, torch.arange(entries + 1, device=ids.device))
-    return readers, starts
+    local: by batch row and key head, as these have entries of their own.
+    """
+    flat = ids.flatten(0, 1).flatten(1) if local else ids.flatten()[None]
+    in_order, readers = flat.sort(dim=1, stable=True)
+    numbers = numbers_by_head(len(flat), entries + 1, device_stream(ids))
+    return readers, torch.searchsorted(in_order, numbers)
