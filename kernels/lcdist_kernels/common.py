@@ -2,10 +2,16 @@
 
 import itertools
 import logging
+import threading
+from collections.abc import Callable
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+T = TypeVar("T")
 
 logger = logging.getLogger("lcdist_kernels")
 
@@ -79,13 +85,44 @@ def document_starts(cu_seqlens: Tensor | None, index: Tensor, seqlen: int) -> Te
     return borders[torch.searchsorted(borders, index, right=True) - 1]
 
 
+class TensorNotes:
+    """What was read from tensors, kept as long as each tensor is and until it is written to."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._notes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def find(self, x: Tensor, key: Any, make: Callable[[], T]) -> T:
+        """Return what `make` read from x under `key`; call it if the last note of x is another."""
+        # An inference tensor does not count the times it is written to.
+        if x.is_inference():
+            return make()
+        version = x._version
+        with self._lock:
+            known = self._notes.get(x)
+        if known is not None and known[:2] == (version, key):
+            return known[2]
+        value = make()
+        with self._lock:
+            self._notes[x] = version, key, value
+        return value
+
+
+_BORDERS = TensorNotes()
+
+
 def document_borders(cu_seqlens: Tensor | None, seqlen: int) -> tuple[int, ...] | None:
     """Return cu_seqlens as numbers, which can be the key of a plan; None: one document.
 
-    Arguments and errors as in `document_starts`.
+    A tensor is read again only if it was written to. Arguments and errors as in `document_starts`.
     """
     if cu_seqlens is None:
         return None
+    return _BORDERS.find(cu_seqlens, seqlen, lambda: read_borders(cu_seqlens, seqlen))
+
+
+def read_borders(cu_seqlens: Tensor, seqlen: int) -> tuple[int, ...]:
+    """Return cu_seqlens as numbers. Raise ValueError if they are not legal."""
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens of shape {tuple(cu_seqlens.shape)}, {cu_seqlens.dtype}: "

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels import rotary_kernel
-from lcdist_kernels.common import document_starts, wide_dtype
+from lcdist_kernels.common import document_borders, document_starts, wide_dtype
+from lcdist_kernels.plans import cached_plan
+from lcdist_kernels.tile_ranges import DeviceStream, device_stream, send
 from lcdist_kernels.triton_common import DTYPES
 
 # A forward pass uses one set of positions, and a second one when packed or evaluated.
@@ -115,15 +117,34 @@ def rotate_self(
 
     Returns:
         q, k: rotated; unchanged where rotary is None.
-        index: token numbers `[s]`, int64 on the CPU.
+        index: token numbers `[s]`, int64 on the CPU; shared by all calls, so never write to it.
         starts: the first token of each token's document, like index.
     """
-    index = torch.arange(q.shape[1])
-    starts = document_starts(cu_seqlens, index, q.shape[1])
+    seqlen, documents = q.shape[1], document_borders(cu_seqlens, q.shape[1])
+    index, starts = _token_numbers(seqlen, documents)
     if rotary is not None:
-        positions = index - starts if positions is None else positions
+        if positions is None:
+            on_gpu = q.is_cuda and q.dtype in DTYPES
+            place = device_stream(q) if on_gpu else DeviceStream(torch.device("cpu"), 0)
+            positions = _positions(seqlen, documents, place)
         q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
     return q, k, index, starts
+
+
+@cached_plan
+def _token_numbers(seqlen: int, documents: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    """Return token numbers and the first token of each one's document: int64 `[s]` on the CPU."""
+    index = torch.arange(seqlen)
+    borders = None if documents is None else torch.tensor(documents)
+    return index, document_starts(borders, index, seqlen)
+
+
+@cached_plan
+def _positions(seqlen: int, documents: tuple[int, ...] | None, place: DeviceStream) -> Tensor:
+    """Return each token's position in its document: `[s]`, int32 on a GPU and int64 on the CPU."""
+    index, starts = _token_numbers(seqlen, documents)
+    positions = index - starts
+    return positions if place.device.type == "cpu" else send(positions.to(torch.int32), place)
 
 
 class _Rotate(torch.autograd.Function):

@@ -111,6 +111,19 @@ def load_limits(q_idx, q_lo, o_m, m_m, HAS_LO: tl.constexpr):
 
 
 @triton.jit
+def load_key_numbers(k_idx, o_n, seqlen_k):
+    """Return the numbers of keys o_n, beyond all numbers from seqlen_k on.
+
+    Without k_idx the numbers are o_n.
+    """
+    if k_idx is None:
+        b_k_idx = tl.where(o_n < seqlen_k, o_n, 2147483647)
+    else:
+        b_k_idx = tl.load(k_idx + o_n, mask=o_n < seqlen_k, other=2147483647)
+    return b_k_idx
+
+
+@triton.jit
 def store_delta(
     p_out, p_dout, p_delta, start, seqlen_q, stride_os, stride_dout_s,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -174,7 +187,7 @@ def fwd_step(
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     if MASKED:
         o_n = start + tl.arange(0, BLOCK_N)
-        b_k_idx = tl.load(k_idx + o_n, mask=o_n < seqlen_k, other=2147483647)
+        b_k_idx = load_key_numbers(k_idx, o_n, seqlen_k)
         m_s = is_visible(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
         b_s = tl.where(m_s, b_s * qk_scale, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
@@ -208,7 +221,7 @@ def dq_step(
     b_p = tl.exp2(b_s * qk_scale - b_lse[:, None])
     if MASKED:
         o_n = start + tl.arange(0, BLOCK_N)
-        b_k_idx = tl.load(k_idx + o_n, mask=o_n < seqlen_k, other=2147483647)
+        b_k_idx = load_key_numbers(k_idx, o_n, seqlen_k)
         m_s = is_visible(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
         b_p = tl.where(m_s, b_p, 0.0)
     b_dp = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lcdist_kernels.common import TensorNotes
+
 # Enough for a ring of 64 ranks, which visits 64 sets of keys and starts again.
 TABLES_KEPT = 128
 MAX_TOKEN = 2**31 - 2
@@ -68,9 +70,17 @@ class DeviceStream(NamedTuple):
     stream: int
 
 
+_INDICES = TensorNotes()
+
+
+def indices_of(values: Tensor) -> Indices:
+    """Return a tensor as `Indices`: the same object for the same tensor, so compared in no time."""
+    return _INDICES.find(values, None, lambda: Indices(values))
+
+
 def band_of(q_idx: Tensor, q_lo: Tensor, k_idx: Tensor) -> Band:
     """Return the band of token numbers. Raise ValueError from token 2^31 - 1 on."""
-    return Band(Indices(q_idx), Indices(q_lo), Indices(k_idx))
+    return Band(indices_of(q_idx), indices_of(q_lo), indices_of(k_idx))
 
 
 def device_stream(x: Tensor) -> DeviceStream:
@@ -83,7 +93,7 @@ def device_stream(x: Tensor) -> DeviceStream:
 @lru_cache(maxsize=TABLES_KEPT)
 def on_device(indices: Indices, place: DeviceStream) -> Tensor:
     """Return the numbers as an int32 tensor on the device."""
-    return _send(indices.values, place)
+    return send(indices.values, place)
 
 
 @lru_cache(maxsize=TABLES_KEPT)
@@ -101,17 +111,17 @@ def key_ranges(band: Band, block_m: int, block_n: int, place: DeviceStream) -> T
     keys = band.k_idx.values
     least, greatest = band.q_idx.extremes(block_m)
     if not band.k_idx.sorted():
-        return _send(_all_masked(len(least), len(keys), block_n), place)
+        return send(_all_masked(len(least), len(keys), block_n), place)
     least_lo, greatest_lo = band.q_lo.extremes(block_m)
     full_hi = torch.searchsorted(keys, least, right=True) // block_n
-    ranges = _tiles(
+    ranges = tiles_of_runs(
         torch.searchsorted(keys, least_lo),
         torch.searchsorted(keys, greatest, right=True),
         torch.searchsorted(keys, greatest_lo),
         full_hi,
         block_n,
     )
-    return _send(ranges, place)
+    return send(ranges, place)
 
 
 def query_tables(band: Band, block_m: int, block_n: int, place: DeviceStream) -> list[Tensor]:
@@ -136,20 +146,20 @@ def query_ranges(band: Band, block_m: int, block_n: int, place: DeviceStream) ->
     idx, lo = band.q_idx.values, band.q_lo.values
     least, greatest = band.k_idx.extremes(block_n)
     if not (band.q_idx.sorted() and band.q_lo.sorted()):
-        return _send(_all_masked(len(least), len(idx), block_m), place)
+        return send(_all_masked(len(least), len(idx), block_m), place)
     full_hi = torch.searchsorted(lo, least, right=True)
     full_hi = torch.where(full_hi == len(lo), -(-full_hi // block_m), full_hi // block_m)
-    ranges = _tiles(
+    ranges = tiles_of_runs(
         torch.searchsorted(idx, least),
         torch.searchsorted(lo, greatest, right=True),
         torch.searchsorted(idx, greatest),
         full_hi,
         block_m,
     )
-    return _send(ranges, place)
+    return send(ranges, place)
 
 
-def _tiles(lo: Tensor, hi: Tensor, full_lo: Tensor, full_hi: Tensor, block: int) -> Tensor:
+def tiles_of_runs(lo: Tensor, hi: Tensor, full_lo: Tensor, full_hi: Tensor, block: int) -> Tensor:
     """Convert runs of tokens to runs of tiles; `full_hi` is already counted in tiles."""
     hi = torch.where(hi > lo, -(-hi // block), 0)
     lo = torch.minimum(lo // block, hi)
@@ -164,7 +174,7 @@ def _all_masked(count: int, seqlen: int, block: int) -> Tensor:
     return torch.tensor([0, tiles, tiles, tiles], dtype=torch.int32).repeat(count, 1)
 
 
-def _send(table: Tensor, place: DeviceStream) -> Tensor:
+def send(table: Tensor, place: DeviceStream) -> Tensor:
     """Copy a table to the device without waiting for the stream."""
     if place.device.type != "cuda":
         return table.to(place.device)

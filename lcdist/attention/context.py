@@ -4,7 +4,6 @@ All masks and rotary angles come from the tables here. A table depends on the la
 document borders and the device, so all layers of a micro-batch share it.
 """
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -12,13 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from lcdist.attention.shape import HeadSlice
 from lcdist.exchange import Group, group_rank
 from lcdist.layout import ContextLayout
 from lcdist_kernels import Rotary
-from lcdist_kernels.common import document_starts
+from lcdist_kernels.common import document_borders, document_starts
 
 # Pipeline stages alternate between micro-batches, and rows of packed documents have a set each.
 TABLE_SETS_KEPT = 16
@@ -201,33 +199,3 @@ class _TableSet:
 @lru_cache(maxsize=TABLE_SETS_KEPT)
 def _table_set(layout: tuple[str, int, int], documents: tuple[int, ...] | None) -> _TableSet:
     return _TableSet(layout, documents)
-
-
-class _BorderRecord(NamedTuple):
-    version: int
-    seqlen: int
-    documents: tuple[int, ...]
-
-
-_border_records: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_border_lock = threading.Lock()
-
-
-def document_borders(cu_seqlens: Tensor | None, seqlen: int) -> tuple[int, ...] | None:
-    """Return cu_seqlens as integers; None for one document.
-
-    A tensor is read again only if it was written to. Raises ValueError as `document_starts`.
-    """
-    if cu_seqlens is None:
-        return None
-    # An inference tensor does not count the times it is written to.
-    version = -1 if cu_seqlens.is_inference() else cu_seqlens._version
-    with _border_lock:
-        known = _border_records.get(cu_seqlens)
-    if known is not None and version >= 0 and known[:2] == (version, seqlen):
-        return known.documents
-    document_starts(cu_seqlens, torch.arange(0), seqlen)
-    documents = tuple(cu_seqlens.tolist())
-    with _border_lock:
-        _border_records[cu_seqlens] = _BorderRecord(version, seqlen, documents)
-    return documents

@@ -4,8 +4,8 @@ import torch
 
 from lcdist.attention.context import LayoutKey
 from lcdist.attention.scca.shift import make_window_plan
-from lcdist.attention.shared.plan_cache import PlanCache, tensor_bytes
 from lcdist_kernels.full import TORCH_IMPL
+from lcdist_kernels.plans import PlanCache, tensor_bytes
 from lcdist_kernels.scca import Rule
 
 

@@ -32,6 +32,21 @@ for head_dim, dtype, starts in (
         assert each.metadata.shared <= SHARED[CAPABILITY], each.metadata
 """
 
+SCCA = """
+import torch
+from lcdist_kernels import scca_attention
+from lcdist_kernels.scca import Rule
+from tests.kernels.compiling import SHARED, compiled_for
+
+q, k, v = (torch.zeros(1, 300, n, 80, dtype=torch.float16, requires_grad=True) for n in (4, 2, 2))
+rules = (Rule("fold", 64, 64), Rule("chunk", 64, 32), Rule("pair", 2, 0), Rule("pair", 4, 1))
+with compiled_for(CAPABILITY) as made:
+    scca_attention(q, k, v, rules=rules, impl="triton").backward(torch.zeros_like(q))
+assert len(made) == 3
+for each in made:
+    assert each.metadata.shared <= SHARED[CAPABILITY], each.metadata
+"""
+
 
 ROTARY = """
 import torch
@@ -97,7 +112,7 @@ assert len(made) == 16
 """
 
 
-PROGRAMS = {"full": FULL, "rotary": ROTARY, "tensorized": TENSORIZED, "coca": COCA}
+PROGRAMS = {"full": FULL, "scca": SCCA, "rotary": ROTARY, "tensorized": TENSORIZED, "coca": COCA}
 
 
 def compiles(program: str, capability: int, cache: Path) -> None:

@@ -75,6 +75,27 @@ def test_attention(library: Path, rank: int, impls: tuple[str, ...]) -> None:
     assert last == "waits|{}"
 
 
+def test_a_warm_call_launches_kernels_and_does_nothing_else(library: Path) -> None:
+    lines = [json.loads(line) for line in run(library, "counts")]
+    patterns = ("fixed", "flow", "sda", "longmixed")
+    cases = [(line["of"], line["seqlen"]) for line in lines]
+    assert cases == [
+        *((name, seqlen) for name in (*patterns, "full") for seqlen in (4096, 131072)),
+        ("layers", 8192),
+    ]
+    for line in lines:
+        name, _, *passes = line.values()
+        words = "full" if name == "full" else "pieces"
+        kernels = [
+            {f"_{words}_fwd_kernel": 1},
+            {f"_{words}_bwd_{x}_kernel": 1 for x in ("dq", "dkv")},
+        ]
+        if name == "layers":
+            kernels = [{kernel: 32 for each in kernels for kernel in each}]
+        idle = {"device operations": [], "device bytes": 0, "cpu operations": [], "copies": []}
+        assert passes == [{"kernels": each, **idle} for each in kernels], line
+
+
 MESHES = (
     ("parallel.tp_size=2", "parallel.cp_size=2", "parallel.sequence_parallel=true"),
     ("parallel.cp_size=4",),

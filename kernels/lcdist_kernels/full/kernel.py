@@ -167,7 +167,7 @@ def _full_bwd_dq_kernel(
 
 
 @triton.jit
-def _dkv_step(
+def dkv_step(
     b_k, b_v, b_dk, b_dv, p_q, p_dout, p_lse, p_delta, i_m, seqlen_q, stride_qs, stride_dout_s,
     qk_scale, q_idx, q_lo, b_k_idx,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -229,14 +229,14 @@ def _full_bwd_dkv_kernel(
         p_q = q + i_b * stride_qb + i_h * stride_qh
         p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
         for i in range(0, full_hi - full_lo):
-            b_dk, b_dv = _dkv_step(
+            b_dk, b_dv = dkv_step(
                 b_k, b_v, b_dk, b_dv, p_q, p_dout, lse2 + i_row, delta + i_row, full_lo + i,
                 seqlen_q, stride_qs, stride_dout_s, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM,
                 BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, False,
             )  # fmt: skip
         for i in range(0, (full_lo - lo) + (hi - full_hi)):
             i_m = nth_masked(i, lo, full_lo, full_hi)
-            b_dk, b_dv = _dkv_step(
+            b_dk, b_dv = dkv_step(
                 b_k, b_v, b_dk, b_dv, p_q, p_dout, lse2 + i_row, delta + i_row, i_m, seqlen_q,
                 stride_qs, stride_dout_s, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D,
                 BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True,

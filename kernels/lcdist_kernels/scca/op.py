@@ -1,7 +1,8 @@
 """Shifted cross chunk attention as a differentiable torch function.
 
-"triton": full attention's kernels, part by part. "torch": the tiled implementation, part by part.
-"reference": the dense one. "auto": the kernels on CUDA, tiled torch on a CPU.
+"triton": full attention's kernels over a work table, all parts in one launch. "torch": the tiled
+implementation, part by part. "reference": the dense one. "auto": the kernels on CUDA, tiled torch
+on a CPU.
 """
 
 from collections.abc import Sequence
@@ -10,13 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist_kernels.common import check_impl, check_qkv, check_self, resolve_scale
+from lcdist_kernels.common import (
+    check_impl,
+    check_qkv,
+    check_self,
+    document_borders,
+    resolve_scale,
+)
 from lcdist_kernels.full import AttentionImpl, full_fwd, select_impl
 from lcdist_kernels.full.impl import TRITON_IMPL
+from lcdist_kernels.full.piece_kernel import launches_for
 from lcdist_kernels.rotary import Rotary, rotate_self
+from lcdist_kernels.scca.pieces import PiecesFunction
 from lcdist_kernels.scca.reference import check_rules, scca_reference
 from lcdist_kernels.scca.rules import Rule, head_groups
 from lcdist_kernels.scca.tiled import Part, banded_bwd, banded_fwd, self_parts
+from lcdist_kernels.tile_ranges import device_stream
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
@@ -73,6 +83,10 @@ def scca_attention(
     implementation = select_impl(impl, q, "scca attention")
     q, k, _, starts = rotate_self(q, k, rotary, positions, cu_seqlens)
     scale = resolve_scale(softmax_scale, q.shape[3])
+    if implementation is TRITON_IMPL and q.numel():
+        documents = document_borders(cu_seqlens, q.shape[1])
+        plan = (tuple(rules), k.shape[2], q.shape[1], documents, launches_for(q), device_stream(q))
+        return PiecesFunction.apply(q, k, v, plan, scale)
     parts = self_parts(head_groups(rules, k.shape[2]), starts, implementation)
     grouped = q.unflatten(2, (k.shape[2], -1))
     return BandedFunction.apply(grouped, k, v, parts, scale, implementation).flatten(2, 3)

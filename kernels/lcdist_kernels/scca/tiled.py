@@ -18,6 +18,7 @@ from lcdist_kernels import tiles
 from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.full.impl import TORCH_IMPL, TRITON_IMPL, AttentionImpl
 from lcdist_kernels.partial import merge
+from lcdist_kernels.scca.pieces import rising_runs
 from lcdist_kernels.scca.rules import HeadGroup, Rule
 
 Partial = tuple[Tensor, Tensor]
@@ -124,9 +125,7 @@ def window_parts(
 
 def _rising_runs(q_lo: Tensor, q_hi: Tensor, k_idx: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield slices of queries whose key limits do not decrease, and of the keys they see."""
-    falls = (q_lo[1:] < q_lo[:-1]) | (q_hi[1:] < q_hi[:-1])
-    inner = (falls.nonzero().flatten() + 1).tolist()
-    for row, stop in zip([0, *inner], [*inner, len(q_lo)], strict=True):
+    for row, stop in rising_runs(q_lo, q_hi):
         ends = torch.stack((q_lo[row], q_hi[stop - 1] + 1))
         key, k_stop = torch.searchsorted(k_idx, ends).tolist()
         if key < k_stop:

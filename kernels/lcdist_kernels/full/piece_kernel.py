@@ -1,0 +1,286 @@
+"""Full attention's kernels over a work table: many pieces of a sequence in one launch.
+
+The formulas are in `full.kernel`, whose steps these kernels share; the tables are in `full.pieces`.
+
+Shapes: q, out, dout, dq `[b, s, h, d]`; k, v, dk, dv `[b, s, h_kv, d]`; lse2 = lse log2(e) and
+delta `[b, h, s]`, by slot; q_lo, q_hi int32 `[rules, s]`, by slot. The grid is (programs, batch). A
+row that sees nothing has out = 0, lse2 = -inf. Every result is written once, in its tensor's dtype
+and strides, so the order of the programs changes no bit.
+"""
+# Python's type checkers do not know `tl.constexpr` arguments.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lcdist_kernels.full.kernel import dkv_step
+from lcdist_kernels.full.pieces import KeyProgram, Launches, RowProgram, Run, WorkTables
+from lcdist_kernels.full.tile_configs import BWD_DKV, BWD_DQ, FWD, FWD_HOPPER
+from lcdist_kernels.softmax_steps import (
+    dq_step,
+    finish_softmax,
+    fwd_step,
+    head_pointers,
+    load_range,
+    nth_masked,
+    store_delta,
+)
+from lcdist_kernels.triton_common import (
+    LOG2E,
+    LOWEST,
+    choose_launch,
+    head_constants,
+    last_dim_contiguous,
+    launch_context,
+    load_tile,
+    store_tile,
+    strides,
+)
+
+ROW_COLUMNS = tl.constexpr(len(RowProgram._fields))
+KEY_COLUMNS = tl.constexpr(len(KeyProgram._fields))
+RUN_COLUMNS = tl.constexpr(len(Run._fields))
+
+
+@triton.jit
+def _load_rows(programs):
+    """Return the columns of this program's `RowProgram` before its range of key tiles."""
+    p = programs + tl.program_id(0) * ROW_COLUMNS
+    head, row, row_step, rows = tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3)
+    slot, limits, start = tl.load(p + 4), tl.load(p + 5), tl.load(p + 6)
+    key, key_step, keys = tl.load(p + 7), tl.load(p + 8), tl.load(p + 9)
+    return p + 10, head.to(tl.int64), row, row_step, rows, slot, limits, start, key, key_step, keys
+
+
+@triton.jit
+def _key_limits(q_lo, q_hi, o_m, m_m, key, key_step, HAS_LO: tl.constexpr):
+    """Return the last and the first key that queries o_m see, counted in the keys of a piece.
+
+    The j-th of these is number key + key_step j. Without HAS_LO the second result is never read.
+    """
+    b_hi = tl.load(q_hi + o_m, mask=m_m, other=-1)
+    # Division rounds towards 0: the numerator is positive where any key is visible.
+    b_last = (tl.maximum(b_hi, -1) - key + key_step) // key_step - 1
+    b_first = b_last
+    if HAS_LO:
+        b_lo = tl.load(q_lo + o_m, mask=m_m, other=0)
+        b_first = (tl.maximum(b_lo - key, 0) + key_step - 1) // key_step
+    return b_last, b_first
+
+
+@triton.jit
+def _pieces_fwd_kernel(
+    q, k, v, out, lse2,
+    q_lo, q_hi, programs,
+    qk_scale, seqlen, nheads,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+):  # fmt: skip
+    """Compute out and lse2 of a tile of rows."""
+    i_b = tl.program_id(1).to(tl.int64)
+    p_range, i_h, row, row_step, rows, slot, limits, start, key, key_step, keys = _load_rows(
+        programs
+    )
+    lo, full_lo, full_hi, hi = load_range(p_range, 0)
+    row, row_step = row.to(tl.int64), row_step.to(tl.int64)
+    p_q, p_k, p_v = head_pointers(
+        q + row * stride_qs, k + key.to(tl.int64) * stride_ks, v + key.to(tl.int64) * stride_vs,
+        i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
+    )  # fmt: skip
+    step_ks, step_vs = key_step.to(tl.int64) * stride_ks, key_step.to(tl.int64) * stride_vs
+    p_out = out + i_b * stride_ob + i_h * stride_oh + row * stride_os
+
+    o_m = start + tl.arange(0, BLOCK_M)
+    m_m = o_m < rows
+    b_q = load_tile(p_q, start, rows, row_step * stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    b_last, b_first = _key_limits(q_lo + limits, q_hi + limits, o_m, m_m, key, key_step, HAS_LO)
+    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    for i in range(0, full_hi - full_lo):
+        b_out, b_max, b_sum = fwd_step(
+            b_q, b_out, b_max, b_sum, p_k, p_v, full_lo + i, keys, step_ks, step_vs, qk_scale,
+            b_last, b_first, None, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
+        )  # fmt: skip
+    for i in range(0, (full_lo - lo) + (hi - full_hi)):
+        i_n = nth_masked(i, lo, full_lo, full_hi)
+        b_out, b_max, b_sum = fwd_step(
+            b_q, b_out, b_max, b_sum, p_k, p_v, i_n, keys, step_ks, step_vs, qk_scale, b_last,
+            b_first, None, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
+        )  # fmt: skip
+    b_out, b_lse = finish_softmax(b_out, b_max, b_sum)
+    i_row = (i_b * nheads + i_h) * seqlen + slot
+    tl.store(lse2 + i_row + o_m, b_lse * LOG2E, mask=m_m)
+    store_tile(p_out, b_out, start, rows, row_step * stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _pieces_bwd_dq_kernel(
+    q, k, v, out, dout, lse2, delta, dq,
+    q_lo, q_hi, programs,
+    softmax_scale, seqlen, nheads,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
+    stride_dout_b, stride_dout_s, stride_dout_h, stride_db, stride_ds, stride_dh,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+):  # fmt: skip
+    """Compute dq of a tile of rows, and delta, which the kernel for dk and dv reads."""
+    i_b = tl.program_id(1).to(tl.int64)
+    p_range, i_h, row, row_step, rows, slot, limits, start, key, key_step, keys = _load_rows(
+        programs
+    )
+    lo, full_lo, full_hi, hi = load_range(p_range, 0)
+    row, row_step = row.to(tl.int64), row_step.to(tl.int64)
+    p_q, p_k, p_v = head_pointers(
+        q + row * stride_qs, k + key.to(tl.int64) * stride_ks, v + key.to(tl.int64) * stride_vs,
+        i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
+    )  # fmt: skip
+    step_ks, step_vs = key_step.to(tl.int64) * stride_ks, key_step.to(tl.int64) * stride_vs
+    p_out = out + i_b * stride_ob + i_h * stride_oh + row * stride_os
+    p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h + row * stride_dout_s
+    p_dq = dq + i_b * stride_db + i_h * stride_dh + row * stride_ds
+    i_row = (i_b * nheads + i_h) * seqlen + slot
+
+    o_m = start + tl.arange(0, BLOCK_M)
+    m_m = o_m < rows
+    b_dout, b_delta = store_delta(
+        p_out, p_dout, delta + i_row, start, rows, row_step * stride_os, row_step * stride_dout_s,
+        HEAD_DIM, BLOCK_D, BLOCK_M,
+    )  # fmt: skip
+    b_q = load_tile(p_q, start, rows, row_step * stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    # Rows past the end have weights exp(-inf) = 0, masked or not.
+    b_lse = tl.load(lse2 + i_row + o_m, mask=m_m, other=float("inf"))
+    b_last, b_first = _key_limits(q_lo + limits, q_hi + limits, o_m, m_m, key, key_step, HAS_LO)
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    qk_scale = softmax_scale * LOG2E
+    for i in range(0, full_hi - full_lo):
+        b_dq = dq_step(
+            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, full_lo + i, keys, step_ks, step_vs,
+            qk_scale, b_last, b_first, None, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
+        )  # fmt: skip
+    for i in range(0, (full_lo - lo) + (hi - full_hi)):
+        i_n = nth_masked(i, lo, full_lo, full_hi)
+        b_dq = dq_step(
+            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, keys, step_ks, step_vs, qk_scale,
+            b_last, b_first, None, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
+        )  # fmt: skip
+    b_dq = b_dq * softmax_scale
+    store_tile(p_dq, b_dq, start, rows, row_step * stride_ds, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _pieces_bwd_dkv_kernel(
+    q, k, v, dout, lse2, delta, dk, dv,
+    q_lo, q_hi, programs, runs,
+    softmax_scale, seqlen, nheads,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_dout_b, stride_dout_s, stride_dout_h,
+    stride_db, stride_ds, stride_dh,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, EVEN_M: tl.constexpr,
+):  # fmt: skip
+    """Compute dk and dv of a tile of keys from all rows that see it."""
+    i_b = tl.program_id(1).to(tl.int64)
+    p = programs + tl.program_id(0) * KEY_COLUMNS
+    i_hk = tl.load(p).to(tl.int64)
+    key, key_step, keys, start = tl.load(p + 1), tl.load(p + 2), tl.load(p + 3), tl.load(p + 4)
+    runs_begin, runs_end = tl.load(p + 5), tl.load(p + 6)
+    first, step = key.to(tl.int64), key_step.to(tl.int64)
+
+    o_n = start + tl.arange(0, BLOCK_N)
+    p_k = k + i_b * stride_kb + i_hk * stride_kh + first * stride_ks
+    p_v = v + i_b * stride_vb + i_hk * stride_vh + first * stride_vs
+    b_k = load_tile(p_k, start, keys, step * stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+    b_v = load_tile(p_v, start, keys, step * stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+    b_k_idx = tl.where(o_n < keys, key + key_step * o_n, 2147483647)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    qk_scale = softmax_scale * LOG2E
+    for i_run in range(runs_begin, runs_end):
+        p = runs + i_run * RUN_COLUMNS
+        head, heads, row = tl.load(p), tl.load(p + 1), tl.load(p + 2).to(tl.int64)
+        row_step, rows = tl.load(p + 3).to(tl.int64), tl.load(p + 4)
+        slot, limits = tl.load(p + 5), tl.load(p + 6)
+        lo, full_lo, full_hi, hi = load_range(p + 7, 0)
+        for i_g in range(0, heads):
+            i_h = i_hk * GROUP + head + i_g
+            i_row = (i_b * nheads + i_h) * seqlen + slot
+            p_q = q + i_b * stride_qb + i_h * stride_qh + row * stride_qs
+            p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h + row * stride_dout_s
+            for i in range(0, full_hi - full_lo):
+                b_dk, b_dv = dkv_step(
+                    b_k, b_v, b_dk, b_dv, p_q, p_dout, lse2 + i_row, delta + i_row, full_lo + i,
+                    rows, row_step * stride_qs, row_step * stride_dout_s, qk_scale, q_hi + limits,
+                    q_lo + limits, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M,
+                    False,
+                )  # fmt: skip
+            for i in range(0, (full_lo - lo) + (hi - full_hi)):
+                i_m = nth_masked(i, lo, full_lo, full_hi)
+                b_dk, b_dv = dkv_step(
+                    b_k, b_v, b_dk, b_dv, p_q, p_dout, lse2 + i_row, delta + i_row, i_m, rows,
+                    row_step * stride_qs, row_step * stride_dout_s, qk_scale, q_hi + limits,
+                    q_lo + limits, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M,
+                    True,
+                )  # fmt: skip
+    b_dk = b_dk * softmax_scale
+    o_own = i_b * stride_db + i_hk * stride_dh + first * stride_ds
+    store_tile(dk + o_own, b_dk, start, keys, step * stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_tile(dv + o_own, b_dv, start, keys, step * stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+def launches_for(x: Tensor) -> Launches:
+    """Return the tiles for tensors like x `[b, s, h, d]`: those of full attention."""
+    return Launches(
+        choose_launch(FWD, x, FWD_HOPPER), choose_launch(BWD_DQ, x), choose_launch(BWD_DKV, x)
+    )
+
+
+def pieces_fwd(
+    q: Tensor, k: Tensor, v: Tensor, tables: WorkTables, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return out like q `[b, s, h, d]`, and lse2 fp32 `[b, h, s]` for `pieces_bwd`.
+
+    q, k, v: tensors that kernels take, with at least one token; k, v `[b, s, h_kv, d]`.
+    """
+    if softmax_scale < 0:
+        q, softmax_scale = -q, -softmax_scale
+    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
+    batch, seqlen, nheads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse2 = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)
+    with launch_context(q):
+        _pieces_fwd_kernel[(len(tables.fwd), batch)](
+            q, k, v, out, lse2, tables.q_lo, tables.q_hi, tables.fwd, softmax_scale * LOG2E.value,
+            seqlen, nheads, *strides(q, k, v, out), **head_constants(q, k), HAS_LO=tables.has_lo,
+            **tables.launches.fwd.options(),
+        )  # fmt: skip
+    return out, lse2
+
+
+def pieces_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse2: Tensor, tables: WorkTables,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return (dq, dk, dv) of `pieces_fwd`, in the dtype of q."""
+    q, k, v, out, dout = (last_dim_contiguous(x) for x in (q, k, v, out, dout.to(q.dtype)))
+    batch, seqlen, nheads, _ = q.shape
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = torch.empty_like(lse2)
+    numbers = (float(softmax_scale), seqlen, nheads)
+    sizes = head_constants(q, k) | {"HAS_LO": tables.has_lo}
+    limits, launches = (tables.q_lo, tables.q_hi), tables.launches
+    with launch_context(q):
+        _pieces_bwd_dq_kernel[(len(tables.dq), batch)](
+            q, k, v, out, dout, lse2, delta, dq, *limits, tables.dq, *numbers,
+            *strides(q, k, v, out, dout, dq), **sizes, **launches.dq.options(),
+        )  # fmt: skip
+        _pieces_bwd_dkv_kernel[(len(tables.dkv), batch)](
+            q, k, v, dout, lse2, delta, dk, dv, *limits, tables.dkv, tables.runs, *numbers,
+            *strides(q, k, v, dout, dk), **sizes, EVEN_M=tables.even_m, **launches.dkv.options(),
+        )  # fmt: skip
+    return dq, dk, dv

@@ -1,0 +1,147 @@
+"""Work tables: softmax attention of many pieces in one launch, one row of a table a program.
+
+A piece is some query rows of one rule over some keys, both evenly spaced in a sequence: a window,
+or one residue of a dilated pattern. A query at row i sees the keys of its piece with q_lo[i] <= key
+<= q_hi[i]. Every query head follows one rule, and every row of a rule is in exactly one piece, also
+one without keys, so that each result is written once and nothing is zeroed before.
+
+    forward, dq    a program is a tile of a piece's rows, for one query head
+    dk, dv         a program is a tile of keys of one key head; it walks `runs`, the rows of one
+                   piece that see the tile, in all query heads of the key head that follow the rule
+
+A tile of keys is every `step`-th token, where step is the least common multiple of the steps of the
+key head's pieces: so each key of a head has one program, whatever rules meet in the head. Programs
+are sorted by the tiles they visit, longest first, so that processors end together. `piece_tables`
+makes the tables.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lcdist_kernels.triton_common import Launch
+
+
+class Piece(NamedTuple):
+    """Rows of one rule and the keys they may see, as token numbers.
+
+    In the order of the rows, neither limit decreases.
+    """
+
+    rule: int
+    rows: range
+    keys: range
+
+
+class Work(NamedTuple):
+    """What is to be computed over a sequence.
+
+    Attributes:
+        heads: the rule of each query head.
+        nheads_kv: key heads.
+        pieces: by rule; the rows of a rule's pieces are all tokens, each once.
+        q_lo, q_hi: the first and the last key that a query sees, int64 `[rules, s]`; none where
+            q_lo > q_hi.
+    """
+
+    heads: Sequence[int]
+    nheads_kv: int
+    pieces: Sequence[Piece]
+    q_lo: Tensor
+    q_hi: Tensor
+
+    @property
+    def group(self) -> int:
+        """Return the query heads of a key head."""
+        return len(self.heads) // self.nheads_kv
+
+
+class Launches(NamedTuple):
+    """Tiles of the three kernels."""
+
+    fwd: Launch
+    dq: Launch
+    dkv: Launch
+
+
+class WorkTables(NamedTuple):
+    """Tables on the device for one kind of work, and the constants of its launches.
+
+    A slot is the place of a row in its rule: rows of a piece have consecutive slots.
+
+    Attributes:
+        q_lo, q_hi: limits by slot, int32 `[rules, s]`.
+        fwd, dq: int32 `[programs, len(RowProgram._fields)]`.
+        dkv: int32 `[programs, len(KeyProgram._fields)]`. runs: int32 `[runs, len(Run._fields)]`.
+        has_lo: whether q_lo may hide a key.
+        even_m: whether no tile of rows in dkv goes past the end of a piece.
+    """
+
+    q_lo: Tensor
+    q_hi: Tensor
+    fwd: Tensor
+    dq: Tensor
+    dkv: Tensor
+    runs: Tensor
+    has_lo: bool
+    even_m: bool
+    launches: Launches
+
+
+class RowProgram(NamedTuple):
+    """Columns of `fwd` and `dq`: a tile of rows of a piece in one query head.
+
+    `start` is the tile's first row in the piece, `slot` that of the piece, `limits` the piece's
+    place in q_lo and q_hi; the others are as in `Piece` and `tile_ranges`, tiles counted in the
+    piece's keys.
+    """
+
+    head: Tensor
+    row: Tensor
+    row_step: Tensor
+    rows: Tensor
+    slot: Tensor
+    limits: Tensor
+    start: Tensor
+    key: Tensor
+    key_step: Tensor
+    keys: Tensor
+    first: Tensor
+    whole_first: Tensor
+    whole_stop: Tensor
+    stop: Tensor
+
+
+class KeyProgram(NamedTuple):
+    """Columns of `dkv`: a tile of a key head's keys, and its runs.
+
+    The tile begins at number `start` of `keys` keys: `key`, `key` + `key_step` and so on.
+    """
+
+    head: Tensor
+    key: Tensor
+    key_step: Tensor
+    keys: Tensor
+    start: Tensor
+    runs_begin: Tensor
+    runs_end: Tensor
+
+
+class Run(NamedTuple):
+    """Columns of `runs`: rows of a piece that see a tile of keys, in consecutive query heads.
+
+    `head` counts from the first query head of the key head.
+    """
+
+    head: Tensor
+    heads: Tensor
+    row: Tensor
+    row_step: Tensor
+    rows: Tensor
+    slot: Tensor
+    limits: Tensor
+    first: Tensor
+    whole_first: Tensor
+    whole_stop: Tensor
+    stop: Tensor

@@ -1,0 +1,140 @@
+"""What a warm forward and backward of a method do besides kernels, on a device that is not there.
+
+    python -m tests.stand_in.counts
+
+Prints a line of JSON for each method and length, and one for the layers of a model. Batch 1, bf16,
+32 query heads, 8 key heads, head_dim 128, one document, no rotation.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.stand_in.cuda import install, leave
+
+STAND_IN = install(0, 1)
+
+from lcdist.attention.scca.pattern import for_layer, model_rules  # noqa: E402
+from lcdist.config.schema import SccaOptions  # noqa: E402
+from lcdist_kernels import full_attention, scca_attention  # noqa: E402
+
+NHEADS, NHEADS_KV, HEAD_DIM = 32, 8, 128
+LARGE = 1024
+PATTERNS = {
+    "fixed": SccaOptions(pattern="fixed"),
+    "flow": SccaOptions(pattern="flow"),
+    "sda": SccaOptions(pattern="sda", dilation=4),
+    "longmixed": SccaOptions(pattern="longmixed"),
+}
+
+
+class Counting(TorchDispatchMode):
+    """Counts torch operations: on the device, with their bytes, on large CPU tensors, and copies.
+
+    Operations that only make a view or memory without values are no work for the device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device_operations: list[str] = []
+        self.device_bytes = 0
+        self.cpu_operations: list[str] = []
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given, made = ([x for x in tree_leaves(y) if isinstance(x, Tensor)] for y in (args, result))
+        there, here = (
+            [x for x in given if isinstance(x, FakeTensor) is on] for on in (True, False)
+        )
+        name = str(func)
+        if here and any(isinstance(x, FakeTensor) for x in (*there, *made)):
+            self.copies.append(name)
+        elif any(x.numel() > LARGE and not isinstance(x, FakeTensor) for x in (*given, *made)):
+            self.cpu_operations.append(name)
+        idle = func.namespace != "aten" or func.is_view or "empty" in name or "detach" in name
+        if any(isinstance(x, FakeTensor) for x in (*there, *made)) and not idle:
+            self.device_operations.append(name)
+            self.device_bytes += sum(x.numel() * x.element_size() for x in (*there, *made))
+        return result
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, Any]]:
+    """Fill a dictionary with what is done inside."""
+    found: dict[str, Any] = {}
+    STAND_IN.launches.clear()
+    with Counting() as counting:
+        yield found
+    found |= {
+        "kernels": dict(STAND_IN.launches),
+        "device operations": counting.device_operations,
+        "device bytes": counting.device_bytes,
+        "cpu operations": counting.cpu_operations,
+        "copies": counting.copies,
+    }
+
+
+def scca(options: SccaOptions) -> Callable[..., Tensor]:
+    """Return attention with a pattern's rules."""
+    rules = model_rules(options, NHEADS, NHEADS_KV)
+    return lambda *qkv: scca_attention(*qkv, rules=rules)
+
+
+def inputs(seqlen: int) -> list[Tensor]:
+    """Return q, k and v."""
+    return [
+        torch.empty(1, seqlen, n, HEAD_DIM, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        for n in (NHEADS, NHEADS_KV, NHEADS_KV)
+    ]
+
+
+def warm(attend: Callable[..., Tensor], seqlen: int) -> dict[str, Any]:
+    """Return what the second forward and the second backward do."""
+    qkv, found = inputs(seqlen), {}
+    dout = torch.empty_like(qkv[0])
+    for _ in range(2):
+        with counted() as found["forward"]:
+            out = attend(*qkv)
+        with counted() as found["backward"]:
+            torch.autograd.grad(out, qkv, dout)
+    return found
+
+
+def second_step(layers: int, seqlen: int) -> dict[str, Any]:
+    """Return what the second step of a model's staggered layers does."""
+    options = SccaOptions(pattern="flow")
+    staggered = [for_layer(options, layer, NHEADS, NHEADS_KV) for layer in range(layers)]
+    assert len({option.stagger for option in staggered}) == layers
+    model, found = [scca(option) for option in staggered], {}
+    qkv = inputs(seqlen)
+    dout = torch.empty_like(qkv[0])
+    for _ in range(2):
+        with counted() as found["step"]:
+            outs = [layer(*qkv) for layer in model]
+            for out in reversed(outs):
+                torch.autograd.grad(out, qkv, dout)
+    return found
+
+
+def main() -> None:
+    """Print all lines."""
+    cases = {name: scca(options) for name, options in PATTERNS.items()} | {
+        "full": lambda *qkv: full_attention(*qkv, impl="triton")
+    }
+    with STAND_IN:
+        for name, attend in cases.items():
+            for seqlen in (4096, 131072):
+                print(json.dumps({"of": name, "seqlen": seqlen, **warm(attend, seqlen)}))
+        print(json.dumps({"of": "layers", "seqlen": 8192, **second_step(32, 8192)}), flush=True)
+
+
+main()
+leave()
