@@ -33,6 +33,7 @@ class Mesh(NamedTuple):
         return f"{self.world_size}ranks-{mesh_name(self.words)}"
 
 
+Tier = tuple[tuple[str, Mesh, Mesh], ...]
 ONE, DP4, TP3_SP = Mesh(1, ()), Mesh(4, ()), Mesh(3, (TP3, SP))
 CP_DP, PP_CP, TP_CP = Mesh(4, (CP,)), Mesh(4, (PP, CP)), Mesh(4, (TP, CP, SP))
 TP_PP, PP_VP, TP_PP_VP = Mesh(4, (TP, PP, SP)), Mesh(4, (PP, VP)), Mesh(4, (PP, VP, TP))
@@ -58,6 +59,19 @@ PAIRS: dict[str, dict[Mesh, list[Mesh]]] = {
     },
 }
 ALL = [(k, src, dst) for k, of in PAIRS.items() for src, dsts in of.items() for dst in dsts]
+# By default to fewer ranks, to more ranks, and between two meshes of four.
+DEFAULT: Tier = (("untied", TP_PP, ONE), ("untied", ONE, CP_DP), ("tied", PP_CP, PP_VP))
+DEFAULT += (("extras", TP_PP, TP_CP),)
+EXHAUSTIVE = tuple(case for case in ALL if case not in DEFAULT)
+TIERS = [
+    *(pytest.param(DEFAULT, *case) for case in DEFAULT),
+    *(pytest.param(EXHAUSTIVE, *case, marks=pytest.mark.exhaustive) for case in EXHAUSTIVE),
+]
+
+
+def name(value: Any) -> str:
+    """Return the id of an argument; nothing for a whole tier."""
+    return "" if isinstance(value, tuple) and not isinstance(value, Mesh) else str(value)
 
 
 class Standing(NamedTuple):
@@ -101,21 +115,25 @@ def words_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: t[:VOCAB] if k.endswith(tables) else t for k, t in tensors.items()}
 
 
-def save_all(rank: int, world_size: int, folder: Path) -> dict[tuple[str, Mesh], Standing]:
+def save_all(
+    rank: int, world_size: int, folder: Path, cases: Tier
+) -> dict[tuple[str, Mesh], Standing]:
     meshes, found = Meshes(), {}
-    for kind, saved in PAIRS.items():
-        for mesh in [mesh for mesh in saved if mesh.world_size == world_size]:
-            trainer = meshes.trainer(config_for(kind, mesh))
-            take_steps(trainer, BEFORE)
-            trainer.checkpointer = Checkpointer(folder / f"{kind}-{mesh}", keep_last=1)
-            trainer.save()
-            found[kind, mesh] = standing(trainer)
+    written = dict.fromkeys((kind, source) for kind, source, _ in cases)
+    for kind, mesh in [(kind, mesh) for kind, mesh in written if mesh.world_size == world_size]:
+        trainer = meshes.trainer(config_for(kind, mesh))
+        take_steps(trainer, BEFORE)
+        trainer.checkpointer = Checkpointer(folder / f"{kind}-{mesh}", keep_last=1)
+        trainer.save()
+        found[kind, mesh] = standing(trainer)
     return found
 
 
-def load_all(rank: int, world_size: int, folder: Path) -> dict[tuple[str, Mesh, Mesh], Standing]:
+def load_all(
+    rank: int, world_size: int, folder: Path, cases: Tier
+) -> dict[tuple[str, Mesh, Mesh], Standing]:
     meshes, found = Meshes(), {}
-    chosen = [case for case in ALL if case[2].world_size == world_size]
+    chosen = [case for case in cases if case[2].world_size == world_size]
     for kind, source, mesh in sorted(chosen, key=lambda case: case[2]):
         trainer = meshes.trainer(config_for(kind, mesh))
         with torch.no_grad():
@@ -129,24 +147,36 @@ def load_all(rank: int, world_size: int, folder: Path) -> dict[tuple[str, Mesh, 
 
 @pytest.fixture(scope="module")
 def stands(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return each rank's results after saving and after loading; each launch runs once."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    saved: dict[tuple[str, Mesh], Standing] = {}
-    for size in (1, 4):
-        saved |= run_ranks(save_all, size, folder, timeout=240)[0]
+    """Return what saves and what loads the cases of a tier; each launch runs once.
+
+    Both return each rank's results.
+    """
 
     @cache
-    def loaded(world_size: int) -> list[dict[tuple[str, Mesh, Mesh], Standing]]:
-        return run_ranks(load_all, world_size, folder, timeout=240)
+    def folder(tier: Tier) -> Path:
+        return tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def saved(tier: Tier) -> dict[tuple[str, Mesh], Standing]:
+        found: dict[tuple[str, Mesh], Standing] = {}
+        for size in (1, 4):
+            found |= run_ranks(save_all, size, folder(tier), tier, timeout=240)[0]
+        return found
+
+    @cache
+    def loaded(tier: Tier, world_size: int) -> list[dict[tuple[str, Mesh, Mesh], Standing]]:
+        return run_ranks(load_all, world_size, folder(tier), tier, timeout=240)
 
     return saved, loaded
 
 
-@pytest.mark.parametrize(("kind", "source", "mesh"), ALL, ids=str)
-def test_loads_whole_on_another_mesh(stands: Any, kind: str, source: Mesh, mesh: Mesh) -> None:
+@pytest.mark.parametrize(("tier", "kind", "source", "mesh"), TIERS, ids=name)
+def test_loads_whole_on_another_mesh(
+    stands: Any, tier: Tier, kind: str, source: Mesh, mesh: Mesh
+) -> None:
     saved, loaded = stands
-    expected = saved[kind, source]
-    of_ranks = [found[kind, source, mesh] for found in loaded(mesh.world_size)]
+    expected = saved(tier)[kind, source]
+    of_ranks = [found[kind, source, mesh] for found in loaded(tier, mesh.world_size)]
     assert of_ranks[0].weights == expected.weights
     assert of_ranks[0].moments == expected.moments
     assert set().union(*(found.updates for found in of_ranks)) == {float(BEFORE)}

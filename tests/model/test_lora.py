@@ -67,26 +67,39 @@ def name(case: Any) -> str:
 
 
 @cache
-def results(world_size: int) -> dict[tuple[str, ...], list[Steps]]:
-    """By overrides, what every rank found."""
-    cases = {(*LORA, *shape, *how) for size, how, shape in CASES if size == world_size}
+def results(world_size: int, tier: tuple[Any, ...]) -> dict[tuple[str, ...], list[Steps]]:
+    """Return the results of a tier's cases of one world size: overrides to every rank's steps."""
+    cases = {(*LORA, *shape, *how) for size, how, shape in tier if size == world_size}
     if world_size == 1:
-        cases = {(*LORA, *shape) for _, _, shape in CASES}
+        cases = {(*LORA, *shape) for _, _, shape in tier}
     found = run_ranks(steps, world_size, list(cases), timeout=240)
     return {case: [rank[i] for rank in found] for i, case in enumerate(sorted(cases))}
 
 
+DEFAULT = (
+    (2, (TP,), ()),
+    (2, (TP, SP, AGAIN), (ONE_KV,)),
+    (2, (TP, SP, CHUNKED), (*WHOLE, TIED)),
+    (2, (PP, INTERLEAVED), (QV,)),
+    (2, (CP, "train.recompute=selective"), WHOLE),
+    (2, (TP, SP), ATTENTION["scca"]),
+    (2, (CP, AGAIN), ATTENTION["landmark"]),
+)
+EXHAUSTIVE = tuple(case for case in CASES if case not in DEFAULT)
 TIERS = [
-    pytest.param(case, id=name(case), marks=pytest.mark.exhaustive if case[0] == 4 else ())
-    for case in CASES
+    *(pytest.param(DEFAULT, case, id=name(case)) for case in DEFAULT),
+    *(
+        pytest.param(EXHAUSTIVE, case, id=name(case), marks=pytest.mark.exhaustive)
+        for case in EXHAUSTIVE
+    ),
 ]
 
 
-@pytest.mark.parametrize("case", TIERS)
-def test_steps_are_those_of_one_process(case: Any) -> None:
+@pytest.mark.parametrize(("tier", "case"), TIERS)
+def test_steps_are_those_of_one_process(tier: tuple[Any, ...], case: Any) -> None:
     world_size, how, shape = case
-    [expected] = results(1)[*LORA, *shape]
-    ranks = results(world_size)[*LORA, *shape, *how]
+    [expected] = results(1, tier)[*LORA, *shape]
+    ranks = results(world_size, tier)[*LORA, *shape, *how]
     for rank in ranks:
         for found, wanted in zip(rank.numbers, expected.numbers, strict=True):
             assert found == pytest.approx(wanted, rel=1e-5)

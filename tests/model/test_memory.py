@@ -64,7 +64,7 @@ def cases() -> list[Case]:
 CASES = cases()
 # By default every way on one rank, and in turn some ways on each mesh of two ranks.
 ON_ONE, ON_TWO = ([case for case in CASES if case.world_size == size] for size in (1, 2))
-TIERS = tiers([*ON_ONE, *ON_TWO[::4]], CASES)
+TIERS = tiers([*ON_ONE, *ON_TWO[::6]], CASES)
 
 
 @pytest.mark.parametrize(("tier", "case"), TIERS)

@@ -120,6 +120,7 @@ def test_evaluate_script_writes_evaluation_json(free: Cluster, whole: Job, tmp_p
     assert result["lengths"] == [64, 256] and None not in result["perplexity"]
 
 
+@pytest.mark.exhaustive
 def test_smoke_script_measures_traffic_and_bandwidth(free: Cluster, tmp_path: Path) -> None:
     words = ["slurm/smoke.sh", f"log.folder={tmp_path}/run", "log.peak_tflops=1"]
     job = Job(free, tmp_path, submit_script(free, tmp_path, *words))

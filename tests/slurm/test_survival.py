@@ -52,6 +52,7 @@ def preempt(cluster: Cluster) -> None:
     cluster.call("srun", "--partition=urgent", "--nodes=3", "--exclusive", "true")
 
 
+@pytest.mark.exhaustive
 def test_time_limit_and_preemption_with_grace_lose_no_step(
     free: Cluster, whole: Job, tokens: Path, tmp_path: Path
 ) -> None:
