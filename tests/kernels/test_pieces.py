@@ -201,7 +201,6 @@ def test_the_processors_of_an_h100_end_together(
     work = work_of(model_rules(SccaOptions(**words), 32, 8), 8, starts)
     tables = make_tables(work, HOPPER, ON_CPU)
     for name, costs in costs_of(tables).items():
-        assert costs == sorted(costs, reverse=True), name
         assert makespan(costs) <= most, name
     # All of a program's tiles are whole in the middle of a piece; no row is past an end.
     assert tables.even_m

@@ -10,6 +10,8 @@ from lcdist_kernels.full.pieces import Launches, Work, WorkTables
 from lcdist_kernels.tile_ranges import DeviceStream, send, tiles_of_runs
 from lcdist_kernels.triton_common import Launch
 
+SIZE_CLASSES = 16
+
 
 def make_tables(work: Work, launches: Launches, place: DeviceStream) -> WorkTables:
     """Return the tables of the work on the device; takes time in proportion to the length."""
@@ -111,9 +113,15 @@ def _rules(work: Work) -> range:
 
 
 def longest_first(steps: Tensor, head: Tensor) -> Tensor:
-    """Return the order of programs: by falling number of steps, heads together among equals."""
-    order = head.argsort(stable=True)
-    return order[steps[order].argsort(stable=True, descending=True)]
+    """Return the order of programs: by falling number of steps, so that processors end together.
+
+    Among programs that differ by less than a 16th of the longest, key heads take turns: what runs
+    at one time then shares its keys, or its queries, in the L2 cache.
+    """
+    order = steps.argsort(stable=True, descending=True)
+    order = order[head[order].argsort(stable=True)]
+    classes = steps // max(int(steps.max()) // SIZE_CLASSES, 1)
+    return order[classes[order].argsort(stable=True, descending=True)]
 
 
 def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
