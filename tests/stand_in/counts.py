@@ -3,7 +3,7 @@
     python -m tests.stand_in.counts
 
 Prints a line of JSON for each method and length, and one for the layers of a model. Batch 1, bf16,
-32 query heads, 8 key heads, head_dim 128, one document, no rotation.
+32 query heads, 8 key heads, head_dim 128; one document and no rotation, except in line "packed".
 """
 
 import json
@@ -23,7 +23,7 @@ STAND_IN = install(0, 1)
 
 from lcdist.attention.scca.pattern import for_layer, model_rules  # noqa: E402
 from lcdist.config.schema import SccaOptions  # noqa: E402
-from lcdist_kernels import full_attention, scca_attention  # noqa: E402
+from lcdist_kernels import Rotary, full_attention, scca_attention  # noqa: E402
 
 NHEADS, NHEADS_KV, HEAD_DIM = 32, 8, 128
 LARGE = 1024
@@ -88,6 +88,14 @@ def scca(options: SccaOptions) -> Callable[..., Tensor]:
     return lambda *qkv: scca_attention(*qkv, rules=rules)
 
 
+def packed(seqlen: int) -> Callable[..., Tensor]:
+    """Return attention of the flow pattern with rotation and two documents."""
+    rules = model_rules(PATTERNS["flow"], NHEADS, NHEADS_KV)
+    borders = torch.tensor([0, seqlen // 3, seqlen], dtype=torch.int32)
+    rotary = Rotary(torch.ones(HEAD_DIM // 2))
+    return lambda *qkv: scca_attention(*qkv, rules=rules, rotary=rotary, cu_seqlens=borders)
+
+
 def inputs(seqlen: int) -> list[Tensor]:
     """Return q, k and v."""
     return [
@@ -133,6 +141,7 @@ def main() -> None:
         for name, attend in cases.items():
             for seqlen in (4096, 131072):
                 print(json.dumps({"of": name, "seqlen": seqlen, **warm(attend, seqlen)}))
+        print(json.dumps({"of": "packed", "seqlen": 4096, **warm(packed(4096), 4096)}))
         print(json.dumps({"of": "layers", "seqlen": 8192, **second_step(32, 8192)}), flush=True)
 
 

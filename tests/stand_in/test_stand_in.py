@@ -81,6 +81,7 @@ def test_a_warm_call_launches_kernels_and_does_nothing_else(library: Path) -> No
     cases = [(line["of"], line["seqlen"]) for line in lines]
     assert cases == [
         *((name, seqlen) for name in (*patterns, "full") for seqlen in (4096, 131072)),
+        ("packed", 4096),
         ("layers", 8192),
     ]
     for line in lines:
@@ -90,6 +91,8 @@ def test_a_warm_call_launches_kernels_and_does_nothing_else(library: Path) -> No
             {f"_{words}_fwd_kernel": 1},
             {f"_{words}_bwd_{x}_kernel": 1 for x in ("dq", "dkv")},
         ]
+        if name == "packed":
+            kernels = [{"_rotate_kernel": 2} | each for each in kernels]
         if name == "layers":
             kernels = [{kernel: 32 for each in kernels for kernel in each}]
         idle = {"device operations": [], "device bytes": 0, "cpu operations": [], "copies": []}
