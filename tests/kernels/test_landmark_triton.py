@@ -22,6 +22,7 @@ from lcdist_kernels.landmark import (
     select_landmark_impl,
 )
 from lcdist_kernels.landmark.inner_loop import Tiling, tiling_of
+from lcdist_kernels.landmark.union import invert, unite
 from lcdist_kernels.partial import merge
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import Variant, make, on_virtual_ranks
@@ -43,7 +44,7 @@ from tests.kernels.tiers import covering, one, tiered
 from tests.tolerance import assert_as_good_as_eager
 
 WIDE = Launch(16, 64, 4, 1)
-UNITS: dict[str, Any] = {"top_k": 2, "select_tokens": 31}
+UNITS: dict[str, Any] = {"top_k": 2, "select_tokens": 45}
 # Sequence, heads, head_dim, block_size, choice.
 SHAPES: list[tuple[int, tuple[int, int], int, int, dict[str, Any]]] = [
     (1, (4, 2), 16, 7, {}),
@@ -100,11 +101,31 @@ def test_equals_reference(
     assert_close(got, truth_of(qkv, dout, **more))
 
 
-def test_units_of_one_token() -> None:
-    qkv = on_device(23, (3, 1), 16, torch.float32)
+@pytest.mark.parametrize(("unit", "packed"), [(1, True), (5, False)])
+def test_units_shorter_than_a_chunk_of_rows(unit: int, packed: bool) -> None:
+    qkv = on_device(45, (3, 1), 16, torch.float32)
     dout = torch.randn_like(qkv[0])
-    more = {"block_size": 3, "top_k": 2, "select_tokens": 1}
+    cu_seqlens = torch.tensor([0, 7, 38], dtype=torch.int32) if packed else None
+    more = {"block_size": 3, "top_k": 2, "select_tokens": unit, "cu_seqlens": cu_seqlens}
     assert_close(by_kernel(qkv, dout, **more), truth_of(qkv, dout, **more))
+
+
+def test_the_union_of_the_lists_of_neighbouring_rows() -> None:
+    lengths = torch.tensor([3, 1, 30, 6])
+    chosen = torch.tensor([[[[0, 4], [4, -1], [1, 2], [2, 300]]]], dtype=torch.int32, device=HERE)
+    lists, members = unite(chosen, lengths, 301, 40)
+    assert lists[0, 0, :, :5].tolist() == [[0, 1, 2, 4, -1], [1, 2, 300, -1, -1]]
+    assert torch.all(lists[0, 0, :, 5:] == -1)
+    # Rows 0 to 2 read block 0; 3 reads block 4 too; the third unit has rows 4 to 33.
+    late = -(1 << 4)
+    first = {0: 0b111, 1: late, 2: late, 4: 0b1111}
+    second = {1: 0b11, 2: 0b11111111, 300: 0b11111100}
+    for chunk, expected in enumerate((first, second)):
+        assert members[0, 0, chunk].tolist() == [expected.get(n, 0) for n in range(301)]
+    readers = invert(members)[0, 0]
+    assert readers[[0, 1, 2, 4, 300, 3]].tolist() == [
+        [0, -1], [0, 1], [0, 1], [0, -1], [1, -1], [-1, -1]
+    ]  # fmt: skip
 
 
 def assert_accurate(
@@ -461,6 +482,7 @@ for head_dim, dtype, size in (
     k = torch.zeros(1, grid.num_slots, 2, head_dim, dtype=dtype)
     chosen = torch.zeros(1, 2, len(lengths), 3, dtype=torch.int32)
     units = (chosen, lengths, grid.rows, 0.25)
+    short = (torch.zeros(1, 2, 512, 3, dtype=torch.int32), torch.ones_like(index), *units[2:])
     lists = list_blocks(chosen, grid.num_slots // size, lengths)
     table = table_of(k, k, size)
     band = (grid.rows, block_starts(grid.num_slots, size), 0.25)
@@ -472,7 +494,9 @@ for head_dim, dtype, size in (
         TRITON_IMPL.sparse_bwd(q, q, table, out, lse, lists, grid.rows, 0.25)
         TRITON_IMPL.local_fwd(q, k, k, *units)
         TRITON_IMPL.local_bwd(q, q, k, k, out, lse, *units)
-    assert len(made) == 10
+        TRITON_IMPL.local_fwd(q, k, k, *short)
+        TRITON_IMPL.local_bwd(q, q, k, k, out, lse, *short)
+    assert len(made) == 16
     for each in made:
         assert each.metadata.shared <= SHARED[CAPABILITY], (head_dim, size, each.metadata)
 """

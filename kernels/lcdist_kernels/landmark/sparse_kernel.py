@@ -6,7 +6,8 @@ Shapes: q, out, dout, dq `[b, s, h, d]`; lse, delta `[b, h, s]`; ids int32 `[b, 
 for none; slots int32 `[s]`: slot of each row. LOCAL: k, v, dk, dv are all keys `[b, n SIZE, h_kv,
 d]`, entry e is block e, and every row also sees its own block. Else they are entries of a table,
 each of one key head, `[m, SIZE, d]`, with begins int32 `[m]`: the first slot of each entry. Either
-way an element is found by the strides of batch, entry, token and head.
+way an element is found by the strides of batch, entry, token and head. UNION: units are chunks of
+32 rows, ids are `union_kernel`'s lists, and members say which rows of a chunk read a block.
 
                          lists, K entries each          fwd, dq: a program is some rows of one
     unit 0   [row 0..]   | e5 | e2 | e9 | -1 |                   unit times the heads of a group,
@@ -89,6 +90,20 @@ def _begin_of(begins, b_id, SIZE: tl.constexpr, LOCAL: tl.constexpr):
 
 
 @triton.jit
+def _load_members(p_members, p_ids, first, num_ids, BLOCKS: tl.constexpr):
+    """Return the bits of the rows that read each of BLOCKS entries of a list."""
+    o_id = first + tl.arange(0, BLOCKS)
+    b_id = tl.load(p_ids + o_id, mask=o_id < num_ids, other=-1)
+    return tl.load(p_members + b_id, mask=b_id >= 0, other=0)
+
+
+@triton.jit
+def _reads(b_member, o_s):
+    """Return whether rows o_s read entries with these bits; a chunk has 32 rows."""
+    return ((b_member >> (o_s % 32).to(tl.int32)) & 1) != 0
+
+
+@triton.jit
 def _load_blocks(
     p_k, p_v, p_ids, i, num_ids, begins, stride_ke, stride_ks, stride_ve, stride_vs,
     SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -124,13 +139,14 @@ def _load_blocks(
 @triton.jit
 def _sparse_fwd_kernel(
     q, k, v, out, lse,
-    ids, slots, begins, k_idx, tiles,
+    ids, members, slots, begins, k_idx, tiles,
     qk_scale, seqlen_q, seqlen_k, num_units, num_ids,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ke, stride_ks, stride_kh,
     stride_vb, stride_ve, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
     GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOCAL: tl.constexpr,
+    UNION: tl.constexpr,
 ):  # fmt: skip
     """Compute out and lse of some rows of one unit.
 
@@ -142,7 +158,8 @@ def _sparse_fwd_kernel(
     i_hk = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
     i_head = i_b * tl.num_programs(1) + i_hk
-    p_ids = ids + (i_head * num_units + tl.load(p_tile)) * num_ids
+    i_list = (i_head * num_units + tl.load(p_tile)) * num_ids
+    p_ids, p_members = ids + i_list, members + i_list
     p_k = k + i_b * stride_kb + i_hk * stride_kh
     p_v = v + i_b * stride_vb + i_hk * stride_vh
     o_s, o_g, m_m = _rows_of(first, count, GROUP, BLOCK_M)
@@ -162,18 +179,23 @@ def _sparse_fwd_kernel(
                 SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCKS, WIDTH, LOCAL,
             )  # fmt: skip
             m_visible = b_begin[None, :] <= b_q_last[:, None]
+            if UNION:
+                b_member = _load_members(p_members, p_ids, i * BLOCKS, num_ids, BLOCKS)
+                m_visible = m_visible & _reads(b_member[None, :], o_s[:, None])
             b_out, b_max, b_sum = past_fwd(
                 b_q, b_k, b_v, b_out, b_max, b_sum, o_in, m_visible, qk_scale, SIZE, BLOCK_M,
                 BLOCK_N, BLOCKS, WIDTH, True,
             )  # fmt: skip
         else:
             i_e = tl.load(p_ids + i)
-            b_begin = _begin_of(begins, i_e, SIZE, LOCAL)
+            m_visible = _begin_of(begins, i_e, SIZE, LOCAL) <= b_q_last
             i_e = tl.maximum(i_e, 0).to(tl.int64)
+            if UNION:
+                m_visible = m_visible & _reads(tl.load(p_members + i_e), o_s)
             b_out, b_max, b_sum = large_fwd(
                 b_q, p_k + i_e * stride_ke, p_v + i_e * stride_ve, b_out, b_max, b_sum, stride_ks,
-                stride_vs, b_begin <= b_q_last, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-                STEPS, True,
+                stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STEPS,
+                True,
             )  # fmt: skip
     if LOCAL:
         lo, hi = _own_tiles(slots, first, count, SIZE, BLOCK_N)
@@ -192,7 +214,7 @@ def _sparse_fwd_kernel(
 @triton.jit
 def _sparse_bwd_dq_kernel(
     q, k, v, out, dout, lse, delta, dq,
-    ids, slots, begins, k_idx, tiles,
+    ids, members, slots, begins, k_idx, tiles,
     softmax_scale, seqlen_q, seqlen_k, num_units, num_ids,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ke, stride_ks, stride_kh,
     stride_vb, stride_ve, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
@@ -200,6 +222,7 @@ def _sparse_bwd_dq_kernel(
     GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOCAL: tl.constexpr,
+    UNION: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of some rows of one unit, and delta, which the kernel for dk and dv reads."""
     p_tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) * 3
@@ -207,7 +230,8 @@ def _sparse_bwd_dq_kernel(
     i_hk = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
     i_head = i_b * tl.num_programs(1) + i_hk
-    p_ids = ids + (i_head * num_units + tl.load(p_tile)) * num_ids
+    i_list = (i_head * num_units + tl.load(p_tile)) * num_ids
+    p_ids, p_members = ids + i_list, members + i_list
     p_k = k + i_b * stride_kb + i_hk * stride_kh
     p_v = v + i_b * stride_vb + i_hk * stride_vh
     o_s, o_g, m_m = _rows_of(first, count, GROUP, BLOCK_M)
@@ -234,18 +258,23 @@ def _sparse_bwd_dq_kernel(
                 SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCKS, WIDTH, LOCAL,
             )  # fmt: skip
             m_visible = b_begin[None, :] <= b_q_last[:, None]
+            if UNION:
+                b_member = _load_members(p_members, p_ids, i * BLOCKS, num_ids, BLOCKS)
+                m_visible = m_visible & _reads(b_member[None, :], o_s[:, None])
             b_dq = past_dq(
                 b_q, b_dout, b_dq, b_lse, b_delta, b_k, b_v, o_in, m_visible, qk_scale, SIZE,
                 BLOCK_M, BLOCK_N, BLOCKS, WIDTH, True,
             )  # fmt: skip
         else:
             i_e = tl.load(p_ids + i)
-            b_begin = _begin_of(begins, i_e, SIZE, LOCAL)
+            m_visible = _begin_of(begins, i_e, SIZE, LOCAL) <= b_q_last
             i_e = tl.maximum(i_e, 0).to(tl.int64)
+            if UNION:
+                m_visible = m_visible & _reads(tl.load(p_members + i_e), o_s)
             b_dq = large_dq(
                 b_q, b_dout, b_dq, b_lse, b_delta, p_k + i_e * stride_ke, p_v + i_e * stride_ve,
-                stride_ks, stride_vs, b_begin <= b_q_last, qk_scale, SIZE, HEAD_DIM, BLOCK_D,
-                BLOCK_M, BLOCK_N, STEPS, True,
+                stride_ks, stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M,
+                BLOCK_N, STEPS, True,
             )  # fmt: skip
     if LOCAL:
         lo, hi = _own_tiles(slots, first, count, SIZE, BLOCK_N)
@@ -284,7 +313,7 @@ def _load_row_tile(
 @triton.jit
 def _sparse_bwd_dkv_kernel(
     q, k, v, dout, lse, delta, dk, dv,
-    readers, reader_starts, units, slots, begins, own_rows,
+    readers, reader_starts, members, units, slots, begins, own_rows,
     softmax_scale, seqlen_q, num_entries, num_units, num_ids, nheads_kv,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ke, stride_ks, stride_kh,
     stride_vb, stride_ve, stride_vs, stride_vh, stride_dout_b, stride_dout_s, stride_dout_h,
@@ -292,6 +321,7 @@ def _sparse_bwd_dkv_kernel(
     GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOCAL: tl.constexpr,
+    UNION: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of one entry, or of a part of it.
 
@@ -334,9 +364,14 @@ def _sparse_bwd_dkv_kernel(
                 b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, m_visible, qk_scale, BLOCK_M,
                 BLOCK_N,
             )  # fmt: skip
-    p_starts = reader_starts + i_list * (num_entries + 1) + i_e
-    p_readers = readers + i_list * num_units * num_ids
-    first, last = tl.load(p_starts), tl.load(p_starts + 1)
+    if UNION:
+        p_readers = readers + (i_list * num_entries + i_e) * num_units
+        first = 0
+        last = _list_length(p_readers, num_units, BLOCK_K)
+    else:
+        p_starts = reader_starts + i_list * (num_entries + 1) + i_e
+        p_readers = readers + i_list * num_units * num_ids
+        first, last = tl.load(p_starts), tl.load(p_starts + 1)
     for i in range(first, last):
         i_unit = i_list * num_units + tl.load(p_readers + i) // num_ids
         i_head = i_unit // num_units
@@ -352,6 +387,9 @@ def _sparse_bwd_dkv_kernel(
             )  # fmt: skip
             b_q_last, _, _ = _load_slots(slots, o_s, m_m, SIZE)
             m_visible = begin <= b_q_last
+            if UNION:
+                member = tl.load(members + i_unit * num_entries + i_e)
+                m_visible = m_visible & _reads(member, o_s)
             if STEPS == 1:
                 b_dk, b_dv = past_dkv(
                     b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, o_in, m_visible[:, None],

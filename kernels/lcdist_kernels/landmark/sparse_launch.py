@@ -24,6 +24,7 @@ from lcdist_kernels.landmark.tile_configs import (
     FWD,
     FWD_LARGE,
 )
+from lcdist_kernels.landmark.union import CHUNK, chunk_lengths, invert, unite
 from lcdist_kernels.landmark.unit_tables import (
     block_rows,
     numbers_by_head,
@@ -49,12 +50,14 @@ class _Work(NamedTuple):
 
     ids: int32 `[b, h_kv, units, K]`, contiguous. lengths: rows of each unit. begins: first slots of
     a table's entries, int32; None: entries are blocks of k and v, and rows also see their own.
+    members: which rows of a unit read its list's blocks, see `union`; None: all.
     """
 
     ids: Tensor
     lengths: Tensor
     rows: QueryRows
     begins: Tensor | None
+    members: Tensor | None = None
 
     def row_launch(self, launch: Launch, q: Tensor) -> Launch:
         """Return the launch with at most the rows of the longest unit, but all heads of a group."""
@@ -91,6 +94,7 @@ class _Work(NamedTuple):
             "BLOCK_D": padded(q.shape[3]),
             "BLOCK_K": triton.next_power_of_2(self.ids.shape[3]),
             "LOCAL": self.begins is None,
+            "UNION": self.members is not None,
             **tiling_of(self.rows.block_size, launch.block_n).constants(),
             **launch.options(),
         }
@@ -149,7 +153,7 @@ def local_fwd(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not q.numel():
         return out, _new_lse(q)
-    work = _Work(chosen.contiguous(), lengths, rows, None)
+    work = _local_work(q, k, chosen, lengths, rows)
     k, v = last_dim_contiguous(k), last_dim_contiguous(v)
     return out, _forward(q, k, v, out, work, softmax_scale, launch)
 
@@ -166,7 +170,7 @@ def local_bwd(
     check_kernel(q)
     dq, dk, dv = (torch.empty(x.shape, dtype=q.dtype, device=q.device) for x in (q, k, v))
     if q.numel():
-        work = _Work(chosen.contiguous(), lengths, rows, None)
+        work = _local_work(q, k, chosen, lengths, rows)
         k, v = last_dim_contiguous(k), last_dim_contiguous(v)
         _backward(dout, q, k, v, out, lse, (dq, dk, dv), work, softmax_scale, launches)
     return dq, dk, dv
@@ -182,11 +186,12 @@ def _forward(
     launch = work.row_launch(launch, q)
     tiles, slots = work.tiles(launch, q), work.slots(q)
     begins, k_idx = _places(q, k, work)
+    members = slots if work.members is None else work.members
     with launch_context(q):
         _sparse_fwd_kernel[(len(tiles), ids.shape[1], len(q))](
-            q, k, v, out, lse, ids, slots, begins, k_idx, tiles, softmax_scale * LOG2E.value,
-            q.shape[1], k.shape[1], *ids.shape[2:], *strides(q), *work.entry_strides(k, v),
-            *strides(out), **work.constants(q, launch),
+            q, k, v, out, lse, ids, members, slots, begins, k_idx, tiles,
+            softmax_scale * LOG2E.value, q.shape[1], k.shape[1], *ids.shape[2:], *strides(q),
+            *work.entry_strides(k, v), *strides(out), **work.constants(q, launch),
         )  # fmt: skip
     return lse
 
@@ -206,29 +211,44 @@ def _backward(
     for_dq, for_dkv = work.row_launch(for_dq, q), work.row_launch(for_dkv, q)
     tiles, slots, place = work.tiles(for_dq, q), work.slots(q), device_stream(q)
     begins, k_idx = _places(q, k, work)
+    members = slots if work.members is None else work.members
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
     local, inputs = work.begins is None, work.entry_strides(k, v)
+    entries = k.shape[1] // size if local else len(k)
+    own_rows = block_rows(work.rows.idx, size, entries, place) if local else begins
+    constants = work.constants(q, for_dkv) | _one_entry(for_dkv, size)
+    if work.members is None:
+        readers, starts, num_ids = *_sorted_readers(ids, entries, local), ids.shape[3]
+    else:
+        readers, starts, num_ids = invert(work.members), slots, 1
+        constants["BLOCK_K"] = triton.next_power_of_2(ids.shape[2])
     with launch_context(q):
         _sparse_bwd_dq_kernel[(len(tiles), ids.shape[1], len(q))](
-            q, k, v, out, dout, lse, delta, dq, ids, slots, begins, k_idx, tiles,
+            q, k, v, out, dout, lse, delta, dq, ids, members, slots, begins, k_idx, tiles,
             float(softmax_scale), q.shape[1], k.shape[1], *ids.shape[2:], *strides(q), *inputs,
             *strides(out, dout, dq), **work.constants(q, for_dq),
         )  # fmt: skip
-        entries = k.shape[1] // size if local else len(k)
-        own_rows = block_rows(work.rows.idx, size, entries, place) if local else begins
-        constants = work.constants(q, for_dkv) | _one_entry(for_dkv, size)
         grid = (entries * constants["STEPS"], ids.shape[1] if local else 1, len(q) if local else 1)
         _sparse_bwd_dkv_kernel[grid](
-            q, k, v, dout, lse, delta, dk, dv, *_readers(ids, entries, local),
+            q, k, v, dout, lse, delta, dk, dv, readers, starts, members,
             unit_rows(work.lengths, place), slots, begins, own_rows, float(softmax_scale),
-            q.shape[1], entries, *ids.shape[2:], ids.shape[1], *strides(q), *inputs, *strides(dout),
-            *work.entry_strides(dk, dv), **constants,
+            q.shape[1], entries, ids.shape[2], num_ids, ids.shape[1], *strides(q), *inputs,
+            *strides(dout), *work.entry_strides(dk, dv), **constants,
         )  # fmt: skip
 
 
 def _new_lse(q: Tensor) -> Tensor:
     """Return an empty lse `[b, h, s]` of q."""
     return torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+
+
+def _local_work(q: Tensor, k: Tensor, chosen: Tensor, lengths: Tensor, rows: QueryRows) -> _Work:
+    """Return the work over chosen blocks of k; short units are united to chunks of rows."""
+    chosen, seqlen = chosen.contiguous(), q.shape[1]
+    if units_of(lengths).longest >= CHUNK:
+        return _Work(chosen, lengths, rows, None)
+    lists, members = unite(chosen, lengths, k.shape[1] // rows.block_size, seqlen)
+    return _Work(lists, chunk_lengths(seqlen), rows, None, members)
 
 
 def _table_work(lists: BlockLists, rows: QueryRows) -> _Work:
@@ -261,7 +281,7 @@ def _one_entry(launch: Launch, size: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, **Tiling(size, 1, block_n, steps).constants()}
 
 
-def _readers(ids: Tensor, entries: int, local: bool) -> tuple[Tensor, Tensor]:
+def _sorted_readers(ids: Tensor, entries: int, local: bool) -> tuple[Tensor, Tensor]:
     """Return the inverse of the lists: places sorted by entry, and each entry's first.
 
     local: by batch row and key head, as these have entries of their own.
