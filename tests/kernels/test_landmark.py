@@ -480,6 +480,8 @@ def test_the_grid_by_eye() -> None:
     assert block_starts(num_slots, 4).tolist() == [0, 4, 8]
     spread = grid.to_slots(torch.arange(1.0, 10).view(1, 9, 1, 1)).flatten().tolist()
     assert spread == [1, 2, 0, 0, 3, 4, 5, 0, 6, 7, 8, 9]
+    whole = torch.zeros(1, 8, 1, 1)
+    assert block_grid(None, 8, 4).to_slots(whole) is whole, "without empty slots nothing is copied"
     index, starts = torch.arange(9), torch.tensor([0, 0, 2, 2, 2, 5, 5, 5, 5])
     assert unit_lengths(index, starts, 3).tolist() == [2, 1, 2, 1, 3]
     assert math.prod(unit_lengths(index, starts, 1).tolist()) == 1

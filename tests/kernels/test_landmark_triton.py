@@ -385,11 +385,14 @@ def test_extreme_scores_do_no_harm(block_size: int, choice: dict[str, Any]) -> N
     assert_close(by_kernel(qkv, dout, **more), truth_of(qkv, dout, **more))
 
 
-@pytest.mark.parametrize("scale", [-1.5, 0.0])
-def test_any_scale(scale: float) -> None:
-    qkv = on_device(70, (2, 1), 16, torch.float32)
+@pytest.mark.parametrize(
+    ("scale", "choice"),
+    [(-20.0, {}), (0.0, {}), (-20.0, {"top_k": 1, "select_tokens": 14})],
+)
+def test_any_scale(scale: float, choice: dict[str, int]) -> None:
+    qkv = on_device(28, (2, 1), 16, torch.float32)
     dout = torch.randn_like(qkv[0])
-    more = {"block_size": 7, "softmax_scale": scale}
+    more = {"block_size": 7, "softmax_scale": scale, **choice}
     assert_close(by_kernel(qkv, dout, **more), truth_of(qkv, dout, **more))
 
 

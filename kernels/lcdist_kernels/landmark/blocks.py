@@ -53,9 +53,14 @@ class BlockGrid(NamedTuple):
     num_slots: int
 
     def to_slots(self, x: Tensor) -> Tensor:
-        """Return x `[b, s, h, d]` by slot, `[b, num_slots, h, d]`; zero in empty slots."""
+        """Return x `[b, s, h, d]` by slot, `[b, num_slots, h, d]`; zero in empty slots.
+
+        Without empty slots it is x itself.
+        """
         slots = self.rows.idx
         if len(slots) == 0 or int(slots[-1]) == len(slots) - 1:
+            if self.num_slots == len(slots):
+                return x
             return F.pad(x, (0, 0, 0, 0, 0, self.num_slots - len(slots)))
         out = x.new_zeros(x.shape[0], self.num_slots, *x.shape[2:])
         return out.index_copy(1, slots.to(x.device), x)

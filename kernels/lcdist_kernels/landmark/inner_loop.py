@@ -1,6 +1,6 @@
 """Steps of a tile of queries over past blocks, shared by landmark attention's kernels.
 
-The formulas are in `block_gates`. Scores are base 2.
+The formulas are in `block_gates`. Scores are base 2; qk_scale >= 0.
 
     small blocks, SIZE <= BLOCK_N: a tile of BLOCK_N columns holds BLOCKS blocks of WIDTH columns
     each, WIDTH = SIZE rounded up to a power of two; a reshape separates the blocks
@@ -116,17 +116,23 @@ def _to_columns(b, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr
 def _block_softmax(
     b_s,
     o_in,
+    qk_scale,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Return exp2(scores - maximum of the block), its sum per block, and landmarks' scores."""
+    """Return exp2(scores - maximum of the block), its sum per block, and landmarks' scores.
+
+    b_s: q . k. As qk_scale >= 0, the maximum is scaled once a block, and a score in one fused
+    operation.
+    """
     b_x = tl.where((o_in == SIZE - 1)[None, :], b_s, 0.0)
-    b_x = _block_sum(b_x, ROWS, BLOCKS, WIDTH)
-    b_s = tl.where((o_in < SIZE - 1)[None, :], b_s, float("-inf"))
-    b_max = _block_max(b_s, ROWS, BLOCKS, WIDTH)
-    b_p = tl.exp2(b_s - _to_columns(b_max, ROWS, BLOCKS, WIDTH))
+    b_x = _block_sum(b_x, ROWS, BLOCKS, WIDTH) * qk_scale
+    m_content = (o_in < SIZE - 1)[None, :]
+    b_max = _block_max(tl.where(m_content, b_s, float("-inf")), ROWS, BLOCKS, WIDTH) * qk_scale
+    b_p = b_s * qk_scale - _to_columns(b_max, ROWS, BLOCKS, WIDTH)
+    b_p = tl.exp2(tl.where(m_content, b_p, float("-inf")))
     return b_p, _block_sum(b_p, ROWS, BLOCKS, WIDTH), b_x
 
 
@@ -141,8 +147,8 @@ def past_fwd(
     o_in: each column's place in its block `[BLOCK_N]`. m_visible: bool `[BLOCK_M, BLOCKS]`, read
     where MASKED.
     """
-    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
-    b_p, b_block_sum, b_x = _block_softmax(b_s, o_in, SIZE, BLOCK_M, BLOCKS, WIDTH)
+    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    b_p, b_block_sum, b_x = _block_softmax(b_s, o_in, qk_scale, SIZE, BLOCK_M, BLOCKS, WIDTH)
     if MASKED:
         b_x = tl.where(m_visible, b_x, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_x, 1))
@@ -170,11 +176,13 @@ def large_fwd(
         o_at = o_in.to(tl.int64)
         b_k = load_rows(p_k, o_at * stride_ks, o_in < SIZE, HEAD_DIM, BLOCK_D)
         b_v = load_rows(p_v, o_at * stride_vs, o_in < SIZE, HEAD_DIM, BLOCK_D)
-        b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
-        b_x += tl.sum(tl.where((o_in == SIZE - 1)[None, :], b_s, 0.0), 1)
-        b_s = tl.where((o_in < SIZE - 1)[None, :], b_s, float("-inf"))
-        b_new_max = tl.maximum(b_block_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new_max[:, None])
+        b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        b_x += tl.sum(tl.where((o_in == SIZE - 1)[None, :], b_s, 0.0), 1) * qk_scale
+        m_content = (o_in < SIZE - 1)[None, :]
+        b_top = tl.max(tl.where(m_content, b_s, LOWEST), 1) * qk_scale
+        b_new_max = tl.maximum(b_block_max, b_top)
+        b_p = b_s * qk_scale - b_new_max[:, None]
+        b_p = tl.exp2(tl.where(m_content, b_p, float("-inf")))
         b_rescale = tl.exp2(b_block_max - b_new_max)
         b_block_sum = b_block_sum * b_rescale + tl.sum(b_p, 1)
         b_in = dot(b_p.to(b_v.dtype), b_v, b_in * b_rescale[:, None])
@@ -191,15 +199,15 @@ def large_fwd(
 
 @triton.jit
 def _gate_grads(
-    b_s, b_du, b_lse, b_delta, o_in, m_visible,
+    b_s, b_du, b_lse, b_delta, o_in, m_visible, qk_scale,
     SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Return (weights, gradients of scores) of whole blocks.
 
-    b_du: dout . v. b_lse: of the whole row, base 2.
+    b_s: q . k. b_du: dout . v. b_lse: of the whole row, base 2.
     """
-    b_p, b_block_sum, b_x = _block_softmax(b_s, o_in, SIZE, ROWS, BLOCKS, WIDTH)
+    b_p, b_block_sum, b_x = _block_softmax(b_s, o_in, qk_scale, SIZE, ROWS, BLOCKS, WIDTH)
     b_gate = tl.exp2(b_x - b_lse[:, None])
     if MASKED:
         b_gate = tl.where(m_visible, b_gate, 0.0)
@@ -218,10 +226,10 @@ def past_dq(
     WIDTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Return dq, without softmax_scale, after some whole blocks; arguments as in `past_fwd`."""
-    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
+    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     _, b_ds = _gate_grads(
-        b_s, b_du, b_lse, b_delta, o_in, m_visible, SIZE, BLOCK_M, BLOCKS, WIDTH, MASKED
+        b_s, b_du, b_lse, b_delta, o_in, m_visible, qk_scale, SIZE, BLOCK_M, BLOCKS, WIDTH, MASKED
     )
     return dot(b_ds.to(b_k.dtype), b_k, b_dq)
 
@@ -236,10 +244,10 @@ def past_dkv(
 
     Queries are rows here too, so that the softmax of a block stays within neighbouring threads.
     """
-    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
+    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     b_p, b_ds = _gate_grads(
-        b_s, b_du, b_lse, b_delta, o_in, m_visible, SIZE, BLOCK_M, BLOCKS, WIDTH, MASKED
+        b_s, b_du, b_lse, b_delta, o_in, m_visible, qk_scale, SIZE, BLOCK_M, BLOCKS, WIDTH, MASKED
     )
     b_dv = dot(tl.trans(b_p.to(b_dout.dtype)), b_dout, b_dv)
     b_dk = dot(tl.trans(b_ds.to(b_q.dtype)), b_q, b_dk)
@@ -277,12 +285,14 @@ def _large_stats(
         o_at = o_in.to(tl.int64)
         b_k = load_rows(p_k, o_at * stride_ks, o_in < SIZE, HEAD_DIM, BLOCK_D)
         b_v = load_rows(p_v, o_at * stride_vs, o_in < SIZE, HEAD_DIM, BLOCK_D)
-        b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
+        b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-        b_x += tl.sum(tl.where((o_in == SIZE - 1)[None, :], b_s, 0.0), 1)
-        b_s = tl.where((o_in < SIZE - 1)[None, :], b_s, float("-inf"))
-        b_new_max = tl.maximum(b_block_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new_max[:, None])
+        b_x += tl.sum(tl.where((o_in == SIZE - 1)[None, :], b_s, 0.0), 1) * qk_scale
+        m_content = (o_in < SIZE - 1)[None, :]
+        b_top = tl.max(tl.where(m_content, b_s, LOWEST), 1) * qk_scale
+        b_new_max = tl.maximum(b_block_max, b_top)
+        b_p = b_s * qk_scale - b_new_max[:, None]
+        b_p = tl.exp2(tl.where(m_content, b_p, float("-inf")))
         b_rescale = tl.exp2(b_block_max - b_new_max)
         b_block_sum = b_block_sum * b_rescale + tl.sum(b_p, 1)
         b_mean = b_mean * b_rescale + tl.sum(b_p * b_du, 1)
@@ -295,12 +305,12 @@ def _large_stats(
 
 @triton.jit
 def _large_grads(
-    b_s, b_du, b_inner, b_mean, b_gate, b_delta, o_in,
+    b_s, b_du, b_inner, b_mean, b_gate, b_delta, o_in, qk_scale,
     SIZE: tl.constexpr,
 ):  # fmt: skip
     """Return (weights, gradients of scores) of one part of a large block."""
     o_in = o_in[None, :]
-    b_p = tl.where(o_in < SIZE - 1, tl.exp2(b_s - b_inner[:, None]), 0.0)
+    b_p = tl.where(o_in < SIZE - 1, tl.exp2(b_s * qk_scale - b_inner[:, None]), 0.0)
     b_p = b_p * b_gate[:, None]
     b_ds = b_p * (b_du - b_mean[:, None])
     return b_p, tl.where(o_in == SIZE - 1, (b_gate * (b_mean - b_delta))[:, None], b_ds)
@@ -322,9 +332,9 @@ def large_dq(
         o_at = o_in.to(tl.int64)
         b_k = load_rows(p_k, o_at * stride_ks, o_in < SIZE, HEAD_DIM, BLOCK_D)
         b_v = load_rows(p_v, o_at * stride_vs, o_in < SIZE, HEAD_DIM, BLOCK_D)
-        b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
+        b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-        _, b_ds = _large_grads(b_s, b_du, b_inner, b_mean, b_gate, b_delta, o_in, SIZE)
+        _, b_ds = _large_grads(b_s, b_du, b_inner, b_mean, b_gate, b_delta, o_in, qk_scale, SIZE)
         b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
     return b_dq
 
@@ -341,9 +351,9 @@ def large_dkv(
         b_q, b_dout, b_lse, p_k, p_v, stride_ks, stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM,
         BLOCK_D, BLOCK_M, BLOCK_N, STEPS, MASKED,
     )  # fmt: skip
-    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
+    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    b_p, b_ds = _large_grads(b_s, b_du, b_inner, b_mean, b_gate, b_delta, o_in, SIZE)
+    b_p, b_ds = _large_grads(b_s, b_du, b_inner, b_mean, b_gate, b_delta, o_in, qk_scale, SIZE)
     b_dv = dot(tl.trans(b_p.to(b_dout.dtype)), b_dout, b_dv)
     b_dk = dot(tl.trans(b_ds.to(b_q.dtype)), b_q, b_dk)
     return b_dk, b_dv

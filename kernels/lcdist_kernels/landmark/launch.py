@@ -92,6 +92,8 @@ def landmark_fwd(
     """
     check_qkv(q, k, v)
     check_kernel(q)
+    if softmax_scale < 0:
+        q, softmax_scale = -q, -softmax_scale
     q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     batch, seqlen, nheads, _ = q.shape
     out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)
@@ -129,6 +131,12 @@ def landmark_bwd(
     """
     check_qkv(q, k, v)
     check_kernel(q)
+    if softmax_scale < 0:
+        dq, dk, dv = landmark_bwd(
+            dout, -q, k, v, out, lse, rows, k_start, -softmax_scale, grad_dtype=grad_dtype,
+            launches=launches,
+        )  # fmt: skip
+        return dq.neg_(), dk, dv
     q, k, v, out, dout = (last_dim_contiguous(x) for x in (q, k, v, out, dout.to(q.dtype)))
     batch, seqlen, nheads, _ = q.shape
     grads = {"dtype": grad_dtype or torch.float32, "device": q.device}

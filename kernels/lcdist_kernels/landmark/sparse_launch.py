@@ -181,6 +181,8 @@ def _forward(
     launch: Launch | None,
 ) -> Tensor:  # fmt: skip
     """Fill out and return lse."""
+    if softmax_scale < 0:
+        q, softmax_scale = -q, -softmax_scale
     q, lse, ids = last_dim_contiguous(q), _new_lse(q), work.ids
     launch = launch or launch_for(FWD, FWD_LARGE, q, work.rows.block_size)
     launch = work.row_launch(launch, q)
@@ -202,6 +204,10 @@ def _backward(
     launches: tuple[Launch, Launch] | None,
 ) -> None:  # fmt: skip
     """Fill grads (dq, dk, dv)."""
+    if softmax_scale < 0:
+        _backward(dout, -q, k, v, out, lse, grads, work, -softmax_scale, launches)
+        grads[0].neg_()
+        return
     q, out, dout = (last_dim_contiguous(x) for x in (q, out, dout.to(q.dtype)))
     (dq, dk, dv), ids, size = grads, work.ids, work.rows.block_size
     for_dq, for_dkv = launches or (
