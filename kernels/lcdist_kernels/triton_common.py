@@ -71,14 +71,25 @@ INTERPRETED_LAUNCH = Launch(64, 64, 4, 1)
 def choose_launch(table: LaunchTable, x: Tensor, hopper: LaunchTable | None = None) -> Launch:
     """Return the entry of `table` for x `[b, s, h, d]`, or a fixed one for the interpreter.
 
-    hopper: entries that replace those of `table` from compute capability 9 on.
+    hopper: entries that replace those of `table` from compute capability 9 on, where a product has
+    at least 16 rows a warp (`tests/kernels/test_tile_configs.py` says why).
     """
     if interpreting():
         return INTERPRETED_LAUNCH
-    if hopper and torch.cuda.get_device_capability(x.device)[0] >= 9:
+    if hopper and is_hopper(x):
         table = table | hopper
+    return table[choose_key(table, x)]
+
+
+def choose_key(table: LaunchTable, x: Tensor) -> tuple[int, int]:
+    """Return the key of the entry of `table` for x `[b, s, h, d]`."""
     size, width = x.element_size(), padded(x.shape[3])
-    return table[min(key for key in table if key[0] >= width and key[1] == size)]
+    return min(key for key in table if key[0] >= width and key[1] == size)
+
+
+def is_hopper(x: Tensor) -> bool:
+    """Return whether kernels for x run on a GPU of compute capability 9 or later."""
+    return not interpreting() and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 def padded(head_dim: int) -> int:

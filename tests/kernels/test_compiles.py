@@ -70,7 +70,7 @@ from tests.kernels.compiling import SHARED, compiled_for
 seqlen = 512
 index, starts = torch.arange(seqlen), torch.zeros(seqlen, dtype=torch.int64)
 for grid, head_dim, dtype, kernels in (
-    (ModeGrid((128,), local_blocks=2), 128, torch.bfloat16, 7),
+    (ModeGrid((128,), local_blocks=2), 128, torch.bfloat16, 8),
     (ModeGrid((32, 2), hop_heads="kv"), 80, torch.float16, 17),
 ):
     q, k = (torch.zeros(1, seqlen, n, head_dim, dtype=dtype) for n in (4, 2))

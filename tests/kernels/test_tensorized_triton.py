@@ -104,7 +104,7 @@ def test_equals_reference(
     ),
 )
 def test_any_tiles(grid: ModeGrid, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "choose_launch", lambda table, x: launch)
+    monkeypatch.setattr(launchers, "choose_launch", lambda table, x, hopper: launch)
     leaves = leaves_of(grid, 100, (2, 1), 16, torch.float32)
     dout, more = torch.randn_like(leaves[0]), {"grid": grid, "softmax_scale": 0.4}
     more["cu_seqlens"] = aligned_borders(100, grid.block) if len(grid.modes) == 1 else None

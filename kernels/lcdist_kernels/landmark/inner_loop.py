@@ -21,7 +21,15 @@ import torch
 import triton
 import triton.language as tl
 
-from lcdist_kernels.triton_common import LOWEST, Launch, choose_launch, dot
+from lcdist_kernels.landmark.tile_configs import BlockTables
+from lcdist_kernels.triton_common import (
+    LOWEST,
+    Launch,
+    choose_key,
+    choose_launch,
+    dot,
+    is_hopper,
+)
 
 
 class Tiling(NamedTuple):
@@ -45,20 +53,22 @@ def tiling_of(size: int, block_n: int) -> Tiling:
     return Tiling(size, 1, block_n, triton.cdiv(size, block_n))
 
 
-def launch_for(
-    small: dict[tuple[int, int], Launch],
-    large: dict[tuple[int, int], Launch],
-    x: torch.Tensor,
-    size: int,
-) -> Launch:
-    """Return the entry of `small` for x, widened to a block of `size`, else that of `large`."""
-    launch, width = choose_launch(small, x), triton.next_power_of_2(size)
+def launch_for(tables: BlockTables, x: torch.Tensor, size: int) -> Launch:
+    """Return the launch of one kernel for x `[b, s, h, d]` and blocks of `size` tokens.
+
+    Where two tiles of keys hold a block, the tile is widened to the block and has half the queries,
+    unless there is an entry for such blocks.
+    """
+    launch, width = choose_launch(tables.small, x, tables.hopper), triton.next_power_of_2(size)
     if width <= launch.block_n:
         return launch
     if width == 2 * launch.block_n and width <= 128 and launch.block_m >= 32:
+        key = choose_key(tables.small, x)
+        if key in tables.wide_hopper and is_hopper(x):
+            return tables.wide_hopper[key]
         stages = max(1, launch.num_stages - 1)
         return Launch(launch.block_m // 2, width, launch.num_warps, stages)
-    return choose_launch(large, x)
+    return choose_launch(tables.large, x, tables.large_hopper)
 
 
 @triton.jit

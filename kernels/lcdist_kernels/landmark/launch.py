@@ -22,12 +22,9 @@ from lcdist_kernels.landmark.kernel import (
     _landmark_fwd_kernel,
 )
 from lcdist_kernels.landmark.tile_configs import (
-    BWD_DKV,
-    BWD_DKV_LARGE,
-    BWD_DQ,
-    BWD_DQ_LARGE,
-    FWD,
-    FWD_LARGE,
+    BWD_DKV_TABLES,
+    BWD_DQ_TABLES,
+    FWD_TABLES,
 )
 from lcdist_kernels.tile_ranges import (
     Band,
@@ -101,7 +98,7 @@ def landmark_fwd(
     if not q.numel() or not k.numel():
         return out.zero_(), lse.fill_(-torch.inf)
     size = rows.block_size
-    launch = launch or launch_for(FWD, FWD_LARGE, q, size)
+    launch = launch or launch_for(FWD_TABLES, q, size)
     bands, tiling = _Bands.of(q, rows, k_start), tiling_of(size, launch.block_n)
     with launch_context(q):
         _landmark_fwd_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
@@ -145,8 +142,8 @@ def landmark_bwd(
         return dq.zero_(), dk.zero_(), dv.zero_()
     size = rows.block_size
     for_dq, for_dkv = launches or (
-        launch_for(BWD_DQ, BWD_DQ_LARGE, q, size),
-        launch_for(BWD_DKV, BWD_DKV_LARGE, q, size),
+        launch_for(BWD_DQ_TABLES, q, size),
+        launch_for(BWD_DKV_TABLES, q, size),
     )
     bands = _Bands.of(q, rows, k_start)
     lse = lse.contiguous()

@@ -17,12 +17,9 @@ from lcdist_kernels.landmark.sparse_kernel import (
     _sparse_fwd_kernel,
 )
 from lcdist_kernels.landmark.tile_configs import (
-    BWD_DKV,
-    BWD_DKV_LARGE,
-    BWD_DQ,
-    BWD_DQ_LARGE,
-    FWD,
-    FWD_LARGE,
+    BWD_DKV_TABLES,
+    BWD_DQ_TABLES,
+    FWD_TABLES,
 )
 from lcdist_kernels.landmark.union import CHUNK, chunk_lengths, invert, unite
 from lcdist_kernels.landmark.unit_tables import (
@@ -38,6 +35,7 @@ from lcdist_kernels.triton_common import (
     LOG2E,
     Launch,
     check_kernel,
+    is_hopper,
     last_dim_contiguous,
     launch_context,
     padded,
@@ -60,10 +58,15 @@ class _Work(NamedTuple):
     members: Tensor | None = None
 
     def row_launch(self, launch: Launch, q: Tensor) -> Launch:
-        """Return the launch with at most the rows of the longest unit, but all heads of a group."""
+        """Return the launch with at most the rows of the longest unit, but all heads of a group.
+
+        On Hopper a cut tile keeps 16 rows a warp.
+        """
         group = q.shape[2] // self.ids.shape[1]
         longest = triton.next_power_of_2(units_of(self.lengths).longest * group)
         block_m = max(16, triton.next_power_of_2(group), min(launch.block_m, longest))
+        if block_m < launch.block_m and is_hopper(q):
+            launch = launch._replace(num_warps=min(launch.num_warps, max(4, block_m // 16)))
         return launch._replace(block_m=block_m)
 
     def tiles(self, launch: Launch, q: Tensor) -> Tensor:
@@ -184,7 +187,7 @@ def _forward(
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale
     q, lse, ids = last_dim_contiguous(q), _new_lse(q), work.ids
-    launch = launch or launch_for(FWD, FWD_LARGE, q, work.rows.block_size)
+    launch = launch or launch_for(FWD_TABLES, q, work.rows.block_size)
     launch = work.row_launch(launch, q)
     tiles, slots = work.tiles(launch, q), work.slots(q)
     begins, k_idx = _places(q, k, work)
@@ -211,8 +214,8 @@ def _backward(
     q, out, dout = (last_dim_contiguous(x) for x in (q, out, dout.to(q.dtype)))
     (dq, dk, dv), ids, size = grads, work.ids, work.rows.block_size
     for_dq, for_dkv = launches or (
-        launch_for(BWD_DQ, BWD_DQ_LARGE, q, size),
-        launch_for(BWD_DKV, BWD_DKV_LARGE, q, size),
+        launch_for(BWD_DQ_TABLES, q, size),
+        launch_for(BWD_DKV_TABLES, q, size),
     )
     for_dq, for_dkv = work.row_launch(for_dq, q), work.row_launch(for_dkv, q)
     tiles, slots, place = work.tiles(for_dq, q), work.slots(q), device_stream(q)

@@ -1,11 +1,14 @@
-"""Tile sizes of landmark attention's kernels by head_dim and element size.
+"""Tile sizes of landmark attention's kernels by head_dim, element size and GPU.
 
-The tables ending in LARGE are for blocks that do not fit a tile of the others. Chosen by registers
-and shared memory as compiled for sm_80 and sm_90; measured on an H100 at head_dim 128 in bf16 only.
-On sm_90 the kernels for dk and dv spill 512 bytes per thread at head_dim 128: start tuning there.
+The tables with LARGE are for blocks that do not fit a tile of the others, those with WIDE for
+blocks of 65 to 128 tokens. Chosen by instructions per score, registers and shared memory as
+compiled for sm_80 and sm_90. Times on an H100 are of the tables without HOPPER, at head_dim 128 in
+bf16 only.
 """
 
-from lcdist_kernels.triton_common import Launch
+from typing import NamedTuple
+
+from lcdist_kernels.triton_common import Launch, LaunchTable
 
 FWD = {
     (64, 2): Launch(128, 64, 4, 3),
@@ -15,6 +18,7 @@ FWD = {
     (128, 4): Launch(32, 64, 8, 1),
     (256, 4): Launch(16, 32, 8, 1),
 }
+FWD_HOPPER = {(128, 2): Launch(128, 128, 8, 2)}
 FWD_LARGE = {
     (64, 2): Launch(128, 64, 8, 2),
     (128, 2): Launch(64, 64, 8, 2),
@@ -23,6 +27,7 @@ FWD_LARGE = {
     (128, 4): Launch(16, 32, 8, 1),
     (256, 4): Launch(16, 16, 8, 1),
 }
+FWD_LARGE_HOPPER = {(128, 2): Launch(128, 64, 8, 2)}
 BWD_DQ = {
     (64, 2): Launch(128, 64, 8, 2),
     (128, 2): Launch(128, 64, 8, 2),
@@ -31,6 +36,7 @@ BWD_DQ = {
     (128, 4): Launch(16, 64, 8, 1),
     (256, 4): Launch(16, 16, 4, 1),
 }
+BWD_DQ_WIDE_HOPPER = {(64, 2): Launch(128, 128, 8, 1), (128, 2): Launch(128, 128, 8, 1)}
 BWD_DQ_LARGE = {
     (64, 2): Launch(64, 64, 8, 2),
     (128, 2): Launch(64, 64, 8, 1),
@@ -39,6 +45,7 @@ BWD_DQ_LARGE = {
     (128, 4): Launch(16, 32, 8, 1),
     (256, 4): Launch(16, 16, 4, 1),
 }
+BWD_DQ_LARGE_HOPPER = {(64, 2): Launch(128, 64, 8, 2), (128, 2): Launch(128, 64, 8, 1)}
 BWD_DKV = {
     (64, 2): Launch(64, 64, 8, 2),
     (128, 2): Launch(64, 64, 8, 2),
@@ -47,6 +54,8 @@ BWD_DKV = {
     (128, 4): Launch(16, 64, 8, 1),
     (256, 4): Launch(16, 16, 8, 1),
 }
+BWD_DKV_HOPPER = {(64, 2): Launch(64, 64, 4, 2), (128, 2): Launch(128, 64, 8, 2)}
+BWD_DKV_WIDE_HOPPER = {(64, 2): Launch(128, 128, 8, 1), (128, 2): Launch(128, 128, 8, 1)}
 BWD_DKV_LARGE = {
     (64, 2): Launch(64, 64, 8, 1),
     (128, 2): Launch(32, 64, 8, 1),
@@ -55,6 +64,7 @@ BWD_DKV_LARGE = {
     (128, 4): Launch(16, 16, 8, 1),
     (256, 4): Launch(16, 16, 4, 1),
 }
+BWD_DKV_LARGE_HOPPER = {(64, 2): Launch(128, 64, 8, 1), (128, 2): Launch(128, 64, 8, 1)}
 # Costs of past blocks. Nothing else chooses tiles, so that a row's cost has the same bits anywhere.
 TOP_K = {
     (64, 2): Launch(128, 64, 4, 3),
@@ -64,3 +74,24 @@ TOP_K = {
     (128, 4): Launch(32, 64, 8, 1),
     (256, 4): Launch(16, 32, 8, 1),
 }
+
+
+class BlockTables(NamedTuple):
+    """Tables of one kernel: for blocks that fit a tile, and for larger ones.
+
+    Entries of `hopper` and `large_hopper` replace those of `small` and `large` on Hopper;
+    `wide_hopper` is for blocks of twice the tile, where Ampere halves the tile of queries.
+    """
+
+    small: LaunchTable
+    large: LaunchTable
+    hopper: LaunchTable
+    large_hopper: LaunchTable
+    wide_hopper: LaunchTable
+
+
+FWD_TABLES = BlockTables(FWD, FWD_LARGE, FWD_HOPPER, FWD_LARGE_HOPPER, {})
+BWD_DQ_TABLES = BlockTables(BWD_DQ, BWD_DQ_LARGE, {}, BWD_DQ_LARGE_HOPPER, BWD_DQ_WIDE_HOPPER)
+BWD_DKV_TABLES = BlockTables(
+    BWD_DKV, BWD_DKV_LARGE, BWD_DKV_HOPPER, BWD_DKV_LARGE_HOPPER, BWD_DKV_WIDE_HOPPER
+)

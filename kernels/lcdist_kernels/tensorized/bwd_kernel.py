@@ -11,8 +11,8 @@ h, s]`.
                  keys
              +-----+-----+-----+       dq visits, per row:     branch tiles (with the hop), blocks
     queries  |  f  |  h  |  h  |                               before, then the hop's other tiles
-             +-----+-----+-----+       dkv visits, per column: branch tiles (with the hop), blocks
-             |  =  |  f  |  h  |                               after, then the hop's other tiles
+             +-----+-----+-----+       dkv visits, per column: branch tiles, then blocks after; in
+             |  =  |  f  |  h  |                               a launch of its own all tiles, as hop
              +-----+-----+-----+
 """
 # Python's type checkers do not know `tl.constexpr` arguments.
@@ -46,10 +46,10 @@ def _dq_step(
     o_n = start + tl.arange(0, BLOCK_N)
     b_k = load_tile(p_k, start, size_k, step_k, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
     b_u = load_tile(p_u, start, size_k, step_u, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
-    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale
+    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     b_ds = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if BRANCH:
-        b_p = tl.exp2(b_s - b_lse[:, None])
+        b_p = tl.exp2(b_s * qk_scale - b_lse[:, None])
         if MASKED:
             b_k_idx = tl.load(k_idx + o_n, mask=o_n < size_k, other=2147483647)
             m_s = is_visible(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
@@ -58,7 +58,7 @@ def _dq_step(
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_dlogits += tl.sum(b_ds, 1)
     if HOP:
-        b_hop_p = tl.exp2(b_s - b_hop_lse[:, None])
+        b_hop_p = tl.exp2(b_s * qk_scale - b_hop_lse[:, None])
         if MASKED:
             b_hop_p = tl.where((o_n < size_k)[None, :], b_hop_p, 0.0)
         b_dp = dot(b_du_next, tl.trans(b_u), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
@@ -185,6 +185,17 @@ def _tensorized_bwd_dq_kernel(
 
 
 @triton.jit
+def _load_stats(p_lse, p_delta, m_m, EVEN_M: tl.constexpr):
+    """Return lse, base 2, and delta of a tile of queries; inf and 0 past the end."""
+    if EVEN_M:
+        b_lse, b_delta = tl.load(p_lse), tl.load(p_delta)
+    else:
+        b_lse = tl.load(p_lse, mask=m_m, other=float("inf"))
+        b_delta = tl.load(p_delta, mask=m_m, other=0.0)
+    return b_lse * LOG2E, b_delta
+
+
+@triton.jit
 def _dkv_step(
     b_k, b_u, b_dk, b_du, p_q, p_dout, p_du_next, p_lse, p_delta, p_hop_lse, p_hop_delta, i_m,
     size_q, stride, step_q, step_dout, step_du_next, qk_scale, q_idx, q_lo, b_k_idx,
@@ -202,30 +213,29 @@ def _dkv_step(
     m_m = o_m < size_q
     o_row = o_m.to(tl.int64) * stride
     b_q = load_tile(p_q, start, size_q, step_q, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
-    b_s = dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * qk_scale
+    b_s = dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
     b_ds = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if BRANCH:
         b_dout = load_tile(p_dout, start, size_q, step_dout, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
-        b_lse = tl.load(p_lse + o_row, mask=m_m, other=float("inf")) * LOG2E
-        b_delta = tl.load(p_delta + o_row, mask=m_m, other=0.0)
-        b_p = tl.exp2(b_s - b_lse[None, :])
+        # Both products go before the exponentials, which then run beside the second.
+        b_dp = dot(b_u, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        b_lse, b_delta = _load_stats(p_lse + o_row, p_delta + o_row, m_m, EVEN_M)
+        b_p = tl.exp2(b_s * qk_scale - b_lse[None, :])
         if MASKED:
             b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
             m_s = is_visible(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
             b_p = tl.where(m_s, b_p, 0.0)
         b_du = dot(b_p.to(b_dout.dtype), b_dout, b_du)
-        b_dp = dot(b_u, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
         b_ds = b_p * (b_dp - b_delta[None, :])
     if HOP:
         b_du_next = load_tile(
             p_du_next, start, size_q, step_du_next, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M
         )
-        b_hop_lse = tl.load(p_hop_lse + o_row, mask=m_m, other=float("inf")) * LOG2E
-        b_hop_delta = tl.load(p_hop_delta + o_row, mask=m_m, other=0.0)
-        b_hop_p = tl.exp2(b_s - b_hop_lse[None, :])
-        b_du = dot(b_hop_p.to(b_du_next.dtype), b_du_next, b_du)
         b_dp = dot(b_u, tl.trans(b_du_next), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-        b_ds += b_hop_p * (b_dp - b_hop_delta[None, :])
+        b_lse, b_delta = _load_stats(p_hop_lse + o_row, p_hop_delta + o_row, m_m, EVEN_M)
+        b_p = tl.exp2(b_s * qk_scale - b_lse[None, :])
+        b_du = dot(b_p.to(b_du_next.dtype), b_du_next, b_du)
+        b_ds += b_p * (b_dp - b_delta[None, :])
     b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
     return b_dk, b_du
 
@@ -235,7 +245,7 @@ def _dkv_branch(
     b_k, b_u, b_dk, b_du, p_q, p_dout, p_du_next, p_lse, p_delta, p_hop_lse, p_hop_delta, run,
     rows_after, size_q, stride, step_q, step_dout, step_du_next, qk_scale, q_idx, q_lo, b_k_idx,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, HOP: tl.constexpr, AFTER: tl.constexpr,
+    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
     """Return (dk, du) after all queries whose branch sees the keys; later blocks come last."""
     lo, full_lo, full_hi, hi = run
@@ -243,14 +253,14 @@ def _dkv_branch(
         b_dk, b_du = _dkv_step(
             b_k, b_u, b_dk, b_du, p_q, p_dout, p_du_next, p_lse, p_delta, p_hop_lse, p_hop_delta,
             full_lo + i, size_q, stride, step_q, step_dout, step_du_next, qk_scale, q_idx, q_lo,
-            b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True, HOP, False,
+            b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True, False, False,
         )  # fmt: skip
     for i in range(0, (full_lo - lo) + (hi - full_hi)):
         i_m = nth_masked(i, lo, full_lo, full_hi)
         b_dk, b_du = _dkv_step(
             b_k, b_u, b_dk, b_du, p_q, p_dout, p_du_next, p_lse, p_delta, p_hop_lse, p_hop_delta,
             i_m, size_q, stride, step_q, step_dout, step_du_next, qk_scale, q_idx, q_lo, b_k_idx,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True, HOP, True,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True, False, True,
         )  # fmt: skip
     if AFTER:
         skipped = tl.cast(size_q, tl.int64)
@@ -281,6 +291,8 @@ def _tensorized_bwd_dkv_kernel(
 ):  # fmt: skip
     """Compute dk and du of a tile of a fibre's keys from all query heads of the key head.
 
+    Through a branch or through a hop: both at once need more registers than there are.
+
     nheads: of keys. AFTER: branches of after[o] blocks behind block o see all of it. GROUP_U is 1,
     where each query head has its own U, or GROUP_K.
     """
@@ -306,13 +318,10 @@ def _tensorized_bwd_dkv_kernel(
     b_k = load_tile(p_k, start, size_k, stride_ks * stride64, BLOCK_N, HEAD_DIM, BLOCK_D, False)
     b_u = load_tile(p_u, start, size_k, step_u, BLOCK_N, HEAD_DIM, BLOCK_D, False)
     b_k_idx = o_n
-    query_tiles = tl.cdiv(size_q, BLOCK_M)
-    lo, hi = query_tiles, query_tiles
     rows_after = 0
     if BRANCH:
         b_k_idx = tl.load(k_idx + o_n, mask=o_n < size_k, other=2147483647)
         run = load_range(ranges, i_n)
-        lo, _, _, hi = run
         if AFTER:
             rows_after = tl.load(after + i_o) * size_q
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -340,13 +349,10 @@ def _tensorized_bwd_dkv_kernel(
                 b_k, b_u, b_dk, b_du, p_q, p_dout, p_du_next, p_lse, p_delta, p_hop_lse,
                 p_hop_delta, run, rows_after, size_q, stride, step_q, step_dout, step_du_next,
                 qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M,
-                HOP, AFTER,
+                AFTER,
             )  # fmt: skip
         if HOP:
-            # Queries whose branch sees nothing of this tile: those before it, and those after it
-            # where the branch is bounded.
-            for i in range(0, lo + (query_tiles - hi)):
-                i_m = tl.where(i < lo, i, hi + i - lo)
+            for i_m in range(0, tl.cdiv(size_q, BLOCK_M)):
                 b_dk, b_du = _dkv_step(
                     b_k, b_u, b_dk, b_du, p_q, p_dout, p_du_next, p_lse, p_delta, p_hop_lse,
                     p_hop_delta, i_m, size_q, stride, step_q, step_dout, step_du_next, qk_scale,

@@ -14,7 +14,16 @@ from lcdist_kernels.tensorized.bwd_kernel import (
     _tensorized_bwd_dq_kernel,
 )
 from lcdist_kernels.tensorized.kernel import _row_dot_kernel, _tensorized_fwd_kernel
-from lcdist_kernels.tensorized.tile_configs import BWD_DKV, BWD_DQ, FWD
+from lcdist_kernels.tensorized.tile_configs import (
+    BWD_DKV,
+    BWD_DKV_HOP_HOPPER,
+    BWD_DKV_HOPPER,
+    BWD_DQ,
+    BWD_DQ_HOPPER,
+    FWD,
+    FWD_FORK_HOPPER,
+    FWD_HOPPER,
+)
 from lcdist_kernels.tensorized.tiled import (
     Band,
     Branch,
@@ -71,6 +80,15 @@ class Sweep(NamedTuple):
     def flags(self) -> dict[str, bool]:
         """Return the constants that kernels are compiled with."""
         return {"BRANCH": self.band is not None, "HOP": self.hop}
+
+    def parts(self) -> list["Sweep"]:
+        """Return the sweeps of the branch and of the hop.
+
+        dk and dU of both at once need registers for six products and two sets of row statistics:
+        compiled for sm_90, more than twice the instructions of two launches, and spills.
+        """
+        branch, hop = self._replace(hop=False), self._replace(band=None, after=NO_BLOCKS)
+        return ([branch] if self.band is not None else []) + ([hop] if self.hop else [])
 
     def sizes(self, launch: Launch, side: int) -> tuple[int, int]:
         """Return (tiles of all fibres of a sequence, tiles of one) of queries (0) or keys (1)."""
@@ -240,12 +258,19 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     return total
 
 
-def _fit_launch(table: LaunchTable, q: Tensor, sweep: Sweep) -> Launch:
-    """Return the table's tiles, cut to the fibres; a product has at least 16 rows."""
-    launch = choose_launch(table, q)
+def _fit_launch(
+    table: LaunchTable, q: Tensor, sweep: Sweep, hopper: LaunchTable, of_keys: bool = False
+) -> Launch:
+    """Return the tiles of `table` and `hopper`, cut to the fibres; a product has 16 rows or more.
+
+    Rows of products are queries, or keys where the kernel owns keys (of_keys). An entry of `hopper`
+    keeps 16 rows a warp when cut.
+    """
+    launch = choose_launch(table, q, hopper)
     most = [max(16, triton.next_power_of_2(size)) for size in sweep[:2]]
     block_m, block_n = min(launch.block_m, most[0]), min(launch.block_n, most[1])
-    small = block_m * block_n < 64 * 32
+    rows = block_n if of_keys else block_m
+    small = block_m * block_n < 64 * 32 or (launch in hopper.values() and rows <= 64)
     return launch._replace(
         block_m=block_m, block_n=block_n, num_warps=4 if small else launch.num_warps
     )
@@ -289,7 +314,8 @@ def _fwd(
             partial = Partial(out, _rows_like(q))
     if sweep.hop:
         u_next, hop_lse = torch.empty(q.shape, dtype=u.dtype, device=q.device), _rows_like(q)
-    launch, place = _fit_launch(FWD, q, sweep), device_stream(q)
+    hopper = FWD_FORK_HOPPER if sweep.hop and sweep.band is not None else FWD_HOPPER
+    launch, place = _fit_launch(FWD, q, sweep, hopper), device_stream(q)
     before, bias = merged or (None, None)
     outs = [*(partial or (q, q)), *((q, q) if u_next is None else (u_next, hop_lse))]
     with launch_context(q):
@@ -335,7 +361,7 @@ def _bwd(
     if hop is not None:
         du_next, hop_lse = last_dim_contiguous(hop[0].to(q.dtype)), hop[2].contiguous()
         hop_delta = row_delta(du_next, hop[1])
-    place, sizes = device_stream(q), _sizes(q, k, u, sweep)
+    place = device_stream(q)
     numbers = [
         float(softmax_scale),
         sweep.size_q,
@@ -346,16 +372,23 @@ def _bwd(
     inputs = strides(q, k, u, dout, du_next)
     pointers = [q, k, u, dout, du_next, lse, delta, hop_lse, hop_delta]
     with launch_context(q):
-        launch = _fit_launch(BWD_DQ, q, sweep)
+        launch = _fit_launch(BWD_DQ, q, sweep, BWD_DQ_HOPPER)
         _tensorized_bwd_dq_kernel[(sweep.sizes(launch, 0)[0] * nheads * batch,)](
             *pointers, dq, dlogits, *sweep.tables(launch, place, q, of_keys=False), *numbers,
-            nheads, seqlen, *inputs, *strides(dq), **sizes,
+            nheads, seqlen, *inputs, *strides(dq), **_sizes(q, k, u, sweep),
             BEFORE=bool(len(sweep.before) and sweep.before.any()), **launch.options(),
         )  # fmt: skip
-        launch = _fit_launch(BWD_DKV, q, sweep)
-        _tensorized_bwd_dkv_kernel[(sweep.sizes(launch, 1)[0] * k.shape[2] * batch,)](
-            *pointers, dk, du, *sweep.tables(launch, place, q, of_keys=True), *numbers, k.shape[2],
-            seqlen, *inputs, *strides(dk, du), **sizes, EVEN_M=sweep.size_q % launch.block_m == 0,
-            AFTER=bool(len(sweep.after) and sweep.after.any()), **launch.options(),
-        )  # fmt: skip
+        for number, part in enumerate(sweep.parts()):
+            hopper = BWD_DKV_HOPPER if part.band is not None else BWD_DKV_HOP_HOPPER
+            launch = _fit_launch(BWD_DKV, q, part, hopper, of_keys=True)
+            outs = (torch.empty_like(dk), torch.empty_like(du)) if number else (dk, du)
+            _tensorized_bwd_dkv_kernel[(part.sizes(launch, 1)[0] * k.shape[2] * batch,)](
+                *pointers, *outs, *part.tables(launch, place, q, of_keys=True), *numbers,
+                k.shape[2], seqlen, *inputs, *strides(dk, du), **_sizes(q, k, u, part),
+                EVEN_M=part.size_q % launch.block_m == 0,
+                AFTER=bool(len(part.after) and part.after.any()), **launch.options(),
+            )  # fmt: skip
+            if number:
+                dk += outs[0]
+                du += outs[1]
     return Grads(dq, dk, du, dlogits)

@@ -1,8 +1,9 @@
-"""Tile sizes of tensorized attention's kernels by head_dim and element size.
+"""Tile sizes of tensorized attention's kernels by head_dim, element size and GPU.
 
-A forking sweep has two accumulators and a backward step up to six products, so tiles are smaller
-than full attention's. Chosen by spilled registers and shared memory as compiled for sm_80 and
-sm_90; measured on an H100 at head_dim 128 in bf16 only.
+A sweep of branch and hop has two accumulators and four products in a step of dq, so tiles are
+smaller than full attention's. The tables with FORK are for such sweeps, those with HOP for a hop
+alone. Chosen by instructions per score, spilled registers and shared memory as compiled for sm_80
+and sm_90. Times on an H100 are of the tables without HOPPER, at head_dim 128 in bf16 only.
 """
 
 from lcdist_kernels.triton_common import Launch
@@ -15,6 +16,8 @@ FWD = {
     (128, 4): Launch(16, 32, 8, 1),
     (256, 4): Launch(16, 16, 4, 1),
 }
+FWD_HOPPER = {(128, 2): Launch(128, 128, 8, 2)}
+FWD_FORK_HOPPER = {(128, 2): Launch(128, 64, 8, 3)}
 BWD_DQ = {
     (64, 2): Launch(64, 64, 8, 2),
     (128, 2): Launch(64, 64, 8, 2),
@@ -23,6 +26,7 @@ BWD_DQ = {
     (128, 4): Launch(16, 32, 8, 1),
     (256, 4): Launch(16, 16, 4, 1),
 }
+BWD_DQ_HOPPER = {(64, 2): Launch(128, 64, 8, 2), (128, 2): Launch(128, 64, 8, 2)}
 BWD_DKV = {
     (64, 2): Launch(32, 64, 8, 2),
     (128, 2): Launch(32, 64, 8, 2),
@@ -31,3 +35,5 @@ BWD_DKV = {
     (128, 4): Launch(16, 32, 8, 1),
     (256, 4): Launch(16, 16, 4, 1),
 }
+BWD_DKV_HOPPER = {(64, 2): Launch(64, 128, 8, 2), (128, 2): Launch(64, 128, 8, 2)}
+BWD_DKV_HOP_HOPPER = {(64, 2): Launch(64, 128, 8, 2), (128, 2): Launch(64, 64, 4, 2)}
