@@ -131,7 +131,7 @@ def compiles(program: str, capability: int, cache: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert not done.returncode, done.stderr[-4000:]
 
