@@ -247,17 +247,11 @@ def dkv_step(
     m_m = o_m < seqlen_q
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
     b_dout = load_tile(p_dout, start, seqlen_q, stride_dout_s, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
-    if EVEN_M:
-        b_mean, b_gamma = tl.load(p_mean + o_m), tl.load(p_gamma + o_m)
-        b_delta, b_drift = tl.load(p_delta + o_m), tl.load(p_drift + o_m)
-    else:
-        b_mean = tl.load(p_mean + o_m, mask=m_m, other=0.0)
-        b_gamma = tl.load(p_gamma + o_m, mask=m_m, other=0.0)
-        b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
-        b_drift = tl.load(p_drift + o_m, mask=m_m, other=0.0)
-    # Both products go before the exponentials, which then run beside the second.
+    b_mean = tl.load(p_mean + o_m, mask=m_m, other=0.0)
+    b_gamma = tl.load(p_gamma + o_m, mask=m_m, other=0.0)
+    b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+    b_drift = tl.load(p_drift + o_m, mask=m_m, other=0.0)
     b_s = dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-    b_dp = dot(b_v, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
     if MASKED:
         b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
         m_s = is_visible(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
@@ -266,6 +260,7 @@ def dkv_step(
     b_f = softplus(b_s, b_d, PRECISE)
     b_w, b_x = weights(b_f, b_mean[None, :], b_gamma[None, :], power, TIMES, SHARP)
     b_dv = dot(b_w.to(b_dout.dtype), b_dout, b_dv)
+    b_dp = dot(b_v, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
     b_scale = b_gamma * power
     if b_q.dtype == tl.float16:
         # gamma of a nearly flat row exceeds fp16, so factors are in units of the tile's maximum.
