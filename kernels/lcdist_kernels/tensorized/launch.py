@@ -81,7 +81,7 @@ class Sweep(NamedTuple):
         """Return the constants that kernels are compiled with."""
         return {"BRANCH": self.band is not None, "HOP": self.hop}
 
-    def parts(self) -> list["Sweep"]:
+    def parts(self) -> "Sequence[Sweep]":
         """Return the sweeps of the branch and of the hop.
 
         dk and dU of both at once need registers for six products and two sets of row statistics:
