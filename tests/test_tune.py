@@ -57,8 +57,10 @@ def test_every_table_has_its_part() -> None:
         f"{home.__name__.split('.')[-2]}.{table}"
         for home in homes
         for table in vars(home)
-        if table.isupper() and not table.endswith("_HOPPER")
+        if table.isupper() and not table.endswith(("_HOPPER", "_TABLES"))
     }
+    # Costs of blocks are a thirtieth of top_k's time: one tile size, not tuned.
+    tables.discard("landmark.TOP_K")
     assert tables == set(NAMES)
 
 
