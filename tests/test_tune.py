@@ -59,7 +59,7 @@ def test_every_table_has_its_part() -> None:
         for table in vars(home)
         if table.isupper() and not table.endswith(("_HOPPER", "_TABLES"))
     }
-    # Costs of blocks are a thirtieth of top_k's time: one tile size, not tuned.
+    # The costs of blocks are a small part of the time, so their tiles are not tuned.
     tables.discard("landmark.TOP_K")
     assert tables == set(NAMES)
 
