@@ -1,0 +1,142 @@
+"""Main kernels as compiled for sm_90: instructions per score, spills, waits and wgmma shapes.
+
+bf16, head_dim 128. Limits are per score of a tile that needs no mask, for Triton 3.6 and for later
+versions, whose counts differ by up to 15 %. Spills and coverage are limited by the worse of both.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import pytest
+import triton
+
+ROOT = Path(__file__).parent.parent.parent
+
+START = """
+import torch
+from tests.kernels.compiling import compiled_for
+from tests.kernels.machine_code import report
+
+index = torch.arange(1024)
+starts = torch.zeros_like(index)
+q, k = (torch.zeros(1, 1024, n, 128, dtype=torch.bfloat16) for n in (4, 2))
+row = torch.zeros(1, 4, 1024)
+"""
+
+PROGRAMS = {
+    "full": """
+from lcdist_kernels.full import kernel
+
+band = (index, starts, index, 0.25)
+with compiled_for(90) as made:
+    out, lse = kernel.full_fwd(q, k, k, *band, out_dtype=q.dtype)
+    kernel.full_bwd(q, q, k, k, out, lse, *band, grad_dtype=q.dtype)
+report(made)
+""",
+    "landmark": """
+from lcdist_kernels.landmark import TRITON_IMPL, block_grid, block_starts
+
+grid = block_grid(None, 1024, 64)
+band = (grid.rows, block_starts(1024, 64), 0.25)
+with compiled_for(90) as made:
+    out, lse = TRITON_IMPL.fwd(q, k, k, *band)
+    TRITON_IMPL.bwd(q, q, k, k, out, lse, *band, grad_dtype=q.dtype)
+report(made)
+""",
+    "tensorized": """
+from lcdist_kernels.tensorized import ModeGrid, ModeRotary, fine_branch
+from lcdist_kernels.tensorized.launch import branch_bwd, branch_fwd
+
+branch = fine_branch(0, index, starts, index, ModeGrid((512,), hop_heads="kv"))
+with compiled_for(90) as made:
+    branch_fwd((q, k, k), branch, 0.25)
+    branch_bwd(q, (q, k, k), (row, row), branch, 0.25)
+report(made)
+""",
+    "hop": """
+from lcdist_kernels.tensorized import ModeGrid, ModeRotary
+from lcdist_kernels.tensorized.launch import hop_bwd
+
+turning = ModeRotary(ModeGrid((512,), hop_heads="kv"), None, index, 0.25)
+with compiled_for(90) as made:
+    hop_bwd(k, (q, k, k), (k, row[:, :2].contiguous()), 0, turning)
+report([each for each in made if "dkv" in each.metadata.name])
+""",
+    "lssar": """
+from lcdist_kernels.lssar import TRITON_IMPL, Band, Reweight
+from lcdist_kernels.lssar.tiled import RowStats
+
+stats = RowStats(row, row, row, row)
+with compiled_for(90) as made:
+    TRITON_IMPL.bwd(q, q, k, k, Band(index, starts, index), stats, Reweight())
+report(made)
+""",
+}
+
+
+class Most(NamedTuple):
+    """Limits of a kernel.
+
+    instructions, later: per score, with Triton 3.6 and later. stack: spilled bytes of a thread.
+    local: loads and stores of them in the loop. covered: least share of instructions issued while a
+    product runs.
+    """
+
+    program: str
+    kernel: str
+    instructions: float
+    later: float
+    stack: int
+    local: int
+    covered: float
+
+
+LIMITS = [
+    Most("full", "_full_fwd_kernel", 9.3, 9.3, 24, 0, 0.25),
+    Most("full", "_full_bwd_dq_kernel", 9.5, 10.6, 0, 0, 0.6),
+    Most("full", "_full_bwd_dkv_kernel", 13, 13.2, 312, 28, 0.6),
+    Most("landmark", "_landmark_fwd_kernel", 10.7, 11.1, 0, 0, 0.2),
+    Most("landmark", "_landmark_bwd_dq_kernel", 15.5, 16.6, 0, 0, 0.35),
+    Most("landmark", "_landmark_bwd_dkv_kernel", 20.5, 20.5, 464, 20, 0.55),
+    Most("tensorized", "_tensorized_fwd_kernel", 9.3, 9.3, 24, 0, 0.25),
+    Most("tensorized", "_tensorized_bwd_dq_kernel", 10.5, 11.9, 0, 0, 0.55),
+    Most("tensorized", "_tensorized_bwd_dkv_kernel", 13.2, 13.2, 192, 2, 0.45),
+    Most("hop", "_tensorized_bwd_dkv_kernel", 12.9, 12.9, 0, 0, 0.45),
+    Most("lssar", "_lssar_bwd_dq_kernel", 33.5, 34.6, 0, 0, 0.55),
+    Most("lssar", "_lssar_bwd_dkv_kernel", 46.5, 46.5, 120, 2, 0.65),
+]
+
+
+@cache
+def compiled(program: str) -> dict[str, dict[str, Any]]:
+    """Return what `machine_code.report` says of the kernels of a program, by name."""
+    roots = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with TemporaryDirectory() as folder:
+        environment |= {"PYTHONPATH": roots, "TRITON_CACHE_DIR": folder}
+        words = [sys.executable, "-W", "ignore", "-c", START + PROGRAMS[program]]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr[-4000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {line["name"]: line for line in lines}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("most", LIMITS, ids=lambda most: f"{most.program}-{most.kernel}")
+def test_the_loop_over_whole_tiles(most: Most) -> None:
+    found = compiled(most.program)[most.kernel]
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    limit = most.instructions if version <= (3, 6) else most.later
+    assert found["instructions"] <= limit, found
+    assert found["stack"] <= most.stack and found["local"] <= most.local, found
+    assert found["waits"] <= found["products"] + 1, found
+    assert found["covered"] >= most.covered, found
+    # Narrower pieces are products whose columns were split over warpgroups.
+    narrowest = min(64, found["block_m"], found["block_n"])
+    assert all(columns >= narrowest for _, columns in found["shapes"]), found
