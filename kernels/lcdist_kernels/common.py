@@ -86,7 +86,7 @@ def document_starts(cu_seqlens: Tensor | None, index: Tensor, seqlen: int) -> Te
 
 
 class TensorNotes:
-    """What was read from tensors, kept as long as each tensor is and until it is written to."""
+    """Cache of values read from tensors: dropped when a tensor is freed or written to."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

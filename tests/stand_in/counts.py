@@ -1,4 +1,4 @@
-"""What a warm forward and backward of a method do besides kernels, on a device that is not there.
+"""Count the operations of a warm forward and backward besides kernels, on a device without data.
 
     python -m tests.stand_in.counts
 

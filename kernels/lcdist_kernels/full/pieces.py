@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What is to be computed over a sequence.
+    """Describe the attention of one sequence.
 
     Attributes:
         heads: the rule of each query head.

@@ -82,7 +82,7 @@ def landmark_attention(
 
 
 class _Plan(NamedTuple):
-    """What a whole sequence needs besides its tensors; int64 tables on the CPU.
+    """Tables of a whole sequence that do not depend on its tensors: int64, on the CPU.
 
     positions: of tokens in their documents. k_start: first slots of blocks. lengths: of units.
     """
