@@ -1,11 +1,12 @@
 """Run a function on several gloo processes: the harness of every multi-process test.
 
-Processes come from a fork server that has imported torch and Megatron-core once (`preload.py`), so
-a launch costs about 0.1 s. Several cases in one function share one launch.
+Processes come from a fork server that has imported torch, Megatron-core (`preload.py`) and the
+modules of the tests once, so a launch costs about 0.1 s. Several cases in one function share one launch.
 """
 
 import multiprocessing as mp
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -24,6 +25,9 @@ from tests.unwritten import fill_empty_with_nan
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 STOP_SECONDS = 2.0
 FAILURE_SECONDS = 0.5
+# Packages that the fork server loads too, where the tests of this process need them: in every rank
+# the test's module and what it imports would take seconds.
+PRELOADED = ("lcdist", "lcdist_kernels", "peft", "tests", "transformers")
 
 
 class RankError(Exception):
@@ -52,7 +56,8 @@ def run_ranks(
     No process is left running.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])
+    # Has no effect once the fork server runs.
+    context.set_forkserver_preload(["tests.preload", *_loaded_modules()])
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="lcdist-test-") as folder:
         ranks = _start(context, fn, world_size, args, Path(folder) / "store")
@@ -66,6 +71,11 @@ def run_ranks(
             process.join(STOP_SECONDS)
         _kill(processes)
         return results
+
+
+def _loaded_modules() -> list[str]:
+    """Return the modules that this process has loaded and that a rank would load for most tests."""
+    return sorted(name for name in sys.modules if name.partition(".")[0] in PRELOADED)
 
 
 def _start(

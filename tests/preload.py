@@ -18,8 +18,9 @@ interpret_without_gpu()
 if find_spec("lcdist.hardware.megatron_on_cpu") is not None:
     import_module("lcdist.hardware.megatron_on_cpu")
     import_module("megatron.core")
-    # Imports of test modules: each costs a rank half a second on a busy machine.
+    # What most ranks import later: torch's optimizers load `torch._dynamo`, which takes seconds.
     for module in (
+        "torch._dynamo",
         "lcdist.commands.train",
         "lcdist.evaluate.loaded_model",
         "pytest",

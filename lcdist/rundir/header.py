@@ -4,6 +4,7 @@ import json
 import platform
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -105,6 +106,9 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that can change a run's numbers."""
-    python = {"python": platform.python_version()}
-    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
-    return python | {name: installed[name] for name in VERSIONED if name in installed}
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        # Some packages come without metadata: built from source, or on a path of their own.
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
