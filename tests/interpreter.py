@@ -1,8 +1,10 @@
 """Without a GPU, run Triton kernels as Python on CPU tensors; call before importing one."""
 
 import os
+from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
+from operator import attrgetter
 from types import FunctionType
 from typing import Any
 
@@ -13,20 +15,23 @@ def interpret_without_gpu() -> None:
     """Set TRITON_INTERPRET=1, unless there is a GPU or it is set; child processes inherit it."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        _patch_the_language_once()
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    interpreter, language = map(import_module, ("triton.runtime.interpreter", "triton.language"))
+    if not hasattr(interpreter._get_np_dtype, "__wrapped__"):
+        _patch_the_language_once(interpreter, language)
+        _work_out_types_once(interpreter, language.core)
 
 
-def _patch_the_language_once() -> None:
+def _patch_the_language_once(interpreter: Any, language: Any) -> None:
     """Patch Triton's language once a launch instead of in each function that a kernel calls.
 
     Triton 3.9 patches again in every function, which takes a third of the time. The patch stays in
     force until the launch ends, so repeating it changes nothing.
     """
-    interpreter, language = map(import_module, ("triton.runtime.interpreter", "triton.language"))
-    patch: Any = interpreter._patch_lang
-    if not hasattr(interpreter, "_LangPatchScope") or hasattr(patch, "__wrapped__"):
+    if not hasattr(interpreter, "_LangPatchScope"):
         return
+    patch = interpreter._patch_lang
 
     @wraps(patch)
     def once(fn: FunctionType) -> Any:
@@ -37,3 +42,66 @@ def _patch_the_language_once() -> None:
         return patch(fn)
 
     interpreter._patch_lang = once
+
+
+def _work_out_types_once(interpreter: Any, core: Any) -> None:
+    """Keep what Triton's interpreter works out from types alone, and leave overflow checks out.
+
+    That takes most of the interpreter's time. A type's name tells it from all others. Compiled
+    kernels check integers for overflow only where debugging is on.
+    """
+    name = attrgetter("name")
+    rules = type(interpreter.interpreter_semantic)
+    rules.computation_type_impl = _kept(
+        rules.computation_type_impl,
+        lambda _, a, a_is_scalar, b, *more: (a.name, a_is_scalar, b.name, *more),
+    )
+    interpreter._get_np_dtype = _kept(interpreter._get_np_dtype, name)
+    core.block_type.__init__ = _made_alike(
+        core.block_type.__init__,
+        lambda element, shape: (element.name, *shape),
+        {"element_ty": 0},
+    )
+    core.tensor.__init__ = _made_alike(
+        core.tensor.__init__, lambda _, dtype: dtype.name, {"handle": 0, "type": 1}
+    )
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+        sanitize_overflow=False
+    )
+
+
+def _kept(compute: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `compute` with its results kept by the key of its arguments."""
+    results: dict[Any, Any] = {}
+
+    @wraps(compute)
+    def kept(*arguments: Any) -> Any:
+        this = key(*arguments)
+        if this not in results:
+            results[this] = compute(*arguments)
+        return results[this]
+
+    return kept
+
+
+def _made_alike(
+    make: Callable[..., None], key: Callable[..., Any], own: dict[str, int]
+) -> Callable[..., None]:
+    """Return the constructor `make` that reuses the attributes of an equal object.
+
+    own: attributes that are arguments of the constructor, and the arguments' numbers.
+    """
+    attributes: dict[Any, dict[str, Any]] = {}
+
+    @wraps(make)
+    def made(self: Any, *arguments: Any) -> None:
+        this = key(*arguments)
+        if this not in attributes:
+            make(self, *arguments)
+            attributes[this] = vars(self).copy()
+            return
+        vars(self).update(attributes[this])
+        for name, number in own.items():
+            setattr(self, name, arguments[number])
+
+    return made
