@@ -1,7 +1,8 @@
 """Run a function on several gloo processes: the harness of every multi-process test.
 
 Processes come from a fork server that has imported torch, Megatron-core (`preload.py`) and the
-modules of the tests once, so a launch costs about 0.1 s. Several cases in one function share one launch.
+modules of the tests once, so a launch costs about 0.1 s. Several cases in one function share one
+launch.
 """
 
 import multiprocessing as mp

@@ -42,6 +42,14 @@ def errors_of(*overrides: str, world_size: int = 1) -> list[str]:
 # --- conflicts ----------------------------------------------------------------------------------
 
 CONFLICTS = {
+    "attention.impl=fa4 data.documents=pack":
+        "attention.impl = 'fa4': a library takes bf16 and no packed documents, here are "
+        "data.documents = 'pack', train.dtype = 'auto'; use impl 'auto' or 'triton'",
+    "attention.impl=cudnn train.dtype=fp32":
+        "attention.impl = 'cudnn': a library takes bf16 and no packed documents, here are "
+        "data.documents = 'join', train.dtype = 'fp32'; use impl 'auto' or 'triton'",
+    "attention.impl=fa3 attention.method=scca":
+        "attention.impl = 'fa3': attention.method = 'scca' has auto, triton, torch, reference",
     "model.nheads=5 model.nheads_kv=5":
         "model.hidden_size = 64 is not a multiple of model.nheads = 5; change one of them "
         "or set model.head_dim",

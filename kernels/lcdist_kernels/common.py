@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger("lcdist_kernels")
 
-IMPLS = ("auto", "triton", "torch", "reference")
+IMPLS = ("auto", "cudnn", "fa3", "fa4", "triton", "torch", "reference")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -127,14 +127,16 @@ class AttentionConfig:
     Attributes:
         layers: Layers with another method, as words `method@layers`: layer numbers from 0 or
             slices, separated by commas, such as "full@3::4 coca@0,-1".
-        impl: Implementation of the kernels.
+        impl: What computes attention. auto: the fastest for the tensors. cudnn, fa3, fa4: cuDNN,
+            FlashAttention-3 or -4, for the methods full and coca without packed documents. triton:
+            our kernels. torch, reference: slow, for comparisons.
         options: Options of `method`.
         others: Options of the methods in `layers`, each a table `[attention.<method>]`.
     """
 
     method: str = "full"
     layers: str = ""
-    impl: Literal["auto", "triton", "torch", "reference"] = "auto"
+    impl: Literal["auto", "cudnn", "fa3", "fa4", "triton", "torch", "reference"] = "auto"
     options: Any = field(default_factory=FullOptions, metadata={"flattened": True})
     others: Mapping[str, Any] = field(default_factory=dict, metadata={"flattened": True})
 

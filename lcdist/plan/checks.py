@@ -14,6 +14,7 @@ from lcdist.config.schema import Config, DataConfig
 from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.layout import ContextLayout
 from lcdist.plan.resolve import LayerAttention, document_layout_for
+from lcdist_kernels.full import FORCED
 
 
 def check_model(config: Config, errors: list[str]) -> None:
@@ -182,13 +183,18 @@ def check_schedule(config: Config, errors: list[str]) -> None:
 
 def check_methods(config: Config, layers: Sequence[LayerAttention], errors: list[str]) -> None:
     """Check that the layers' methods support the settings of data, kernels and evaluation."""
+    impl, documents, dtype = config.attention.impl, config.data.documents, config.train.dtype
+    if impl in FORCED and (documents == "pack" or dtype == "fp32"):
+        errors.append(
+            f"attention.impl = '{impl}': a library takes bf16 and no packed documents, here are "
+            f"data.documents = '{documents}', train.dtype = '{dtype}'; use impl 'auto' or 'triton'"
+        )
     for method in dict.fromkeys(layer.method for layer in layers):
         name = f"attention.method = '{method.name}'"
-        if config.data.documents == "pack" and "varlen" not in method.supports:
+        if documents == "pack" and "varlen" not in method.supports:
             errors.append(f"data.documents = 'pack': {name} cannot pack documents")
-        if config.attention.impl not in method.impls:
-            legal = ", ".join(method.impls)
-            errors.append(f"attention.impl = '{config.attention.impl}': {name} has {legal}")
+        if impl not in method.impls:
+            errors.append(f"attention.impl = '{impl}': {name} has {', '.join(method.impls)}")
         if config.evaluate.attention == "dense" and "dense" not in method.supports:
             errors.append(
                 f"evaluate.attention = 'dense': {name} trains weights that do not work with full "

@@ -35,7 +35,7 @@ def test_bytes_by_hand(itemsize: int, grad_size: int) -> None:
 def test_blocks_in_the_future_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     visits = []
     counting = TORCH_IMPL._replace(fwd=lambda *args: visits.append(1) or TORCH_IMPL.fwd(*args))
-    monkeypatch.setattr(full, "select_impl", lambda *_: counting)
+    monkeypatch.setattr(full, "select_block_impl", lambda *_: counting)
     problem = make("full", "contiguous", 4)
     assert_all_match(on_virtual_ranks(problem, "torch")[0], whole(problem))
     assert len(visits) == 1 + 2 + 3 + 4

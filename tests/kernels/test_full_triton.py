@@ -3,9 +3,6 @@
 Without a GPU they run in Triton's interpreter; tests marked `gpu` need one.
 """
 
-import sys
-from importlib import invalidate_caches
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +14,6 @@ from lcdist_kernels.full import (
     TORCH_IMPL,
     TRITON_IMPL,
     full_partial,
-    library,
     merge,
     select_impl,
     visible,
@@ -290,32 +286,6 @@ def test_who_carries_it() -> None:
     assert select_impl("torch", x, "test") is TORCH_IMPL
     # Never interpreted unasked.
     assert select_impl("auto", x, "test") is (TRITON_IMPL if x.is_cuda else TORCH_IMPL)
-
-
-FLASH_3 = "def flash_attn_func(q, k, v, softmax_scale, causal): return q + softmax_scale, causal"
-BROKEN = "raise ImportError('undefined symbol')"
-FLASH_2 = "def flash_attn_func(q, k, v, softmax_scale, causal): return q - softmax_scale"
-
-
-def test_flash_attention_is_found_by_what_it_can_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    found = library._flash.__wrapped__
-    q = torch.zeros(1)
-    (tmp_path / "flash_attn.py").write_text(FLASH_2)
-    (tmp_path / "flash_attn_interface.py").write_text(FLASH_3)
-    assert found(7) is None
-    assert found(8)(q, q, q, 2.0) == -2
-    assert found(9)(q, q, q, 2.0) == 2
-    assert found(10)(q, q, q, 2.0) == -2
-    for name in ("flash_attn", "flash_attn_interface"):
-        (tmp_path / f"{name}.py").write_text(BROKEN)
-        monkeypatch.delitem(sys.modules, name)
-    invalidate_caches()
-    with caplog.at_level("INFO", "lcdist_kernels"):
-        assert found(9) is None
-    assert "flash_attn is installed but cannot be used: undefined symbol" in caplog.text
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Collinear constrained attention (CoCA): keys whose rotated pairs share one coefficient."""
 
 from lcdist_kernels.coca.impl import TORCH_IMPL, TRITON_IMPL, CoCAImpl, select_coca_impl
-from lcdist_kernels.coca.op import IMPLS, coca_attention
+from lcdist_kernels.coca.op import coca_attention
 from lcdist_kernels.coca.reference import coca_keys, coca_queries, coca_reference, coca_tau
 from lcdist_kernels.coca.transform import (
     VARIANTS,
@@ -14,6 +14,7 @@ from lcdist_kernels.coca.transform import (
     queries_bwd,
     rotary_angles,
 )
+from lcdist_kernels.full import IMPLS
 
 __all__ = [
     "IMPLS",

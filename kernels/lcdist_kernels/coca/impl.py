@@ -34,6 +34,10 @@ TRITON_IMPL = CoCAImpl(
 )
 
 
-def select_coca_impl(impl: str, x: Tensor, what: str) -> CoCAImpl:
-    """Return the implementation that `impl` means for x; see `full.select_impl`."""
-    return TRITON_IMPL if full.select_impl(impl, x, what) is full.TRITON_IMPL else TORCH_IMPL
+def select_coca_impl(impl: str, x: Tensor, what: str, packed: bool = False) -> CoCAImpl:
+    """Return the implementation that `impl` means for x; see `full.select_block_impl`.
+
+    A library computes the softmax alone; q' and k' are made by kernels before it.
+    """
+    block = full.select_block_impl(impl, x, what, packed)
+    return TORCH_IMPL if block is full.TORCH_IMPL else TRITON_IMPL._replace(block=block)

@@ -1,8 +1,9 @@
 """Collinear constrained attention as a differentiable torch function (arXiv:2309.08646).
 
 q' and k' are computed elementwise, again for the backward, and go to full attention's softmax.
-"triton": the kernels. "torch": the tiled implementation. "reference": the dense one. "auto": the
-kernels on CUDA, tiled torch on a CPU; never a library, which would save q' and k'.
+"triton": the kernels. "torch": the tiled implementation. "reference": the dense one. "cudnn",
+"fa3", "fa4": that library's softmax, for one document. "auto": the fastest library's for one
+document in half precision on CUDA; else the kernels on CUDA and tiled torch on a CPU.
 """
 
 from typing import Any, NamedTuple
@@ -20,9 +21,8 @@ from lcdist_kernels.coca.transform import (
     rotary_angles,
 )
 from lcdist_kernels.common import check_impl, check_self, document_starts, resolve_scale
+from lcdist_kernels.full import IMPLS
 from lcdist_kernels.rotary import Rotary
-
-IMPLS = ("auto", "triton", "torch", "reference")
 
 
 class CoCAContext(NamedTuple):
@@ -97,7 +97,9 @@ def coca_attention(
         )  # fmt: skip
     check_self(q, t, v)
     check_variant(variant, q.shape[3])
-    implementation = select_coca_impl(impl, q, "coca attention")
+    packed = cu_seqlens is not None
+    what = "coca attention of packed documents" if packed else "coca attention"
+    implementation = select_coca_impl(impl, q, what, packed)
     index = torch.arange(q.shape[1])
     starts = document_starts(cu_seqlens, index, q.shape[1])
     angles = rotary_angles(

@@ -1,22 +1,24 @@
 """Full causal attention as a differentiable torch function with a choice of implementation.
 
-"triton": the kernels. "torch": the tiled implementation. "reference": the dense one. "auto": a
-library's fused attention where it is exact, as it is faster; else the kernels on CUDA and tiled
-torch on a CPU.
+"triton": the kernels. "torch": the tiled implementation. "reference": the dense one. "cudnn",
+"fa3", "fa4": that library, for one document. "auto": the fastest library for one document in half
+precision on CUDA, torch's own for one document on a CPU; else the kernels on CUDA and tiled torch
+on a CPU.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lcdist_kernels.common import check_impl, check_self, resolve_scale
-from lcdist_kernels.full.impl import AttentionImpl, select_impl
-from lcdist_kernels.full.library import library_for
+from lcdist_kernels.common import check_impl, check_self, log_choice, resolve_scale
+from lcdist_kernels.full.impl import AttentionImpl, select_block_impl
+from lcdist_kernels.full.library_choice import FORCED
 from lcdist_kernels.full.reference import full_reference
 from lcdist_kernels.rotary import Rotary, rotate_self
 
-IMPLS = ("auto", "triton", "torch", "reference")
+IMPLS = ("auto", *FORCED, "triton", "torch", "reference")
 
 
 def full_attention(
@@ -35,7 +37,7 @@ def full_attention(
         impl: one of `IMPLS`.
 
     Raises:
-        ValueError: shapes do not fit, `impl` is unknown, or kernels do not take the tensors.
+        ValueError: shapes do not fit, `impl` is unknown, or it does not take the tensors.
     """
     check_impl(impl, "full", IMPLS)
     if impl == "reference":
@@ -44,14 +46,26 @@ def full_attention(
             softmax_scale=softmax_scale,
         )  # fmt: skip
     check_self(q, k, v)
-    library = library_for(q) if impl == "auto" and cu_seqlens is None else None
-    what = "full attention" if cu_seqlens is None else "full attention of packed documents"
-    implementation = None if library else select_impl(impl, q, what)
+    packed = cu_seqlens is not None
+    what = "full attention of packed documents" if packed else "full attention"
+    on_cpu = impl == "auto" and not packed and not q.is_cuda
+    implementation = None if on_cpu else select_block_impl(impl, q, what, packed)
     q, k, index, starts = rotate_self(q, k, rotary, positions, cu_seqlens)
     scale = resolve_scale(softmax_scale, q.shape[3])
-    if library is not None:
-        return library(q, k, v, scale)
+    if implementation is None:
+        return _torch_attention(q, k, v, scale)
     return FullFunction.apply(q, k, v, index, starts, scale, implementation)
+
+
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    """Return torch's own causal attention, the fastest on a CPU."""
+    log_choice("full attention: torch's scaled_dot_product_attention")
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=grouped
+    )
+    return out.transpose(1, 2)
 
 
 class FullFunction(torch.autograd.Function):

@@ -17,7 +17,7 @@ from lcdist.attention.shared.ring_softmax import RingSoftmax, reference_ring, ri
 from lcdist.config.schema import FullOptions
 from lcdist.layout import KINDS, ContextLayout
 from lcdist_kernels import full_attention, full_reference
-from lcdist_kernels.full import IMPLS, TORCH_IMPL, AttentionImpl, full_fwd, select_impl
+from lcdist_kernels.full import IMPLS, TORCH_IMPL, AttentionImpl, full_fwd, select_block_impl
 
 
 class FullRingKernel:
@@ -44,7 +44,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     q, kv = ctx.rotate(q), torch.stack((ctx.rotate(k), v))
     if ctx.impl == "reference":
         return reference_ring(q, kv, FullRingKernel(TORCH_IMPL).keys, ctx).to(q.dtype)
-    block_impl = select_impl(ctx.impl, q, "full attention under context parallelism")
+    block_impl = select_block_impl(ctx.impl, q, "full attention under context parallelism")
     return RingSoftmax.apply(q, kv, FullRingKernel(block_impl), ctx)
 
 
