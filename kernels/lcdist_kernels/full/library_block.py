@@ -15,7 +15,7 @@ Any other block, as of packed documents, goes to another implementation.
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -126,10 +126,10 @@ def _rows_of(x: Tensor, first: int, shape: torch.Size, dtype: torch.dtype) -> Te
     return whole
 
 
-def refuse_block(name: str) -> Callable[..., tuple[Tensor, ...]]:
+def refuse_block(name: str) -> Callable[..., NoReturn]:
     """Return a function that raises ValueError for a block that a forced library cannot compute."""
 
-    def refuse(*tensors: object, **options: object) -> tuple[Tensor, ...]:
+    def refuse(*tensors: object, **options: object) -> NoReturn:
         raise ValueError(
             f"impl = '{name}': a library computes whole and causal blocks, and this block is of "
             "packed documents or too short; use impl = 'auto' or 'triton'"
