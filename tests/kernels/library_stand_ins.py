@@ -28,6 +28,11 @@ class Call(NamedTuple):
     causal: bool
 
 
+def call_of(q: Tensor, k: Tensor, causal: bool) -> Call:
+    """Return the sizes of a call, heads first."""
+    return Call(q.shape[2], k.shape[2], k.shape[1], causal)
+
+
 class StandIns:
     """What libraries compute, heads first, and the calls of it.
 
@@ -41,7 +46,7 @@ class StandIns:
 
     def fwd(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Any, ...]:
         """Return (out, lse `[b, h, s]`) of q `[b, h, s, d]`."""
-        self.forward.append(Call(q.shape[2], *k.shape[2:0:-1], causal))
+        self.forward.append(call_of(q, k, causal))
         assert scale >= 0, "a library takes the maximum before the scale"
         scores, values = self._scores(q, k, causal, scale), self._heads(v, q)
         lse = scores.logsumexp(-1)
@@ -60,7 +65,7 @@ class StandIns:
         scale: float,
     ) -> tuple[Any, ...]:
         """Return (dq, dk, dv) by the lse and out that are given."""
-        self.backward.append(Call(q.shape[2], *k.shape[2:0:-1], causal))
+        self.backward.append(call_of(q, k, causal))
         assert lse.shape == q.shape[:3] and lse.is_contiguous()
         dout, out = self._wide(dout), self._wide(out)
         weights = (self._scores(q, k, causal, scale) - lse[..., None]).exp()
@@ -93,14 +98,14 @@ def install_operators(made: torch.library.Library, name: str, stand_ins: StandIn
     """Implement torch's operators of "cudnn" or "fa2" on the CPU; signatures as in torch 2.11."""
 
     def cudnn(q, k, v, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False,
-              return_debug_mask=False, *, scale=None):  # fmt: skip
+              return_debug_mask=False, *, scale: Any = None):  # fmt: skip
         assert attn_bias is None and compute_log_sumexp and not dropout_p
         out, lse = stand_ins.fwd(q, k, v, is_causal, scale)
         return _nine(out, lse[..., None], k)
 
     def cudnn_bwd(grad_out, q, k, v, out, logsumexp, philox_seed, philox_offset, attn_bias,
                   cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, *,
-                  scale=None):  # fmt: skip
+                  scale: Any = None):  # fmt: skip
         assert attn_bias is cum_seq_q is cum_seq_k is None and not dropout_p
         assert (max_q, max_k) == (q.shape[2], k.shape[2])
         # torch keeps a plan by the layout of q, k and v alone, and this is the one layout.
@@ -109,12 +114,13 @@ def install_operators(made: torch.library.Library, name: str, stand_ins: StandIn
         return stand_ins.bwd(grad_out, q, k, v, out, logsumexp[..., 0], is_causal, scale)
 
     def flash(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *,
-              scale=None):  # fmt: skip
+              scale: Any = None):  # fmt: skip
         assert not dropout_p
-        return _nine(*stand_ins.fwd(q, k, v, is_causal, scale), k)
+        out, lse = stand_ins.fwd(q, k, v, is_causal, scale)
+        return _nine(out, lse, k)
 
     def flash_bwd(grad_out, q, k, v, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p,
-                  is_causal, philox_seed, philox_offset, *, scale=None):  # fmt: skip
+                  is_causal, philox_seed, philox_offset, *, scale: Any = None):  # fmt: skip
         assert cum_seq_q is cum_seq_k is None and not dropout_p
         assert (max_q, max_k) == (q.shape[2], k.shape[2])
         return stand_ins.bwd(grad_out, q, k, v, out, logsumexp, is_causal, scale)
@@ -133,18 +139,22 @@ def _nine(out: Tensor, lse: Tensor, k: Tensor) -> tuple[Any, ...]:
 def flash_3(stand_ins: StandIns, newer: bool) -> ModuleType:
     """Return flash_attn_interface; newer releases have operators that are told of `is_causal`."""
 
-    def _flash_attn_forward(q, k, v, k_new=None, softmax_scale=None, causal=False, sm_margin=0):
-        out, lse = stand_ins.fwd(*heads_first(q, k, v), causal, softmax_scale)
+    def _flash_attn_forward(
+        q, k, v, k_new=None, softmax_scale: Any = None, causal=False, sm_margin=0
+    ):
+        out, lse = stand_ins.fwd(*heads_first(q, k, v), causal=causal, scale=softmax_scale)
         return out.transpose(1, 2).contiguous(), lse, None, None
 
     def fill(grads: list[Tensor], *given: Any) -> None:
         dout, q, k, v, out, lse, causal, scale = given
-        results = stand_ins.bwd(*heads_first(dout, q, k, v, out), lse, causal, scale)
+        results = stand_ins.bwd(
+            *heads_first(dout, q, k, v, out), lse=lse, causal=causal, scale=scale
+        )
         for grad, result in zip(grads, results, strict=True):
             grad.copy_(result.transpose(1, 2))
 
-    def old(dout, q, k, v, out, softmax_lse, dq=None, dk=None, dv=None, softmax_scale=None,
-            causal=False, deterministic=False):  # fmt: skip
+    def old(dout, q, k, v, out, softmax_lse, dq: Any = None, dk: Any = None, dv: Any = None,
+            softmax_scale: Any = None, causal=False, deterministic=False):  # fmt: skip
         fill([dq, dk, dv], dout, q, k, v, out, softmax_lse, causal, softmax_scale)
 
     def new(
@@ -171,13 +181,15 @@ def flash_3(stand_ins: StandIns, newer: bool) -> ModuleType:
 def flash_4(stand_ins: StandIns) -> ModuleType:
     """Return flash_attn.cute.interface."""
 
-    def _flash_attn_fwd(q, k, v, softmax_scale=None, causal=False, return_lse=False):
-        out, lse = stand_ins.fwd(*heads_first(q, k, v), causal, softmax_scale)
+    def _flash_attn_fwd(q, k, v, softmax_scale: Any = None, causal=False, return_lse=False):
+        out, lse = stand_ins.fwd(*heads_first(q, k, v), causal=causal, scale=softmax_scale)
         return out.transpose(1, 2).contiguous(), lse if return_lse else None
 
-    def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False):
+    def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale: Any = None, causal=False):
         first = heads_first(dout, q, k, v, out)
-        return tuple(heads_first(*stand_ins.bwd(*first, lse, causal, softmax_scale)))
+        return tuple(
+            heads_first(*stand_ins.bwd(*first, lse=lse, causal=causal, scale=softmax_scale))
+        )
 
     return module_of(
         "flash_attn.cute.interface",
