@@ -62,30 +62,20 @@ assert len(made) == 2
 
 TENSORIZED = """
 import torch
-from lcdist_kernels.tensorized import ModeGrid, ModeRotary, coarsest_branch, fine_branch
-from lcdist_kernels.tensorized.launch import mode_bwd, mode_fwd
-from lcdist_kernels.tensorized.tiled import Partial
+from lcdist_kernels import tensorized_attention
+from lcdist_kernels.tensorized import ModeGrid
 from tests.kernels.compiling import SHARED, compiled_for
 
-seqlen = 512
-index, starts = torch.arange(seqlen), torch.zeros(seqlen, dtype=torch.int64)
 for grid, head_dim, dtype, kernels in (
-    (ModeGrid((128,), local_blocks=2), 128, torch.bfloat16, 8),
-    (ModeGrid((32, 2), hop_heads="kv"), 80, torch.float16, 17),
+    (ModeGrid((128,), local_blocks=2), 128, torch.bfloat16, 6),
+    (ModeGrid((32, 2), hop_heads="kv"), 80, torch.float16, 13),
 ):
-    q, k = (torch.zeros(1, seqlen, n, head_dim, dtype=dtype) for n in (4, 2))
-    turning, last = ModeRotary(grid, None, index, 0.25), len(grid.modes)
-    rows = torch.zeros(1, 4, seqlen)
+    q, k, v = (
+        torch.zeros(1, 512, n, head_dim, dtype=dtype, requires_grad=True) for n in (4, 2, 2)
+    )
     with compiled_for(CAPABILITY) as made:
-        for mode in range(last + 1):
-            u = k if mode == 0 or grid.hop_heads == "kv" else q
-            branch = coarsest_branch(starts, grid)
-            if mode < last:
-                branch = fine_branch(mode, index, starts, index, grid)
-            so_far = Partial(q.float(), rows) if mode else None
-            mode_fwd((q, k, u), branch, mode, turning, so_far, rows[0, :, :1])
-            hopped = (k if grid.hop_heads == "kv" else q, u, rows) if mode < last else None
-            mode_bwd(q, (q, k, u), (rows, rows), branch, hopped, mode, turning)
+        out = tensorized_attention(q, k, v, grid=grid, impl="triton")
+        out.backward(torch.zeros_like(out))
     assert len(made) == kernels, len(made)
     for each in made:
         assert each.metadata.shared <= SHARED[CAPABILITY], each.metadata

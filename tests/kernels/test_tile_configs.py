@@ -72,9 +72,8 @@ def test_launches_derived_for_blocks_and_fibres_keep_the_rule(head_dim: int) -> 
             launch = inner_loop.launch_for(tables, q, size)
             assert launch.block_m >= 16 * launch.num_warps, (size, launch)
     fit = tensorized_launch._fit_launch
-    empty = torch.empty(0, dtype=torch.int64)
     for size in (32, 64, 100, 512):
-        sweep = tensorized_launch.Sweep(size, size, 1, 1, None, True, empty, empty)
+        sweep = tensorized_launch.Sweep(size, size, 1, 1, None, True)
         for table, entries in (
             (tensorized.FWD, tensorized.FWD_HOPPER),
             (tensorized.FWD, tensorized.FWD_FORK_HOPPER),

@@ -23,7 +23,13 @@ STAND_IN = install(0, 1)
 
 from lcdist.attention.scca.pattern import for_layer, model_rules  # noqa: E402
 from lcdist.config.schema import SccaOptions  # noqa: E402
-from lcdist_kernels import Rotary, full_attention, scca_attention  # noqa: E402
+from lcdist_kernels import (  # noqa: E402
+    Rotary,
+    full_attention,
+    scca_attention,
+    tensorized_attention,
+)
+from lcdist_kernels.tensorized import ModeGrid  # noqa: E402
 
 NHEADS, NHEADS_KV, HEAD_DIM = 32, 8, 128
 LARGE = 1024
@@ -32,6 +38,11 @@ PATTERNS = {
     "flow": SccaOptions(pattern="flow"),
     "sda": SccaOptions(pattern="sda", dilation=4),
     "longmixed": SccaOptions(pattern="longmixed"),
+}
+
+GRIDS = {
+    "tensorized (512)": ModeGrid((512,), local_blocks=2, hop_heads="kv"),
+    "tensorized (32, 32)": ModeGrid((32, 32), hop_heads="kv"),
 }
 
 
@@ -88,6 +99,14 @@ def scca(options: SccaOptions) -> Callable[..., Tensor]:
     return lambda *qkv: scca_attention(*qkv, rules=rules)
 
 
+def tensorized(grid: ModeGrid) -> Callable[..., Tensor]:
+    """Return attention over a grid's modes; a learnt bias for one mode, the initial for two."""
+    bias = None
+    if len(grid.modes) == 1:
+        bias = torch.zeros(1, NHEADS, device="cuda", requires_grad=True)
+    return lambda *qkv: tensorized_attention(*qkv, grid=grid, branch_bias=bias)
+
+
 def packed(seqlen: int) -> Callable[..., Tensor]:
     """Return attention of the flow pattern with rotation and two documents."""
     rules = model_rules(PATTERNS["flow"], NHEADS, NHEADS_KV)
@@ -138,6 +157,7 @@ def main() -> None:
         "full": lambda *qkv: full_attention(*qkv, impl="triton")
     }
     with STAND_IN:
+        cases |= {name: tensorized(grid) for name, grid in GRIDS.items()}
         for name, attend in cases.items():
             for seqlen in (4096, 131072):
                 print(json.dumps({"of": name, "seqlen": seqlen, **warm(attend, seqlen)}))

@@ -11,6 +11,7 @@ from lcdist_kernels.tensorized.grid import (
 from lcdist_kernels.tensorized.impl import TensorizedImpl, select_tensorized_impl
 from lcdist_kernels.tensorized.op import IMPLS, tensorized_attention
 from lcdist_kernels.tensorized.reference import dense_hop, tensorized_reference
+from lcdist_kernels.tensorized.sweeps import initial_bias_for
 from lcdist_kernels.tensorized.tiled import (
     Branch,
     ModeRotary,
@@ -35,6 +36,7 @@ __all__ = [
     "dense_hop",
     "fine_branch",
     "initial_bias",
+    "initial_bias_for",
     "merge_branch",
     "tensorized_attention",
     "select_tensorized_impl",

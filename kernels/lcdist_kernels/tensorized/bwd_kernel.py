@@ -1,4 +1,4 @@
-"""Backward of tensorized attention in Triton: gradients of a branch and a hop in one sweep.
+"""Backward of tensorized attention in Triton: gradients of a branch and a hop of a mode.
 
 The formulas are in `tensorized.tiled`; tiles, fibres and grid are as in `tensorized.kernel`.
 
@@ -11,8 +11,8 @@ h, s]`.
                  keys
              +-----+-----+-----+       dq visits, per row:     branch tiles (with the hop), blocks
     queries  |  f  |  h  |  h  |                               before, then the hop's other tiles
-             +-----+-----+-----+       dkv visits, per column: branch tiles, then blocks after; in
-             |  =  |  f  |  h  |                               a launch of its own all tiles, as hop
+             +-----+-----+-----+       dkv visits, per column: branch tiles, blocks after, and
+             |  =  |  f  |  h  |                               then all tiles again, for the hop
              +-----+-----+-----+
 """
 # Python's type checkers do not know `tl.constexpr` arguments.
@@ -23,11 +23,12 @@ import triton.language as tl
 
 from lcdist_kernels.softmax_steps import (
     is_visible,
+    load_key_numbers,
     load_limits,
     load_range,
     nth_masked,
 )
-from lcdist_kernels.tensorized.kernel import program_coords
+from lcdist_kernels.tensorized.kernel import head_rows, load_queries, program_coords
 from lcdist_kernels.triton_common import LOG2E, dot, load_tile, store_tile
 
 
@@ -51,7 +52,7 @@ def _dq_step(
     if BRANCH:
         b_p = tl.exp2(b_s * qk_scale - b_lse[:, None])
         if MASKED:
-            b_k_idx = tl.load(k_idx + o_n, mask=o_n < size_k, other=2147483647)
+            b_k_idx = load_key_numbers(k_idx, o_n, size_k)
             m_s = is_visible(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
             b_p = tl.where(m_s, b_p, 0.0)
         b_dp = dot(b_dout, tl.trans(b_u), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
@@ -69,7 +70,7 @@ def _dq_step(
 @triton.jit
 def _dq_all(
     b_q, b_dout, b_du_next, b_dq, b_dlogits, b_lse, b_delta, b_hop_lse, b_hop_delta, p_k, p_u, lo,
-    size_k, step_k, step_u, qk_scale, k_idx,
+    size_k, step_k, step_u, qk_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BRANCH: tl.constexpr, HOP: tl.constexpr,
 ):  # fmt: skip
@@ -79,34 +80,97 @@ def _dq_all(
     for i in range(0, whole - lo):
         b_dq, b_dlogits = _dq_step(
             b_q, b_dout, b_du_next, b_dq, b_dlogits, b_lse, b_delta, b_hop_lse, b_hop_delta, p_k,
-            p_u, lo + i, size_k, step_k, step_u, qk_scale, b_all, b_all, k_idx, HEAD_DIM, BLOCK_D,
+            p_u, lo + i, size_k, step_k, step_u, qk_scale, b_all, b_all, None, HEAD_DIM, BLOCK_D,
             BLOCK_M, BLOCK_N, False, BRANCH, HOP, False,
         )  # fmt: skip
     for i in range(0, tl.cdiv(size_k, BLOCK_N) - whole):
         b_dq, b_dlogits = _dq_step(
             b_q, b_dout, b_du_next, b_dq, b_dlogits, b_lse, b_delta, b_hop_lse, b_hop_delta, p_k,
-            p_u, whole + i, size_k, step_k, step_u, qk_scale, b_all, b_all, k_idx, HEAD_DIM,
+            p_u, whole + i, size_k, step_k, step_u, qk_scale, b_all, b_all, None, HEAD_DIM,
             BLOCK_D, BLOCK_M, BLOCK_N, False, BRANCH, HOP, True,
         )  # fmt: skip
     return b_dq, b_dlogits
 
 
 @triton.jit
+def _store_row_dots(
+    p_a, p_b, total, o_row, m_m, start, size, step_a, step_b,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Store the products a . b of a tile of rows; return (a, products)."""
+    b_a = load_tile(p_a, start, size, step_a, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    b_b = load_tile(p_b, start, size, step_b, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    b_total = tl.sum(b_a.to(tl.float32) * b_b.to(tl.float32), 1)
+    tl.store(total + o_row, b_total, mask=m_m)
+    return b_a, b_total
+
+
+@triton.jit
+def _load_rows_of_branch(
+    p_dout, out, lse, bias, delta, lse2, i_b, i_h, row_q, o_row, m_m, start, size_q, step_dout,
+    step_own, seqlen, nheads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Return (dout, delta, lse2) of a tile of rows; store lse2, and delta where out is given."""
+    if out is not None:
+        p_out = head_rows(out, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
+        b_dout, b_delta = _store_row_dots(
+            p_dout, p_out, delta, o_row, m_m, start, size_q, step_dout, step_own, HEAD_DIM, BLOCK_D,
+            BLOCK_M,
+        )  # fmt: skip
+    else:
+        b_dout = load_tile(p_dout, start, size_q, step_dout, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+        b_delta = tl.load(delta + o_row, mask=m_m, other=0.0)
+    # Rows past the end have weights exp(-inf) = 0, masked or not.
+    b_lse = tl.load(lse + o_row, mask=m_m, other=float("inf"))
+    if bias is not None:
+        b_lse -= tl.load(bias + i_h)
+    b_lse *= LOG2E
+    tl.store(lse2 + o_row, b_lse, mask=m_m)
+    return b_dout, b_delta, b_lse
+
+
+@triton.jit
+def _finish_dq(
+    b_dq, dq, prev_dq, hop_dq, i_b, i_h, row_q, start, size_q, stride64, seqlen, nheads,
+    GROUP_K: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Store dq of a tile of queries, with what the hop's mean queries and other modes gave."""
+    if hop_dq is not None:
+        heads_k = nheads // GROUP_K
+        p_hop_dq = head_rows(hop_dq, i_b, i_h // GROUP_K, row_q, seqlen, heads_k, HEAD_DIM)
+        step_hop = heads_k * HEAD_DIM * stride64
+        b_hop = load_tile(p_hop_dq, start, size_q, step_hop, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+        b_dq += b_hop / GROUP_K
+    step_own = nheads * HEAD_DIM * stride64
+    if prev_dq is not None:
+        p_prev = head_rows(prev_dq, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
+        b_prev = load_tile(p_prev, start, size_q, step_own, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+        b_dq += b_prev.to(tl.float32)
+    p_dq = head_rows(dq, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
+    store_tile(p_dq, b_dq, start, size_q, step_own, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
 def _tensorized_bwd_dq_kernel(
-    q, k, u, dout, du_next, lse, delta, hop_lse, hop_delta, dq, dlogits,
+    q, k, u, dout, out, lse, bias, delta, lse2, du_next, u_next, hop_lse, hop_delta,
+    prev_dq, hop_dq, used_q, dq, dlogits,
     q_idx, q_lo, k_idx, ranges, before,
     softmax_scale, size_q, size_k, stride, outers, nheads, seqlen,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_ub, stride_us, stride_uh, stride_dout_b, stride_dout_s, stride_dout_h,
-    stride_du_next_b, stride_du_next_s, stride_du_next_h, stride_db, stride_ds, stride_dh,
-    GROUP_K: tl.constexpr, GROUP_U: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, BRANCH: tl.constexpr,
-    HOP: tl.constexpr, BEFORE: tl.constexpr,
+    GROUP_K: tl.constexpr, GROUP_U: tl.constexpr, MEAN: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+    BRANCH: tl.constexpr, HOP: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq and the row sums of dlogits of a tile of queries.
+    """Compute dq of a tile of queries, the row sums of dlogits, and what dk and dU need.
 
-    lse, delta: of the whole row, less the branch's bias. du_next: gradient of U_j, the hop's
-    output. hop_lse, hop_delta: of the hop.
+    None stands for what a launch does not have.
+
+    out: given where delta is still to be made. lse, bias: of the whole row, and of the branch.
+    lse2: made here, lse less bias in base 2. du_next, u_next, hop_lse: of the hop, the last in base
+    2. hop_delta: made here. prev_dq: what other modes gave. hop_dq: the gradient of the hop's mean
+    queries. used_q: made here, the mean queries. MEAN: as in the forward kernel.
     """
     tiles = tl.cdiv(size_q, BLOCK_M)
     i_m, i_h, i_r, i_o = program_coords(tiles, stride, nheads)
@@ -115,40 +179,42 @@ def _tensorized_bwd_dq_kernel(
     row_q = i_o * size_q * stride + i_r
     row_k = i_o * size_k * stride + i_r
     i_row = (i_b * nheads + i_h) * seqlen + row_q
-    p_q = q + i_b * stride_qb + i_h * stride_qh + row_q * stride_qs
+    p_q = q + i_b * stride_qb + i_h * MEAN * stride_qh + row_q * stride_qs
     p_k = k + i_b * stride_kb + (i_h // GROUP_K) * stride_kh + row_k * stride_ks
     p_u = u + i_b * stride_ub + (i_h // GROUP_U) * stride_uh + row_k * stride_us
     stride64 = tl.cast(stride, tl.int64)
     step_q, step_k, step_u = stride_qs * stride64, stride_ks * stride64, stride_us * stride64
+    step_own = nheads * HEAD_DIM * stride64
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < size_q
     o_row = i_row + o_m.to(tl.int64) * stride
-    b_q = load_tile(p_q, start, size_q, step_q, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    b_q = load_queries(p_q, start, size_q, step_q, stride_qh, MEAN, HEAD_DIM, BLOCK_D, BLOCK_M)
+    if used_q is not None:
+        p_used = head_rows(used_q, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
+        store_tile(p_used, b_q, start, size_q, step_own, BLOCK_M, HEAD_DIM, BLOCK_D)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_dlogits = tl.zeros([BLOCK_M], tl.float32)
     # Inputs that a launch does not use are never read; any tile of the right shape will do.
     b_dout, b_du_next = b_q, b_q
     b_lse, b_delta, b_hop_lse, b_hop_delta = b_dlogits, b_dlogits, b_dlogits, b_dlogits
     if HOP:
-        p_du_next = (
-            du_next + i_b * stride_du_next_b + i_h * stride_du_next_h + row_q * stride_du_next_s
-        )
-        b_du_next = load_tile(
-            p_du_next, start, size_q, stride_du_next_s * stride64, BLOCK_M, HEAD_DIM, BLOCK_D, False
-        )
-        b_hop_lse = tl.load(hop_lse + o_row, mask=m_m, other=float("inf")) * LOG2E
-        b_hop_delta = tl.load(hop_delta + o_row, mask=m_m, other=0.0)
+        p_du_next = head_rows(du_next, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
+        p_u_next = head_rows(u_next, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
+        b_du_next, b_hop_delta = _store_row_dots(
+            p_du_next, p_u_next, hop_delta, o_row, m_m, start, size_q, step_own, step_own, HEAD_DIM,
+            BLOCK_D, BLOCK_M,
+        )  # fmt: skip
+        b_hop_lse = tl.load(hop_lse + o_row, mask=m_m, other=float("inf"))
     qk_scale = softmax_scale * LOG2E
     hop_lo = 0
     if BRANCH:
         p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h + row_q * stride_dout_s
-        step_dout = stride_dout_s * stride64
-        b_dout = load_tile(p_dout, start, size_q, step_dout, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-        # Rows past the end have weights exp(-inf) = 0, masked or not.
-        b_lse = tl.load(lse + o_row, mask=m_m, other=float("inf")) * LOG2E
-        b_delta = tl.load(delta + o_row, mask=m_m, other=0.0)
+        b_dout, b_delta, b_lse = _load_rows_of_branch(
+            p_dout, out, lse, bias, delta, lse2, i_b, i_h, row_q, o_row, m_m, start, size_q,
+            stride_dout_s * stride64, step_own, seqlen, nheads, HEAD_DIM, BLOCK_D, BLOCK_M,
+        )  # fmt: skip
         b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
         lo, full_lo, full_hi, hi = load_range(ranges, i_m)
         for i in range(0, full_hi - full_lo):
@@ -165,23 +231,25 @@ def _tensorized_bwd_dq_kernel(
                 BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True, HOP, True,
             )  # fmt: skip
         hop_lo = tl.maximum(hi, full_hi)
-        if BEFORE:
+        if before is not None:
             rows_before = tl.load(before + i_o) * size_k
             b_dq, b_dlogits = _dq_all(
                 b_q, b_dout, b_du_next, b_dq, b_dlogits, b_lse, b_delta, b_hop_lse, b_hop_delta,
                 p_k - rows_before * step_k, p_u - rows_before * step_u, 0, rows_before, step_k,
-                step_u, qk_scale, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False,
+                step_u, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False,
             )  # fmt: skip
-        tl.store(dlogits + o_row, b_dlogits, mask=m_m)
+        if dlogits is not None:
+            tl.store(dlogits + o_row, b_dlogits, mask=m_m)
     if HOP:
         b_dq, b_dlogits = _dq_all(
             b_q, b_dout, b_du_next, b_dq, b_dlogits, b_lse, b_delta, b_hop_lse, b_hop_delta, p_k,
-            p_u, hop_lo, size_k, step_k, step_u, qk_scale, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M,
-            BLOCK_N, False, True,
+            p_u, hop_lo, size_k, step_k, step_u, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            False, True,
         )  # fmt: skip
-    p_dq = dq + i_b * stride_db + i_h * stride_dh + row_q * stride_ds
-    b_dq = b_dq * softmax_scale
-    store_tile(p_dq, b_dq, start, size_q, stride_ds * stride64, BLOCK_M, HEAD_DIM, BLOCK_D)
+    _finish_dq(
+        b_dq * softmax_scale, dq, prev_dq, hop_dq, i_b, i_h, row_q, start, size_q, stride64, seqlen,
+        nheads, GROUP_K, HEAD_DIM, BLOCK_D, BLOCK_M,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -192,21 +260,20 @@ def _load_stats(p_lse, p_delta, m_m, EVEN_M: tl.constexpr):
     else:
         b_lse = tl.load(p_lse, mask=m_m, other=float("inf"))
         b_delta = tl.load(p_delta, mask=m_m, other=0.0)
-    return b_lse * LOG2E, b_delta
+    return b_lse, b_delta
 
 
 @triton.jit
 def _dkv_step(
-    b_k, b_u, b_dk, b_du, p_q, p_dout, p_du_next, p_lse, p_delta, p_hop_lse, p_hop_delta, i_m,
-    size_q, stride, step_q, step_dout, step_du_next, qk_scale, q_idx, q_lo, b_k_idx,
+    b_k, b_u, b_dk, b_du, p_q, p_dout, p_lse, p_delta, i_m, size_q, stride, step_q, step_dout,
+    qk_scale, q_idx, q_lo, b_k_idx,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, BRANCH: tl.constexpr, HOP: tl.constexpr,
-    MASKED: tl.constexpr,
+    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Return (dk, du) after one more tile of queries; dk without softmax_scale.
 
-    Scores are transposed, `[BLOCK_N, BLOCK_M]`, so they are the left operand of a product as they
-    are.
+    Queries of a branch with dout, or of a hop with the gradient of its result. Scores are
+    transposed, `[BLOCK_N, BLOCK_M]`, so they are the left operand of a product as they are.
     """
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
@@ -214,87 +281,110 @@ def _dkv_step(
     o_row = o_m.to(tl.int64) * stride
     b_q = load_tile(p_q, start, size_q, step_q, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
     b_s = dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-    b_ds = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    if BRANCH:
-        b_dout = load_tile(p_dout, start, size_q, step_dout, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
-        # Both products go before the exponentials, which then run beside the second.
-        b_dp = dot(b_u, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-        b_lse, b_delta = _load_stats(p_lse + o_row, p_delta + o_row, m_m, EVEN_M)
-        b_p = tl.exp2(b_s * qk_scale - b_lse[None, :])
-        if MASKED:
-            b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
-            m_s = is_visible(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
-            b_p = tl.where(m_s, b_p, 0.0)
-        b_du = dot(b_p.to(b_dout.dtype), b_dout, b_du)
-        b_ds = b_p * (b_dp - b_delta[None, :])
-    if HOP:
-        b_du_next = load_tile(
-            p_du_next, start, size_q, step_du_next, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M
-        )
-        b_dp = dot(b_u, tl.trans(b_du_next), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-        b_lse, b_delta = _load_stats(p_hop_lse + o_row, p_hop_delta + o_row, m_m, EVEN_M)
-        b_p = tl.exp2(b_s * qk_scale - b_lse[None, :])
-        b_du = dot(b_p.to(b_du_next.dtype), b_du_next, b_du)
-        b_ds += b_p * (b_dp - b_delta[None, :])
+    b_dout = load_tile(p_dout, start, size_q, step_dout, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
+    # Both products go before the exponentials, which then run beside the second.
+    b_dp = dot(b_u, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+    b_lse, b_delta = _load_stats(p_lse + o_row, p_delta + o_row, m_m, EVEN_M)
+    b_p = tl.exp2(b_s * qk_scale - b_lse[None, :])
+    if MASKED:
+        b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
+        m_s = is_visible(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
+        b_p = tl.where(m_s, b_p, 0.0)
+    b_du = dot(b_p.to(b_dout.dtype), b_dout, b_du)
+    b_ds = b_p * (b_dp - b_delta[None, :])
     b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
     return b_dk, b_du
 
 
 @triton.jit
-def _dkv_branch(
-    b_k, b_u, b_dk, b_du, p_q, p_dout, p_du_next, p_lse, p_delta, p_hop_lse, p_hop_delta, run,
-    rows_after, size_q, stride, step_q, step_dout, step_du_next, qk_scale, q_idx, q_lo, b_k_idx,
+def _dkv_all(
+    b_k, b_u, b_dk, b_du, p_q, p_dout, p_lse, p_delta, size_q, stride, step_q, step_dout, qk_scale,
+    b_k_idx,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, AFTER: tl.constexpr,
+    EVEN_M: tl.constexpr,
+):  # fmt: skip
+    """Return (dk, du) after size_q queries that all see the keys."""
+    for i in range(0, tl.cdiv(size_q, BLOCK_M)):
+        b_dk, b_du = _dkv_step(
+            b_k, b_u, b_dk, b_du, p_q, p_dout, p_lse, p_delta, i, size_q, stride, step_q, step_dout,
+            qk_scale, None, None, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, EVEN_M,
+            False,
+        )  # fmt: skip
+    return b_dk, b_du
+
+
+@triton.jit
+def _dkv_branch(
+    b_k, b_u, b_dk, b_du, p_q, p_dout, p_lse, p_delta, run, after, i_o, size_q, stride, step_q,
+    step_dout, qk_scale, q_idx, q_lo, b_k_idx,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr,
 ):  # fmt: skip
     """Return (dk, du) after all queries whose branch sees the keys; later blocks come last."""
     lo, full_lo, full_hi, hi = run
     for i in range(0, full_hi - full_lo):
         b_dk, b_du = _dkv_step(
-            b_k, b_u, b_dk, b_du, p_q, p_dout, p_du_next, p_lse, p_delta, p_hop_lse, p_hop_delta,
-            full_lo + i, size_q, stride, step_q, step_dout, step_du_next, qk_scale, q_idx, q_lo,
-            b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True, False, False,
+            b_k, b_u, b_dk, b_du, p_q, p_dout, p_lse, p_delta, full_lo + i, size_q, stride, step_q,
+            step_dout, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
+            EVEN_M, False,
         )  # fmt: skip
     for i in range(0, (full_lo - lo) + (hi - full_hi)):
         i_m = nth_masked(i, lo, full_lo, full_hi)
         b_dk, b_du = _dkv_step(
-            b_k, b_u, b_dk, b_du, p_q, p_dout, p_du_next, p_lse, p_delta, p_hop_lse, p_hop_delta,
-            i_m, size_q, stride, step_q, step_dout, step_du_next, qk_scale, q_idx, q_lo, b_k_idx,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True, False, True,
+            b_k, b_u, b_dk, b_du, p_q, p_dout, p_lse, p_delta, i_m, size_q, stride, step_q,
+            step_dout, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
+            EVEN_M, True,
         )  # fmt: skip
-    if AFTER:
+    if after is not None:
         skipped = tl.cast(size_q, tl.int64)
-        p_q += skipped * step_q
-        p_dout += skipped * step_dout
-        for i in range(0, tl.cdiv(rows_after, BLOCK_M)):
-            b_dk, b_du = _dkv_step(
-                b_k, b_u, b_dk, b_du, p_q, p_dout, p_du_next, p_lse + skipped, p_delta + skipped,
-                p_hop_lse, p_hop_delta, i, rows_after, stride, step_q, step_dout, step_du_next,
-                qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False,
-                True, False, False,
-            )  # fmt: skip
+        b_dk, b_du = _dkv_all(
+            b_k, b_u, b_dk, b_du, p_q + skipped * step_q, p_dout + skipped * step_dout,
+            p_lse + skipped, p_delta + skipped, tl.load(after + i_o) * size_q, stride, step_q,
+            step_dout, qk_scale, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EVEN_M,
+        )  # fmt: skip
     return b_dk, b_du
 
 
 @triton.jit
+def _dkv_hop(
+    b_k, b_u, b_dk, b_du, hop_q, du_next, hop_lse, hop_delta, i_b, i_h, nheads, row_q, seqlen,
+    size_q, stride, stride_qb, stride_qs, stride_qh, qk_scale, b_k_idx,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN_M: tl.constexpr,
+):  # fmt: skip
+    """Return (dk, du) after head i_h of `nheads` of a hop's queries."""
+    stride64 = tl.cast(stride, tl.int64)
+    i_row = (i_b * nheads + i_h) * seqlen + row_q
+    p_q = hop_q + i_b * stride_qb + i_h * stride_qh + row_q * stride_qs
+    p_du_next = head_rows(du_next, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
+    return _dkv_all(
+        b_k, b_u, b_dk, b_du, p_q, p_du_next, hop_lse + i_row, hop_delta + i_row, size_q, stride,
+        stride_qs * stride64, nheads * HEAD_DIM * stride64, qk_scale, b_k_idx, HEAD_DIM, BLOCK_D,
+        BLOCK_M, BLOCK_N, EVEN_M,
+    )  # fmt: skip
+
+
+@triton.jit
 def _tensorized_bwd_dkv_kernel(
-    q, k, u, dout, du_next, lse, delta, hop_lse, hop_delta, dk, du,
+    q, k, u, dout, lse2, delta, hop_q, du_next, hop_lse, hop_delta, prev_dk, dk, du,
     q_idx, q_lo, k_idx, ranges, after,
-    softmax_scale, size_q, size_k, stride, outers, nheads, seqlen,
+    softmax_scale, size_q, size_k, stride, outers, nheads, seqlen, seqlen_k,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_ub, stride_us, stride_uh, stride_dout_b, stride_dout_s, stride_dout_h,
-    stride_du_next_b, stride_du_next_s, stride_du_next_h, stride_db, stride_ds, stride_dh,
-    stride_du_b, stride_du_s, stride_du_h,
-    GROUP_K: tl.constexpr, GROUP_U: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, EVEN_M: tl.constexpr,
-    BRANCH: tl.constexpr, HOP: tl.constexpr, AFTER: tl.constexpr,
+    stride_hop_qb, stride_hop_qs, stride_hop_qh,
+    GROUP_K: tl.constexpr, GROUP_U: tl.constexpr, GROUP_HOP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+    EVEN_M: tl.constexpr, BRANCH: tl.constexpr, HOP: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and du of a tile of a fibre's keys from all query heads of the key head.
 
-    Through a branch or through a hop: both at once need more registers than there are.
+    First through the branch, then through the hop: both in one step need more registers than there
+    are. None stands for what a launch does not have.
 
-    nheads: of keys. AFTER: branches of after[o] blocks behind block o see all of it. GROUP_U is 1,
-    where each query head has its own U, or GROUP_K.
+    lse2, delta, hop_delta: made by the dq kernel. hop_q: the hop's queries, GROUP_HOP heads for
+    each key head: GROUP_K, or the mean alone. prev_dk: what other modes gave, to be added. nheads:
+    of keys. after: branches of after[o] blocks behind block o see all of it. GROUP_U is 1, where
+    each query head has its own U, or GROUP_K.
     """
     tiles = tl.cdiv(size_k, BLOCK_N)
     i_n, i_hk, i_r, i_o = program_coords(tiles, stride, nheads)
@@ -302,69 +392,60 @@ def _tensorized_bwd_dkv_kernel(
     row_q = i_o * size_q * stride + i_r
     row_k = i_o * size_k * stride + i_r
     i_hu = i_hk * (GROUP_K // GROUP_U)
+    heads_u = nheads * (GROUP_K // GROUP_U)
     p_k = k + i_b * stride_kb + i_hk * stride_kh + row_k * stride_ks
     p_u = u + i_b * stride_ub + i_hu * stride_uh + row_k * stride_us
-    p_du = du + i_b * stride_du_b + i_hu * stride_du_h + row_k * stride_du_s
+    p_du = head_rows(du, i_b, i_hu, row_k, seqlen_k, heads_u, HEAD_DIM)
     stride64 = tl.cast(stride, tl.int64)
-    step_q, step_dout, step_du_next = (
-        stride_qs * stride64,
-        stride_dout_s * stride64,
-        stride_du_next_s * stride64,
-    )
-    step_u, step_du = stride_us * stride64, stride_du_s * stride64
+    step_q, step_dout = stride_qs * stride64, stride_dout_s * stride64
+    step_u, step_du = stride_us * stride64, heads_u * HEAD_DIM * stride64
 
     start = i_n * BLOCK_N
     o_n = start + tl.arange(0, BLOCK_N)
     b_k = load_tile(p_k, start, size_k, stride_ks * stride64, BLOCK_N, HEAD_DIM, BLOCK_D, False)
     b_u = load_tile(p_u, start, size_k, step_u, BLOCK_N, HEAD_DIM, BLOCK_D, False)
-    b_k_idx = o_n
-    rows_after = 0
+    b_k_idx = load_key_numbers(k_idx, o_n, size_k)
     if BRANCH:
-        b_k_idx = tl.load(k_idx + o_n, mask=o_n < size_k, other=2147483647)
         run = load_range(ranges, i_n)
-        if AFTER:
-            rows_after = tl.load(after + i_o) * size_q
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_du = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
     for i_g in range(0, GROUP_K):
         i_h = i_hk * GROUP_K + i_g
-        i_row = (i_b * (nheads * GROUP_K) + i_h) * seqlen + row_q
-        p_q = q + i_b * stride_qb + i_h * stride_qh + row_q * stride_qs
-        p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h + row_q * stride_dout_s
-        p_du_next = (
-            du_next + i_b * stride_du_next_b + i_h * stride_du_next_h + row_q * stride_du_next_s
-        )
-        p_lse, p_delta, p_hop_lse, p_hop_delta = (
-            lse + i_row,
-            delta + i_row,
-            hop_lse + i_row,
-            hop_delta + i_row,
-        )
         if GROUP_U == 1 and GROUP_K > 1:
             b_u = load_tile(p_u, start, size_k, step_u, BLOCK_N, HEAD_DIM, BLOCK_D, False)
             b_du = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         if BRANCH:
+            i_row = (i_b * (nheads * GROUP_K) + i_h) * seqlen + row_q
+            p_q = q + i_b * stride_qb + i_h * stride_qh + row_q * stride_qs
+            p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h + row_q * stride_dout_s
             b_dk, b_du = _dkv_branch(
-                b_k, b_u, b_dk, b_du, p_q, p_dout, p_du_next, p_lse, p_delta, p_hop_lse,
-                p_hop_delta, run, rows_after, size_q, stride, step_q, step_dout, step_du_next,
-                qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M,
-                AFTER,
+                b_k, b_u, b_dk, b_du, p_q, p_dout, lse2 + i_row, delta + i_row, run, after, i_o,
+                size_q, stride, step_q, step_dout, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM,
+                BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M,
             )  # fmt: skip
-        if HOP:
-            for i_m in range(0, tl.cdiv(size_q, BLOCK_M)):
-                b_dk, b_du = _dkv_step(
-                    b_k, b_u, b_dk, b_du, p_q, p_dout, p_du_next, p_lse, p_delta, p_hop_lse,
-                    p_hop_delta, i_m, size_q, stride, step_q, step_dout, step_du_next, qk_scale,
-                    q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M,
-                    False, True, False,
-                )  # fmt: skip
+        if HOP and GROUP_HOP == GROUP_K:
+            b_dk, b_du = _dkv_hop(
+                b_k, b_u, b_dk, b_du, hop_q, du_next, hop_lse, hop_delta, i_b, i_h,
+                nheads * GROUP_HOP, row_q, seqlen, size_q, stride, stride_hop_qb, stride_hop_qs,
+                stride_hop_qh, qk_scale, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EVEN_M,
+            )  # fmt: skip
         if GROUP_U == 1:
             store_tile(p_du, b_du, start, size_k, step_du, BLOCK_N, HEAD_DIM, BLOCK_D)
             p_u += stride_uh
-            p_du += stride_du_h
+            p_du += HEAD_DIM
+    if HOP and GROUP_HOP < GROUP_K:
+        b_dk, b_du = _dkv_hop(
+            b_k, b_u, b_dk, b_du, hop_q, du_next, hop_lse, hop_delta, i_b, i_hk, nheads, row_q,
+            seqlen, size_q, stride, stride_hop_qb, stride_hop_qs, stride_hop_qh, qk_scale, b_k_idx,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EVEN_M,
+        )  # fmt: skip
     if GROUP_U > 1:
         store_tile(p_du, b_du, start, size_k, step_du, BLOCK_N, HEAD_DIM, BLOCK_D)
-    p_dk = dk + i_b * stride_db + i_hk * stride_dh + row_k * stride_ds
     b_dk = b_dk * softmax_scale
-    store_tile(p_dk, b_dk, start, size_k, stride_ds * stride64, BLOCK_N, HEAD_DIM, BLOCK_D)
+    step_dk = nheads * HEAD_DIM * stride64
+    if prev_dk is not None:
+        p_prev = head_rows(prev_dk, i_b, i_hk, row_k, seqlen_k, nheads, HEAD_DIM)
+        b_dk += load_tile(p_prev, start, size_k, step_dk, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+    p_dk = head_rows(dk, i_b, i_hk, row_k, seqlen_k, nheads, HEAD_DIM)
+    store_tile(p_dk, b_dk, start, size_k, step_dk, BLOCK_N, HEAD_DIM, BLOCK_D)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lcdist_kernels.tensorized import launch, tiled
-from lcdist_kernels.tensorized.tiled import Grads, Partial
+from lcdist_kernels.tensorized.tiled import Grads, Partial, Saved
 from lcdist_kernels.triton_common import use_kernels
 
 
@@ -16,8 +16,8 @@ class TensorizedImpl(NamedTuple):
     The layout of lambda_j is private to an implementation; only its own backward reads it.
     """
 
-    mode_fwd: Callable[..., tuple[Partial, Tensor | None, Tensor | None]]
-    mode_bwd: Callable[..., Grads]
+    whole_fwd: Callable[..., Saved]
+    whole_bwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     branch_fwd: Callable[..., Partial]
     branch_bwd: Callable[..., Grads]
     hop_fwd: Callable[..., tuple[Tensor, Tensor]]
@@ -26,11 +26,11 @@ class TensorizedImpl(NamedTuple):
 
 
 TORCH_IMPL = TensorizedImpl(
-    tiled.mode_fwd, tiled.mode_bwd, tiled.branch_fwd, tiled.branch_bwd, tiled.hop_fwd,
+    tiled.whole_fwd, tiled.whole_bwd, tiled.branch_fwd, tiled.branch_bwd, tiled.hop_fwd,
     tiled.hop_bwd, tiled.row_delta,
 )  # fmt: skip
 TRITON_IMPL = TensorizedImpl(
-    launch.mode_fwd, launch.mode_bwd, launch.branch_fwd, launch.branch_bwd, launch.hop_fwd,
+    launch.whole_fwd, launch.whole_bwd, launch.branch_fwd, launch.branch_bwd, launch.hop_fwd,
     launch.hop_bwd, launch.row_delta,
 )  # fmt: skip
 

@@ -18,9 +18,10 @@ size_q, size_k tokens of a fibre (n_j); stride s_j; outers: fibres o per sequenc
                      |  =  |  =  |  f  |  h  |      f  the accumulators fork: branch masked, hop not
                      +-----+-----+-----+-----+      h  only the hop goes on
 
-Branch and hop share a sweep where they have the same queries. The epilogue merges a branch's
-partial into that of the finer ones. Nothing is added atomically. Scores are scaled by log2 e,
-exponentials are base 2.
+Branch and hop share a sweep where they have the same queries. A branch's epilogue merges its
+partial with that of the branches before it, kept in q's dtype with lse in fp32. Nothing is added
+atomically. Scores are scaled by log2 e, exponentials are base 2. What launches allocate is
+contiguous and has no strides among the arguments.
 """
 # Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -36,7 +37,7 @@ from lcdist_kernels.softmax_steps import (
     merge_partials,
     nth_masked,
 )
-from lcdist_kernels.triton_common import LOWEST, load_tile, store_tile
+from lcdist_kernels.triton_common import LOG2E, LOWEST, load_tile, store_tile
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def program_coords(tiles, stride, nheads):
 
 @triton.jit
 def _fwd_all(
-    b_q, b_out, b_max, b_sum, p_k, p_u, lo, size_k, step_k, step_u, qk_scale, k_idx,
+    b_q, b_out, b_max, b_sum, p_k, p_u, lo, size_k, step_k, step_u, qk_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Return (out, max, sum) after all key tiles from `lo` on, visible to all queries."""
@@ -64,14 +65,37 @@ def _fwd_all(
     for i in range(0, whole - lo):
         b_out, b_max, b_sum = fwd_step(
             b_q, b_out, b_max, b_sum, p_k, p_u, lo + i, size_k, step_k, step_u, qk_scale, b_all,
-            b_all, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False,
+            b_all, None, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, False,
         )  # fmt: skip
     for i in range(0, tl.cdiv(size_k, BLOCK_N) - whole):
         b_out, b_max, b_sum = fwd_step(
             b_q, b_out, b_max, b_sum, p_k, p_u, whole + i, size_k, step_k, step_u, qk_scale, b_all,
-            b_all, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, True,
+            b_all, None, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, True,
         )  # fmt: skip
     return b_out, b_max, b_sum
+
+
+@triton.jit
+def head_rows(x, i_b, i_h, row, seqlen, nheads, HEAD_DIM: tl.constexpr):
+    """Return a pointer to a row of one head of a contiguous tensor `[b, s, h, d]`."""
+    return x + ((i_b * seqlen + row) * nheads + i_h) * HEAD_DIM
+
+
+@triton.jit
+def load_queries(
+    p_q, start, size_q, step_q, stride_qh,
+    MEAN: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of queries: the mean over MEAN heads, summed in fp32 and rounded once."""
+    b_q = load_tile(p_q, start, size_q, step_q, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    if MEAN > 1:
+        b_sum = b_q.to(tl.float32)
+        for i in range(1, MEAN):
+            p_one = p_q + i * stride_qh
+            b_one = load_tile(p_one, start, size_q, step_q, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+            b_sum += b_one.to(tl.float32)
+        b_q = (b_sum / MEAN).to(b_q.dtype)
+    return b_q
 
 
 @triton.jit
@@ -80,16 +104,17 @@ def _tensorized_fwd_kernel(
     q_idx, q_lo, k_idx, ranges, before,
     qk_scale, size_q, size_k, stride, outers, nheads, seqlen,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
-    stride_ub, stride_us, stride_uh, stride_pb, stride_ps, stride_ph,
-    stride_ob, stride_os, stride_oh, stride_u_next_b, stride_u_next_s, stride_u_next_h,
-    GROUP_K: tl.constexpr, GROUP_U: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, BRANCH: tl.constexpr,
-    HOP: tl.constexpr, MERGE: tl.constexpr, BEFORE: tl.constexpr,
+    stride_ub, stride_us, stride_uh,
+    GROUP_K: tl.constexpr, GROUP_U: tl.constexpr, MEAN: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+    BRANCH: tl.constexpr, HOP: tl.constexpr,
 ):  # fmt: skip
     """Compute a branch (out, lse) and a hop (u_next, hop_lse) of a tile of a fibre's queries.
 
-    MERGE: merge with prev_out, prev_lse, the partial of finer branches. bias: one per head of this
-    branch. BEFORE: before[o] whole blocks in front of its own are visible to block o's branch.
+    prev_out, prev_lse: the partial of other branches, to be merged with, or None. bias: one per
+    head of this branch, or None for 0. before: before[o] whole blocks in front of its own are
+    visible to block o's branch; None: no blocks. hop_lse is in base 2. MEAN: query heads whose mean
+    is the query, of a hop alone.
     """
     tiles = tl.cdiv(size_q, BLOCK_M)
     i_m, i_h, i_r, i_o = program_coords(tiles, stride, nheads)
@@ -100,17 +125,18 @@ def _tensorized_fwd_kernel(
     row_q = i_o * size_q * stride + i_r
     row_k = i_o * size_k * stride + i_r
     i_row = (i_b * nheads + i_h) * seqlen + row_q
-    p_q = q + i_b * stride_qb + i_h * stride_qh + row_q * stride_qs
+    p_q = q + i_b * stride_qb + i_h * MEAN * stride_qh + row_q * stride_qs
     p_k = k + i_b * stride_kb + (i_h // GROUP_K) * stride_kh + row_k * stride_ks
     p_u = u + i_b * stride_ub + (i_h // GROUP_U) * stride_uh + row_k * stride_us
     stride64 = tl.cast(stride, tl.int64)
     step_q, step_k, step_u = stride_qs * stride64, stride_ks * stride64, stride_us * stride64
+    step_own = nheads * HEAD_DIM * stride64
 
     start = i_m * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < size_q
     o_row = i_row + o_m.to(tl.int64) * stride
-    b_q = load_tile(p_q, start, size_q, step_q, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    b_q = load_queries(p_q, start, size_q, step_q, stride_qh, MEAN, HEAD_DIM, BLOCK_D, BLOCK_M)
     # A hop sees every key; rows past the end are not stored.
     b_all = tl.full([BLOCK_M], 2147483646, tl.int32)
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -139,37 +165,36 @@ def _tensorized_fwd_kernel(
                     b_all, b_all, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, True,
                 )  # fmt: skip
         hop_lo = tl.maximum(hi, full_hi)
-        if BEFORE:
+        if before is not None:
             # The blocks just before this one are one run of rows, all in the past.
             rows_before = tl.load(before + i_o) * size_k
             b_out, b_max, b_sum = _fwd_all(
                 b_q, b_out, b_max, b_sum, p_k - rows_before * step_k, p_u - rows_before * step_u, 0,
-                rows_before, step_k, step_u, qk_scale, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                rows_before, step_k, step_u, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         b_out, b_lse = finish_softmax(b_out, b_max, b_sum)
-        if MERGE:
+        if bias is not None:
             b_lse += tl.load(bias + i_h)
+        if prev_out is not None:
             b_prev_lse = tl.load(prev_lse + o_row, mask=m_m, other=0.0)
-            p_prev = prev_out + i_b * stride_pb + i_h * stride_ph + row_q * stride_ps
+            p_prev = head_rows(prev_out, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
             b_prev_out = load_tile(
-                p_prev, start, size_q, stride_ps * stride64, BLOCK_M, HEAD_DIM, BLOCK_D, False
+                p_prev, start, size_q, step_own, BLOCK_M, HEAD_DIM, BLOCK_D, False
             )
-            b_out, b_lse = merge_partials(b_out, b_lse, b_prev_out, b_prev_lse)
-        p_out = out + i_b * stride_ob + i_h * stride_oh + row_q * stride_os
-        store_tile(p_out, b_out, start, size_q, stride_os * stride64, BLOCK_M, HEAD_DIM, BLOCK_D)
+            b_out, b_lse = merge_partials(b_out, b_lse, b_prev_out.to(tl.float32), b_prev_lse)
+        p_out = head_rows(out, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
+        store_tile(p_out, b_out, start, size_q, step_own, BLOCK_M, HEAD_DIM, BLOCK_D)
         tl.store(lse + o_row, b_lse, mask=m_m)
         b_out, b_max, b_sum = hop_out, hop_max, hop_sum
     if HOP:
         b_out, b_max, b_sum = _fwd_all(
-            b_q, b_out, b_max, b_sum, p_k, p_u, hop_lo, size_k, step_k, step_u, qk_scale, k_idx,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            b_q, b_out, b_max, b_sum, p_k, p_u, hop_lo, size_k, step_k, step_u, qk_scale, HEAD_DIM,
+            BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         b_out, b_hop_lse = finish_softmax(b_out, b_max, b_sum)
-        p_u_next = u_next + i_b * stride_u_next_b + i_h * stride_u_next_h + row_q * stride_u_next_s
-        store_tile(
-            p_u_next, b_out, start, size_q, stride_u_next_s * stride64, BLOCK_M, HEAD_DIM, BLOCK_D
-        )
-        tl.store(hop_lse + o_row, b_hop_lse, mask=m_m)
+        p_u_next = head_rows(u_next, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
+        store_tile(p_u_next, b_out, start, size_q, step_own, BLOCK_M, HEAD_DIM, BLOCK_D)
+        tl.store(hop_lse + o_row, b_hop_lse * LOG2E, mask=m_m)
 
 
 @triton.jit

@@ -13,7 +13,9 @@ from lcdist_kernels.tensorized.bwd_kernel import (
     _tensorized_bwd_dkv_kernel,
     _tensorized_bwd_dq_kernel,
 )
+from lcdist_kernels.tensorized.grid import ModeGrid
 from lcdist_kernels.tensorized.kernel import _row_dot_kernel, _tensorized_fwd_kernel
+from lcdist_kernels.tensorized.sweeps import Sweep, SweepTables, WholePlan, sweep_of
 from lcdist_kernels.tensorized.tile_configs import (
     BWD_DKV,
     BWD_DKV_HOP_HOPPER,
@@ -25,26 +27,15 @@ from lcdist_kernels.tensorized.tile_configs import (
     FWD_HOPPER,
 )
 from lcdist_kernels.tensorized.tiled import (
-    Band,
     Branch,
     Fibres,
     Grads,
     ModeRotary,
     Partial,
-    hop_queries,
+    Saved,
     hop_queries_bwd,
-    past_band,
 )
-from lcdist_kernels.tile_ranges import (
-    DeviceStream,
-    Indices,
-    band_of,
-    bounded_below,
-    device_stream,
-    key_ranges,
-    on_device,
-    query_ranges,
-)
+from lcdist_kernels.tile_ranges import device_stream
 from lcdist_kernels.triton_common import (
     LOG2E,
     Launch,
@@ -60,136 +51,136 @@ from lcdist_kernels.triton_common import (
 ROW_DOT_BLOCK = 32
 
 
-class Sweep(NamedTuple):
-    """Fibres, the branch over them (None: no branch), and whether a hop runs along.
+class HopRows(NamedTuple):
+    """Rows of a hop in its backward pass.
 
-    before, after: whole blocks that a block's branch sees before its own, and blocks after its own
-    that see it; empty where branches stay inside fibres.
+    Attributes:
+        du_next, u_next: gradient of the hop's result, and the result, `[b, s, h_u, d]` contiguous.
+        lse2: its log-sum-exp in base 2, `[b, h_u, s]`.
+        delta: their products, made by the launch of dq.
     """
 
-    size_q: int
-    size_k: int
-    stride: int
-    outers: int
-    band: Band | None
-    hop: bool
-    before: Tensor
-    after: Tensor
-
-    @property
-    def flags(self) -> dict[str, bool]:
-        """Return the constants that kernels are compiled with."""
-        return {"BRANCH": self.band is not None, "HOP": self.hop}
-
-    def parts(self) -> "Sequence[Sweep]":
-        """Return the sweeps of the branch and of the hop.
-
-        dk and dU of both at once need registers for six products and two sets of row statistics:
-        compiled for sm_90, more than twice the instructions of two launches, and spills.
-        """
-        branch, hop = self._replace(hop=False), self._replace(band=None, after=NO_BLOCKS)
-        return ([branch] if self.band is not None else []) + ([hop] if self.hop else [])
-
-    def sizes(self, launch: Launch, side: int) -> tuple[int, int]:
-        """Return (tiles of all fibres of a sequence, tiles of one) of queries (0) or keys (1)."""
-        tiles = triton.cdiv(self[side], launch[side])
-        return tiles * self.stride * self.outers, tiles
-
-    def tables(self, launch: Launch, place: DeviceStream, x: Tensor, of_keys: bool) -> list[Tensor]:
-        """Return q_idx, q_lo, k_idx, ranges and before or after; x in place of unused tables."""
-        block_m, block_n = launch.block_m, launch.block_n
-        if self.band is None:
-            return [x, x, on_device(Indices(torch.arange(self.size_k)), place), x, x]
-        band = band_of(*self.band)
-        ranges = (query_ranges if of_keys else key_ranges)(band, block_m, block_n, place)
-        blocks = self.after if of_keys else self.before
-        k_idx = band.k_idx
-        if len(blocks):
-            # Rows of earlier blocks are counted from 0 too.
-            k_idx = Indices(torch.arange(self.size_k * max(1, int(blocks.max()))))
-        return [
-            on_device(band.q_idx, place),
-            on_device(band.q_lo, place),
-            on_device(k_idx, place),
-            ranges,
-            on_device(Indices(blocks), place) if len(blocks) else x,
-        ]
+    du_next: Tensor
+    u_next: Tensor
+    lse2: Tensor
+    delta: Tensor
 
 
-NO_BLOCKS = torch.empty(0, dtype=torch.int64)
+class BranchRows(NamedTuple):
+    """Rows of a branch in its backward pass.
 
-
-def sweep_of(q: Tensor, k: Tensor, branch: Branch | None, hop: Fibres | None) -> Sweep:
-    """Return the sweep of a branch and a hop of the same mode.
-
-    A branch over a run of tokens is cut into the hop's fibres; blocks that it sees before them are
-    counted in units of a fibre.
+    Attributes:
+        dout: `[b, s, h, d]`.
+        out: like dout, contiguous, where delta is still to be made; else None.
+        lse: of the whole row, `[b, h, s]`.
+        bias: of the branch, `[h]`, or None for 0.
+        delta: dout . out; made by the launch of dq where out is given.
+        lse2: made by the launch of dq: lse less bias, in base 2.
+        dlogits: made by the launch of dq, unless None.
     """
-    seqlen = q.shape[1]
-    if branch is None:
-        assert hop is not None, "a sweep has a branch or a hop"
-        outers = seqlen // (hop.size * hop.stride)
-        return Sweep(hop.size, hop.size, hop.stride, outers, None, True, NO_BLOCKS, NO_BLOCKS)
-    if branch.fibres is not None:
-        size, stride = branch.fibres.size, branch.fibres.stride
-        outers = seqlen // (size * stride)
-        return Sweep(size, size, stride, outers, branch.band, hop is not None, NO_BLOCKS, NO_BLOCKS)
-    if hop is None:
-        return Sweep(seqlen, k.shape[1], 1, 1, branch.band, False, NO_BLOCKS, NO_BLOCKS)
-    size, outers = hop.size, seqlen // hop.size
-    first, lo = (x[::size].contiguous() for x in branch.band[:2])
-    after = torch.searchsorted(lo, first, right=True) - 1 - torch.arange(outers)
-    before = (first - lo) // size
-    return Sweep(size, size, 1, outers, past_band(size, 0), True, before, after)
+
+    dout: Tensor
+    out: Tensor | None
+    lse: Tensor
+    bias: Tensor | None
+    delta: Tensor
+    lse2: Tensor
+    dlogits: Tensor | None
 
 
-def same_queries(hop: bool, q: Tensor, k: Tensor, mode_rotary: ModeRotary) -> bool:
-    """Return whether hop and branch have the same queries."""
-    return hop and (mode_rotary.grid.hop_heads == "q" or q.shape[2] == k.shape[2])
+def mean_of(q: Tensor, k: Tensor, grid: ModeGrid) -> int:
+    """Return the query heads whose mean a hop takes as its query."""
+    return q.shape[2] // k.shape[2] if grid.hop_heads == "kv" else 1
 
 
-def mode_fwd(
-    qku: Sequence[Tensor],
-    branch: Branch,
-    mode: int,
-    mode_rotary: ModeRotary,
-    previous: Partial | None,
-    bias: Tensor,
-) -> tuple[Partial, Tensor | None, Tensor | None]:
-    """Compute the same as the tiled `mode_fwd`, in one sweep where `same_queries`."""
-    grid, last = mode_rotary.grid, mode == len(mode_rotary.grid.modes)
-    q, k, u = qku
+def whole_fwd(
+    qkv: Sequence[Tensor], bias: Tensor, plan: WholePlan, mode_rotary: ModeRotary
+) -> Saved:
+    """Compute the same as the tiled `whole_fwd`.
+
+    A hop with the branch's queries shares its sweep, from the finest mode to the coarsest. Else all
+    hops come first, then the branches: the finest, which takes longest, merges the others beside
+    its own work.
+    """
+    q, k, v = qkv
     if not q.numel():
         raise ValueError(f"q of shape {tuple(q.shape)}: kernels need at least one element")
-    together = same_queries(not last, q, k, mode_rotary)
-    fibres = None if last else Fibres(grid.modes[mode], grid.strides[mode])
-    sweep = sweep_of(q, k, branch, fibres if together else None)
-    merged = None if previous is None else (previous, bias[mode - 1])
-    partial, u_next, hop_lse = _fwd(
-        qku, sweep, mode_rotary.softmax_scale, merged, q.dtype if last else torch.float32
-    )
-    assert partial is not None, "a sweep with a branch has a partial"
-    if not last and not together:
-        u_next, hop_lse = hop_fwd(q, k, u, mode, mode_rotary)
-    return partial, u_next, hop_lse
-
-
-def mode_bwd(
-    dout: Tensor, qku: Sequence[Tensor], row_stats: tuple[Tensor, Tensor], branch: Branch,
-    hop_saved: Sequence[Tensor] | None, mode: int, mode_rotary: ModeRotary,
-) -> Grads:  # fmt: skip
-    """Compute the same as the tiled `mode_bwd`."""
-    q, k, _ = qku
     grid, scale = mode_rotary.grid, mode_rotary.softmax_scale
-    if hop_saved is None or not same_queries(True, q, k, mode_rotary):
-        grads = branch_bwd(dout, qku, row_stats, branch, scale)
-        if hop_saved is not None:
-            more = hop_bwd(hop_saved[0], qku, hop_saved[1:], mode, mode_rotary)
-            for total, one in zip(grads[:3], more, strict=True):
-                total += one
-        return grads
-    fibres = Fibres(grid.modes[mode], grid.strides[mode])
-    return _bwd(qku, sweep_of(q, k, branch, fibres), scale, (dout, *row_stats), hop_saved)
+    last, mean = len(grid.modes), mean_of(q, k, grid)
+    turned = [
+        (mode_rotary.rotate(q, mode), mode_rotary.rotate(k, mode)) for mode in range(last + 1)
+    ]
+    values, lambdas, partial = [v], [], None
+    if mean > 1:
+        for mode, sweeps in enumerate(plan.sweeps[:last]):
+            _, u_next, lse2 = _fwd((*turned[mode], values[mode]), sweeps.hop, scale, mean=mean)
+            values.append(u_next)
+            lambdas.append(lse2)
+    order = range(last + 1) if mean == 1 else reversed(range(last + 1))
+    for mode in order:
+        sweep = plan.sweeps[mode].both if mean == 1 else plan.sweeps[mode].branch
+        own_bias = bias[mode - 1] if mode else None
+        partial, u_next, lse2 = _fwd(
+            (*turned[mode], values[mode]), sweep, scale, previous=partial, bias=own_bias
+        )
+        if sweep.hop:
+            values.append(u_next)
+            lambdas.append(lse2)
+    assert partial is not None, "there is always a branch"
+    return Saved(*partial, values, lambdas)
+
+
+def whole_bwd(
+    dout: Tensor,
+    qk: Sequence[Tensor],
+    saved: Saved,
+    bias: Tensor,
+    plan: WholePlan,
+    mode_rotary: ModeRotary,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the same as the tiled `whole_bwd`, from the coarsest mode to the finest.
+
+    dq goes from mode to mode in q's dtype, dk in fp32; what a mode adds is added by its kernels.
+    """
+    (q, k), grid, scale = qk, mode_rotary.grid, mode_rotary.softmax_scale
+    last, mean = len(grid.modes), mean_of(q, k, grid)
+    dout = last_dim_contiguous(dout.to(q.dtype))
+    delta, lse2 = _rows_like(q), _rows_like(q)
+    dlogits = torch.empty((last, *delta.shape), dtype=torch.float32, device=q.device)
+    dq, dk, du = None, None, None
+    for mode in reversed(range(last + 1)):
+        sweeps = plan.sweeps[mode]
+        qku = (mode_rotary.rotate(q, mode), mode_rotary.rotate(k, mode), saved.values[mode])
+        branch = BranchRows(
+            dout, saved.out if mode == last else None, saved.lse, bias[mode - 1] if mode else None,
+            delta, lse2, dlogits[mode - 1] if mode else None,
+        )  # fmt: skip
+        hop, hop_q, hop_dq = None, qku[0], None
+        if du is not None:
+            rows = _rows_like(saved.values[mode + 1])
+            hop = HopRows(du, saved.values[mode + 1], saved.lambdas[mode], rows)
+        if hop is not None and mean > 1:
+            hop_dq, hop_q = _bwd_dq(qku, sweeps.hop, scale, hop=hop, mean=mean)
+        sweep = sweeps.both if mean == 1 else sweeps.branch
+        # A mode rotates in its own way, so what others gave is added after rotating back.
+        chained = mode_rotary.rotary is None
+        dq_mode, _ = _bwd_dq(
+            qku, sweep, scale, branch=branch, hop=hop if mean == 1 else None, hop_dq=hop_dq,
+            previous=dq if chained else None, dtype=q.dtype if chained else torch.float32,
+        )  # fmt: skip
+        dk_mode, du = _bwd_dkv(
+            qku, sweeps.both, scale, branch=branch, hop=hop, hop_q=hop_q,
+            previous=dk if chained else None,
+            dtypes=(k.dtype if chained and not mode else torch.float32, q.dtype),
+        )  # fmt: skip
+        if not chained:
+            dq_mode, dk_mode = (mode_rotary.rotate_back(x, mode) for x in (dq_mode, dk_mode))
+            dq_mode, dk_mode = (
+                x if total is None else total.add_(x) for x, total in ((dq_mode, dq), (dk_mode, dk))
+            )
+        dq, dk = dq_mode, dk_mode
+    assert dq is not None and dk is not None and du is not None, "there is always a branch"
+    return dq.to(q.dtype), dk.to(k.dtype), du, dlogits.sum((1, 3))
 
 
 def branch_fwd(qku: Sequence[Tensor], branch: Branch, softmax_scale: float) -> Partial:
@@ -198,8 +189,8 @@ def branch_fwd(qku: Sequence[Tensor], branch: Branch, softmax_scale: float) -> P
     if not q.numel():
         out = q.new_zeros(q.shape, dtype=torch.float32)
         return Partial(out, out.new_empty(q.shape[0], q.shape[2], q.shape[1]))
-    sweep = sweep_of(q, k, branch, None)
-    partial = _fwd(qku, sweep, softmax_scale, None, torch.float32)[0]
+    sweep = sweep_of(q.shape[1], k.shape[1], branch, None, own_keys=False)
+    partial = _fwd(qku, sweep, softmax_scale, dtype=torch.float32)[0]
     assert partial is not None, "a sweep with a branch has a partial"
     return partial
 
@@ -212,18 +203,26 @@ def branch_bwd(
     softmax_scale: float,
 ) -> Grads:
     """Compute the same as the tiled `branch_bwd`."""
-    q, k, _ = qku
-    return _bwd(qku, sweep_of(q, k, branch, None), softmax_scale, (dout, *row_stats), None)
+    q, k, u = qku
+    lse, delta = (x.float().contiguous() for x in row_stats)
+    dlogits = _rows_like(q)
+    if not q.numel():
+        grads = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in qku)
+        return Grads(*grads, dlogits)
+    sweep = sweep_of(q.shape[1], k.shape[1], branch, None, own_keys=False)
+    dout = last_dim_contiguous(dout.to(q.dtype))
+    rows = BranchRows(dout, None, lse, None, delta, _rows_like(q), dlogits)
+    dq, _ = _bwd_dq(qku, sweep, softmax_scale, branch=rows)
+    return Grads(dq, *_bwd_dkv(qku, sweep, softmax_scale, branch=rows), dlogits)
 
 
 def hop_fwd(
     q: Tensor, k: Tensor, u: Tensor, mode: int, mode_rotary: ModeRotary
 ) -> tuple[Tensor, Tensor]:
-    """Compute the same as the tiled `hop_fwd`; lambda_j is `[b, h, s]`, a mean query in q.dtype."""
+    """Compute the same as the tiled `hop_fwd`; lambda_j is `[b, h, s]`, in base 2."""
     grid = mode_rotary.grid
-    q = hop_queries(q, k.shape[2], grid).to(k.dtype)
-    sweep = sweep_of(q, k, None, Fibres(grid.modes[mode], grid.strides[mode]))
-    _, u_next, hop_lse = _fwd((q, k, u), sweep, mode_rotary.softmax_scale, None, torch.float32)
+    sweep = sweep_of(q.shape[1], k.shape[1], None, Fibres(grid.modes[mode], grid.strides[mode]))
+    _, u_next, hop_lse = _fwd((q, k, u), sweep, mode_rotary.softmax_scale, mean=mean_of(q, k, grid))
     assert u_next is not None and hop_lse is not None, "a sweep with a hop has a U"
     return u_next, hop_lse
 
@@ -236,11 +235,14 @@ def hop_bwd(
     mode_rotary: ModeRotary,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the same as the tiled `hop_bwd`; lambda_j as `hop_fwd` returned it."""
-    (q, k, u), grid, nheads = qku, mode_rotary.grid, qku[0].shape[2]
-    q = hop_queries(q, k.shape[2], grid).to(k.dtype)
-    sweep = sweep_of(q, k, None, Fibres(grid.modes[mode], grid.strides[mode]))
-    grads = _bwd((q, k, u), sweep, mode_rotary.softmax_scale, None, (du_next, *hop_saved))
-    return hop_queries_bwd(grads.dq, nheads), grads.dk, grads.du
+    (q, k, _), grid, scale = qku, mode_rotary.grid, mode_rotary.softmax_scale
+    mean = mean_of(q, k, grid)
+    sweep = sweep_of(q.shape[1], k.shape[1], None, Fibres(grid.modes[mode], grid.strides[mode]))
+    u_next, lse2 = hop_saved
+    hop = HopRows(du_next.to(q.dtype).contiguous(), u_next, lse2, _rows_like(u_next))
+    dq, hop_q = _bwd_dq(qku, sweep, scale, hop=hop, mean=mean)
+    dk, du = _bwd_dkv(qku, sweep, scale, hop=hop, hop_q=hop_q)
+    return hop_queries_bwd(dq, q.shape[2]), dk, du
 
 
 def row_delta(dout: Tensor, out: Tensor) -> Tensor:
@@ -276,56 +278,61 @@ def _fit_launch(
     )
 
 
-def _sizes(q: Tensor, k: Tensor, u: Tensor, sweep: Sweep) -> dict[str, Any]:
-    """Return the constants of heads and limits."""
-    nheads, head_dim = q.shape[2:]
+def _sizes(q: Tensor, k: Tensor, u: Tensor, mean: int, tables: SweepTables) -> dict[str, Any]:
+    """Return the constants of heads and limits; queries are means over `mean` heads."""
+    nheads, head_dim = q.shape[2] // mean, q.shape[3]
     return {
         "GROUP_K": nheads // k.shape[2],
         "GROUP_U": nheads // u.shape[2],
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded(head_dim),
-        "HAS_LO": sweep.band is not None and bounded_below(band_of(*sweep.band)),
-        **sweep.flags,
+        "HAS_LO": tables.has_lo,
     }
 
 
 def _fwd(
     qku: Sequence[Tensor],
-    sweep: Sweep,
+    sweep: Sweep | None,
     softmax_scale: float,
-    merged: tuple[Partial, Tensor] | None,
-    out_dtype: torch.dtype,
+    *,
+    previous: Partial | None = None,
+    bias: Tensor | None = None,
+    mean: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Partial | None, Tensor | None, Tensor | None]:
-    """Return (the branch's partial, merged if asked, U, lambda); None for parts the sweep lacks.
+    """Return (the branch's partial, U, lambda in base 2); None for parts the sweep lacks.
 
-    merged: the partial of finer branches, overwritten if fp32, and the bias `[h]`.
+    Args:
+        previous: the partial of other branches, to merge with.
+        bias: of the branch `[h]`; None: 0.
+        mean: query heads whose mean is a query, for a hop alone.
+        dtype: of the partial; default: q's.
     """
+    assert sweep is not None, "the coarsest mode has no hop"
     q, k, u = (last_dim_contiguous(x) for x in qku)
     check_kernel(q)
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale
-    batch, seqlen, nheads, _ = q.shape
+    batch, seqlen, nheads, head_dim = q.shape
+    nheads //= mean
+    shape, rows = (batch, seqlen, nheads, head_dim), (batch, nheads, seqlen)
     partial, u_next, hop_lse = None, None, None
     if sweep.band is not None:
-        if merged is not None and out_dtype == merged[0].out.dtype:
-            partial = merged[0]
-        else:
-            out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
-            partial = Partial(out, _rows_like(q))
+        out = torch.empty(shape, dtype=dtype or q.dtype, device=q.device)
+        partial = Partial(out, torch.empty(rows, dtype=torch.float32, device=q.device))
     if sweep.hop:
-        u_next, hop_lse = torch.empty(q.shape, dtype=u.dtype, device=q.device), _rows_like(q)
+        u_next = torch.empty(shape, dtype=u.dtype, device=q.device)
+        hop_lse = torch.empty(rows, dtype=torch.float32, device=q.device)
     hopper = FWD_FORK_HOPPER if sweep.hop and sweep.band is not None else FWD_HOPPER
-    launch, place = _fit_launch(FWD, q, sweep, hopper), device_stream(q)
-    before, bias = merged or (None, None)
-    outs = [*(partial or (q, q)), *((q, q) if u_next is None else (u_next, hop_lse))]
+    launch = _fit_launch(FWD, q, sweep, hopper)
+    tables = sweep.tables(launch, device_stream(q), of_keys=False)
     with launch_context(q):
-        _tensorized_fwd_kernel[(sweep.sizes(launch, 0)[0] * nheads * batch,)](
-            q, k, u, *(before or (q, q)), *outs, q if bias is None else bias.contiguous(),
-            *sweep.tables(launch, place, q, of_keys=False), softmax_scale * LOG2E.value,
+        _tensorized_fwd_kernel[(sweep.programs(launch) * nheads * batch,)](
+            q, k, u, *(previous or (None, None)), *(partial or (None, None)), u_next, hop_lse,
+            None if bias is None else bias.contiguous(), *tables[:5], softmax_scale * LOG2E.value,
             sweep.size_q, sweep.size_k, sweep.stride, sweep.outers, nheads, seqlen,
-            *strides(q, k, u, before.out if before else q, outs[0], outs[2]),
-            **_sizes(q, k, u, sweep), MERGE=merged is not None,
-            BEFORE=bool(len(sweep.before) and sweep.before.any()), **launch.options(),
+            *strides(q, k, u), **_sizes(q, k, u, mean, tables), MEAN=mean, **sweep.flags,
+            **launch.options(),
         )  # fmt: skip
     return partial, u_next, hop_lse
 
@@ -336,59 +343,86 @@ def _rows_like(q: Tensor) -> Tensor:
     return torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)
 
 
-def _bwd(
+def _bwd_dq(
+    qku: Sequence[Tensor],
+    sweep: Sweep | None,
+    softmax_scale: float,
+    *,
+    branch: BranchRows | None = None,
+    hop: HopRows | None = None,
+    previous: Tensor | None = None,
+    hop_dq: Tensor | None = None,
+    mean: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Return dq of a sweep, and the queries it took; fill what `branch` and `hop` leave to it.
+
+    Args:
+        previous: dq of other modes, like q and contiguous, to be added.
+        hop_dq: dq of the hop's mean queries, fp32 and contiguous, of which each query of the group
+            gets its share.
+        mean: query heads whose mean is a query, for a hop alone: dq is then that of the means.
+    """
+    assert sweep is not None, "the coarsest mode has no hop"
+    q, k, u = (last_dim_contiguous(x) for x in qku)
+    check_kernel(q)
+    batch, seqlen, nheads, head_dim = q.shape
+    nheads //= mean
+    shape = (batch, seqlen, nheads, head_dim)
+    dq = torch.empty(shape, dtype=dtype, device=q.device)
+    used = None if mean == 1 else torch.empty(shape, dtype=q.dtype, device=q.device)
+    dout, out, lse, bias, delta, lse2, dlogits = branch or [None] * 7
+    launch = _fit_launch(BWD_DQ, q, sweep, BWD_DQ_HOPPER)
+    tables = sweep.tables(launch, device_stream(q), of_keys=False)
+    with launch_context(q):
+        _tensorized_bwd_dq_kernel[(sweep.programs(launch) * nheads * batch,)](
+            q, k, u, dout, out, lse, None if bias is None else bias.contiguous(), delta, lse2,
+            *(hop or [None] * 4), previous, hop_dq, used, dq, dlogits, *tables[:5],
+            float(softmax_scale), sweep.size_q, sweep.size_k, sweep.stride, sweep.outers, nheads,
+            seqlen, *strides(q, k, u, q if dout is None else dout),
+            **_sizes(q, k, u, mean, tables), MEAN=mean, **sweep.flags, **launch.options(),
+        )  # fmt: skip
+    return dq, q if used is None else used
+
+
+def _bwd_dkv(
     qku: Sequence[Tensor],
     sweep: Sweep,
     softmax_scale: float,
-    branch: tuple[Tensor, Tensor, Tensor] | None,
-    hop: Sequence[Tensor] | None,
-) -> Grads:
-    """Return the gradients of a sweep in fp32.
+    *,
+    branch: BranchRows | None = None,
+    hop: HopRows | None = None,
+    hop_q: Tensor | None = None,
+    previous: Tensor | None = None,
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+) -> tuple[Tensor, Tensor]:
+    """Return (dk, dU) of a sweep in `dtypes`, after `_bwd_dq`.
 
-    branch: dout, lse less bias, delta. hop: dU, U, lambda.
+    Args:
+        hop_q: the queries of the hop: one or all heads of a group.
+        previous: dk of other modes, fp32 and contiguous, to be added.
     """
     q, k, u = (last_dim_contiguous(x) for x in qku)
-    check_kernel(q)
     batch, seqlen, nheads, _ = q.shape
-    dq, dk, du = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, u))
-    dlogits = _rows_like(q)
-    if not q.numel():
-        return Grads(dq, dk, du, dlogits)
-    dout, lse, delta, du_next, hop_lse, hop_delta = [q] * 6
-    if branch is not None:
-        dout = last_dim_contiguous(branch[0].to(q.dtype))
-        lse, delta = (x.float().contiguous() for x in branch[1:])
-    if hop is not None:
-        du_next, hop_lse = last_dim_contiguous(hop[0].to(q.dtype)), hop[2].contiguous()
-        hop_delta = row_delta(du_next, hop[1])
-    place = device_stream(q)
-    numbers = [
-        float(softmax_scale),
-        sweep.size_q,
-        sweep.size_k,
-        sweep.stride,
-        sweep.outers,
-    ]
-    inputs = strides(q, k, u, dout, du_next)
-    pointers = [q, k, u, dout, du_next, lse, delta, hop_lse, hop_delta]
+    nheads_k = k.shape[2]
+    dk, du = (
+        torch.empty(x.shape, dtype=dtype, device=x.device)
+        for x, dtype in zip((k, u), dtypes, strict=True)
+    )
+    rows = (None, None, None) if branch is None else (branch.dout, branch.lse2, branch.delta)
+    of_hop = (None,) * 4 if hop is None else (hop_q, hop.du_next, hop.lse2, hop.delta)
+    hopper = BWD_DKV_HOP_HOPPER if branch is None else BWD_DKV_HOPPER
+    launch = _fit_launch(BWD_DKV, q, sweep, hopper, of_keys=True)
+    tables = sweep.tables(launch, device_stream(q), of_keys=True)
+    group_hop = 1 if hop is None or hop_q is None else hop_q.shape[2] // nheads_k
+    # A hop alone with mean queries has a group of one.
+    mean = 1 if branch is not None else nheads // (nheads_k * group_hop)
     with launch_context(q):
-        launch = _fit_launch(BWD_DQ, q, sweep, BWD_DQ_HOPPER)
-        _tensorized_bwd_dq_kernel[(sweep.sizes(launch, 0)[0] * nheads * batch,)](
-            *pointers, dq, dlogits, *sweep.tables(launch, place, q, of_keys=False), *numbers,
-            nheads, seqlen, *inputs, *strides(dq), **_sizes(q, k, u, sweep),
-            BEFORE=bool(len(sweep.before) and sweep.before.any()), **launch.options(),
+        _tensorized_bwd_dkv_kernel[(sweep.programs(launch, of_keys=True) * nheads_k * batch,)](
+            q, k, u, *rows, *of_hop, previous, dk, du, *tables[:5], float(softmax_scale),
+            sweep.size_q, sweep.size_k, sweep.stride, sweep.outers, nheads_k, seqlen,
+            sweep.seqlen_k, *strides(q, k, u, q if branch is None else branch.dout,
+            q if hop_q is None else hop_q), **_sizes(q, k, u, mean, tables), GROUP_HOP=group_hop,
+            EVEN_M=sweep.size_q % launch.block_m == 0, **sweep.flags, **launch.options(),
         )  # fmt: skip
-        for number, part in enumerate(sweep.parts()):
-            hopper = BWD_DKV_HOPPER if part.band is not None else BWD_DKV_HOP_HOPPER
-            launch = _fit_launch(BWD_DKV, q, part, hopper, of_keys=True)
-            outs = (torch.empty_like(dk), torch.empty_like(du)) if number else (dk, du)
-            _tensorized_bwd_dkv_kernel[(part.sizes(launch, 1)[0] * k.shape[2] * batch,)](
-                *pointers, *outs, *part.tables(launch, place, q, of_keys=True), *numbers,
-                k.shape[2], seqlen, *inputs, *strides(dk, du), **_sizes(q, k, u, part),
-                EVEN_M=part.size_q % launch.block_m == 0,
-                AFTER=bool(len(part.after) and part.after.any()), **launch.options(),
-            )  # fmt: skip
-            if number:
-                dk += outs[0]
-                du += outs[1]
-    return Grads(dq, dk, du, dlogits)
+    return dk, du

@@ -10,13 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lcdist_kernels.common import check_impl, check_self, document_starts, resolve_scale, wide_dtype
+from lcdist_kernels.common import (
+    check_impl,
+    check_self,
+    document_borders,
+    resolve_scale,
+    wide_dtype,
+)
 from lcdist_kernels.full import full_attention
 from lcdist_kernels.rotary import Rotary
-from lcdist_kernels.tensorized.grid import ModeGrid, check_bias, check_documents, initial_bias
+from lcdist_kernels.tensorized.grid import ModeGrid, check_bias
 from lcdist_kernels.tensorized.impl import TensorizedImpl, select_tensorized_impl
 from lcdist_kernels.tensorized.reference import tensorized_reference
-from lcdist_kernels.tensorized.tiled import Branch, ModeRotary, coarsest_branch, fine_branch
+from lcdist_kernels.tensorized.sweeps import WholePlan, initial_bias_for, make_plan
+from lcdist_kernels.tensorized.tiled import ModeRotary, Saved
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
@@ -43,7 +50,7 @@ def tensorized_attention(
             cu_seqlens=cu_seqlens, softmax_scale=softmax_scale,
         )  # fmt: skip
     check_self(q, k, v)
-    bias = initial_bias(grid.modes, q.shape[2]) if branch_bias is None else branch_bias
+    bias = initial_bias_for(q, grid.modes) if branch_bias is None else branch_bias
     check_bias(bias, grid, q.shape[2])
     if not grid.modes:
         return full_attention(
@@ -53,25 +60,14 @@ def tensorized_attention(
     implementation = select_tensorized_impl(impl, q, "tensorized attention")
     seqlen = q.shape[1]
     padding = -seqlen % grid.block
-    index = torch.arange(seqlen + padding)
-    starts = document_starts(cu_seqlens, index, seqlen)
-    # Padding continues the last document, also past an empty one.
-    starts[seqlen:] = starts[seqlen - 1]
-    check_documents(starts, grid)
-    positions = (index - starts)[:seqlen] if positions is None else positions
-    positions = F.pad(positions, (0, padding))
+    plan = make_plan(grid, seqlen, document_borders(cu_seqlens, seqlen))
+    positions = plan.positions if positions is None else F.pad(positions, (0, padding))
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x for x in (q, k, v))
     scale = resolve_scale(softmax_scale, q.shape[3])
     bias = bias.to(q.device, wide_dtype(q.dtype))
     mode_rotary = ModeRotary(grid, rotary, positions, scale)
-    out = TensorizedFunction.apply(q, k, v, bias, mode_rotary, index, starts, implementation)
+    out = TensorizedFunction.apply(q, k, v, bias, mode_rotary, plan, implementation)
     return out[:, :seqlen]
-
-
-def branches(index: Tensor, starts: Tensor, grid: ModeGrid) -> list[Branch]:
-    """Return all branches of a whole sequence, finest first."""
-    fine = [fine_branch(mode, index, starts, index, grid) for mode in range(len(grid.modes))]
-    return [*fine, coarsest_branch(starts, grid)]
 
 
 class TensorizedFunction(torch.autograd.Function):
@@ -79,42 +75,18 @@ class TensorizedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q, k, v, bias: Tensor, mode_rotary: ModeRotary, index: Tensor, starts: Tensor,
+        ctx: Any, q, k, v, bias: Tensor, mode_rotary: ModeRotary, plan: WholePlan,
         impl: TensorizedImpl,
     ) -> Tensor:  # fmt: skip
-        values, lambdas, partial = [v], [], None
-        for mode, branch in enumerate(branches(index, starts, mode_rotary.grid)):
-            qku = (mode_rotary.rotate(q, mode), mode_rotary.rotate(k, mode), values[-1])
-            partial, u_next, hop_lse = impl.mode_fwd(qku, branch, mode, mode_rotary, partial, bias)
-            if u_next is not None:
-                values.append(u_next)
-                lambdas.append(hop_lse)
-        assert partial is not None, "there is always a branch"
-        out, lse = partial.out.to(q.dtype), partial.lse
+        out, lse, values, lambdas = impl.whole_fwd((q, k, v), bias, plan, mode_rotary)
         ctx.save_for_backward(q, k, out, lse, bias, *values, *lambdas)
-        ctx.mode_rotary, ctx.index, ctx.starts, ctx.impl = mode_rotary, index, starts, impl
+        ctx.mode_rotary, ctx.plan, ctx.impl = mode_rotary, plan, impl
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, out, lse, bias, *saved = ctx.saved_tensors
-        mode_rotary, impl = ctx.mode_rotary, ctx.impl
-        hops = len(mode_rotary.grid.modes)
-        values, lambdas = saved[: hops + 1], saved[hops + 1 :]
-        delta = impl.row_delta(dout, out)
-        dq, dk = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k))
-        dbias, du_next = torch.zeros_like(bias), None
-        for mode, branch in reversed(
-            list(enumerate(branches(ctx.index, ctx.starts, mode_rotary.grid)))
-        ):
-            qku = (mode_rotary.rotate(q, mode), mode_rotary.rotate(k, mode), values[mode])
-            row_stats = (lse if mode == 0 else lse - bias[mode - 1, :, None], delta)
-            hop_saved = None if du_next is None else (du_next, values[mode + 1], lambdas[mode])
-            grads = impl.mode_bwd(dout, qku, row_stats, branch, hop_saved, mode, mode_rotary)
-            if mode:
-                dbias[mode - 1] = grads.dlogits.sum((0, 2))
-            dq += mode_rotary.rotate_back(grads.dq, mode)
-            dk += mode_rotary.rotate_back(grads.dk, mode)
-            du_next = grads.du
-        assert du_next is not None
-        return dq.to(q.dtype), dk.to(k.dtype), du_next.to(q.dtype), dbias, None, None, None, None
+        hops = len(ctx.mode_rotary.grid.modes)
+        saved = Saved(out, lse, saved[: hops + 1], saved[hops + 1 :])
+        grads = ctx.impl.whole_bwd(dout, (q, k), saved, bias, ctx.plan, ctx.mode_rotary)
+        return *grads, None, None, None

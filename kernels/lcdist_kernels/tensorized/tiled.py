@@ -14,7 +14,7 @@ from the coarsest mode to the finest. No weights are saved, only U_j, lambda_j, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -342,36 +342,71 @@ def merge_branch(previous: Partial | None, part: Partial, bias: Tensor, mode: in
     return Partial(out, lse)
 
 
-def mode_fwd(
-    qku: Sequence[Tensor],
-    branch: Branch,
-    mode: int,
-    mode_rotary: ModeRotary,
-    previous: Partial | None,
+class Saved(NamedTuple):
+    """Results of a forward pass, kept for the backward.
+
+    Attributes:
+        out: `[b, s, h, d]` in q's dtype.
+        lse: `[b, h, s]`, at least fp32.
+        values: v and the U_j. lambdas: the lambda_j, in a layout of the implementation's own.
+    """
+
+    out: Tensor
+    lse: Tensor
+    values: list[Tensor]
+    lambdas: list[Tensor]
+
+
+class Branches(Protocol):
+    """What `whole_fwd` and `whole_bwd` need of a plan."""
+
+    @property
+    def branches(self) -> list[Branch]: ...
+
+
+def whole_fwd(
+    qkv: Sequence[Tensor], bias: Tensor, plan: Branches, mode_rotary: ModeRotary
+) -> Saved:
+    """Return attention of a whole sequence of whole blocks; bias: `[len(modes), h]`."""
+    (q, k, v), scale = qkv, mode_rotary.softmax_scale
+    values, lambdas, partial = [v], [], None
+    for mode, branch in enumerate(plan.branches):
+        qku = (mode_rotary.rotate(q, mode), mode_rotary.rotate(k, mode), values[-1])
+        partial = merge_branch(partial, branch_fwd(qku, branch, scale), bias, mode)
+        if mode < len(mode_rotary.grid.modes):
+            u_next, hop_lse = hop_fwd(*qku, mode, mode_rotary)
+            values.append(u_next)
+            lambdas.append(hop_lse)
+    assert partial is not None, "there is always a branch"
+    return Saved(partial.out.to(q.dtype), partial.lse, values, lambdas)
+
+
+def whole_bwd(
+    dout: Tensor,
+    qk: Sequence[Tensor],
+    saved: Saved,
     bias: Tensor,
-) -> tuple[Partial, Tensor | None, Tensor | None]:
-    """Return (branch `mode` merged into `previous`, U_j, lambda_j); no hop after the coarsest mode.
-
-    qku: q and k rotated for the mode, and U_{j-1}. previous: partial of finer branches; its memory
-    may be overwritten.
-    """
-    partial = merge_branch(previous, branch_fwd(qku, branch, mode_rotary.softmax_scale), bias, mode)
-    if mode == len(mode_rotary.grid.modes):
-        return partial, None, None
-    return partial, *hop_fwd(qku[0], qku[1], qku[2], mode, mode_rotary)
-
-
-def mode_bwd(
-    dout: Tensor, qku: Sequence[Tensor], row_stats: tuple[Tensor, Tensor], branch: Branch,
-    hop_saved: Sequence[Tensor] | None, mode: int, mode_rotary: ModeRotary,
-) -> Grads:  # fmt: skip
-    """Return the gradients of a mode's branch and of its hop.
-
-    hop_saved: dU_j, U_j and lambda_j, or None without a hop.
-    """
-    grads = branch_bwd(dout, qku, row_stats, branch, mode_rotary.softmax_scale)
-    if hop_saved is not None:
-        more = hop_bwd(hop_saved[0], qku, hop_saved[1:], mode, mode_rotary)
-        for total, one in zip(grads[:3], more, strict=True):
-            total += one
-    return grads
+    plan: Branches,
+    mode_rotary: ModeRotary,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v and bias; `saved` is what `whole_fwd` returned."""
+    (q, k), (out, lse, values, lambdas), scale = qk, saved, mode_rotary.softmax_scale
+    delta = row_delta(dout, out)
+    dq, dk = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k))
+    dbias, du_next = torch.zeros_like(bias), None
+    for mode, branch in reversed(list(enumerate(plan.branches))):
+        qku = (mode_rotary.rotate(q, mode), mode_rotary.rotate(k, mode), values[mode])
+        row_stats = (lse if mode == 0 else lse - bias[mode - 1, :, None], delta)
+        grads = branch_bwd(dout, qku, row_stats, branch, scale)
+        if du_next is not None:
+            hop_saved = (values[mode + 1], lambdas[mode])
+            more = hop_bwd(du_next, qku, hop_saved, mode, mode_rotary)
+            for total, one in zip(grads[:3], more, strict=True):
+                total += one
+        if mode:
+            dbias[mode - 1] = grads.dlogits.sum((0, 2))
+        dq += mode_rotary.rotate_back(grads.dq, mode)
+        dk += mode_rotary.rotate_back(grads.dk, mode)
+        du_next = grads.du
+    assert du_next is not None, "there is always a branch"
+    return dq.to(q.dtype), dk.to(k.dtype), du_next.to(q.dtype), dbias

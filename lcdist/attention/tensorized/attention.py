@@ -59,7 +59,7 @@ def _grid_and_bias(q: Tensor, k: Tensor, ctx: AttentionContext) -> tuple[ModeGri
     grid = make_grid(ctx.options, ctx.heads, (q.shape[2], k.shape[2]))
     bias = (ctx.params or {}).get("branch_bias")
     if bias is None:
-        bias = ops.initial_bias(grid.modes, q.shape[2])
+        bias = ops.initial_bias_for(q, grid.modes)
     elif bias.shape[-1] == ctx.heads.nheads:
         bias = bias[..., ctx.heads.first : ctx.heads.first + q.shape[2]]
     ops.check_bias(bias, grid, q.shape[2])
