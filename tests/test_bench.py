@@ -25,6 +25,7 @@ from lcdist_kernels.full import AttentionImpl
 from lcdist_kernels.full import impl as operator
 from lcdist_kernels.scca import Rule
 from tests.interpreter import interpret_without_gpu
+from tests.kernels.library_stand_ins import libraries
 
 ROOT = Path(__file__).parents[1]
 interpret_without_gpu()
@@ -169,6 +170,22 @@ def test_rows_of_other_columns_are_not_mixed(tmp_path: Path) -> None:
         harness.write("full", [{"b": 1}], tmp_path)
     harness.write("full", [{"a": 2}], tmp_path)
     assert read(tmp_path / "full.csv") == [{"a": "1"}, {"a": "2"}]
+
+
+def test_libraries_that_are_here_are_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = gpu_harness.Operator()
+    assert not HAS_GPU and not gpu_harness.by_libraries(plain) or HAS_GPU
+    with libraries(monkeypatch, "cudnn", "fa4"):
+        for module in (gpu_harness, gpu_rivals):
+            monkeypatch.setattr(module, "HAS_GPU", True)
+        monkeypatch.setattr("lcdist_kernels.full.library_choice.HALF", (torch.bfloat16,))
+        rivals = [each.name for each in gpu_rivals.causal_rivals(plain)]
+        assert rivals == ["torch sdpa", "cuDNN", "FlashAttention-4", "FlexAttention"]
+        made = gpu_harness.by_libraries(plain)
+        assert [each.name for each in made] == ["lcdist full impl=cudnn", "lcdist full impl=fa4"]
+        size = replace(TINY, head_dim=24, seqlen=40, dtype="bfloat16")
+        for each in made:
+            assert gpu_harness.gate(each, size) < gpu_harness.ALLOWED["bfloat16"]
 
 
 # --- masks for FlexAttention ----------------------------------------------------------------------
@@ -341,6 +358,9 @@ def test_goals_are_met_missed_or_unmeasured(tmp_path: Path) -> None:
         "full": [
             made_row("lcdist full", 32768, (20.0, 62.5)),
             made_row("torch sdpa", 131072, (9, 9)),
+            made_row("torch sdpa", 32768, (9, 9)),
+            made_row("lcdist full impl=fa3", 32768, (10, 10)),
+            made_row("lcdist full impl=cudnn", 32768, (9.1, 9.1)),
         ],
         "coca": [
             made_row("lcdist coca rotated", 32768, (21.0, 84.0)),
@@ -359,6 +379,7 @@ def test_goals_are_met_missed_or_unmeasured(tmp_path: Path) -> None:
     assert verdicts == {
         "full forward, TFLOP/s": "met",
         "full backward, TFLOP/s": "met",
+        "full by a library / torch sdpa, TFLOP/s": "met",
         "coca / full, time, both rotated": "missed by 1.9 %",
         "scca fixed / full, TFLOP/s": "met",
         "scca flow / full, TFLOP/s": "unmeasured",

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu_harness import Attend, Bench, Contender, Operator, Size, main, ours
+from gpu_harness import Attend, Bench, Contender, Operator, Size, by_libraries, main, ours
 from gpu_rivals import causal_rivals, compiled
 from place import DEVICE
 from torch import Tensor
@@ -51,7 +51,8 @@ def over_factors(rival: Contender) -> Contender:
 
 
 RIVALS = [over_factors(rival) for rival in causal_rivals(Operator())]
-BENCH = Bench("coca", [ours(COCA), ours(Operator(rotated=True)), *RIVALS])
+KERNELS = [ours(COCA), ours(Operator(rotated=True))]
+BENCH = Bench("coca", [*KERNELS, *RIVALS, *by_libraries(COCA)])
 
 if __name__ == "__main__":
     sys.exit(main(BENCH))

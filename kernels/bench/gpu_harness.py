@@ -37,6 +37,9 @@ from triton.errors import TritonError
 from lcdist.attention import METHODS, Shape
 from lcdist.layout import ContextLayout
 from lcdist_kernels import Rotary
+from lcdist_kernels.full import FORCED
+from lcdist_kernels.full.library import Library, find_library
+from lcdist_kernels.full.library_choice import refusal
 
 BACKWARD = 2.5
 LENGTHS, HEAD_DIMS = (4096, 8192, 16384, 32768, 65536, 131072), (64, 128)
@@ -178,17 +181,31 @@ class Bench:
     contenders: Sequence[Contender]
 
 
-def ours(operator: Operator) -> Contender:
-    """Return the contender that runs the method's kernels in one process."""
+def ours(operator: Operator, impl: str = "triton") -> Contender:
+    """Return the contender that runs the method in one process, by our kernels or a library."""
     method = METHODS[operator.method]
 
     def build(options: Any, size: Size) -> Attend:
         layout = ContextLayout("contiguous", size.seqlen, 1)
         rotary = operator.rotary(size, torch.float32)
-        more = {"options": options, "layout": layout, "rotary": rotary, "impl": "triton"}
+        more = {"options": options, "layout": layout, "rotary": rotary, "impl": impl}
         return lambda q, k, v: method.attention(q, k, v, group=None, **more)
 
-    return Contender(f"lcdist {operator}", operator, build, stage=0)
+    name, kernels = f"lcdist {operator}", impl == "triton"
+    name = name if kernels else f"{name} impl={impl}"
+    return Contender(name, operator, build, stage=0 if kernels else 1)
+
+
+def by_libraries(operator: Operator) -> list[Contender]:
+    """Return the contenders that run the method by each library that `impl` names and that is here.
+
+    Its self-test, and the gate, come with the first row.
+    """
+    if not HAS_GPU:
+        return []
+    like = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16, device=DEVICE)
+    here = [name for name in FORCED if refusal(name, like) is None]
+    return [ours(operator, name) for name in here if isinstance(find_library(name), Library)]
 
 
 class Rows:

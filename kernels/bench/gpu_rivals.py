@@ -1,8 +1,8 @@
 """Libraries that our kernels are compared with, and masks for FlexAttention.
 
-torch's SDPA, compiled FlexAttention (arXiv:2412.05496), and FlashAttention-3 and -2 if installed. A
-block mask is built from its closed form, a stripe of queries at a time and outside the timed
-region; built at once it would take a byte for each score.
+torch's SDPA, cuDNN through it, compiled FlexAttention (arXiv:2412.05496), and FlashAttention-4, -3
+and -2 if installed. A block mask is built from its closed form, a stripe of queries at a time and
+outside the timed region; built at once it would take a byte for each score.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from gpu_harness import Attend, Contender, Operator, Size
 from place import DEVICE, HAS_GPU
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lcdist_kernels.scca import Rule
@@ -22,7 +23,12 @@ from lcdist_kernels.scca import Rule
 TILE = 128
 # Number of (query, key) pairs whose mask is computed at once.
 AT_ONCE = 1 << 26
-FLASH = {"FlashAttention-3": "flash_attn_interface", "FlashAttention-2": "flash_attn"}
+FLASH = {
+    "FlashAttention-4": "flash_attn.cute.interface",
+    "FlashAttention-3": "flash_attn_interface",
+    # FlashAttention-4 is in the same package, which may be there for it alone.
+    "FlashAttention-2": "flash_attn.flash_attn_interface",
+}
 
 Seen = Callable[[Any, Tensor, Tensor], Tensor]
 """(head, i, j) -> whether query i sees key j; for integers, tensors that broadcast, and a trace."""
@@ -31,10 +37,11 @@ Seen = Callable[[Any, Tensor, Tensor], Tensor]
 def causal_rivals(operator: Operator, note: str = "") -> list[Contender]:
     """Return every library for plain causal attention; `operator` must be full attention."""
     made = [Contender("torch sdpa", operator, lambda options, size: sdpa, note=note)]
+    made += [Contender("cuDNN", operator, lambda options, size: cudnn, note=note)] * HAS_GPU
     made += [
         Contender(name, operator, lambda options, size, module=module: flash(module), note=note)
         for name, module in FLASH.items()
-        if find_spec(module)
+        if installed(module)
     ]
 
     def build(options: Any, size: Size) -> Attend:
@@ -57,6 +64,20 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Run torch's scaled_dot_product_attention by cuDNN alone: torch may choose it, or not."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v)
+
+
+def installed(module: str) -> bool:
+    """Return whether a module can be found, its package as well."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def flash(module: str) -> Attend:
