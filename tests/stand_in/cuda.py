@@ -76,10 +76,26 @@ class _Inert:
         return 1.0
 
 
+class _Message(_Inert):
+    """A message under way."""
+
+    def __init__(self, events: list[str], number: int) -> None:
+        self._events, self._number = events, number
+
+    def wait(self, *args: Any) -> None:
+        """Note the first wait."""
+        waited = f"wait {self._number}"
+        if waited not in self._events:
+            self._events.append(waited)
+
+
 class StandIn(TorchDispatchMode):
     """Within, tensors can be made on the device; counts launches, and waits by who asks for them.
 
     A number that the host reads from the device is 1.
+
+    events: what was done in order: the kernels' names, and "post N" and "wait N" of message N, the
+        first wait alone.
     """
 
     def __init__(self) -> None:
@@ -87,6 +103,14 @@ class StandIn(TorchDispatchMode):
         self.fake = _Fake(allow_non_fake_inputs=True)
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.events: list[str] = []
+        self._messages = 0
+
+    def post(self) -> "_Message":
+        """Note a message, and return what is to be waited for."""
+        self._messages += 1
+        self.events.append(f"post {self._messages}")
+        return _Message(self.events, self._messages)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -115,6 +139,7 @@ class StandIn(TorchDispatchMode):
         fits = all(0 < n <= most for n, most in zip(blocks, MOST_BLOCKS, strict=False))
         assert fits, f"{name}: no grid of {blocks}"
         self.launches[name] += 1
+        self.events.append(name)
 
 
 def _who() -> str:
@@ -143,7 +168,7 @@ def install(rank: int, world_size: int) -> StandIn:
 
     triton.JITFunction.run = launch
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    for name, value in _messages().items():
+    for name, value in _messages(stand_in).items():
         for module in (dist, distributed_c10d):
             if hasattr(module, name):
                 setattr(module, name, value)
@@ -178,11 +203,16 @@ def _cuda() -> dict[str, Any]:
     return said | {name: saying(0) for name in memory}
 
 
-def _messages() -> dict[str, Any]:
+def _messages(stand_in: StandIn) -> dict[str, Any]:
     """Nothing travels; what would be received stays as it is."""
 
     def post(*args: Any, async_op: bool = False, **words: Any) -> Any:
-        return _Inert() if async_op else None
+        message = stand_in.post()
+        return message if async_op else message.wait()
+
+    def exchange(messages: list[Any]) -> list[_Message]:
+        """Post some messages as one."""
+        return [stand_in.post()] * len(messages)
 
     def everyone(answers: list[Any], mine: Any, group: Any = None) -> None:
         answers[:] = [mine] * len(answers)
@@ -194,7 +224,7 @@ def _messages() -> dict[str, Any]:
     said |= dict.fromkeys(("isend", "irecv"), lambda *args, **words: _Inert())
     return said | {
         "all_gather_object": everyone,
-        "batch_isend_irecv": lambda messages: [_Inert() for _ in messages],
+        "batch_isend_irecv": exchange,
         "_coalescing_manager": lambda *args, **words: _Inert(),
         "_check_op": lambda op: None,
     }

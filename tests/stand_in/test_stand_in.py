@@ -108,6 +108,69 @@ def test_a_warm_call_launches_kernels_and_does_nothing_else(library: Path) -> No
         assert passes == expected, line
 
 
+# Of each method: messages that are waited for without a kernel since they were posted, forward and
+# backward. A ring's last gradient comes home after the last block. Heads that are all dilated or
+# tensorized have nothing to compute before units arrive and after the last of them are sent back.
+BARE = {
+    "full": (0, 1),
+    "coca": (0, 1),
+    "coca-strict": (0, 1),
+    "scca-fixed-7": (0, 0),
+    "scca-flow-5": (0, 0),
+    "scca-sda-3-1": (2, 2),
+    "scca-sda_key-4": (0, 1),
+    "scca-longmixed-11": (1, 2),
+    "tensorized-(5,)": (2, 2),
+    "tensorized-(3,2)-1-global-kv": (2, 0),
+    "landmark-4": (0, 1),
+    "lssar": (0, 1),
+    "lssar-False": (0, 1),
+}
+# Elementwise maps before and after a block: too short to hide a message behind.
+MAPS = ("_rotate_kernel", "_coca_kernel", "_row_dot_kernel", "_lssar_rows_kernel")
+
+
+def bare_waits(events: list[str]) -> int:
+    """Count the messages that are waited for without a kernel since they were posted.
+
+    Fails unless every message is posted once and waited for once.
+    """
+    kinds = [event.split()[0] for event in events]
+    posts = [event.split()[1] for event in events if event.startswith("post")]
+    assert kinds.count("wait") == len(posts) == len(set(posts))
+    bare = 0
+    for number in posts:
+        start, stop = events.index(f"post {number}"), events.index(f"wait {number}")
+        assert start < stop
+        bare += all(kind in ("post", "wait", *MAPS) for kind in kinds[start:stop])
+    return bare
+
+
+@pytest.mark.parametrize("rank", [1, exhaustive(0)])
+def test_messages_travel_while_kernels_run(library: Path, rank: int) -> None:
+    *lines, waits = map(json.loads, run(library, "overlap", str(rank)))
+    passes = ("forward", "backward")
+    found = {x["of"]: tuple(bare_waits(x[name]) for name in passes) for x in lines}
+    assert found == BARE
+    # Nothing waits for the device.
+    assert waits == {}
+    # In full: a hop is posted before its block's kernels and waited for after them, and so is the
+    # hop of the gradient of the block before.
+    full = next(x for x in lines if x["of"] == "full")
+    block = ["_full_bwd_dq_kernel", "_full_bwd_dkv_kernel"]
+    assert [x for x in full["forward"] if x not in MAPS] == [
+        *("post 1", "_full_fwd_kernel", "wait 1"),
+        *("post 2", "_full_fwd_kernel", "wait 2"),
+        *("post 3", "_full_fwd_kernel", "wait 3", "_full_fwd_kernel"),
+    ]
+    assert [x for x in full["backward"] if x not in MAPS] == [
+        *("post 4", *block, "post 5", "wait 4"),
+        *("post 6", *block, "wait 5", "post 7", "wait 6"),
+        *("post 8", *block, "wait 7", "post 9", "wait 8"),
+        *(*block, "wait 9", "post 10", "wait 10"),
+    ]
+
+
 MESHES = (
     ("parallel.tp_size=2", "parallel.cp_size=2", "parallel.sequence_parallel=true"),
     ("parallel.cp_size=4",),

@@ -61,12 +61,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
         if not pending:
             return out
         outputs = {i: out[:, :, i : i + 1] for i, rule in enumerate(rules) if rule.is_window}
-    for exchange, queries, sent in pending:
-        outputs[exchange.units.heads.first] = (
-            reference_units(exchange, sent)
-            if dense
-            else SwappedUnits.apply(queries, k, v, exchange, sent)
-        )
+    exchanges, queries, sent = zip(*pending, strict=True)
+    if dense:
+        made = [reference_units(*each) for each in zip(exchanges, sent, strict=True)]
+    else:
+        made = SwappedUnits.apply(k, v, exchanges, sent, *queries)
+    outputs |= {x.units.heads.first: out for x, out in zip(exchanges, made, strict=True)}
     return torch.cat([outputs[first] for first in sorted(outputs)], 2)
 
 

@@ -113,6 +113,17 @@ class UnitSwap:
         """Send the units' outputs to the tokens' ranks; return those of own tokens."""
         return self.receive_tokens(self.send_to_tokens(out), self.units.bundle_size)
 
+    def gradients(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> Tensor:
+        """Return the gradients of the units' columns, q, k and v, as they travel back."""
+        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+        rows, scale = (out, lse), self.ctx.softmax_scale
+        dk, dv = banded_bwd(dout, q, k, v, rows, self.parts, dq, scale, impl=self.block_impl)
+        dx = torch.cat((dq, dk[:, :, :, None], dv[:, :, :, None]), 3)
+        # A gradient with one source is rounded once, whether here or after the exchange.
+        return dx if self.units.duplicates_keys else dx.to(q.dtype)
+
     def sum_bundles(self, grad: Tensor, nheads_kv: int) -> Tensor:
         """Return the gradient of `nheads_kv` key heads from that of the bundles' key heads."""
         total = grad.new_zeros(*grad.shape[:2], nheads_kv, grad.shape[3])
@@ -120,48 +131,59 @@ class UnitSwap:
 
 
 class SwappedUnits(torch.autograd.Function):
-    """Units over an all-to-all that is already posted; saves the units' q, k, v, out and lse.
+    """Units over all-to-alls that are already posted; saves the units' q, k, v, out and lse.
 
-    q `[b, s_local, h, d]`: the units' heads; out is like q.
+    Arguments k, v, exchanges, pending, then the queries `[b, s_local, h, d]` of each exchange; the
+    outputs are like the queries. The results of one exchange travel while the units of the next
+    are computed, in both passes.
     """
 
     @staticmethod
     def forward(
-        node: Any, q: Tensor, k: Tensor, v: Tensor, exchange: UnitSwap, pending: Pending
-    ) -> Tensor:
-        unit_qkv, scale = exchange.receive_qkv(pending), exchange.ctx.softmax_scale
-        out, lse = banded_fwd(*unit_qkv, exchange.parts, scale, impl=exchange.block_impl)
-        out = out.to(q.dtype)
-        node.save_for_backward(*unit_qkv, out, lse)
-        node.exchange, node.nheads_kv = exchange, k.shape[2]
-        return exchange.return_outputs(out)
+        node: Any,
+        k: Tensor,
+        v: Tensor,
+        exchanges: Sequence[UnitSwap],
+        pending: Sequence[Pending],
+        *queries: Tensor,
+    ) -> tuple[Tensor, ...]:
+        saved, sent = [], []
+        for exchange, arriving, q in zip(exchanges, pending, queries, strict=True):
+            qkv, scale = exchange.receive_qkv(arriving), exchange.ctx.softmax_scale
+            out, lse = banded_fwd(*qkv, exchange.parts, scale, impl=exchange.block_impl)
+            out = out.to(q.dtype)
+            saved += [*qkv, out, lse]
+            sent.append(exchange.send_to_tokens(out))
+        node.save_for_backward(*saved)
+        node.exchanges, node.nheads_kv = exchanges, k.shape[2]
+        return tuple(
+            exchange.receive_tokens(arriving, exchange.units.bundle_size)
+            for exchange, arriving in zip(exchanges, sent, strict=True)
+        )
 
     @staticmethod
-    def backward(node: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, out, lse = node.saved_tensors
-        exchange: UnitSwap = node.exchange
-        units = exchange.units
-        pending = exchange.send_to_units(dout, units.bundle_size)
-        unit_dout = exchange.receive_units(pending, units.bundle_size)
-        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        dk, dv = banded_bwd(
-            unit_dout,
-            q,
-            k,
-            v,
-            (out, lse),
-            exchange.parts,
-            dq,
-            exchange.ctx.softmax_scale,
-            impl=exchange.block_impl,
-        )
-        dx = torch.cat((dq, dk[:, :, :, None], dv[:, :, :, None]), 3)
-        # A gradient with one source is rounded once, whether here or after the exchange.
-        dx = dx if units.duplicates_keys else dx.to(q.dtype)
-        dx = exchange.receive_tokens(exchange.send_to_tokens(dx), units.num_columns)
-        dq, dk, dv = dx.split([len(units.heads.shifts), units.num_bundles, units.num_bundles], 2)
-        dk, dv = (exchange.sum_bundles(grad, node.nheads_kv).to(k.dtype) for grad in (dk, dv))
-        return dq.to(q.dtype), dk, dv, None, None
+    def backward(node: Any, *douts: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        exchanges: Sequence[UnitSwap] = node.exchanges
+        pending = [
+            exchange.send_to_units(dout, exchange.units.bundle_size)
+            for exchange, dout in zip(exchanges, douts, strict=True)
+        ]
+        sent = []
+        for i, (exchange, arriving) in enumerate(zip(exchanges, pending, strict=True)):
+            saved = node.saved_tensors[5 * i : 5 * (i + 1)]
+            dout = exchange.receive_units(arriving, exchange.units.bundle_size)
+            sent.append(exchange.send_to_tokens(exchange.gradients(dout, *saved)))
+        dqs: list[Tensor] = []
+        dkv: list[Tensor] = []
+        for exchange, arriving in zip(exchanges, sent, strict=True):
+            units, dtype = exchange.units, node.saved_tensors[0].dtype
+            dx = exchange.receive_tokens(arriving, units.num_columns)
+            sizes = [len(units.heads.shifts), units.num_bundles, units.num_bundles]
+            dq, *grads = dx.split(sizes, 2)
+            dqs.append(dq.to(dtype))
+            grads = [exchange.sum_bundles(grad, node.nheads_kv).to(dtype) for grad in grads]
+            dkv = [x + y for x, y in zip(dkv, grads, strict=True)] if dkv else grads
+        return *dkv, None, None, *dqs
 
 
 def reference_units(exchange: UnitSwap, pending: Pending) -> Tensor:

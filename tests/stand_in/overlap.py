@@ -1,0 +1,57 @@
+"""The order of kernels, messages and waits of every method on one of four ranks: JSON lines.
+
+    python -m tests.stand_in.overlap RANK
+
+Without top_k, whose messages depend on the data, in the layout that gives every rank equal work.
+"""
+
+import json
+import sys
+from math import lcm
+
+import torch
+
+from tests.stand_in.cuda import StandIn, install, leave
+
+RANKS, HEAD_DIM = 4, 64
+STAND_IN = install(int(sys.argv[1]), RANKS)
+
+from lcdist.layout import ContextLayout, pieces_needed  # noqa: E402
+from lcdist_kernels import Rotary  # noqa: E402
+from tests.attention.body import Variant, variants  # noqa: E402
+
+
+def trace(variant: Variant, stand_in: StandIn) -> dict[str, list[str]]:
+    """Return the events of a forward and of a backward."""
+    method, options = variant.method, variant.options
+    kind = "zigzag" if "zigzag" in variant.kinds else variant.kinds[0]
+    own = method.multiple_of(options, RANKS, kind)
+    step = lcm(pieces_needed(kind, RANKS), own)
+    layout = ContextLayout(kind, -(-512 // step) * step, RANKS, own)
+    params = {name: x.to("cuda") for name, x in method.initial(options, 4).items()}
+    shape = (1, layout.local_seqlen)
+    qkv = [torch.randn(*shape, n, HEAD_DIM, dtype=torch.bfloat16, device="cuda") for n in (4, 2, 2)]
+    leaves = [x.requires_grad_() for x in (*qkv, *params.values())]
+    stand_in.events.clear()
+    out = method.attention(
+        *leaves[:3],
+        options=options,
+        layout=layout,
+        group=torch.distributed.group.WORLD,
+        rotary=Rotary(10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)),
+        params=dict(zip(params, leaves[3:], strict=True)) or None,
+        impl="triton",
+    )
+    forward = stand_in.events.copy()
+    dout = torch.randn_like(out)
+    stand_in.events.clear()
+    torch.autograd.grad(out, leaves, dout)
+    return {"forward": forward, "backward": stand_in.events.copy()}
+
+
+with STAND_IN:
+    for each in variants():
+        if getattr(each.options, "top_k", None) is None:
+            print(json.dumps({"of": str(each), **trace(each, STAND_IN)}))
+    print(json.dumps(dict(STAND_IN.waits)), flush=True)
+leave()
