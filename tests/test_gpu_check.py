@@ -103,6 +103,7 @@ def test_tests_are_dealt_out_by_file_and_every_row_is_written(
     assert rows["big-test_b_triton"]["note"] == "StopIteration: no suite"
 
 
+@pytest.mark.exhaustive
 def test_what_only_compiles_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_tests, "HAS_GPU", True)
     names = [name for mark in gpu_tests.MARKS for name in gpu_tests.collect(mark)]

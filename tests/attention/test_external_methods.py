@@ -49,6 +49,7 @@ def run(environment: dict[str, str], *words: str, returncode: int = 0) -> str:
     return printed
 
 
+@pytest.mark.exhaustive
 def test_shared_tests_pass(installed: dict[str, str]) -> None:
     shared = "tests/attention/test_methods.py"
     chosen = "window or neighbours or test_processes_equal_reference and 2"

@@ -169,19 +169,22 @@ def test_eager_is_the_reference() -> None:
     assert_close(eager(qkv, dout, 7), truth_of(qkv, dout, block_size=7), 1e-10)
 
 
-@pytest.mark.parametrize("block_size", [9, 100])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "block_size"), covering(one([torch.float16, torch.bfloat16]), one([9, 100]))
+)
 def test_as_good_as_eager_in_half_precision(dtype: torch.dtype, block_size: int) -> None:
     assert_accurate(130, (4, 2), 48, dtype, block_size=block_size)
 
 
 # A ratio of errors says nothing of one token, whose dq and dk are 0: fp32 has that case.
-@pytest.mark.parametrize("seqlen", [63, 128, 257])
+@pytest.mark.parametrize("seqlen", [63, pytest.param(128, marks=pytest.mark.exhaustive), 257])
 def test_half_precision_at_any_length(seqlen: int) -> None:
     assert_accurate(seqlen, (4, 1), 16, torch.float16, block_size=16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, marks=pytest.mark.exhaustive), torch.bfloat16]
+)
 def test_lists_in_half_precision_are_as_good_as_the_tiled_operator(dtype: torch.dtype) -> None:
     qkv = on_device(100, (4, 2), 48, dtype)
     dout = torch.randn_like(qkv[0])

@@ -94,7 +94,7 @@ def two_steps(rank: int, world_size: int, ways: list[tuple[str, ...]]) -> list[A
 
 @pytest.mark.parametrize(
     "mesh",
-    [(TP, SP), *(pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in ((), (CP,)))],
+    [(), *(pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in ((TP, SP), (CP,)))],
     ids=mesh_name,
 )
 def test_steps_and_gradient_hooks_are_those_of_keeping_everything(mesh: tuple[str, ...]) -> None:

@@ -75,7 +75,7 @@ def two_and_one_layers(mesh: tuple[str, ...], way: tuple[str, ...]) -> list[tupl
     [
         pytest.param((), WAYS, id="one"),
         pytest.param((TP,), WAYS[:4], id="tp2", marks=pytest.mark.exhaustive),
-        pytest.param((TP, SP), WAYS[1:6], id="tp2-sp"),
+        pytest.param((TP, SP), WAYS[1:6], id="tp2-sp", marks=pytest.mark.exhaustive),
         pytest.param((CP,), WAYS[1:6:2], id="cp2", marks=pytest.mark.exhaustive),
     ],
 )
