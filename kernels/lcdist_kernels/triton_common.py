@@ -2,10 +2,10 @@
 
 Inside kernels: `dot`, `load_tile`, `store_tile`, with int64 offsets into tensors.
 Around launches: `interpreting`, `unsupported_reason`, `check_kernel`, `launch_context`,
-`last_dim_contiguous`, `Launch`, `choose_launch`.
+`last_dim_contiguous`, `Launch`, `launch_table`, `choose_launch`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from threading import Lock
@@ -64,6 +64,23 @@ class Launch(NamedTuple):
 
 LaunchTable = dict[tuple[int, int], Launch]
 """(greatest padded head_dim, bytes an element: 2 or 4) -> Launch."""
+
+Tiles = tuple[int, int, int, int]
+
+
+def launch_table(half: Sequence[Tiles], single: Sequence[Tiles]) -> LaunchTable:
+    """Return the table of a kernel's launches.
+
+    Args:
+        half: fields of `Launch` for fp16 and bf16, at a head_dim of up to 64, 128 and 256.
+        single: the same for fp32.
+    """
+    return {
+        (head_dim, size): Launch(*tiles)
+        for size, row in ((2, half), (4, single))
+        for head_dim, tiles in zip((64, 128, 256), row, strict=True)
+    }
+
 
 INTERPRETED_LAUNCH = Launch(64, 64, 4, 1)
 

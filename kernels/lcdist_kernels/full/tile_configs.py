@@ -4,30 +4,18 @@ Chosen by instructions per score, spilled registers and shared memory as compile
 sm_90. Measured on an H100 at head_dim 128 in bf16 only (`kernels/bench/results`).
 """
 
-from lcdist_kernels.triton_common import Launch
+from lcdist_kernels.triton_common import Launch, launch_table
 
-FWD = {
-    (64, 2): Launch(128, 64, 4, 3),
-    (128, 2): Launch(128, 64, 8, 3),
-    (256, 2): Launch(128, 32, 8, 2),
-    (64, 4): Launch(32, 32, 4, 2),
-    (128, 4): Launch(32, 64, 8, 1),
-    (256, 4): Launch(32, 32, 8, 1),
-}
+FWD = launch_table(
+    half=[(128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)],
+    single=[(32, 32, 4, 2), (32, 64, 8, 1), (32, 32, 8, 1)],
+)
 FWD_HOPPER = {(128, 2): Launch(128, 128, 8, 2)}
-BWD_DQ = {
-    (64, 2): Launch(128, 64, 8, 3),
-    (128, 2): Launch(128, 64, 8, 2),
-    (256, 2): Launch(64, 32, 8, 2),
-    (64, 4): Launch(64, 32, 8, 2),
-    (128, 4): Launch(32, 32, 8, 2),
-    (256, 4): Launch(16, 16, 4, 1),
-}
-BWD_DKV = {
-    (64, 2): Launch(64, 128, 8, 3),
-    (128, 2): Launch(64, 128, 8, 2),
-    (256, 2): Launch(32, 64, 8, 2),
-    (64, 4): Launch(32, 32, 4, 2),
-    (128, 4): Launch(32, 32, 8, 1),
-    (256, 4): Launch(16, 16, 4, 1),
-}
+BWD_DQ = launch_table(
+    half=[(128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)],
+    single=[(64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 4, 1)],
+)
+BWD_DKV = launch_table(
+    half=[(64, 128, 8, 3), (64, 128, 8, 2), (32, 64, 8, 2)],
+    single=[(32, 32, 4, 2), (32, 32, 8, 1), (16, 16, 4, 1)],
+)

@@ -8,72 +8,44 @@ bf16 only.
 
 from typing import NamedTuple
 
-from lcdist_kernels.triton_common import Launch, LaunchTable
+from lcdist_kernels.triton_common import Launch, LaunchTable, launch_table
 
-FWD = {
-    (64, 2): Launch(128, 64, 4, 3),
-    (128, 2): Launch(128, 64, 8, 3),
-    (256, 2): Launch(64, 64, 8, 1),
-    (64, 4): Launch(32, 64, 4, 1),
-    (128, 4): Launch(32, 64, 8, 1),
-    (256, 4): Launch(16, 32, 8, 1),
-}
+FWD = launch_table(
+    half=[(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 1)],
+    single=[(32, 64, 4, 1), (32, 64, 8, 1), (16, 32, 8, 1)],
+)
 FWD_HOPPER = {(128, 2): Launch(128, 128, 8, 2)}
-FWD_LARGE = {
-    (64, 2): Launch(128, 64, 8, 2),
-    (128, 2): Launch(64, 64, 8, 2),
-    (256, 2): Launch(32, 32, 8, 2),
-    (64, 4): Launch(32, 32, 4, 1),
-    (128, 4): Launch(16, 32, 8, 1),
-    (256, 4): Launch(16, 16, 8, 1),
-}
+FWD_LARGE = launch_table(
+    half=[(128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)],
+    single=[(32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)],
+)
 FWD_LARGE_HOPPER = {(128, 2): Launch(128, 64, 8, 2)}
-BWD_DQ = {
-    (64, 2): Launch(128, 64, 8, 2),
-    (128, 2): Launch(128, 64, 8, 2),
-    (256, 2): Launch(32, 64, 8, 1),
-    (64, 4): Launch(32, 64, 8, 1),
-    (128, 4): Launch(16, 64, 8, 1),
-    (256, 4): Launch(16, 16, 4, 1),
-}
+BWD_DQ = launch_table(
+    half=[(128, 64, 8, 2), (128, 64, 8, 2), (32, 64, 8, 1)],
+    single=[(32, 64, 8, 1), (16, 64, 8, 1), (16, 16, 4, 1)],
+)
 BWD_DQ_WIDE_HOPPER = {(64, 2): Launch(128, 128, 8, 1), (128, 2): Launch(128, 128, 8, 1)}
-BWD_DQ_LARGE = {
-    (64, 2): Launch(64, 64, 8, 2),
-    (128, 2): Launch(64, 64, 8, 1),
-    (256, 2): Launch(32, 32, 8, 1),
-    (64, 4): Launch(32, 32, 8, 1),
-    (128, 4): Launch(16, 32, 8, 1),
-    (256, 4): Launch(16, 16, 4, 1),
-}
+BWD_DQ_LARGE = launch_table(
+    half=[(64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 1)],
+    single=[(32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)],
+)
 BWD_DQ_LARGE_HOPPER = {(64, 2): Launch(128, 64, 8, 2), (128, 2): Launch(128, 64, 8, 1)}
-BWD_DKV = {
-    (64, 2): Launch(64, 64, 8, 2),
-    (128, 2): Launch(64, 64, 8, 2),
-    (256, 2): Launch(32, 64, 8, 1),
-    (64, 4): Launch(32, 64, 8, 1),
-    (128, 4): Launch(16, 64, 8, 1),
-    (256, 4): Launch(16, 16, 8, 1),
-}
+BWD_DKV = launch_table(
+    half=[(64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)],
+    single=[(32, 64, 8, 1), (16, 64, 8, 1), (16, 16, 8, 1)],
+)
 BWD_DKV_HOPPER = {(64, 2): Launch(64, 64, 4, 2), (128, 2): Launch(128, 64, 8, 2)}
 BWD_DKV_WIDE_HOPPER = {(64, 2): Launch(128, 128, 8, 1), (128, 2): Launch(128, 128, 8, 1)}
-BWD_DKV_LARGE = {
-    (64, 2): Launch(64, 64, 8, 1),
-    (128, 2): Launch(32, 64, 8, 1),
-    (256, 2): Launch(16, 32, 8, 1),
-    (64, 4): Launch(16, 32, 8, 1),
-    (128, 4): Launch(16, 16, 8, 1),
-    (256, 4): Launch(16, 16, 4, 1),
-}
+BWD_DKV_LARGE = launch_table(
+    half=[(64, 64, 8, 1), (32, 64, 8, 1), (16, 32, 8, 1)],
+    single=[(16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)],
+)
 BWD_DKV_LARGE_HOPPER = {(64, 2): Launch(128, 64, 8, 1), (128, 2): Launch(128, 64, 8, 1)}
 # Costs of past blocks. Nothing else chooses tiles, so that a row's cost has the same bits anywhere.
-TOP_K = {
-    (64, 2): Launch(128, 64, 4, 3),
-    (128, 2): Launch(128, 64, 8, 3),
-    (256, 2): Launch(64, 64, 4, 2),
-    (64, 4): Launch(32, 64, 4, 1),
-    (128, 4): Launch(32, 64, 8, 1),
-    (256, 4): Launch(16, 32, 8, 1),
-}
+TOP_K = launch_table(
+    half=[(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2)],
+    single=[(32, 64, 4, 1), (32, 64, 8, 1), (16, 32, 8, 1)],
+)
 
 
 class BlockTables(NamedTuple):

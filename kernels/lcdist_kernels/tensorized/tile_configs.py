@@ -6,34 +6,22 @@ alone. Chosen by instructions per score, spilled registers and shared memory as 
 and sm_90. Times on an H100 are of the tables without HOPPER, at head_dim 128 in bf16 only.
 """
 
-from lcdist_kernels.triton_common import Launch
+from lcdist_kernels.triton_common import Launch, launch_table
 
-FWD = {
-    (64, 2): Launch(128, 64, 8, 3),
-    (128, 2): Launch(64, 64, 8, 3),
-    (256, 2): Launch(64, 32, 8, 2),
-    (64, 4): Launch(32, 32, 4, 2),
-    (128, 4): Launch(16, 32, 8, 1),
-    (256, 4): Launch(16, 16, 4, 1),
-}
+FWD = launch_table(
+    half=[(128, 64, 8, 3), (64, 64, 8, 3), (64, 32, 8, 2)],
+    single=[(32, 32, 4, 2), (16, 32, 8, 1), (16, 16, 4, 1)],
+)
 FWD_HOPPER = {(128, 2): Launch(128, 128, 8, 2)}
 FWD_FORK_HOPPER = {(128, 2): Launch(128, 64, 8, 3)}
-BWD_DQ = {
-    (64, 2): Launch(64, 64, 8, 2),
-    (128, 2): Launch(64, 64, 8, 2),
-    (256, 2): Launch(32, 32, 8, 2),
-    (64, 4): Launch(32, 32, 8, 2),
-    (128, 4): Launch(16, 32, 8, 1),
-    (256, 4): Launch(16, 16, 4, 1),
-}
+BWD_DQ = launch_table(
+    half=[(64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)],
+    single=[(32, 32, 8, 2), (16, 32, 8, 1), (16, 16, 4, 1)],
+)
 BWD_DQ_HOPPER = {(64, 2): Launch(128, 64, 8, 2), (128, 2): Launch(128, 64, 8, 2)}
-BWD_DKV = {
-    (64, 2): Launch(32, 64, 8, 2),
-    (128, 2): Launch(32, 64, 8, 2),
-    (256, 2): Launch(32, 32, 8, 1),
-    (64, 4): Launch(32, 32, 8, 1),
-    (128, 4): Launch(16, 32, 8, 1),
-    (256, 4): Launch(16, 16, 4, 1),
-}
+BWD_DKV = launch_table(
+    half=[(32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)],
+    single=[(32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)],
+)
 BWD_DKV_HOPPER = {(64, 2): Launch(64, 128, 8, 2), (128, 2): Launch(64, 128, 8, 2)}
 BWD_DKV_HOP_HOPPER = {(64, 2): Launch(64, 128, 8, 2), (128, 2): Launch(64, 64, 4, 2)}
