@@ -263,7 +263,7 @@ def test_saves_q_tau_v_out_and_lse_alone(variant: str) -> None:
         ({"t": torch.ones(2, 8, 3, 16)}, "of one shape"),
         ({"q": torch.ones(2, 7, 4, 16)}, "q has 7 tokens"),
         ({"q": torch.ones(2, 8, 4, 16).double()}, "one floating dtype"),
-        ({"impl": "cuda"}, "coca attention has auto, triton, torch, reference"),
+        ({"impl": "cuda"}, "coca attention has auto, cudnn, fa3, fa4, triton, torch, reference"),
         ({"variant": "tied"}, "'tied': must be one of slack, strict"),
         ({"rotary": Rotary(frequencies(8))}, "4 frequencies"),
         ({"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, r"\[0, 9\].*seqlen = 8"),

@@ -208,10 +208,10 @@ def test_maps_are_those_of_torch(head_dim: int, variant: str) -> None:
 
 def test_who_carries_it() -> None:
     q = torch.zeros(1, 4, 2, 16, device=HERE)
-    assert select_coca_impl("triton", q, "test") is TRITON_IMPL
+    assert select_coca_impl("triton", q, "test") == TRITON_IMPL
     assert select_coca_impl("torch", q, "test") is TORCH_IMPL
     # Never interpreted unasked.
-    assert select_coca_impl("auto", q, "test") is (TRITON_IMPL if q.is_cuda else TORCH_IMPL)
+    assert select_coca_impl("auto", q, "test") == (TRITON_IMPL if q.is_cuda else TORCH_IMPL)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
