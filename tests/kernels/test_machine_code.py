@@ -128,8 +128,18 @@ def compiled(program: str) -> dict[str, dict[str, Any]]:
     return {line["name"]: line for line in lines}
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("most", LIMITS, ids=lambda most: f"{most.program}-{most.kernel}")
+# By default full attention's, from one compilation.
+CASES = [
+    pytest.param(
+        most,
+        id=f"{most.program}-{most.kernel}",
+        marks=() if most.program == "full" else pytest.mark.exhaustive,
+    )
+    for most in LIMITS
+]
+
+
+@pytest.mark.parametrize("most", CASES)
 def test_the_loop_over_whole_tiles(most: Most) -> None:
     found = compiled(most.program)[most.kernel]
     version = tuple(map(int, triton.__version__.split(".")[:2]))

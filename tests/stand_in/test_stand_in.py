@@ -33,9 +33,9 @@ pytestmark = [
 ]
 
 
-def exhaustive(value: Any) -> Any:
-    """Return the value as a parameter of the exhaustive tier."""
-    return pytest.param(value, marks=pytest.mark.exhaustive)
+def exhaustive(*values: Any) -> Any:
+    """Return the values as parameters of the exhaustive tier."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,8 @@ def test_training(library: Path, names: tuple[str, ...], mesh: tuple[str, ...]) 
     trained(library, 1, [" ".join((f"{DEBUG}/{name}.toml", *mesh)) for name in names])
 
 
-@pytest.mark.parametrize("rank", [0, exhaustive(3)])
-def test_training_with_more(library: Path, rank: int) -> None:
-    trained(library, rank, [f"{DEBUG}/full.toml {words}" for words in MORE])
+@pytest.mark.parametrize(
+    ("rank", "more"), [(0, MORE[1::2]), *(exhaustive(rank, MORE) for rank in (0, 3))]
+)
+def test_training_with_more(library: Path, rank: int, more: tuple[str, ...]) -> None:
+    trained(library, rank, [f"{DEBUG}/full.toml {words}" for words in more])
