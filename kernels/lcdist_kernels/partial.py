@@ -28,7 +28,8 @@ def reaches(q_idx: Tensor, q_lo: Tensor, k_idx: Tensor) -> bool:
 def merge(out: Tensor, lse: Tensor, out_blk: Tensor, lse_blk: Tensor) -> tuple[Tensor, Tensor]:
     """Return the partial over the keys of both, differentiable also where a query sees nothing.
 
-    out, out_blk: `[b, s, h, d]`; lse, lse_blk: `[b, h, s]`; all fp32 or all float64.
+    out, out_blk: `[b, s, h, d]`, of any dtype; lse, lse_blk: `[b, h, s]`, both fp32 or float64, as
+    are the results.
     """
     # The maximum only shifts the exponents, so no gradient passes through it.
     top = torch.maximum(lse, lse_blk).detach()

@@ -104,7 +104,7 @@ class AttentionMethod(MethodFacts):
 
         Raises:
             ValueError: shapes, layout, group, documents, heads and options do not fit each other,
-                `impl` is not built, or "triton" does not take the tensors.
+                `impl` is not built, or what it names is missing or does not take the tensors.
         """
         functions = self.functions
         if isinstance(functions, KeywordFunctions):

@@ -13,17 +13,26 @@ from lcdist_kernels import coca_attention, full_attention
 from lcdist_kernels.common import log_choice
 from lcdist_kernels.full import FORCED, TORCH_IMPL, TRITON_IMPL, library, select_block_impl
 from lcdist_kernels.full.library_block import Cut, cut_of
-from lcdist_kernels.full.library_choice import RANKING, choose_library, force_library
+from lcdist_kernels.full.library_choice import (
+    RANKING,
+    choose_library,
+    force_library,
+    refusal,
+)
 from lcdist_kernels.full.op import FullFunction
+from lcdist_kernels.full.self_test import self_test
 from lcdist_kernels.tile_ranges import band_of
 from tests.attention.body import make, on_virtual_ranks, whole
 from tests.kernels.library_stand_ins import Call, StandIns, libraries
 from tests.kernels.test_full import borders, inputs, with_grads
-from tests.kernels.test_full_triton import assert_close, eager, in_nan, truth_of
+from tests.kernels.test_full_triton import HERE, assert_close, eager, in_nan, truth_of
 from tests.tolerance import assert_as_good_as_eager, assert_matches
 
 NAMES = ("cudnn", "fa2", "fa3", "fa4")
 DOUBLE = (torch.float64,)
+on_a_cpu = pytest.mark.skipif(
+    HERE.type == "cuda", reason="stand-ins take CPU tensors, kernels do in the interpreter alone"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -258,18 +267,25 @@ def test_a_ring_of_full_attention_by_a_library(
         assert Counter(made[name].forward) == Counter(made[name].backward) == expected
 
 
+def assert_ring_is_as_good_as_eager(kind: str, seqlen: int, head_dim: int) -> None:
+    """Run a ring of four ranks by cuDNN, or what stands for it, in bf16 without rotation."""
+    qkv = [x.detach().to(HERE) for x in inputs(seqlen, (4, 2), head_dim, torch.bfloat16)]
+    scale = head_dim**-0.5
+    problem = make("full", kind, 4, at_least=seqlen, dtype=torch.bfloat16)
+    problem.qkv, problem.dout, problem.inv_freq = qkv, torch.randn_like(qkv[0]), None
+    problem.softmax_scale = scale
+    got, _ = on_virtual_ranks(problem, "cudnn")
+    leaves = [x.requires_grad_() for x in qkv]
+    truth = truth_of(leaves, problem.dout, softmax_scale=scale)
+    for a, e, r in zip(got, eager(leaves, problem.dout), truth, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert_as_good_as_eager(a, e, r)
+
+
+@on_a_cpu
 def test_a_ring_in_half_precision_is_as_good_as_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     with libraries(monkeypatch, "cudnn"):
-        problem = make("full", "zigzag", 4, at_least=256, dtype=torch.bfloat16)
-        problem.inv_freq = None
-        got, _ = on_virtual_ranks(problem, "cudnn")
-        qkv = [x.requires_grad_() for x in problem.qkv]
-        scaled = [qkv[0] * (0.3 * 16**0.5), *qkv[1:]]
-        plain = eager(scaled, problem.dout)
-        plain[1] = plain[1] * (0.3 * 16**0.5)
-        for a, e, r in zip(got, plain, whole(wide_problem(problem)), strict=True):
-            assert a.dtype == torch.bfloat16
-            assert_as_good_as_eager(a, e, r)
+        assert_ring_is_as_good_as_eager("zigzag", 256, 16)
 
 
 def wide_problem(problem: Any) -> Any:
@@ -278,6 +294,7 @@ def wide_problem(problem: Any) -> Any:
     return problem
 
 
+@on_a_cpu
 @pytest.mark.parametrize("method", ["full", pytest.param("coca", marks=pytest.mark.exhaustive)])
 def test_packed_documents_of_a_ring_are_ours_and_refused_if_a_library_is_forced(
     method: str, monkeypatch: pytest.MonkeyPatch
@@ -294,6 +311,7 @@ def test_packed_documents_of_a_ring_are_ours_and_refused_if_a_library_is_forced(
             on_virtual_ranks(problem, "cudnn")
 
 
+@on_a_cpu
 @pytest.mark.parametrize(
     "kind", ["zigzag", pytest.param("contiguous", marks=pytest.mark.exhaustive)]
 )
@@ -308,6 +326,7 @@ def test_a_ring_of_coca_by_a_library(kind: str, monkeypatch: pytest.MonkeyPatch)
         assert calls[Call(32, 32, 2, True)] == 2 and calls.total() == 3 + (kind == "zigzag")
 
 
+@on_a_cpu
 def test_coca_on_one_process_by_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     with libraries(monkeypatch, "cudnn") as made:
         qtv = inputs(70, (4, 2), 16, torch.float16)
@@ -332,3 +351,24 @@ def test_triton_and_torch_are_never_a_library(monkeypatch: pytest.MonkeyPatch) -
 def from_scca(name: str) -> None:
     problem = make("scca", "contiguous", 1)
     on_virtual_ranks(problem, name)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_libraries_of_a_gpu_pass_their_self_test(dtype: torch.dtype, head_dim: int) -> None:
+    x = like(dtype, head_dim).to(HERE)
+    here = {name: library.find_library(name) for name in NAMES if refusal(name, x) is None}
+    found = {name: each for name, each in here.items() if isinstance(each, library.Library)}
+    assert "cudnn" in found
+    wrong = {name: self_test(each, HERE, dtype, head_dim) for name, each in found.items()}
+    assert not any(wrong.values()), wrong
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "seqlen"), [("zigzag", 2048), ("contiguous", 1000)])
+def test_a_ring_of_blocks_by_cudnn_on_a_gpu(kind: str, seqlen: int) -> None:
+    assert_ring_is_as_good_as_eager(kind, seqlen, 128)

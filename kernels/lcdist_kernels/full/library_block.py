@@ -20,7 +20,6 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.full.library import Library
 from lcdist_kernels.tile_ranges import TABLES_KEPT, Band, band_of, bounded_below
 
@@ -76,7 +75,8 @@ class LibraryBlock(NamedTuple):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return the partial (out, lse) of q over a block of keys: see `tiled.full_fwd`.
 
-        A library rounds out to q.dtype, also where `out_dtype` is wider.
+        A library rounds out to q.dtype; without `out_dtype` it stays so, as wider numbers would be
+        the same and twice the bytes. `merge` makes its results fp32.
         """
         cut = cut_of(band_of(q_idx, q_lo, k_idx))
         if cut is None:
@@ -87,7 +87,7 @@ class LibraryBlock(NamedTuple):
             # The running maximum is kept before the scale.
             q, softmax_scale = -q, -softmax_scale
         out, lse = self.library.fwd(q[:, first:], k[:, :keys], v[:, :keys], causal, softmax_scale)
-        dtype = out_dtype or wide_dtype(q.dtype)
+        dtype = out_dtype or out.dtype
         if not first:
             return out.to(dtype), lse
         every_lse = lse.new_full((*lse.shape[:2], q.shape[1]), -torch.inf)
@@ -99,7 +99,10 @@ class LibraryBlock(NamedTuple):
         q_idx: Tensor, q_lo: Tensor, k_idx: Tensor, softmax_scale: float, *,
         grad_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Return the share of (dq, dk, dv) of a block of keys: see `tiled.full_bwd`."""
+        """Return the share of (dq, dk, dv) of a block of keys: see `tiled.full_bwd`.
+
+        Without `grad_dtype` in the library's dtype, as out in `fwd`.
+        """
         cut = cut_of(band_of(q_idx, q_lo, k_idx))
         if cut is None:
             rest = (out, lse, q_idx, q_lo, k_idx, softmax_scale)
@@ -109,7 +112,7 @@ class LibraryBlock(NamedTuple):
             dout[:, first:].to(q.dtype), q[:, first:], k[:, :keys], v[:, :keys],
             out[:, first:].to(q.dtype), lse[..., first:], causal, softmax_scale,
         )  # fmt: skip
-        dtype = grad_dtype or wide_dtype(q.dtype)
+        dtype = grad_dtype or dq.dtype
         return (
             _rows_of(dq, first, q.shape, dtype),
             _rows_of(dk, 0, k.shape, dtype),
