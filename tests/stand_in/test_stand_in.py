@@ -76,7 +76,8 @@ def test_attention(library: Path, rank: int, impls: tuple[str, ...]) -> None:
 
 
 def test_a_warm_call_launches_kernels_and_does_nothing_else(library: Path) -> None:
-    lines = [json.loads(line) for line in run(library, "counts")]
+    *lines, cudnn = [json.loads(line) for line in run(library, "counts")]
+    assert_library_alone(cudnn)
     patterns = ("fixed", "flow", "sda", "longmixed")
     folded = {"tensorized (512)": (3, 3, 2), "tensorized (32, 32)": (5, 5, 3)}
     cases = [(line["of"], line["seqlen"]) for line in lines]
@@ -106,6 +107,21 @@ def test_a_warm_call_launches_kernels_and_does_nothing_else(library: Path) -> No
             rest[1] = idle | sums | {"device bytes": 4 * modes * heads * (seqlen + 1)}
         expected = [{"kernels": a} | b for a, b in zip(kernels, rest, strict=True)]
         assert passes == expected, line
+
+
+def assert_library_alone(line: dict[str, Any]) -> None:
+    """Assert that a warm call of cuDNN is its two operators, on key heads as they are."""
+    assert (line["of"], line["seqlen"]) == ("cudnn", 4096)
+    row = 4096 * 128 * 2
+    lse = 4096 * 32 * 4
+    # q and out, k and v; backward also dout, and the gradients.
+    least = {"forward": row * (2 * 32 + 2 * 8) + lse, "backward": row * (4 * 32 + 4 * 8) + lse}
+    for name, ending in (("forward", ""), ("backward", "_backward")):
+        moved = line[name].pop("device bytes")
+        assert least[name] <= moved <= least[name] + 16
+        operation = f"aten._scaled_dot_product_cudnn_attention{ending}.default"
+        nothing = {"kernels": {}, "cpu operations": [], "copies": []}
+        assert line[name] == nothing | {"device operations": [operation]}
 
 
 # Of each method: messages that are waited for without a kernel since they were posted, forward and
