@@ -33,6 +33,14 @@ def turns(inv_freq: Tensor) -> Tensor:
 
 
 @triton.jit
+def cosines(b_p, b_step):
+    """Return (cosine, sine) of positions `[rows]` times steps `[pairs]`: fp32 `[rows, pairs]`."""
+    b_place = (b_p.to(tl.int64)[:, None] * b_step[None, :]) >> 32
+    b_angle = b_place.to(tl.float32) * RADIANS_PER_UNIT
+    return tl.cos(b_angle), tl.sin(b_angle)
+
+
+@triton.jit
 def _rotate_kernel(
     x, y,
     positions,
@@ -47,12 +55,9 @@ def _rotate_kernel(
     o_f = tl.arange(0, BLOCK_H)
     m_s, m_f = o_s < seqlen, o_f < HALF
     m = m_s[:, None] & m_f[None, :]
-    b_p = tl.load(positions + i_b * stride_pb + o_s, mask=m_s, other=0).to(tl.int64)
-    b_step = tl.load(steps + o_f, mask=m_f, other=0)
-    b_place = (b_p[:, None] * b_step[None, :]) >> 32
-    b_angle = b_place.to(tl.float32) * RADIANS_PER_UNIT
-    b_cos = tl.cos(b_angle) * factor
-    b_sin = tl.sin(b_angle) * (factor * sign)
+    b_p = tl.load(positions + i_b * stride_pb + o_s, mask=m_s, other=0)
+    b_cos, b_sin = cosines(b_p, tl.load(steps + o_f, mask=m_f, other=0))
+    b_cos, b_sin = b_cos * factor, b_sin * (factor * sign)
     o_x = i_b * stride_xb + (o_s.to(tl.int64) * stride_xs)[:, None] + o_f[None, :]
     o_y = i_b * stride_yb + (o_s.to(tl.int64) * stride_ys)[:, None] + o_f[None, :]
     for _ in range(0, nheads):

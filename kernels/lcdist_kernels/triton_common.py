@@ -196,6 +196,22 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def features(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return (feature, whether there is one) of each column of a tile, `[BLOCK_D]`.
+
+    Padding follows each half of the features, so that feature i and i + HEAD_DIM / 2, the pairs of
+    a rotation, are BLOCK_D / 2 columns apart.
+    """
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    if HEAD_DIM < BLOCK_D:
+        o_half = o_d % (BLOCK_D // 2)
+        m_d = o_half < HEAD_DIM // 2
+        o_d = o_half + (o_d // (BLOCK_D // 2)) * (HEAD_DIM // 2)
+    return o_d, m_d
+
+
+@triton.jit
 def load_tile(
     p, start, seqlen, stride_s,
     BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
@@ -205,20 +221,20 @@ def load_tile(
     p: the head's first element. start: a multiple of BLOCK_S. WHOLE: all rows are below seqlen.
     """
     o_s = tl.arange(0, BLOCK_S)
-    o_d = tl.arange(0, BLOCK_D)
+    o_d, m_d = features(HEAD_DIM, BLOCK_D)
     # In a loop only the scalar `start` changes; the tile's own offsets are loop invariant.
     p_tile = p + start.to(tl.int64) * stride_s + (o_s.to(tl.int64) * stride_s)[:, None] + o_d
     if WHOLE:
         if HEAD_DIM == BLOCK_D:
             b = tl.load(p_tile)
         else:
-            b = tl.load(p_tile, mask=(o_d < HEAD_DIM)[None, :], other=0.0)
+            b = tl.load(p_tile, mask=m_d[None, :], other=0.0)
     else:
         m = (start + o_s < seqlen)[:, None]
         if HEAD_DIM == BLOCK_D:
             b = tl.load(p_tile, mask=m, other=0.0)
         else:
-            b = tl.load(p_tile, mask=m & (o_d < HEAD_DIM)[None, :], other=0.0)
+            b = tl.load(p_tile, mask=m & m_d[None, :], other=0.0)
     return b
 
 
@@ -229,7 +245,7 @@ def store_tile(
 ):  # fmt: skip
     """Store the rows below seqlen and the features below HEAD_DIM, in the tensor's dtype."""
     o_s = start + tl.arange(0, BLOCK_S)
-    o_d = tl.arange(0, BLOCK_D)
-    m = (o_s < seqlen)[:, None] & (o_d < HEAD_DIM)[None, :]
+    o_d, m_d = features(HEAD_DIM, BLOCK_D)
+    m = (o_s < seqlen)[:, None] & m_d[None, :]
     p_tile = p + (o_s.to(tl.int64) * stride_s)[:, None] + o_d[None, :]
     tl.store(p_tile, b.to(p.dtype.element_ty), mask=m)

@@ -28,6 +28,7 @@ from lcdist_kernels.triton_common import (
     choose_key,
     choose_launch,
     dot,
+    features,
     is_hopper,
 )
 
@@ -79,23 +80,20 @@ def load_rows(
 
     ALL: m_at is True everywhere.
     """
-    o_d = tl.arange(0, BLOCK_D)
+    o_d, m_d = features(HEAD_DIM, BLOCK_D)
     p_at = p + o_at[:, None] + o_d[None, :]
     if ALL:
-        if HEAD_DIM == BLOCK_D:
-            b = tl.load(p_at)
-        else:
-            b = tl.load(p_at, mask=(o_d < HEAD_DIM)[None, :], other=0.0)
+        b = tl.load(p_at) if HEAD_DIM == BLOCK_D else tl.load(p_at, mask=m_d[None, :], other=0.0)
     else:
-        b = tl.load(p_at, mask=m_at[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
+        b = tl.load(p_at, mask=m_at[:, None] & m_d[None, :], other=0.0)
     return b
 
 
 @triton.jit
 def store_rows(p, b, o_at, m_at, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store rows at the int64 offsets o_at where m_at is True, in the tensor's dtype."""
-    o_d = tl.arange(0, BLOCK_D)
-    m = m_at[:, None] & (o_d < HEAD_DIM)[None, :]
+    o_d, m_d = features(HEAD_DIM, BLOCK_D)
+    m = m_at[:, None] & m_d[None, :]
     tl.store(p + o_at[:, None] + o_d[None, :], b.to(p.dtype.element_ty), mask=m)
 
 

@@ -28,7 +28,12 @@ from lcdist_kernels.softmax_steps import (
     load_range,
     nth_masked,
 )
-from lcdist_kernels.tensorized.kernel import head_rows, load_queries, program_coords
+from lcdist_kernels.tensorized.kernel import (
+    head_rows,
+    load_queries,
+    program_coords,
+    rotate_tile,
+)
 from lcdist_kernels.triton_common import LOG2E, dot, load_tile, store_tile
 
 
@@ -132,8 +137,10 @@ def _load_rows_of_branch(
 
 @triton.jit
 def _finish_dq(
-    b_dq, dq, prev_dq, hop_dq, i_b, i_h, row_q, start, size_q, stride64, seqlen, nheads,
-    GROUP_K: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    b_dq, dq, prev_dq, hop_dq, angles, turns, factor, i_b, i_h, stride_ab, row_q, start, size_q,
+    stride64, seqlen, nheads,
+    GROUP_K: tl.constexpr, MEAN: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Store dq of a tile of queries, with what the hop's mean queries and other modes gave."""
     if hop_dq is not None:
@@ -142,6 +149,11 @@ def _finish_dq(
         step_hop = heads_k * HEAD_DIM * stride64
         b_hop = load_tile(p_hop_dq, start, size_q, step_hop, BLOCK_M, HEAD_DIM, BLOCK_D, False)
         b_dq += b_hop / GROUP_K
+    if MEAN == 1:
+        b_dq = rotate_tile(
+            b_dq, angles, turns, factor, i_b, stride_ab, row_q, start, size_q, stride64, -1,
+            HEAD_DIM, BLOCK_D, BLOCK_M,
+        )  # fmt: skip
     step_own = nheads * HEAD_DIM * stride64
     if prev_dq is not None:
         p_prev = head_rows(prev_dq, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
@@ -154,9 +166,9 @@ def _finish_dq(
 @triton.jit
 def _tensorized_bwd_dq_kernel(
     q, k, u, dout, out, lse, bias, delta, lse2, du_next, u_next, hop_lse, hop_delta,
-    prev_dq, hop_dq, used_q, dq, dlogits,
+    prev_dq, hop_dq, used_q, dq, dlogits, angles, turns,
     q_idx, q_lo, k_idx, ranges, before,
-    softmax_scale, size_q, size_k, stride, outers, nheads, seqlen,
+    factor, stride_ab, softmax_scale, size_q, size_k, stride, outers, nheads, seqlen,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_ub, stride_us, stride_uh, stride_dout_b, stride_dout_s, stride_dout_h,
     GROUP_K: tl.constexpr, GROUP_U: tl.constexpr, MEAN: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -170,7 +182,8 @@ def _tensorized_bwd_dq_kernel(
     out: given where delta is still to be made. lse, bias: of the whole row, and of the branch.
     lse2: made here, lse less bias in base 2. du_next, u_next, hop_lse: of the hop, the last in base
     2. hop_delta: made here. prev_dq: what other modes gave. hop_dq: the gradient of the hop's mean
-    queries. used_q: made here, the mean queries. MEAN: as in the forward kernel.
+    queries. used_q: made here, the queries as means and rotated. dq of a mean stays rotated, as
+    hop_dq. MEAN, angles, turns, factor: as in the forward kernel.
     """
     tiles = tl.cdiv(size_q, BLOCK_M)
     i_m, i_h, i_r, i_o = program_coords(tiles, stride, nheads)
@@ -190,7 +203,10 @@ def _tensorized_bwd_dq_kernel(
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < size_q
     o_row = i_row + o_m.to(tl.int64) * stride
-    b_q = load_queries(p_q, start, size_q, step_q, stride_qh, MEAN, HEAD_DIM, BLOCK_D, BLOCK_M)
+    b_q = load_queries(
+        p_q, start, size_q, step_q, stride_qh, angles, turns, factor, i_b, stride_ab, row_q, stride,
+        MEAN, HEAD_DIM, BLOCK_D, BLOCK_M,
+    )  # fmt: skip
     if used_q is not None:
         p_used = head_rows(used_q, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
         store_tile(p_used, b_q, start, size_q, step_own, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -247,8 +263,8 @@ def _tensorized_bwd_dq_kernel(
             False, True,
         )  # fmt: skip
     _finish_dq(
-        b_dq * softmax_scale, dq, prev_dq, hop_dq, i_b, i_h, row_q, start, size_q, stride64, seqlen,
-        nheads, GROUP_K, HEAD_DIM, BLOCK_D, BLOCK_M,
+        b_dq * softmax_scale, dq, prev_dq, hop_dq, angles, turns, factor, i_b, i_h, stride_ab,
+        row_q, start, size_q, stride64, seqlen, nheads, GROUP_K, MEAN, HEAD_DIM, BLOCK_D, BLOCK_M,
     )  # fmt: skip
 
 
@@ -366,9 +382,9 @@ def _dkv_hop(
 
 @triton.jit
 def _tensorized_bwd_dkv_kernel(
-    q, k, u, dout, lse2, delta, hop_q, du_next, hop_lse, hop_delta, prev_dk, dk, du,
+    q, k, u, dout, lse2, delta, hop_q, du_next, hop_lse, hop_delta, prev_dk, dk, du, angles, turns,
     q_idx, q_lo, k_idx, ranges, after,
-    softmax_scale, size_q, size_k, stride, outers, nheads, seqlen, seqlen_k,
+    factor, stride_ab, softmax_scale, size_q, size_k, stride, outers, nheads, seqlen, seqlen_k,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_ub, stride_us, stride_uh, stride_dout_b, stride_dout_s, stride_dout_h,
     stride_hop_qb, stride_hop_qs, stride_hop_qh,
@@ -384,7 +400,8 @@ def _tensorized_bwd_dkv_kernel(
     lse2, delta, hop_delta: made by the dq kernel. hop_q: the hop's queries, GROUP_HOP heads for
     each key head: GROUP_K, or the mean alone. prev_dk: what other modes gave, to be added. nheads:
     of keys. after: branches of after[o] blocks behind block o see all of it. GROUP_U is 1, where
-    each query head has its own U, or GROUP_K.
+    each query head has its own U, or GROUP_K. q and k are rotated already; angles, turns, factor:
+    of the rotation that dk is turned back from.
     """
     tiles = tl.cdiv(size_k, BLOCK_N)
     i_n, i_hk, i_r, i_o = program_coords(tiles, stride, nheads)
@@ -442,7 +459,10 @@ def _tensorized_bwd_dkv_kernel(
         )  # fmt: skip
     if GROUP_U > 1:
         store_tile(p_du, b_du, start, size_k, step_du, BLOCK_N, HEAD_DIM, BLOCK_D)
-    b_dk = b_dk * softmax_scale
+    b_dk = rotate_tile(
+        b_dk * softmax_scale, angles, turns, factor, i_b, stride_ab, row_k, start, size_k, stride,
+        -1, HEAD_DIM, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
     step_dk = nheads * HEAD_DIM * stride64
     if prev_dk is not None:
         p_prev = head_rows(prev_dk, i_b, i_hk, row_k, seqlen_k, nheads, HEAD_DIM)

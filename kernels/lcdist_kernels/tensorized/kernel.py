@@ -29,6 +29,7 @@ contiguous and has no strides among the arguments.
 import triton
 import triton.language as tl
 
+from lcdist_kernels.rotary_kernel import cosines
 from lcdist_kernels.softmax_steps import (
     finish_softmax,
     fwd_step,
@@ -82,11 +83,36 @@ def head_rows(x, i_b, i_h, row, seqlen, nheads, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def rotate_tile(
+    b, angles, turns, factor, i_b, stride_ab, row, start, size, stride, sign,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of tokens of a fibre, rotated in fp32; sign = -1: the adjoint.
+
+    angles: what to rotate each token of a sequence by, `[s]` or `[b, s]`, in steps of `turns` (see
+    `rotary_kernel`); None: nothing is rotated. row, start, size, stride: the fibre's first token,
+    the tile's first place in it, its tokens, and what lies between them.
+    """
+    if angles is not None:
+        o_s = start + tl.arange(0, BLOCK_S)
+        o_f = tl.arange(0, BLOCK_D // 2)
+        p_at = angles + i_b * stride_ab + row + o_s.to(tl.int64) * stride
+        b_p = tl.load(p_at, mask=o_s < size, other=0)
+        b_cos, b_sin = cosines(b_p, tl.load(turns + o_f, mask=o_f < HEAD_DIM // 2, other=0))
+        b_cos, b_sin = b_cos * factor, b_sin * (factor * sign)
+        b_pairs = tl.permute(tl.reshape(b.to(tl.float32), [BLOCK_S, 2, BLOCK_D // 2]), [0, 2, 1])
+        b_one, b_two = tl.split(b_pairs)
+        b_pairs = tl.join(b_one * b_cos - b_two * b_sin, b_two * b_cos + b_one * b_sin)
+        b = tl.reshape(tl.permute(b_pairs, [0, 2, 1]), [BLOCK_S, BLOCK_D])
+    return b
+
+
+@triton.jit
 def load_queries(
-    p_q, start, size_q, step_q, stride_qh,
+    p_q, start, size_q, step_q, stride_qh, angles, turns, factor, i_b, stride_ab, row, stride,
     MEAN: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of queries: the mean over MEAN heads, summed in fp32 and rounded once."""
+    """Return a tile of queries: the mean over MEAN heads, rotated; rounded once."""
     b_q = load_tile(p_q, start, size_q, step_q, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     if MEAN > 1:
         b_sum = b_q.to(tl.float32)
@@ -94,15 +120,21 @@ def load_queries(
             p_one = p_q + i * stride_qh
             b_one = load_tile(p_one, start, size_q, step_q, BLOCK_M, HEAD_DIM, BLOCK_D, False)
             b_sum += b_one.to(tl.float32)
-        b_q = (b_sum / MEAN).to(b_q.dtype)
-    return b_q
+        b_mean = b_sum / MEAN
+    else:
+        b_mean = b_q
+    b_mean = rotate_tile(
+        b_mean, angles, turns, factor, i_b, stride_ab, row, start, size_q, stride, 1, HEAD_DIM,
+        BLOCK_D, BLOCK_M,
+    )  # fmt: skip
+    return b_mean.to(b_q.dtype)
 
 
 @triton.jit
 def _tensorized_fwd_kernel(
-    q, k, u, prev_out, prev_lse, out, lse, u_next, hop_lse, bias,
+    q, k, u, prev_out, prev_lse, out, lse, u_next, hop_lse, bias, angles, turns,
     q_idx, q_lo, k_idx, ranges, before,
-    qk_scale, size_q, size_k, stride, outers, nheads, seqlen,
+    factor, stride_ab, qk_scale, size_q, size_k, stride, outers, nheads, seqlen,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_ub, stride_us, stride_uh,
     GROUP_K: tl.constexpr, GROUP_U: tl.constexpr, MEAN: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -114,7 +146,8 @@ def _tensorized_fwd_kernel(
     prev_out, prev_lse: the partial of other branches, to be merged with, or None. bias: one per
     head of this branch, or None for 0. before: before[o] whole blocks in front of its own are
     visible to block o's branch; None: no blocks. hop_lse is in base 2. MEAN: query heads whose mean
-    is the query, of a hop alone.
+    is the query, of a hop alone. angles, turns, factor: of the rotation of q, see `rotate_tile`; k
+    is rotated already.
     """
     tiles = tl.cdiv(size_q, BLOCK_M)
     i_m, i_h, i_r, i_o = program_coords(tiles, stride, nheads)
@@ -136,7 +169,10 @@ def _tensorized_fwd_kernel(
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < size_q
     o_row = i_row + o_m.to(tl.int64) * stride
-    b_q = load_queries(p_q, start, size_q, step_q, stride_qh, MEAN, HEAD_DIM, BLOCK_D, BLOCK_M)
+    b_q = load_queries(
+        p_q, start, size_q, step_q, stride_qh, angles, turns, factor, i_b, stride_ab, row_q, stride,
+        MEAN, HEAD_DIM, BLOCK_D, BLOCK_M,
+    )  # fmt: skip
     # A hop sees every key; rows past the end are not stored.
     b_all = tl.full([BLOCK_M], 2147483646, tl.int32)
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from lcdist_kernels.common import TensorNotes
+from lcdist_kernels.rotary_kernel import rotate, turns
 from lcdist_kernels.tensorized.bwd_kernel import (
     _tensorized_bwd_dkv_kernel,
     _tensorized_bwd_dq_kernel,
@@ -35,7 +37,7 @@ from lcdist_kernels.tensorized.tiled import (
     Saved,
     hop_queries_bwd,
 )
-from lcdist_kernels.tile_ranges import device_stream
+from lcdist_kernels.tile_ranges import Indices, device_stream, on_device
 from lcdist_kernels.triton_common import (
     LOG2E,
     Launch,
@@ -49,6 +51,8 @@ from lcdist_kernels.triton_common import (
 )
 
 ROW_DOT_BLOCK = 32
+
+_TURNS = TensorNotes()
 
 
 class HopRows(NamedTuple):
@@ -88,6 +92,43 @@ class BranchRows(NamedTuple):
     dlogits: Tensor | None
 
 
+class Rotation(NamedTuple):
+    """Rotation by a mode, as kernels take it.
+
+    Attributes:
+        angles: integers `[s]` or `[b, s]` on the device. turns: see `rotary_kernel`.
+        factor: of cosine and sine.
+    """
+
+    angles: Tensor
+    turns: Tensor
+    factor: float
+
+    @property
+    def stride(self) -> int:
+        """Return the distance from one row of the batch to the next."""
+        return self.angles.stride(0) if self.angles.dim() == 2 else 0
+
+
+def rotation_of(mode_rotary: ModeRotary, mode: int, x: Tensor) -> Rotation | None:
+    """Return the rotation by `mode` on the device of x, or None without rotary."""
+    rotary = mode_rotary.rotary
+    if rotary is None:
+        return None
+    angles = mode_rotary.angle(mode)
+    if angles.device != x.device:
+        numbers = on_device(Indices(angles.flatten()), device_stream(x))
+        angles = numbers.view(angles.shape)
+    frequencies = rotary.inv_freq
+    steps = _TURNS.find(frequencies, x.device, lambda: turns(frequencies).to(x.device))
+    return Rotation(angles.contiguous(), steps, float(rotary.attention_factor))
+
+
+def rotated(k: Tensor, rotation: Rotation | None) -> Tensor:
+    """Return rotated keys, by a kernel of their own: every query tile of a fibre reads them."""
+    return k if rotation is None else rotate(k, *rotation)
+
+
 def mean_of(q: Tensor, k: Tensor, grid: ModeGrid) -> int:
     """Return the query heads whose mean a hop takes as its query."""
     return q.shape[2] // k.shape[2] if grid.hop_heads == "kv" else 1
@@ -107,13 +148,15 @@ def whole_fwd(
         raise ValueError(f"q of shape {tuple(q.shape)}: kernels need at least one element")
     grid, scale = mode_rotary.grid, mode_rotary.softmax_scale
     last, mean = len(grid.modes), mean_of(q, k, grid)
-    turned = [
-        (mode_rotary.rotate(q, mode), mode_rotary.rotate(k, mode)) for mode in range(last + 1)
-    ]
+    rotations = [rotation_of(mode_rotary, mode, q) for mode in range(last + 1)]
+    keys = [rotated(k, rotation) for rotation in rotations]
     values, lambdas, partial = [v], [], None
     if mean > 1:
         for mode, sweeps in enumerate(plan.sweeps[:last]):
-            _, u_next, lse2 = _fwd((*turned[mode], values[mode]), sweeps.hop, scale, mean=mean)
+            _, u_next, lse2 = _fwd(
+                (q, keys[mode], values[mode]), sweeps.hop, scale, mean=mean,
+                rotation=rotations[mode],
+            )  # fmt: skip
             values.append(u_next)
             lambdas.append(lse2)
     order = range(last + 1) if mean == 1 else reversed(range(last + 1))
@@ -121,8 +164,9 @@ def whole_fwd(
         sweep = plan.sweeps[mode].both if mean == 1 else plan.sweeps[mode].branch
         own_bias = bias[mode - 1] if mode else None
         partial, u_next, lse2 = _fwd(
-            (*turned[mode], values[mode]), sweep, scale, previous=partial, bias=own_bias
-        )
+            (q, keys[mode], values[mode]), sweep, scale, previous=partial, bias=own_bias,
+            rotation=rotations[mode],
+        )  # fmt: skip
         if sweep.hop:
             values.append(u_next)
             lambdas.append(lse2)
@@ -150,37 +194,32 @@ def whole_bwd(
     dq, dk, du = None, None, None
     for mode in reversed(range(last + 1)):
         sweeps = plan.sweeps[mode]
-        qku = (mode_rotary.rotate(q, mode), mode_rotary.rotate(k, mode), saved.values[mode])
+        rotation = rotation_of(mode_rotary, mode, q)
+        k_mode, u = rotated(k, rotation), saved.values[mode]
         branch = BranchRows(
             dout, saved.out if mode == last else None, saved.lse, bias[mode - 1] if mode else None,
             delta, lse2, dlogits[mode - 1] if mode else None,
         )  # fmt: skip
-        hop, hop_q, hop_dq = None, qku[0], None
+        hop, hop_q, hop_dq = None, None, None
         if du is not None:
             rows = _rows_like(saved.values[mode + 1])
             hop = HopRows(du, saved.values[mode + 1], saved.lambdas[mode], rows)
         if hop is not None and mean > 1:
-            hop_dq, hop_q = _bwd_dq(qku, sweeps.hop, scale, hop=hop, mean=mean)
-        sweep = sweeps.both if mean == 1 else sweeps.branch
-        # A mode rotates in its own way, so what others gave is added after rotating back.
-        chained = mode_rotary.rotary is None
-        dq_mode, _ = _bwd_dq(
-            qku, sweep, scale, branch=branch, hop=hop if mean == 1 else None, hop_dq=hop_dq,
-            previous=dq if chained else None, dtype=q.dtype if chained else torch.float32,
-        )  # fmt: skip
-        dk_mode, du = _bwd_dkv(
-            qku, sweeps.both, scale, branch=branch, hop=hop, hop_q=hop_q,
-            previous=dk if chained else None,
-            dtypes=(k.dtype if chained and not mode else torch.float32, q.dtype),
-        )  # fmt: skip
-        if not chained:
-            dq_mode, dk_mode = (mode_rotary.rotate_back(x, mode) for x in (dq_mode, dk_mode))
-            dq_mode, dk_mode = (
-                x if total is None else total.add_(x) for x, total in ((dq_mode, dq), (dk_mode, dk))
+            hop_dq, hop_q = _bwd_dq(
+                (q, k_mode, u), sweeps.hop, scale, hop=hop, mean=mean, rotation=rotation
             )
-        dq, dk = dq_mode, dk_mode
+        dq, used_q = _bwd_dq(
+            (q, k_mode, u), sweeps.both if mean == 1 else sweeps.branch, scale, branch=branch,
+            hop=hop if mean == 1 else None, hop_dq=hop_dq, previous=dq, dtype=q.dtype,
+            rotation=rotation,
+        )  # fmt: skip
+        dk, du = _bwd_dkv(
+            (used_q, k_mode, u), sweeps.both, scale, branch=branch, hop=hop,
+            hop_q=used_q if hop_q is None else hop_q, previous=dk,
+            dtypes=(torch.float32 if mode else k.dtype, q.dtype), rotation=rotation,
+        )  # fmt: skip
     assert dq is not None and dk is not None and du is not None, "there is always a branch"
-    return dq.to(q.dtype), dk.to(k.dtype), du, dlogits.sum((1, 3))
+    return dq, dk, du, dlogits.sum((1, 3))
 
 
 def branch_fwd(qku: Sequence[Tensor], branch: Branch, softmax_scale: float) -> Partial:
@@ -299,6 +338,7 @@ def _fwd(
     bias: Tensor | None = None,
     mean: int = 1,
     dtype: torch.dtype | None = None,
+    rotation: Rotation | None = None,
 ) -> tuple[Partial | None, Tensor | None, Tensor | None]:
     """Return (the branch's partial, U, lambda in base 2); None for parts the sweep lacks.
 
@@ -307,6 +347,7 @@ def _fwd(
         bias: of the branch `[h]`; None: 0.
         mean: query heads whose mean is a query, for a hop alone.
         dtype: of the partial; default: q's.
+        rotation: of q; k is rotated already.
     """
     assert sweep is not None, "the coarsest mode has no hop"
     q, k, u = (last_dim_contiguous(x) for x in qku)
@@ -326,10 +367,12 @@ def _fwd(
     hopper = FWD_FORK_HOPPER if sweep.hop and sweep.band is not None else FWD_HOPPER
     launch = _fit_launch(FWD, q, sweep, hopper)
     tables = sweep.tables(launch, device_stream(q), of_keys=False)
+    of_rotation = (*rotation, rotation.stride) if rotation else (None, None, 1.0, 0)
     with launch_context(q):
         _tensorized_fwd_kernel[(sweep.programs(launch) * nheads * batch,)](
             q, k, u, *(previous or (None, None)), *(partial or (None, None)), u_next, hop_lse,
-            None if bias is None else bias.contiguous(), *tables[:5], softmax_scale * LOG2E.value,
+            None if bias is None else bias.contiguous(), *of_rotation[:2], *tables[:5],
+            *of_rotation[2:], softmax_scale * LOG2E.value,
             sweep.size_q, sweep.size_k, sweep.stride, sweep.outers, nheads, seqlen,
             *strides(q, k, u), **_sizes(q, k, u, mean, tables), MEAN=mean, **sweep.flags,
             **launch.options(),
@@ -354,6 +397,7 @@ def _bwd_dq(
     hop_dq: Tensor | None = None,
     mean: int = 1,
     dtype: torch.dtype = torch.float32,
+    rotation: Rotation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return dq of a sweep, and the queries it took; fill what `branch` and `hop` leave to it.
 
@@ -362,6 +406,7 @@ def _bwd_dq(
         hop_dq: dq of the hop's mean queries, fp32 and contiguous, of which each query of the group
             gets its share.
         mean: query heads whose mean is a query, for a hop alone: dq is then that of the means.
+        rotation: of q, and of dq back, but not of the dq of means; k is rotated already.
     """
     assert sweep is not None, "the coarsest mode has no hop"
     q, k, u = (last_dim_contiguous(x) for x in qku)
@@ -370,17 +415,20 @@ def _bwd_dq(
     nheads //= mean
     shape = (batch, seqlen, nheads, head_dim)
     dq = torch.empty(shape, dtype=dtype, device=q.device)
-    used = None if mean == 1 else torch.empty(shape, dtype=q.dtype, device=q.device)
+    kept = mean == 1 and rotation is None
+    used = None if kept else torch.empty(shape, dtype=q.dtype, device=q.device)
     dout, out, lse, bias, delta, lse2, dlogits = branch or [None] * 7
     launch = _fit_launch(BWD_DQ, q, sweep, BWD_DQ_HOPPER)
     tables = sweep.tables(launch, device_stream(q), of_keys=False)
+    of_rotation = (*rotation, rotation.stride) if rotation else (None, None, 1.0, 0)
     with launch_context(q):
         _tensorized_bwd_dq_kernel[(sweep.programs(launch) * nheads * batch,)](
             q, k, u, dout, out, lse, None if bias is None else bias.contiguous(), delta, lse2,
-            *(hop or [None] * 4), previous, hop_dq, used, dq, dlogits, *tables[:5],
-            float(softmax_scale), sweep.size_q, sweep.size_k, sweep.stride, sweep.outers, nheads,
-            seqlen, *strides(q, k, u, q if dout is None else dout),
-            **_sizes(q, k, u, mean, tables), MEAN=mean, **sweep.flags, **launch.options(),
+            *(hop or [None] * 4), previous, hop_dq, used, dq, dlogits, *of_rotation[:2],
+            *tables[:5], *of_rotation[2:], float(softmax_scale), sweep.size_q, sweep.size_k,
+            sweep.stride, sweep.outers, nheads, seqlen,
+            *strides(q, k, u, q if dout is None else dout), **_sizes(q, k, u, mean, tables),
+            MEAN=mean, **sweep.flags, **launch.options(),
         )  # fmt: skip
     return dq, q if used is None else used
 
@@ -395,12 +443,14 @@ def _bwd_dkv(
     hop_q: Tensor | None = None,
     previous: Tensor | None = None,
     dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    rotation: Rotation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (dk, dU) of a sweep in `dtypes`, after `_bwd_dq`.
 
     Args:
         hop_q: the queries of the hop: one or all heads of a group.
         previous: dk of other modes, fp32 and contiguous, to be added.
+        rotation: that dk is turned back from; queries and keys are rotated already.
     """
     q, k, u = (last_dim_contiguous(x) for x in qku)
     batch, seqlen, nheads, _ = q.shape
@@ -417,9 +467,11 @@ def _bwd_dkv(
     group_hop = 1 if hop is None or hop_q is None else hop_q.shape[2] // nheads_k
     # A hop alone with mean queries has a group of one.
     mean = 1 if branch is not None else nheads // (nheads_k * group_hop)
+    of_rotation = (*rotation, rotation.stride) if rotation else (None, None, 1.0, 0)
     with launch_context(q):
         _tensorized_bwd_dkv_kernel[(sweep.programs(launch, of_keys=True) * nheads_k * batch,)](
-            q, k, u, *rows, *of_hop, previous, dk, du, *tables[:5], float(softmax_scale),
+            q, k, u, *rows, *of_hop, previous, dk, du, *of_rotation[:2], *tables[:5],
+            *of_rotation[2:], float(softmax_scale),
             sweep.size_q, sweep.size_k, sweep.stride, sweep.outers, nheads_k, seqlen,
             sweep.seqlen_k, *strides(q, k, u, q if branch is None else branch.dout,
             q if hop_q is None else hop_q), **_sizes(q, k, u, mean, tables), GROUP_HOP=group_hop,

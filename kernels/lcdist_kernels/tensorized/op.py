@@ -22,8 +22,9 @@ from lcdist_kernels.rotary import Rotary
 from lcdist_kernels.tensorized.grid import ModeGrid, check_bias
 from lcdist_kernels.tensorized.impl import TensorizedImpl, select_tensorized_impl
 from lcdist_kernels.tensorized.reference import tensorized_reference
-from lcdist_kernels.tensorized.sweeps import WholePlan, initial_bias_for, make_plan
+from lcdist_kernels.tensorized.sweeps import WholePlan, initial_bias_for, make_plan, mode_angles
 from lcdist_kernels.tensorized.tiled import ModeRotary, Saved
+from lcdist_kernels.tile_ranges import device_stream
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
@@ -60,12 +61,18 @@ def tensorized_attention(
     implementation = select_tensorized_impl(impl, q, "tensorized attention")
     seqlen = q.shape[1]
     padding = -seqlen % grid.block
-    plan = make_plan(grid, seqlen, document_borders(cu_seqlens, seqlen))
-    positions = plan.positions if positions is None else F.pad(positions, (0, padding))
+    key = (grid, seqlen, document_borders(cu_seqlens, seqlen))
+    plan, angles = make_plan(*key), ()
+    if positions is not None:
+        positions = F.pad(positions, (0, padding))
+    elif rotary is not None:
+        angles = mode_angles(*key, device_stream(q))
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x for x in (q, k, v))
     scale = resolve_scale(softmax_scale, q.shape[3])
     bias = bias.to(q.device, wide_dtype(q.dtype))
-    mode_rotary = ModeRotary(grid, rotary, positions, scale)
+    mode_rotary = ModeRotary(
+        grid, rotary, plan.positions if positions is None else positions, scale, angles
+    )
     out = TensorizedFunction.apply(q, k, v, bias, mode_rotary, plan, implementation)
     return out[:, :seqlen]
 

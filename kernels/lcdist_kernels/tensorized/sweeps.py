@@ -210,6 +210,16 @@ def make_plan(grid: ModeGrid, seqlen: int, documents: tuple[int, ...] | None) ->
     return WholePlan(index - starts, branches, sweeps)
 
 
+@cached_plan
+def mode_angles(
+    grid: ModeGrid, seqlen: int, documents: tuple[int, ...] | None, place: DeviceStream
+) -> tuple[Tensor, ...]:
+    """Return what each mode rotates the tokens of a plan by, on the device: int32 `[s]`."""
+    positions = make_plan(grid, seqlen, documents).positions
+    modes = range(len(grid.modes) + 1)
+    return tuple(send(grid.angle(positions, mode).to(torch.int32), place) for mode in modes)
+
+
 def initial_bias_for(q: Tensor, modes: tuple[int, ...]) -> Tensor:
     """Return `initial_bias` on the device of q `[b, s, h, d]`, shared by all calls: never write."""
     return _sent_bias(modes, q.shape[2], wide_dtype(q.dtype), device_stream(q))

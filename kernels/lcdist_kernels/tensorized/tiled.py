@@ -53,24 +53,32 @@ class Grads(NamedTuple):
 
 @dataclass(frozen=True)
 class ModeRotary:
-    """Rotation of the tokens at hand for each mode, and the scale of scores."""
+    """Rotation of the tokens at hand for each mode, and the scale of scores.
+
+    angles: by mode, what `ModeGrid.angle` says of the positions, if it is known.
+    """
 
     grid: ModeGrid
     rotary: Rotary | None
     positions: Tensor
     softmax_scale: float
+    angles: Sequence[Tensor] = ()
+
+    def angle(self, mode: int) -> Tensor:
+        """Return what `mode` rotates each token by."""
+        return self.angles[mode] if self.angles else self.grid.angle(self.positions, mode)
 
     def rotate(self, x: Tensor, mode: int) -> Tensor:
         """Rotate `x` `[b, s, h, d]` as `mode` does."""
         if self.rotary is None:
             return x
-        return self.rotary.rotate(x, self.grid.angle(self.positions, mode))
+        return self.rotary.rotate(x, self.angle(mode))
 
     def rotate_back(self, dx: Tensor, mode: int) -> Tensor:
         """Apply the adjoint of `rotate`: the opposite angle."""
         if self.rotary is None:
             return dx
-        return self.rotary.rotate(dx, -self.grid.angle(self.positions, mode))
+        return self.rotary.rotate(dx, -self.angle(mode))
 
 
 @dataclass(frozen=True)
