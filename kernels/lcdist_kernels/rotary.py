@@ -120,19 +120,25 @@ def rotate_self(
         index: token numbers `[s]`, int64 on the CPU; shared by all calls, so never write to it.
         starts: the first token of each token's document, like index.
     """
-    seqlen, documents = q.shape[1], document_borders(cu_seqlens, q.shape[1])
-    index, starts = _token_numbers(seqlen, documents)
+    documents = document_borders(cu_seqlens, q.shape[1])
     if rotary is not None:
-        if positions is None:
-            on_gpu = q.is_cuda and q.dtype in DTYPES
-            place = device_stream(q) if on_gpu else DeviceStream(torch.device("cpu"), 0)
-            positions = _positions(seqlen, documents, place)
+        positions = document_positions(q, documents) if positions is None else positions
         q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
-    return q, k, index, starts
+    return q, k, *token_numbers(q.shape[1], documents)
+
+
+def document_positions(x: Tensor, documents: tuple[int, ...] | None) -> Tensor:
+    """Return each token's position in its document `[s]`, where `Rotary.rotate` of x reads it.
+
+    x `[b, s, h, d]`. documents: see `document_borders`. Shared by all calls, so never write to it.
+    """
+    on_gpu = x.is_cuda and x.dtype in DTYPES
+    place = device_stream(x) if on_gpu else DeviceStream(torch.device("cpu"), 0)
+    return _positions(x.shape[1], documents, place)
 
 
 @cached_plan
-def _token_numbers(seqlen: int, documents: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+def token_numbers(seqlen: int, documents: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
     """Return token numbers and the first token of each one's document: int64 `[s]` on the CPU."""
     index = torch.arange(seqlen)
     borders = None if documents is None else torch.tensor(documents)
@@ -142,7 +148,7 @@ def _token_numbers(seqlen: int, documents: tuple[int, ...] | None) -> tuple[Tens
 @cached_plan
 def _positions(seqlen: int, documents: tuple[int, ...] | None, place: DeviceStream) -> Tensor:
     """Return each token's position in its document: `[s]`, int32 on a GPU and int64 on the CPU."""
-    index, starts = _token_numbers(seqlen, documents)
+    index, starts = token_numbers(seqlen, documents)
     positions = index - starts
     return positions if place.device.type == "cpu" else send(positions.to(torch.int32), place)
 

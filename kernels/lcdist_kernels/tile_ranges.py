@@ -13,6 +13,7 @@ decrease. Numbers in any other order are legal: then every tile is visited under
 
 from functools import lru_cache
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ MAX_TOKEN = 2**31 - 2
 class Indices:
     """Global token numbers: an int32 copy on the CPU that hashes and compares by value."""
 
-    __slots__ = ("_hash", "values")
+    __slots__ = ("__weakref__", "_hash", "values")
 
     def __init__(self, values: Tensor) -> None:
         if len(values) and values.max() > MAX_TOKEN:
@@ -35,8 +36,8 @@ class Indices:
                 f"token number {int(values.max())}: kernels take numbers up to {MAX_TOKEN}"
             )
         self.values = values.to("cpu", torch.int32, copy=True)
-        ends = values[[0, -1]].tolist() if len(values) else []
-        self._hash = hash((len(values), *ends))
+        # Of all numbers, so that others of the same length and ends are told apart by their hash.
+        self._hash = hash((len(values), int(values.sum()), int(values[::7].sum())))
 
     def __hash__(self) -> int:
         return self._hash
@@ -71,11 +72,19 @@ class DeviceStream(NamedTuple):
 
 
 _INDICES = TensorNotes()
+# By hash; two that share a hash by chance are not both in it.
+_KNOWN: WeakValueDictionary[int, Indices] = WeakValueDictionary()
 
 
 def indices_of(values: Tensor) -> Indices:
-    """Return a tensor as `Indices`: the same object for the same tensor, so compared in no time."""
-    return _INDICES.find(values, None, lambda: Indices(values))
+    """Return a tensor as `Indices`: the same object for equal numbers, so compared in no time."""
+
+    def make() -> Indices:
+        made = Indices(values)
+        known = _KNOWN.setdefault(hash(made), made)
+        return known if known == made else made
+
+    return _INDICES.find(values, None, make)
 
 
 def band_of(q_idx: Tensor, q_lo: Tensor, k_idx: Tensor) -> Band:

@@ -470,7 +470,8 @@ def test_saves_inputs_out_and_lse_alone(choice: dict[str, Any]) -> None:
 
 
 def test_the_grid_by_eye() -> None:
-    rows, num_slots = grid = block_grid(torch.tensor([0, 2, 2, 5], dtype=torch.int32), 9, 4)
+    grid = block_grid(torch.tensor([0, 2, 2, 5], dtype=torch.int32), 9, 4)
+    rows, num_slots = grid.rows, grid.num_slots
     assert rows.idx.tolist() == [0, 1, 4, 5, 6, 8, 9, 10, 11] and num_slots == 12
     assert rows.lo.tolist() == [0, 0, 4, 4, 4, 8, 8, 8, 8]
     assert [x.tolist() for x in rows.content] == [

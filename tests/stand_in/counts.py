@@ -25,7 +25,10 @@ from lcdist.attention.scca.pattern import for_layer, model_rules  # noqa: E402
 from lcdist.config.schema import SccaOptions  # noqa: E402
 from lcdist_kernels import (  # noqa: E402
     Rotary,
+    coca_attention,
     full_attention,
+    landmark_attention,
+    lssar_attention,
     scca_attention,
     tensorized_attention,
 )
@@ -155,7 +158,11 @@ def second_step(layers: int, seqlen: int) -> dict[str, Any]:
 def main() -> None:
     """Print all lines."""
     cases = {name: scca(options) for name, options in PATTERNS.items()} | {
-        "full": lambda *qkv: full_attention(*qkv, impl="triton")
+        "full": lambda *qkv: full_attention(*qkv, impl="triton"),
+        "coca": lambda *qkv: coca_attention(*qkv, impl="triton"),
+        "landmark": lambda *qkv: landmark_attention(*qkv, block_size=64),
+        "top_k": lambda *qkv: landmark_attention(*qkv, block_size=64, top_k=64, select_tokens=4096),
+        "lssar": lssar_attention,
     }
     with STAND_IN:
         cases |= {name: tensorized(grid) for name, grid in GRIDS.items()}

@@ -75,19 +75,35 @@ def test_attention(library: Path, rank: int, impls: tuple[str, ...]) -> None:
     assert last == "waits|{}"
 
 
+# (Kernels, torch operations on the device), each of a forward and a backward pass.
+OPERATIONS = {
+    "coca": ((3, 6), (5, 6)),
+    "landmark": ((1, 2), (0, 0)),
+    "top_k": ((2, 2), (14, 2)),
+    "lssar": ((1, 3), (19, 31)),
+}
+
+
 def test_a_warm_call_launches_kernels_and_does_nothing_else(library: Path) -> None:
     *lines, cudnn = [json.loads(line) for line in run(library, "counts")]
     assert_library_alone(cudnn)
     patterns = ("fixed", "flow", "sda", "longmixed")
+    methods = ("full", "coca", "landmark", "top_k", "lssar")
     folded = {"tensorized (512)": (3, 3, 2), "tensorized (32, 32)": (5, 5, 3)}
     cases = [(line["of"], line["seqlen"]) for line in lines]
     assert cases == [
-        *((name, seqlen) for name in (*patterns, "full", *folded) for seqlen in (4096, 131072)),
+        *((name, seqlen) for name in (*patterns, *methods, *folded) for seqlen in (4096, 131072)),
         ("packed", 4096),
         ("layers", 8192),
     ]
     for line in lines:
         name, seqlen, *passes = line.values()
+        if name in ("coca", "landmark", "top_k", "lssar"):
+            assert not any(x["cpu operations"] or x["copies"] for x in passes), line
+            launched = tuple(sum(x["kernels"].values()) for x in passes)
+            operations = tuple(len(x["device operations"]) for x in passes)
+            assert (launched, operations) == OPERATIONS[name], line
+            continue
         words = name if name == "full" else "tensorized" if name in folded else "pieces"
         counts = folded.get(name, (1, 1, 1))
         kernels = [

@@ -20,9 +20,9 @@ from lcdist_kernels.coca.transform import (
     collinear_bwd,
     rotary_angles,
 )
-from lcdist_kernels.common import check_impl, check_self, document_starts, resolve_scale
+from lcdist_kernels.common import check_impl, check_self, document_borders, resolve_scale
 from lcdist_kernels.full import IMPLS
-from lcdist_kernels.rotary import Rotary
+from lcdist_kernels.rotary import Rotary, document_positions, token_numbers
 
 
 class CoCAContext(NamedTuple):
@@ -100,11 +100,10 @@ def coca_attention(
     packed = cu_seqlens is not None
     what = "coca attention of packed documents" if packed else "coca attention"
     implementation = select_coca_impl(impl, q, what, packed)
-    index = torch.arange(q.shape[1])
-    starts = document_starts(cu_seqlens, index, q.shape[1])
-    angles = rotary_angles(
-        rotary, index - starts if positions is None else positions, q, q.shape[3]
-    )
+    documents = document_borders(cu_seqlens, q.shape[1])
+    index, starts = token_numbers(q.shape[1], documents)
+    positions = document_positions(q, documents) if positions is None else positions
+    angles = rotary_angles(rotary, positions, q, q.shape[3])
     scale = resolve_scale(softmax_scale, q.shape[3])
     return CoCAFunction.apply(
         q, t, v, CoCAContext(angles, variant, index, starts, scale, implementation)

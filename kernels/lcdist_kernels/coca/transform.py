@@ -47,7 +47,7 @@ def rotary_angles(rotary: Rotary | None, positions: Tensor, like: Tensor, head_d
     half = head_dim // 2
     table = positions if positions.dim() == 2 else positions[None]
     unit = torch.zeros(*table.shape, 1, head_dim, dtype=wide_dtype(like.dtype), device=like.device)
-    unit[..., :half] = 1.0
+    unit[..., :half].fill_(1.0)
     # (1, 0) rotated by an angle is (cosine, sine), attention factor included.
     rotated = unit if rotary is None else rotary.rotate(unit, positions)
     return Angles(rotated[..., :half], rotated[..., half:])

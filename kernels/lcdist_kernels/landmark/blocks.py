@@ -47,10 +47,15 @@ class QueryRows(NamedTuple):
 
 
 class BlockGrid(NamedTuple):
-    """A whole sequence by slot. rows: all tokens; num_slots: number of blocks times block_size."""
+    """A whole sequence by slot.
+
+    rows: all tokens. num_slots: number of blocks times block_size. gaps: whether slots between
+    tokens are empty, not only those after the last.
+    """
 
     rows: QueryRows
     num_slots: int
+    gaps: bool
 
     def to_slots(self, x: Tensor) -> Tensor:
         """Return x `[b, s, h, d]` by slot, `[b, num_slots, h, d]`; zero in empty slots.
@@ -58,7 +63,7 @@ class BlockGrid(NamedTuple):
         Without empty slots it is x itself.
         """
         slots = self.rows.idx
-        if len(slots) == 0 or int(slots[-1]) == len(slots) - 1:
+        if not self.gaps:
             if self.num_slots == len(slots):
                 return x
             return F.pad(x, (0, 0, 0, 0, 0, self.num_slots - len(slots)))
@@ -74,7 +79,9 @@ def block_grid(cu_seqlens: Tensor | None, seqlen: int, block_size: int) -> Block
     padded = -(-lengths // block_size) * block_size
     begins = padded.cumsum(0) - padded
     lo = begins.repeat_interleave(lengths)
-    return BlockGrid(QueryRows(lo + index - starts, lo, block_size), int(padded.sum()))
+    slots = lo + index - starts
+    gaps = seqlen > 0 and int(slots[-1]) >= seqlen
+    return BlockGrid(QueryRows(slots, lo, block_size), int(padded.sum()), gaps)
 
 
 def block_starts(num_slots: int, block_size: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lcdist_kernels.common import check_qkv
+from lcdist_kernels.common import TensorNotes, check_qkv
 from lcdist_kernels.full import kernel as full
 from lcdist_kernels.landmark.blocks import QueryRows, slots_of
 from lcdist_kernels.landmark.inner_loop import launch_for, tiling_of
@@ -32,6 +32,7 @@ from lcdist_kernels.tile_ranges import (
     band_of,
     bounded_below,
     device_stream,
+    indices_of,
     key_tables,
     query_tables,
 )
@@ -56,8 +57,9 @@ class _Bands(NamedTuple):
     @classmethod
     def of(cls, q: Tensor, rows: QueryRows, k_start: Tensor) -> "_Bands":
         """Return the bands of queries `rows` over blocks that begin at k_start."""
-        slots = slots_of(k_start, rows.block_size)
-        return cls(band_of(*rows.past, k_start), band_of(*rows.content, slots), device_stream(q))
+        key = indices_of(rows.idx), indices_of(rows.lo), rows.block_size
+        past, own = _BANDS.find(k_start, key, lambda: _bands(rows, k_start))
+        return cls(past, own, device_stream(q))
 
     def for_queries(self, launch: Launch, blocks: int) -> list[Tensor]:
         """Return the tables of a kernel that owns queries: past blocks, then own block."""
@@ -70,6 +72,16 @@ class _Bands(NamedTuple):
         block_m, place = launch.block_m, self.place
         past = key_tables(self.past, block_m, blocks, place)
         return past + key_tables(self.own, block_m, blocks * size, place)
+
+
+# Bands by the blocks of a visit. The same tensors of token numbers come again in every layer.
+_BANDS = TensorNotes()
+
+
+def _bands(rows: QueryRows, k_start: Tensor) -> tuple[Band, Band]:
+    """Return the bands of past blocks and of the own block, which take time to make."""
+    slots = slots_of(k_start, rows.block_size)
+    return band_of(*rows.past, k_start), band_of(*rows.content, slots)
 
 
 def landmark_fwd(

@@ -53,7 +53,8 @@ def landmark_reference(
     check_sizes(block_size, top_k, select_tokens)
     q, k, index, starts = rotate_self(q, k, rotary, positions, cu_seqlens)
     scale = resolve_scale(softmax_scale, q.shape[3])
-    rows, num_slots = grid = block_grid(cu_seqlens, q.shape[1], block_size)
+    grid = block_grid(cu_seqlens, q.shape[1], block_size)
+    rows, num_slots = grid.rows, grid.num_slots
     k, v = grid.to_slots(k), grid.to_slots(v)
     read = None
     if top_k is not None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcdist_kernels.common import check_impl, check_self, document_starts
+from lcdist_kernels.common import check_impl, check_self, document_borders
 from lcdist_kernels.lssar.epilogue import lssar_whole
 from lcdist_kernels.lssar.impl import LssarImpl, select_lssar_impl
 from lcdist_kernels.lssar.reference import SHARPENED, lssar_reference
 from lcdist_kernels.lssar.rows import Band, Reweight, directions, logit_scales
-from lcdist_kernels.rotary import Rotary
+from lcdist_kernels.rotary import Rotary, document_positions, token_numbers
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
@@ -43,9 +43,9 @@ def lssar_attention(
         )  # fmt: skip
     check_self(q, k, v)
     implementation = select_lssar_impl(impl, q, "lssar attention", reweight)
-    index = torch.arange(q.shape[1])
-    starts = document_starts(cu_seqlens, index, q.shape[1])
-    positions = index - starts if positions is None else positions
+    documents = document_borders(cu_seqlens, q.shape[1])
+    index, starts = token_numbers(q.shape[1], documents)
+    positions = document_positions(q, documents) if positions is None else positions
     queries, keys = directions(q, rotary, positions), directions(k, rotary, positions)
     band = Band(index, starts, index)
     queries = queries * logit_scales(band.counts, softmax_scale, queries)

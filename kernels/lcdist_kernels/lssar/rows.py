@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lcdist_kernels.common import wide_dtype
+from lcdist_kernels.common import TensorNotes, wide_dtype
 from lcdist_kernels.rotary import Rotary
-from lcdist_kernels.tile_ranges import Indices, device_stream, on_device
+from lcdist_kernels.tile_ranges import device_stream, indices_of, on_device
 
 # Lower bound of a squared norm. The paper does not treat zero vectors; here they stay zero.
 LEAST_SQUARE = 1e-12
@@ -37,6 +37,10 @@ class Reweight:
     exempt_rows: int = 3
 
 
+# N_i of each band, by its queries: layers share their token numbers.
+_COUNTS = TensorNotes()
+
+
 class Band(NamedTuple):
     """Queries and keys by global token number, int64 on the CPU: lo <= k <= q is visible.
 
@@ -50,7 +54,8 @@ class Band(NamedTuple):
     @property
     def counts(self) -> Tensor:
         """Return N_i: keys of the whole sequence that each query sees, int64 `[s_q]`."""
-        return self.q_idx - self.q_lo + 1
+        starts = indices_of(self.q_lo)
+        return _COUNTS.find(self.q_idx, starts, lambda: self.q_idx - self.q_lo + 1)
 
 
 class Threshold(NamedTuple):
@@ -111,7 +116,7 @@ def mean_shares(counts: Tensor, reweight: Reweight | None, like: Tensor) -> Tens
 
 def _counts_on_device(counts: Tensor, like: Tensor) -> Tensor:
     """Return the counts on the device of `like`, from a cache by value."""
-    return on_device(Indices(counts), device_stream(like)) if like.is_cuda else counts
+    return on_device(indices_of(counts), device_stream(like)) if like.is_cuda else counts
 
 
 def row_threshold(total: Tensor, top: Tensor, shares: Tensor) -> Threshold:
