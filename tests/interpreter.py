@@ -32,11 +32,15 @@ def _patch_the_language_once(interpreter: Any, language: Any) -> None:
     if not hasattr(interpreter, "_LangPatchScope"):
         return
     patch = interpreter._patch_lang
+    languages: dict[FunctionType, list[Any]] = {}
 
     @wraps(patch)
     def once(fn: FunctionType) -> Any:
-        seen = fn.__globals__.values()
-        used = [lang for lang in (language, language.core) if any(x is lang for x in seen)]
+        used = languages.get(fn)
+        if used is None:
+            seen = fn.__globals__.values()
+            used = [lang for lang in (language, language.core) if any(x is lang for x in seen)]
+            languages[fn] = used
         if used and not any(language.core.is_builtin(lang.load) for lang in used):
             return interpreter._LangPatchScope()
         return patch(fn)
@@ -57,14 +61,8 @@ def _work_out_types_once(interpreter: Any, core: Any) -> None:
         lambda _, a, a_is_scalar, b, *more: (a.name, a_is_scalar, b.name, *more),
     )
     interpreter._get_np_dtype = _kept(interpreter._get_np_dtype, name)
-    core.block_type.__init__ = _made_alike(
-        core.block_type.__init__,
-        lambda element, shape: (element.name, *shape),
-        {"element_ty": 0},
-    )
-    core.tensor.__init__ = _made_alike(
-        core.tensor.__init__, lambda _, dtype: dtype.name, {"handle": 0, "type": 1}
-    )
+    _share_attributes_of_types(core.block_type)
+    _share_attributes_of_tensors(core.tensor)
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
         sanitize_overflow=False
     )
@@ -84,24 +82,36 @@ def _kept(compute: Callable[..., Any], key: Callable[..., Any]) -> Callable[...,
     return kept
 
 
-def _made_alike(
-    make: Callable[..., None], key: Callable[..., Any], own: dict[str, int]
-) -> Callable[..., None]:
-    """Return the constructor `make` that reuses the attributes of an equal object.
-
-    own: attributes that are arguments of the constructor, and the arguments' numbers.
-    """
-    attributes: dict[Any, dict[str, Any]] = {}
+def _share_attributes_of_types(block_type: Any) -> None:
+    """Make types of blocks from the attributes of an equal one."""
+    make, known = block_type.__init__, {}
 
     @wraps(make)
-    def made(self: Any, *arguments: Any) -> None:
-        this = key(*arguments)
-        if this not in attributes:
-            make(self, *arguments)
-            attributes[this] = vars(self).copy()
-            return
-        vars(self).update(attributes[this])
-        for name, number in own.items():
-            setattr(self, name, arguments[number])
+    def init(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *shape)
+        if key not in known:
+            make(self, element_ty, shape)
+            known[key] = vars(self).copy()
+        else:
+            self.__dict__.update(known[key])
+            self.element_ty = element_ty
 
-    return made
+    block_type.__init__ = init
+
+
+def _share_attributes_of_tensors(tensor: Any) -> None:
+    """Make tensors from the attributes of one of the same type, but for handle and type."""
+    make, known = tensor.__init__, {}
+
+    @wraps(make)
+    def init(self: Any, handle: Any, type: Any) -> None:
+        name = type.name
+        if name not in known:
+            make(self, handle, type)
+            known[name] = vars(self).copy()
+        else:
+            self.__dict__.update(known[name])
+            self.handle = handle
+            self.type = type
+
+    tensor.__init__ = init
