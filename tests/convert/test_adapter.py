@@ -129,6 +129,7 @@ def test_run_starts_from_a_model_without_adapters(tmp_path: Path) -> None:
         assert torch.equal(weights[key], there[key]), key
 
 
+@pytest.mark.exhaustive
 def test_adapters_resume_on_another_mesh(runs: Any) -> None:
     folder, ours = runs["whole"]
     shape, expected = KINDS["whole"][2], None

@@ -195,10 +195,13 @@ def test_other_meshes_score_whole_rounds_of_windows(trained: Any) -> None:
         ("attention.method=landmark", "attention.block_size=5", f"model.vocab_size={VOCAB + 1}"),
         ("attention.method=tensorized", "attention.modes=[4]"),
         # The padding of a layout is no part of the length that the rotation depends on.
-        (
-            "attention.method=full",
-            'model.rope={scaling="dynamic",factor=40,original_seqlen=5}',
-            "model.init_std=0.2",
+        pytest.param(
+            (
+                "attention.method=full",
+                'model.rope={scaling="dynamic",factor=40,original_seqlen=5}',
+                "model.init_std=0.2",
+            ),
+            marks=pytest.mark.exhaustive,
         ),
     ],
     ids=lambda words: words[0],

@@ -60,7 +60,7 @@ def found(name: str, world_size: int) -> dict[tuple[str, ...], dict[str, list[fl
 
 # `tests/model` compares the meshes' gradients for every method; the curves add that a whole run's
 # numbers do not change.
-DEFAULT = ("debug/full", "debug/landmark", "quickstart/pretrain")
+DEFAULT = ("debug/full", "quickstart/pretrain")
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,12 @@ def two_steps(rank: int, world_size: int, ways: list[tuple[str, ...]]) -> list[S
 
 @pytest.mark.parametrize(
     ("mesh", "tokens"),
-    [((), 2 * 64), ((CP,), 2 * 32), ((TP, SP), 2 * 64), ((PP,), 2 * 64)],
-    ids=["dp2", "cp2", "tp2-sp", "pp2"],
+    [
+        pytest.param((), 2 * 64, id="dp2", marks=pytest.mark.exhaustive),
+        pytest.param((CP,), 2 * 32, id="cp2", marks=pytest.mark.exhaustive),
+        pytest.param((TP, SP), 2 * 64, id="tp2-sp"),
+        pytest.param((PP,), 2 * 64, id="pp2"),
+    ],
 )
 def test_steps_and_gradient_hooks_are_those_of_whole_logits(
     mesh: tuple[str, ...], tokens: int
@@ -128,7 +132,7 @@ def largest_tensors(
     [
         pytest.param((), id="one"),
         pytest.param((TP,), id="tp2", marks=pytest.mark.exhaustive),
-        pytest.param((TP, SP), id="tp2-sp"),
+        pytest.param((TP, SP), id="tp2-sp", marks=pytest.mark.exhaustive),
         pytest.param((PP,), id="pp2", marks=pytest.mark.exhaustive),
         pytest.param((CP,), id="cp2", marks=pytest.mark.exhaustive),
     ],

@@ -96,6 +96,7 @@ def test_layer_saves_what_the_plan_estimates(
             assert two - one == pytest.approx(expected, rel=0.01, abs=2**14), way
 
 
+@pytest.mark.exhaustive
 def test_recomputation_and_tiling_lower_the_peak_as_estimated() -> None:
     layers = "model.num_layers=6"
     cases = [(*LONG, layers, *way) for way in WAYS]
