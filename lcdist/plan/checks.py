@@ -104,20 +104,22 @@ def check_loss(config: Config, errors: list[str]) -> None:
     """Check that `train.loss_chunk` is set for a chunked loss only."""
     train = config.train
     if train.loss == "whole" and train.loss_chunk:
-        errors.append(
-            f"train.loss_chunk = {train.loss_chunk} has no meaning with train.loss = 'whole'; "
-            "set it to 0 or use 'chunked'"
-        )
+        errors.append(_without_meaning("loss", train.loss_chunk, "chunked"))
+
+
+def _without_meaning(part: str, tokens: int, other: str) -> str:
+    """Return the error for a chunk length of a part that is computed whole."""
+    return (
+        f"train.{part}_chunk = {tokens} has no meaning with train.{part} = 'whole'; "
+        f"set it to 0 or use '{other}'"
+    )
 
 
 def check_memory(config: Config, errors: list[str]) -> None:
     """Check that offload and MLP tiling fit the recomputation."""
     train = config.train
     if train.mlp == "whole" and train.mlp_chunk:
-        errors.append(
-            f"train.mlp_chunk = {train.mlp_chunk} has no meaning with train.mlp = 'whole'; "
-            "set it to 0 or use 'tiled'"
-        )
+        errors.append(_without_meaning("mlp", train.mlp_chunk, "tiled"))
     if train.offload == "host" and train.recompute in ("none", "selective"):
         errors.append(
             "train.offload = 'host' moves the layer inputs that full recompute saves, but "

@@ -213,3 +213,27 @@ def assert_all_match(actual: Sequence[Tensor], reference: Sequence[Tensor]) -> N
     """Assert that outputs and gradients are the same mathematics in another order."""
     for a, r in zip(actual, reference, strict=True):
         assert_matches(a, r)
+
+
+def ranks_and_documents(*default: tuple[int, bool]) -> list[Any]:
+    """Return (cp_size, packed) as parameters; all pairs but `default` are exhaustive."""
+    rest = [
+        (cp_size, packed)
+        for cp_size in (1, 2, 3, 4, 5, 6, 8)
+        for packed in (False, True)
+        if (cp_size, packed) not in default
+    ]
+    return [*default, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in rest)]
+
+
+def assert_evaluation_sends_what_training_sends(problem: "Problem") -> None:
+    """Assert that a forward pass without gradients sends what one with gradients sends."""
+
+    def forward(rank: Any) -> int:
+        qkv = [problem.layout.shard(x, group_rank(rank), 1) for x in problem.qkv]
+        with torch.no_grad(), traffic() as sent:
+            problem.method.attention(*qkv, layout=problem.layout, group=rank, **problem.keywords())
+        return sent.total
+
+    sent = VirtualGroup(problem.layout.cp_size).run(forward)
+    assert tuple(sent) == on_virtual_ranks(problem, "torch")[1].forward

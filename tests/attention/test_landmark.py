@@ -19,6 +19,7 @@ from tests.attention.body import (
     assert_all_match,
     make,
     on_virtual_ranks,
+    ranks_and_documents,
     whole,
 )
 from tests.attention.test_methods import decode_arguments
@@ -45,17 +46,7 @@ def words(options: LandmarkOptions) -> str:
 
 @pytest.mark.parametrize(
     ("cp_size", "packed"),
-    [
-        (1, True),
-        (3, False),
-        (8, True),
-        *(
-            pytest.param(cp_size, packed, marks=pytest.mark.exhaustive)
-            for cp_size in (1, 2, 3, 4, 5, 6, 8)
-            for packed in (False, True)
-            if (cp_size, packed) not in ((1, True), (3, False), (8, True))
-        ),
-    ],
+    ranks_and_documents((1, True), (3, False), (8, True)),
 )
 @pytest.mark.parametrize("options", UNITS, ids=words)
 def test_units_on_virtual_ranks_equal_reference(

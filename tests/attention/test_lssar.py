@@ -11,10 +11,17 @@ import torch
 from lcdist.attention import METHODS, Shape, Traffic
 from lcdist.attention.lssar import attention as lssar
 from lcdist.config.schema import LssarOptions
-from lcdist.exchange import VirtualGroup, group_rank, traffic
 from lcdist.layout import KINDS, ContextLayout
 from lcdist_kernels.lssar import TORCH_IMPL
-from tests.attention.body import Problem, assert_all_match, make, on_virtual_ranks, tiered, whole
+from tests.attention.body import (
+    Problem,
+    assert_all_match,
+    assert_evaluation_sends_what_training_sends,
+    make,
+    on_virtual_ranks,
+    tiered,
+    whole,
+)
 
 METHOD = METHODS["lssar"]
 LSSA = LssarOptions(reweight=False)
@@ -69,15 +76,7 @@ def test_bytes_by_hand(itemsize: int, grad_size: int, reweight: bool, parts: int
 
 
 def test_evaluation_sends_what_training_sends_forward() -> None:
-    problem = make("lssar", "zigzag", 3)
-
-    def forward(rank: Any) -> int:
-        qkv = [problem.layout.shard(x, group_rank(rank), 1) for x in problem.qkv]
-        with torch.no_grad(), traffic() as sent:
-            METHOD.attention(*qkv, layout=problem.layout, group=rank, **problem.keywords())
-        return sent.total
-
-    assert tuple(VirtualGroup(3).run(forward)) == on_virtual_ranks(problem, "torch")[1].forward
+    assert_evaluation_sends_what_training_sends(make("lssar", "zigzag", 3))
 
 
 def test_flops_by_hand() -> None:

@@ -17,7 +17,7 @@ from lcdist.attention.tensorized.plan import (
     reverse_halo_plan,
 )
 from lcdist.config.schema import TensorizedOptions
-from lcdist.exchange import VirtualGroup, group_rank, traffic
+from lcdist.exchange import VirtualGroup
 from lcdist.layout import ContextLayout
 from lcdist_kernels import full_reference
 from lcdist_kernels.tensorized import ModeGrid
@@ -26,8 +26,10 @@ from tests.attention.body import (
     Problem,
     Variant,
     assert_all_match,
+    assert_evaluation_sends_what_training_sends,
     make,
     on_virtual_ranks,
+    ranks_and_documents,
     whole,
 )
 from tests.tolerance import assert_matches
@@ -55,17 +57,7 @@ def problem_of(options: TensorizedOptions, cp_size: int, **more: Any) -> Problem
 @pytest.mark.parametrize("options", OTHERS, ids=name)
 @pytest.mark.parametrize(
     ("cp_size", "packed"),
-    [
-        (2, True),
-        (3, False),
-        (8, True),
-        *(
-            pytest.param(cp_size, packed, marks=pytest.mark.exhaustive)
-            for cp_size in (1, 2, 3, 4, 5, 6, 8)
-            for packed in (False, True)
-            if (cp_size, packed) not in ((2, True), (3, False), (8, True))
-        ),
-    ],
+    ranks_and_documents((2, True), (3, False), (8, True)),
 )
 def test_other_options_on_virtual_ranks_equal_reference(
     cp_size: int, packed: bool, options: TensorizedOptions
@@ -166,15 +158,7 @@ def test_bytes_of_other_options_are_those_sent(options: TensorizedOptions, cp_si
 
 
 def test_evaluation_sends_as_much_as_training_sends_forward() -> None:
-    problem = problem_of(TensorizedOptions(modes=(3,)), 3)
-
-    def forward(rank: Any) -> int:
-        qkv = [problem.layout.shard(x, group_rank(rank), 1) for x in problem.qkv]
-        with torch.no_grad(), traffic() as sent:
-            METHOD.attention(*qkv, layout=problem.layout, group=rank, **problem.keywords())
-        return sent.total
-
-    assert tuple(VirtualGroup(3).run(forward)) == on_virtual_ranks(problem, "torch")[1].forward
+    assert_evaluation_sends_what_training_sends(problem_of(TensorizedOptions(modes=(3,)), 3))
 
 
 def test_messages_are_posted_as_early_as_possible(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,15 @@ def assert_close(got: list[Tensor], truth: list[Tensor], tolerance: float = FP32
         assert_matches(actual, reference, tolerance)
 
 
+def assert_close_partial(out: Tensor, lse: Tensor, dense: tuple[Tensor, Tensor]) -> None:
+    """Assert that a partial is the dense one, and that rows without keys are 0 and -inf."""
+    empty = dense[1] == -torch.inf
+    assert torch.equal(lse.cpu() == -torch.inf, empty)
+    assert torch.all(out.cpu().transpose(1, 2)[empty] == 0)
+    assert_close([out], [dense[0]])
+    assert_close([lse.cpu().masked_fill(empty, 0)], [dense[1].masked_fill(empty, 0)])
+
+
 SHAPES = [(n, (4, 2), 16) for n in (1, 63, 100, 257, 128)]
 SHAPES += [(100, heads, 16) for heads in ((8, 8), (8, 4), (8, 1))]
 SHAPES += [(70, (2, 1), head_dim) for head_dim in (18, 48, 80, 128, 256)]
@@ -175,11 +184,7 @@ def test_blocks_are_those_of_the_tiled_operator(cut: str, packed: bool, launch: 
         out, lse = TRITON_IMPL.fwd(mine, k[:, b], v[:, b], *band, b, 0.25, launch=launch)
         doubles = [x.cpu().double() for x in (mine, k[:, b], v[:, b])]
         dense = full_partial(*doubles, visible(*band, b), 0.25)
-        empty = dense[1] == -torch.inf
-        assert torch.equal(lse.cpu() == -torch.inf, empty)
-        assert torch.all(out.cpu().transpose(1, 2)[empty] == 0)
-        assert_close([out], [dense[0]])
-        assert_close([lse.cpu().masked_fill(empty, 0)], [dense[1].masked_fill(empty, 0)])
+        assert_close_partial(out, lse, dense)
         whole = (out, lse) if whole is None else merge(*whole, out, lse)
     assert whole is not None
     for b in (q_idx, *others):

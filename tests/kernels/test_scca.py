@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -234,9 +235,14 @@ def test_a_rule_that_shows_all_is_full_attention(whole: Rule, impl: str) -> None
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rows_that_see_nothing_are_zero_and_do_no_harm(impl: str, dtype: torch.dtype) -> None:
+    assert_rows_without_keys_are_zero(lambda n: inputs(n, (4, 4), dtype=dtype), impl)
+
+
+def assert_rows_without_keys_are_zero(make: Callable[[int], list[Tensor]], impl: str) -> None:
+    """Assert that rows that see nothing are zero and give no gradients; make: seqlen to q, k, v."""
     rules = (Rule("chunk", 8, 16), Rule("chunk", 8, 999), Rule("pair", 4, 3), Rule("key", 4, 3))
     for seqlen in (1, 3, 40):
-        qkv = inputs(seqlen, (4, 4), dtype=dtype)
+        qkv = make(seqlen)
         out = scca_attention(*qkv, rules=rules, impl=impl)
         grads = torch.autograd.grad(out, qkv, torch.randn_like(out))
         assert all(torch.isfinite(x).all() for x in (out, *grads))

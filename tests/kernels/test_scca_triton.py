@@ -26,7 +26,7 @@ from tests.kernels.test_full_triton import (
     wide,
 )
 from tests.kernels.test_rotary import frequencies
-from tests.kernels.test_scca import MIXED
+from tests.kernels.test_scca import MIXED, assert_rows_without_keys_are_zero
 from tests.kernels.tiers import covering, one, tiered
 from tests.tolerance import assert_as_good_as_eager
 
@@ -108,16 +108,7 @@ def test_any_strides_are_taken_and_nothing_outside_is_read() -> None:
 
 
 def test_rows_that_see_nothing_are_zero_and_do_no_harm() -> None:
-    rules = (Rule("chunk", 8, 16), Rule("chunk", 8, 999), Rule("pair", 4, 3), Rule("key", 4, 3))
-    for seqlen in (1, 3, 40):
-        qkv = on_device(seqlen, (4, 4), dtype=torch.float32)
-        out = scca_attention(*qkv, rules=rules, impl="triton")
-        grads = torch.autograd.grad(out, qkv, torch.randn_like(out))
-        assert all(torch.isfinite(x).all() for x in (out, *grads))
-        assert not out[:, :16, 0].any() and not out[:, :, 1].any() and not out[:, :3, 2:].any()
-        assert not grads[0][:, :16, 0].any() and not grads[2][:, :, 1].any()
-        if seqlen == 40:
-            assert out[:, 16:, 0].abs().min() > 0 and out[:, 3:, 2:].abs().min() > 0
+    assert_rows_without_keys_are_zero(lambda n: on_device(n, (4, 4), dtype=torch.float32), "triton")
 
 
 @pytest.mark.parametrize("rules", [FEW + TURNS, MIXED, (FEW[0], FEW[0], FEW[1], FEW[1]) * 2])
