@@ -164,19 +164,21 @@ class SwappedUnits(torch.autograd.Function):
     @staticmethod
     def backward(node: Any, *douts: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         exchanges: Sequence[UnitSwap] = node.exchanges
+        # Read once: each reading may copy or compute the tensors again.
+        saved = node.saved_tensors
         pending = [
             exchange.send_to_units(dout, exchange.units.bundle_size)
             for exchange, dout in zip(exchanges, douts, strict=True)
         ]
         sent = []
         for i, (exchange, arriving) in enumerate(zip(exchanges, pending, strict=True)):
-            saved = node.saved_tensors[5 * i : 5 * (i + 1)]
             dout = exchange.receive_units(arriving, exchange.units.bundle_size)
-            sent.append(exchange.send_to_tokens(exchange.gradients(dout, *saved)))
+            dx = exchange.gradients(dout, *saved[5 * i : 5 * (i + 1)])
+            sent.append(exchange.send_to_tokens(dx))
         dqs: list[Tensor] = []
         dkv: list[Tensor] = []
         for exchange, arriving in zip(exchanges, sent, strict=True):
-            units, dtype = exchange.units, node.saved_tensors[0].dtype
+            units, dtype = exchange.units, saved[0].dtype
             dx = exchange.receive_tokens(arriving, units.num_columns)
             sizes = [len(units.heads.shifts), units.num_bundles, units.num_bundles]
             dq, *grads = dx.split(sizes, 2)
