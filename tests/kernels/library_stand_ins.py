@@ -34,7 +34,7 @@ def call_of(q: Tensor, k: Tensor, causal: bool) -> Call:
 
 
 class StandIns:
-    """What libraries compute, heads first, and the calls of it.
+    """Compute what the libraries compute, heads first, and note the calls.
 
     wrong: changes (out, lse) or (dq, dk, dv) before they are returned.
     """

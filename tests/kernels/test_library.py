@@ -30,13 +30,13 @@ from tests.tolerance import assert_as_good_as_eager, assert_matches
 
 NAMES = ("cudnn", "fa2", "fa3", "fa4")
 DOUBLE = (torch.float64,)
-on_a_cpu = pytest.mark.skipif(
-    HERE.type == "cuda", reason="stand-ins take CPU tensors, kernels do in the interpreter alone"
+cpu_only = pytest.mark.skipif(
+    HERE.type == "cuda", reason="the stand-ins for libraries take CPU tensors"
 )
 
 
 @pytest.fixture(autouse=True)
-def said_anew() -> Iterator[None]:
+def clear_log() -> Iterator[None]:
     log_choice.cache_clear()
     yield
     log_choice.cache_clear()
@@ -282,7 +282,7 @@ def assert_ring_is_as_good_as_eager(kind: str, seqlen: int, head_dim: int) -> No
         assert_as_good_as_eager(a, e, r)
 
 
-@on_a_cpu
+@cpu_only
 def test_a_ring_in_half_precision_is_as_good_as_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     with libraries(monkeypatch, "cudnn"):
         assert_ring_is_as_good_as_eager("zigzag", 256, 16)
@@ -294,7 +294,7 @@ def wide_problem(problem: Any) -> Any:
     return problem
 
 
-@on_a_cpu
+@cpu_only
 @pytest.mark.parametrize("method", ["full", pytest.param("coca", marks=pytest.mark.exhaustive)])
 def test_packed_documents_of_a_ring_are_ours_and_refused_if_a_library_is_forced(
     method: str, monkeypatch: pytest.MonkeyPatch
@@ -311,7 +311,7 @@ def test_packed_documents_of_a_ring_are_ours_and_refused_if_a_library_is_forced(
             on_virtual_ranks(problem, "cudnn")
 
 
-@on_a_cpu
+@cpu_only
 @pytest.mark.parametrize(
     "kind", ["zigzag", pytest.param("contiguous", marks=pytest.mark.exhaustive)]
 )
@@ -326,7 +326,7 @@ def test_a_ring_of_coca_by_a_library(kind: str, monkeypatch: pytest.MonkeyPatch)
         assert calls[Call(32, 32, 2, True)] == 2 and calls.total() == 3 + (kind == "zigzag")
 
 
-@on_a_cpu
+@cpu_only
 def test_coca_on_one_process_by_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     with libraries(monkeypatch, "cudnn") as made:
         qtv = inputs(70, (4, 2), 16, torch.float16)

@@ -48,7 +48,7 @@ class Library(NamedTuple):
 
 
 class LibraryFacts(NamedTuple):
-    """What is known of a library without it.
+    """Describe a library that may not be installed.
 
     Attributes:
         title: name in messages.
@@ -169,13 +169,13 @@ def _flash_2(title: str) -> Library:
 
 def _flash_3(title: str, module: ModuleType) -> Library:
     """Return FlashAttention-3; some releases name the backward's argument is_causal."""
-    attend, derive = module._flash_attn_forward, module._flash_attn_backward
-    causal_name = "is_causal" if "is_causal" in _argument_names(derive) else "causal"
+    forward, backward = module._flash_attn_forward, module._flash_attn_backward
+    causal_name = "is_causal" if "is_causal" in _argument_names(backward) else "causal"
 
     def fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = (_aligned(x) for x in (q, k, v))
         with _device_of(q):
-            out, lse, *_ = attend(q, k, v, softmax_scale=scale, causal=causal)
+            out, lse, *_ = forward(q, k, v, softmax_scale=scale, causal=causal)
         return out, lse
 
     def bwd(
@@ -185,7 +185,7 @@ def _flash_3(title: str, module: ModuleType) -> Library:
         dout, q, k, v, out = (_aligned(x) for x in (dout, q, k, v, out))
         grads = {name: torch.empty_like(x) for name, x in {"dq": q, "dk": k, "dv": v}.items()}
         with _device_of(q):
-            derive(
+            backward(
                 dout, q, k, v, out, lse.contiguous(), softmax_scale=scale, **grads,
                 **{causal_name: causal}, **_deterministic(),
             )  # fmt: skip
@@ -196,12 +196,12 @@ def _flash_3(title: str, module: ModuleType) -> Library:
 
 def _flash_4(title: str, module: ModuleType) -> Library:
     """Return FlashAttention-4, which compiles a kernel at its first call."""
-    attend, derive = module._flash_attn_fwd, module._flash_attn_bwd
+    forward, backward = module._flash_attn_fwd, module._flash_attn_bwd
 
     def fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = (_aligned(x) for x in (q, k, v))
         with _device_of(q):
-            out, lse, *_ = attend(q, k, v, softmax_scale=scale, causal=causal, return_lse=True)
+            out, lse, *_ = forward(q, k, v, softmax_scale=scale, causal=causal, return_lse=True)
         return out, lse
 
     def bwd(
@@ -210,7 +210,7 @@ def _flash_4(title: str, module: ModuleType) -> Library:
     ) -> tuple[Tensor, ...]:  # fmt: skip
         dout, q, k, v, out = (_aligned(x) for x in (dout, q, k, v, out))
         with _device_of(q):
-            dq, dk, dv, *_ = derive(
+            dq, dk, dv, *_ = backward(
                 q, k, v, out, dout, lse.contiguous(), softmax_scale=scale, causal=causal,
                 **_deterministic(),
             )  # fmt: skip

@@ -366,7 +366,7 @@ class Saved(NamedTuple):
 
 
 class Branches(Protocol):
-    """What `whole_fwd` and `whole_bwd` need of a plan."""
+    """Give the branches of a plan to `whole_fwd` and `whole_bwd`."""
 
     @property
     def branches(self) -> list[Branch]: ...
