@@ -10,6 +10,7 @@ import tomllib
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,47 +46,21 @@ class Published:
     seqlen: int
 
 
+def published(
+    vocab: int, layers: int, hidden: int, heads: tuple[int, int], ffn: int, **more: Any
+) -> ModelConfig:
+    """Return a model; heads: of queries and of keys, 0: as many."""
+    sizes = {"num_layers": layers, "hidden_size": hidden, "ffn_hidden_size": ffn}
+    return ModelConfig(vocab_size=vocab, nheads=heads[0], nheads_kv=heads[1], **sizes, **more)
+
+
 PUBLISHED = {
     "llama-3.2-1b": Published(
-        ModelConfig(
-            vocab_size=128256,
-            num_layers=16,
-            hidden_size=2048,
-            nheads=32,
-            nheads_kv=8,
-            ffn_hidden_size=8192,
-            tied_embeddings=True,
-        ),
-        131_072,
+        published(128256, 16, 2048, (32, 8), 8192, tied_embeddings=True), 131_072
     ),
-    "llama-2-7b": Published(
-        ModelConfig(
-            vocab_size=32000, num_layers=32, hidden_size=4096, nheads=32, ffn_hidden_size=11008
-        ),
-        4096,
-    ),
-    "llama-3-8b": Published(
-        ModelConfig(
-            vocab_size=128256,
-            num_layers=32,
-            hidden_size=4096,
-            nheads=32,
-            nheads_kv=8,
-            ffn_hidden_size=14336,
-        ),
-        8192,
-    ),
-    "llama-3-70b": Published(
-        ModelConfig(
-            vocab_size=128256,
-            num_layers=80,
-            hidden_size=8192,
-            nheads=64,
-            nheads_kv=8,
-            ffn_hidden_size=28672,
-        ),
-        8192,
-    ),
+    "llama-2-7b": Published(published(32000, 32, 4096, (32, 0), 11008), 4096),
+    "llama-3-8b": Published(published(128256, 32, 4096, (32, 8), 14336), 8192),
+    "llama-3-70b": Published(published(128256, 80, 8192, (64, 8), 28672), 8192),
 }
 # These begin with a run of lcdist's, and with nothing.
 OWN = {"7b/extend-128k.toml": "llama-2-7b", "7b/pretrain.toml": "llama-2-7b"}

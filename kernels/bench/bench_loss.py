@@ -11,12 +11,11 @@ including gradients. Rows are added to results/loss.csv.
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 
 import torch
 import torch.nn.functional as F
-from harness import Step, commit, machine, measure
-from one_core import OneCore
+from harness import Step, measure
+from one_core import OneCore, on_one_core
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
@@ -125,10 +124,7 @@ def rows(tokens: int, vocab: int, hidden: int, runs: int) -> list[dict[str, obje
         mib = max(mib for _, mib in measured[name])
         found.append(
             {
-                "date": date.today().isoformat(),
-                "commit": commit(),
-                "torch": torch.__version__,
-                "device": f"{machine()}, one core",
+                **on_one_core(),
                 "dtype": "fp32",
                 "tokens": tokens,
                 "vocabulary": vocab,

@@ -11,13 +11,12 @@ is the peak above inputs and weights, including gradients. Rows are added to res
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from harness import Step, commit, machine, measure
-from one_core import OneCore
+from harness import Step, measure
+from one_core import OneCore, on_one_core
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
@@ -124,10 +123,7 @@ def rows(tokens: int, hidden: int, ffn: int, runs: int) -> list[dict[str, object
     base = measured["whole"]
     return [
         {
-            "date": date.today().isoformat(),
-            "commit": commit(),
-            "torch": torch.__version__,
-            "device": f"{machine()}, one core",
+            **on_one_core(),
             "dtype": "fp32",
             "tokens": tokens,
             "hidden_size": hidden,

@@ -3,13 +3,24 @@
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 
 import torch
-from harness import write
+from harness import commit, machine, write
 from rich.console import Console
 from rich.table import Table
 
 from lcdist.distributed.mesh import end_world, start_world
+
+
+def on_one_core() -> dict[str, object]:
+    """Return the first columns of a row: date, commit, torch's version and the device."""
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "device": f"{machine()}, one core",
+    }
 
 
 def show(rows: Sequence[dict[str, object]], columns: Sequence[str]) -> None:

@@ -215,6 +215,23 @@ def assert_all_match(actual: Sequence[Tensor], reference: Sequence[Tensor]) -> N
         assert_matches(a, r)
 
 
+def assert_ranks_equal_reference(problem: Problem) -> None:
+    """Assert that both implementations on virtual ranks give the results of the whole sequence."""
+    truth = whole(problem)
+    for impl in ("reference", "torch"):
+        assert_all_match(on_virtual_ranks(problem, impl)[0], truth)
+
+
+def assert_documents_of_one_token_return_values(problem: Problem) -> None:
+    """Assert that a token that sees only itself returns its value, without other gradients."""
+    problem.cu_seqlens = torch.arange(problem.layout.seqlen + 1, dtype=torch.int32)
+    groups = problem.dout.unflatten(2, (2, 2)).sum(3)
+    for impl in ("reference", "torch"):
+        out, dq, dk, dv = on_virtual_ranks(problem, impl)[0]
+        assert_all_match([out, dv], [problem.qkv[2].repeat_interleave(2, 2), groups])
+        assert dq.abs().max() < 1e-12 and dk.abs().max() < 1e-12
+
+
 def ranks_and_documents(*default: tuple[int, bool]) -> list[Any]:
     """Return (cp_size, packed) as parameters; all pairs but `default` are exhaustive."""
     rest = [

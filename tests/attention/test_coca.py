@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
 
 from lcdist.attention import METHODS, HeadSlice, Shape, Traffic
 from lcdist.config.schema import CocaOptions
@@ -13,10 +12,13 @@ from lcdist.layout import KINDS, ContextLayout
 from tests.attention.body import (
     Problem,
     assert_all_match,
+    assert_documents_of_one_token_return_values,
+    assert_ranks_equal_reference,
     make,
     on_virtual_ranks,
     whole,
 )
+from tests.saved import saved_bytes
 
 METHOD = METHODS["coca"]
 STRICT = CocaOptions(variant="strict")
@@ -58,15 +60,9 @@ def test_rank_saves_q_its_block_out_and_lse_alone() -> None:
     problem = make("coca", "zigzag", 2, at_least=512)
 
     def saved_by(group: Group) -> int:
-        saved: dict[int, int] = {}
-
-        def count(x: Tensor) -> Tensor:
-            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
         mine = [problem.layout.shard(x, 0, 1).requires_grad_() for x in problem.qkv]
         keywords = problem.keywords() | {"layout": problem.layout, "group": group, "impl": "torch"}
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        with saved_bytes() as saved:
             METHOD.attention(*mine, **keywords)
         return sum(saved.values())
 
@@ -77,21 +73,12 @@ def test_rank_saves_q_its_block_out_and_lse_alone() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_of_one_token_return_values(kind: str) -> None:
-    problem = make("coca", kind, 3)
-    length = problem.layout.seqlen
-    problem.cu_seqlens = torch.arange(length + 1, dtype=torch.int32)
-    for impl in ("reference", "torch"):
-        out, dq, dt, dv = on_virtual_ranks(problem, impl)[0]
-        groups = problem.dout.unflatten(2, (2, 2)).sum(3)
-        assert_all_match([out, dv], [problem.qkv[2].repeat_interleave(2, 2), groups])
-        assert dq.abs().max() < 1e-12 and dt.abs().max() < 1e-12
+    assert_documents_of_one_token_return_values(make("coca", kind, 3))
 
 
 def test_one_token_per_rank_equals_reference() -> None:
     for kind in ("contiguous", "striped"):
-        problem = make("coca", kind, 8, at_least=1)
-        for impl in ("reference", "torch"):
-            assert_all_match(on_virtual_ranks(problem, impl)[0], whole(problem))
+        assert_ranks_equal_reference(make("coca", kind, 8, at_least=1))
 
 
 @pytest.mark.parametrize("options", [CocaOptions(), STRICT])

@@ -7,7 +7,14 @@ from lcdist.attention import METHODS, Shape, Traffic
 from lcdist.attention.full import attention as full
 from lcdist.layout import ContextLayout
 from lcdist_kernels.full import TORCH_IMPL
-from tests.attention.body import assert_all_match, make, on_virtual_ranks, whole
+from tests.attention.body import (
+    assert_all_match,
+    assert_documents_of_one_token_return_values,
+    assert_ranks_equal_reference,
+    make,
+    on_virtual_ranks,
+    whole,
+)
 
 METHOD = METHODS["full"]
 OPTIONS = METHOD.options()
@@ -42,21 +49,14 @@ def test_blocks_in_the_future_are_skipped(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_documents_of_one_token_return_values() -> None:
-    problem = make("full", "striped", 3)
-    problem.cu_seqlens = torch.arange(problem.layout.seqlen + 1, dtype=torch.int32)
-    for impl in ("reference", "torch"):
-        out, dq, dk, dv = on_virtual_ranks(problem, impl)[0]
-        groups = problem.dout.unflatten(2, (2, 2)).sum(3)
-        assert_all_match([out, dv], [problem.qkv[2].repeat_interleave(2, 2), groups])
-        assert dq.abs().max() < 1e-12 and dk.abs().max() < 1e-12
+    assert_documents_of_one_token_return_values(make("full", "striped", 3))
 
 
 def test_one_token_per_rank_equals_reference() -> None:
     for kind in ("contiguous", "striped"):
         problem = make("full", kind, 8, at_least=1)
         assert problem.layout.local_seqlen == 1
-        for impl in ("reference", "torch"):
-            assert_all_match(on_virtual_ranks(problem, impl)[0], whole(problem))
+        assert_ranks_equal_reference(problem)
 
 
 def test_half_precision_inputs_give_half_precision_results() -> None:

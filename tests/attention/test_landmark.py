@@ -17,6 +17,7 @@ from tests.attention.body import (
     Problem,
     Variant,
     assert_all_match,
+    assert_ranks_equal_reference,
     make,
     on_virtual_ranks,
     ranks_and_documents,
@@ -52,17 +53,12 @@ def words(options: LandmarkOptions) -> str:
 def test_units_on_virtual_ranks_equal_reference(
     options: LandmarkOptions, cp_size: int, packed: bool
 ) -> None:
-    problem = problem_of(options, cp_size, packed=packed)
-    truth = whole(problem)
-    for impl in IMPLS:
-        assert_all_match(on_virtual_ranks(problem, impl)[0], truth)
+    assert_ranks_equal_reference(problem_of(options, cp_size, packed=packed))
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 4), (8, 2), (8, 1)])
 def test_units_with_grouped_heads(heads: tuple[int, int]) -> None:
-    problem = problem_of(UNITS[1], 3, heads=heads, packed=True)
-    for impl in IMPLS:
-        assert_all_match(on_virtual_ranks(problem, impl)[0], whole(problem))
+    assert_ranks_equal_reference(problem_of(UNITS[1], 3, heads=heads, packed=True))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

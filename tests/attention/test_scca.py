@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from lcdist.attention import METHODS, HeadSlice, Shape
 from lcdist.attention.scca import ring as scca_ring
@@ -22,6 +21,7 @@ from lcdist.layout import ContextLayout
 from lcdist_kernels.common import document_starts
 from lcdist_kernels.scca import Rule, dense_mask
 from tests.attention.body import Problem, Variant, assert_all_match, make, on_virtual_ranks, whole
+from tests.saved import saved_bytes
 from tests.tolerance import assert_matches
 
 METHOD = METHODS["scca"]
@@ -563,15 +563,9 @@ def test_only_received_keys_are_saved_besides_own_tensors() -> None:
     kept: dict[int, int] = {}
 
     def run(rank: Any) -> None:
-        saved: dict[int, int] = {}
-
-        def count(x: Tensor) -> Tensor:
-            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
         qkv = [problem.layout.shard(x, rank.rank(), 1).requires_grad_() for x in problem.qkv]
         asked = problem.keywords() | {"rotary": None}
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        with saved_bytes() as saved:
             METHOD.attention(*qkv, layout=problem.layout, group=rank, impl="torch", **asked)
         kept[rank.rank()] = sum(saved.values())
 

@@ -27,6 +27,7 @@ from tests.attention.body import (
     Variant,
     assert_all_match,
     assert_evaluation_sends_what_training_sends,
+    assert_ranks_equal_reference,
     make,
     on_virtual_ranks,
     ranks_and_documents,
@@ -62,20 +63,14 @@ def problem_of(options: TensorizedOptions, cp_size: int, **more: Any) -> Problem
 def test_other_options_on_virtual_ranks_equal_reference(
     cp_size: int, packed: bool, options: TensorizedOptions
 ) -> None:
-    problem = problem_of(options, cp_size, packed=packed)
-    truth = whole(problem)
-    for impl in IMPLS:
-        assert_all_match(on_virtual_ranks(problem, impl)[0], truth)
+    assert_ranks_equal_reference(problem_of(options, cp_size, packed=packed))
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1)])
 @pytest.mark.parametrize("hop_heads", ["q", "kv"])
 def test_hops_by_query_head_or_by_group(hop_heads: str, heads: tuple[int, int]) -> None:
     options = TensorizedOptions(modes=(3,), hop_heads=hop_heads)  # pyright: ignore
-    problem = problem_of(options, 3, heads=heads)
-    truth = whole(problem)
-    for impl in IMPLS:
-        assert_all_match(on_virtual_ranks(problem, impl)[0], truth)
+    assert_ranks_equal_reference(problem_of(options, 3, heads=heads))
 
 
 @pytest.mark.parametrize("cp_size", [1, 4])

@@ -16,9 +16,11 @@ from lcdist_kernels.coca import (
     queries,
     rotary_angles,
 )
+from tests.kernels.helpers import rotated_and_packed
 from tests.kernels.test_full import DOUBLE, HEADS, borders, inputs, with_grads
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.tiers import covering, one
+from tests.saved import saved_bytes
 from tests.tolerance import assert_as_good_as_eager, assert_matches, relative_error
 
 LENGTHS = [1, 63, 100, 257]
@@ -124,11 +126,7 @@ def test_equals_reference(
 ) -> None:
     qtv = inputs(seqlen, heads)
     dout = torch.randn_like(qtv[0])
-    more = {
-        "variant": variant,
-        "rotary": Rotary(frequencies(16), 1.1),
-        "cu_seqlens": borders(seqlen) if packed else None,
-    }
+    more = {"variant": variant, **rotated_and_packed(seqlen, 16, packed)}
     truth = with_grads(coca_reference(*qtv, **more), qtv, dout)
     got = with_grads(coca_attention(*qtv, **more, impl=impl), qtv, dout)
     for actual, reference in zip(got, truth, strict=True):
@@ -245,13 +243,7 @@ def test_factors_of_half_precision_are_products_in_single(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saves_q_tau_v_out_and_lse_alone(variant: str) -> None:
     q, t, v = inputs(512, (4, 1), dtype=torch.float32)
-    saved: dict[int, int] = {}
-
-    def count(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+    with saved_bytes() as saved:
         coca_attention(q, t, v, variant=variant, rotary=Rotary(frequencies(16)), impl="torch")
     elements = 2 * q.numel() + t.numel() // 2 + v.numel() + 2 * 512 * 4
     assert sum(saved.values()) <= 4 * elements + 64

@@ -4,6 +4,7 @@ Without a GPU they run in Triton's interpreter; tests marked `gpu` need one.
 """
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -20,18 +21,23 @@ from lcdist_kernels.coca import (
     select_coca_impl,
 )
 from tests.attention.body import make, on_virtual_ranks, whole
-from tests.kernels.repeat import assert_right_behind_2_to_the_31, assert_same_bits
-from tests.kernels.test_full import borders, with_grads
-from tests.kernels.test_full_triton import (
+from tests.kernels.helpers import (
     HERE,
+    REFUSED,
     assert_close,
+    assert_refused,
+    first_row,
     in_nan,
     on_device,
     on_its_device,
+    rotated_and_packed,
     wide,
 )
+from tests.kernels.repeat import assert_right_behind_2_to_the_31, assert_same_bits
+from tests.kernels.test_full import with_grads
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.tiers import covering, one, tiered
+from tests.saved import saved_bytes
 from tests.tolerance import assert_as_good_as_eager
 
 SHAPES = [(n, (2, 1), 16) for n in (1, 63, 100, 257)]
@@ -59,14 +65,9 @@ def truth_of(qtv: list[Tensor], dout: Tensor, **more) -> list[Tensor]:
 def test_equals_reference(
     seqlen: int, heads: tuple[int, int], head_dim: int, variant: str, packed: bool
 ) -> None:
-    qtv = [x[:1].detach() for x in on_device(seqlen, heads, head_dim, torch.float32)]
-    qtv = [x.requires_grad_() for x in qtv]
+    qtv = first_row(seqlen, heads, head_dim)
     dout = torch.randn_like(qtv[0])
-    more = {
-        "variant": variant,
-        "rotary": Rotary(frequencies(head_dim), 1.1),
-        "cu_seqlens": borders(seqlen) if packed else None,
-    }
+    more = {"variant": variant, **rotated_and_packed(seqlen, head_dim, packed)}
     got = with_grads(coca_attention(*qtv, **more, impl="triton"), qtv, dout)
     assert all(x.dtype == torch.float32 for x in got)
     assert_close(got, truth_of(qtv, dout, **more))
@@ -157,31 +158,15 @@ def test_a_ring_in_half_precision_is_as_good_as_torch(cp_size: int) -> None:
 
 def test_saves_q_tau_v_out_and_lse_alone() -> None:
     q, t, v = on_device(128, (4, 1), 16, torch.float16)
-    saved: dict[int, int] = {}
-
-    def count(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+    with saved_bytes() as saved:
         coca_attention(q, t, v, rotary=Rotary(frequencies(16)), impl="triton")
     halves = 2 * q.numel() + t.numel() // 2 + v.numel()
     assert sum(saved.values()) == 2 * halves + 4 * (2 * 128 * 4)
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "dtype", "says"),
-    [
-        (16, torch.float64, "bf16, fp16 and fp32, the tensors are torch.float64"),
-        (14, torch.float32, "even head_dim from 16 to 256, not 14"),
-    ],
-)
+@pytest.mark.parametrize(("head_dim", "dtype", "says"), REFUSED)
 def test_what_no_kernel_takes_is_refused(head_dim: int, dtype: torch.dtype, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        coca_attention(*on_device(4, (2, 1), head_dim, dtype), impl="triton")
-    problem = make("coca", "contiguous", 2, dtype=torch.float64)
-    with pytest.raises(ValueError, match="the tensors are torch.float64"):
-        on_virtual_ranks(on_its_device(problem), "triton")
+    assert_refused("coca", partial(coca_attention, impl="triton"), head_dim, dtype, says)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -2,12 +2,20 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from lcdist_kernels import Rotary, full_attention, full_reference, tiles
+from lcdist_kernels import (
+    Rotary,
+    full_attention,
+    full_reference,
+    lssar_attention,
+    lssar_reference,
+    tiles,
+)
 from lcdist_kernels.full import (
     full_bwd,
     full_fwd,
@@ -18,6 +26,7 @@ from lcdist_kernels.full import (
 )
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.tiers import covering, one
+from tests.saved import saved_bytes
 from tests.tolerance import assert_as_good_as_eager, assert_matches
 
 LENGTHS = [1, 63, 100, 257, 512]
@@ -86,11 +95,17 @@ def test_equals_reference(seqlen: int, heads: tuple[int, int], packed: bool, imp
 
 
 @pytest.mark.parametrize("impl", ["torch", "auto", "reference"])
-def test_given_positions_are_those_rotated_by(impl: str) -> None:
+@pytest.mark.parametrize(
+    ("attend", "reference"),
+    [(full_attention, full_reference), (lssar_attention, lssar_reference)],
+)
+def test_given_positions_are_those_rotated_by(
+    attend: Callable[..., Tensor], reference: Callable[..., Tensor], impl: str
+) -> None:
     q, k, v = inputs(20)
     rotary, positions = Rotary(frequencies(16)), torch.randint(0, 500, (2, 20))
-    truth = full_reference(rotary.rotate(q, positions), rotary.rotate(k, positions), v)
-    out = full_attention(q, k, v, rotary=rotary, positions=positions, impl=impl)
+    truth = reference(rotary.rotate(q, positions), rotary.rotate(k, positions), v)
+    out = attend(q, k, v, rotary=rotary, positions=positions, impl=impl)
     assert_matches(out, truth)
 
 
@@ -227,14 +242,8 @@ def test_tiles_out_of_sight_are_skipped() -> None:
 @pytest.mark.parametrize(("impl", "packed"), [("torch", False), ("torch", True), ("auto", False)])
 def test_saves_inputs_out_and_lse_alone(impl: str, packed: bool) -> None:
     q, k, v = inputs(512, (4, 1), dtype=torch.float32)
-    saved: dict[int, int] = {}
-
-    def count(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
     cu_seqlens = borders(512) if packed else None
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+    with saved_bytes() as saved:
         full_attention(q, k, v, cu_seqlens=cu_seqlens, impl=impl)
     elements = 2 * q.numel() + 2 * k.numel() + 2 * 512 * 4
     assert sum(saved.values()) <= 4 * elements + 64

@@ -19,50 +19,29 @@ from lcdist_kernels.full import (
     visible,
 )
 from lcdist_kernels.triton_common import Launch
-from tests.attention.body import Problem, make, on_virtual_ranks
+from tests.attention.body import make, on_virtual_ranks
+from tests.kernels.helpers import (
+    FP32,
+    HERE,
+    SMALL,
+    assert_close,
+    assert_close_partial,
+    in_nan,
+    on_device,
+    on_its_device,
+    wide,
+)
 from tests.kernels.repeat import assert_right_behind_2_to_the_31, assert_same_bits
 from tests.kernels.test_full import borders, inputs, tiled_starts, with_grads
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.tiers import one, tiered
-from tests.tolerance import assert_as_good_as_eager, assert_matches
-
-FP32 = 1e-4
-HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SMALL = [Launch(16, 16, 4, 1), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1)]
-
-
-def on_its_device(problem: Problem) -> Problem:
-    """Keep the first row of the problem's batch, on the device of the kernels."""
-    problem.qkv, problem.dout = [x[:1].to(HERE) for x in problem.qkv], problem.dout[:1].to(HERE)
-    return problem
-
-
-def on_device(seqlen: int, *more: Any, **words: Any) -> list[Tensor]:
-    made = inputs(seqlen, *more, **words)
-    return [x.detach().to(HERE).requires_grad_() for x in made]
-
-
-def wide(qkv: list[Tensor]) -> list[Tensor]:
-    return [x.detach().cpu().double().requires_grad_() for x in qkv]
+from tests.saved import saved_bytes
+from tests.tolerance import assert_as_good_as_eager
 
 
 def truth_of(qkv: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
     doubles = wide(qkv)
     return with_grads(full_reference(*doubles, **more), doubles, dout.cpu().double())
-
-
-def assert_close(got: list[Tensor], truth: list[Tensor], tolerance: float = FP32) -> None:
-    for actual, reference in zip(got, truth, strict=True):
-        assert_matches(actual, reference, tolerance)
-
-
-def assert_close_partial(out: Tensor, lse: Tensor, dense: tuple[Tensor, Tensor]) -> None:
-    """Assert that a partial is the dense one, and that rows without keys are 0 and -inf."""
-    empty = dense[1] == -torch.inf
-    assert torch.equal(lse.cpu() == -torch.inf, empty)
-    assert torch.all(out.cpu().transpose(1, 2)[empty] == 0)
-    assert_close([out], [dense[0]])
-    assert_close([lse.cpu().masked_fill(empty, 0)], [dense[1].masked_fill(empty, 0)])
 
 
 SHAPES = [(n, (4, 2), 16) for n in (1, 63, 100, 257, 128)]
@@ -115,14 +94,6 @@ def test_as_good_as_eager_in_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("seqlen", tiered(one([63, 128, 257]), {0}))
 def test_half_precision_at_any_length(seqlen: int) -> None:
     assert_accurate(seqlen, (4, 1), 16, torch.float16)
-
-
-def in_nan(x: Tensor) -> Tensor:
-    """x as a view into a larger buffer that is NaN everywhere else, its tokens far apart."""
-    batch, seqlen, nheads, head_dim = x.shape
-    home = torch.full((seqlen + 70, batch, nheads + 1, head_dim + 6), torch.nan).to(x)
-    view = home[:seqlen, :, :nheads, :head_dim].transpose(0, 1)
-    return view.copy_(x)
 
 
 def test_any_strides_are_taken_and_nothing_outside_is_read() -> None:
@@ -250,13 +221,7 @@ def test_a_ring_of_kernels_equals_one_of_torch(kind: str, cp_size: int, packed: 
 
 def test_saves_inputs_out_and_lse_alone() -> None:
     q, k, v = on_device(128, (4, 1), 16, torch.float16)
-    saved: dict[int, int] = {}
-
-    def count(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+    with saved_bytes() as saved:
         full_attention(q, k, v, impl="triton")
     assert sum(saved.values()) == 2 * (2 * q.numel() + 2 * k.numel()) + 4 * (2 * 128 * 4)
 

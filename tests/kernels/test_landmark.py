@@ -29,6 +29,7 @@ from lcdist_kernels.partial import merge
 from tests.kernels.test_full import DOUBLE, HEADS, borders, inputs, with_grads
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.tiers import covering, one
+from tests.saved import saved_bytes
 from tests.tolerance import assert_as_good_as_eager, assert_matches
 
 LENGTHS = [1, 63, 100, 257]
@@ -457,13 +458,7 @@ def test_as_good_as_eager_in_low_precision(dtype: torch.dtype, choice: dict[str,
 @pytest.mark.parametrize("choice", [{}, {"top_k": 2, "select_tokens": 64}])
 def test_saves_inputs_out_and_lse_alone(choice: dict[str, Any]) -> None:
     q, k, v = inputs(512, (4, 1), dtype=torch.float32)
-    saved: dict[int, int] = {}
-
-    def count(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+    with saved_bytes() as saved:
         landmark_attention(q, k, v, block_size=16, impl="torch", **choice)
     elements = 2 * q.numel() + 2 * k.numel() + 2 * 512 * 4
     assert sum(saved.values()) <= 4 * elements + 64

@@ -11,7 +11,7 @@ from lcdist_kernels.landmark import QueryRows, block_grid, unit_lengths
 from lcdist_kernels.landmark import top_k_launch as launch_module
 from lcdist_kernels.landmark.top_k_launch import choose_blocks, unit_costs
 from lcdist_kernels.triton_common import Launch
-from tests.kernels.test_full_triton import HERE, SMALL
+from tests.kernels.helpers import HERE, SMALL
 from tests.kernels.tiers import tiered
 
 # Rows, block size, unit, (heads, key heads), head_dim, document borders, tiles.

@@ -27,9 +27,7 @@ from lcdist_kernels.partial import merge
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import Variant, make, on_virtual_ranks
 from tests.kernels import test_compiles
-from tests.kernels.repeat import assert_right_behind_2_to_the_31, assert_same_bits
-from tests.kernels.test_full import borders, with_grads
-from tests.kernels.test_full_triton import (
+from tests.kernels.helpers import (
     FP32,
     HERE,
     SMALL,
@@ -40,8 +38,11 @@ from tests.kernels.test_full_triton import (
     on_its_device,
     wide,
 )
+from tests.kernels.repeat import assert_right_behind_2_to_the_31, assert_same_bits
+from tests.kernels.test_full import borders, with_grads
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.tiers import covering, one, tiered
+from tests.saved import saved_bytes
 from tests.tolerance import assert_as_good_as_eager
 
 WIDE = Launch(16, 64, 4, 1)
@@ -425,13 +426,7 @@ def test_ranks_of_kernels_equal_ranks_of_torch(
 @pytest.mark.parametrize("choice", [{}, {"top_k": 2, "select_tokens": 64}])
 def test_saves_inputs_out_and_lse_alone(choice: dict[str, Any]) -> None:
     q, k, v = on_device(128, (4, 1), 16, torch.float16)
-    saved: dict[int, int] = {}
-
-    def count(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+    with saved_bytes() as saved:
         landmark_attention(q, k, v, block_size=16, impl="triton", **choice)
     assert sum(saved.values()) == 2 * (2 * q.numel() + 2 * k.numel()) + 4 * (2 * 128 * 4)
 

@@ -23,9 +23,10 @@ from lcdist_kernels.full.op import FullFunction
 from lcdist_kernels.full.self_test import self_test
 from lcdist_kernels.tile_ranges import band_of
 from tests.attention.body import make, on_virtual_ranks, whole
+from tests.kernels.helpers import HERE, assert_close, in_nan
 from tests.kernels.library_stand_ins import Call, StandIns, libraries
 from tests.kernels.test_full import borders, inputs, with_grads
-from tests.kernels.test_full_triton import HERE, assert_close, eager, in_nan, truth_of
+from tests.kernels.test_full_triton import eager, truth_of
 from tests.tolerance import assert_as_good_as_eager, assert_matches
 
 NAMES = ("cudnn", "fa2", "fa3", "fa4")

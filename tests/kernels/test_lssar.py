@@ -170,15 +170,6 @@ def test_only_directions_matter_and_a_rotary_factor_scales_the_logit(
         assert_matches(factor, plain)
 
 
-@pytest.mark.parametrize("impl", ["torch", "auto", "reference"])
-def test_given_positions_are_those_rotated_by(impl: str) -> None:
-    q, k, v = inputs(20)
-    rotary, positions = Rotary(frequencies(16)), torch.randint(0, 500, (2, 20))
-    truth = lssar_reference(rotary.rotate(q, positions), rotary.rotate(k, positions), v)
-    out = lssar_attention(q, k, v, rotary=rotary, positions=positions, impl=impl)
-    assert_matches(out, truth)
-
-
 def test_long_rows_and_a_few_heads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "BLOCK", 32)
     monkeypatch.setattr(tiles, "SHORT_ROW", 0)

@@ -29,23 +29,16 @@ from lcdist_kernels.lssar import (
 )
 from lcdist_kernels.triton_common import Launch, interpreting
 from tests.attention.body import make, on_virtual_ranks
+from tests.kernels.helpers import FP32, HERE, SMALL, assert_close, in_nan, on_device, on_its_device
+from tests.kernels.helpers import wide as in_double
 from tests.kernels.repeat import assert_same_bits, large_tensor
 from tests.kernels.test_compiles import compiles
 from tests.kernels.test_full import borders, tiled_starts, with_grads
-from tests.kernels.test_full_triton import (
-    FP32,
-    HERE,
-    SMALL,
-    assert_close,
-    cuts,
-    in_nan,
-    on_device,
-    on_its_device,
-)
-from tests.kernels.test_full_triton import wide as in_double
+from tests.kernels.test_full_triton import cuts
 from tests.kernels.test_lssar import one_match
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.tiers import covering, one, tiered
+from tests.saved import saved_bytes
 from tests.tolerance import assert_as_good_as_eager, assert_matches
 
 FLOAT = torch.float32
@@ -423,14 +416,8 @@ def test_a_ring_in_half_precision_is_as_good_as_one_process() -> None:
 def test_saves_directions_values_out_slope_and_two_scalars() -> None:
     q, k, v = on_device(128, (4, 1), 16, torch.float16)
     band = Band(*(torch.arange(128),) * 3)
-    saved: dict[int, int] = {}
-
-    def count(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
     function = lssar_attention.__globals__["LssarFunction"]
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+    with saved_bytes() as saved:
         function.apply(q, k, v, band, SHARP, TRITON_IMPL)
     assert sum(saved.values()) == 2 * (3 * q.numel() + 2 * k.numel()) + 2 * 4 * (2 * 128 * 4)
 

@@ -18,8 +18,8 @@ from lcdist_kernels.scca import Rule, dense_mask
 from lcdist_kernels.scca.pieces import work_of
 from lcdist_kernels.tile_ranges import device_stream
 from lcdist_kernels.triton_common import Launch
+from tests.kernels.helpers import HERE, on_device
 from tests.kernels.test_full import borders
-from tests.kernels.test_full_triton import HERE, on_device
 from tests.kernels.test_scca import MIXED, REPEATED
 
 ON_CPU = device_stream(torch.empty(0))

@@ -23,6 +23,7 @@ from lcdist_kernels.scca import (
 from tests.kernels.test_full import DOUBLE, HEADS, LENGTHS, borders, inputs, with_grads
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.tiers import covering, one
+from tests.saved import saved_bytes
 from tests.tolerance import assert_as_good_as_eager, assert_matches
 
 IMPLS = ("reference", "torch")
@@ -315,13 +316,7 @@ def test_no_key_is_copied_on_the_way_to_the_tiles(monkeypatch: pytest.MonkeyPatc
 
 def test_saves_inputs_out_and_lse_alone() -> None:
     q, k, v = inputs(512, (8, 2), dtype=torch.float32)
-    saved: dict[int, int] = {}
-
-    def count(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+    with saved_bytes() as saved:
         scca_attention(q, k, v, rules=REPEATED, impl="torch")
     elements = 2 * q.numel() + 2 * k.numel() + 2 * 512 * 8
     assert sum(saved.values()) == 4 * elements

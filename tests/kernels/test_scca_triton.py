@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 
 from lcdist.config.schema import SccaOptions
-from lcdist_kernels import Rotary, scca_attention, scca_reference
+from lcdist_kernels import scca_attention, scca_reference
 from lcdist_kernels.common import document_starts
 from lcdist_kernels.full import TORCH_IMPL, TRITON_IMPL, AttentionImpl
 from lcdist_kernels.scca import BandedFunction, Rule, dense_mask, head_groups, op, self_parts, tiled
 from tests.attention.body import Variant, make, on_virtual_ranks, whole
-from tests.kernels.repeat import assert_same_bits
-from tests.kernels.test_full import borders, with_grads
-from tests.kernels.test_full_triton import (
+from tests.kernels.helpers import (
     HERE,
     assert_close,
+    first_row,
     in_nan,
     on_device,
     on_its_device,
+    rotated_and_packed,
     wide,
 )
-from tests.kernels.test_rotary import frequencies
+from tests.kernels.repeat import assert_same_bits
+from tests.kernels.test_full import with_grads
 from tests.kernels.test_scca import MIXED, assert_rows_without_keys_are_zero
 from tests.kernels.tiers import covering, one, tiered
 from tests.tolerance import assert_as_good_as_eager
@@ -54,15 +55,9 @@ def truth_of(qkv: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
 def test_equals_reference(
     seqlen: int, heads: tuple[int, int], rules: tuple[Rule, ...], head_dim: int, packed: bool
 ) -> None:
-    qkv = [
-        x[:1].detach().requires_grad_() for x in on_device(seqlen, heads, head_dim, torch.float32)
-    ]
+    qkv = first_row(seqlen, heads, head_dim)
     dout = torch.randn_like(qkv[0])
-    more = {
-        "rules": rules,
-        "rotary": Rotary(frequencies(head_dim), 1.1),
-        "cu_seqlens": borders(seqlen) if packed else None,
-    }
+    more = {"rules": rules, **rotated_and_packed(seqlen, head_dim, packed)}
     got = with_grads(scca_attention(*qkv, **more, impl="triton"), qkv, dout)
     assert all(x.dtype == torch.float32 for x in got)
     assert_close(got, truth_of(qkv, dout, **more))

@@ -3,6 +3,7 @@
 Without a GPU they run in Triton's interpreter; tests marked `gpu` need one.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,19 +16,22 @@ from lcdist_kernels.tensorized import launch as launchers
 from lcdist_kernels.tensorized.impl import TORCH_IMPL, TRITON_IMPL
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import Variant, make, on_virtual_ranks, whole
-from tests.kernels.repeat import assert_same_bits
-from tests.kernels.test_full import with_grads
-from tests.kernels.test_full_triton import (
+from tests.kernels.helpers import (
     HERE,
+    REFUSED,
     assert_close,
+    assert_refused,
     in_nan,
     on_device,
     on_its_device,
     wide,
 )
+from tests.kernels.repeat import assert_same_bits
+from tests.kernels.test_full import with_grads
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.test_tensorized import aligned_borders, name
 from tests.kernels.tiers import one, tiered
+from tests.saved import saved_bytes
 from tests.tolerance import assert_as_good_as_eager
 
 # Several tiles a fibre, tiles cut off by its end, one block that sees three before it.
@@ -251,34 +255,17 @@ def test_shards_of_kernels_equal_those_of_torch(
 def test_what_is_kept_for_the_backward() -> None:
     grid = ModeGrid((4, 3))
     q, k, v, bias = leaves_of(grid, 24, (4, 2), 16, torch.float16)
-    saved: dict[int, int] = {}
-
-    def count(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+    with saved_bytes() as saved:
         tensorized_attention(q, k, v, grid=grid, branch_bias=bias, impl="triton")
     # q, k, v, out and two U in half; lse, two lambda and the bias in fp32.
     halves = 4 * q.numel() + k.numel() + v.numel()
     assert sum(saved.values()) == 2 * halves + 4 * (3 * 4 * 24 + 2 * 4)
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "dtype", "says"),
-    [
-        (16, torch.float64, "bf16, fp16 and fp32, the tensors are torch.float64"),
-        (14, torch.float32, "even head_dim from 16 to 256, not 14"),
-    ],
-)
+@pytest.mark.parametrize(("head_dim", "dtype", "says"), REFUSED)
 def test_what_no_kernel_takes_is_refused(head_dim: int, dtype: torch.dtype, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        tensorized_attention(
-            *on_device(4, (2, 1), head_dim, dtype), grid=ModeGrid((2,)), impl="triton"
-        )
-    problem = make("tensorized", "contiguous", 2, dtype=torch.float64)
-    with pytest.raises(ValueError, match="the tensors are torch.float64"):
-        on_virtual_ranks(on_its_device(problem), "triton")
+    attend = partial(tensorized_attention, grid=ModeGrid((2,)), impl="triton")
+    assert_refused("tensorized", attend, head_dim, dtype, says)
 
 
 def test_who_carries_it() -> None:

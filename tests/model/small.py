@@ -31,6 +31,20 @@ TABLE = {
 }
 
 
+# Ways to keep less for the backward.
+SELECTIVE, FULL, HOST = "train.recompute=selective", "train.recompute=full", "train.offload=host"
+
+
+def memory_options(tiled: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Return the options that save memory, each without and with those of a tiled MLP."""
+    return [
+        (SELECTIVE,),
+        tiled,
+        (SELECTIVE, *tiled),
+        *((way, *more) for way in (FULL, HOST) for more in ((), tiled)),
+    ]
+
+
 def small(*overrides: str) -> Config:
     """Return the small model's configuration with `section.key=value` overrides."""
     return parse(TABLE, overrides)

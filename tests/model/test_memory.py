@@ -18,23 +18,22 @@ from tests.distributed import run_ranks
 from tests.engines.internals import ddp_wrappers_of
 from tests.live import LiveTensors
 from tests.model.cases import Case, assert_same_gradients, results, tiers
-from tests.model.small import Meshes, mesh_name, small, take_steps
+from tests.model.small import (
+    FULL,
+    HOST,
+    Meshes,
+    memory_options,
+    mesh_name,
+    small,
+    take_steps,
+)
 from tests.tolerance import assert_matches
 
 TP, PP, CP = (f"parallel.{axis}_size=2" for axis in ("tp", "pp", "cp"))
 SP, VP = "parallel.sequence_parallel=true", "parallel.vp_size=2"
 # No tile divides the 35.5 to 192 tokens that a rank has of a micro-batch.
-TORCH_IMPL = ("train.mlp=tiled", "train.mlp_chunk=13")
-SELECTIVE, FULL, HOST = "train.recompute=selective", "train.recompute=full", "train.offload=host"
-WAYS: list[tuple[str, ...]] = [
-    (SELECTIVE,),
-    TORCH_IMPL,
-    (SELECTIVE, *TORCH_IMPL),
-    (FULL,),
-    (FULL, *TORCH_IMPL),
-    (HOST,),
-    (HOST, *TORCH_IMPL),
-]
+TILED = ("train.mlp=tiled", "train.mlp_chunk=13")
+WAYS: list[tuple[str, ...]] = memory_options(TILED)
 TWO = [(TP,), (TP, SP), (CP,), (PP,), (PP, VP)]
 FOUR = [(TP, CP, SP), (TP, PP, SP, VP), (PP, CP), (CP,)]
 

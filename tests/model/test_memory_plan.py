@@ -20,22 +20,12 @@ from lcdist.verify import preflight as checks
 from lcdist.verify.preflight import check_host_memory, host_memory
 from tests.distributed import run_ranks
 from tests.live import LiveTensors
-from tests.model.small import small
+from tests.model.small import FULL, HOST, SELECTIVE, memory_options, small
 
 TP, CP, PP = (f"parallel.{axis}_size=2" for axis in ("tp", "cp", "pp"))
 SP = "parallel.sequence_parallel=true"
-TORCH_IMPL = ("train.mlp=tiled", "train.mlp_chunk=256")
-SELECTIVE, FULL, HOST = "train.recompute=selective", "train.recompute=full", "train.offload=host"
-WAYS = [
-    (),
-    (SELECTIVE,),
-    TORCH_IMPL,
-    (SELECTIVE, *TORCH_IMPL),
-    (FULL,),
-    (FULL, *TORCH_IMPL),
-    (HOST,),
-    (HOST, *TORCH_IMPL),
-]
+TILED = ("train.mlp=tiled", "train.mlp_chunk=256")
+WAYS = [(), *memory_options(TILED)]
 
 
 def plan_of(*words: str, world_size: int = 1) -> Plan:
@@ -108,10 +98,10 @@ def test_recomputation_and_tiling_lower_the_peak_as_estimated() -> None:
         layer = plans[()].memory.layer_bytes
         counted = plans[way].memory.activation_bytes
         assert 0.9 * counted < peak < counted + layer, way
-    order = [(), (SELECTIVE,), (SELECTIVE, *TORCH_IMPL), (FULL, *TORCH_IMPL), (HOST, *TORCH_IMPL)]
+    order = [(), (SELECTIVE,), (SELECTIVE, *TILED), (FULL, *TILED), (HOST, *TILED)]
     values = [peaks[way] for way in order]
     assert values == sorted(values, reverse=True)
-    assert peaks[(HOST, *TORCH_IMPL)] * 3 < peaks[()]
+    assert peaks[(HOST, *TILED)] * 3 < peaks[()]
 
 
 # --- choices --------------------------------------------------------------------------------------
@@ -159,7 +149,7 @@ def test_rows_show_how_memory_is_saved() -> None:
     rows = dict(plan_rows(plan_of("train.seqlen=16384")))
     assert rows["MLP"] == "whole" and rows["offload"] == "none"
     assert rows["recompute"] == "none; kept for backward: 0.071 GiB a layer"
-    rows = dict(plan_rows(plan_of("train.seqlen=16384", HOST, *TORCH_IMPL)))
+    rows = dict(plan_rows(plan_of("train.seqlen=16384", HOST, *TILED)))
     assert rows["MLP"] == "256 tokens at a time"
     assert rows["recompute"] == "full; kept for backward: 0.000 GiB a layer"
     assert rows["offload"] == "inputs of layers to 0.016 GiB of host memory a rank"
@@ -191,7 +181,7 @@ def test_conflicts_are_rejected(words: tuple[str, ...], message: str) -> None:
 def choices(rank: int, world_size: int, mesh: tuple[str, ...]) -> list[Any]:
     """Return a layer's recompute mode, MLP chunk, offloaded layer and token counts asked for."""
     found = []
-    for words in ((), (SELECTIVE,), (HOST, *TORCH_IMPL)):
+    for words in ((), (SELECTIVE,), (HOST, *TILED)):
         plan = make_plan(small(*mesh, *words), world_size)
         [model] = build_model(plan, build_mesh(plan.config.parallel, 0).device)
         layer: Any = model.decoder.layers[1]
