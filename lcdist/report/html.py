@@ -19,7 +19,12 @@ _environment = Environment(
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text cells; the first column names the rows."""
+    """A table of text cells.
+
+    Attributes:
+        head: titles of the columns.
+        rows: cells; the first of each row names it.
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -27,7 +32,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """An `<svg>` element and its caption."""
+    """A figure.
+
+    Attributes:
+        svg: an `<svg>` element.
+        caption: the text below it.
+    """
 
     svg: Markup
     caption: str

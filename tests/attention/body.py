@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcdist.attention import METHODS, AttentionMethod, HeadSlice, Traffic
+from lcdist.attention import METHODS, AttentionMethod, HeadSlice, Shape, Traffic
 from lcdist.exchange import Group, VirtualGroup, group_rank, traffic
 from lcdist.layout import ContextLayout, pieces_needed
 from lcdist_kernels import Rotary
@@ -230,6 +230,14 @@ def assert_documents_of_one_token_return_values(problem: Problem) -> None:
         out, dq, dk, dv = on_virtual_ranks(problem, impl)[0]
         assert_all_match([out, dv], [problem.qkv[2].repeat_interleave(2, 2), groups])
         assert dq.abs().max() < 1e-12 and dk.abs().max() < 1e-12
+
+
+def sent_and_planned(problem: Problem, impl: str) -> tuple[Traffic, Traffic]:
+    """Return the bytes that an implementation sent, and those that the method's `bytes` gives."""
+    q, k = problem.qkv[:2]
+    shape = Shape(len(q), q.shape[2], k.shape[2], q.shape[3], q.element_size())
+    planned = problem.method.bytes(problem.options, shape, problem.layout)
+    return on_virtual_ranks(problem, impl)[1], planned
 
 
 def ranks_and_documents(*default: tuple[int, bool]) -> list[Any]:

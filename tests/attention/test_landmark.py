@@ -21,6 +21,7 @@ from tests.attention.body import (
     make,
     on_virtual_ranks,
     ranks_and_documents,
+    sent_and_planned,
     whole,
 )
 from tests.attention.test_methods import decode_arguments
@@ -170,12 +171,9 @@ def test_bytes_by_hand(itemsize: int, grad_size: int) -> None:
 @pytest.mark.parametrize("cp_size", [2, 3, 8])
 @pytest.mark.parametrize("options", UNITS, ids=words)
 def test_bytes_are_an_upper_bound_of_those_sent(options: LandmarkOptions, cp_size: int) -> None:
-    dtype = torch.bfloat16
-    problem = problem_of(options, cp_size, dtype=dtype)
-    shape = Shape(batch=2, nheads=4, nheads_kv=2, head_dim=16, itemsize=dtype.itemsize)
-    most = METHOD.bytes(options, shape, problem.layout)
+    problem = problem_of(options, cp_size, dtype=torch.bfloat16)
     for impl in IMPLS:
-        sent = on_virtual_ranks(problem, impl)[1]
+        sent, most = sent_and_planned(problem, impl)
         for counted, bound in zip(sent, most, strict=True):
             assert all(a <= b for a, b in zip(counted, bound, strict=True))
         if options.top_k == 99:

@@ -25,6 +25,7 @@ from tests.attention.body import (
     on_a_rank,
     on_virtual_ranks,
     output_on_virtual_ranks,
+    sent_and_planned,
     tiered,
     variants,
     whole,
@@ -144,9 +145,7 @@ def test_bytes_are_those_on_the_wire(
     variant: Variant, kind: str, cp_size: int, dtype: torch.dtype
 ) -> None:
     problem = make(variant, kind, cp_size, dtype=dtype)
-    shape = Shape(batch=2, nheads=4, nheads_kv=2, head_dim=16, itemsize=dtype.itemsize)
-    expected = problem.method.bytes(problem.options, shape, problem.layout)
-    sent = on_virtual_ranks(problem, "torch")[1]
+    sent, expected = sent_and_planned(problem, "torch")
     if getattr(problem.options, "top_k", None) is None:
         assert sent == expected
     else:  # What is chosen depends on the values: `bytes` is the most it can be.

@@ -31,6 +31,7 @@ from tests.attention.body import (
     make,
     on_virtual_ranks,
     ranks_and_documents,
+    sent_and_planned,
     whole,
 )
 from tests.tolerance import assert_matches
@@ -144,11 +145,8 @@ def test_bytes_are_the_formula_of_the_specification() -> None:
 @pytest.mark.parametrize("cp_size", [2, 5, 8])
 @pytest.mark.parametrize("options", OTHERS, ids=name)
 def test_bytes_of_other_options_are_those_sent(options: TensorizedOptions, cp_size: int) -> None:
-    dtype = torch.bfloat16
-    problem = problem_of(options, cp_size, dtype=dtype)
-    shape = Shape(batch=2, nheads=4, nheads_kv=2, head_dim=16, itemsize=dtype.itemsize)
-    expected = METHOD.bytes(options, shape, problem.layout)
-    assert on_virtual_ranks(problem, "torch")[1] == expected
+    sent, planned = sent_and_planned(problem_of(options, cp_size, dtype=torch.bfloat16), "torch")
+    assert sent == planned
     assert "ring" not in METHOD.exchange
 
 

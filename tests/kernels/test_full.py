@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -249,19 +250,25 @@ def test_saves_inputs_out_and_lse_alone(impl: str, packed: bool) -> None:
     assert sum(saved.values()) <= 4 * elements + 64
 
 
+# What every method refuses: changes to the arguments, and what the message says.
+WRONG_INPUTS: list[tuple[dict[str, Any], str]] = [
+    ({"k": torch.ones(2, 8, 3, 16)}, "of one shape"),
+    ({"q": torch.ones(2, 7, 4, 16)}, "q has 7 tokens"),
+    ({"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, r"\[0, 9\].*seqlen = 8"),
+]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"k": torch.ones(2, 8, 3, 16)}, "of one shape"),
+        *WRONG_INPUTS,
         ({"k": torch.ones(2, 8, 3, 16), "v": torch.ones(2, 8, 3, 16)}, "multiple of nheads_kv = 3"),
         ({"q": torch.ones(2, 8, 4, 8)}, "head_dim"),
         ({"q": torch.ones(2, 8, 4, 16).double()}, "one floating dtype"),
         ({"impl": "cuda"}, "'cuda' is unknown"),
-        ({"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, r"\[0, 9\].*seqlen = 8"),
         ({"cu_seqlens": torch.tensor([1, 8], dtype=torch.int32)}, "start with 0"),
         ({"cu_seqlens": torch.tensor([0, 5, 4], dtype=torch.int32)}, "not decrease"),
         ({"cu_seqlens": torch.zeros(2, 3, dtype=torch.int32)}, "one int32 table"),
-        ({"q": torch.ones(2, 7, 4, 16)}, "q has 7 tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict, says: str) -> None:

@@ -26,7 +26,7 @@ from lcdist_kernels.landmark import sparse as sparse_module
 from lcdist_kernels.landmark import tiled as tiled_module
 from lcdist_kernels.landmark import top_k as choose_module
 from lcdist_kernels.partial import merge
-from tests.kernels.test_full import DOUBLE, HEADS, borders, inputs, with_grads
+from tests.kernels.test_full import DOUBLE, HEADS, WRONG_INPUTS, borders, inputs, with_grads
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.tiers import covering, one
 from tests.saved import saved_bytes
@@ -486,10 +486,8 @@ def test_the_grid_by_eye() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"k": torch.ones(2, 8, 3, 16)}, "of one shape"),
-        ({"q": torch.ones(2, 7, 4, 16)}, "q has 7 tokens"),
+        *WRONG_INPUTS,
         ({"impl": "cuda"}, "is unknown.* auto, triton, torch, reference"),
-        ({"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, r"\[0, 9\].*seqlen = 8"),
         ({"block_size": 1}, "block_size = 1"),
         ({"top_k": 0}, "top_k = 0"),
         ({"top_k": 1, "select_tokens": 0}, "select_tokens = 0"),

@@ -23,7 +23,15 @@ from lcdist_kernels.lssar import (
     row_threshold,
     softplus_scores,
 )
-from tests.kernels.test_full import DOUBLE, HEADS, borders, inputs, tiled_starts, with_grads
+from tests.kernels.test_full import (
+    DOUBLE,
+    HEADS,
+    WRONG_INPUTS,
+    borders,
+    inputs,
+    tiled_starts,
+    with_grads,
+)
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.tiers import covering, one
 from tests.tolerance import assert_as_good_as_eager, assert_matches
@@ -289,10 +297,8 @@ def test_as_good_as_eager_in_low_precision(dtype: torch.dtype, reweight: Reweigh
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"k": torch.ones(2, 8, 3, 16)}, "of one shape"),
-        ({"q": torch.ones(2, 7, 4, 16)}, "q has 7 tokens"),
+        *WRONG_INPUTS,
         ({"impl": "cuda"}, "unknown: lssar attention has auto, triton, torch, reference"),
-        ({"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, r"\[0, 9\].*seqlen = 8"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict, says: str) -> None:

@@ -162,12 +162,18 @@ def test_it_has_its_name_after_the_first_step_that_finds_it_written(tmp_path: Pa
     assert found == [tmp_path / "checkpoints" / "step_00000004"] * 2
 
 
-def interrupted(rank: int, world_size: int, folder: Path) -> list[Any]:
+def saved_once(folder: Path) -> Trainer:
+    """Return a trainer that took two steps and saved the first."""
     trainer = Meshes().trainer(small("model.num_layers=1"))
     trainer.checkpointer = Checkpointer(folder, keep_last=2)
     take_steps(trainer, 1)
     trainer.save()
     take_steps(trainer, 1)
+    return trainer
+
+
+def interrupted(rank: int, world_size: int, folder: Path) -> list[Any]:
+    trainer = saved_once(folder)
     looked = threading.Event()
     with SlowWriter(looked.wait):
         trainer.save(wait=False)
@@ -202,11 +208,7 @@ def test_the_last_and_every_third_are_kept(tmp_path: Path) -> None:
 
 def disk_full(rank: int, world_size: int, folder: Path) -> list[str]:
     """Return each rank's errors: one rank cannot write; the disk is full before any writing."""
-    trainer = Meshes().trainer(small("model.num_layers=1"))
-    trainer.checkpointer = Checkpointer(folder, keep_last=2)
-    take_steps(trainer, 1)
-    trainer.save()
-    take_steps(trainer, 1)
+    trainer = saved_once(folder)
     home = writer.filesystem_async.FileSystemWriterAsync
     real, heard = home.write_preloaded_data, []
 

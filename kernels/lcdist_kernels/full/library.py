@@ -167,16 +167,24 @@ def _flash_2(title: str) -> Library:
     return Library(title, fwd, bwd)
 
 
-def _flash_3(title: str, module: ModuleType) -> Library:
-    """Return FlashAttention-3; some releases name the backward's argument is_causal."""
-    forward, backward = module._flash_attn_forward, module._flash_attn_backward
-    causal_name = "is_causal" if "is_causal" in _argument_names(backward) else "causal"
+def _flash_forward(
+    forward: Callable[..., tuple[Tensor, ...]], **options: bool
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the forward of FlashAttention 3 or 4 from the library's function."""
 
     def fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = (_aligned(x) for x in (q, k, v))
         with _device_of(q):
-            out, lse, *_ = forward(q, k, v, softmax_scale=scale, causal=causal)
+            out, lse, *_ = forward(q, k, v, softmax_scale=scale, causal=causal, **options)
         return out, lse
+
+    return fwd
+
+
+def _flash_3(title: str, module: ModuleType) -> Library:
+    """Return FlashAttention-3; some releases name the backward's argument is_causal."""
+    backward = module._flash_attn_backward
+    causal_name = "is_causal" if "is_causal" in _argument_names(backward) else "causal"
 
     def bwd(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
@@ -191,18 +199,12 @@ def _flash_3(title: str, module: ModuleType) -> Library:
             )  # fmt: skip
         return tuple(grads.values())
 
-    return Library(title, fwd, bwd)
+    return Library(title, _flash_forward(module._flash_attn_forward), bwd)
 
 
 def _flash_4(title: str, module: ModuleType) -> Library:
     """Return FlashAttention-4, which compiles a kernel at its first call."""
-    forward, backward = module._flash_attn_fwd, module._flash_attn_bwd
-
-    def fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = (_aligned(x) for x in (q, k, v))
-        with _device_of(q):
-            out, lse, *_ = forward(q, k, v, softmax_scale=scale, causal=causal, return_lse=True)
-        return out, lse
+    backward = module._flash_attn_bwd
 
     def bwd(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
@@ -216,7 +218,7 @@ def _flash_4(title: str, module: ModuleType) -> Library:
             )  # fmt: skip
         return dq, dk, dv
 
-    return Library(title, fwd, bwd)
+    return Library(title, _flash_forward(module._flash_attn_fwd, return_lse=True), bwd)
 
 
 _MAKERS: dict[str, Callable[..., Library]] = {

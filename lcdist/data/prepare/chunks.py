@@ -44,7 +44,12 @@ class FileChunk:
 
 @dataclass(frozen=True)
 class Document:
-    """A document: its text, and a name that is the same on every machine."""
+    """A document.
+
+    Attributes:
+        name: is the same on every machine.
+        text: what is tokenized.
+    """
 
     name: str
     text: str
