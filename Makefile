@@ -15,7 +15,7 @@ MODEL  ?=
 LORA   ?= 0
 WITH   ?=
 
-.PHONY: extend test test-fast test-all slurm-test checks bench gpu-check install clean
+.PHONY: extend test default-slurm test-fast test-all slurm-test checks bench gpu-check install clean
 
 extend: install
 	$(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
@@ -25,9 +25,13 @@ extend: install
 ONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTEST := $(ONE) -n $(WORKERS) --dist loadfile --ignore=tests/slurm
 
-# Lint, types and the default tests.
-test: $(VENV)/.dev checks
+# Lint, types and the default tests. The checks and the Slurm tests each leave a core idle, so they
+# run side by side.
+test: $(VENV)/.dev
+	$(MAKE) --no-print-directory --output-sync --jobs 2 checks default-slurm
 	$(PYTEST) -m "not exhaustive"
+
+default-slurm: $(VENV)/.dev
 	$(ONE) -m "not exhaustive" tests/slurm
 
 # The default tests without the slow ones, for use while editing.

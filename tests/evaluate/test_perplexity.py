@@ -193,7 +193,9 @@ def test_other_meshes_score_whole_rounds_of_windows(trained: Any) -> None:
     [
         # The landmark is a token of its own, the model's last.
         ("attention.method=landmark", "attention.block_size=5", f"model.vocab_size={VOCAB + 1}"),
-        ("attention.method=tensorized", "attention.modes=[4]"),
+        pytest.param(
+            ("attention.method=tensorized", "attention.modes=[4]"), marks=pytest.mark.exhaustive
+        ),
         # The padding of a layout is no part of the length that the rotation depends on.
         pytest.param(
             (

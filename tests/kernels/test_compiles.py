@@ -66,19 +66,18 @@ from lcdist_kernels import tensorized_attention
 from lcdist_kernels.tensorized import ModeGrid
 from tests.kernels.compiling import SHARED, compiled_for
 
-for grid, head_dim, dtype, kernels in (
-    (ModeGrid((128,), local_blocks=2), 128, torch.bfloat16, 6),
-    (ModeGrid((32, 2), hop_heads="kv"), 80, torch.float16, 13),
-):
-    q, k, v = (
-        torch.zeros(1, 512, n, head_dim, dtype=dtype, requires_grad=True) for n in (4, 2, 2)
-    )
-    with compiled_for(CAPABILITY) as made:
-        out = tensorized_attention(q, k, v, grid=grid, impl="triton")
-        out.backward(torch.zeros_like(out))
-    assert len(made) == kernels, len(made)
-    for each in made:
-        assert each.metadata.shared <= SHARED[CAPABILITY], each.metadata
+# A compilation takes seconds, so each capability has one grid.
+grid, head_dim, dtype, kernels = {
+    80: (ModeGrid((32, 2), hop_heads="kv"), 80, torch.float16, 13),
+    90: (ModeGrid((128,), local_blocks=2), 128, torch.bfloat16, 6),
+}[CAPABILITY]
+q, k, v = (torch.zeros(1, 512, n, head_dim, dtype=dtype, requires_grad=True) for n in (4, 2, 2))
+with compiled_for(CAPABILITY) as made:
+    out = tensorized_attention(q, k, v, grid=grid, impl="triton")
+    out.backward(torch.zeros_like(out))
+assert len(made) == kernels, len(made)
+for each in made:
+    assert each.metadata.shared <= SHARED[CAPABILITY], each.metadata
 """
 
 

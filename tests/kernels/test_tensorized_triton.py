@@ -70,10 +70,10 @@ def by_kernels(leaves: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("packed", "grid", "seqlen", "heads", "head_dim"),
-    # By default every grid at 63 and at one longer sequence, GQA, and unusual head dims.
+    # By default every grid at 63, one token, and unusual head dims.
     tiered(
         [(packed, *case) for case in CASES for packed in (False, True)],
-        {0, 3, 7, 10, 13, 19, 34, 36, 41},
+        {0, 3, 10, 19, 36, 41},
     ),
     ids=lambda value: name(value) if isinstance(value, ModeGrid) else None,
 )
@@ -203,18 +203,18 @@ def eager(leaves: list[Tensor], grid: ModeGrid, rotary: Rotary) -> Tensor:
     ),
 )
 def test_as_good_as_eager_in_half_precision(grid: ModeGrid, dtype: torch.dtype) -> None:
-    assert_accurate(grid, 60, (4, 2), 48, dtype)
+    assert_accurate(grid, 60, (2, 1), 48, dtype)
 
 
 # A ratio of errors says nothing of one token, whose dq and dk are 0: fp32 has that case.
 @pytest.mark.parametrize("seqlen", tiered(one([63, 128, 257]), {0}))
 def test_half_precision_at_any_length(seqlen: int) -> None:
-    assert_accurate(ModeGrid((64,), local_blocks=2), seqlen, (4, 1), 16, torch.float16)
+    assert_accurate(ModeGrid((64,), local_blocks=2), seqlen, (2, 1), 16, torch.float16)
 
 
 def test_any_strides_are_taken_and_nothing_outside_is_read() -> None:
     grid, rotary = ModeGrid((10,), local_blocks=2), Rotary(frequencies(20))
-    leaves = leaves_of(grid, 70, (4, 2), 20, torch.float32)
+    leaves = leaves_of(grid, 45, (4, 2), 20, torch.float32)
     dout, more = torch.randn_like(leaves[0]), {"grid": grid, "rotary": rotary}
     truth = by_kernels(leaves, dout, **more)
     strided = [*(in_nan(x.detach()) for x in leaves[:3]), leaves[3].detach()]
