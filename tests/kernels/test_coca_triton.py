@@ -181,14 +181,35 @@ def test_maps_are_those_of_torch(head_dim: int, variant: str) -> None:
             rotary_angles(rotary, p, q, head_dim)
             for p in (positions, positions[..., ::2].contiguous())
         )
-        for name, x, *more in (
+        few, two = in_nan(q[:, ::2]), in_nan(q[:, ::2, 2:])
+        for name, *given in (
             ("queries", q, at),
             ("queries_bwd", g, q, at),
             ("keys", tau, of_tau),
             ("keys_bwd", g, at),
+            ("factors", few, two, of_tau),
+            ("factors_of_tau", few, tau, of_tau),
+            ("factors_bwd", g[:, ::2, :2], few, two, tau, of_tau),
         ):
-            got = getattr(TRITON_IMPL, name)(x, *more, variant)
-            assert_close([got], [getattr(TORCH_IMPL, name)(x.double(), *more, variant)], 1e-6)
+            exact = [x.double() if isinstance(x, Tensor) else x for x in given]
+            got, truth = (
+                getattr(impl, name)(*words, variant)
+                for impl, words in ((TRITON_IMPL, given), (TORCH_IMPL, exact))
+            )
+            lists = ([x] if isinstance(x, Tensor) else list(x) for x in (got, truth))
+            assert_close(*lists, 1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_keys_are_made_again_as_they_were(variant: str) -> None:
+    q, t, _ = (x.detach() for x in on_device(37, (4, 2), 16, torch.float16))
+    at = rotary_angles(Rotary(frequencies(16)), torch.arange(37), q, 16)
+    *made, tau = TRITON_IMPL.factors(q, t, at, variant)
+    assert tau.dtype == torch.float16
+    again = TRITON_IMPL.factors_of_tau(q, tau, at, variant)
+    alone = TRITON_IMPL.queries(q, at, variant), TRITON_IMPL.keys(tau, at, variant)
+    for x, y, z in zip(made, again, alone, strict=True):
+        assert torch.equal(x, y) and torch.equal(x, z)
 
 
 def test_who_carries_it() -> None:

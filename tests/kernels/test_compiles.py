@@ -97,7 +97,9 @@ with compiled_for(CAPABILITY) as made:
             TRITON_IMPL.queries_bwd(q, q, at, variant)
             TRITON_IMPL.keys(tau, at, variant)
             TRITON_IMPL.keys_bwd(q, at, variant)
-assert len(made) == 16
+            TRITON_IMPL.factors(q, q[:, :, :2], at, variant)
+            TRITON_IMPL.factors_bwd(q, q[:, :, :2], q, tau, at, variant)
+assert len(made) == 24
 """
 
 

@@ -13,13 +13,7 @@ from torch import Tensor
 
 from lcdist_kernels.coca.impl import CoCAImpl, select_coca_impl
 from lcdist_kernels.coca.reference import coca_reference
-from lcdist_kernels.coca.transform import (
-    Angles,
-    check_variant,
-    collinear,
-    collinear_bwd,
-    rotary_angles,
-)
+from lcdist_kernels.coca.transform import Angles, check_variant, rotary_angles
 from lcdist_kernels.common import check_impl, check_self, document_borders, resolve_scale
 from lcdist_kernels.full import IMPLS
 from lcdist_kernels.rotary import Rotary, document_positions, token_numbers
@@ -35,11 +29,6 @@ class CoCAContext(NamedTuple):
     softmax_scale: float
     impl: CoCAImpl
 
-    def factors(self, q: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """Return q' and k'."""
-        maps = self.angles, self.variant
-        return self.impl.queries(q, *maps), self.impl.keys(tau, *maps)
-
     @property
     def band(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the arguments of `full_fwd` that say which keys are visible."""
@@ -51,9 +40,9 @@ class CoCAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, t: Tensor, v: Tensor, context: CoCAContext):
-        tau = collinear(t)
+        queries, keys, tau = context.impl.factors(q, t, context.angles, context.variant)
         out, lse = context.impl.block.fwd(
-            *context.factors(q, tau), v, *context.band, context.softmax_scale, out_dtype=q.dtype
+            queries, keys, v, *context.band, context.softmax_scale, out_dtype=q.dtype
         )
         ctx.save_for_backward(q, tau, v, out, lse)
         ctx.context = context
@@ -63,13 +52,14 @@ class CoCAFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, tau, v, out, lse = ctx.saved_tensors
         context: CoCAContext = ctx.context
-        impl = context.impl
+        impl, maps = context.impl, (context.angles, context.variant)
+        queries, keys = impl.factors_of_tau(q, tau, *maps)
         dqueries, dkeys, dv = impl.block.bwd(
-            dout, *context.factors(q, tau), v, out, lse, *context.band, context.softmax_scale
-        )
-        dq = impl.queries_bwd(dqueries, q, context.angles, context.variant)
-        dt = collinear_bwd(impl.keys_bwd(dkeys, context.angles, context.variant), tau)
-        return dq.to(q.dtype), dt.to(q.dtype), dv.to(v.dtype), None
+            dout, queries, keys, v, out, lse, *context.band, context.softmax_scale,
+            grad_dtype=queries.dtype,
+        )  # fmt: skip
+        dq, dt = impl.factors_bwd(dqueries, dkeys, q, tau, *maps)
+        return dq, dt, dv.to(v.dtype), None
 
 
 def coca_attention(

@@ -86,6 +86,26 @@ def queries_bwd(dqueries: Tensor, q: Tensor, angles: Angles, variant: str) -> Te
     return dq
 
 
+def factors(q: Tensor, t: Tensor, angles: Angles, variant: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q', k' in a wide dtype, and tau, of q `[b, s, h, d]` and t `[b, s, h_kv, d]`."""
+    tau = collinear(t)
+    return *factors_of_tau(q, tau, angles, variant), tau
+
+
+def factors_of_tau(q: Tensor, tau: Tensor, angles: Angles, variant: str) -> tuple[Tensor, Tensor]:
+    """Return q' and k' of q `[b, s, h, d]` and tau `[b, s, h_kv, d / 2]`, in a wide dtype."""
+    return queries(q, angles, variant), keys(tau, angles, variant)
+
+
+def factors_bwd(
+    dqueries: Tensor, dkeys: Tensor, q: Tensor, tau: Tensor, angles: Angles, variant: str
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of q and t from those of q' and k', in q.dtype."""
+    dq = queries_bwd(dqueries, q, angles, variant)
+    dt = collinear_bwd(keys_bwd(dkeys, angles, variant), tau)
+    return dq.to(q.dtype), dt.to(q.dtype)
+
+
 def collinear(t: Tensor) -> Tensor:
     """Return tau `[..., d / 2]` of t `[..., d]`, in t.dtype: average the halves, then relu."""
     first, second = t.chunk(2, -1)
