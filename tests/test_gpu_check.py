@@ -83,11 +83,13 @@ def test_tests_are_dealt_out_by_file_and_every_row_is_written(
     monkeypatch.setattr(gpu_tests, "collect", lambda mark: marked if mark == "gpu" else others)
     batches = gpu_tests.batches()
     assert [batch.name for batch in batches] == [
+        *("first-test_a_triton-0", "first-test_b_triton-0"),
         "big-test_b_triton",
         *("gpu-test_a_triton-0", "gpu-test_a_triton-1"),
         *("gpu-test_b_triton-0", "gpu-test_b_triton-1"),
-        *("kernels-test_a_triton-0", "rest-test_c-0"),
+        "rest-test_c-0",
     ]
+    assert batches[0].tests == (marked[0], others[1])
     assert sorted(test for batch in batches for test in batch.tests) == sorted(marked + others)
 
     def run(batch: Any, *_: Any) -> dict[str, Any]:
@@ -101,6 +103,26 @@ def test_tests_are_dealt_out_by_file_and_every_row_is_written(
     rows = {row["name"]: row for row in written}
     assert set(rows) == {batch.name for batch in batches} and len(written) == len(batches)
     assert rows["big-test_b_triton"]["note"] == "StopIteration: no suite"
+
+
+def test_the_first_case_of_a_test_has_the_shape_that_trains() -> None:
+    tests = [f"tests/a.py::test[{case}]" for case in ("dtype0-1280", "dtype0-128", "dtype1-128")]
+    others = ["tests/a.py::other[64]", "tests/a.py::other[32]"]
+    assert gpu_tests.first_cases([*tests, *others]) == [tests[1], others[0]]
+
+
+@pytest.mark.exhaustive
+def test_every_kernels_first_case_is_among_the_first_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_tests, "HAS_GPU", True)
+    batches = gpu_tests.batches()
+    first = [batch for batch in batches if batch.name.startswith("first-")]
+    assert batches[: len(first)] == first
+    # A process starts in some ten seconds and compiles a test's kernels in about as many.
+    assert len(first) <= 2 * gpu_tests.MOST_PROCESSES
+    assert max(len(batch.tests) for batch in first) <= gpu_tests.AT_ONCE["first"]
+    tests = [test for batch in batches for test in batch.tests if gpu_tests.BIG not in test]
+    begun = {test.partition("[")[0] for batch in first for test in batch.tests}
+    assert begun >= {test.partition("[")[0] for test in tests if "_triton.py" in test}
 
 
 @pytest.mark.exhaustive

@@ -10,6 +10,8 @@ from gpu_harness import BACKWARD
 from lcdist_kernels.full import FORCED
 
 METHODS = ("full", "coca", "scca", "tensorized", "landmark", "lssar")
+# What rows of one run have in common.
+RUN = ("gpu", "date", "commit")
 Row = dict[str, str]
 
 
@@ -73,6 +75,16 @@ def read(file: Path) -> list[Row]:
         return []
     with file.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
+
+
+def latest(rows: list[Row]) -> list[Row]:
+    """Return the rows of the last timed row's GPU, date and commit; the later of repeated rows."""
+    timed = [row for row in rows if row["fwd_ms"]]
+    if not timed:
+        return []
+    rows = [row for row in timed if all(row[key] == timed[-1][key] for key in RUN)]
+    keyed = {(row["contender"], row["head_dim"], row["seqlen"]): row for row in rows}
+    return list(keyed.values())
 
 
 def both_ms(row: Row) -> float:

@@ -4,13 +4,14 @@
 
 1. tests.csv, tests/: every kernel test on the GPU, except those that only compile.
 2. ranks.csv: every method on 1 to 64 virtual ranks in bf16, and its distance from float64.
-3. <method>.csv: what `bench_<method>.py` measures, the most informative rows first, and plots if
+3. compile: every kernel that step 4 measures, in as many processes as there are cores.
+4. <method>.csv: what `bench_<method>.py` measures, the most informative rows first, and plots if
    matplotlib is installed.
-4. training.csv: a few steps of each debug configuration, if megatron-core is installed.
+5. training.csv: a few steps of each debug configuration, if megatron-core is installed.
 
-Steps 1 to 3 need only torch, triton, numpy and pytest. A step that runs out of time keeps its rows,
+Steps 1 to 4 need only torch, triton, numpy and pytest. A step that runs out of time keeps its rows,
 and a process that dies does not end the next one. summary.json says what ran, what failed, what did
-not run, and which goals were met.
+not run, and which goals were met. At the end come the goals and the table for the README.
 
 Without a GPU the same code runs on the CPU, at sizes that take seconds, and the results say so.
 """
@@ -26,6 +27,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,24 @@ import bench_landmark
 import bench_lssar
 import bench_scca
 import bench_tensorized
+import crossover
 import gpu_ranks
-from goals import goals, table
-from gpu_harness import ALLOWED, FAILURES, Bench, Contender, Rows, Size, said, sizes
-from gpu_tests import cut_off, run_tests, status_within
+from goals import goals
+from goals import table as goals_table
+from gpu_harness import (
+    ALLOWED,
+    FAILURES,
+    Bench,
+    Contender,
+    Rows,
+    Size,
+    forget,
+    gate,
+    passes_of,
+    said,
+    sizes,
+)
+from gpu_tests import MOST_PROCESSES, cut_off, run_tests, status_within
 from harness import write
 from place import HAS_GPU, ROOT, device_name
 from relay import TIME_WAS_UP, relay, take_turns
@@ -57,7 +73,7 @@ NEEDED_TO_TRAIN = ("megatron.core", "psutil", "sentencepiece", "tokenizers", "te
 NEEDED_TO_TRAIN += ("matplotlib",)
 # Each step's share of the remaining time. The tests compile some 2,100 variants of kernels, about
 # one second of a core each.
-SHARES = {"tests": 0.4, "ranks": 0.22, "kernels": 0.8, "training": 1.0}
+SHARES = {"tests": 0.4, "ranks": 0.22, "compile": 0.3, "kernels": 0.8, "training": 1.0}
 # (seqlen, head_dim), the most informative first.
 ORDER = [(32768, 128), (131072, 128), (32768, 64), (4096, 128), (16384, 128), (65536, 128)]
 ORDER += [(8192, 128), (131072, 64), (4096, 64), (16384, 64), (8192, 64), (65536, 64)]
@@ -195,6 +211,44 @@ def kernel_items() -> list[Item]:
     return [item[1:] for item in items]
 
 
+def compile_kernels(check: Check, end: float) -> str:
+    """Compile what `kernel_rates` measures, one child process a core; nothing is measured.
+
+    A child that dies or is late costs nothing but time: its kernels are compiled when they are
+    measured.
+    """
+    count = min(MOST_PROCESSES, os.cpu_count() or 1) if HAS_GPU else 1
+    words = [sys.executable, __file__, "--out", str(check.folder), "--child", "compile"]
+    begun = []
+    for first in range(count):
+        with (check.folder / f"compile-{first}.log").open("w", encoding="utf-8") as log:
+            more = ["--first", str(first), "--step", str(count)]
+            begun.append(subprocess.Popen([*words, *more], stdout=log, stderr=subprocess.STDOUT))
+    try:
+        ends = [status_within(child, max(0.0, end - time.monotonic())) for child in begun]
+    finally:
+        for child in begun:
+            child.kill()
+            child.wait()
+    late = sum(status is None for status in ends)
+    return f"{len(compiled_items())} kernels' shapes in {count} processes, {late} of them late"
+
+
+def compiled_items() -> list[Item]:
+    """Return one item of each contender and head_dim: length changes no kernel."""
+    found = {(item[1].name, item[2].head_dim): item for item in reversed(kernel_items())}
+    return list(reversed(found.values()))
+
+
+def compile_one(item: Item) -> None:
+    """Run a contender's gate and one pass at its length; what fails fails again when measured."""
+    _, contender, size = item
+    with suppress(*FAILURES):
+        gate(contender, size.gate())
+        passes_of(contender, size).each(lambda run: run())
+    forget()
+
+
 def kernel_rates(check: Check, end: float) -> str:
     """Measure time and memory of kernels and libraries, after the correctness gate."""
     items = kernel_items()
@@ -219,12 +273,18 @@ def plots(check: Check) -> str:
         return "no plots: matplotlib is not importable"
     words = [sys.executable, str(Path(__file__).parent / "plot.py"), str(check.folder)]
     seconds = min(60.0, max(5.0, check.left))
-    done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return "no plots: time was up"
     return "plots made" if done.returncode == 0 else f"no plots: {done.stderr.strip()[-200:]}"
 
 
-def child(name: str, folder: Path, first: int, seconds: float, at: str = "") -> int:
-    """Run a child's part of a step: items from `first` on, until time is up. at: the commit."""
+def child(name: str, folder: Path, first: int, seconds: float, at: str = "", step: int = 1) -> int:
+    """Run a child's part of a step: items from `first` on, until time is up.
+
+    at: the commit. step: of "compile", every how many items.
+    """
     mark = folder / f"{name}.begun"
     rows = Rows(at)
 
@@ -238,6 +298,10 @@ def child(name: str, folder: Path, first: int, seconds: float, at: str = "") -> 
         write(item[0].name, [row], folder)
         print(said(row), flush=True)
 
+    if name == "compile":
+        for item in compiled_items()[first::step]:
+            compile_one(item)
+        return 0
     if name == "ranks":
         return take_turns(gpu_ranks.OPERATORS, ranks, first, mark, seconds)
     return take_turns(kernel_items(), rates, first, mark, seconds)
@@ -297,6 +361,7 @@ def training_row(folder: Path, status: int | None) -> dict[str, Any]:
 STEPS = {
     "tests": kernel_tests,
     "ranks": virtual_ranks,
+    "compile": compile_kernels,
     "kernels": kernel_rates,
     "training": trainings,
 }
@@ -315,17 +380,19 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.5, help="for everything")
     parser.add_argument("--commit", default="", help="where this is no git repository")
     parser.add_argument("--steps", nargs="*", choices=STEPS, default=list(STEPS))
-    parser.add_argument("--child", choices=("ranks", "kernels"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("ranks", "compile", "kernels"), help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--step", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
-        return child(asked.child, asked.out, asked.first, asked.seconds, asked.commit)
+        return child(asked.child, asked.out, asked.first, asked.seconds, asked.commit, asked.step)
     check = Check(unused(asked.out), asked.minutes, asked.commit)
     print(f"{device_name()}; results in {check.folder}", flush=True)
     for name in asked.steps:
         check.step(name, STEPS[name])
-    print(table(check.folder, device_name()))
+    print(goals_table(check.folder, device_name()))
+    print(f"\n{crossover.table(check.folder)}")
     return int(any(step["said"].startswith("failed") for step in check.summary["steps"].values()))
 
 

@@ -2,32 +2,33 @@
 
 A contender is first compared with its operator's dense reference in float64, out and gradients, at
 a length where that fits. A wrong contender gets a row that says so, without times. Then forward and
-backward are timed by CUDA events, with random inputs and the L2 cache flushed before each. The time
-is that of a call: if kernels are shorter than their launch from Python, the launch is included.
+backward are measured with random inputs (`gpu_measure`).
 
 Columns:
     error: the gate's largest relative error, by norm.
-    *_ms: medians; *_spread: (largest - smallest) / median.
+    *_ms: medians of a call; *_spread: (largest - smallest) / median.
+    *_host_ms: the host's time of a warm call; *_device_ms: what kernels and copies take on the
+        device; *_launches: their number.
     *_tflops: the method's operations over the scores it touches. A backward counts 2.5 forwards,
         five products to two (arXiv:2307.08691), or as `Operator.backward_as` says.
     *_gbps: bytes of inputs and outputs over the time.
     peak_mib: peak memory of a forward and a backward beyond their inputs, out and gradients
         included.
+    sm_mhz, watts: clock and power while the passes ran.
 """
 
 import argparse
 import gc
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from gpu_measure import COSTS, PASSES, STATE, TIMES, Passes, measure
 from harness import RESULTS, commit, write
 from place import DEVICE, HAS_GPU, device_name, lost_cuda
 from torch import Tensor
@@ -46,9 +47,6 @@ LENGTHS, HEAD_DIMS = (4096, 8192, 16384, 32768, 65536, 131072), (64, 128)
 # Interpreted bf16 kernels are off by at most 1.6e-2 at 2,048 tokens; a wrong one by far more.
 ALLOWED = {"bfloat16": 5e-2, "float32": 1e-4}
 GATE_SEQLEN = 2048
-# More than any GPU's L2 cache.
-FLUSHED = 1 << 28
-MS_A_CONTENDER, REPETITIONS = 1000.0, (3, 30)
 # Errors of a kernel or library on a GPU it has not met before; the next contender still runs.
 FAILURES = (
     *(RuntimeError, ValueError, ArithmeticError, TypeError, AttributeError, LookupError, NameError),
@@ -57,8 +55,8 @@ FAILURES = (
 )
 FACTS = ["date", "commit", "gpu", "torch", "triton"]
 SHAPE = ["seqlen", "nheads", "nheads_kv", "head_dim", "dtype"]
-MEASURED = ["error", "runs", "fwd_ms", "fwd_spread", "bwd_ms", "bwd_spread"]
-MEASURED += ["fwd_tflops", "bwd_tflops", "fwd_gbps", "bwd_gbps", "peak_mib"]
+MEASURED = ["error", "runs", *TIMES, "fwd_tflops", "bwd_tflops", "fwd_gbps", "bwd_gbps"]
+MEASURED += ["peak_mib", *COSTS, *STATE]
 COLUMNS = [*FACTS, *SHAPE, "contender", *MEASURED, "note"]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -238,7 +236,7 @@ class Rows:
             row["note"] = f"not timed: {error}"
             return row
         try:
-            return row | {"error": f"{error:.2g}"} | measure(contender, size)
+            return row | {"error": f"{error:.2g}"} | figures_of(contender, size)
         except FAILURES as failure:
             return row | {"note": said_by(failure)}
         finally:
@@ -294,73 +292,28 @@ def gate(contender: Contender, size: Size) -> float:
     return max(errors.values())
 
 
-def measure(contender: Contender, size: Size) -> dict[str, Any]:
-    """Return the measured columns of one row."""
+def passes_of(contender: Contender, size: Size) -> Passes:
+    """Return a contender's forward and backward pass on random inputs."""
     attend = contender.build(contender.operator.options_at(gate=False), size)
     *qkv, dout = size.inputs()
     leaves = [x.requires_grad_(contender.backward) for x in qkv]
-    trash = torch.empty(FLUSHED, dtype=torch.int8, device=DEVICE) if HAS_GPU else None
 
-    def once() -> list[Callable[[], float]]:
-        forward, out = timed(lambda: attend(*leaves), trash)
-        if not contender.backward:
-            return [forward]
-        backward, _ = timed(lambda: torch.autograd.grad(out, leaves, dout), trash)
-        return [forward, backward]
+    def backward(out: Tensor) -> None:
+        torch.autograd.grad(out, leaves, dout)
 
-    if HAS_GPU:
-        once()  # compiles
-    peak, taken = peak_mib(once)
-    least, most = REPETITIONS
-    again = int(min(most, max(least, MS_A_CONTENDER / sum(taken)))) if HAS_GPU else 0
-    clocks = [once() for _ in range(again)]
-    wait()
-    runs = [[read() for read in clock] for clock in clocks] or [taken]
-    times = list(zip(*runs, strict=True))
-    figures: dict[str, Any] = {"runs": len(runs), "peak_mib": peak}
+    return Passes(lambda: attend(*leaves), backward if contender.backward else None)
+
+
+def figures_of(contender: Contender, size: Size) -> dict[str, Any]:
+    """Return the measured columns of one row."""
+    figures = measure(passes_of(contender, size))
     flops = contender.operator.flops(size)
-    work = zip(("fwd", "bwd"), times, flops, size.gigabytes(), strict=False)
-    for name, column, count, gigabytes in work:
-        ms = median(column)
-        figures[f"{name}_ms"] = round(ms, 4)
-        figures[f"{name}_spread"] = round((max(column) - min(column)) / ms, 3)
-        figures[f"{name}_tflops"] = round(count / ms / 1e9, 1 if HAS_GPU else 9)
-        figures[f"{name}_gbps"] = round(1e3 * gigabytes / ms, 1 if HAS_GPU else 9)
+    for name, count, gigabytes in zip(PASSES, flops, size.gigabytes(), strict=True):
+        if ms := figures.get(f"{name}_ms"):
+            figures[f"{name}_ms"] = round(ms, 4)
+            figures[f"{name}_tflops"] = round(count / ms / 1e9, 1 if HAS_GPU else 9)
+            figures[f"{name}_gbps"] = round(1e3 * gigabytes / ms, 1 if HAS_GPU else 9)
     return figures
-
-
-def peak_mib(once: Callable[[], list[Callable[[], float]]]) -> tuple[float | str, list[float]]:
-    """Return the peak MiB of a run beyond present memory (GPU only), and its milliseconds."""
-    if not HAS_GPU:
-        return "", [read() for read in once()]
-    wait()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    clock = once()
-    wait()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return round(peak, 1), [read() for read in clock]
-
-
-def wait() -> None:
-    """Wait until the GPU has finished all work."""
-    if HAS_GPU:
-        torch.cuda.synchronize()
-
-
-def timed(run: Callable[[], Any], trash: Tensor | None) -> tuple[Callable[[], float], Any]:
-    """Run once; return a function that gives the milliseconds after `wait`, and the result."""
-    if trash is None:
-        begun = time.perf_counter()
-        result = run()
-        taken = 1e3 * (time.perf_counter() - begun)
-        return (lambda: taken), result
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    trash.zero_()
-    start.record()
-    result = run()
-    stop.record()
-    return (lambda: start.elapsed_time(stop)), result
 
 
 def said(row: Mapping[str, Any]) -> str:

@@ -23,7 +23,9 @@ from relay import TIME_WAS_UP
 BIG = "2_to_the_31"
 MARKS = ("gpu", "not gpu and not multi_gpu")
 # Tests a process: few, so that processes end at about the same time.
-AT_ONCE = {"gpu": 12, "other": 60}
+AT_ONCE = {"first": 6, "gpu": 12, "other": 60}
+# Of a test with many cases, the first to run: the head_dim of most models.
+FIRST = "128"
 MOST_PROCESSES = 14
 # Seconds between checks for a stop request.
 GLANCE = 0.5
@@ -54,14 +56,36 @@ def collect(mark: str) -> list[str]:
 
 
 def batches() -> list[Batch]:
-    """Return all tests: those marked gpu, then those that run kernels, then the rest."""
+    """Return all tests, the most informative first.
+
+    A case of every test that runs kernels, then those marked gpu, then those that run kernels, then
+    the rest. Large tensors come after the first cases.
+    """
     marked, others = (collect(mark) for mark in MARKS)
     big = [Batch(f"big-{file_of(test).stem}", (test,), True) for test in marked if BIG in test]
-    marked = [test for test in marked if BIG not in test]
     kernels = [test for test in others if "_triton.py" in test]
     rest = [test for test in others if "_triton.py" not in test]
+    marked = [test for test in marked if BIG not in test]
+    first = first_cases([*marked, *kernels])
+    marked, kernels = ([test for test in tests if test not in first] for tests in (marked, kernels))
     parts = (("gpu", marked), ("kernels", kernels), ("rest", rest))
-    return big + [batch for name, tests in parts for batch in dealt(name, tests)]
+    later = [batch for name, tests in parts for batch in dealt(name, tests)]
+    return [*dealt("first", first), *big, *later]
+
+
+def first_cases(tests: list[str]) -> list[str]:
+    """Return one case of every test: the first with the parameter FIRST, or else the first."""
+    found: dict[str, str] = {}
+    for test in tests:
+        name = test.partition("[")[0]
+        if name not in found or fits(test) > fits(found[name]):
+            found[name] = test
+    return list(found.values())
+
+
+def fits(test: str) -> bool:
+    """Return whether a test has the parameter FIRST."""
+    return FIRST in test.partition("[")[2].rstrip("]").split("-")
 
 
 def file_of(test: str) -> Path:
@@ -82,8 +106,9 @@ def run_tests(folder: Path, end: float, write: Callable[[dict[str, Any]], None])
     """Write a row for each batch as it ends; an interrupt stops running batches, which report."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = batches()
-    lines = [[batch for batch in todo if batch.alone]]
-    lines += [[batch] for batch in todo if not batch.alone]
+    # In order, but what must be alone is one line, where its first batch stands.
+    alone = [batch for batch in todo if batch.alone]
+    lines = [alone if batch.alone else [batch] for batch in todo if batch not in alone[1:]]
     workers = min(MOST_PROCESSES, max(1, (os.cpu_count() or 2) - 2))
     stopped, one_writes = Event(), Lock()
 

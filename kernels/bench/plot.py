@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
-from goals import METHODS, Row, read
+from goals import METHODS, Row, latest, read
 from harness import RESULTS
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -23,17 +23,6 @@ PANELS = [
 ]
 OURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 RIVALS = ("#000000", "#7f7f7f", "#8c564b", "#9467bd", "#bcbd22", "#17becf", "#aec7e8", "#c49c94")
-
-
-def latest(rows: list[Row]) -> list[Row]:
-    """Return the rows of the last timed row's GPU, date and commit; the later of repeated rows."""
-    timed = [row for row in rows if row["fwd_ms"]]
-    if not timed:
-        return []
-    same = ("gpu", "date", "commit")
-    rows = [row for row in timed if all(row[key] == timed[-1][key] for key in same)]
-    keyed = {(row["contender"], row["head_dim"], row["seqlen"]): row for row in rows}
-    return list(keyed.values())
 
 
 def draw(method: str, rows: list[Row], file: Path) -> None:

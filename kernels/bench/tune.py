@@ -29,7 +29,6 @@ import torch
 from gpu_harness import (
     FACTS,
     FAILURES,
-    FLUSHED,
     Operator,
     Rows,
     Size,
@@ -37,9 +36,8 @@ from gpu_harness import (
     gate,
     ours,
     said_by,
-    timed,
-    wait,
 )
+from gpu_measure import FLUSHED, timed, wait
 from harness import RESULTS, write
 from place import DEVICE, HAS_GPU, device_name
 from relay import relay, take_turns
@@ -176,9 +174,9 @@ def once_of(part: Part, size: Size) -> Callable[[], Callable[[], float]]:
 
     def once() -> Callable[[], float]:
         if not part.backward:
-            return timed(lambda: attend(*leaves), trash)[0]
+            return timed(lambda: attend(*leaves), trash)
         out = attend(*leaves)
-        return timed(lambda: torch.autograd.grad(out, leaves, dout), trash)[0]
+        return timed(lambda: torch.autograd.grad(out, leaves, dout), trash)
 
     return once
 
