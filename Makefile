@@ -15,7 +15,7 @@ MODEL  ?=
 LORA   ?= 0
 WITH   ?=
 
-.PHONY: extend test default-slurm test-fast test-all slurm-test checks bench gpu-check install clean
+.PHONY: extend test default-slurm test-fast test-all exhaustive exhaustive-slurm slurm-test checks bench gpu-check install clean
 
 extend: install
 	$(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
@@ -39,8 +39,14 @@ test-fast: $(VENV)/.dev
 	$(PYTEST) -m "not exhaustive and not slow"
 
 # All tests: `test`, then full matrices, compile counts, long fuzzing, and the wheel in a fresh environment.
+# The Slurm tests mostly wait, so they run beside the others.
 test-all: test
+	$(MAKE) --no-print-directory --output-sync --jobs 2 exhaustive exhaustive-slurm
+
+exhaustive: $(VENV)/.dev
 	$(PYTEST) -m exhaustive
+
+exhaustive-slurm: $(VENV)/.dev
 	$(ONE) -m exhaustive tests/slurm
 
 # The tests that need Slurm, on a cluster made on this machine. Needs root; installs Debian packages.

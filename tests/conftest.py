@@ -30,8 +30,16 @@ def pytest_configure() -> None:
         settings.load_profile("lcdist")
 
 
+# Files that take minutes, and whose tests a single process runs one after another.
+LONGEST = ("tests/golden/test_curves", "tests/launch/", "tests/test_packaging", "tests/attention/")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need more CUDA devices than there are."""
+    """Skip tests that need more CUDA devices than there are; begin with the longest files.
+
+    So no test process is left with a long file at the end, while the others have nothing to do.
+    """
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     found = torch.cuda.device_count()
     for marker, needed in (("gpu", 1), ("multi_gpu", 2)):
         reason = f"needs {needed} CUDA device{'s' * (needed > 1)}, {found} found"

@@ -6,8 +6,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,18 @@ def test_the_first_case_of_a_test_has_the_shape_that_trains() -> None:
     assert gpu_tests.first_cases([*tests, *others]) == [tests[1], others[0]]
 
 
+@pytest.fixture(scope="module")
+def on_a_gpu() -> Iterator[None]:
+    """Collect what a GPU runs, once: a collection imports everything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_tests, "HAS_GPU", True)
+        patch.setattr(gpu_tests, "collect", cache(gpu_tests.collect))
+        yield
+
+
 @pytest.mark.exhaustive
-def test_every_kernels_first_case_is_among_the_first_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_tests, "HAS_GPU", True)
+@pytest.mark.usefixtures("on_a_gpu")
+def test_every_kernels_first_case_is_among_the_first_tests() -> None:
     batches = gpu_tests.batches()
     first = [batch for batch in batches if batch.name.startswith("first-")]
     assert batches[: len(first)] == first
@@ -126,8 +136,8 @@ def test_every_kernels_first_case_is_among_the_first_tests(monkeypatch: pytest.M
 
 
 @pytest.mark.exhaustive
-def test_what_only_compiles_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_tests, "HAS_GPU", True)
+@pytest.mark.usefixtures("on_a_gpu")
+def test_what_only_compiles_is_left_out() -> None:
     names = [name for mark in gpu_tests.MARKS for name in gpu_tests.collect(mark)]
     assert len(names) > 900 and "test_equals_reference" in "".join(names)
     assert not [name for name in names if "compile" in name]

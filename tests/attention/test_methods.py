@@ -4,7 +4,6 @@ The default tier covers every pair of layout and number of ranks; the full produ
 """
 
 import dataclasses
-from itertools import product
 from math import lcm
 from typing import Any
 
@@ -169,7 +168,8 @@ def test_exchanges_are_those_on_the_wire(variant: Variant) -> None:
 
 GROWTH = [
     pytest.param(variant, many, marks=() if tried else pytest.mark.exhaustive)
-    for variant, many in product(VARIANTS, (32, 64))
+    for variant in VARIANTS
+    for many in ((32, 64) if str(variant) == "full" else (32,))
     for tried in [many == 32 and str(variant) == "full"]
 ]
 

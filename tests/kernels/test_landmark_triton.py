@@ -319,7 +319,7 @@ def test_lists(size: int, launch: Launch, group: int) -> None:
             (2, SMALL[1], 1),
             (32, SMALL[2], 3),
             (100, WIDE, 1),
-            (50, SMALL[0], 3),
+            (50, SMALL[0], 1),
         ],
         {0, 1},
     ),

@@ -70,11 +70,8 @@ def by_kernels(leaves: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("packed", "grid", "seqlen", "heads", "head_dim"),
-    # By default every grid at 63, one token, and unusual head dims.
-    tiered(
-        [(packed, *case) for case in CASES for packed in (False, True)],
-        {0, 3, 10, 19, 36, 41},
-    ),
+    # Documents in every other case. By default every grid once, one token, and a head_dim of 18.
+    tiered([(number % 2 == 1, *case) for number, case in enumerate(CASES)], {0, 1, 5, 9, 16, 18}),
     ids=lambda value: name(value) if isinstance(value, ModeGrid) else None,
 )
 def test_equals_reference(
