@@ -62,6 +62,25 @@ class Rotary:
         x.dtype. Tables of positions on the CPU are cached and found again by value. Raises
         ValueError for shapes that do not fit.
         """
+        self._check(x, positions)
+        if x.is_cuda and x.dtype in DTYPES:
+            if self._turns.device != x.device:
+                self._turns = self._turns.to(x.device)
+            return rotary_kernel.rotate(x, positions, self._turns, self.attention_factor)
+        table = self._find(positions, x)
+        return _Rotate.apply(x, table.cos, table.sin)
+
+    def rotation(self, positions: Tensor, x: Tensor) -> rotary_kernel.Rotation:
+        """Return the rotation of tokens like those of x by `positions`, for use inside kernels.
+
+        Arguments and errors as of `rotate`.
+        """
+        self._check(x, positions)
+        factor = self.attention_factor
+        return rotary_kernel.rotation_of(self.inv_freq, factor, positions, x)
+
+    def _check(self, x: Tensor, positions: Tensor) -> None:
+        """Raise ValueError unless x `[b, s, h, d]`, positions and the frequencies fit."""
         if x.dim() != 4 or x.shape[3] != 2 * len(self.inv_freq):
             raise ValueError(
                 f"x of shape {tuple(x.shape)}: expected [b, s, h, {2 * len(self.inv_freq)}], "
@@ -72,12 +91,6 @@ class Rotary:
                 f"positions of shape {tuple(positions.shape)}, {positions.dtype}: expected "
                 f"integers [{x.shape[1]}] or {list(x.shape[:2])}"
             )
-        if x.is_cuda and x.dtype in DTYPES:
-            if self._turns.device != x.device:
-                self._turns = self._turns.to(x.device)
-            return rotary_kernel.rotate(x, positions, self._turns, self.attention_factor)
-        table = self._find(positions, x)
-        return _Rotate.apply(x, table.cos, table.sin)
 
     def _find(self, positions: Tensor, x: Tensor) -> _Table:
         """Return the cached table of these positions, or a new one."""

@@ -12,18 +12,47 @@ position. Cosine, sine and rotation are fp32; only the result is cast.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lcdist_kernels.common import TensorNotes
 from lcdist_kernels.tile_ranges import Indices, device_stream, on_device
 from lcdist_kernels.triton_common import last_dim_contiguous, launch_context, strides
 
 BLOCK_S = 16
+_TURNS = TensorNotes()
 RADIANS_PER_UNIT = tl.constexpr(2 * math.pi / 2**32)
+
+
+class Rotation(NamedTuple):
+    """Rotation of tokens, as kernels take it.
+
+    Attributes:
+        angles: integers `[s]` or `[b, s]` on the device. turns: see `turns`.
+        factor: of cosine and sine.
+    """
+
+    angles: Tensor
+    turns: Tensor
+    factor: float
+
+    @property
+    def stride(self) -> int:
+        """Return the distance from one row of the batch to the next."""
+        return self.angles.stride(0) if self.angles.dim() == 2 else 0
+
+
+def rotation_of(inv_freq: Tensor, factor: float, positions: Tensor, x: Tensor) -> Rotation:
+    """Return the rotation by integer positions `[s]` or `[b, s]`, on the device of x."""
+    if positions.device != x.device:
+        numbers = on_device(Indices(positions.flatten()), device_stream(x))
+        positions = numbers.view(positions.shape)
+    steps = _TURNS.find(inv_freq, x.device, lambda: turns(inv_freq).to(x.device))
+    return Rotation(positions.contiguous(), steps, float(factor))
 
 
 def turns(inv_freq: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ from lcdist_kernels.lssar import (
     row_threshold,
     select_lssar_impl,
 )
+from lcdist_kernels.lssar.directions_kernel import DirectionTables, directions_bwd, directions_of
+from lcdist_kernels.lssar.rows import device_logit_scales
 from lcdist_kernels.triton_common import Launch, interpreting
 from tests.attention.body import make, on_virtual_ranks
 from tests.kernels.helpers import FP32, HERE, SMALL, assert_close, in_nan, on_device, on_its_device
@@ -413,13 +415,47 @@ def test_a_ring_in_half_precision_is_as_good_as_one_process() -> None:
         assert_as_good_as_eager(a, e, r)
 
 
-def test_saves_directions_values_out_slope_and_two_scalars() -> None:
+def test_saves_directions_values_out_slope_and_scalars() -> None:
     q, k, v = on_device(128, (4, 1), 16, torch.float16)
-    band = Band(*(torch.arange(128),) * 3)
-    function = lssar_attention.__globals__["LssarFunction"]
     with saved_bytes() as saved:
-        function.apply(q, k, v, band, SHARP, TRITON_IMPL)
-    assert sum(saved.values()) == 2 * (3 * q.numel() + 2 * k.numel()) + 2 * 4 * (2 * 128 * 4)
+        lssar_attention(q, k, v, rotary=Rotary(frequencies(16)), impl="triton")
+    # Mean, gamma and the norm of each row, the norm of each key.
+    scalars = 2 * 128 * (3 * 4 + 1)
+    assert sum(saved.values()) == 2 * (3 * q.numel() + 2 * k.numel()) + 4 * scalars
+
+
+def directions_by_torch(
+    q: Tensor, k: Tensor, band: Band, rotary: Rotary | None, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the directions of float64 queries, times their logit scales, and of keys."""
+    q, k = directions(q, rotary, positions), directions(k, rotary, positions)
+    return q * logit_scales(band.counts, -1.3, q), k
+
+
+@pytest.mark.parametrize(("head_dim", "turned"), covering(one([16, 18, 48]), one([True, False])))
+def test_directions_are_those_of_torch(head_dim: int, turned: bool) -> None:
+    q, k, _ = (x.detach() for x in on_device(37, (4, 2), head_dim, FLOAT))
+    # |x|^2 below its bound, and 0, in rows that see others; a first row has the logit scale 0.
+    q[:, 5:9] *= 1e-8
+    k[:, 7:11] *= 1e-8
+    q[:, 12], k[:, 13] = 0, 0
+    starts = tiled_starts(borders(37), 37)
+    band = Band(torch.arange(37), starts, torch.arange(37))
+    rotary, places = Rotary(frequencies(head_dim), 1.1) if turned else None, band.q_idx
+    for positions in (places, torch.randint(0, 500, (2, 37), device=HERE)):
+        doubles = [x.cpu().double().requires_grad_() for x in (q, k)]
+        truth = directions_by_torch(*doubles, band, rotary, positions.cpu())
+        scales = device_logit_scales(band.counts, -1.3, q)
+        tables = DirectionTables(scales, None if rotary is None else rotary.rotation(positions, q))
+        made = directions_of(in_nan(q), in_nan(k), tables)
+        assert_close(list(made[:2]), list(truth), 1e-6)
+        grads = [torch.randn_like(x) for x in made[:2]]
+        got = directions_bwd(*map(in_nan, grads), made, tables)
+        expected = torch.autograd.grad(truth, doubles, [x.cpu().double() for x in grads])
+        for actual, reference, x in zip(got, expected, doubles, strict=True):
+            short = x.detach().norm(dim=-1, keepdim=True) < 1e-6
+            for mask in (short, ~short):
+                assert_matches(actual.cpu() * mask, reference * mask, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -461,7 +497,9 @@ def test_who_carries_it(caplog: pytest.LogCaptureFixture) -> None:
 
 LSSAR = """
 import torch
+from lcdist_kernels import Rotary
 from lcdist_kernels.lssar import TRITON_IMPL, Band, Reweight
+from lcdist_kernels.lssar.directions_kernel import DirectionTables, directions_bwd, directions_of
 from tests.kernels.compiling import SHARED, compiled_for
 
 index = torch.arange(300)
@@ -475,14 +513,16 @@ for head_dim, dtype, starts, reweight in (
 )[CAPABILITY == 90 :: 2]:
     q, k = (torch.zeros(1, 300, n, head_dim, dtype=dtype) for n in (4, 2))
     band = Band(index, starts, index)
+    rotation = Rotary(torch.ones(head_dim // 2)).rotation(index, q)
     with compiled_for(CAPABILITY) as made:
         done = TRITON_IMPL.whole(q, k, k, band, reweight, True)
         limits = done.mean, done.gamma
-        TRITON_IMPL.sums(q, k, band)
         TRITON_IMPL.fwd(q, k, k, band, limits, reweight, True)
         saved = TRITON_IMPL.rows(q, *done, band, reweight)
         TRITON_IMPL.bwd(q, q, k, k, band, saved, reweight)
-    assert len(made) == 6
+        made_of = directions_of(q, k, DirectionTables(index.float(), rotation))
+        directions_bwd(q.float(), k.float(), made_of, DirectionTables(index.float(), None))
+    assert len(made) == 7 + (reweight is not None)
     for each in made:
         assert each.metadata.shared <= SHARED[CAPABILITY], each.metadata
 """

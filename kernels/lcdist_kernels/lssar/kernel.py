@@ -1,4 +1,4 @@
-"""LSSA and LSSAR in Triton: both sweeps in one program, and the kernels of a ring.
+"""LSSA and LSSAR in Triton: the sweeps over keys of the forward, and those of the backward.
 
 The sums and gradients are defined in `tiled`, f and its derivative in `inner_loop`. With m_i = p
 gamma_i of a row, H_i = dout_i . e_i and h_i = o_i / N_i H_i,
@@ -17,7 +17,7 @@ mean, inverse, gamma, delta, drift `[b, h, s_q]`; q_idx, q_lo int32 `[s_q]`; k_i
                   +-----+-----+-----+-----+      rows:          row statistics, no keys
                   |  =  |  =  |  m  |     |
                   +-----+-----+-----+-----+      =  visible: first, no mask;   m  masked
-    LSSAR fwd:    sweep 1: sum and maximum of f -> mean, inverse;  sweep 2: powers
+    LSSAR:        sums: sum and maximum of f;   fwd: mean and inverse of these, then powers
 
 Nothing is added atomically: the same inputs give the same bits.
 """
@@ -91,9 +91,9 @@ def _lssar_fwd_kernel(
 ):  # fmt: skip
     """Compute results (WHOLE) or sums of a tile of queries.
 
-    WHOLE: these are all keys of the rows. Both sweeps run; out, e / gamma, mean and gamma are
-    written. Otherwise mean and inverse are read, and A, W, A' and W' written. out and out_x have
-    one layout.
+    WHOLE: these are all keys of the rows. `total` and `inverse` hold the sum and the maximum of f
+    (SHARP), and out, e / gamma, mean and gamma are written. Otherwise mean and inverse are read,
+    and A, W, A' and W' written. out and out_x have one layout.
     """
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
     p_q, p_k, p_v = head_pointers(
@@ -112,11 +112,9 @@ def _lssar_fwd_kernel(
         b_mean = tl.load(mean + i_row + o_m, mask=m_m, other=0.0)
         b_inverse = tl.load(inverse + i_row + o_m, mask=m_m, other=0.0)
     elif SHARP:
-        b_f_sum, b_max = sums_sweep(
-            b_q, p_k, lo, full_lo, full_hi, hi, seqlen_k, stride_ks, b_q_idx, b_q_lo, k_idx,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE,
-        )  # fmt: skip
-        b_mean = b_f_sum * _share(b_q_idx, b_q_lo, exempt_rows)
+        b_max = tl.load(inverse + i_row + o_m, mask=m_m, other=0.0)
+        b_mean = tl.load(total + i_row + o_m, mask=m_m, other=0.0)
+        b_mean *= _share(b_q_idx, b_q_lo, exempt_rows)
         b_spread = b_max - b_mean
         m_flat = b_spread <= FLAT * b_max
         b_inverse = tl.where(m_flat, 0.0, 1.0 / tl.where(m_flat, 1.0, b_spread))
@@ -178,7 +176,9 @@ def _lssar_rows_kernel(
         b_gamma = tl.load(gamma + i_row + o_m, mask=m_m, other=0.0)
         b_h = tl.sum(b_dout * b_slope.to(tl.float32), 1) * b_gamma
         b_drift = b_h * _share(b_q_idx, b_q_lo, exempt_rows)
-        tl.store(drift + i_row + o_m, b_drift, mask=m_m)
+    else:
+        b_drift = tl.zeros([BLOCK_M], tl.float32)
+    tl.store(drift + i_row + o_m, b_drift, mask=m_m)
 
 
 @triton.jit

@@ -102,9 +102,10 @@ def lssar_whole(
     q: Tensor, k: Tensor, v: Tensor, band: Band, reweight: Reweight | None, slope: bool = False, *,
     launch: Launch | None = None,
 ) -> RowResults:  # fmt: skip
-    """Return results of rows over a block that holds all their keys, in one launch.
+    """Return results of rows over a block that holds all their keys.
 
-    Like `epilogue.lssar_whole`; out and slope are in v.dtype. Raises as `lssar_sums`.
+    Like `epilogue.lssar_whole`; out and slope are in v.dtype. launch: tiles of both sweeps. Raises
+    as `lssar_sums`.
     """
     slope = slope and reweight is not None
     out, mean, gamma = _out(q, v.dtype), _row(q), _row(q)
@@ -114,7 +115,8 @@ def lssar_whole(
         for x in (out, out_x, mean, gamma):
             x.zero_()
     else:
-        buffers = (mean, mean, gamma, out, mean, out_x, mean)
+        total, top = (gamma, gamma) if reweight is None else lssar_sums(q, k, band, launch=launch)
+        buffers = (mean, top, gamma, out, total, out_x, mean)
         _fwd(q, k, v, band, reweight, buffers, slope, True, launch)
     return RowResults(out, out_x if slope else None, mean, gamma)
 
@@ -150,7 +152,7 @@ def lssar_rows(
     check_kernel(out)
     batch, seqlen, nheads, head_dim = out.shape
     dout, out = last_dim_contiguous(dout), last_dim_contiguous(out)
-    delta, drift = torch.empty_like(gamma), torch.zeros_like(gamma)
+    delta, drift = torch.empty_like(gamma), torch.empty_like(gamma)
     e = out if slope is None else last_dim_contiguous(slope)
     numbers, place = band_of(*band), device_stream(out)
     if not out.numel():
@@ -168,17 +170,26 @@ def lssar_rows(
 def lssar_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Band, row: RowStats,
     reweight: Reweight | None, *,
+    values_dtype: torch.dtype | None = None,
     launches: tuple[Launch, Launch] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the share of the gradients of q, k and v through this block of keys, fp32.
 
-    Like the tiled `lssar_bwd`. launches: tiles for dq and for dk, dv. Raises as `lssar_sums`.
+    Like the tiled `lssar_bwd`.
+
+    Args:
+        values_dtype: of the gradient of v instead of fp32.
+        launches: tiles for dq and for dk, dv.
+
+    Raises:
+        ValueError: as `lssar_sums`.
     """
     check_qkv(q, k, v)
     check_kernel(q)
     q, k, v, dout = (last_dim_contiguous(x) for x in (q, k, v, dout.to(q.dtype)))
     batch, seqlen, nheads, _ = q.shape
-    dq, dk, dv = (_out(x, torch.float32) for x in (q, k, v))
+    dq, dk = (_out(x, torch.float32) for x in (q, k))
+    dv = _out(v, values_dtype or torch.float32)
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     chosen = choose_launch(BWD_DQ, q), choose_launch(BWD_DKV, q, BWD_DKV_HOPPER)

@@ -10,10 +10,22 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels.common import check_impl, check_self, document_borders
+from lcdist_kernels.lssar.directions_kernel import (
+    Directions,
+    DirectionTables,
+    directions_bwd,
+    directions_of,
+)
 from lcdist_kernels.lssar.epilogue import lssar_whole
-from lcdist_kernels.lssar.impl import LssarImpl, select_lssar_impl
+from lcdist_kernels.lssar.impl import TRITON_IMPL, LssarImpl, select_lssar_impl
 from lcdist_kernels.lssar.reference import SHARPENED, lssar_reference
-from lcdist_kernels.lssar.rows import Band, Reweight, directions, logit_scales
+from lcdist_kernels.lssar.rows import (
+    Band,
+    Reweight,
+    device_logit_scales,
+    directions,
+    logit_scales,
+)
 from lcdist_kernels.rotary import Rotary, document_positions, token_numbers
 
 IMPLS = ("auto", "triton", "torch", "reference")
@@ -46,8 +58,13 @@ def lssar_attention(
     documents = document_borders(cu_seqlens, q.shape[1])
     index, starts = token_numbers(q.shape[1], documents)
     positions = document_positions(q, documents) if positions is None else positions
-    queries, keys = directions(q, rotary, positions), directions(k, rotary, positions)
     band = Band(index, starts, index)
+    if implementation is TRITON_IMPL:
+        scales = device_logit_scales(band.counts, softmax_scale, q)
+        rotation = None if rotary is None else rotary.rotation(positions, q)
+        tables = DirectionTables(scales, rotation)
+        return LssarKernelsFunction.apply(q, k, v, band, reweight, tables)
+    queries, keys = directions(q, rotary, positions), directions(k, rotary, positions)
     queries = queries * logit_scales(band.counts, softmax_scale, queries)
     return LssarFunction.apply(queries, keys, v, band, reweight, implementation)
 
@@ -90,3 +107,33 @@ class LssarFunction(torch.autograd.Function):
         stats = impl.rows(dout, *row, band, reweight)
         dq, dk, dv = impl.bwd(dout, q, k, v, band, stats, reweight)
         return dq, dk, dv.to(v.dtype), None, None, None
+
+
+class LssarKernelsFunction(torch.autograd.Function):
+    """The same of q and k that are not directions yet, all in kernels.
+
+    Saves one fp32 scalar more of each row and key: the factor that makes it a direction.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q, k, v, band: Band, reweight: Reweight | None, tables: DirectionTables
+    ) -> Tensor:
+        made = directions_of(q, k, tables)
+        slope = any(ctx.needs_input_grad)
+        results = TRITON_IMPL.whole(*made[:2], v, band, reweight, slope=slope)
+        ctx.save_for_backward(*made, v, *results)
+        ctx.band, ctx.reweight, ctx.tables = band, reweight, tables
+        return results.out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        *saved, v, out, e, mean, gamma = ctx.saved_tensors
+        made = Directions(*saved)
+        band, reweight = ctx.band, ctx.reweight
+        stats = TRITON_IMPL.rows(dout, out, e, mean, gamma, band, reweight)
+        dqueries, dkeys, dv = TRITON_IMPL.bwd(
+            dout, *made[:2], v, band, stats, reweight, values_dtype=v.dtype
+        )
+        dq, dk = directions_bwd(dqueries, dkeys, made, ctx.tables)
+        return dq, dk, dv, None, None, None

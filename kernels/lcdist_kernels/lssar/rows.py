@@ -10,6 +10,7 @@ where o_i is 0 in the first `exempt_rows` rows of a document and 1 elsewhere; LS
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,15 @@ from torch import Tensor
 
 from lcdist_kernels.common import TensorNotes, wide_dtype
 from lcdist_kernels.rotary import Rotary
-from lcdist_kernels.tile_ranges import device_stream, indices_of, on_device
+from lcdist_kernels.tile_ranges import (
+    TABLES_KEPT,
+    DeviceStream,
+    Indices,
+    device_stream,
+    indices_of,
+    on_device,
+    send,
+)
 
 # Lower bound of a squared norm. The paper does not treat zero vectors; here they stay zero.
 LEAST_SQUARE = 1e-12
@@ -99,6 +108,21 @@ def logit_scales(counts: Tensor, softmax_scale: float | None, like: Tensor) -> T
     """
     factor = math.log(like.shape[3]) if softmax_scale is None else softmax_scale
     return (factor * _counts_on_device(counts, like).double().log())[:, None, None].to(like.dtype)
+
+
+def device_logit_scales(counts: Tensor, softmax_scale: float | None, like: Tensor) -> Tensor:
+    """Return c_i, fp32 `[s]` on the device of `like`; made once for equal arguments.
+
+    Arguments as of `logit_scales`.
+    """
+    factor = math.log(like.shape[3]) if softmax_scale is None else softmax_scale
+    return _scales_on_device(indices_of(counts), float(factor), device_stream(like))
+
+
+@lru_cache(maxsize=TABLES_KEPT)
+def _scales_on_device(counts: Indices, factor: float, place: DeviceStream) -> Tensor:
+    """Return factor ln(counts) as an fp32 tensor on the device."""
+    return send((factor * counts.values.double().log()).float(), place)
 
 
 def mean_shares(counts: Tensor, reweight: Reweight | None, like: Tensor) -> Tensor:

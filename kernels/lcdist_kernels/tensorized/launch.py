@@ -9,8 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lcdist_kernels.common import TensorNotes
-from lcdist_kernels.rotary_kernel import rotate, turns
+from lcdist_kernels.rotary_kernel import Rotation, rotate
 from lcdist_kernels.tensorized.bwd_kernel import (
     _tensorized_bwd_dkv_kernel,
     _tensorized_bwd_dq_kernel,
@@ -37,7 +36,7 @@ from lcdist_kernels.tensorized.tiled import (
     Saved,
     hop_queries_bwd,
 )
-from lcdist_kernels.tile_ranges import Indices, device_stream, on_device
+from lcdist_kernels.tile_ranges import device_stream
 from lcdist_kernels.triton_common import (
     LOG2E,
     Launch,
@@ -51,8 +50,6 @@ from lcdist_kernels.triton_common import (
 )
 
 ROW_DOT_BLOCK = 32
-
-_TURNS = TensorNotes()
 
 
 class HopRows(NamedTuple):
@@ -92,36 +89,10 @@ class BranchRows(NamedTuple):
     dlogits: Tensor | None
 
 
-class Rotation(NamedTuple):
-    """Rotation by a mode, as kernels take it.
-
-    Attributes:
-        angles: integers `[s]` or `[b, s]` on the device. turns: see `rotary_kernel`.
-        factor: of cosine and sine.
-    """
-
-    angles: Tensor
-    turns: Tensor
-    factor: float
-
-    @property
-    def stride(self) -> int:
-        """Return the distance from one row of the batch to the next."""
-        return self.angles.stride(0) if self.angles.dim() == 2 else 0
-
-
-def rotation_of(mode_rotary: ModeRotary, mode: int, x: Tensor) -> Rotation | None:
+def rotation_by(mode_rotary: ModeRotary, mode: int, x: Tensor) -> Rotation | None:
     """Return the rotation by `mode` on the device of x, or None without rotary."""
     rotary = mode_rotary.rotary
-    if rotary is None:
-        return None
-    angles = mode_rotary.angle(mode)
-    if angles.device != x.device:
-        numbers = on_device(Indices(angles.flatten()), device_stream(x))
-        angles = numbers.view(angles.shape)
-    frequencies = rotary.inv_freq
-    steps = _TURNS.find(frequencies, x.device, lambda: turns(frequencies).to(x.device))
-    return Rotation(angles.contiguous(), steps, float(rotary.attention_factor))
+    return None if rotary is None else rotary.rotation(mode_rotary.angle(mode), x)
 
 
 def rotated(k: Tensor, rotation: Rotation | None) -> Tensor:
@@ -148,7 +119,7 @@ def whole_fwd(
         raise ValueError(f"q of shape {tuple(q.shape)}: kernels need at least one element")
     grid, scale = mode_rotary.grid, mode_rotary.softmax_scale
     last, mean = len(grid.modes), mean_of(q, k, grid)
-    rotations = [rotation_of(mode_rotary, mode, q) for mode in range(last + 1)]
+    rotations = [rotation_by(mode_rotary, mode, q) for mode in range(last + 1)]
     keys = [rotated(k, rotation) for rotation in rotations]
     values, lambdas, partial = [v], [], None
     if mean > 1:
@@ -194,7 +165,7 @@ def whole_bwd(
     dq, dk, du = None, None, None
     for mode in reversed(range(last + 1)):
         sweeps = plan.sweeps[mode]
-        rotation = rotation_of(mode_rotary, mode, q)
+        rotation = rotation_by(mode_rotary, mode, q)
         k_mode, u = rotated(k, rotation), saved.values[mode]
         branch = BranchRows(
             dout, saved.out if mode == last else None, saved.lse, bias[mode - 1] if mode else None,
