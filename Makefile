@@ -28,7 +28,7 @@ PYTEST := $(ONE) -n $(WORKERS) --dist loadfile --ignore=tests/slurm
 # Lint, types and the default tests. The checks and the Slurm tests each leave a core idle, so they
 # run side by side.
 test: $(VENV)/.dev
-	$(MAKE) --no-print-directory --output-sync --jobs 2 checks default-slurm
+	$(MAKE) --no-print-directory --output-sync=line --jobs 2 checks default-slurm
 	$(PYTEST) -m "not exhaustive"
 
 default-slurm: $(VENV)/.dev
@@ -41,7 +41,7 @@ test-fast: $(VENV)/.dev
 # All tests: `test`, then full matrices, compile counts, long fuzzing, and the wheel in a fresh environment.
 # The Slurm tests mostly wait, so they run beside the others.
 test-all: test
-	$(MAKE) --no-print-directory --output-sync --jobs 2 exhaustive exhaustive-slurm
+	$(MAKE) --no-print-directory --output-sync=line --jobs 2 exhaustive exhaustive-slurm
 
 exhaustive: $(VENV)/.dev
 	$(PYTEST) -m exhaustive
