@@ -7,8 +7,10 @@ Prints a line of JSON for each method and length, and one for the layers of a mo
 """
 
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -81,14 +83,46 @@ class Counting(TorchDispatchMode):
         return result
 
 
+class PythonCalls:
+    """Lists calls of Python functions of the two packages, steps of generators included.
+
+    The backward runs in a thread of autograd, which only hooks on tensors can reach.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def _note(self, frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and "/lcdist" in frame.f_code.co_filename:
+            self.names.append(frame.f_code.co_qualname)
+
+    def __enter__(self) -> "PythonCalls":
+        self.names.clear()
+        sys.setprofile(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def in_backward(self, out: Tensor, leaves: Sequence[Tensor]) -> None:
+        """List also the calls between the gradient of `out` and the first of the leaves'."""
+        out.register_hook(lambda _: sys.setprofile(self._note))
+        for leaf in leaves:
+            leaf.register_hook(lambda _: sys.setprofile(None))
+
+
+CALLS = PythonCalls()
+
+
 @contextmanager
 def counted() -> Iterator[dict[str, Any]]:
     """Fill a dictionary with what is done inside."""
     found: dict[str, Any] = {}
     STAND_IN.launches.clear()
-    with Counting() as counting:
+    with Counting() as counting, CALLS:
         yield found
     found |= {
+        "python calls": len(CALLS.names),
         "kernels": dict(STAND_IN.launches),
         "device operations": counting.device_operations,
         "device bytes": counting.device_bytes,
@@ -134,6 +168,7 @@ def warm(attend: Callable[..., Tensor], seqlen: int) -> dict[str, Any]:
     for _ in range(2):
         with counted() as found["forward"]:
             out = attend(*qkv)
+        CALLS.in_backward(out, qkv)
         with counted() as found["backward"]:
             torch.autograd.grad(out, qkv, dout)
     return found

@@ -75,6 +75,8 @@ def test_attention(library: Path, rank: int, impls: tuple[str, ...]) -> None:
     assert last == "waits|{}"
 
 
+# Calls of our Python functions in a warm pass: some tenths of a millisecond on a slow core.
+MOST_CALLS = 300
 # (Kernels, torch operations on the device), each of a forward and a backward pass.
 OPERATIONS = {
     "coca": ((2, 4), (2, 0)),
@@ -86,6 +88,7 @@ OPERATIONS = {
 
 def test_a_warm_call_launches_kernels_and_does_nothing_else(library: Path) -> None:
     *lines, cudnn = [json.loads(line) for line in run(library, "counts")]
+    assert_few_python_calls([*lines, cudnn])
     assert_library_alone(cudnn)
     patterns = ("fixed", "flow", "sda", "longmixed")
     methods = ("full", "coca", "landmark", "top_k", "lssar")
@@ -123,6 +126,21 @@ def test_a_warm_call_launches_kernels_and_does_nothing_else(library: Path) -> No
             rest[1] = idle | sums | {"device bytes": 4 * modes * heads * (seqlen + 1)}
         expected = [{"kernels": a} | b for a, b in zip(kernels, rest, strict=True)]
         assert passes == expected, line
+
+
+def assert_few_python_calls(lines: list[dict[str, Any]]) -> None:
+    """Assert that the host does as much for a long sequence as for a short one; drop its counts."""
+    by_method: dict[str, list[list[int]]] = {}
+    for line in lines:
+        passes = [value for value in line.values() if isinstance(value, dict)]
+        calls = [each.pop("python calls") for each in passes]
+        by_method.setdefault(line["of"], []).append(calls)
+    layers = by_method.pop("layers")
+    # Forward and backward of 32 layers.
+    assert 32 <= layers[0][0] <= 32 * 2 * MOST_CALLS
+    for name, found in by_method.items():
+        assert all(calls == found[0] for calls in found), name
+        assert min(found[0]) > 0 and max(found[0]) <= MOST_CALLS, (name, found[0])
 
 
 def assert_library_alone(line: dict[str, Any]) -> None:
