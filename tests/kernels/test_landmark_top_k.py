@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lcdist_kernels.landmark import QueryRows, block_grid, unit_lengths
 from lcdist_kernels.landmark import top_k_launch as launch_module
-from lcdist_kernels.landmark.top_k_launch import choose_blocks, unit_costs
+from lcdist_kernels.landmark.top_k import select_least
+from lcdist_kernels.landmark.top_k_launch import choose_blocks, least_costs, unit_costs
 from lcdist_kernels.triton_common import Launch
 from tests.kernels.helpers import HERE, SMALL
 from tests.kernels.tiers import tiered
@@ -75,6 +76,16 @@ def test_costs_and_choice(
         order = sorted((c, n) for n, c in enumerate(cost.tolist()) if c < torch.inf)
         expected = sorted(n for _, n in order[: len(blocks)])
         assert blocks.tolist() == expected + [-1] * (len(blocks) - len(expected))
+
+
+@pytest.mark.parametrize(("blocks", "width"), [(1, 1), (37, 5), (64, 64), (300, 17)])
+def test_least_costs(blocks: int, width: int) -> None:
+    costs = torch.rand(2, 3, 11, blocks, device=HERE) * 10.0 ** torch.randint(-38, 38, (blocks,))
+    # Equal costs, few finite ones, none.
+    costs[:, 0] = costs[:, 0, :, :1] + torch.randint(3, costs[:, 0].shape, device=HERE)
+    costs[:, 1, :, 3:], costs[0, 2, 4] = torch.inf, torch.inf
+    costs[1, 2, 5] = 1.0
+    assert torch.equal(least_costs(costs, width), select_least(costs, width))
 
 
 def test_equal_landmarks_cost_a_row_the_same() -> None:

@@ -1,8 +1,8 @@
-"""Costs of past blocks for selection units in Triton: `top_k` for the definition.
+"""Costs of past blocks for selection units, and the least of them: `top_k` for the definition.
 
 Shapes: q `[b, s, h, d]`; k `[b, n, h_kv, d]`, landmarks; costs `[b, h_kv, units, n]`, the bits of
-fp32 numbers; slots, lo, unit_of int32 `[s]`: slot, first slot of the document, and unit of each
-row.
+fp32 numbers; ids int32 `[b, h_kv, units, K]`; slots, lo, unit_of int32 `[s]`: slot, first slot of
+the document, and unit of each row.
 
     grid (tiles of rows, h_kv, b); a tile is TOKENS consecutive tokens times the heads of a group
 
@@ -22,6 +22,8 @@ import triton.language as tl
 
 from lcdist_kernels.landmark.inner_loop import load_rows
 from lcdist_kernels.triton_common import LN2, LOWEST, dot
+
+INFINITE = tl.constexpr(0x7F800000)  # the bits of inf
 
 
 @triton.jit
@@ -100,3 +102,40 @@ def _top_k_costs_kernel(
             p_units = p_units[:, None] + o_n[None, :]
             b_least = b_least.to(tl.int32, bitcast=True)
             tl.atomic_min(p_units, b_least, mask=m_n[None, :], sem="relaxed")
+
+
+@triton.jit
+def _least_kernel(
+    costs, ids,
+    num_rows, num_blocks, num_ids,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Fill lists ids `[rows, K]` with the blocks of least finite cost, increasing, then -1.
+
+    costs: bits of positive fp32 numbers, int32 `[rows, n]`; they sort like the numbers. Of equal
+    costs the first block wins. The greatest cost in the list is found bit by bit.
+    """
+    o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_n = tl.arange(0, BLOCK_N)
+    m_r = o_r < num_rows
+    m = m_r[:, None] & (o_n < num_blocks)[None, :]
+    b_cost = tl.load(costs + o_r[:, None] * num_blocks + o_n[None, :], mask=m, other=INFINITE)
+    b_limit = tl.zeros([BLOCK_R], tl.int32)
+    # The greatest number with fewer than K costs below it, of 31 bits.
+    for i in range(0, 31):
+        b_higher = b_limit + (tl.full([BLOCK_R], 1, tl.int32) << (30 - i))
+        b_count = tl.sum((b_cost < b_higher[:, None]).to(tl.int32), 1)
+        b_limit = tl.where(b_count < num_ids, b_higher, b_limit)
+    b_below = b_cost < tl.minimum(b_limit, INFINITE)[:, None]
+    b_equal = ((b_cost == b_limit[:, None]) & (b_cost < INFINITE)).to(tl.int32)
+    b_room = num_ids - tl.sum(b_below.to(tl.int32), 1)
+    m_in = b_below | ((b_equal != 0) & (tl.cumsum(b_equal, 1) <= b_room[:, None]))
+    b_in = m_in.to(tl.int32)
+    p_ids = ids + o_r[:, None] * num_ids
+    b_number = tl.broadcast_to(o_n[None, :], [BLOCK_R, BLOCK_N])
+    tl.store(p_ids + tl.cumsum(b_in, 1) - 1, b_number, mask=m & m_in)
+    o_k = tl.arange(0, BLOCK_K)
+    m_none = (o_k[None, :] >= tl.sum(b_in, 1)[:, None]) & (o_k < num_ids)[None, :]
+    tl.store(
+        p_ids + o_k[None, :], tl.full([BLOCK_R, BLOCK_K], -1, tl.int32), mask=m_none & m_r[:, None]
+    )

@@ -9,7 +9,11 @@ from torch import Tensor
 from lcdist_kernels.landmark.blocks import QueryRows
 from lcdist_kernels.landmark.tile_configs import TOP_K
 from lcdist_kernels.landmark.top_k import select_least
-from lcdist_kernels.landmark.top_k_kernel import _top_k_costs_kernel
+from lcdist_kernels.landmark.top_k_kernel import (
+    INFINITE,
+    _least_kernel,
+    _top_k_costs_kernel,
+)
 from lcdist_kernels.landmark.unit_tables import on_device, units_of
 from lcdist_kernels.tile_ranges import device_stream
 from lcdist_kernels.triton_common import (
@@ -18,6 +22,7 @@ from lcdist_kernels.triton_common import (
     check_kernel,
     choose_launch,
     head_constants,
+    interpreting,
     last_dim_contiguous,
     launch_context,
     strides,
@@ -25,7 +30,9 @@ from lcdist_kernels.triton_common import (
 
 # Costs of units at once: 256 MiB.
 COSTS_AT_ONCE = 1 << 26
-INFINITE = 0x7F800000  # the bits of inf
+# Blocks among which a program finds the least costs.
+BLOCKS_AT_ONCE = 1 << 14
+NUM_WARPS = 8
 
 
 @torch.no_grad()
@@ -52,7 +59,7 @@ def choose_blocks(
     width, count = min(top_k, num_blocks), len(lengths)
     at_once = max(1, COSTS_AT_ONCE // max(1, q.shape[0] * nheads_kv * num_blocks))
     parts = [
-        select_least(
+        least_costs(
             unit_costs(q, k_landmarks, rows, lengths, softmax_scale, slice(i, i + at_once), launch),
             width,
         )
@@ -62,6 +69,31 @@ def choose_blocks(
         return parts[0]
     shape = (q.shape[0], nheads_kv, 0, width)
     return torch.cat(parts or [torch.empty(shape, dtype=torch.int32, device=q.device)], 2)
+
+
+def least_costs(costs: Tensor, width: int) -> Tensor:
+    """Return the blocks of least cost, increasing, then -1: int32 `[b, h_kv, units, width]`.
+
+    costs: fp32 `[b, h_kv, units, n]`, positive, contiguous. Like `top_k.select_least`, which is
+    used where the costs of a unit do not fit the registers of a program.
+    """
+    num_blocks, num_rows = costs.shape[3], costs.shape[:3].numel()
+    if num_blocks > BLOCKS_AT_ONCE:
+        return select_least(costs, width)
+    ids = torch.empty((*costs.shape[:3], width), dtype=torch.int32, device=costs.device)
+    if not ids.numel():
+        return ids
+    block_n = max(16, triton.next_power_of_2(num_blocks))
+    # Up to 64 costs a thread; a row belongs to one warp if there are at least as many rows.
+    block_r = max(1, min(16, NUM_WARPS * 2048 // block_n))
+    if interpreting():
+        block_r = min(1024, triton.next_power_of_2(num_rows))
+    with launch_context(costs):
+        _least_kernel[(triton.cdiv(num_rows, block_r),)](
+            costs.view(torch.int32), ids, num_rows, num_blocks, width, BLOCK_R=block_r,
+            BLOCK_N=block_n, BLOCK_K=triton.next_power_of_2(width), num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return ids
 
 
 def unit_costs(
@@ -84,7 +116,7 @@ def unit_costs(
     first, stop, _ = units.indices(len(lengths))
     first_row, stop_row = table.starts[first], table.starts[stop]
     shape = (q.shape[0], k.shape[2], stop - first, k.shape[1])
-    costs = torch.full(shape, INFINITE, dtype=torch.int32, device=q.device)
+    costs = torch.full(shape, INFINITE.value, dtype=torch.int32, device=q.device)
     constants = head_constants(q, k)
     heads = triton.next_power_of_2(constants["GROUP"])
     launch = launch or choose_launch(TOP_K, q)
