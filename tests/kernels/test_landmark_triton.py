@@ -3,6 +3,7 @@
 Without a GPU they run in Triton's interpreter; tests marked `gpu` need one.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +117,30 @@ def test_the_union_of_the_lists_of_neighbouring_rows() -> None:
     lengths = torch.tensor([3, 1, 30, 6])
     chosen = torch.tensor([[[[0, 4], [4, -1], [1, 2], [2, 300]]]], dtype=torch.int32, device=HERE)
     lists, members = unite(chosen, lengths, 301, 40)
-    assert lists[0, 0, :, :5].tolist() == [[0, 1, 2, 4, -1], [1, 2, 300, -1, -1]]
-    assert torch.all(lists[0, 0, :, 5:] == -1)
+    # The second chunk reads at most 64 blocks of 301, as two blocks are chosen by each of 32 rows.
+    assert lists.shape == members.shape == (1, 1, 2, 64)
     # Rows 0 to 2 read block 0; 3 reads block 4 too; the third unit has rows 4 to 33.
     late = -(1 << 4)
     first = {0: 0b111, 1: late, 2: late, 4: 0b1111}
     second = {1: 0b11, 2: 0b11111111, 300: 0b11111100}
     for chunk, expected in enumerate((first, second)):
-        assert members[0, 0, chunk].tolist() == [expected.get(n, 0) for n in range(301)]
-    readers = invert(members)[0, 0]
-    assert readers[[0, 1, 2, 4, 300, 3]].tolist() == [
-        [0, -1], [0, 1], [0, 1], [0, -1], [1, -1], [-1, -1]
-    ]  # fmt: skip
+        assert lists[0, 0, chunk].tolist() == [*expected, *[-1] * (64 - len(expected))]
+        assert members[0, 0, chunk, : len(expected)].tolist() == list(expected.values())
+
+
+@pytest.mark.parametrize("segment", [1, 7, 64])
+def test_the_rows_that_read_a_block(segment: int) -> None:
+    lengths, blocks = torch.tensor([3, 1, 30, 6, 5]), 70
+    chosen = torch.rand(2, 3, 5, blocks).argsort(-1)[..., :4].sort(-1).values.int()
+    chosen[:, 1, :, 1:], chosen[1, 2] = -1, -1
+    readers, starts = invert(chosen.to(HERE), lengths, blocks, 45, segment)
+    of_row = chosen.repeat_interleave(lengths, 2)
+    for head, lists in enumerate(of_row.flatten(0, 1)):
+        bounds = starts.flatten(0, 1)[head, :, 0].tolist()
+        assert bounds[0] == 0 and bounds[-1] == int((lists >= 0).sum())
+        for block, (first, stop) in enumerate(itertools.pairwise(bounds)):
+            expected = (lists == block).any(1).nonzero()[:, 0].tolist()
+            assert readers.flatten(0, 1)[head, first:stop].tolist() == expected
 
 
 def assert_accurate(
@@ -495,7 +508,7 @@ for head_dim, dtype, size in shapes[CAPABILITY]:
         TRITON_IMPL.local_bwd(q, q, k, k, out, lse, *units)
         TRITON_IMPL.local_fwd(q, k, k, *short)
         TRITON_IMPL.local_bwd(q, q, k, k, out, lse, *short)
-    assert len(made) == 16
+    assert len(made) == 18
     for each in made:
         assert each.metadata.shared <= SHARED[CAPABILITY], (head_dim, size, each.metadata)
 """

@@ -82,6 +82,7 @@ OPERATIONS = {
     "coca": ((2, 4), (2, 0)),
     "landmark": ((1, 2), (0, 0)),
     "top_k": ((3, 2), (1, 2)),
+    "top_k by token": ((4, 5), (1, 1)),
     "lssar": ((3, 4), (0, 0)),
 }
 
@@ -96,12 +97,13 @@ def test_a_warm_call_launches_kernels_and_does_nothing_else(library: Path) -> No
     cases = [(line["of"], line["seqlen"]) for line in lines]
     assert cases == [
         *((name, seqlen) for name in (*patterns, *methods, *folded) for seqlen in (4096, 131072)),
+        ("top_k by token", 4096),
         ("packed", 4096),
         ("layers", 8192),
     ]
     for line in lines:
         name, seqlen, *passes = line.values()
-        if name in ("coca", "landmark", "top_k", "lssar"):
+        if name in OPERATIONS:
             assert not any(x["cpu operations"] or x["copies"] for x in passes), line
             launched = tuple(sum(x["kernels"].values()) for x in passes)
             operations = tuple(len(x["device operations"]) for x in passes)

@@ -7,7 +7,7 @@ for none; slots int32 `[s]`: slot of each row. LOCAL: k, v, dk, dv are all keys 
 d]`, entry e is block e, and every row also sees its own block. Else they are entries of a table,
 each of one key head, `[m, SIZE, d]`, with begins int32 `[m]`: the first slot of each entry. Either
 way an element is found by the strides of batch, entry, token and head. UNION: units are chunks of
-32 rows, ids are `union_kernel`'s lists, and members say which rows of a chunk read a block.
+32 rows, ids and members those of `union_kernel`; members say which rows of a chunk read a block.
 
                          lists, K entries each          fwd, dq: a program is some rows of one
     unit 0   [row 0..]   | e5 | e2 | e9 | -1 |                   unit times the heads of a group,
@@ -16,7 +16,8 @@ way an element is found by the strides of batch, entry, token and head. UNION: u
                                                         dkv:     a program is an entry e, or one of
                                                                  STEPS parts of it, grid (n STEPS,
                                                                  h_kv, b) or (m STEPS, 1, 1); it
-                                                                 walks the units that name e
+                                                                 walks the units that name e, or
+                                                                 gathers the rows that read it
 
 The inverse of the lists has these units in order and nothing is added atomically, so the same
 inputs give the same bits.
@@ -90,11 +91,10 @@ def _begin_of(begins, b_id, SIZE: tl.constexpr, LOCAL: tl.constexpr):
 
 
 @triton.jit
-def _load_members(p_members, p_ids, first, num_ids, BLOCKS: tl.constexpr):
+def _load_members(p_members, first, num_ids, BLOCKS: tl.constexpr):
     """Return the bits of the rows that read each of BLOCKS entries of a list."""
     o_id = first + tl.arange(0, BLOCKS)
-    b_id = tl.load(p_ids + o_id, mask=o_id < num_ids, other=-1)
-    return tl.load(p_members + b_id, mask=b_id >= 0, other=0)
+    return tl.load(p_members + o_id, mask=o_id < num_ids, other=0)
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def _sparse_fwd_kernel(
             )  # fmt: skip
             m_visible = b_begin[None, :] <= b_q_last[:, None]
             if UNION:
-                b_member = _load_members(p_members, p_ids, i * BLOCKS, num_ids, BLOCKS)
+                b_member = _load_members(p_members, i * BLOCKS, num_ids, BLOCKS)
                 m_visible = m_visible & _reads(b_member[None, :], o_s[:, None])
             b_out, b_max, b_sum = past_fwd(
                 b_q, b_k, b_v, b_out, b_max, b_sum, o_in, m_visible, qk_scale, SIZE, BLOCK_M,
@@ -191,7 +191,7 @@ def _sparse_fwd_kernel(
             m_visible = _begin_of(begins, i_e, SIZE, LOCAL) <= b_q_last
             i_e = tl.maximum(i_e, 0).to(tl.int64)
             if UNION:
-                m_visible = m_visible & _reads(tl.load(p_members + i_e), o_s)
+                m_visible = m_visible & _reads(tl.load(p_members + i), o_s)
             b_out, b_max, b_sum = large_fwd(
                 b_q, p_k + i_e * stride_ke, p_v + i_e * stride_ve, b_out, b_max, b_sum, stride_ks,
                 stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STEPS,
@@ -259,7 +259,7 @@ def _sparse_bwd_dq_kernel(
             )  # fmt: skip
             m_visible = b_begin[None, :] <= b_q_last[:, None]
             if UNION:
-                b_member = _load_members(p_members, p_ids, i * BLOCKS, num_ids, BLOCKS)
+                b_member = _load_members(p_members, i * BLOCKS, num_ids, BLOCKS)
                 m_visible = m_visible & _reads(b_member[None, :], o_s[:, None])
             b_dq = past_dq(
                 b_q, b_dout, b_dq, b_lse, b_delta, b_k, b_v, o_in, m_visible, qk_scale, SIZE,
@@ -270,7 +270,7 @@ def _sparse_bwd_dq_kernel(
             m_visible = _begin_of(begins, i_e, SIZE, LOCAL) <= b_q_last
             i_e = tl.maximum(i_e, 0).to(tl.int64)
             if UNION:
-                m_visible = m_visible & _reads(tl.load(p_members + i_e), o_s)
+                m_visible = m_visible & _reads(tl.load(p_members + i), o_s)
             b_dq = large_dq(
                 b_q, b_dout, b_dq, b_lse, b_delta, p_k + i_e * stride_ke, p_v + i_e * stride_ve,
                 stride_ks, stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M,
@@ -290,14 +290,20 @@ def _sparse_bwd_dq_kernel(
 
 @triton.jit
 def _load_row_tile(
-    q, dout, lse, delta, i_b, i_head, i_hk, first, count, seqlen_q,
+    q, dout, lse, delta, p_tokens, i_b, i_head, i_hk, first, count, seqlen_q,
     stride_qb, stride_qs, stride_qh, stride_dout_b, stride_dout_s, stride_dout_h,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    GATHER: tl.constexpr,
 ):  # fmt: skip
-    """Return (q, dout, lse in base 2, delta, tokens, mask) of up to BLOCK_M // GROUP tokens."""
+    """Return (q, dout, lse in base 2, delta, tokens, mask) of up to BLOCK_M // GROUP tokens.
+
+    These are `count` tokens from `first` on; with GATHER, of those that p_tokens names.
+    """
     o_s, o_g, m_m = _rows_of(first, count, GROUP, BLOCK_M)
     # Where the group does not divide the tile, the last rows belong to the next tile.
     m_m = m_m & (tl.arange(0, BLOCK_M) < BLOCK_M // GROUP * GROUP)
+    if GATHER:
+        o_s = tl.load(p_tokens + o_s, mask=m_m, other=0)
     o_at = o_s.to(tl.int64)
     o_h = i_hk * GROUP + o_g
     o_q = i_b * stride_qb + o_at * stride_qs + o_h * stride_qh
@@ -313,20 +319,20 @@ def _load_row_tile(
 @triton.jit
 def _sparse_bwd_dkv_kernel(
     q, k, v, dout, lse, delta, dk, dv,
-    readers, reader_starts, members, units, slots, begins, own_rows,
-    softmax_scale, seqlen_q, num_entries, num_units, num_ids, nheads_kv,
+    readers, reader_starts, units, slots, begins, own_rows,
+    softmax_scale, seqlen_q, num_entries, num_units, num_ids, segments, nheads_kv,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ke, stride_ks, stride_kh,
     stride_vb, stride_ve, stride_vs, stride_vh, stride_dout_b, stride_dout_s, stride_dout_h,
     stride_dkb, stride_dke, stride_dks, stride_dkh, stride_dvb, stride_dve, stride_dvs, stride_dvh,
     GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOCAL: tl.constexpr,
-    UNION: tl.constexpr,
+    BLOCK_N: tl.constexpr, LOCAL: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of one entry, or of a part of it.
 
     readers: places in the lists that name an entry, those of entry e from reader_starts[e] on; by
-    key head where LOCAL. units, own_rows: int32 `[n, 2]`: the first row, and the number of rows, of
+    key head where LOCAL. GATHER: rows that read an entry and their starts, of `union.invert`; K is
+    num_ids either way. units, own_rows: int32 `[n, 2]`: the first row, and the number of rows, of
     each unit, and inside each block.
     """
     TOKENS: tl.constexpr = BLOCK_M // GROUP
@@ -354,9 +360,9 @@ def _sparse_bwd_dkv_kernel(
         for i_m in range(0, (length + TOKENS - 1) // TOKENS):
             offset = i_m * TOKENS
             b_q, b_dout, b_lse, b_delta, o_s, m_m = _load_row_tile(
-                q, dout, lse, delta, i_b, i_list, i_hk, start + offset, length - offset, seqlen_q,
-                stride_qb, stride_qs, stride_qh, stride_dout_b, stride_dout_s, stride_dout_h,
-                GROUP, HEAD_DIM, BLOCK_D, BLOCK_M,
+                q, dout, lse, delta, readers, i_b, i_list, i_hk, start + offset, length - offset,
+                seqlen_q, stride_qb, stride_qs, stride_qh, stride_dout_b, stride_dout_s,
+                stride_dout_h, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, False,
             )  # fmt: skip
             _, b_last, _ = _load_slots(slots, o_s, m_m, SIZE)
             m_visible = (begin + o_in)[None, :] <= b_last[:, None]
@@ -364,32 +370,34 @@ def _sparse_bwd_dkv_kernel(
                 b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, m_visible, qk_scale, BLOCK_M,
                 BLOCK_N,
             )  # fmt: skip
-    if UNION:
-        p_readers = readers + (i_list * num_entries + i_e) * num_units
-        first = 0
-        last = _list_length(p_readers, num_units, BLOCK_K)
+    if GATHER:
+        p_starts = reader_starts + (i_list * (num_entries + 1) + i_e) * segments
+        p_readers = readers + i_list * seqlen_q * num_ids
+        first, last = tl.load(p_starts), tl.load(p_starts + segments)
+        steps = 1
     else:
         p_starts = reader_starts + i_list * (num_entries + 1) + i_e
         p_readers = readers + i_list * num_units * num_ids
-        first, last = tl.load(p_starts), tl.load(p_starts + 1)
-    for i in range(first, last):
-        i_unit = i_list * num_units + tl.load(p_readers + i) // num_ids
+        first, steps = tl.load(p_starts), tl.load(p_starts + 1) - tl.load(p_starts)
+    for i in range(0, steps):
+        i_unit = i_list * num_units
+        if GATHER:
+            start, length = first, last - first
+        else:
+            i_unit += tl.load(p_readers + first + i) // num_ids
+            p_unit = units + (i_unit % num_units) * 2
+            start, length = tl.load(p_unit), tl.load(p_unit + 1)
         i_head = i_unit // num_units
-        p_unit = units + (i_unit % num_units) * 2
-        start, length = tl.load(p_unit), tl.load(p_unit + 1)
         for i_m in range(0, (length + TOKENS - 1) // TOKENS):
             offset = i_m * TOKENS
             b_q, b_dout, b_lse, b_delta, o_s, m_m = _load_row_tile(
-                q, dout, lse, delta, i_head // nheads_kv, i_head, i_head % nheads_kv,
+                q, dout, lse, delta, p_readers, i_head // nheads_kv, i_head, i_head % nheads_kv,
                 start + offset, length - offset, seqlen_q,
                 stride_qb, stride_qs, stride_qh, stride_dout_b, stride_dout_s, stride_dout_h,
-                GROUP, HEAD_DIM, BLOCK_D, BLOCK_M,
+                GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, GATHER,
             )  # fmt: skip
             b_q_last, _, _ = _load_slots(slots, o_s, m_m, SIZE)
             m_visible = begin <= b_q_last
-            if UNION:
-                member = tl.load(members + i_unit * num_entries + i_e)
-                m_visible = m_visible & _reads(member, o_s)
             if STEPS == 1:
                 b_dk, b_dv = past_dkv(
                     b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, o_in, m_visible[:, None],

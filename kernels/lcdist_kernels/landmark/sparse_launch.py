@@ -48,7 +48,8 @@ class _Work(NamedTuple):
 
     ids: int32 `[b, h_kv, units, K]`, contiguous. lengths: rows of each unit. begins: first slots of
     a table's entries, int32; None: entries are blocks of k and v, and rows also see their own.
-    members: which rows of a unit read its list's blocks, see `union`; None: all.
+    members: which rows of a unit read its list's blocks, see `union`; None: all. chosen: the lists
+    and lengths of the units that were united, if they were.
     """
 
     ids: Tensor
@@ -56,6 +57,7 @@ class _Work(NamedTuple):
     rows: QueryRows
     begins: Tensor | None
     members: Tensor | None = None
+    chosen: tuple[Tensor, Tensor] | None = None
 
     def row_launch(self, launch: Launch, q: Tensor) -> Launch:
         """Return the launch with at most the rows of the longest unit, but all heads of a group.
@@ -89,15 +91,18 @@ class _Work(NamedTuple):
                 found += [0, *x.stride()[:2], 0]
         return found
 
+    def walk_constants(self, q: Tensor, launch: Launch) -> dict[str, int]:
+        """Return the constants of a kernel whose programs walk lists."""
+        block_k, union = triton.next_power_of_2(self.ids.shape[3]), self.members is not None
+        return self.constants(q, launch) | {"BLOCK_K": block_k, "UNION": union}
+
     def constants(self, q: Tensor, launch: Launch) -> dict[str, int]:
         """Return the constants of a launch."""
         return {
             "GROUP": q.shape[2] // self.ids.shape[1],
             "HEAD_DIM": q.shape[3],
             "BLOCK_D": padded(q.shape[3]),
-            "BLOCK_K": triton.next_power_of_2(self.ids.shape[3]),
             "LOCAL": self.begins is None,
-            "UNION": self.members is not None,
             **tiling_of(self.rows.block_size, launch.block_n).constants(),
             **launch.options(),
         }
@@ -196,7 +201,7 @@ def _forward(
         _sparse_fwd_kernel[(len(tiles), ids.shape[1], len(q))](
             q, k, v, out, lse, ids, members, slots, begins, k_idx, tiles,
             softmax_scale * LOG2E.value, q.shape[1], k.shape[1], *ids.shape[2:], *strides(q),
-            *work.entry_strides(k, v), *strides(out), **work.constants(q, launch),
+            *work.entry_strides(k, v), *strides(out), **work.walk_constants(q, launch),
         )  # fmt: skip
     return lse
 
@@ -217,7 +222,9 @@ def _backward(
         launch_for(BWD_DQ_TABLES, q, size),
         launch_for(BWD_DKV_TABLES, q, size),
     )
-    for_dq, for_dkv = work.row_launch(for_dq, q), work.row_launch(for_dkv, q)
+    for_dq = work.row_launch(for_dq, q)
+    if work.chosen is None:
+        for_dkv = work.row_launch(for_dkv, q)
     tiles, slots, place = work.tiles(for_dq, q), work.slots(q), device_stream(q)
     begins, k_idx = _places(q, k, work)
     members = slots if work.members is None else work.members
@@ -226,23 +233,25 @@ def _backward(
     entries = k.shape[1] // size if local else len(k)
     own_rows = block_rows(work.rows.idx, size, entries, place) if local else begins
     constants = work.constants(q, for_dkv) | _one_entry(for_dkv, size)
-    if work.members is None:
-        readers, starts, num_ids = *_sorted_readers(ids, entries, local), ids.shape[3]
+    if work.chosen is None:
+        named, segments, (readers, starts) = ids, 1, _sorted_readers(ids, entries, local)
     else:
-        readers, starts, num_ids = invert(work.members), slots, 1
-        constants["BLOCK_K"] = triton.next_power_of_2(ids.shape[2])
+        named = work.chosen[0]
+        readers, starts = invert(*work.chosen, entries, q.shape[1])
+        segments = starts.shape[3]
     with launch_context(q):
         _sparse_bwd_dq_kernel[(len(tiles), ids.shape[1], len(q))](
             q, k, v, out, dout, lse, delta, dq, ids, members, slots, begins, k_idx, tiles,
             float(softmax_scale), q.shape[1], k.shape[1], *ids.shape[2:], *strides(q), *inputs,
-            *strides(out, dout, dq), **work.constants(q, for_dq),
+            *strides(out, dout, dq), **work.walk_constants(q, for_dq),
         )  # fmt: skip
         grid = (entries * constants["STEPS"], ids.shape[1] if local else 1, len(q) if local else 1)
         _sparse_bwd_dkv_kernel[grid](
-            q, k, v, dout, lse, delta, dk, dv, readers, starts, members,
+            q, k, v, dout, lse, delta, dk, dv, readers, starts,
             unit_rows(work.lengths, place), slots, begins, own_rows, float(softmax_scale),
-            q.shape[1], entries, ids.shape[2], num_ids, ids.shape[1], *strides(q), *inputs,
-            *strides(dout), *work.entry_strides(dk, dv), **constants,
+            q.shape[1], entries, *named.shape[2:], segments, ids.shape[1], *strides(q), *inputs,
+            *strides(dout), *work.entry_strides(dk, dv), GATHER=work.chosen is not None,
+            **constants,
         )  # fmt: skip
 
 
@@ -257,7 +266,7 @@ def _local_work(q: Tensor, k: Tensor, chosen: Tensor, lengths: Tensor, rows: Que
     if units_of(lengths).longest >= CHUNK:
         return _Work(chosen, lengths, rows, None)
     lists, members = unite(chosen, lengths, k.shape[1] // rows.block_size, seqlen)
-    return _Work(lists, chunk_lengths(seqlen), rows, None, members)
+    return _Work(lists, chunk_lengths(seqlen), rows, None, members, (chosen, lengths))
 
 
 def _table_work(lists: BlockLists, rows: QueryRows) -> _Work:

@@ -1,9 +1,12 @@
-"""Lists of short selection units as lists of chunks of rows, each the union of its rows' lists.
+"""Lists of short selection units: united for chunks of rows, and inverted to the rows of a block.
 
-A unit of few tokens fills no tile. Neighbouring rows read mostly the same blocks, so a chunk of 32
+A unit of few tokens fills no tile. Neighbouring rows read mostly the same blocks, so a chunk of
 rows walks the union of their lists, and a bit of each row and block says whether the row reads it.
 Blocks that only neighbours read have weight 0; where several blocks share a tile of keys, they may
 change the order in which a row's own are summed, and so its last bits.
+
+Backward, the keys of a block need no union: their program gathers the rows that read the block,
+from lists that are inverted by a counting sort.
 """
 # Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -14,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lcdist_kernels.landmark.union_kernel import _invert_kernel, _union_kernel
+from lcdist_kernels.landmark.union_kernel import _count_kernel, _place_kernel, _union_kernel
 from lcdist_kernels.landmark.unit_tables import on_device, units_of
 from lcdist_kernels.tile_ranges import TABLES_KEPT, device_stream
 from lcdist_kernels.triton_common import launch_context
@@ -22,6 +25,11 @@ from lcdist_kernels.triton_common import launch_context
 # Rows of a chunk: the bits of an int32.
 CHUNK = 32
 AT_ONCE = 256
+# Programs that unite the chunks of a key head, each with scratch for all blocks.
+PROGRAMS = 256
+# Rows of a segment of the counting sort, and its greatest number of counts: 256 MiB.
+SEGMENT = 256
+MOST_COUNTS = 1 << 26
 
 
 @lru_cache(maxsize=TABLES_KEPT)
@@ -32,30 +40,64 @@ def chunk_lengths(seqlen: int) -> Tensor:
 
 
 def unite(chosen: Tensor, lengths: Tensor, num_blocks: int, seqlen: int) -> tuple[Tensor, Tensor]:
-    """Return (lists, members) int32 `[b, h_kv, chunks, n]` of the blocks that units chose.
+    """Return (lists, members) int32 `[b, h_kv, chunks, W]` of the blocks that units chose.
+
+    A list has the blocks that any row of its chunk reads, increasing, then -1; bit r of its member
+    says whether row r does. W: the most blocks that a chunk may read.
 
     Args:
         chosen: int32 `[b, h_kv, units, K]`, contiguous; -1: none.
         lengths: rows of each unit, int64 on the CPU; of a plan.
     """
-    batch, heads, units, width = chosen.shape
-    shape = (batch, heads, triton.cdiv(seqlen, CHUNK), num_blocks)
-    members, lists = (torch.empty(shape, dtype=torch.int32, device=chosen.device) for _ in range(2))
+    batch, heads, units, num_ids = chosen.shape
+    chunks, width = triton.cdiv(seqlen, CHUNK), min(num_blocks, CHUNK * num_ids)
+    programs = min(chunks, PROGRAMS)
+    members, lists, scratch = (
+        torch.empty((batch, heads, *size), dtype=torch.int32, device=chosen.device)
+        for size in ((chunks, width), (chunks, width), (programs, num_blocks))
+    )
     unit_of = on_device(units_of(lengths).of_row, device_stream(chosen))
     with launch_context(chosen):
-        _union_kernel[(shape[2], heads, batch)](
-            chosen, unit_of, members, lists, seqlen, units, width, num_blocks, CHUNK=CHUNK,
-            BLOCK_K=triton.next_power_of_2(width), BLOCK_N=AT_ONCE, num_warps=4,
+        _union_kernel[(programs, heads, batch)](
+            chosen, unit_of, scratch, members, lists, seqlen, chunks, units, num_ids, num_blocks,
+            width, CHUNK=CHUNK, BLOCK_K=triton.next_power_of_2(num_ids), BLOCK_N=AT_ONCE,
+            num_warps=4,
         )  # fmt: skip
     return lists, members
 
 
-def invert(members: Tensor) -> Tensor:
-    """Return the chunks that read each block: int32 `[b, h_kv, n, chunks]`, -1 at the end."""
-    batch, heads, chunks, blocks = members.shape
-    readers = torch.empty((batch, heads, blocks, chunks), dtype=torch.int32, device=members.device)
-    with launch_context(members):
-        _invert_kernel[(blocks, heads, batch)](
-            members, readers, chunks, blocks, BLOCK_M=AT_ONCE, num_warps=4
-        )  # fmt: skip
-    return readers
+def invert(
+    chosen: Tensor, lengths: Tensor, num_blocks: int, seqlen: int, segment: int = SEGMENT
+) -> tuple[Tensor, Tensor]:
+    """Return the rows that read each block, and where they start.
+
+    Args:
+        chosen, lengths: as of `unite`.
+        segment: the least number of rows of a segment; another gives the same rows.
+
+    Returns:
+        readers: int32 `[b, h_kv, s K]`, the rows of block after block, each block's increasing.
+        starts: int32 `[b, h_kv, n + 1, segments]`; those of a block begin at its first number and
+            end before the next block's.
+    """
+    batch, heads, units, num_ids = chosen.shape
+    while batch * heads * (num_blocks + 1) * triton.cdiv(seqlen, segment) > MOST_COUNTS:
+        segment *= 2
+    segments = triton.cdiv(seqlen, segment)
+    counts, readers = (
+        torch.empty((batch, heads, *size), dtype=torch.int32, device=chosen.device)
+        for size in ((num_blocks + 1, segments), (seqlen * num_ids,))
+    )
+    unit_of = on_device(units_of(lengths).of_row, device_stream(chosen))
+    sizes = seqlen, units, num_ids, num_blocks, segment
+    grid, block_k = (segments, heads, batch), triton.next_power_of_2(num_ids)
+    with launch_context(chosen):
+        _count_kernel[grid](
+            chosen, unit_of, counts, *sizes, ROWS=32, BLOCK_K=block_k, BLOCK_N=AT_ONCE, num_warps=4
+        )
+    starts = counts.flatten(2).cumsum(2, dtype=torch.int32).view(counts.shape)
+    with launch_context(chosen):
+        _place_kernel[grid](
+            chosen, unit_of, starts, readers, *sizes, BLOCK_K=block_k, num_warps=1, num_stages=1
+        )
+    return readers, starts

@@ -1,10 +1,19 @@
-"""Union of the lists of neighbouring rows in Triton: blocks that any of CHUNK rows reads.
+"""Lists of neighbouring rows united, and lists inverted to the rows that read a block, in Triton.
 
-Shapes: ids int32 `[b, h_kv, units, K]`, -1 for none; unit_of int32 `[s]`; members int32 `[b, h_kv,
-chunks, n]`: bit r is set where row r of the chunk reads the block; lists like members: blocks with
-any bit, increasing, then -1; readers int32 `[b, h_kv, n, chunks]`: the inverse of the lists.
+Shapes: ids int32 `[b, h_kv, units, K]`, -1 for none; unit_of int32 `[s]`; lists int32 `[b, h_kv,
+chunks, W]`: blocks that any of CHUNK rows reads, increasing, then -1; members like lists: bit r is
+set where row r of the chunk reads the block; scratch int32 `[b, h_kv, programs, n]`.
 
-Bits are set atomically, which depends on no order.
+Inverse of the lists by a counting sort: counts int32 `[b, h_kv, n + 1, segments]`, of the rows of a
+segment that read a block; their running sum says where each segment's rows end; readers int32 `[b,
+h_kv, s K]`: the rows of block 0, of block 1, ..., each block's increasing.
+
+    counts      segments of rows          after the running sum, rows of a segment are placed from
+    block 0  |  3   0   5 |               its last to its first; then ends are starts, and those of
+    block 1  |  2   4   1 |               segment 0 are the starts of blocks
+    n        |  0   0   0 |
+
+Bits and counts are changed atomically, which depends on no order of these integers.
 """
 # Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
@@ -15,57 +24,107 @@ import triton.language as tl
 
 
 @triton.jit
-def _union_kernel(
-    ids, unit_of, members, lists,
-    seqlen, num_units, num_ids, num_blocks,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+def _load_lists(
+    ids, unit_of, i_head, o_s, m_s, num_units, num_ids,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Fill members and lists of one chunk of rows and one key head; grid (chunks, h_kv, b)."""
-    i_head = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    i_row = (i_head * tl.num_programs(0) + tl.program_id(0)) * num_blocks
-    p_members, p_list = members + i_row, lists + i_row
-    for i in range(0, num_blocks, BLOCK_N):
-        o_n = i + tl.arange(0, BLOCK_N)
-        tl.store(p_members + o_n, tl.zeros([BLOCK_N], tl.int32), mask=o_n < num_blocks)
-        tl.store(p_list + o_n, tl.full([BLOCK_N], -1, tl.int32), mask=o_n < num_blocks)
-    tl.debug_barrier()
-    o_r = tl.arange(0, CHUNK)
-    o_s = tl.program_id(0) * CHUNK + o_r
+    """Return the lists of rows o_s: `[ROWS, BLOCK_K]`, -1 for none."""
     o_k = tl.arange(0, BLOCK_K)
-    m_id = (o_s < seqlen)[:, None] & (o_k < num_ids)[None, :]
-    b_unit = i_head * num_units + tl.load(unit_of + o_s, mask=o_s < seqlen, other=0)
-    b_id = tl.load(ids + b_unit[:, None] * num_ids + o_k[None, :], mask=m_id, other=-1)
-    b_bit = tl.broadcast_to((tl.full([CHUNK], 1, tl.int32) << o_r)[:, None], [CHUNK, BLOCK_K])
-    tl.atomic_or(p_members + tl.maximum(b_id, 0), b_bit, mask=b_id >= 0, sem="relaxed")
-    tl.debug_barrier()
-    count = 0
-    for i in range(0, num_blocks, BLOCK_N):
-        o_n = i + tl.arange(0, BLOCK_N)
-        # Past the first cache, which atomic operations do not write.
-        b_member = tl.load(p_members + o_n, mask=o_n < num_blocks, other=0, cache_modifier=".cg")
-        b_any = (b_member != 0).to(tl.int32)
-        tl.store(p_list + count + tl.cumsum(b_any, 0) - 1, o_n, mask=b_any != 0)
-        count += tl.sum(b_any)
+    b_unit = i_head * num_units + tl.load(unit_of + o_s, mask=m_s, other=0)
+    m_id = m_s[:, None] & (o_k < num_ids)[None, :]
+    return tl.load(ids + b_unit[:, None] * num_ids + o_k[None, :], mask=m_id, other=-1)
 
 
 @triton.jit
-def _invert_kernel(
-    members, readers,
-    num_chunks, num_blocks,
-    BLOCK_M: tl.constexpr,
+def _union_kernel(
+    ids, unit_of, scratch, members, lists,
+    seqlen, num_chunks, num_units, num_ids, num_blocks, width,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Fill the readers of one block and one key head; grid (n, h_kv, b)."""
+    """Fill members and lists of every programs-th chunk, one key head; grid (programs, h_kv, b)."""
     i_head = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    p_members = members + i_head * num_chunks * num_blocks + tl.program_id(0)
-    p_readers = readers + (i_head * num_blocks + tl.program_id(0)) * num_chunks
-    count = 0
-    for i in range(0, num_chunks, BLOCK_M):
-        o_m = i + tl.arange(0, BLOCK_M)
-        o_at = o_m.to(tl.int64) * num_blocks
-        b_any = (tl.load(p_members + o_at, mask=o_m < num_chunks, other=0) != 0).to(tl.int32)
-        tl.store(p_readers + count + tl.cumsum(b_any, 0) - 1, o_m, mask=b_any != 0)
-        count += tl.sum(b_any)
-    for i in range(0, num_chunks, BLOCK_M):
-        o_m = i + tl.arange(0, BLOCK_M)
-        m_none = (o_m >= count) & (o_m < num_chunks)
-        tl.store(p_readers + o_m, tl.full([BLOCK_M], -1, tl.int32), mask=m_none)
+    p_bits = scratch + (i_head * tl.num_programs(0) + tl.program_id(0)) * num_blocks
+    for i in range(0, num_blocks, BLOCK_N):
+        o_n = i + tl.arange(0, BLOCK_N)
+        tl.store(p_bits + o_n, tl.zeros([BLOCK_N], tl.int32), mask=o_n < num_blocks)
+    o_r = tl.arange(0, CHUNK)
+    b_bit = tl.broadcast_to((tl.full([CHUNK], 1, tl.int32) << o_r)[:, None], [CHUNK, BLOCK_K])
+    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        i_row = (i_head * num_chunks + chunk) * width
+        o_s = chunk * CHUNK + o_r
+        b_id = _load_lists(
+            ids, unit_of, i_head, o_s, o_s < seqlen, num_units, num_ids, CHUNK, BLOCK_K
+        )
+        tl.debug_barrier()
+        tl.atomic_or(p_bits + tl.maximum(b_id, 0), b_bit, mask=b_id >= 0, sem="relaxed")
+        tl.debug_barrier()
+        count = 0
+        for i in range(0, num_blocks, BLOCK_N):
+            o_n = i + tl.arange(0, BLOCK_N)
+            # Past the first cache, which atomic operations do not write.
+            m_n = o_n < num_blocks
+            b_member = tl.load(p_bits + o_n, mask=m_n, other=0, cache_modifier=".cg")
+            b_any = (b_member != 0).to(tl.int32)
+            o_at = i_row + count + tl.cumsum(b_any, 0) - 1
+            tl.store(lists + o_at, o_n, mask=b_any != 0)
+            tl.store(members + o_at, b_member, mask=b_any != 0)
+            tl.store(p_bits + o_n, tl.zeros([BLOCK_N], tl.int32), mask=b_any != 0)
+            count += tl.sum(b_any)
+        for i in range(count // BLOCK_N * BLOCK_N, width, BLOCK_N):
+            o_w = i + tl.arange(0, BLOCK_N)
+            m_none = (o_w >= count) & (o_w < width)
+            tl.store(lists + i_row + o_w, tl.full([BLOCK_N], -1, tl.int32), mask=m_none)
+
+
+@triton.jit
+def _count_kernel(
+    ids, unit_of, counts,
+    seqlen, num_units, num_ids, num_blocks, segment,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Count the rows of a segment that read each block; grid (segments, h_kv, b)."""
+    i_head = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    segments = tl.num_programs(0)
+    p_counts = counts + i_head * (num_blocks + 1) * segments + tl.program_id(0)
+    for i in range(0, num_blocks + 1, BLOCK_N):
+        o_n = i + tl.arange(0, BLOCK_N)
+        p_n = p_counts + o_n.to(tl.int64) * segments
+        tl.store(p_n, tl.zeros([BLOCK_N], tl.int32), mask=o_n <= num_blocks)
+    tl.debug_barrier()
+    start = tl.program_id(0) * segment
+    stop = tl.minimum(start + segment, seqlen)
+    for i in range(start, stop, ROWS):
+        o_s = i + tl.arange(0, ROWS)
+        b_id = _load_lists(ids, unit_of, i_head, o_s, o_s < stop, num_units, num_ids, ROWS, BLOCK_K)
+        p_id = p_counts + tl.maximum(b_id, 0).to(tl.int64) * segments
+        b_one = tl.full([ROWS, BLOCK_K], 1, tl.int32)
+        tl.atomic_add(p_id, b_one, mask=b_id >= 0, sem="relaxed")
+
+
+@triton.jit
+def _place_kernel(
+    ids, unit_of, ends, readers,
+    seqlen, num_units, num_ids, num_blocks, segment,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Write the rows of a segment to the blocks they read; grid (segments, h_kv, b).
+
+    ends: the running sum of the counts; afterwards where the rows of each segment start. No list
+    names a block twice, so all blocks of a row are handled at once.
+    """
+    i_head = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    segments = tl.num_programs(0)
+    p_ends = ends + i_head * (num_blocks + 1) * segments + tl.program_id(0)
+    p_readers = readers + i_head * seqlen * num_ids
+    start = tl.program_id(0) * segment
+    stop = tl.minimum(start + segment, seqlen)
+    o_k = tl.arange(0, BLOCK_K)
+    for i in range(0, stop - start):
+        row = stop - 1 - i
+        i_unit = i_head * num_units + tl.load(unit_of + row)
+        b_id = tl.load(ids + i_unit * num_ids + o_k, mask=o_k < num_ids, other=-1)
+        p_id = p_ends + tl.maximum(b_id, 0).to(tl.int64) * segments
+        b_at = tl.load(p_id, mask=b_id >= 0, other=1) - 1
+        tl.store(p_readers + b_at, tl.full([BLOCK_K], 0, tl.int32) + row, mask=b_id >= 0)
+        tl.store(p_id, b_at, mask=b_id >= 0)
+        tl.debug_barrier()
