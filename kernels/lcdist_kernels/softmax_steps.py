@@ -9,7 +9,15 @@ tile in registers, p_* a pointer, m_* a mask, o_* an offset, i_* a program or ti
 import triton
 import triton.language as tl
 
-from lcdist_kernels.triton_common import LN2, LOG2E, dot, load_tile
+from lcdist_kernels.triton_common import (
+    LEAST_SCALE,
+    LN2,
+    LOG2E,
+    LOWEST,
+    dot,
+    load_box,
+    load_tile,
+)
 
 
 @triton.jit
@@ -33,6 +41,17 @@ def nth_masked(i, lo, full_lo, full_hi):
     """Return the i-th tile that needs a mask: those before full_lo, then those from full_hi."""
     before = full_lo - lo
     return tl.where(i < before, lo + i, full_hi + i - before)
+
+
+@triton.jit
+def part_of(lo, full_lo, full_hi, hi, PART: tl.constexpr):
+    """Return (first, stop) of the tiles before (0), of (1) and after (2) those without a mask."""
+    first, stop = lo, full_lo
+    if PART == 1:
+        first, stop = full_lo, full_hi
+    if PART == 2:
+        first, stop = full_hi, hi
+    return first, stop
 
 
 @triton.jit
@@ -100,6 +119,28 @@ def head_pointers(
 
 
 @triton.jit
+def loop_sources(
+    x, y, i_b, i_h, first, step, stride_xb, stride_xs, stride_xh, stride_yb, stride_ys, stride_yh,
+    DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Return (x, y, at): where a loop reads the rows of one head of two tensors.
+
+    The rows are every `step`-th token from `first` on. DESCRIBED: x and y are descriptors, read by
+    `load_box`; else the results are pointers to the first row, for `load_tile`.
+    """
+    if DESCRIBED:
+        at = (
+            i_b.to(tl.int32), tl.cast(first // step, tl.int32), tl.cast(first % step, tl.int32),
+            i_h.to(tl.int32),
+        )  # fmt: skip
+    else:
+        x = x + i_b * stride_xb + i_h * stride_xh + first * stride_xs
+        y = y + i_b * stride_yb + i_h * stride_yh + first * stride_ys
+        at = (0, 0, 0, 0)
+    return x, y, at
+
+
+@triton.jit
 def load_limits(q_idx, q_lo, o_m, m_m, HAS_LO: tl.constexpr):
     """Return the last and the first key number that queries o_m see; rows beyond m_m see none.
 
@@ -151,15 +192,21 @@ def load_lse(p_lse, p_lse2, o_m, m_m):
 
 @triton.jit
 def load_query_tile(
-    p_q, p_dout, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s,
+    q, dout, at, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_M: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Return (q, dout, lse, delta) of a tile of queries, for a kernel that owns keys; lse base 2.
 
-    Rows past the end have lse = inf, so that their weights are 0. EVEN_M: there are none.
+    q, dout, at: as `loop_sources` returns them. Rows past the end have lse = inf, so that their
+    weights are 0. EVEN_M: there are none.
     """
-    b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
-    b_dout = load_tile(p_dout, start, seqlen_q, stride_dout_s, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
+    if DESCRIBED:
+        b_q = load_box(q, at, start, BLOCK_M, BLOCK_D)
+        b_dout = load_box(dout, at, start, BLOCK_M, BLOCK_D)
+    else:
+        b_q = load_tile(q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
+        b_dout = load_tile(dout, start, seqlen_q, stride_dout_s, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
     o_m = start + tl.arange(0, BLOCK_M)
     if EVEN_M:
         b_lse, b_delta = tl.load(p_lse + o_m), tl.load(p_delta + o_m)
@@ -168,6 +215,27 @@ def load_query_tile(
         b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf"))
         b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
     return b_q, b_dout, b_lse, b_delta
+
+
+@triton.jit
+def hide_keys(
+    b_s, start, seqlen_k, b_q_idx, b_q_lo, k_idx, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr
+):
+    """Return scores of a tile of keys, -inf where a query does not see a key."""
+    b_k_idx = load_key_numbers(k_idx, start + tl.arange(0, BLOCK_N), seqlen_k)
+    m_s = is_visible(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
+    return tl.where(m_s, b_s, float("-inf"))
+
+
+@triton.jit
+def weigh(b_s, b_max, b_sum, qk_scale):
+    """Return (weights, factor of earlier sums, max, sum) after one more tile of scores q . k."""
+    qk_scale = tl.maximum(qk_scale, LEAST_SCALE)
+    # As qk_scale > 0, the maximum is scaled once a row, and a score in one fused operation.
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)
+    b_p = tl.exp2(b_s * qk_scale - b_new[:, None])
+    b_rescale = tl.exp2(b_max - b_new)
+    return b_p, b_rescale, b_new, b_sum * b_rescale + tl.sum(b_p, 1)
 
 
 @triton.jit
@@ -186,21 +254,54 @@ def fwd_step(
     b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     if MASKED:
-        o_n = start + tl.arange(0, BLOCK_N)
-        b_k_idx = load_key_numbers(k_idx, o_n, seqlen_k)
-        m_s = is_visible(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
-        b_s = tl.where(m_s, b_s * qk_scale, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new[:, None])
-    else:
-        # As qk_scale >= 0, the maximum is scaled once a row, and a score in one fused operation.
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)
-        b_p = tl.exp2(b_s * qk_scale - b_new[:, None])
-    b_rescale = tl.exp2(b_max - b_new)
-    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+        b_s = hide_keys(b_s, start, seqlen_k, b_q_idx, b_q_lo, k_idx, BLOCK_N, HAS_LO)
+    b_p, b_rescale, b_max, b_sum = weigh(b_s, b_max, b_sum, qk_scale)
     b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
     b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
-    return b_out, b_new, b_sum
+    return b_out, b_max, b_sum
+
+
+@triton.jit
+def fwd_loop(
+    b_q, k, v, at, lo, full_lo, full_hi, hi, seqlen_k, stride_ks, stride_vs, qk_scale, b_q_idx,
+    b_q_lo, k_idx,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Return (out, max, sum) of a tile of queries after tiles lo to hi of keys, as `fwd_step`.
+
+    k, v, at: as `loop_sources` returns them. Tiles in [full_lo, full_hi) need no mask.
+
+    By descriptors, the values of a tile are added one step later, while the next tile's softmax is
+    computed. Its weights are kept in fp32, as copies of rounded ones would cost more registers. By
+    pointers there are no registers left for that.
+    """
+    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    if DESCRIBED:
+        b_rescale = tl.zeros([BLOCK_M], tl.float32)
+        b_p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for i in range(lo, hi):
+            b_k = load_box(k, at, i * BLOCK_N, BLOCK_N, BLOCK_D)
+            b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            b_v = load_box(v, at, tl.maximum(i - 1, lo) * BLOCK_N, BLOCK_N, BLOCK_D)
+            b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
+            if (i < full_lo) | (i >= full_hi):
+                b_s = hide_keys(b_s, i * BLOCK_N, seqlen_k, b_q_idx, b_q_lo, k_idx, BLOCK_N, HAS_LO)
+            b_p, b_rescale, b_max, b_sum = weigh(b_s, b_max, b_sum, qk_scale)
+        if hi > lo:
+            b_v = load_box(v, at, (hi - 1) * BLOCK_N, BLOCK_N, BLOCK_D)
+            b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
+    else:
+        for part in tl.static_range(3):
+            first, stop = part_of(lo, full_lo, full_hi, hi, part)
+            for i in range(first, stop):
+                b_out, b_max, b_sum = fwd_step(
+                    b_q, b_out, b_max, b_sum, k, v, i, seqlen_k, stride_ks, stride_vs, qk_scale,
+                    b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, part != 1,
+                )  # fmt: skip
+    return b_out, b_max, b_sum
 
 
 @triton.jit
@@ -227,3 +328,42 @@ def dq_step(
     b_dp = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     b_ds = b_p * (b_dp - b_delta[:, None])
     return dot(b_ds.to(b_k.dtype), b_k, b_dq)
+
+
+@triton.jit
+def dq_loop(
+    b_q, b_dout, b_lse, b_delta, k, v, at, lo, full_lo, full_hi, hi, seqlen_k, stride_ks, stride_vs,
+    qk_scale, b_q_idx, b_q_lo, k_idx,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Return dq of a tile of queries, without softmax_scale, after tiles lo to hi of keys.
+
+    Arguments as in `fwd_loop` and `dq_step`.
+    """
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if DESCRIBED:
+        for i in range(lo, hi):
+            start = i * BLOCK_N
+            b_k = load_box(k, at, start, BLOCK_N, BLOCK_D)
+            b_v = load_box(v, at, start, BLOCK_N, BLOCK_D)
+            # Both products go before the exponentials, which then run beside the second.
+            b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            b_dp = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            b_p = tl.exp2(b_s * qk_scale - b_lse[:, None])
+            if (i < full_lo) | (i >= full_hi):
+                b_k_idx = load_key_numbers(k_idx, start + tl.arange(0, BLOCK_N), seqlen_k)
+                m_s = is_visible(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
+                b_p = tl.where(m_s, b_p, 0.0)
+            b_ds = b_p * (b_dp - b_delta[:, None])
+            b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
+    else:
+        for part in tl.static_range(3):
+            first, stop = part_of(lo, full_lo, full_hi, hi, part)
+            for i in range(first, stop):
+                b_dq = dq_step(
+                    b_q, b_dout, b_dq, b_lse, b_delta, k, v, i, seqlen_k, stride_ks, stride_vs,
+                    qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
+                    part != 1,
+                )  # fmt: skip
+    return b_dq

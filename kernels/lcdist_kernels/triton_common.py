@@ -1,6 +1,6 @@
 """Helpers of every Triton kernel: supported tensors, launches, loads and stores of tiles.
 
-Inside kernels: `dot`, `load_tile`, `store_tile`, with int64 offsets into tensors.
+Inside kernels: `dot`, `load_tile`, `load_box`, `store_tile`, with int64 offsets into tensors.
 Around launches: `interpreting`, `unsupported_reason`, `check_kernel`, `launch_context`,
 `last_dim_contiguous`, `Launch`, `launch_table`, `choose_launch`.
 """
@@ -23,6 +23,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Below every score and finite: -inf - LOWEST is -inf, so an empty row needs no branch.
 LOWEST = tl.constexpr(-3.0e38)
+# Takes the place of a scale of 0: weights are exp2(0) = 1 too, and -inf times it is a number.
+LEAST_SCALE = tl.constexpr(1.0e-30)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 256)
@@ -236,6 +238,15 @@ def load_tile(
         else:
             b = tl.load(p_tile, mask=m & m_d[None, :], other=0.0)
     return b
+
+
+@triton.jit
+def load_box(x, at, start, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return rows [start, start + BLOCK_S) of one head, `[BLOCK_S, BLOCK_D]`; 0 outside the tensor.
+
+    x: a descriptor of `descriptors`. at: (batch row, first row, residue, head), int32.
+    """
+    return tl.reshape(x.load([at[0], at[1] + start, at[2], at[3], 0]), [BLOCK_S, BLOCK_D])
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lcdist_kernels import triton_common
 
@@ -71,6 +72,8 @@ def _compile(kernel: Any, args: tuple, words: dict[str, Any], target: GPUTarget)
 def _type_of(value: Any) -> str:
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
     if isinstance(value, int):
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     return "fp32"

@@ -8,6 +8,7 @@ that and by the tensor cores. wgmma is HGMMA in a binary, its wait WARPGROUP.DEP
 import json
 import re
 import subprocess
+from collections import deque
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +20,16 @@ import triton
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
 JUMP = re.compile(r"\bBRA(?:\.\S+)?\s+(?:!?U?P\d+,\s+)?(?:`?\(?)?0x([0-9a-f]+)")
+UNDER_PREDICATE = re.compile(r"\bBRA(?:\.\S+)?\s+!?U?P\d")
 WGMMA = re.compile(r"\bHGMMA\.(\d+)x(\d+)x\d+")
 LOCAL = re.compile(r"\b(?:LDL|STL)\b")
 
 
 class Loop(NamedTuple):
-    """Instructions of an innermost loop with tensor core products."""
+    """Instructions of the shortest way through an innermost loop with tensor core products.
+
+    Tiles that need no mask go this way: they jump over the mask.
+    """
 
     instructions: list[str]
 
@@ -100,18 +105,18 @@ class MachineCode:
     def loops(self) -> list[Loop]:
         """Return the innermost loops with wgmma, in the order of the binary."""
         code = [(int(at, 16), text) for at, text in INSTRUCTION.findall(self._read("-sass"))]
-        spans = []
-        for at, text in code:
-            jump = JUMP.search(text)
-            if jump and int(jump[1], 16) < at:
-                spans.append((int(jump[1], 16), at))
-        loops = []
-        for first, last in sorted(spans):
-            inner = any(first <= a and b <= last for a, b in spans if (a, b) != (first, last))
-            body = Loop([text for at, text in code if first <= at <= last])
-            if not inner and body.shapes:
-                loops.append(body)
-        return loops
+        place = {at: i for i, (at, _) in enumerate(code)}
+        jumps = [JUMP.search(text) for _, text in code]
+        targets = [place.get(int(jump[1], 16)) if jump else None for jump in jumps]
+        spans = sorted((to, i) for i, to in enumerate(targets) if to is not None and to < i)
+        ways = [(span, _shortest_way(code, targets, *span)) for span in spans]
+        loops = {span: Loop([code[i][1] for i in way]) for span, way in ways}
+        found = [span for span, body in loops.items() if body.shapes]
+        return [
+            loops[first, last]
+            for first, last in found
+            if not any(first <= a and b <= last for a, b in found if (a, b) != (first, last))
+        ]
 
     @property
     def whole_tiles(self) -> Loop:
@@ -126,6 +131,32 @@ class MachineCode:
         """Return instructions of a thread for each score of its share of a tile."""
         scores = self.block("BLOCK_M") * self.block("BLOCK_N")
         return len(loop.instructions) * self.threads / scores
+
+
+def _shortest_way(
+    code: list[tuple[int, str]], targets: list[int | None], first: int, last: int
+) -> list[int]:
+    """Return the numbers of the fewest instructions from `first` to `last`; none if it is no way.
+
+    code: address and text of instructions. targets: what each one jumps to.
+    """
+    before = {first: first}
+    ends = deque([first])
+    while ends and last not in before:
+        at = ends.popleft()
+        text = code[at][1]
+        # A jump under a predicate, such as "@P0 BRA 0x80" or "BRA P0, 0x80", may be passed by.
+        passed = targets[at] is None or text.startswith("@") or bool(UNDER_PREDICATE.search(text))
+        for to in (targets[at], at + 1 if passed else None):
+            if to is not None and to < len(code) and to not in before:
+                before[to] = at
+                ends.append(to)
+    if last not in before:
+        return []
+    way = [last]
+    while way[-1] != first:
+        way.append(before[way[-1]])
+    return way[::-1]
 
 
 def report(made: Iterable[Any]) -> None:

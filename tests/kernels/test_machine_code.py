@@ -41,6 +41,26 @@ with compiled_for(90) as made:
     kernel.full_bwd(q, q, k, k, out, lse, *band, grad_dtype=q.dtype)
 report(made)
 """,
+    "pointers": """
+from lcdist_kernels.descriptors import descriptors_set
+from lcdist_kernels.full import kernel
+
+band = (index, starts, index, 0.25)
+with descriptors_set(False), compiled_for(90) as made:
+    out, lse = kernel.full_fwd(q, k, k, *band, out_dtype=q.dtype)
+    kernel.full_bwd(q, q, k, k, out, lse, *band, grad_dtype=q.dtype)
+report(made)
+""",
+    "pieces": """
+from lcdist_kernels import scca_attention
+from lcdist_kernels.scca import Rule
+
+q, k, v = (torch.zeros(1, 1024, n, 128, dtype=q.dtype, requires_grad=True) for n in (4, 2, 2))
+with compiled_for(90) as made:
+    rules = (Rule("chunk", 512), Rule("chunk", 512, 256)) * 2
+    scca_attention(q, k, v, rules=rules, impl="triton").backward(torch.zeros_like(q))
+report(made)
+""",
     "landmark": """
 from lcdist_kernels.landmark import TRITON_IMPL, block_grid, block_starts
 
@@ -100,9 +120,15 @@ class Most(NamedTuple):
 
 
 LIMITS = [
-    Most("full", "_full_fwd_kernel", 9.3, 9.3, 24, 0, 0.25),
-    Most("full", "_full_bwd_dq_kernel", 9.5, 10.6, 0, 0, 0.6),
-    Most("full", "_full_bwd_dkv_kernel", 13, 13.2, 312, 28, 0.6),
+    Most("full", "_full_fwd_kernel", 8.1, 8.4, 0, 0, 0.75),
+    Most("full", "_full_bwd_dq_kernel", 7.2, 7.6, 8, 0, 0.55),
+    Most("full", "_full_bwd_dkv_kernel", 12.7, 12.7, 96, 4, 0.7),
+    Most("pieces", "_pieces_fwd_kernel", 8.1, 8.4, 24, 0, 0.75),
+    Most("pieces", "_pieces_bwd_dq_kernel", 7.2, 7.6, 8, 0, 0.5),
+    Most("pieces", "_pieces_bwd_dkv_kernel", 13.1, 13.1, 128, 8, 0.7),
+    Most("pointers", "_full_fwd_kernel", 9.3, 9.3, 64, 1, 0.25),
+    Most("pointers", "_full_bwd_dq_kernel", 9.5, 10.6, 0, 0, 0.6),
+    Most("pointers", "_full_bwd_dkv_kernel", 13.2, 13.7, 336, 28, 0.6),
     Most("landmark", "_landmark_fwd_kernel", 10.7, 11.1, 0, 0, 0.2),
     Most("landmark", "_landmark_bwd_dq_kernel", 15.5, 16.6, 0, 0, 0.35),
     Most("landmark", "_landmark_bwd_dkv_kernel", 20.5, 20.5, 464, 20, 0.55),

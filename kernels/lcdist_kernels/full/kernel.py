@@ -17,7 +17,7 @@ log2(e), delta `[b, h, s_q]`; q_idx, q_lo int32 `[s_q]`; k_idx int32 `[s_k]`; ra
     tiles of     +-----+-----+-----+-----+-----+                  grid (key tiles, h_kv, b), and
     BLOCK_M      |  =  |  m  |     |     |     |                  loops over the heads of a group
                  +-----+-----+-----+-----+-----+
-                 |     |  m  |  m  |     |     |         =  all visible: visited first, no mask
+                 |     |  m  |  m  |     |     |         =  all visible: no mask
                  +-----+-----+-----+-----+-----+         m  partly visible: masked
                  |     |  m  |  =  |  m  |     |            hidden: skipped (a later token, or
                  +-----+-----+-----+-----+-----+            another document's)
@@ -34,19 +34,27 @@ import triton.language as tl
 from torch import Tensor
 
 from lcdist_kernels.common import check_qkv
-from lcdist_kernels.full.tile_configs import BWD_DKV, BWD_DQ, FWD, FWD_HOPPER
+from lcdist_kernels.descriptors import make_descriptors, use_descriptors
+from lcdist_kernels.full.tile_configs import (
+    BWD_DKV,
+    BWD_DKV_HOPPER,
+    BWD_DQ,
+    BWD_DQ_HOPPER,
+    FWD,
+    FWD_HOPPER,
+)
 from lcdist_kernels.softmax_steps import (
-    dq_step,
+    dq_loop,
     finish_softmax,
-    fwd_step,
-    head_pointers,
+    fwd_loop,
     is_visible,
     key_program,
     load_limits,
     load_lse,
     load_query_tile,
     load_range,
-    nth_masked,
+    loop_sources,
+    part_of,
     query_program,
     store_delta,
 )
@@ -59,7 +67,6 @@ from lcdist_kernels.tile_ranges import (
 )
 from lcdist_kernels.triton_common import (
     LOG2E,
-    LOWEST,
     Launch,
     check_kernel,
     choose_launch,
@@ -81,14 +88,15 @@ def _full_fwd_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Compute out and lse of a tile of queries."""
+    """Compute out and lse of a tile of queries. DESCRIBED: k and v are descriptors."""
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
-    p_q, p_k, p_v = head_pointers(
-        q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
-        stride_vb, stride_vh,
+    k, v, at = loop_sources(
+        k, v, i_b, i_h // GROUP, 0, 1, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+        stride_vh, DESCRIBED,
     )  # fmt: skip
+    p_q = q + i_b * stride_qb + i_h * stride_qh
     p_out = out + i_b * stride_ob + i_h * stride_oh
     lo, full_lo, full_hi, hi = load_range(ranges, i_m)
 
@@ -97,20 +105,10 @@ def _full_fwd_kernel(
     m_m = o_m < seqlen_q
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
-    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    for i in range(0, full_hi - full_lo):
-        b_out, b_max, b_sum = fwd_step(
-            b_q, b_out, b_max, b_sum, p_k, p_v, full_lo + i, seqlen_k, stride_ks, stride_vs,
-            qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
-        )  # fmt: skip
-    for i in range(0, (full_lo - lo) + (hi - full_hi)):
-        i_n = nth_masked(i, lo, full_lo, full_hi)
-        b_out, b_max, b_sum = fwd_step(
-            b_q, b_out, b_max, b_sum, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs, qk_scale,
-            b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
-        )  # fmt: skip
+    b_out, b_max, b_sum = fwd_loop(
+        b_q, k, v, at, lo, full_lo, full_hi, hi, seqlen_k, stride_ks, stride_vs, qk_scale, b_q_idx,
+        b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, DESCRIBED,
+    )  # fmt: skip
     b_out, b_lse = finish_softmax(b_out, b_max, b_sum)
     tl.store(lse + i_row + o_m, b_lse, mask=m_m)
     store_tile(p_out, b_out, start, seqlen_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -125,14 +123,18 @@ def _full_bwd_dq_kernel(
     stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
     stride_dout_b, stride_dout_s, stride_dout_h, stride_db, stride_ds, stride_dh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of a tile of queries, and delta and lse2, which the kernel for dk and dv reads."""
+    """Compute dq of a tile of queries, and delta and lse2, which the kernel for dk and dv reads.
+
+    DESCRIBED: k and v are descriptors.
+    """
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
-    p_q, p_k, p_v = head_pointers(
-        q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
-        stride_vb, stride_vh,
+    k, v, at = loop_sources(
+        k, v, i_b, i_h // GROUP, 0, 1, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+        stride_vh, DESCRIBED,
     )  # fmt: skip
+    p_q = q + i_b * stride_qb + i_h * stride_qh
     p_out = out + i_b * stride_ob + i_h * stride_oh
     p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
     p_dq = dq + i_b * stride_db + i_h * stride_dh
@@ -148,54 +150,74 @@ def _full_bwd_dq_kernel(
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     b_lse = load_lse(lse + i_row, lse2 + i_row, o_m, m_m)
     b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
-    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    qk_scale = softmax_scale * LOG2E
-    for i in range(0, full_hi - full_lo):
-        b_dq = dq_step(
-            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, full_lo + i, seqlen_k, stride_ks,
-            stride_vs, qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            HAS_LO, False,
-        )  # fmt: skip
-    for i in range(0, (full_lo - lo) + (hi - full_hi)):
-        i_n = nth_masked(i, lo, full_lo, full_hi)
-        b_dq = dq_step(
-            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs,
-            qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
-        )  # fmt: skip
+    b_dq = dq_loop(
+        b_q, b_dout, b_lse, b_delta, k, v, at, lo, full_lo, full_hi, hi, seqlen_k, stride_ks,
+        stride_vs, softmax_scale * LOG2E, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M,
+        BLOCK_N, HAS_LO, DESCRIBED,
+    )  # fmt: skip
     b_dq = b_dq * softmax_scale
     store_tile(p_dq, b_dq, start, seqlen_q, stride_ds, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
-def dkv_step(
-    b_k, b_v, b_dk, b_dv, p_q, p_dout, p_lse, p_delta, i_m, seqlen_q, stride_qs, stride_dout_s,
-    qk_scale, q_idx, q_lo, b_k_idx,
+def _dkv_step(
+    b_k, b_v, b_dk, b_dv, q, dout, at, p_lse, p_delta, i_m, masked, seqlen_q, stride_qs,
+    stride_dout_s, qk_scale, q_idx, q_lo, b_k_idx,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, MASKED: tl.constexpr,
+    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Return (dk, dv) of a tile of keys after one more tile of queries; dk without softmax_scale.
+    """Return (dk, dv) of a tile of keys after tile i_m of queries; dk without softmax_scale.
 
     Scores are transposed, `[BLOCK_N, BLOCK_M]`, so they are the left operand of a product as they
-    are.
+    are. q, dout, at: as `loop_sources` returns them. masked: whether a query may not see a key.
     """
     start = i_m * BLOCK_M
-    o_m = start + tl.arange(0, BLOCK_M)
-    m_m = o_m < seqlen_q
     b_q, b_dout, b_lse, b_delta = load_query_tile(
-        p_q, p_dout, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s, HEAD_DIM, BLOCK_D,
-        BLOCK_M, EVEN_M,
+        q, dout, at, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s, HEAD_DIM, BLOCK_D,
+        BLOCK_M, EVEN_M, DESCRIBED,
     )  # fmt: skip
     # Both products go before the exponentials, which then run beside the second.
     b_s = dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
     b_dp = dot(b_v, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
     b_p = tl.exp2(b_s * qk_scale - b_lse[None, :])
-    if MASKED:
-        b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
+    if masked:
+        o_m = start + tl.arange(0, BLOCK_M)
+        b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, o_m < seqlen_q, HAS_LO)
         m_s = is_visible(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
         b_p = tl.where(m_s, b_p, 0.0)
     b_dv = dot(b_p.to(b_dout.dtype), b_dout, b_dv)
     b_ds = b_p * (b_dp - b_delta[None, :])
     b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
+    return b_dk, b_dv
+
+
+@triton.jit
+def dkv_loop(
+    b_k, b_v, b_dk, b_dv, q, dout, at, p_lse, p_delta, lo, full_lo, full_hi, hi, seqlen_q,
+    stride_qs, stride_dout_s, qk_scale, q_idx, q_lo, b_k_idx,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Return (dk, dv) after tiles lo to hi of queries of one head, as `_dkv_step`.
+
+    Tiles in [full_lo, full_hi) need no mask.
+    """
+    if DESCRIBED:
+        for i in range(lo, hi):
+            b_dk, b_dv = _dkv_step(
+                b_k, b_v, b_dk, b_dv, q, dout, at, p_lse, p_delta, i,
+                (i < full_lo) | (i >= full_hi), seqlen_q, stride_qs, stride_dout_s, qk_scale, q_idx,
+                q_lo, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True,
+            )  # fmt: skip
+    else:
+        for part in tl.static_range(3):
+            first, stop = part_of(lo, full_lo, full_hi, hi, part)
+            for i in range(first, stop):
+                b_dk, b_dv = _dkv_step(
+                    b_k, b_v, b_dk, b_dv, q, dout, at, p_lse, p_delta, i, part != 1, seqlen_q,
+                    stride_qs, stride_dout_s, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D,
+                    BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, False,
+                )  # fmt: skip
     return b_dk, b_dv
 
 
@@ -208,9 +230,12 @@ def _full_bwd_dkv_kernel(
     stride_vb, stride_vs, stride_vh, stride_dout_b, stride_dout_s, stride_dout_h,
     stride_db, stride_ds, stride_dh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, EVEN_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv of a tile of keys from all query heads of the key head."""
+    """Compute dk and dv of a tile of keys from all query heads of the key head.
+
+    DESCRIBED: q and dout are descriptors.
+    """
     i_n = tl.program_id(0)
     i_hk, i_b, p_k, p_v = key_program(k, v, stride_kb, stride_kh, stride_vb, stride_vh)
     lo, full_lo, full_hi, hi = load_range(ranges, i_n)
@@ -226,21 +251,15 @@ def _full_bwd_dkv_kernel(
     for i_g in range(0, GROUP):
         i_h = i_hk * GROUP + i_g
         i_row = (i_b * (tl.num_programs(1) * GROUP) + i_h) * seqlen_q
-        p_q = q + i_b * stride_qb + i_h * stride_qh
-        p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
-        for i in range(0, full_hi - full_lo):
-            b_dk, b_dv = dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse2 + i_row, delta + i_row, full_lo + i,
-                seqlen_q, stride_qs, stride_dout_s, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM,
-                BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, False,
-            )  # fmt: skip
-        for i in range(0, (full_lo - lo) + (hi - full_hi)):
-            i_m = nth_masked(i, lo, full_lo, full_hi)
-            b_dk, b_dv = dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_dout, lse2 + i_row, delta + i_row, i_m, seqlen_q,
-                stride_qs, stride_dout_s, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D,
-                BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, True,
-            )  # fmt: skip
+        of_q, of_dout, at = loop_sources(
+            q, dout, i_b, i_h, 0, 1, stride_qb, stride_qs, stride_qh, stride_dout_b, stride_dout_s,
+            stride_dout_h, DESCRIBED,
+        )  # fmt: skip
+        b_dk, b_dv = dkv_loop(
+            b_k, b_v, b_dk, b_dv, of_q, of_dout, at, lse2 + i_row, delta + i_row, lo, full_lo,
+            full_hi, hi, seqlen_q, stride_qs, stride_dout_s, qk_scale, q_idx, q_lo, b_k_idx,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, DESCRIBED,
+        )  # fmt: skip
     i_own = i_b * stride_db + i_hk * stride_dh
     b_dk = b_dk * softmax_scale
     store_tile(dk + i_own, b_dk, start, seqlen_k, stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
@@ -276,14 +295,16 @@ def full_fwd(
     lse = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)
     if not q.numel() or not k.numel():
         return out.zero_(), lse.fill_(-torch.inf)
-    launch = launch or choose_launch(FWD, q, FWD_HOPPER)
+    launch, described = launch or choose_launch(FWD, q, FWD_HOPPER), use_descriptors(k, v)
+    keys = make_descriptors(launch.block_n, k, v) if described else (k, v)
     band, place = band_of(q_idx, q_lo, k_idx), device_stream(q)
     grid = (triton.cdiv(seqlen, launch.block_m), nheads, batch)
     with launch_context(q):
         _full_fwd_kernel[grid](
-            q, k, v, out, lse, *query_tables(band, launch.block_m, launch.block_n, place),
+            q, *keys, out, lse, *query_tables(band, launch.block_m, launch.block_n, place),
             softmax_scale * LOG2E.value, seqlen, k.shape[1], *strides(q, k, v, out),
-            **head_constants(q, k), HAS_LO=bounded_below(band), **launch.options(),
+            **head_constants(q, k), HAS_LO=bounded_below(band), DESCRIBED=described,
+            **launch.options(),
         )  # fmt: skip
     return out, lse
 
@@ -316,7 +337,13 @@ def full_bwd(
     dk, dv = (torch.empty(x.shape, **grads) for x in (k, v))
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
-    for_dq, for_dkv = launches or (choose_launch(BWD_DQ, q), choose_launch(BWD_DKV, q))
+    by_keys, by_rows = use_descriptors(k, v), use_descriptors(q, dout)
+    for_dq, for_dkv = launches or (
+        choose_launch(BWD_DQ, q, BWD_DQ_HOPPER if by_keys else None),
+        choose_launch(BWD_DKV, q, BWD_DKV_HOPPER if by_rows else None),
+    )
+    keys = make_descriptors(for_dq.block_n, k, v) if by_keys else (k, v)
+    rows = make_descriptors(for_dkv.block_m, q, dout) if by_rows else (q, dout)
     band, place = band_of(q_idx, q_lo, k_idx), device_stream(q)
     lse = lse.contiguous()
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
@@ -324,14 +351,15 @@ def full_bwd(
     sizes = head_constants(q, k) | {"HAS_LO": bounded_below(band)}
     with launch_context(q):
         _full_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
-            q, k, v, out, dout, lse, delta, lse2, dq,
+            q, *keys, out, dout, lse, delta, lse2, dq,
             *query_tables(band, for_dq.block_m, for_dq.block_n, place), float(softmax_scale),
-            seqlen, k.shape[1], *inputs, *strides(out, dout, dq), **sizes, **for_dq.options(),
+            seqlen, k.shape[1], *inputs, *strides(out, dout, dq), **sizes,
+            DESCRIBED=by_keys, **for_dq.options(),
         )  # fmt: skip
         _full_bwd_dkv_kernel[(triton.cdiv(k.shape[1], for_dkv.block_n), k.shape[2], batch)](
-            q, k, v, dout, lse2, delta, dk, dv,
+            rows[0], k, v, rows[1], lse2, delta, dk, dv,
             *key_tables(band, for_dkv.block_m, for_dkv.block_n, place), float(softmax_scale),
             seqlen, k.shape[1], *inputs, *strides(dout, dk), **sizes,
-            EVEN_M=seqlen % for_dkv.block_m == 0, **for_dkv.options(),
+            EVEN_M=seqlen % for_dkv.block_m == 0, DESCRIBED=by_rows, **for_dkv.options(),
         )  # fmt: skip
     return dq, dk, dv

@@ -10,26 +10,35 @@ and strides, so the order of the programs changes no bit.
 # Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcdist_kernels.full.kernel import dkv_step
+from lcdist_kernels.descriptors import make_descriptors, use_descriptors
+from lcdist_kernels.full.kernel import dkv_loop
 from lcdist_kernels.full.pieces import KeyProgram, Launches, RowProgram, Run, WorkTables
-from lcdist_kernels.full.tile_configs import BWD_DKV, BWD_DQ, FWD, FWD_HOPPER
+from lcdist_kernels.full.tile_configs import (
+    BWD_DKV,
+    BWD_DKV_HOPPER,
+    BWD_DQ,
+    BWD_DQ_HOPPER,
+    FWD,
+    FWD_HOPPER,
+)
 from lcdist_kernels.softmax_steps import (
-    dq_step,
+    dq_loop,
     finish_softmax,
-    fwd_step,
-    head_pointers,
+    fwd_loop,
     load_range,
-    nth_masked,
+    loop_sources,
     store_delta,
 )
 from lcdist_kernels.triton_common import (
     LOG2E,
-    LOWEST,
     choose_launch,
     head_constants,
     last_dim_contiguous,
@@ -78,18 +87,19 @@ def _pieces_fwd_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Compute out and lse2 of a tile of rows."""
+    """Compute out and lse2 of a tile of rows. STEP: of keys, if k and v are descriptors; else 0."""
     i_b = tl.program_id(1).to(tl.int64)
     p_range, i_h, row, row_step, rows, slot, limits, start, key, key_step, keys = _load_rows(
         programs
     )
     lo, full_lo, full_hi, hi = load_range(p_range, 0)
     row, row_step = row.to(tl.int64), row_step.to(tl.int64)
-    p_q, p_k, p_v = head_pointers(
-        q + row * stride_qs, k + key.to(tl.int64) * stride_ks, v + key.to(tl.int64) * stride_vs,
-        i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
+    p_q = q + i_b * stride_qb + i_h * stride_qh + row * stride_qs
+    k, v, at = loop_sources(
+        k, v, i_b, i_h // GROUP, key.to(tl.int64), STEP, stride_kb, stride_ks, stride_kh, stride_vb,
+        stride_vs, stride_vh, STEP > 0,
     )  # fmt: skip
     step_ks, step_vs = key_step.to(tl.int64) * stride_ks, key_step.to(tl.int64) * stride_vs
     p_out = out + i_b * stride_ob + i_h * stride_oh + row * stride_os
@@ -98,20 +108,10 @@ def _pieces_fwd_kernel(
     m_m = o_m < rows
     b_q = load_tile(p_q, start, rows, row_step * stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     b_last, b_first = _key_limits(q_lo + limits, q_hi + limits, o_m, m_m, key, key_step, HAS_LO)
-    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    for i in range(0, full_hi - full_lo):
-        b_out, b_max, b_sum = fwd_step(
-            b_q, b_out, b_max, b_sum, p_k, p_v, full_lo + i, keys, step_ks, step_vs, qk_scale,
-            b_last, b_first, None, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
-        )  # fmt: skip
-    for i in range(0, (full_lo - lo) + (hi - full_hi)):
-        i_n = nth_masked(i, lo, full_lo, full_hi)
-        b_out, b_max, b_sum = fwd_step(
-            b_q, b_out, b_max, b_sum, p_k, p_v, i_n, keys, step_ks, step_vs, qk_scale, b_last,
-            b_first, None, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
-        )  # fmt: skip
+    b_out, b_max, b_sum = fwd_loop(
+        b_q, k, v, at, lo, full_lo, full_hi, hi, keys, step_ks, step_vs, qk_scale, b_last, b_first,
+        None, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, STEP > 0,
+    )  # fmt: skip
     b_out, b_lse = finish_softmax(b_out, b_max, b_sum)
     i_row = (i_b * nheads + i_h) * seqlen + slot
     tl.store(lse2 + i_row + o_m, b_lse * LOG2E, mask=m_m)
@@ -127,18 +127,22 @@ def _pieces_bwd_dq_kernel(
     stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
     stride_dout_b, stride_dout_s, stride_dout_h, stride_db, stride_ds, stride_dh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of a tile of rows, and delta, which the kernel for dk and dv reads."""
+    """Compute dq of a tile of rows, and delta, which the kernel for dk and dv reads.
+
+    STEP: as in `_pieces_fwd_kernel`.
+    """
     i_b = tl.program_id(1).to(tl.int64)
     p_range, i_h, row, row_step, rows, slot, limits, start, key, key_step, keys = _load_rows(
         programs
     )
     lo, full_lo, full_hi, hi = load_range(p_range, 0)
     row, row_step = row.to(tl.int64), row_step.to(tl.int64)
-    p_q, p_k, p_v = head_pointers(
-        q + row * stride_qs, k + key.to(tl.int64) * stride_ks, v + key.to(tl.int64) * stride_vs,
-        i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
+    p_q = q + i_b * stride_qb + i_h * stride_qh + row * stride_qs
+    k, v, at = loop_sources(
+        k, v, i_b, i_h // GROUP, key.to(tl.int64), STEP, stride_kb, stride_ks, stride_kh, stride_vb,
+        stride_vs, stride_vh, STEP > 0,
     )  # fmt: skip
     step_ks, step_vs = key_step.to(tl.int64) * stride_ks, key_step.to(tl.int64) * stride_vs
     p_out = out + i_b * stride_ob + i_h * stride_oh + row * stride_os
@@ -156,19 +160,11 @@ def _pieces_bwd_dq_kernel(
     # Rows past the end have weights exp(-inf) = 0, masked or not.
     b_lse = tl.load(lse2 + i_row + o_m, mask=m_m, other=float("inf"))
     b_last, b_first = _key_limits(q_lo + limits, q_hi + limits, o_m, m_m, key, key_step, HAS_LO)
-    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    qk_scale = softmax_scale * LOG2E
-    for i in range(0, full_hi - full_lo):
-        b_dq = dq_step(
-            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, full_lo + i, keys, step_ks, step_vs,
-            qk_scale, b_last, b_first, None, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
-        )  # fmt: skip
-    for i in range(0, (full_lo - lo) + (hi - full_hi)):
-        i_n = nth_masked(i, lo, full_lo, full_hi)
-        b_dq = dq_step(
-            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, keys, step_ks, step_vs, qk_scale,
-            b_last, b_first, None, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
-        )  # fmt: skip
+    b_dq = dq_loop(
+        b_q, b_dout, b_lse, b_delta, k, v, at, lo, full_lo, full_hi, hi, keys, step_ks, step_vs,
+        softmax_scale * LOG2E, b_last, b_first, None, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
+        STEP > 0,
+    )  # fmt: skip
     b_dq = b_dq * softmax_scale
     store_tile(p_dq, b_dq, start, rows, row_step * stride_ds, BLOCK_M, HEAD_DIM, BLOCK_D)
 
@@ -182,9 +178,12 @@ def _pieces_bwd_dkv_kernel(
     stride_vb, stride_vs, stride_vh, stride_dout_b, stride_dout_s, stride_dout_h,
     stride_db, stride_ds, stride_dh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, EVEN_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv of a tile of keys from all rows that see it."""
+    """Compute dk and dv of a tile of keys from all rows that see it.
+
+    STEP: of rows, if q and dout are descriptors; else 0.
+    """
     i_b = tl.program_id(1).to(tl.int64)
     p = programs + tl.program_id(0) * KEY_COLUMNS
     i_hk = tl.load(p).to(tl.int64)
@@ -210,34 +209,37 @@ def _pieces_bwd_dkv_kernel(
         for i_g in range(0, heads):
             i_h = i_hk * GROUP + head + i_g
             i_row = (i_b * nheads + i_h) * seqlen + slot
-            p_q = q + i_b * stride_qb + i_h * stride_qh + row * stride_qs
-            p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h + row * stride_dout_s
-            for i in range(0, full_hi - full_lo):
-                b_dk, b_dv = dkv_step(
-                    b_k, b_v, b_dk, b_dv, p_q, p_dout, lse2 + i_row, delta + i_row, full_lo + i,
-                    rows, row_step * stride_qs, row_step * stride_dout_s, qk_scale, q_hi + limits,
-                    q_lo + limits, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M,
-                    False,
-                )  # fmt: skip
-            for i in range(0, (full_lo - lo) + (hi - full_hi)):
-                i_m = nth_masked(i, lo, full_lo, full_hi)
-                b_dk, b_dv = dkv_step(
-                    b_k, b_v, b_dk, b_dv, p_q, p_dout, lse2 + i_row, delta + i_row, i_m, rows,
-                    row_step * stride_qs, row_step * stride_dout_s, qk_scale, q_hi + limits,
-                    q_lo + limits, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M,
-                    True,
-                )  # fmt: skip
+            of_q, of_dout, at = loop_sources(
+                q, dout, i_b, i_h, row, STEP, stride_qb, stride_qs, stride_qh, stride_dout_b,
+                stride_dout_s, stride_dout_h, STEP > 0,
+            )  # fmt: skip
+            b_dk, b_dv = dkv_loop(
+                b_k, b_v, b_dk, b_dv, of_q, of_dout, at, lse2 + i_row, delta + i_row, lo, full_lo,
+                full_hi, hi, rows, row_step * stride_qs, row_step * stride_dout_s, qk_scale,
+                q_hi + limits, q_lo + limits, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
+                EVEN_M, STEP > 0,
+            )  # fmt: skip
     b_dk = b_dk * softmax_scale
     o_own = i_b * stride_db + i_hk * stride_dh + first * stride_ds
     store_tile(dk + o_own, b_dk, start, keys, step * stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
     store_tile(dv + o_own, b_dv, start, keys, step * stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
-def launches_for(x: Tensor) -> Launches:
-    """Return the tiles for tensors like x `[b, s, h, d]`: those of full attention."""
-    return Launches(
-        choose_launch(FWD, x, FWD_HOPPER), choose_launch(BWD_DQ, x), choose_launch(BWD_DKV, x)
-    )
+def launches_for(q: Tensor, k: Tensor, v: Tensor) -> tuple[Launches, Launches | None]:
+    """Return the tiles of full attention: by pointers, and by descriptors where tensors fit."""
+    fwd = choose_launch(FWD, q, FWD_HOPPER)
+    by_pointers = Launches(fwd, choose_launch(BWD_DQ, q), choose_launch(BWD_DKV, q))
+    if not use_descriptors(k, v):
+        return by_pointers, None
+    dq, dkv = choose_launch(BWD_DQ, q, BWD_DQ_HOPPER), choose_launch(BWD_DKV, q, BWD_DKV_HOPPER)
+    return by_pointers, Launches(fwd, dq, dkv)
+
+
+def _sources(step: int, block: int, x: Tensor, y: Tensor) -> tuple[int, Sequence[Any]]:
+    """Return STEP of a kernel, and x and y or their descriptors."""
+    if step and use_descriptors(x, y, step=step):
+        return step, make_descriptors(block, x, y, step=step)
+    return 0, (x, y)
 
 
 def pieces_fwd(
@@ -253,11 +255,12 @@ def pieces_fwd(
     batch, seqlen, nheads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse2 = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)
+    step, keys = _sources(tables.key_step, tables.launches.fwd.block_n, k, v)
     with launch_context(q):
         _pieces_fwd_kernel[(len(tables.fwd), batch)](
-            q, k, v, out, lse2, tables.q_lo, tables.q_hi, tables.fwd, softmax_scale * LOG2E.value,
+            q, *keys, out, lse2, tables.q_lo, tables.q_hi, tables.fwd, softmax_scale * LOG2E.value,
             seqlen, nheads, *strides(q, k, v, out), **head_constants(q, k), HAS_LO=tables.has_lo,
-            **tables.launches.fwd.options(),
+            STEP=step, **tables.launches.fwd.options(),
         )  # fmt: skip
     return out, lse2
 
@@ -274,13 +277,17 @@ def pieces_bwd(
     numbers = (float(softmax_scale), seqlen, nheads)
     sizes = head_constants(q, k) | {"HAS_LO": tables.has_lo}
     limits, launches = (tables.q_lo, tables.q_hi), tables.launches
+    key_step, keys = _sources(tables.key_step, launches.dq.block_n, k, v)
+    row_step, rows = _sources(tables.row_step, launches.dkv.block_m, q, dout)
     with launch_context(q):
         _pieces_bwd_dq_kernel[(len(tables.dq), batch)](
-            q, k, v, out, dout, lse2, delta, dq, *limits, tables.dq, *numbers,
-            *strides(q, k, v, out, dout, dq), **sizes, **launches.dq.options(),
+            q, *keys, out, dout, lse2, delta, dq, *limits, tables.dq, *numbers,
+            *strides(q, k, v, out, dout, dq), **sizes, STEP=key_step,
+            **launches.dq.options(),
         )  # fmt: skip
         _pieces_bwd_dkv_kernel[(len(tables.dkv), batch)](
-            q, k, v, dout, lse2, delta, dk, dv, *limits, tables.dkv, tables.runs, *numbers,
-            *strides(q, k, v, dout, dk), **sizes, EVEN_M=tables.even_m, **launches.dkv.options(),
+            rows[0], k, v, rows[1], lse2, delta, dk, dv, *limits, tables.dkv, tables.runs, *numbers,
+            *strides(q, k, v, dout, dk), **sizes, EVEN_M=tables.even_m, STEP=row_step,
+            **launches.dkv.options(),
         )  # fmt: skip
     return dq, dk, dv

@@ -1,5 +1,6 @@
 """Make the work tables of `pieces` on the host, in a few tensor operations however many pieces."""
 
+from collections.abc import Sequence
 from math import lcm
 from typing import NamedTuple
 
@@ -13,12 +14,21 @@ from lcdist_kernels.triton_common import Launch
 SIZE_CLASSES = 16
 
 
-def make_tables(work: Work, launches: Launches, place: DeviceStream) -> WorkTables:
-    """Return the tables of the work on the device; takes time in proportion to the length."""
+def make_tables(
+    work: Work, launches: Launches, place: DeviceStream, described: Launches | None = None
+) -> WorkTables:
+    """Return the tables of the work on the device; takes time in proportion to the length.
+
+    described: tiles that take the place of `launches` where keys can have descriptors.
+    """
+    seeing = [piece for piece in work.pieces if len(piece.keys)]
+    seqlen = work.q_lo.shape[1]
+    key_step = _common_step([piece.keys for piece in seeing], seqlen)
+    if described and key_step:
+        launches = described
     pieces = PieceColumns.of(work)
     programs, runs = key_programs(work, pieces, launches.dkv)
     block_m = launches.dkv.block_m
-    seeing = [piece for piece in work.pieces if len(piece.keys)]
     tables = (
         pieces.q_lo.view_as(work.q_lo),
         pieces.q_hi.view_as(work.q_hi),
@@ -31,8 +41,17 @@ def make_tables(work: Work, launches: Launches, place: DeviceStream) -> WorkTabl
         *(send(table.to(torch.int32), place) for table in tables),
         has_lo=bool(work.q_lo.max() > 0),
         even_m=all(len(piece.rows) % block_m == 0 for piece in seeing),
+        key_step=key_step,
+        row_step=_common_step([piece.rows for piece in seeing], seqlen),
         launches=launches,
     )
+
+
+def _common_step(places: Sequence[range], seqlen: int) -> int:
+    """Return the step of all ranges of more than one token; 0 if they have none that fits."""
+    steps = {each.step for each in places if len(each) > 1} or {1}
+    step = steps.pop()
+    return 0 if steps or seqlen % step else step
 
 
 class PieceColumns(NamedTuple):

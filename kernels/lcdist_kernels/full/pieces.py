@@ -76,6 +76,8 @@ class WorkTables(NamedTuple):
         dkv: int32 `[programs, len(KeyProgram._fields)]`. runs: int32 `[runs, len(Run._fields)]`.
         has_lo: whether q_lo may hide a key.
         even_m: whether no tile of rows in dkv goes past the end of a piece.
+        key_step, row_step: the step of all pieces' keys and rows, as a descriptor needs; 0 if they
+            differ or do not divide the sequence.
     """
 
     q_lo: Tensor
@@ -86,6 +88,8 @@ class WorkTables(NamedTuple):
     runs: Tensor
     has_lo: bool
     even_m: bool
+    key_step: int
+    row_step: int
     launches: Launches
 
 

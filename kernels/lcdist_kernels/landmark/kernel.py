@@ -285,8 +285,8 @@ def _past_dkv_step(
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
     b_q, b_dout, b_lse, b_delta = load_query_tile(
-        p_q, p_dout, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s, HEAD_DIM, BLOCK_D,
-        BLOCK_M, EVEN_M,
+        p_q, p_dout, None, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s, HEAD_DIM,
+        BLOCK_D, BLOCK_M, EVEN_M, False,
     )  # fmt: skip
     m_visible = b_lse
     if MASKED:
@@ -321,8 +321,8 @@ def _own_dkv_step(
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < seqlen_q
     b_q, b_dout, b_lse, b_delta = load_query_tile(
-        p_q, p_dout, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s, HEAD_DIM, BLOCK_D,
-        BLOCK_M, EVEN_M,
+        p_q, p_dout, None, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s, HEAD_DIM,
+        BLOCK_D, BLOCK_M, EVEN_M, False,
     )  # fmt: skip
     b_last, b_lo = load_limits(own_last, own_lo, o_m, m_m, True)
     m_visible = is_visible(b_last[:, None], b_lo[:, None], b_k_idx[None, :], True)

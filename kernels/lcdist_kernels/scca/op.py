@@ -85,7 +85,8 @@ def scca_attention(
     scale = resolve_scale(softmax_scale, q.shape[3])
     if implementation is TRITON_IMPL and q.numel():
         documents = document_borders(cu_seqlens, q.shape[1])
-        plan = (tuple(rules), k.shape[2], q.shape[1], documents, launches_for(q), device_stream(q))
+        launches = launches_for(q, k, v)
+        plan = (tuple(rules), k.shape[2], q.shape[1], documents, launches, device_stream(q))
         return PiecesFunction.apply(q, k, v, plan, scale)
     parts = self_parts(head_groups(rules, k.shape[2]), starts, implementation)
     grouped = q.unflatten(2, (k.shape[2], -1))

@@ -41,16 +41,18 @@ def scca_tables(
     nheads_kv: int,
     seqlen: int,
     documents: tuple[int, ...] | None,
-    launches: Launches,
+    launches: tuple[Launches, Launches | None],
     place: DeviceStream,
 ) -> WorkTables:
     """Return the work tables of a sequence over itself.
 
-    rules: one per query head. documents: document borders; None for one document.
+    rules: one per query head. documents: document borders; None for one document. launches: as
+    `launches_for` returns them.
     """
     borders = None if documents is None else torch.tensor(documents)
     starts = document_starts(borders, torch.arange(seqlen), seqlen)
-    return make_tables(work_of(rules, nheads_kv, starts), launches, place)
+    by_pointers, described = launches
+    return make_tables(work_of(rules, nheads_kv, starts), by_pointers, place, described)
 
 
 def work_of(rules: Sequence[Rule], nheads_kv: int, starts: Tensor) -> Work:

@@ -1,0 +1,139 @@
+"""Descriptors: which tensors have one, and that kernels give the bits that pointers give.
+
+Without a GPU kernels run in Triton's interpreter, which loads by descriptors too.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lcdist_kernels import descriptors, full_attention, scca_attention
+from lcdist_kernels.descriptors import descriptors_set, make_descriptors, use_descriptors
+from lcdist_kernels.scca import Rule
+from tests.kernels.helpers import HERE
+from tests.kernels.test_full import borders, with_grads
+from tests.kernels.tiers import tiered
+
+STEPS = {
+    # Rules whose keys and rows are all 1, or all 4, tokens apart; keys alone 4 apart; and mixed.
+    "near": (Rule("chunk", 16, 8), Rule("fold", 16, 48)),
+    "far": (Rule("pair", 4, 1), Rule("pair", 4, 3)),
+    "far keys": (Rule("key", 4, 2), Rule("key", 4, 1)),
+    "mixed": (Rule("pair", 4, 1), Rule("chunk", 16, 8)),
+}
+
+
+def half(seqlen: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """Return q, k and v of 4 and 2 heads, as leaves that are views of one tensor."""
+    home = torch.randn(1, seqlen, 8, head_dim, dtype=dtype, device=HERE)
+    return [x.requires_grad_() for x in home.split((4, 2, 2), 2)]
+
+
+def assert_same_bits_by_descriptors(
+    attend: Callable[..., Tensor], qkv: list[Tensor], monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Assert that results and gradients are the same, and that `count` descriptors were made."""
+    dout, made = torch.randn_like(qkv[0]), []
+    build = descriptors.TensorDescriptor
+
+    def counting(*args: Any) -> Any:
+        made.append(args)
+        return build(*args)
+
+    monkeypatch.setattr(descriptors, "TensorDescriptor", counting)
+    with descriptors_set(False):
+        expected = with_grads(attend(*qkv), qkv, dout)
+    assert not made
+    with descriptors_set(True):
+        got = with_grads(attend(*qkv), qkv, dout)
+    assert len(made) == count
+    assert all(torch.isfinite(x).all() for x in got)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "head_dim", "packed", "dtype"),
+    tiered(
+        [
+            (150, 16, True, torch.bfloat16),
+            (128, 32, False, torch.float16),
+            (63, 64, False, torch.bfloat16),
+            (150, 16, False, torch.float16),
+        ],
+        {0, 1},
+    ),
+)
+def test_full_attention(
+    seqlen: int, head_dim: int, packed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cu_seqlens = borders(seqlen) if packed else None
+    assert_same_bits_by_descriptors(
+        lambda *qkv: full_attention(*qkv, cu_seqlens=cu_seqlens, impl="triton"),
+        half(seqlen, head_dim, dtype),
+        monkeypatch,
+        6,
+    )
+
+
+# By descriptors: keys forward, keys and rows backward, two tensors each; none where steps differ.
+@pytest.mark.parametrize(
+    ("steps", "seqlen", "packed", "count"),
+    tiered(
+        [
+            ("near", 150, False, 6),
+            ("far", 200, True, 6),
+            ("far keys", 200, False, 6),
+            ("far", 150, False, 0),
+            ("mixed", 100, True, 0),
+            ("near", 128, True, 6),
+        ],
+        {0, 1, 2, 4},
+    ),
+)
+def test_pieces(
+    steps: str, seqlen: int, packed: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = STEPS[steps] * 2
+    cu_seqlens = borders(seqlen) if packed else None
+    assert_same_bits_by_descriptors(
+        lambda *qkv: scca_attention(*qkv, rules=rules, cu_seqlens=cu_seqlens, impl="triton"),
+        half(seqlen, 16, torch.bfloat16),
+        monkeypatch,
+        count,
+    )
+
+
+def test_which_tensors_have_one() -> None:
+    home = torch.zeros(2, 24, 4, 40, dtype=torch.float16)
+    fitting = home[..., :32]
+    unfit = {
+        "float32": fitting.float(),
+        "head_dim 40, a tile has 64": home,
+        "odd head_dim of the storage": torch.zeros(2, 24, 4, 34).half()[..., :32],
+        "begins inside of 16 bytes": home[..., 2:34],
+        "features apart": fitting.transpose(2, 3).contiguous().transpose(2, 3),
+        "one token for all": fitting[:, :1].expand(-1, 24, -1, -1),
+    }
+    with descriptors_set(True):
+        assert use_descriptors(fitting, fitting[:, 1:])
+        assert use_descriptors(fitting, step=4) and not use_descriptors(fitting, step=5)
+        assert not {name for name, x in unfit.items() if use_descriptors(fitting, x)}
+    assert not use_descriptors(fitting) or fitting.is_cuda
+    (made,) = make_descriptors(16, fitting, step=4)
+    assert (made.shape, made.block_shape) == ([2, 6, 4, 4, 32], [1, 16, 1, 1, 32])
+    assert made.strides == [24 * 160, 4 * 160, 160, 40, 1]
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [(8, False), (9, True), (10, False)])
+def test_which_gpus_use_them(
+    capability: int, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(descriptors, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    x = torch.zeros(1, 24, 4, 32, dtype=torch.float16)
+    assert use_descriptors(x) is wanted
+    monkeypatch.setattr(descriptors, "interpreting", lambda: True)
+    assert not use_descriptors(x)
