@@ -4,7 +4,7 @@ The formulas are in `full.kernel`; the tables of a band come from `tile_ranges`.
 tile in registers, p_* a pointer, m_* a mask, o_* an offset, i_* a program or tile number.
 """
 # Python's type checkers do not know `tl.constexpr` arguments.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
