@@ -172,8 +172,12 @@ def strides(*tensors: Tensor) -> list[int]:
 
 def head_constants(q: Tensor, k: Tensor) -> dict[str, int]:
     """Return the kernel constants of the heads of q `[b, s, h, d]` and k `[b, s, h_kv, d]`."""
-    head_dim = q.shape[3]
-    return {"GROUP": q.shape[2] // k.shape[2], "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
+    return {"GROUP": q.shape[2] // k.shape[2], **dim_constants(q)}
+
+
+def dim_constants(q: Tensor) -> dict[str, int]:
+    """Return the kernel constants of the head_dim of q `[b, s, h, d]`."""
+    return {"HEAD_DIM": q.shape[3], "BLOCK_D": padded(q.shape[3])}
 
 
 @contextmanager

@@ -73,21 +73,9 @@ def test_programs_compute_what_is_visible_once(
     mask = dense_mask(rules, index, starts, index, starts)
     block_m, block_n = tiles
     by_rows, owned = Seen(len(rules), seqlen), torch.zeros(len(rules), seqlen)
-    for (
-        head,
-        row,
-        row_step,
-        rows,
-        *_,
-        start,
-        key,
-        key_step,
-        keys,
-        lo,
-        a,
-        b,
-        hi,
-    ) in tables.fwd.tolist():
+    for program in tables.fwd.tolist():
+        head, kv, row, row_step, rows, _, _, start, key, key_step, keys, lo, a, b, hi = program
+        assert kv == head * nheads_kv // len(rules)
         own = tokens(row, row_step, rows, start, start + block_m)
         owned[head, own] += 1
         for tile in range(lo, hi):
@@ -98,7 +86,8 @@ def test_programs_compute_what_is_visible_once(
     by_rows.check(mask)
     by_keys, owned = Seen(len(rules), seqlen), torch.zeros(nheads_kv, seqlen)
     group, runs = len(rules) // nheads_kv, tables.runs.tolist()
-    for kv, key, key_step, keys, start, begin, end in tables.dkv.tolist():
+    for kv, query_head, key, key_step, keys, start, begin, end in tables.dkv.tolist():
+        assert query_head == kv * group
         own = tokens(key, key_step, keys, start, start + block_m)
         owned[kv, own] += 1
         for head, heads, row, row_step, rows, _, _, lo, a, b, hi in runs[begin:end]:
@@ -118,19 +107,8 @@ def test_limits_by_slot_are_those_of_the_rules(packed: bool) -> None:
     tables = tables_of(MIXED, 4, starts, 16, 16)
     mask = dense_mask(MIXED, index, starts, index, starts)
     q_lo, q_hi = tables.q_lo.flatten(), tables.q_hi.flatten()
-    for (
-        head,
-        row,
-        row_step,
-        rows,
-        slot,
-        limits,
-        start,
-        key,
-        key_step,
-        keys,
-        *_,
-    ) in tables.fwd.tolist():
+    for program in tables.fwd.tolist():
+        head, _, row, row_step, rows, slot, limits, start, key, key_step, keys, *_ = program
         own, there = (
             tokens(*one, 0, seqlen) for one in ((row, row_step, rows), (key, key_step, keys))
         )
@@ -173,7 +151,7 @@ def costs_of(tables: WorkTables) -> dict[str, list[int]]:
     """Return the steps of each program, and 3 for its start and end."""
     steps = tables.runs[:, 1] * (tables.runs[:, -1] - tables.runs[:, -4])
     before = torch.cat((steps.new_zeros(1), steps.cumsum(0).to(steps.dtype)))
-    begin, end = tables.dkv[:, 5:].long().T
+    begin, end = tables.dkv[:, 6:].long().T
     return {
         "dkv": (before[end] - before[begin] + 3).tolist(),
         **{

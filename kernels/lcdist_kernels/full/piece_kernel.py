@@ -35,12 +35,13 @@ from lcdist_kernels.softmax_steps import (
     fwd_loop,
     load_range,
     loop_sources,
+    merge_partials,
     store_delta,
 )
 from lcdist_kernels.triton_common import (
     LOG2E,
     choose_launch,
-    head_constants,
+    dim_constants,
     last_dim_contiguous,
     launch_context,
     load_tile,
@@ -57,10 +58,13 @@ RUN_COLUMNS = tl.constexpr(len(Run._fields))
 def _load_rows(programs):
     """Return the columns of this program's `RowProgram` before its range of key tiles."""
     p = programs + tl.program_id(0) * ROW_COLUMNS
-    head, row, row_step, rows = tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3)
-    slot, limits, start = tl.load(p + 4), tl.load(p + 5), tl.load(p + 6)
-    key, key_step, keys = tl.load(p + 7), tl.load(p + 8), tl.load(p + 9)
-    return p + 10, head.to(tl.int64), row, row_step, rows, slot, limits, start, key, key_step, keys
+    head, key_head = tl.load(p).to(tl.int64), tl.load(p + 1).to(tl.int64)
+    row, row_step, rows = tl.load(p + 2).to(tl.int64), tl.load(p + 3).to(tl.int64), tl.load(p + 4)
+    slot, limits, start = tl.load(p + 5), tl.load(p + 6), tl.load(p + 7)
+    key, key_step, keys = tl.load(p + 8), tl.load(p + 9), tl.load(p + 10)
+    return (
+        p + 11, head, key_head, row, row_step, rows, slot, limits, start, key, key_step, keys
+    )  # fmt: skip
 
 
 @triton.jit
@@ -81,24 +85,27 @@ def _key_limits(q_lo, q_hi, o_m, m_m, key, key_step, HAS_LO: tl.constexpr):
 
 @triton.jit
 def _pieces_fwd_kernel(
-    q, k, v, out, lse2,
+    q, k, v, out, lse, lse2,
     q_lo, q_hi, programs,
     qk_scale, seqlen, nheads,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, STEP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, MERGE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Compute out and lse2 of a tile of rows. STEP: of keys, if k and v are descriptors; else 0."""
+    """Compute out of a tile of rows, and lse2 by slot or lse by row; the other is None.
+
+    MERGE: out and lse hold the partial over other keys, which this one is merged with. STEP: of
+    keys, if k and v are descriptors; else 0.
+    """
     i_b = tl.program_id(1).to(tl.int64)
-    p_range, i_h, row, row_step, rows, slot, limits, start, key, key_step, keys = _load_rows(
+    p_range, i_h, i_hk, row, row_step, rows, slot, limits, start, key, key_step, keys = _load_rows(
         programs
     )
     lo, full_lo, full_hi, hi = load_range(p_range, 0)
-    row, row_step = row.to(tl.int64), row_step.to(tl.int64)
     p_q = q + i_b * stride_qb + i_h * stride_qh + row * stride_qs
     k, v, at = loop_sources(
-        k, v, i_b, i_h // GROUP, key.to(tl.int64), STEP, stride_kb, stride_ks, stride_kh, stride_vb,
+        k, v, i_b, i_hk, key.to(tl.int64), STEP, stride_kb, stride_ks, stride_kh, stride_vb,
         stride_vs, stride_vh, STEP > 0,
     )  # fmt: skip
     step_ks, step_vs = key_step.to(tl.int64) * stride_ks, key_step.to(tl.int64) * stride_vs
@@ -113,42 +120,53 @@ def _pieces_fwd_kernel(
         None, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, STEP > 0,
     )  # fmt: skip
     b_out, b_lse = finish_softmax(b_out, b_max, b_sum)
-    i_row = (i_b * nheads + i_h) * seqlen + slot
-    tl.store(lse2 + i_row + o_m, b_lse * LOG2E, mask=m_m)
+    i_row = (i_b * nheads + i_h) * seqlen
+    if lse is None:
+        tl.store(lse2 + i_row + slot + o_m, b_lse * LOG2E, mask=m_m)
+    else:
+        p_lse = lse + i_row + row + row_step * o_m
+        if MERGE:
+            b_before = load_tile(
+                p_out, start, rows, row_step * stride_os, BLOCK_M, HEAD_DIM, BLOCK_D, False
+            )
+            b_lse_before = tl.load(p_lse, mask=m_m, other=float("-inf"))
+            b_out, b_lse = merge_partials(b_out, b_lse, b_before.to(tl.float32), b_lse_before)
+        tl.store(p_lse, b_lse, mask=m_m)
     store_tile(p_out, b_out, start, rows, row_step * stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _pieces_bwd_dq_kernel(
-    q, k, v, out, dout, lse2, delta, dq,
+    q, k, v, out, dout, lse, lse2, delta, dq,
     q_lo, q_hi, programs,
     softmax_scale, seqlen, nheads,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
     stride_dout_b, stride_dout_s, stride_dout_h, stride_db, stride_ds, stride_dh,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, STEP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, ADD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of a tile of rows, and delta, which the kernel for dk and dv reads.
+    """Compute dq of a tile of rows, and delta by slot, which the kernel for dk and dv reads.
 
+    lse: by row, from which lse2 by slot is made here; None: lse2 is there. ADD: to what dq holds.
     STEP: as in `_pieces_fwd_kernel`.
     """
     i_b = tl.program_id(1).to(tl.int64)
-    p_range, i_h, row, row_step, rows, slot, limits, start, key, key_step, keys = _load_rows(
+    p_range, i_h, i_hk, row, row_step, rows, slot, limits, start, key, key_step, keys = _load_rows(
         programs
     )
     lo, full_lo, full_hi, hi = load_range(p_range, 0)
-    row, row_step = row.to(tl.int64), row_step.to(tl.int64)
     p_q = q + i_b * stride_qb + i_h * stride_qh + row * stride_qs
     k, v, at = loop_sources(
-        k, v, i_b, i_h // GROUP, key.to(tl.int64), STEP, stride_kb, stride_ks, stride_kh, stride_vb,
+        k, v, i_b, i_hk, key.to(tl.int64), STEP, stride_kb, stride_ks, stride_kh, stride_vb,
         stride_vs, stride_vh, STEP > 0,
     )  # fmt: skip
     step_ks, step_vs = key_step.to(tl.int64) * stride_ks, key_step.to(tl.int64) * stride_vs
     p_out = out + i_b * stride_ob + i_h * stride_oh + row * stride_os
     p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h + row * stride_dout_s
     p_dq = dq + i_b * stride_db + i_h * stride_dh + row * stride_ds
-    i_row = (i_b * nheads + i_h) * seqlen + slot
+    i_head = (i_b * nheads + i_h) * seqlen
+    i_row = i_head + slot
 
     o_m = start + tl.arange(0, BLOCK_M)
     m_m = o_m < rows
@@ -158,7 +176,11 @@ def _pieces_bwd_dq_kernel(
     )  # fmt: skip
     b_q = load_tile(p_q, start, rows, row_step * stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     # Rows past the end have weights exp(-inf) = 0, masked or not.
-    b_lse = tl.load(lse2 + i_row + o_m, mask=m_m, other=float("inf"))
+    if lse is None:
+        b_lse = tl.load(lse2 + i_row + o_m, mask=m_m, other=float("inf"))
+    else:
+        b_lse = tl.load(lse + i_head + row + row_step * o_m, mask=m_m, other=float("inf")) * LOG2E
+        tl.store(lse2 + i_row + o_m, b_lse, mask=m_m)
     b_last, b_first = _key_limits(q_lo + limits, q_hi + limits, o_m, m_m, key, key_step, HAS_LO)
     b_dq = dq_loop(
         b_q, b_dout, b_lse, b_delta, k, v, at, lo, full_lo, full_hi, hi, keys, step_ks, step_vs,
@@ -166,6 +188,10 @@ def _pieces_bwd_dq_kernel(
         STEP > 0,
     )  # fmt: skip
     b_dq = b_dq * softmax_scale
+    if ADD:
+        b_dq += load_tile(
+            p_dq, start, rows, row_step * stride_ds, BLOCK_M, HEAD_DIM, BLOCK_D, False
+        ).to(tl.float32)
     store_tile(p_dq, b_dq, start, rows, row_step * stride_ds, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
@@ -177,8 +203,8 @@ def _pieces_bwd_dkv_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh, stride_dout_b, stride_dout_s, stride_dout_h,
     stride_db, stride_ds, stride_dh,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, STEP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of a tile of keys from all rows that see it.
 
@@ -186,9 +212,9 @@ def _pieces_bwd_dkv_kernel(
     """
     i_b = tl.program_id(1).to(tl.int64)
     p = programs + tl.program_id(0) * KEY_COLUMNS
-    i_hk = tl.load(p).to(tl.int64)
-    key, key_step, keys, start = tl.load(p + 1), tl.load(p + 2), tl.load(p + 3), tl.load(p + 4)
-    runs_begin, runs_end = tl.load(p + 5), tl.load(p + 6)
+    i_hk, i_first = tl.load(p).to(tl.int64), tl.load(p + 1).to(tl.int64)
+    key, key_step, keys, start = tl.load(p + 2), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5)
+    runs_begin, runs_end = tl.load(p + 6), tl.load(p + 7)
     first, step = key.to(tl.int64), key_step.to(tl.int64)
 
     o_n = start + tl.arange(0, BLOCK_N)
@@ -207,7 +233,7 @@ def _pieces_bwd_dkv_kernel(
         slot, limits = tl.load(p + 5), tl.load(p + 6)
         lo, full_lo, full_hi, hi = load_range(p + 7, 0)
         for i_g in range(0, heads):
-            i_h = i_hk * GROUP + head + i_g
+            i_h = i_first + head + i_g
             i_row = (i_b * nheads + i_h) * seqlen + slot
             of_q, of_dout, at = loop_sources(
                 q, dout, i_b, i_h, row, STEP, stride_qb, stride_qs, stride_qh, stride_dout_b,
@@ -249,20 +275,40 @@ def pieces_fwd(
 
     q, k, v: tensors that kernels take, with at least one token; k, v `[b, s, h_kv, d]`.
     """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse2 = torch.empty((len(q), q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+    _fwd(q, k, v, tables, softmax_scale, out, None, lse2)
+    return out, lse2
+
+
+def partial_fwd(
+    q: Tensor, k: Tensor, v: Tensor, tables: WorkTables, softmax_scale: float,
+    partial: tuple[Tensor, Tensor], *, merge: bool,
+) -> None:  # fmt: skip
+    """Write the partial of q over k to (out like q, lse fp32 `[b, h, s]`).
+
+    k, v: `[b, s_k, h_k, d]`. merge: with the partial over other keys that is there.
+    """
+    if tables.fwd.numel():
+        _fwd(q, k, v, tables, softmax_scale, *partial, None, merge=merge)
+
+
+def _fwd(
+    q: Tensor, k: Tensor, v: Tensor, tables: WorkTables, softmax_scale: float, out: Tensor,
+    lse: Tensor | None, lse2: Tensor | None, *, merge: bool = False,
+) -> None:  # fmt: skip
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale
     q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     batch, seqlen, nheads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse2 = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)
     step, keys = _sources(tables.key_step, tables.launches.fwd.block_n, k, v)
     with launch_context(q):
         _pieces_fwd_kernel[(len(tables.fwd), batch)](
-            q, *keys, out, lse2, tables.q_lo, tables.q_hi, tables.fwd, softmax_scale * LOG2E.value,
-            seqlen, nheads, *strides(q, k, v, out), **head_constants(q, k), HAS_LO=tables.has_lo,
-            STEP=step, **tables.launches.fwd.options(),
+            q, *keys, out, lse, lse2, tables.q_lo, tables.q_hi, tables.fwd,
+            softmax_scale * LOG2E.value, seqlen, nheads, *strides(q, k, v, out),
+            **dim_constants(q), HAS_LO=tables.has_lo, MERGE=merge, STEP=step,
+            **tables.launches.fwd.options(),
         )  # fmt: skip
-    return out, lse2
 
 
 def pieces_bwd(
@@ -270,24 +316,46 @@ def pieces_bwd(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (dq, dk, dv) of `pieces_fwd`, in the dtype of q."""
+    dq, dk, dv = grads = tuple(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)
+    )
+    _bwd(dout, q, k, v, out, None, lse2, tables, softmax_scale, grads)
+    return dq, dk, dv
+
+
+def partial_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tables: WorkTables,
+    softmax_scale: float, grads: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Add the share of dq that passes through k to dq, and write that of dk and dv.
+
+    out, lse: of the whole rows, as `partial_fwd`. grads: dq, dk and dv, in any floating dtype.
+    """
+    _bwd(dout, q, k, v, out, lse, torch.empty_like(lse), tables, softmax_scale, grads, add=True)
+
+
+def _bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, lse2: Tensor,
+    tables: WorkTables, softmax_scale: float, grads: tuple[Tensor, ...], *, add: bool = False,
+) -> None:  # fmt: skip
     q, k, v, out, dout = (last_dim_contiguous(x) for x in (q, k, v, out, dout.to(q.dtype)))
     batch, seqlen, nheads, _ = q.shape
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = grads
     delta = torch.empty_like(lse2)
     numbers = (float(softmax_scale), seqlen, nheads)
-    sizes = head_constants(q, k) | {"HAS_LO": tables.has_lo}
+    sizes = dim_constants(q) | {"HAS_LO": tables.has_lo}
     limits, launches = (tables.q_lo, tables.q_hi), tables.launches
     key_step, keys = _sources(tables.key_step, launches.dq.block_n, k, v)
     row_step, rows = _sources(tables.row_step, launches.dkv.block_m, q, dout)
     with launch_context(q):
-        _pieces_bwd_dq_kernel[(len(tables.dq), batch)](
-            q, *keys, out, dout, lse2, delta, dq, *limits, tables.dq, *numbers,
-            *strides(q, k, v, out, dout, dq), **sizes, STEP=key_step,
-            **launches.dq.options(),
-        )  # fmt: skip
+        if tables.dq.numel():
+            _pieces_bwd_dq_kernel[(len(tables.dq), batch)](
+                q, *keys, out, dout, lse, lse2, delta, dq, *limits, tables.dq, *numbers,
+                *strides(q, k, v, out, dout, dq), **sizes, ADD=add, STEP=key_step,
+                **launches.dq.options(),
+            )  # fmt: skip
         _pieces_bwd_dkv_kernel[(len(tables.dkv), batch)](
             rows[0], k, v, rows[1], lse2, delta, dk, dv, *limits, tables.dkv, tables.runs, *numbers,
             *strides(q, k, v, dout, dk), **sizes, EVEN_M=tables.even_m, STEP=row_step,
             **launches.dkv.options(),
         )  # fmt: skip
-    return dq, dk, dv

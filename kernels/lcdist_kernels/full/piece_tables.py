@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lcdist_kernels.full.pieces import Launches, Work, WorkTables
+from lcdist_kernels.full.pieces import NO_KEYS, Launches, Run, Work, WorkTables
 from lcdist_kernels.tile_ranges import DeviceStream, send, tiles_of_runs
 from lcdist_kernels.triton_common import Launch
 
 SIZE_CLASSES = 16
+# In place of a rule: a query head that reads another key head.
+NOT_READ = -1
 
 
 def make_tables(
@@ -22,8 +24,7 @@ def make_tables(
     described: tiles that take the place of `launches` where keys can have descriptors.
     """
     seeing = [piece for piece in work.pieces if len(piece.keys)]
-    seqlen = work.q_lo.shape[1]
-    key_step = _common_step([piece.keys for piece in seeing], seqlen)
+    key_step = _common_step([piece.keys for piece in seeing], work.num_keys)
     if described and key_step:
         launches = described
     pieces = PieceColumns.of(work)
@@ -42,16 +43,16 @@ def make_tables(
         has_lo=bool(work.q_lo.max() > 0),
         even_m=all(len(piece.rows) % block_m == 0 for piece in seeing),
         key_step=key_step,
-        row_step=_common_step([piece.rows for piece in seeing], seqlen),
+        row_step=_common_step([piece.rows for piece in seeing], work.q_lo.shape[1]),
         launches=launches,
     )
 
 
-def _common_step(places: Sequence[range], seqlen: int) -> int:
+def _common_step(places: Sequence[range], count: int) -> int:
     """Return the step of all ranges of more than one token; 0 if they have none that fits."""
     steps = {each.step for each in places if len(each) > 1} or {1}
     step = steps.pop()
-    return 0 if steps or seqlen % step else step
+    return 0 if steps or count % step else step
 
 
 class PieceColumns(NamedTuple):
@@ -116,15 +117,21 @@ def row_programs(work: Work, pieces: PieceColumns, launch: Launch) -> Tensor:
     at, member = expand(counts[pieces.rule[piece]])
     first = (counts.cumsum(0) - counts)[pieces.rule[piece]]
     head = torch.tensor([h for heads in members for h in heads])[first[at] + member]
+    key_head = torch.tensor(work.key_heads)[head]
     columns = (
         pieces.row, pieces.row_step, pieces.rows, pieces.slot, pieces.limits, pieces.key,
         pieces.key_step, pieces.keys,
     )  # fmt: skip
     row, row_step, rows, slot, limits, *of_keys = (x[piece[at]] for x in columns)
     table = torch.stack(
-        (head, row, row_step, rows, slot, limits, start[at], *of_keys, *ranges[at].T), 1
+        (head, key_head, row, row_step, rows, slot, limits, start[at], *of_keys, *ranges[at].T), 1
     )
-    return table[longest_first(ranges[at, 3] - ranges[at, 0], head // work.group)]
+    steps = ranges[at, 3] - ranges[at, 0]
+    if not work.all_rows:
+        # dq makes the row statistics that dk and dv read, also of rows that see nothing.
+        kept = pieces.keys[piece[at]] > 0
+        table, key_head, steps = (x[kept] for x in (table, key_head, steps))
+    return table[longest_first(steps, key_head)]
 
 
 def _rules(work: Work) -> range:
@@ -137,6 +144,8 @@ def longest_first(steps: Tensor, head: Tensor) -> Tensor:
     Among programs that differ by less than a 16th of the longest, key heads take turns: what runs
     at one time then shares its keys, or its queries, in the L2 cache.
     """
+    if not len(steps):
+        return steps
     order = steps.argsort(stable=True, descending=True)
     order = order[head[order].argsort(stable=True)]
     classes = steps // max(int(steps.max()) // SIZE_CLASSES, 1)
@@ -152,10 +161,11 @@ def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
 class _KeyHeads(NamedTuple):
     """Key heads whose query heads follow the same rules.
 
-    numbers: the key heads. rules: of each one's query heads. step: of its tiles of keys.
+    numbers: each key head and its first query head. rules: of its `group` query heads, NOT_READ for
+    those that read another key head. step: of its tiles of keys.
     """
 
-    numbers: list[int]
+    numbers: list[tuple[int, int]]
     rules: tuple[int, ...]
     step: int
 
@@ -173,11 +183,18 @@ class _KeyHeads(NamedTuple):
 
 
 def _key_heads(work: Work) -> list[_KeyHeads]:
-    size = work.group
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for number in range(work.nheads_kv):
-        rules = tuple(work.heads[number * size : number * size + size])
-        alike.setdefault(rules, []).append(number)
+    first: dict[int, int] = {}
+    for head, key_head in enumerate(work.key_heads):
+        if key_head != NO_KEYS:
+            first.setdefault(key_head, head // work.group * work.group)
+    alike: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for number in range(work.nheads_k):
+        begin = first.get(number, 0)
+        rules = tuple(
+            work.heads[head] if work.key_heads[head] == number else NOT_READ
+            for head in range(begin, begin + work.group)
+        )
+        alike.setdefault(rules, []).append((number, begin))
     steps: dict[int, int] = {}
     for piece in work.pieces:
         if len(piece.keys):
@@ -190,13 +207,13 @@ def _key_heads(work: Work) -> list[_KeyHeads]:
 
 def key_programs(work: Work, pieces: PieceColumns, launch: Launch) -> tuple[Tensor, Tensor]:
     """Return a `KeyProgram` for each tile of keys and key head, longest first, and all `Run`s."""
-    seqlen, block_n = work.q_lo.shape[1], launch.block_n
-    search = _RowSearch(pieces, seqlen)
+    num_keys, block_n = work.num_keys, launch.block_n
+    search = _RowSearch(pieces, num_keys)
     programs, costs, runs, made = [], [], [], 0
     for alike in _key_heads(work):
         # The tokens of a residue modulo `step` are cut into tiles.
-        residue = torch.arange(min(alike.step, seqlen))
-        keys = -(-(seqlen - residue) // alike.step)
+        residue = torch.arange(min(alike.step, num_keys))
+        keys = -(-(num_keys - residue) // alike.step)
         tiles = -(-keys // block_n)
         own, at = _runs_of(alike, pieces, search, tiles, launch)
         count = int(tiles.sum())
@@ -207,8 +224,8 @@ def key_programs(work: Work, pieces: PieceColumns, launch: Launch) -> tuple[Tens
         step = torch.full_like(of, alike.step)
         columns = (residue[of], step, keys[of], tile * block_n, *(made + ends.unfold(0, 2, 1).T))
         table = torch.stack(columns, 1)
-        for number in alike.numbers:
-            programs.append(torch.cat((torch.full((count, 1), number), table), 1))
+        for heads in alike.numbers:
+            programs.append(torch.cat((torch.tensor([heads]).expand(count, 2), table), 1))
             costs.append(cost)
         runs.append(own)
         made += len(own)
@@ -226,6 +243,9 @@ def _runs_of(
     block_n, step = launch.block_n, alike.step
     mine = torch.isin(pieces.rule, torch.tensor(alike.rules)) & (pieces.keys > 0)
     piece = mine.nonzero().flatten()
+    if not len(piece):
+        none = torch.empty(0, dtype=torch.int64)
+        return none.new_empty(0, len(Run._fields)), none
     # Residues modulo `step` among those of a piece, then the tiles that reach into it.
     at, turn = expand(step // pieces.key_step[piece])
     piece = piece[at]
@@ -242,7 +262,7 @@ def _runs_of(
     piece, ranges = piece[seen], ranges[seen]
     number = ((tiles.cumsum(0) - tiles)[residue] + tile)[seen]
 
-    segments = {rule: alike.segments(rule) for rule in set(alike.rules)}
+    segments = {rule: alike.segments(rule) for rule in set(alike.rules) - {NOT_READ}}
     flat = torch.tensor([(rule, *s) for rule in segments for s in segments[rule]])
     counts = torch.zeros(int(pieces.rule.max()) + 1, dtype=torch.int64)
     counts.index_add_(0, flat[:, 0], torch.ones_like(flat[:, 0]))
@@ -258,12 +278,12 @@ def _runs_of(
 class _RowSearch:
     """Binary search in the limits of all pieces at once: those of piece p begin at p * stride."""
 
-    def __init__(self, pieces: PieceColumns, seqlen: int) -> None:
+    def __init__(self, pieces: PieceColumns, num_keys: int) -> None:
         owner, _ = expand(pieces.rows)
-        self._pieces, self._seqlen, self._stride = pieces, seqlen, seqlen + 2
-        # Limits outside the sequence are as good as those at its ends.
+        self._pieces, self._num_keys, self._stride = pieces, num_keys, num_keys + 2
+        # Limits outside the keys are as good as those at their ends.
         self._q_lo, self._q_hi = (
-            owner * self._stride + 1 + limit.clamp(-1, seqlen)
+            owner * self._stride + 1 + limit.clamp(-1, num_keys)
             for limit in (pieces.q_lo, pieces.q_hi)
         )
 
@@ -278,7 +298,7 @@ class _RowSearch:
         """Return the tiles of rows that see tiles of keys, as `query_ranges`: `[n, 4]`."""
         block_m, rows = launch.block_m, self._pieces.rows[piece]
         least = residue + step * launch.block_n * tile
-        keys_left = (self._seqlen - 1 - least) // step
+        keys_left = (self._num_keys - 1 - least) // step
         greatest = least + step * keys_left.clamp_max(launch.block_n - 1)
         whole = self._rows(self._q_lo, piece, least, right=True)
         return tiles_of_runs(

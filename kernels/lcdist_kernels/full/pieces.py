@@ -22,6 +22,9 @@ from torch import Tensor
 
 from lcdist_kernels.triton_common import Launch
 
+# In place of a key head: a query head that sees no key of the tensor.
+NO_KEYS = -1
+
 
 class Piece(NamedTuple):
     """Rows of one rule and the keys they may see, as token numbers.
@@ -35,26 +38,30 @@ class Piece(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Describe the attention of one sequence.
+    """Describe the attention of queries over a tensor of keys.
 
     Attributes:
         heads: the rule of each query head.
-        nheads_kv: key heads.
-        pieces: by rule; the rows of a rule's pieces are all tokens, each once.
+        key_heads: the head in the tensor of keys of each query head, NO_KEYS if it sees none; those
+            of one head are in one run of `group` query heads that begins at a multiple of it.
+        group: query heads of a key head.
+        nheads_k: heads of the tensor of keys.
+        num_keys: its tokens.
+        pieces: by rule; the rows of a rule's pieces are all queries, each once.
         q_lo, q_hi: the first and the last key that a query sees, int64 `[rules, s]`; none where
             q_lo > q_hi.
+        all_rows: whether rows that see no key get a result too: 0, and -inf as their lse.
     """
 
     heads: Sequence[int]
-    nheads_kv: int
+    key_heads: Sequence[int]
+    group: int
+    nheads_k: int
+    num_keys: int
     pieces: Sequence[Piece]
     q_lo: Tensor
     q_hi: Tensor
-
-    @property
-    def group(self) -> int:
-        """Return the query heads of a key head."""
-        return len(self.heads) // self.nheads_kv
+    all_rows: bool = True
 
 
 class Launches(NamedTuple):
@@ -96,12 +103,13 @@ class WorkTables(NamedTuple):
 class RowProgram(NamedTuple):
     """Columns of `fwd` and `dq`: a tile of rows of a piece in one query head.
 
-    `start` is the tile's first row in the piece, `slot` that of the piece, `limits` the piece's
-    place in q_lo and q_hi; the others are as in `Piece` and `tile_ranges`, tiles counted in the
-    piece's keys.
+    `key_head` is the head in the tensor of keys, `start` the tile's first row in the piece, `slot`
+    that of the piece, `limits` the piece's place in q_lo and q_hi; the others are as in `Piece` and
+    `tile_ranges`, tiles counted in the piece's keys.
     """
 
     head: Tensor
+    key_head: Tensor
     row: Tensor
     row_step: Tensor
     rows: Tensor
@@ -121,9 +129,11 @@ class KeyProgram(NamedTuple):
     """Columns of `dkv`: a tile of a key head's keys, and its runs.
 
     The tile begins at number `start` of `keys` keys: `key`, `key` + `key_step` and so on.
+    `query_head` is the first query head of the key head.
     """
 
     head: Tensor
+    query_head: Tensor
     key: Tensor
     key_step: Tensor
     keys: Tensor

@@ -1,21 +1,18 @@
 """Shifted cross chunk attention and related patterns: chunk windows and dilated keys."""
 
 from lcdist_kernels.scca.op import IMPLS, BandedFunction, scca_attention, scca_cached
+from lcdist_kernels.scca.part import Part
+from lcdist_kernels.scca.part_work import Parts
 from lcdist_kernels.scca.reference import scca_reference
 from lcdist_kernels.scca.rules import HeadGroup, Rule, dense_mask, head_groups, slices
-from lcdist_kernels.scca.tiled import (
-    Part,
-    banded_bwd,
-    banded_fwd,
-    self_parts,
-    window_parts,
-)
+from lcdist_kernels.scca.tiled import banded_bwd, banded_fwd, self_parts, window_parts
 
 __all__ = [
     "IMPLS",
     "BandedFunction",
     "HeadGroup",
     "Part",
+    "Parts",
     "Rule",
     "banded_bwd",
     "banded_fwd",

@@ -38,9 +38,7 @@ class BandedFunction(torch.autograd.Function):
     def forward(
         ctx: Any, q, k, v, parts: Sequence[Part], scale: float, impl: AttentionImpl
     ) -> Tensor:
-        # No query is in two parts, so kernels write the result directly.
-        dtype = q.dtype if impl is TRITON_IMPL else None
-        out, lse = banded_fwd(q, k, v, parts, scale, impl=impl, out_dtype=dtype)
+        out, lse = banded_fwd(q, k, v, parts, scale, impl=impl)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.parts, ctx.scale, ctx.impl = parts, scale, impl
@@ -49,11 +47,8 @@ class BandedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *row = ctx.saved_tensors
-        dtype = q.dtype if ctx.impl is TRITON_IMPL else row[1].dtype
-        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
-        dk, dv = banded_bwd(
-            dout, q, k, v, tuple(row), ctx.parts, dq, ctx.scale, impl=ctx.impl, fresh=True
-        )
+        dq = torch.zeros(q.shape, dtype=row[1].dtype, device=q.device)
+        dk, dv = banded_bwd(dout, q, k, v, tuple(row), ctx.parts, dq, ctx.scale, impl=ctx.impl)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 

@@ -66,7 +66,17 @@ def work_of(rules: Sequence[Rule], nheads_kv: int, starts: Tensor) -> Work:
         for rows, keys in _pieces(rule, index, starts, *limits[number])
     ]
     q_lo, q_hi = (torch.stack(limit) for limit in zip(*limits, strict=True))
-    return Work([different.index(rule) for rule in rules], nheads_kv, pieces, q_lo, q_hi)
+    group = len(rules) // nheads_kv
+    return Work(
+        heads=[different.index(rule) for rule in rules],
+        key_heads=[head // group for head in range(len(rules))],
+        group=group,
+        nheads_k=nheads_kv,
+        num_keys=len(starts),
+        pieces=pieces,
+        q_lo=q_lo,
+        q_hi=q_hi,
+    )
 
 
 def _limits(rule: Rule, index: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:

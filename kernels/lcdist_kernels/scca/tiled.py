@@ -9,7 +9,6 @@ decrease: one, except for folded shifts. A dilated rule gives one strided part f
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,65 +17,12 @@ from lcdist_kernels import tiles
 from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.full.impl import TORCH_IMPL, TRITON_IMPL, AttentionImpl
 from lcdist_kernels.partial import merge
+from lcdist_kernels.scca.part import Part
+from lcdist_kernels.scca.part_work import parts_bwd, parts_fwd
 from lcdist_kernels.scca.pieces import rising_runs
 from lcdist_kernels.scca.rules import HeadGroup, Rule
 
 Partial = tuple[Tensor, Tensor]
-
-
-class Part(NamedTuple):
-    """Some queries of some heads over some keys: q_lo <= k_idx <= q_hi is visible.
-
-    Attributes:
-        rows, keys: slices of the query and key tokens.
-        kv: slice of q's groups of heads. k_heads: the same heads in k and v.
-        members: slice of the query heads of each group.
-        q_hi, q_lo, k_idx: int64 on the CPU, for rows and keys.
-    """
-
-    rows: slice
-    keys: slice
-    kv: slice
-    k_heads: slice
-    members: slice
-    q_hi: Tensor
-    q_lo: Tensor
-    k_idx: Tensor
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Return `[b, rows, heads, d]` of x `[b, s, h_kv, h / h_kv, d]`."""
-        return x[:, self.rows, self.kv, self.members].flatten(2, 3)
-
-    def row_numbers(self, x: Tensor) -> Tensor:
-        """Return `[b, heads, rows]` of x `[b, h_kv, h / h_kv, s]`."""
-        return x[:, self.kv, self.members, self.rows].flatten(1, 2)
-
-    def split_heads(self, k: Tensor, *like_q: Tensor) -> list["Part"]:
-        """Split the part so that its heads are one strided dimension of each tensor like q.
-
-        Kernels then copy none of them. The split is along the fewer of query heads and key heads.
-        """
-        if all(_one_dim(x[:, self.rows, self.kv, self.members]) for x in like_q):
-            return [self]
-        kv = range(like_q[0].shape[2])[self.kv]
-        members = range(like_q[0].shape[3])[self.members]
-        if len(members) < len(kv):
-            return [self._replace(members=slice(m, m + 1)) for m in members]
-        k_heads = range(k.shape[2])[self.k_heads]
-        return [
-            self._replace(kv=slice(i, i + 1), k_heads=slice(j, j + 1))
-            for i, j in zip(kv, k_heads, strict=True)
-        ]
-
-    @property
-    def band(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the arguments of `full_fwd` that say which keys are visible."""
-        return self.q_hi, self.q_lo, self.k_idx
-
-
-def _one_dim(x: Tensor) -> bool:
-    """Return whether dims 2 and 3 of `[b, rows, kv, members, d]` are one strided dim."""
-    return 1 in x.shape[2:4] or x.stride(2) == x.shape[3] * x.stride(3)
 
 
 def self_parts(
@@ -201,23 +147,21 @@ def banded_fwd(
 
     A query that sees no key has out = 0, lse = -inf.
     """
+    if impl is TRITON_IMPL:
+        return parts_fwd(q, k, v, parts, softmax_scale, before, out_dtype)
     if before is None:
         wide = wide_dtype(q.dtype)
         out = torch.zeros(q.shape, dtype=out_dtype or wide, device=q.device)
         lse = out.new_full((q.shape[0], *q.shape[2:4], q.shape[1]), -torch.inf, dtype=wide)
     else:
         out, lse = before
-    direct = impl is TRITON_IMPL and before is None
-    for part in _impl_parts(parts, impl, k, q, out):
+    for part in parts:
         own = (slice(None), part.keys, part.k_heads)
-        # Kernels write into the result: for parts of `split_heads` that is a view.
-        target = {"out": part.queries(out)} if direct else {}
-        partial = impl.fwd(part.queries(q), k[own], v[own], *part.band, softmax_scale, **target)
+        partial = impl.fwd(part.queries(q), k[own], v[own], *part.band, softmax_scale)
         if before is not None:
             partial = merge(part.queries(out), part.row_numbers(lse), *partial)
-        if not direct:
-            heads = out[:, part.rows, part.kv, part.members]
-            heads.copy_(partial[0].view(heads.shape))
+        heads = out[:, part.rows, part.kv, part.members]
+        heads.copy_(partial[0].view(heads.shape))
         rows = lse[:, part.kv, part.members, part.rows]
         rows.copy_(partial[1].view(rows.shape))
     return out, lse
@@ -226,41 +170,30 @@ def banded_fwd(
 def banded_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, row: Partial, parts: Sequence[Part], dq: Tensor,
     softmax_scale: float, *,
-    impl: AttentionImpl = TORCH_IMPL, fresh: bool = False,
+    impl: AttentionImpl = TORCH_IMPL,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the share of (dk, dv) that passes through the parts; add that of dq to `dq`.
 
     Args:
-        dout, q, dq: like q in `banded_fwd`.
+        dout, q: like q in `banded_fwd`. dq: the same, in the wider of fp32 and q.dtype.
         row: (out, lse) over all keys that the queries see.
-        fresh: dq is empty and these are all parts. Otherwise dq is in the wider of fp32 and
-            q.dtype.
 
     Returns:
         dk, dv in the wider of fp32 and q.dtype.
     """
+    if impl is TRITON_IMPL:
+        return parts_bwd(dout, q, k, v, row, parts, dq, softmax_scale)
     wide = wide_dtype(q.dtype)
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
     out, lse = row
-    direct = impl is TRITON_IMPL and fresh
-    for part in _impl_parts(parts, impl, k, q, dout, out, dq):
-        target = {"dq": part.queries(dq)} if direct else {}
+    for part in parts:
         own = (slice(None), part.keys, part.k_heads)
         shares = impl.bwd(
             part.queries(dout), part.queries(q), k[own], v[own], part.queries(out),
-            part.row_numbers(lse), *part.band, softmax_scale, **target,
+            part.row_numbers(lse), *part.band, softmax_scale,
         )  # fmt: skip
-        if not direct:
-            heads = dq[:, part.rows, part.kv, part.members]
-            heads.add_(shares[0].view(heads.shape))
+        heads = dq[:, part.rows, part.kv, part.members]
+        heads.add_(shares[0].view(heads.shape))
         dk[own].add_(shares[1])
         dv[own].add_(shares[2])
     return dk, dv
-
-
-def _impl_parts(
-    parts: Sequence[Part], impl: AttentionImpl, k: Tensor, *like_q: Tensor
-) -> Iterator[Part]:
-    """Yield the parts; for kernels split by heads, as tiled torch copies heads in any case."""
-    for part in parts:
-        yield from part.split_heads(k, *like_q) if impl is TRITON_IMPL else (part,)

@@ -20,7 +20,7 @@ from lcdist.exchange import ring, ring_with_gradients
 from lcdist.layout import ContextLayout
 from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.full import AttentionImpl, full_partial, merge, reaches, visible
-from lcdist_kernels.scca import Part, Rule, banded_bwd, banded_fwd, head_groups
+from lcdist_kernels.scca import Part, Parts, Rule, banded_bwd, banded_fwd, head_groups
 
 ALL = slice(None)
 
@@ -54,7 +54,7 @@ class KeyRingPlan(NamedTuple):
     num_rows: int
     own_tokens: dict[int, Tensor]
     key_ids: list[dict[int, Tensor]]
-    parts: list[list[Part]]
+    parts: list[Parts]
 
     def block(self, k: Tensor, v: Tensor) -> Tensor:
         """Return what this rank sends: `[2, b, num_rows, heads, d]`, differentiable."""
@@ -105,11 +105,11 @@ def make_key_ring_plan(
         key_ids.append(by_shift)
         bands = [(stream, (token_ids, starts, by_shift[stream.shift])) for stream in streams]
         parts.append(
-            [
+            Parts(
                 Part(ALL, ALL, stream.kv, stream.block_heads, stream.members, *band)
                 for stream, band in bands
                 if num_rows and reaches(*band)
-            ]
+            )
         )
     return KeyRingPlan(streams, num_rows, own_tokens, key_ids, parts)
 
@@ -150,7 +150,7 @@ class RingKeys(torch.autograd.Function):
         ctx: AttentionContext,
     ) -> Tensor:
         scale = ctx.softmax_scale
-        partial = banded_fwd(q, k, v, (), scale)
+        partial = banded_fwd(q, k, v, Parts(), scale)
         for owner, (k_blk, v_blk) in ring(plan.block(k, v), ctx.group):
             parts = plan.parts[owner]
             partial = banded_fwd(q, k_blk, v_blk, parts, scale, partial, impl=block_impl)

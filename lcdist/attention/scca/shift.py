@@ -24,6 +24,7 @@ from lcdist_kernels.full import AttentionImpl, full_partial
 from lcdist_kernels.scca import (
     HeadGroup,
     Part,
+    Parts,
     Rule,
     banded_bwd,
     banded_fwd,
@@ -51,7 +52,7 @@ class GroupPlan(NamedTuple):
     reversed_intervals: tuple[Interval, ...]
     send_ranges: list[Span]
     received_ids: Tensor
-    parts: list[Part]
+    parts: Parts
 
 
 class WindowPlan(NamedTuple):
@@ -61,7 +62,7 @@ class WindowPlan(NamedTuple):
     groups: the rest, by group of heads.
     """
 
-    local_parts: list[Part]
+    local_parts: Parts
     groups: list[GroupPlan]
 
 
@@ -100,10 +101,10 @@ def make_window_plan(
                 plan.reversed(),
                 plan.send_ranges(key.rank),
                 received_ids,
-                parts(heads, received_ids, ALL) if plan.intervals else [],
+                Parts(parts(heads, received_ids, ALL) if plan.intervals else ()),
             )
         )
-    return WindowPlan(local_parts, groups)
+    return WindowPlan(Parts(local_parts), groups)
 
 
 def window_rules(heads: HeadGroup) -> tuple[Rule, ...]:

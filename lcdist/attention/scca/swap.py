@@ -22,7 +22,7 @@ from lcdist.attention.shape import Shape, Traffic
 from lcdist.exchange import Pending, swap
 from lcdist.layout import ContextLayout
 from lcdist_kernels.full import AttentionImpl, full_partial, visible
-from lcdist_kernels.scca import Part, Rule, banded_bwd, banded_fwd
+from lcdist_kernels.scca import Parts, Rule, banded_bwd, banded_fwd
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class UnitSwap:
     ctx: AttentionContext
 
     @cached_property
-    def parts(self) -> list[Part]:
+    def parts(self) -> Parts:
         """The work on this rank's units."""
         return make_unit_parts(self.units, self.ctx.rank, self.ctx.documents)
 

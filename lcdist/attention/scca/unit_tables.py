@@ -10,7 +10,7 @@ from lcdist.attention.scca.shift_plan import Documents
 from lcdist.attention.scca.units import UnitLayout
 from lcdist.attention.shared.plan_cache import cached_plan
 from lcdist_kernels.common import document_starts
-from lcdist_kernels.scca import Part, Rule, head_groups
+from lcdist_kernels.scca import Part, Parts, Rule, head_groups
 
 ALL = slice(None)
 
@@ -139,11 +139,11 @@ def make_unit_tables(
 
 
 @cached_plan
-def make_unit_parts(units: UnitLayout, rank: int, documents: Documents) -> list[Part]:
+def make_unit_parts(units: UnitLayout, rank: int, documents: Documents) -> Parts:
     """Return the work on one rank's units."""
     r, own = units.heads.dilation, units.units_of(rank)
     shifts = torch.tensor(units.heads.shifts).view(units.num_bundles, units.bundle_size)
-    parts = []
+    parts = Parts()
     for residue in range(r):
         current = [u for u in own if u // units.num_bundles == residue]
         rules = [
