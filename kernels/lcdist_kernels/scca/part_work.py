@@ -26,7 +26,8 @@ Partial = tuple[Tensor, Tensor]
 class Parts(list[Part]):
     """Parts that a plan holds, compared by identity: the key of the tables made of them."""
 
-    __hash__ = object.__hash__
+    # A list has no hash; this one is never changed after it is made.
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
     __eq__ = object.__eq__
     __ne__ = object.__ne__
 
@@ -82,7 +83,7 @@ def parts_bwd(
 
 
 def _tables(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], all_rows: bool) -> WorkTables:
-    sizes = Sizes(*q.shape[1:4], k.shape[1], k.shape[2])
+    sizes = Sizes(q.shape[1], q.shape[2], q.shape[3], k.shape[1], k.shape[2])
     held = parts if isinstance(parts, Parts) else Parts(parts)
     return part_tables(held, sizes, all_rows, launches_for(q.flatten(2, 3), k, v), device_stream(q))
 
