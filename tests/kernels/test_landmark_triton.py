@@ -114,18 +114,55 @@ def test_units_shorter_than_a_chunk_of_rows(unit: int, packed: bool) -> None:
 
 
 def test_the_union_of_the_lists_of_neighbouring_rows() -> None:
-    lengths = torch.tensor([3, 1, 30, 6])
+    lengths = torch.tensor([3, 1, 10, 26])
     chosen = torch.tensor([[[[0, 4], [4, -1], [1, 2], [2, 300]]]], dtype=torch.int32, device=HERE)
-    lists, members = unite(chosen, lengths, 301, 40)
-    # The second chunk reads at most 64 blocks of 301, as two blocks are chosen by each of 32 rows.
-    assert lists.shape == members.shape == (1, 1, 2, 64)
-    # Rows 0 to 2 read block 0; 3 reads block 4 too; the third unit has rows 4 to 33.
-    late = -(1 << 4)
-    first = {0: 0b111, 1: late, 2: late, 4: 0b1111}
-    second = {1: 0b11, 2: 0b11111111, 300: 0b11111100}
-    for chunk, expected in enumerate((first, second)):
-        assert lists[0, 0, chunk].tolist() == [*expected, *[-1] * (64 - len(expected))]
-        assert members[0, 0, chunk, : len(expected)].tolist() == list(expected.values())
+    found = unite(chosen, lengths, 301, 40, 16)
+    # A chunk of 16 rows reads at most 32 blocks, a half 16.
+    assert found.lists.shape == found.members.shape == (1, 1, 3, 32)
+    assert found.half_lists.shape == found.half_members.shape == (1, 1, 6, 16)
+    # Rows 0 to 2 read block 0; 3 reads block 4 too; the third unit has rows 4 to 13.
+    halves: list[dict[int, int]] = [
+        {0: 0b111, 1: 0b11110000, 2: 0b11110000, 4: 0b1111},
+        {1: 0b111111, 2: 0b11111111, 300: 0b11000000},
+        *({2: 0b11111111, 300: 0b11111111},) * 3,
+        {},
+    ]
+    assert found.sizes.tolist() == [[[[5, 4, 3], [2, 2, 2], [2, 2, 0]]]]
+
+    def entries(lists: Tensor, members: Tensor, index: int, size: int) -> dict[int, int]:
+        numbers, bits = (x[0, 0, index, :size].tolist() for x in (lists, members))
+        assert numbers == sorted(numbers)
+        return dict(zip(numbers, bits, strict=True))
+
+    for index, expected in enumerate(halves):
+        size = int(found.sizes[0, 0, index // 2, 1 + index % 2])
+        assert entries(found.half_lists, found.half_members, index, size) == expected
+    for index, (first, second) in enumerate(zip(halves[::2], halves[1::2], strict=True)):
+        whole = {n: first.get(n, 0) | second.get(n, 0) << 8 for n in first | second}
+        size = int(found.sizes[0, 0, index, 0])
+        assert entries(found.lists, found.members, index, size) == whole
+
+
+@pytest.mark.parametrize(("size", "launch"), [(4, SMALL[1]), (40, Launch(64, 32, 4, 1))])
+def test_chunks_that_walk_one_list_and_chunks_that_walk_two(size: int, launch: Launch) -> None:
+    seqlen, blocks = 120, 33
+    grid = block_grid(torch.tensor([0]), blocks * size, size)
+    # The rows of the last blocks, so that all have past blocks.
+    rows = grid.rows.part(blocks * size - seqlen, blocks * size)
+    lengths = torch.ones(seqlen, dtype=torch.int64)
+    chosen = torch.zeros(1, 2, seqlen, 3, dtype=torch.int32)
+    first = torch.arange(seqlen) // 16 % 5
+    # Of key head 0, halves of a chunk share no block; of key head 1, rows of a chunk share two.
+    chosen[0, 0] = (3 * first[:, None] + torch.arange(3)).int()
+    chosen[0, 0, first % 2 == 0, 2:] = -1
+    chosen[0, 1] = torch.stack((0 * first, 0 * first + 1, 2 + torch.arange(seqlen) % 9), 1).int()
+    found = unite(chosen.to(HERE), lengths, blocks, seqlen, 32)
+    whole, one, two = found.sizes[0].unbind(-1)
+    assert ((one + two) * 5 < whole * 8).tolist() == [[True] * 4, [False] * 4]
+    q = torch.randn(1, seqlen, 4, 16, device=HERE)
+    k, v = (torch.randn(1, grid.num_slots, 2, 16, device=HERE) for _ in range(2))
+    units = (chosen, lengths, rows, 0.25)
+    assert_local(q, k, v, units, launch)
 
 
 @pytest.mark.parametrize("segment", [1, 7, 64])
@@ -345,20 +382,32 @@ def test_own_and_chosen_blocks(size: int, launch: Launch, group: int) -> None:
     chosen[:, :, 2:, 2:] = -1
     q = torch.randn(1, 4 * size, 2 * group, 16, device=HERE)
     k, v = (torch.randn(1, grid.num_slots, 2, 16, device=HERE) for _ in range(2))
-    units = (chosen.to(HERE), lengths, grid.rows, 0.25)
-    out, lse = TRITON_IMPL.local_fwd(q, k, v, *units, launch=launch)
-    doubles, of_torch = [x.cpu().double() for x in (q, k, v)], (chosen, *units[1:])
-    truth = TORCH_IMPL.local_fwd(*doubles, *of_torch)
+    got = assert_local(q, k, v, (chosen, lengths, grid.rows, 0.25), launch)
+    # No value of a landmark has a gradient.
+    assert torch.all(got[2][:, size - 1 :: size] == 0)
+
+
+def assert_local(
+    q: Tensor, k: Tensor, v: Tensor, units: tuple[Any, ...], launch: Launch
+) -> list[Tensor]:
+    """Assert that attention over own and chosen blocks is torch's; return the gradients.
+
+    units: chosen blocks on the CPU, lengths, rows and scale.
+    """
+    chosen, *more = units
+    here = (chosen.to(HERE), *more)
+    out, lse = TRITON_IMPL.local_fwd(q, k, v, *here, launch=launch)
+    doubles = [x.cpu().double() for x in (q, k, v)]
+    truth = TORCH_IMPL.local_fwd(*doubles, *units)
     assert_close([out, lse], list(truth))
     dout = torch.randn_like(q)
     got = TRITON_IMPL.local_bwd(
-        dout, q, k, v, truth[0].float().to(HERE), truth[1].float().to(HERE), *units,
+        dout, q, k, v, truth[0].float().to(HERE), truth[1].float().to(HERE), *here,
         launches=(launch, launch),
     )  # fmt: skip
-    expected = TORCH_IMPL.local_bwd(dout.cpu().double(), *doubles, *truth, *of_torch)
+    expected = TORCH_IMPL.local_bwd(dout.cpu().double(), *doubles, *truth, *units)
     assert_close(list(got), list(expected))
-    # No value of a landmark has a gradient.
-    assert torch.all(got[2][:, size - 1 :: size] == 0)
+    return list(got)
 
 
 def test_rows_that_see_nothing() -> None:
@@ -508,7 +557,7 @@ for head_dim, dtype, size in shapes[CAPABILITY]:
         TRITON_IMPL.local_bwd(q, q, k, k, out, lse, *units)
         TRITON_IMPL.local_fwd(q, k, k, *short)
         TRITON_IMPL.local_bwd(q, q, k, k, out, lse, *short)
-    assert len(made) == 18
+    assert len(made) == 20
     for each in made:
         assert each.metadata.shared <= SHARED[CAPABILITY], (head_dim, size, each.metadata)
 """

@@ -6,8 +6,8 @@ Shapes: q, out, dout, dq `[b, s, h, d]`; lse, delta `[b, h, s]`; ids int32 `[b, 
 for none; slots int32 `[s]`: slot of each row. LOCAL: k, v, dk, dv are all keys `[b, n SIZE, h_kv,
 d]`, entry e is block e, and every row also sees its own block. Else they are entries of a table,
 each of one key head, `[m, SIZE, d]`, with begins int32 `[m]`: the first slot of each entry. Either
-way an element is found by the strides of batch, entry, token and head. UNION: units are chunks of
-32 rows, ids and members those of `union_kernel`; members say which rows of a chunk read a block.
+way an element is found by the strides of batch, entry, token and head. CHUNK > 0: units are chunks
+of CHUNK rows, with the lists, members and sizes of `union_kernel`, where nothing ends a list.
 
                          lists, K entries each          fwd, dq: a program is some rows of one
     unit 0   [row 0..]   | e5 | e2 | e9 | -1 |                   unit times the heads of a group,
@@ -98,9 +98,25 @@ def _load_members(p_members, first, num_ids, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _reads(b_member, o_s):
-    """Return whether rows o_s read entries with these bits; a chunk has 32 rows."""
-    return ((b_member >> (o_s % 32).to(tl.int32)) & 1) != 0
+def _reads(b_member, o_s, CHUNK: tl.constexpr):
+    """Return whether rows o_s read entries with these bits, of a chunk of CHUNK rows."""
+    return ((b_member >> (o_s % CHUNK).to(tl.int32)) & 1) != 0
+
+
+@triton.jit
+def _chunk_length(sizes, i_head, i_unit, num_units, PARTS: tl.constexpr):
+    """Return the length of a chunk's or a half's list; -1 if the other way is less work.
+
+    PARTS: 1 for chunks, 2 for halves. A step of half a tile takes 5/8 of the time of a whole one.
+    """
+    p_sizes = sizes + (i_head * (num_units // PARTS) + i_unit // PARTS) * 3
+    whole, first, second = tl.load(p_sizes), tl.load(p_sizes + 1), tl.load(p_sizes + 2)
+    halves = (first + second) * 5 < whole * 8
+    if PARTS == 1:
+        length = tl.where(halves, -1, whole)
+    else:
+        length = tl.where(halves, tl.where(i_unit % 2 == 0, first, second), -1)
+    return length
 
 
 @triton.jit
@@ -139,14 +155,14 @@ def _load_blocks(
 @triton.jit
 def _sparse_fwd_kernel(
     q, k, v, out, lse,
-    ids, members, slots, begins, k_idx, tiles,
+    ids, members, sizes, slots, begins, k_idx, tiles,
     qk_scale, seqlen_q, seqlen_k, num_units, num_ids,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ke, stride_ks, stride_kh,
     stride_vb, stride_ve, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
     GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOCAL: tl.constexpr,
-    UNION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOCAL: tl.constexpr, CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Compute out and lse of some rows of one unit.
 
@@ -158,8 +174,15 @@ def _sparse_fwd_kernel(
     i_hk = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
     i_head = i_b * tl.num_programs(1) + i_hk
-    i_list = (i_head * num_units + tl.load(p_tile)) * num_ids
+    i_unit = tl.load(p_tile)
+    i_list = (i_head * num_units + i_unit) * num_ids
     p_ids, p_members = ids + i_list, members + i_list
+    if CHUNK > 0:
+        stop = _chunk_length(sizes, i_head, i_unit, num_units, PARTS)
+        if stop < 0:
+            return
+    else:
+        stop = _list_length(p_ids, num_ids, BLOCK_K)
     p_k = k + i_b * stride_kb + i_hk * stride_kh
     p_v = v + i_b * stride_vb + i_hk * stride_vh
     o_s, o_g, m_m = _rows_of(first, count, GROUP, BLOCK_M)
@@ -171,17 +194,16 @@ def _sparse_fwd_kernel(
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    stop = _list_length(p_ids, num_ids, BLOCK_K)
     for i in range(0, (stop + BLOCKS - 1) // BLOCKS):
         if STEPS == 1:
             b_k, b_v, o_in, b_begin = _load_blocks(
-                p_k, p_v, p_ids, i, num_ids, begins, stride_ke, stride_ks, stride_ve, stride_vs,
+                p_k, p_v, p_ids, i, stop, begins, stride_ke, stride_ks, stride_ve, stride_vs,
                 SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCKS, WIDTH, LOCAL,
             )  # fmt: skip
             m_visible = b_begin[None, :] <= b_q_last[:, None]
-            if UNION:
-                b_member = _load_members(p_members, i * BLOCKS, num_ids, BLOCKS)
-                m_visible = m_visible & _reads(b_member[None, :], o_s[:, None])
+            if CHUNK > 0:
+                b_member = _load_members(p_members, i * BLOCKS, stop, BLOCKS)
+                m_visible = m_visible & _reads(b_member[None, :], o_s[:, None], CHUNK)
             b_out, b_max, b_sum = past_fwd(
                 b_q, b_k, b_v, b_out, b_max, b_sum, o_in, m_visible, qk_scale, SIZE, BLOCK_M,
                 BLOCK_N, BLOCKS, WIDTH, True,
@@ -190,8 +212,8 @@ def _sparse_fwd_kernel(
             i_e = tl.load(p_ids + i)
             m_visible = _begin_of(begins, i_e, SIZE, LOCAL) <= b_q_last
             i_e = tl.maximum(i_e, 0).to(tl.int64)
-            if UNION:
-                m_visible = m_visible & _reads(tl.load(p_members + i), o_s)
+            if CHUNK > 0:
+                m_visible = m_visible & _reads(tl.load(p_members + i), o_s, CHUNK)
             b_out, b_max, b_sum = large_fwd(
                 b_q, p_k + i_e * stride_ke, p_v + i_e * stride_ve, b_out, b_max, b_sum, stride_ks,
                 stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STEPS,
@@ -214,15 +236,15 @@ def _sparse_fwd_kernel(
 @triton.jit
 def _sparse_bwd_dq_kernel(
     q, k, v, out, dout, lse, delta, dq,
-    ids, members, slots, begins, k_idx, tiles,
+    ids, members, sizes, slots, begins, k_idx, tiles,
     softmax_scale, seqlen_q, seqlen_k, num_units, num_ids,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ke, stride_ks, stride_kh,
     stride_vb, stride_ve, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
     stride_dout_b, stride_dout_s, stride_dout_h, stride_db, stride_ds, stride_dh,
     GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOCAL: tl.constexpr,
-    UNION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOCAL: tl.constexpr, CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of some rows of one unit, and delta, which the kernel for dk and dv reads."""
     p_tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) * 3
@@ -230,8 +252,15 @@ def _sparse_bwd_dq_kernel(
     i_hk = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
     i_head = i_b * tl.num_programs(1) + i_hk
-    i_list = (i_head * num_units + tl.load(p_tile)) * num_ids
+    i_unit = tl.load(p_tile)
+    i_list = (i_head * num_units + i_unit) * num_ids
     p_ids, p_members = ids + i_list, members + i_list
+    if CHUNK > 0:
+        stop = _chunk_length(sizes, i_head, i_unit, num_units, PARTS)
+        if stop < 0:
+            return
+    else:
+        stop = _list_length(p_ids, num_ids, BLOCK_K)
     p_k = k + i_b * stride_kb + i_hk * stride_kh
     p_v = v + i_b * stride_vb + i_hk * stride_vh
     o_s, o_g, m_m = _rows_of(first, count, GROUP, BLOCK_M)
@@ -250,17 +279,16 @@ def _sparse_bwd_dq_kernel(
     b_lse = tl.load(lse + o_row, mask=m_m, other=float("inf")) * LOG2E
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
-    stop = _list_length(p_ids, num_ids, BLOCK_K)
     for i in range(0, (stop + BLOCKS - 1) // BLOCKS):
         if STEPS == 1:
             b_k, b_v, o_in, b_begin = _load_blocks(
-                p_k, p_v, p_ids, i, num_ids, begins, stride_ke, stride_ks, stride_ve, stride_vs,
+                p_k, p_v, p_ids, i, stop, begins, stride_ke, stride_ks, stride_ve, stride_vs,
                 SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCKS, WIDTH, LOCAL,
             )  # fmt: skip
             m_visible = b_begin[None, :] <= b_q_last[:, None]
-            if UNION:
-                b_member = _load_members(p_members, i * BLOCKS, num_ids, BLOCKS)
-                m_visible = m_visible & _reads(b_member[None, :], o_s[:, None])
+            if CHUNK > 0:
+                b_member = _load_members(p_members, i * BLOCKS, stop, BLOCKS)
+                m_visible = m_visible & _reads(b_member[None, :], o_s[:, None], CHUNK)
             b_dq = past_dq(
                 b_q, b_dout, b_dq, b_lse, b_delta, b_k, b_v, o_in, m_visible, qk_scale, SIZE,
                 BLOCK_M, BLOCK_N, BLOCKS, WIDTH, True,
@@ -269,8 +297,8 @@ def _sparse_bwd_dq_kernel(
             i_e = tl.load(p_ids + i)
             m_visible = _begin_of(begins, i_e, SIZE, LOCAL) <= b_q_last
             i_e = tl.maximum(i_e, 0).to(tl.int64)
-            if UNION:
-                m_visible = m_visible & _reads(tl.load(p_members + i), o_s)
+            if CHUNK > 0:
+                m_visible = m_visible & _reads(tl.load(p_members + i), o_s, CHUNK)
             b_dq = large_dq(
                 b_q, b_dout, b_dq, b_lse, b_delta, p_k + i_e * stride_ke, p_v + i_e * stride_ve,
                 stride_ks, stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M,

@@ -5,6 +5,12 @@ rows walks the union of their lists, and a bit of each row and block says whethe
 Blocks that only neighbours read have weight 0; where several blocks share a tile of keys, they may
 change the order in which a row's own are summed, and so its last bits.
 
+A chunk walks one list with a whole tile, or two of its halves with half a tile each. Which is less
+work is in the choice, which only the device knows: both are launched, and the programs of a chunk
+read the lengths of its lists and end at once if it is the other's. So nothing waits, and the same
+inputs give the same bits. A gather for each token would be chunks of one row; a tile has 16 rows at
+least, so a chunk of 16 over the group's heads reads no more.
+
 Backward, the keys of a block need no union: their program gathers the rows that read the block,
 from lists that are inverted by a counting sort.
 """
@@ -12,6 +18,7 @@ from lists that are inverted by a counting sort.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,8 +29,10 @@ from lcdist_kernels.landmark.unit_tables import on_device, units_of
 from lcdist_kernels.tile_ranges import TABLES_KEPT, device_stream
 from lcdist_kernels.triton_common import launch_context
 
-# Rows of a chunk: the bits of an int32.
+# Most rows of a chunk: the bits of an int32.
 CHUNK = 32
+# Rows of a tile of queries, tokens times heads of a group.
+TILE = 128
 AT_ONCE = 256
 # Programs that unite the chunks of a key head, each with scratch for all blocks.
 PROGRAMS = 256
@@ -32,38 +41,59 @@ SEGMENT = 256
 MOST_COUNTS = 1 << 26
 
 
+class Union(NamedTuple):
+    """Lists of chunks of rows and of their halves; what is behind a list's end is undefined.
+
+    Attributes:
+        lists, members: int32 `[b, h_kv, chunks, W]`, blocks that any row of a chunk reads,
+            increasing; bit r of a member says whether row r reads the block.
+        half_lists, half_members: the same of halves, `[b, h_kv, 2 chunks, W']`.
+        sizes: int32 `[b, h_kv, chunks, 3]`, blocks in the lists of a chunk and of its halves.
+    """
+
+    lists: Tensor
+    members: Tensor
+    half_lists: Tensor
+    half_members: Tensor
+    sizes: Tensor
+
+
+def chunk_of(group: int) -> int:
+    """Return the rows of a chunk that fills a tile with `group` heads; at least two."""
+    return max(2, min(CHUNK, TILE // triton.next_power_of_2(group)))
+
+
 @lru_cache(maxsize=TABLES_KEPT)
-def chunk_lengths(seqlen: int) -> Tensor:
+def chunk_lengths(seqlen: int, chunk: int) -> Tensor:
     """Return the number of rows of each chunk: int64 on the CPU."""
-    starts = torch.arange(0, seqlen, CHUNK)
-    return (seqlen - starts).clamp(max=CHUNK)
+    starts = torch.arange(0, seqlen, chunk)
+    return (seqlen - starts).clamp(max=chunk)
 
 
-def unite(chosen: Tensor, lengths: Tensor, num_blocks: int, seqlen: int) -> tuple[Tensor, Tensor]:
-    """Return (lists, members) int32 `[b, h_kv, chunks, W]` of the blocks that units chose.
-
-    A list has the blocks that any row of its chunk reads, increasing, then -1; bit r of its member
-    says whether row r does. W: the most blocks that a chunk may read.
+def unite(chosen: Tensor, lengths: Tensor, num_blocks: int, seqlen: int, chunk: int) -> Union:
+    """Return the lists of chunks of rows and of their halves.
 
     Args:
         chosen: int32 `[b, h_kv, units, K]`, contiguous; -1: none.
         lengths: rows of each unit, int64 on the CPU; of a plan.
+        chunk: rows of a chunk, a power of two from 2 to `CHUNK`.
     """
     batch, heads, units, num_ids = chosen.shape
-    chunks, width = triton.cdiv(seqlen, CHUNK), min(num_blocks, CHUNK * num_ids)
-    programs = min(chunks, PROGRAMS)
-    members, lists, scratch = (
+    chunks, programs = triton.cdiv(seqlen, chunk), min(triton.cdiv(seqlen, chunk), PROGRAMS)
+    width, half_width = (min(num_blocks, rows * num_ids) for rows in (chunk, chunk // 2))
+    whole, halves = (chunks, width), (2 * chunks, half_width)
+    scratch, *made = (
         torch.empty((batch, heads, *size), dtype=torch.int32, device=chosen.device)
-        for size in ((chunks, width), (chunks, width), (programs, num_blocks))
+        for size in ((programs, num_blocks), whole, whole, halves, halves, (chunks, 3))
     )
     unit_of = on_device(units_of(lengths).of_row, device_stream(chosen))
     with launch_context(chosen):
         _union_kernel[(programs, heads, batch)](
-            chosen, unit_of, scratch, members, lists, seqlen, chunks, units, num_ids, num_blocks,
-            width, CHUNK=CHUNK, BLOCK_K=triton.next_power_of_2(num_ids), BLOCK_N=AT_ONCE,
+            chosen, unit_of, scratch, *made, seqlen, chunks, units, num_ids, num_blocks, width,
+            half_width, CHUNK=chunk, BLOCK_K=triton.next_power_of_2(num_ids), BLOCK_N=AT_ONCE,
             num_warps=4,
         )  # fmt: skip
-    return lists, members
+    return Union(*made)
 
 
 def invert(

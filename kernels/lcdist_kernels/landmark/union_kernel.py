@@ -1,8 +1,11 @@
 """Lists of neighbouring rows united, and lists inverted to the rows that read a block, in Triton.
 
 Shapes: ids int32 `[b, h_kv, units, K]`, -1 for none; unit_of int32 `[s]`; lists int32 `[b, h_kv,
-chunks, W]`: blocks that any of CHUNK rows reads, increasing, then -1; members like lists: bit r is
-set where row r of the chunk reads the block; scratch int32 `[b, h_kv, programs, n]`.
+chunks, W]`: blocks that any of CHUNK rows reads, increasing; members like lists: bit r is set where
+row r of the chunk reads the block; half_lists, half_members int32 `[b, h_kv, 2 chunks, W']`: the
+same of the halves of each chunk; sizes int32 `[b, h_kv, chunks, 3]`: blocks in the lists of a
+chunk, of its first half and of its second; scratch int32 `[b, h_kv, programs, n]`. Nothing is
+written behind a list's blocks.
 
 Inverse of the lists by a counting sort: counts int32 `[b, h_kv, n + 1, segments]`, of the rows of a
 segment that read a block; their running sum says where each segment's rows end; readers int32 `[b,
@@ -36,12 +39,23 @@ def _load_lists(
 
 
 @triton.jit
+def _append(lists, members, p_list, count, o_n, b_member):
+    """Append the blocks o_n with any bit to a list of `count` blocks; return the new count."""
+    b_any = (b_member != 0).to(tl.int32)
+    o_at = p_list + count + tl.cumsum(b_any, 0) - 1
+    tl.store(lists + o_at, o_n, mask=b_any != 0)
+    tl.store(members + o_at, b_member, mask=b_any != 0)
+    return count + tl.sum(b_any)
+
+
+@triton.jit
 def _union_kernel(
-    ids, unit_of, scratch, members, lists,
-    seqlen, num_chunks, num_units, num_ids, num_blocks, width,
+    ids, unit_of, scratch, lists, members, half_lists, half_members, sizes,
+    seqlen, num_chunks, num_units, num_ids, num_blocks, width, half_width,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Fill members and lists of every programs-th chunk, one key head; grid (programs, h_kv, b)."""
+    """Fill the lists of every programs-th chunk, one key head; grid (programs, h_kv, b)."""
+    HALF: tl.constexpr = CHUNK // 2
     i_head = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     p_bits = scratch + (i_head * tl.num_programs(0) + tl.program_id(0)) * num_blocks
     for i in range(0, num_blocks, BLOCK_N):
@@ -50,7 +64,7 @@ def _union_kernel(
     o_r = tl.arange(0, CHUNK)
     b_bit = tl.broadcast_to((tl.full([CHUNK], 1, tl.int32) << o_r)[:, None], [CHUNK, BLOCK_K])
     for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
-        i_row = (i_head * num_chunks + chunk) * width
+        i_chunk = i_head * num_chunks + chunk
         o_s = chunk * CHUNK + o_r
         b_id = _load_lists(
             ids, unit_of, i_head, o_s, o_s < seqlen, num_units, num_ids, CHUNK, BLOCK_K
@@ -58,22 +72,22 @@ def _union_kernel(
         tl.debug_barrier()
         tl.atomic_or(p_bits + tl.maximum(b_id, 0), b_bit, mask=b_id >= 0, sem="relaxed")
         tl.debug_barrier()
-        count = 0
+        count, first, second = 0, 0, 0
         for i in range(0, num_blocks, BLOCK_N):
             o_n = i + tl.arange(0, BLOCK_N)
             # Past the first cache, which atomic operations do not write.
             m_n = o_n < num_blocks
-            b_member = tl.load(p_bits + o_n, mask=m_n, other=0, cache_modifier=".cg")
-            b_any = (b_member != 0).to(tl.int32)
-            o_at = i_row + count + tl.cumsum(b_any, 0) - 1
-            tl.store(lists + o_at, o_n, mask=b_any != 0)
-            tl.store(members + o_at, b_member, mask=b_any != 0)
-            tl.store(p_bits + o_n, tl.zeros([BLOCK_N], tl.int32), mask=b_any != 0)
-            count += tl.sum(b_any)
-        for i in range(count // BLOCK_N * BLOCK_N, width, BLOCK_N):
-            o_w = i + tl.arange(0, BLOCK_N)
-            m_none = (o_w >= count) & (o_w < width)
-            tl.store(lists + i_row + o_w, tl.full([BLOCK_N], -1, tl.int32), mask=m_none)
+            b_bits = tl.load(p_bits + o_n, mask=m_n, other=0, cache_modifier=".cg")
+            tl.store(p_bits + o_n, tl.zeros([BLOCK_N], tl.int32), mask=m_n)
+            count = _append(lists, members, i_chunk * width, count, o_n, b_bits)
+            p_half = i_chunk * 2 * half_width
+            b_half = b_bits & ((1 << HALF) - 1)
+            first = _append(half_lists, half_members, p_half, first, o_n, b_half)
+            b_half = (b_bits >> HALF) & ((1 << HALF) - 1)
+            second = _append(half_lists, half_members, p_half + half_width, second, o_n, b_half)
+        tl.store(sizes + i_chunk * 3, count)
+        tl.store(sizes + i_chunk * 3 + 1, first)
+        tl.store(sizes + i_chunk * 3 + 2, second)
 
 
 @triton.jit
