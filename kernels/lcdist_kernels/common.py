@@ -86,25 +86,35 @@ def document_starts(cu_seqlens: Tensor | None, index: Tensor, seqlen: int) -> Te
 
 
 class TensorNotes:
-    """Cache of values read from tensors: dropped when a tensor is freed or written to."""
+    """Cache of values read from tensors: dropped when a tensor is freed or written to.
+
+    A value must not hold the tensor or a view of it, which would keep it from being freed.
+    """
+
+    # Enough for a ring of 64 ranks.
+    MOST_KEYS = 64
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._notes: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def find(self, x: Tensor, key: Any, make: Callable[[], T]) -> T:
-        """Return what `make` read from x under `key`; call it if the last note of x is another."""
+        """Return what `make` read from x under `key`; call it if x has no such note."""
         # An inference tensor does not count the times it is written to.
         if x.is_inference():
             return make()
         version = x._version
         with self._lock:
-            known = self._notes.get(x)
-        if known is not None and known[:2] == (version, key):
-            return known[2]
+            written, values = self._notes.get(x, (None, {}))
+            if written == version and key in values:
+                return values[key]
         value = make()
         with self._lock:
-            self._notes[x] = version, key, value
+            written, values = self._notes.get(x, (None, {}))
+            if written != version or len(values) >= self.MOST_KEYS:
+                self._notes[x] = version, {key: value}
+            else:
+                values[key] = value
         return value
 
 

@@ -10,6 +10,8 @@ A partial is (out, lse) over some of the keys; lse = log sum exp(score). For two
 import torch
 from torch import Tensor
 
+from lcdist_kernels.common import TensorNotes
+
 
 def visible(q_idx: Tensor, q_lo: Tensor, k_idx: Tensor) -> Tensor:
     """Return the mask of causal attention within documents: bool `[s_q, s_k]`.
@@ -22,7 +24,16 @@ def visible(q_idx: Tensor, q_lo: Tensor, k_idx: Tensor) -> Tensor:
 
 def reaches(q_idx: Tensor, q_lo: Tensor, k_idx: Tensor) -> bool:
     """Return False if the smallest and largest numbers show that no query sees any key."""
-    return bool(k_idx.min() <= q_idx.max() and k_idx.max() >= q_lo.min())
+    (first, last), (lowest, _), (_, highest) = map(_extremes, (k_idx, q_lo, q_idx))
+    return first <= highest and last >= lowest
+
+
+_EXTREMES = TensorNotes()
+
+
+def _extremes(x: Tensor) -> tuple[int, int]:
+    """Return the smallest and the largest number, read once for all layers."""
+    return _EXTREMES.find(x, None, lambda: (int(x.min()), int(x.max())))
 
 
 def merge(out: Tensor, lse: Tensor, out_blk: Tensor, lse_blk: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lcdist_kernels.common import TensorNotes
-from lcdist_kernels.tile_ranges import Indices, device_stream, on_device
+from lcdist_kernels.tile_ranges import device_stream, indices_of, on_device
 from lcdist_kernels.triton_common import last_dim_contiguous, launch_context, strides
 
 BLOCK_S = 16
@@ -49,7 +49,7 @@ class Rotation(NamedTuple):
 def rotation_of(inv_freq: Tensor, factor: float, positions: Tensor, x: Tensor) -> Rotation:
     """Return the rotation by integer positions `[s]` or `[b, s]`, on the device of x."""
     if positions.device != x.device:
-        numbers = on_device(Indices(positions.flatten()), device_stream(x))
+        numbers = on_device(indices_of(positions), device_stream(x))
         positions = numbers.view(positions.shape)
     steps = _TURNS.find(inv_freq, x.device, lambda: turns(inv_freq).to(x.device))
     return Rotation(positions.contiguous(), steps, float(factor))
@@ -107,7 +107,7 @@ def rotate(x: Tensor, positions: Tensor, steps: Tensor, factor: float) -> Tensor
     fp32, any strides. Only positions are saved for the backward.
     """
     if positions.device.type == "cpu":
-        flat = on_device(Indices(positions.flatten()), device_stream(x))
+        flat = on_device(indices_of(positions), device_stream(x))
         positions = flat.view(positions.shape)
     return _Rotate.apply(x, positions.contiguous(), steps, float(factor), 1.0)
 

@@ -31,6 +31,7 @@ class Indices:
     __slots__ = ("__weakref__", "_hash", "values")
 
     def __init__(self, values: Tensor) -> None:
+        values = values.flatten()
         if len(values) and values.max() > MAX_TOKEN:
             raise ValueError(
                 f"token number {int(values.max())}: kernels take numbers up to {MAX_TOKEN}"

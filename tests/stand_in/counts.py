@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.stand_in.counting import Counting
 from tests.stand_in.cuda import install, leave
 
 STAND_IN = install(0, 1)
@@ -39,7 +37,6 @@ from lcdist_kernels.full import library_choice  # noqa: E402
 from lcdist_kernels.tensorized import ModeGrid  # noqa: E402
 
 NHEADS, NHEADS_KV, HEAD_DIM = 32, 8, 128
-LARGE = 1024
 PATTERNS = {
     "fixed": SccaOptions(pattern="fixed"),
     "flow": SccaOptions(pattern="flow"),
@@ -51,37 +48,6 @@ GRIDS = {
     "tensorized (512)": ModeGrid((512,), local_blocks=2, hop_heads="kv"),
     "tensorized (32, 32)": ModeGrid((32, 32), hop_heads="kv"),
 }
-
-
-class Counting(TorchDispatchMode):
-    """Counts torch operations: on the device, with their bytes, on large CPU tensors, and copies.
-
-    Operations that only make a view or memory without values are no work for the device.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.device_operations: list[str] = []
-        self.device_bytes = 0
-        self.cpu_operations: list[str] = []
-        self.copies: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given, made = ([x for x in tree_leaves(y) if isinstance(x, Tensor)] for y in (args, result))
-        there, here = (
-            [x for x in given if isinstance(x, FakeTensor) is on] for on in (True, False)
-        )
-        name = str(func)
-        if here and any(isinstance(x, FakeTensor) for x in (*there, *made)):
-            self.copies.append(name)
-        elif any(x.numel() > LARGE and not isinstance(x, FakeTensor) for x in (*given, *made)):
-            self.cpu_operations.append(name)
-        idle = func.namespace != "aten" or func.is_view or "empty" in name or "detach" in name
-        if any(isinstance(x, FakeTensor) for x in (*there, *made)) and not idle:
-            self.device_operations.append(name)
-            self.device_bytes += sum(x.numel() * x.element_size() for x in (*there, *made))
-        return result
 
 
 class PythonCalls:

@@ -11,9 +11,10 @@ from math import lcm
 
 import torch
 
+from tests.stand_in.counting import Counting
 from tests.stand_in.cuda import StandIn, install, leave
 
-RANKS, HEAD_DIM = 4, 64
+RANKS, HEAD_DIM, SEQLEN = 4, 64, 8192
 STAND_IN = install(int(sys.argv[1]), RANKS)
 
 from lcdist.layout import ContextLayout, pieces_needed  # noqa: E402
@@ -22,31 +23,46 @@ from tests.attention.body import Variant, variants  # noqa: E402
 
 
 def trace(variant: Variant, stand_in: StandIn) -> dict[str, list[str]]:
-    """Return the events of a forward and of a backward."""
+    """Return the events of a forward and a backward, and the host's large operations when warm.
+
+    The events are those of the first call with one document, the operations those of a second call,
+    with one document and with two.
+    """
     method, options = variant.method, variant.options
     kind = "zigzag" if "zigzag" in variant.kinds else variant.kinds[0]
     own = method.multiple_of(options, RANKS, kind)
     step = lcm(pieces_needed(kind, RANKS), own)
-    layout = ContextLayout(kind, -(-512 // step) * step, RANKS, own)
+    layout = ContextLayout(kind, -(-SEQLEN // step) * step, RANKS, own)
     params = {name: x.to("cuda") for name, x in method.initial(options, 4).items()}
     shape = (1, layout.local_seqlen)
     qkv = [torch.randn(*shape, n, HEAD_DIM, dtype=torch.bfloat16, device="cuda") for n in (4, 2, 2)]
     leaves = [x.requires_grad_() for x in (*qkv, *params.values())]
-    stand_in.events.clear()
-    out = method.attention(
-        *leaves[:3],
-        options=options,
-        layout=layout,
-        group=torch.distributed.group.WORLD,
-        rotary=Rotary(10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)),
-        params=dict(zip(params, leaves[3:], strict=True)) or None,
-        impl="triton",
-    )
-    forward = stand_in.events.copy()
-    dout = torch.randn_like(out)
-    stand_in.events.clear()
-    torch.autograd.grad(out, leaves, dout)
-    return {"forward": forward, "backward": stand_in.events.copy()}
+    rotary = Rotary(10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM))
+    document = method.multiple_of(options, 1)
+    half = layout.seqlen // document // 2 * document
+    found: dict[str, list[str]] = {"on the host": []}
+    for borders in (None, torch.tensor([0, half, layout.seqlen], dtype=torch.int32)):
+        for warm in (False, True):
+            with Counting() as counting:
+                stand_in.events.clear()
+                out = method.attention(
+                    *leaves[:3],
+                    options=options,
+                    layout=layout,
+                    group=torch.distributed.group.WORLD,
+                    rotary=rotary,
+                    cu_seqlens=borders,
+                    params=dict(zip(params, leaves[3:], strict=True)) or None,
+                    impl="triton",
+                )
+                found.setdefault("forward", stand_in.events.copy())
+                dout = torch.randn_like(out)
+                stand_in.events.clear()
+                torch.autograd.grad(out, leaves, dout)
+                found.setdefault("backward", stand_in.events.copy())
+            if warm:
+                found["on the host"] += [*counting.cpu_operations, *counting.copies]
+    return found
 
 
 with STAND_IN:

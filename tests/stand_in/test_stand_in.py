@@ -207,6 +207,8 @@ def test_messages_travel_while_kernels_run(library: Path, rank: int) -> None:
     passes = ("forward", "backward")
     found = {x["of"]: tuple(bare_waits(x[name]) for name in passes) for x in lines}
     assert found == BARE
+    # A warm call makes no table again, on any rank.
+    assert {x["of"]: x["on the host"] for x in lines} == dict.fromkeys(found, [])
     # Nothing waits for the device.
     assert waits == {}
     # In full: a hop is posted before its block's kernels and waited for after them, and so is the

@@ -9,10 +9,12 @@ tokens, gives its exact share of (out, lse), and with these of the whole row, of
 import torch
 from torch import Tensor
 
+from lcdist_kernels.common import TensorNotes
 from lcdist_kernels.full.tiled import full_bwd, full_fwd
 from lcdist_kernels.landmark.block_gates import GateAccumulator, GateGrads
 from lcdist_kernels.landmark.blocks import QueryRows, slots_of
 from lcdist_kernels.partial import merge, reaches
+from lcdist_kernels.tile_ranges import indices_of
 from lcdist_kernels.tiles import (
     SCORES_AT_ONCE,
     fold,
@@ -24,9 +26,16 @@ from lcdist_kernels.tiles import (
 
 def sees_any(rows: QueryRows, k_start: Tensor) -> bool:
     """Return False if the extremes show that no query sees any of the blocks at k_start."""
-    return reaches(*rows.past, k_start) or reaches(
-        *rows.content, slots_of(k_start, rows.block_size)
-    )
+
+    def reached() -> bool:
+        slots = slots_of(k_start, rows.block_size)
+        return reaches(*rows.past, k_start) or reaches(*rows.content, slots)
+
+    key = indices_of(rows.idx), indices_of(rows.lo), rows.block_size
+    return _SEEN.find(k_start, key, reached)
+
+
+_SEEN = TensorNotes()
 
 
 def landmark_fwd(

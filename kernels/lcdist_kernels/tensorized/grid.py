@@ -16,8 +16,12 @@ from operator import mul
 import torch
 from torch import Tensor
 
+from lcdist_kernels.common import TensorNotes
+
 PES = ("mode", "global")
 HOP_HEADS = ("q", "kv")
+# Digits of positions, which come again in every layer.
+_DIGITS = TensorNotes()
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,10 @@ class ModeGrid:
         """Return the positions by which queries and keys of `mode` are rotated."""
         # The local branch crosses blocks; within one block, digits have the same differences.
         local = mode == 0 and self.local_blocks > 1
-        return positions if self.pe == "global" or local else self.digit(positions, mode)
+        if self.pe == "global" or local:
+            return positions
+        key = self.strides[mode], self.modes[mode : mode + 1]
+        return _DIGITS.find(positions, key, lambda: self.digit(positions, mode))
 
     def hop_mask(self, q_pos: Tensor, k_pos: Tensor, mode: int) -> Tensor:
         """Return which keys share a query's fibre of `mode`: bool `[s_q, s_k]`, one document."""

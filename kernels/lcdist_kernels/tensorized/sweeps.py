@@ -23,10 +23,10 @@ from lcdist_kernels.tensorized.tiled import (
 )
 from lcdist_kernels.tile_ranges import (
     DeviceStream,
-    Indices,
     band_of,
     bounded_below,
     device_stream,
+    indices_of,
     key_ranges,
     on_device,
     query_ranges,
@@ -123,7 +123,7 @@ def make_tables(
         on_device(band.q_lo, place) if has_lo else None,
         None if sweep.own_keys else on_device(band.k_idx, place),
         (query_ranges if of_keys else key_ranges)(band, block_m, block_n, place),
-        on_device(Indices(blocks), place) if blocks.any() else None,
+        on_device(indices_of(blocks), place) if blocks.any() else None,
         has_lo,
     )
 

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lcdist_kernels.common import wide_dtype
+from lcdist_kernels.common import TensorNotes, wide_dtype
 from lcdist_kernels.full import full_fwd
 from lcdist_kernels.partial import merge
 from lcdist_kernels.rotary import Rotary
@@ -51,6 +51,9 @@ class Grads(NamedTuple):
     dlogits: Tensor
 
 
+_OPPOSITES = TensorNotes()
+
+
 @dataclass(frozen=True)
 class ModeRotary:
     """Rotation of the tokens at hand for each mode, and the scale of scores.
@@ -78,7 +81,8 @@ class ModeRotary:
         """Apply the adjoint of `rotate`: the opposite angle."""
         if self.rotary is None:
             return dx
-        return self.rotary.rotate(dx, -self.angle(mode))
+        angle = self.angle(mode)
+        return self.rotary.rotate(dx, _OPPOSITES.find(angle, None, lambda: -angle))
 
 
 @dataclass(frozen=True)

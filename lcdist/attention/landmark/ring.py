@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lcdist.attention.context import AttentionContext
 from lcdist.exchange import ring, ring_with_gradients
+from lcdist_kernels.common import TensorNotes
 from lcdist_kernels.landmark import LandmarkImpl, QueryRows, landmark_partial, sees_any
 from lcdist_kernels.partial import merge
 
@@ -21,8 +22,12 @@ def query_rows(ctx: AttentionContext) -> QueryRows:
 
 
 def block_starts(ctx: AttentionContext, owner: int) -> Tensor:
-    """Return the first token of each of `owner`'s blocks."""
-    return ctx.token_ids(owner)[:: ctx.options.block_size]
+    """Return the first token of each of `owner`'s blocks: the same tensor every time."""
+    token_ids, size = ctx.token_ids(owner), ctx.options.block_size
+    return _BLOCK_STARTS.find(token_ids, size, lambda: token_ids[::size].clone())
+
+
+_BLOCK_STARTS = TensorNotes()
 
 
 class RingLandmark(torch.autograd.Function):

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.context import AttentionContext
-from lcdist.attention.scca.unit_tables import UnitTables, make_unit_parts, make_unit_tables
+from lcdist.attention.scca.unit_tables import (
+    UnitTables,
+    key_heads,
+    make_unit_parts,
+    make_unit_tables,
+    rows_per_rank,
+)
 from lcdist.attention.scca.units import UnitLayout, dilated_heads
 from lcdist.attention.shape import Shape, Traffic
 from lcdist.exchange import Pending, swap
@@ -47,17 +53,18 @@ class UnitSwap:
     def _tables(self, num_columns: int, x: Tensor) -> UnitTables:
         return make_unit_tables(self.units, self.ctx.rank, num_columns, x.device)
 
-    @cached_property
-    def _rows_per_rank(self) -> list[int]:
-        return [self.units.num_rows(rank) for rank in range(self.units.layout.cp_size)]
-
     def send_to_units(self, x: Tensor, num_columns: int) -> Pending:
         """Post the first `num_columns` columns of `[b, s_local, heads, d]` to the units' ranks."""
         units_per_rank, head_dim = self.units.units_per_rank, x.shape[3]
         x = self._tables(num_columns, x).select(x, self.units.heads.dilation)
         x = x.reshape(*x.shape[:2], sum(units_per_rank), num_columns * head_dim)
         return swap(
-            x, 1, 2, self.ctx.group, shard_sizes=self._rows_per_rank, full_sizes=units_per_rank
+            x,
+            1,
+            2,
+            self.ctx.group,
+            shard_sizes=rows_per_rank(self.units),
+            full_sizes=units_per_rank,
         )
 
     def receive_units(self, pending: Pending, num_columns: int) -> Tensor:
@@ -79,7 +86,7 @@ class UnitSwap:
             1,
             self.ctx.group,
             shard_sizes=self.units.units_per_rank,
-            full_sizes=self._rows_per_rank,
+            full_sizes=rows_per_rank(self.units),
         )
 
     def receive_tokens(self, pending: Pending, num_columns: int) -> Tensor:
@@ -95,13 +102,9 @@ class UnitSwap:
         All are rotated; differentiable.
         """
         if self.units.duplicates_keys or k.shape[2] != self.units.num_bundles:
-            heads = self._kv_heads(k)
+            heads = key_heads(self.units, k.device)
             k, v = k.index_select(2, heads), v.index_select(2, heads)
         return self.send_to_units(torch.cat((q, k, v), 2), self.units.num_columns)
-
-    def _kv_heads(self, k: Tensor) -> Tensor:
-        """Return the key head of each bundle, on k's device."""
-        return torch.tensor(self.units.bundle_kv_heads).to(k.device)
 
     def receive_qkv(self, pending: Pending) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries, keys and values of this rank's units."""
@@ -127,7 +130,7 @@ class UnitSwap:
     def sum_bundles(self, grad: Tensor, nheads_kv: int) -> Tensor:
         """Return the gradient of `nheads_kv` key heads from that of the bundles' key heads."""
         total = grad.new_zeros(*grad.shape[:2], nheads_kv, grad.shape[3])
-        return total.index_add_(2, self._kv_heads(grad), grad)
+        return total.index_add_(2, key_heads(self.units, grad.device), grad)
 
 
 class SwappedUnits(torch.autograd.Function):

@@ -139,6 +139,18 @@ def make_unit_tables(
 
 
 @cached_plan
+def rows_per_rank(units: UnitLayout) -> list[int]:
+    """Return the rows that each rank sends per residue."""
+    return [units.num_rows(rank) for rank in range(units.layout.cp_size)]
+
+
+@cached_plan
+def key_heads(units: UnitLayout, device: torch.device) -> Tensor:
+    """Return the key head of each bundle, int64 on the device."""
+    return torch.tensor(units.bundle_kv_heads).to(device)
+
+
+@cached_plan
 def make_unit_parts(units: UnitLayout, rank: int, documents: Documents) -> Parts:
     """Return the work on one rank's units."""
     r, own = units.heads.dilation, units.units_of(rank)
