@@ -105,16 +105,16 @@ class TensorNotes:
             return make()
         version = x._version
         with self._lock:
-            written, values = self._notes.get(x, (None, {}))
-            if written == version and key in values:
-                return values[key]
+            known = self._notes.get(x)
+            if known is not None and known[0] == version and key in known[1]:
+                return known[1][key]
         value = make()
         with self._lock:
-            written, values = self._notes.get(x, (None, {}))
-            if written != version or len(values) >= self.MOST_KEYS:
+            known = self._notes.get(x)
+            if known is None or known[0] != version or len(known[1]) >= self.MOST_KEYS:
                 self._notes[x] = version, {key: value}
             else:
-                values[key] = value
+                known[1][key] = value
         return value
 
 
