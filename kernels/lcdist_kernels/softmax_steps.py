@@ -239,6 +239,21 @@ def weigh(b_s, b_max, b_sum, qk_scale):
 
 
 @triton.jit
+def load_keys(
+    k, v, at, start, seqlen_k, stride_ks, stride_vs,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of keys and of values, 0 past the end. k, v, at: as of `loop_sources`."""
+    if DESCRIBED:
+        b_k = load_box(k, at, start, BLOCK_N, BLOCK_D)
+        b_v = load_box(v, at, start, BLOCK_N, BLOCK_D)
+    else:
+        b_k = load_tile(k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+        b_v = load_tile(v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+    return b_k, b_v
+
+
+@triton.jit
 def fwd_step(
     b_q, b_out, b_max, b_sum, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs, qk_scale, b_q_idx,
     b_q_lo, k_idx,

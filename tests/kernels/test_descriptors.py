@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcdist_kernels import descriptors, full_attention, scca_attention
+from lcdist_kernels import descriptors, full_attention, landmark_attention, scca_attention
 from lcdist_kernels.descriptors import descriptors_set, make_descriptors, use_descriptors
 from lcdist_kernels.scca import Rule
 from tests.kernels.helpers import HERE
@@ -100,6 +100,34 @@ def test_pieces(
     cu_seqlens = borders(seqlen) if packed else None
     assert_same_bits_by_descriptors(
         lambda *qkv: scca_attention(*qkv, rules=rules, cu_seqlens=cu_seqlens, impl="triton"),
+        half(seqlen, 16, torch.bfloat16),
+        monkeypatch,
+        count,
+    )
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "block_size", "packed", "count"),
+    tiered(
+        [
+            (150, 16, True, 4),
+            (128, 64, False, 4),
+            # Blocks of 12 have gaps in a tile, blocks of 256 are larger than one.
+            (100, 12, False, 0),
+            (300, 256, False, 0),
+            (257, 32, True, 4),
+        ],
+        {0, 2},
+    ),
+)
+def test_landmark_attention(
+    seqlen: int, block_size: int, packed: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cu_seqlens = borders(seqlen) if packed else None
+    assert_same_bits_by_descriptors(
+        lambda *qkv: landmark_attention(
+            *qkv, block_size=block_size, cu_seqlens=cu_seqlens, impl="triton"
+        ),
         half(seqlen, 16, torch.bfloat16),
         monkeypatch,
         count,

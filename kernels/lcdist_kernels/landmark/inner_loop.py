@@ -54,13 +54,15 @@ def tiling_of(size: int, block_n: int) -> Tiling:
     return Tiling(size, 1, block_n, triton.cdiv(size, block_n))
 
 
-def launch_for(tables: BlockTables, x: torch.Tensor, size: int) -> Launch:
+def launch_for(tables: BlockTables, x: torch.Tensor, size: int, described: bool = False) -> Launch:
     """Return the launch of one kernel for x `[b, s, h, d]` and blocks of `size` tokens.
 
     Where two tiles of keys hold a block, the tile is widened to the block and has half the queries,
-    unless there is an entry for such blocks.
+    unless there is an entry for such blocks. described: k and v may have descriptors.
     """
-    launch, width = choose_launch(tables.small, x, tables.hopper), triton.next_power_of_2(size)
+    width = triton.next_power_of_2(size)
+    hopper = tables.hopper | tables.described if described else tables.hopper
+    launch = choose_launch(tables.small, x, hopper)
     if width <= launch.block_n:
         return launch
     if width == 2 * launch.block_n and width <= 128 and launch.block_m >= 32:
@@ -112,7 +114,7 @@ def _block_sum(b, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr)
 
 
 @triton.jit
-def _to_columns(b, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
+def to_columns(b, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
     """Repeat a value of each block for each of its columns."""
     if BLOCKS > 1:
         b = tl.broadcast_to(b[:, :, None], [ROWS, BLOCKS, WIDTH])
@@ -121,7 +123,7 @@ def _to_columns(b, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _block_softmax(
+def block_softmax(
     b_s,
     o_in,
     qk_scale,
@@ -139,9 +141,22 @@ def _block_softmax(
     b_x = _block_sum(b_x, ROWS, BLOCKS, WIDTH) * qk_scale
     m_content = (o_in < SIZE - 1)[None, :]
     b_max = _block_max(tl.where(m_content, b_s, float("-inf")), ROWS, BLOCKS, WIDTH) * qk_scale
-    b_p = b_s * qk_scale - _to_columns(b_max, ROWS, BLOCKS, WIDTH)
+    b_p = b_s * qk_scale - to_columns(b_max, ROWS, BLOCKS, WIDTH)
     b_p = tl.exp2(tl.where(m_content, b_p, float("-inf")))
     return b_p, _block_sum(b_p, ROWS, BLOCKS, WIDTH), b_x
+
+
+@triton.jit
+def weigh_blocks(b_x, b_block_sum, b_max, b_sum):
+    """Return (factor of each block, factor of earlier sums, max, sum) after some whole blocks.
+
+    b_x: scores of landmarks, -inf where hidden. The weight of a key is its part of `block_softmax`
+    times the factor of its block.
+    """
+    b_new = tl.maximum(b_max, tl.max(b_x, 1))
+    b_gate = tl.exp2(b_x - b_new[:, None])
+    b_rescale = tl.exp2(b_max - b_new)
+    return b_gate / b_block_sum, b_rescale, b_new, b_sum * b_rescale + tl.sum(b_gate, 1)
 
 
 @triton.jit
@@ -156,16 +171,13 @@ def past_fwd(
     where MASKED.
     """
     b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    b_p, b_block_sum, b_x = _block_softmax(b_s, o_in, qk_scale, SIZE, BLOCK_M, BLOCKS, WIDTH)
+    b_p, b_block_sum, b_x = block_softmax(b_s, o_in, qk_scale, SIZE, BLOCK_M, BLOCKS, WIDTH)
     if MASKED:
         b_x = tl.where(m_visible, b_x, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_x, 1))
-    b_gate = tl.exp2(b_x - b_new[:, None])
-    b_rescale = tl.exp2(b_max - b_new)
-    b_sum = b_sum * b_rescale + tl.sum(b_gate, 1)
-    b_p = b_p * _to_columns(b_gate / b_block_sum, BLOCK_M, BLOCKS, WIDTH)
+    b_factor, b_rescale, b_max, b_sum = weigh_blocks(b_x, b_block_sum, b_max, b_sum)
+    b_p = b_p * to_columns(b_factor, BLOCK_M, BLOCKS, WIDTH)
     b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
-    return b_out, b_new, b_sum
+    return b_out, b_max, b_sum
 
 
 @triton.jit
@@ -215,16 +227,25 @@ def _gate_grads(
 
     b_s: q . k. b_du: dout . v. b_lse: of the whole row, base 2.
     """
-    b_p, b_block_sum, b_x = _block_softmax(b_s, o_in, qk_scale, SIZE, ROWS, BLOCKS, WIDTH)
+    b_p, b_block_sum, b_x = block_softmax(b_s, o_in, qk_scale, SIZE, ROWS, BLOCKS, WIDTH)
     b_gate = tl.exp2(b_x - b_lse[:, None])
     if MASKED:
         b_gate = tl.where(m_visible, b_gate, 0.0)
+    return grads_of_gates(b_p, b_block_sum, b_gate, b_du, b_delta, o_in, SIZE, ROWS, BLOCKS, WIDTH)
+
+
+@triton.jit
+def grads_of_gates(
+    b_p, b_block_sum, b_gate, b_du, b_delta, o_in,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Return (weights, gradients of scores) of whole blocks, from their softmax and gates."""
     b_mean = _block_sum(b_p * b_du, ROWS, BLOCKS, WIDTH) / b_block_sum
-    b_p = b_p * _to_columns(b_gate / b_block_sum, ROWS, BLOCKS, WIDTH)
-    b_ds = b_p * (b_du - _to_columns(b_mean, ROWS, BLOCKS, WIDTH))
+    b_p = b_p * to_columns(b_gate / b_block_sum, ROWS, BLOCKS, WIDTH)
+    b_ds = b_p * (b_du - to_columns(b_mean, ROWS, BLOCKS, WIDTH))
     b_dx = b_gate * (b_mean - b_delta[:, None])
     m_mark = (o_in == SIZE - 1)[None, :]
-    return b_p, tl.where(m_mark, _to_columns(b_dx, ROWS, BLOCKS, WIDTH), b_ds)
+    return b_p, tl.where(m_mark, to_columns(b_dx, ROWS, BLOCKS, WIDTH), b_ds)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ that a past block may begin at, and slots visible in the own block; k_start int3
                  | past | past | own  |      |      |              the heads of a group
                  +------+------+------+------+------+
 
-    past   one softmax entry per block, gated by its landmark; unmasked tiles first
+    past   one softmax entry per block, gated by its landmark
     own    one softmax entry per key, causal, without the landmark
 
 Nothing is added atomically: the same inputs give the same bits. A negligible gate is not skipped,
@@ -25,11 +25,14 @@ as that would need the scores of all rows of a tile before its loads.
 """
 # Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
 
 from lcdist_kernels.landmark.inner_loop import (
+    block_softmax,
+    grads_of_gates,
     large_dkv,
     large_dq,
     large_fwd,
@@ -39,23 +42,35 @@ from lcdist_kernels.landmark.inner_loop import (
     past_dq,
     past_fwd,
     store_rows,
+    to_columns,
+    weigh_blocks,
 )
 from lcdist_kernels.softmax_steps import (
-    dq_step,
     finish_softmax,
-    fwd_step,
-    head_pointers,
+    hide_keys,
     is_visible,
     key_program,
+    load_key_numbers,
+    load_keys,
     load_limits,
     load_lse,
     load_query_tile,
     load_range,
+    loop_sources,
     nth_masked,
+    part_of,
     query_program,
     store_delta,
+    weigh,
 )
-from lcdist_kernels.triton_common import LOG2E, LOWEST, load_tile, store_tile
+from lcdist_kernels.triton_common import (
+    LOG2E,
+    LOWEST,
+    dot,
+    load_box,
+    load_tile,
+    store_tile,
+)
 
 
 @triton.jit
@@ -125,6 +140,55 @@ def _past_fwd_step(
 
 
 @triton.jit
+def _past_fwd_loop(
+    b_q, k, v, at, lo, full_lo, full_hi, hi, num_blocks, stride_ks, stride_vs, qk_scale, b_q_last,
+    b_q_lo, k_start,
+    SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Return (out, max, sum) after tiles lo to hi of past blocks.
+
+    k, v, at: as `loop_sources` returns them. Tiles in [full_lo, full_hi) need no mask; by
+    descriptors every tile has one, of a few blocks and rows, as a jump over it would cost spills.
+    Values are added one tile later then, while the next tile's softmax is computed, as in
+    `softmax_steps.fwd_loop`.
+    """
+    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    if DESCRIBED:
+        o_in = tl.arange(0, BLOCK_N) % WIDTH
+        b_rescale = tl.zeros([BLOCK_M], tl.float32)
+        b_p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        b_factor = tl.zeros([BLOCK_M, BLOCKS], tl.float32)
+        for i in range(lo, hi):
+            b_k = load_box(k, at, i * BLOCK_N, BLOCK_N, BLOCK_D)
+            b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            b_v = load_box(v, at, tl.maximum(i - 1, lo) * BLOCK_N, BLOCK_N, BLOCK_D)
+            b_p = b_p * to_columns(b_factor, BLOCK_M, BLOCKS, WIDTH)
+            b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
+            b_p, b_block_sum, b_x = block_softmax(b_s, o_in, qk_scale, SIZE, BLOCK_M, BLOCKS, WIDTH)
+            m_visible = _past_visible(b_q_last, b_q_lo, k_start, i, num_blocks, BLOCKS, HAS_LO)
+            b_x = tl.where(m_visible, b_x, float("-inf"))
+            b_factor, b_rescale, b_max, b_sum = weigh_blocks(b_x, b_block_sum, b_max, b_sum)
+        if hi > lo:
+            b_v = load_box(v, at, (hi - 1) * BLOCK_N, BLOCK_N, BLOCK_D)
+            b_p = b_p * to_columns(b_factor, BLOCK_M, BLOCKS, WIDTH)
+            b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
+    else:
+        for part in tl.static_range(3):
+            first, stop = part_of(lo, full_lo, full_hi, hi, part)
+            for i in range(0, stop - first):
+                b_out, b_max, b_sum = _past_fwd_step(
+                    b_q, b_out, b_max, b_sum, k, v, first + i, num_blocks, stride_ks, stride_vs,
+                    qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM,
+                    BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, part != 1,
+                )  # fmt: skip
+    return b_out, b_max, b_sum
+
+
+@triton.jit
 def _landmark_fwd_kernel(
     q, k, v, out, lse,
     q_last, q_lo, k_start, past_ranges, own_last, own_lo, k_idx, own_ranges,
@@ -133,14 +197,15 @@ def _landmark_fwd_kernel(
     stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
     GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Compute out and lse of a tile of queries."""
+    """Compute out and lse of a tile of queries. DESCRIBED: k and v are descriptors."""
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
-    p_q, p_k, p_v = head_pointers(
-        q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
-        stride_vb, stride_vh,
+    k, v, at = loop_sources(
+        k, v, i_b, i_h // GROUP, 0, 1, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+        stride_vh, DESCRIBED,
     )  # fmt: skip
+    p_q = q + i_b * stride_qb + i_h * stride_qh
     p_out = out + i_b * stride_ob + i_h * stride_oh
     num_blocks = seqlen_k // SIZE
 
@@ -150,29 +215,22 @@ def _landmark_fwd_kernel(
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     b_q_last, b_q_lo = load_limits(q_last, q_lo, o_m, m_m, HAS_LO)
     b_own_last, b_own_lo = load_limits(own_last, own_lo, o_m, m_m, True)
-    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
     lo, full_lo, full_hi, hi = load_range(past_ranges, i_m)
-    for i in range(0, full_hi - full_lo):
-        b_out, b_max, b_sum = _past_fwd_step(
-            b_q, b_out, b_max, b_sum, p_k, p_v, full_lo + i, num_blocks, stride_ks, stride_vs,
-            qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D,
-            BLOCK_M, BLOCK_N, HAS_LO, False,
-        )  # fmt: skip
-    for i in range(0, (full_lo - lo) + (hi - full_hi)):
-        i_n = nth_masked(i, lo, full_lo, full_hi)
-        b_out, b_max, b_sum = _past_fwd_step(
-            b_q, b_out, b_max, b_sum, p_k, p_v, i_n, num_blocks, stride_ks, stride_vs, qk_scale,
-            b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D, BLOCK_M,
-            BLOCK_N, HAS_LO, True,
-        )  # fmt: skip
+    b_out, b_max, b_sum = _past_fwd_loop(
+        b_q, k, v, at, lo, full_lo, full_hi, hi, num_blocks, stride_ks, stride_vs, qk_scale,
+        b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        HAS_LO, DESCRIBED,
+    )  # fmt: skip
     lo, _, _, hi = load_range(own_ranges, i_m)
-    for i in range(0, hi - lo):
-        b_out, b_max, b_sum = fwd_step(
-            b_q, b_out, b_max, b_sum, p_k, p_v, lo + i, seqlen_k, stride_ks, stride_vs, qk_scale,
-            b_own_last, b_own_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True,
-        )  # fmt: skip
+    for i in range(lo, hi):
+        o_n = i * BLOCK_N
+        b_k, b_v = load_keys(
+            k, v, at, o_n, seqlen_k, stride_ks, stride_vs, HEAD_DIM, BLOCK_D, BLOCK_N, DESCRIBED
+        )
+        b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        b_s = hide_keys(b_s, o_n, seqlen_k, b_own_last, b_own_lo, k_idx, BLOCK_N, True)
+        b_p, b_rescale, b_max, b_sum = weigh(b_s, b_max, b_sum, qk_scale)
+        b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
     b_out, b_lse = finish_softmax(b_out, b_max, b_sum)
     tl.store(lse + i_row + o_m, b_lse, mask=m_m)
     store_tile(p_out, b_out, start, seqlen_q, stride_os, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -213,6 +271,44 @@ def _past_dq_step(
 
 
 @triton.jit
+def _past_dq_loop(
+    b_q, b_dout, b_lse, b_delta, k, v, at, lo, full_lo, full_hi, hi, num_blocks, stride_ks,
+    stride_vs, qk_scale, b_q_last, b_q_lo, k_start,
+    SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Return dq, without softmax_scale, after tiles lo to hi of past blocks."""
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if DESCRIBED:
+        o_in = tl.arange(0, BLOCK_N) % WIDTH
+        for i in range(lo, hi):
+            b_k = load_box(k, at, i * BLOCK_N, BLOCK_N, BLOCK_D)
+            b_v = load_box(v, at, i * BLOCK_N, BLOCK_N, BLOCK_D)
+            b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            b_du = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            b_p, b_block_sum, b_x = block_softmax(b_s, o_in, qk_scale, SIZE, BLOCK_M, BLOCKS, WIDTH)
+            b_gate = tl.exp2(b_x - b_lse[:, None])
+            if (i < full_lo) | (i >= full_hi):
+                m_visible = _past_visible(b_q_last, b_q_lo, k_start, i, num_blocks, BLOCKS, HAS_LO)
+                b_gate = tl.where(m_visible, b_gate, 0.0)
+            _, b_ds = grads_of_gates(
+                b_p, b_block_sum, b_gate, b_du, b_delta, o_in, SIZE, BLOCK_M, BLOCKS, WIDTH
+            )
+            b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
+    else:
+        for part in tl.static_range(3):
+            first, stop = part_of(lo, full_lo, full_hi, hi, part)
+            for i in range(0, stop - first):
+                b_dq = _past_dq_step(
+                    b_q, b_dout, b_dq, b_lse, b_delta, k, v, first + i, num_blocks, stride_ks,
+                    stride_vs, qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS,
+                    HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, part != 1,
+                )  # fmt: skip
+    return b_dq
+
+
+@triton.jit
 def _landmark_bwd_dq_kernel(
     q, k, v, out, dout, lse, delta, lse2, dq,
     q_last, q_lo, k_start, past_ranges, own_last, own_lo, k_idx, own_ranges,
@@ -222,14 +318,18 @@ def _landmark_bwd_dq_kernel(
     stride_dout_b, stride_dout_s, stride_dout_h, stride_db, stride_ds, stride_dh,
     GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of a tile of queries, and delta and lse2, which the kernel for dk and dv reads."""
+    """Compute dq of a tile of queries, and delta and lse2, which the kernel for dk and dv reads.
+
+    DESCRIBED: k and v are descriptors.
+    """
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
-    p_q, p_k, p_v = head_pointers(
-        q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
-        stride_vb, stride_vh,
+    k, v, at = loop_sources(
+        k, v, i_b, i_h // GROUP, 0, 1, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+        stride_vh, DESCRIBED,
     )  # fmt: skip
+    p_q = q + i_b * stride_qb + i_h * stride_qh
     p_out = out + i_b * stride_ob + i_h * stride_oh
     p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
     p_dq = dq + i_b * stride_db + i_h * stride_dh
@@ -246,28 +346,27 @@ def _landmark_bwd_dq_kernel(
     b_lse = load_lse(lse + i_row, lse2 + i_row, o_m, m_m)
     b_q_last, b_q_lo = load_limits(q_last, q_lo, o_m, m_m, HAS_LO)
     b_own_last, b_own_lo = load_limits(own_last, own_lo, o_m, m_m, True)
-    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
     lo, full_lo, full_hi, hi = load_range(past_ranges, i_m)
-    for i in range(0, full_hi - full_lo):
-        b_dq = _past_dq_step(
-            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, full_lo + i, num_blocks, stride_ks,
-            stride_vs, qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM,
-            BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
-        )  # fmt: skip
-    for i in range(0, (full_lo - lo) + (hi - full_hi)):
-        i_n = nth_masked(i, lo, full_lo, full_hi)
-        b_dq = _past_dq_step(
-            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_n, num_blocks, stride_ks, stride_vs,
-            qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM, BLOCK_D,
-            BLOCK_M, BLOCK_N, HAS_LO, True,
-        )  # fmt: skip
+    b_dq = _past_dq_loop(
+        b_q, b_dout, b_lse, b_delta, k, v, at, lo, full_lo, full_hi, hi, num_blocks, stride_ks,
+        stride_vs, qk_scale, b_q_last, b_q_lo, k_start, SIZE, BLOCKS, WIDTH, STEPS, HEAD_DIM,
+        BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, DESCRIBED,
+    )  # fmt: skip
     lo, _, _, hi = load_range(own_ranges, i_m)
-    for i in range(0, hi - lo):
-        b_dq = dq_step(
-            b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, lo + i, seqlen_k, stride_ks, stride_vs,
-            qk_scale, b_own_last, b_own_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True,
-        )  # fmt: skip
+    for i in range(lo, hi):
+        o_n = i * BLOCK_N
+        b_k, b_v = load_keys(
+            k, v, at, o_n, seqlen_k, stride_ks, stride_vs, HEAD_DIM, BLOCK_D, BLOCK_N, DESCRIBED
+        )
+        b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        b_k_idx = load_key_numbers(k_idx, o_n + tl.arange(0, BLOCK_N), seqlen_k)
+        m_s = is_visible(b_own_last[:, None], b_own_lo[:, None], b_k_idx[None, :], True)
+        # Masked after the exponential: a row that saw nothing anywhere has lse = -inf.
+        b_p = tl.where(m_s, tl.exp2(b_s * qk_scale - b_lse[:, None]), 0.0)
+        b_dp = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
     b_dq = b_dq * softmax_scale
     store_tile(p_dq, b_dq, start, seqlen_q, stride_ds, BLOCK_M, HEAD_DIM, BLOCK_D)
 

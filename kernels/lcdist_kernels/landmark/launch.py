@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from lcdist_kernels.common import TensorNotes, check_qkv
+from lcdist_kernels.descriptors import make_descriptors, use_descriptors
 from lcdist_kernels.full import kernel as full
 from lcdist_kernels.landmark.blocks import QueryRows, slots_of
 from lcdist_kernels.landmark.inner_loop import launch_for, tiling_of
@@ -84,6 +85,11 @@ def _bands(rows: QueryRows, k_start: Tensor) -> tuple[Band, Band]:
     return band_of(*rows.past, k_start), band_of(*rows.content, slots)
 
 
+def _may_describe(size: int, k: Tensor, v: Tensor) -> bool:
+    """Return whether tiles of whole blocks are consecutive rows that descriptors can load."""
+    return size == triton.next_power_of_2(size) and use_descriptors(k, v)
+
+
 def landmark_fwd(
     q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, k_start: Tensor, softmax_scale: float, *,
     out_dtype: torch.dtype | None = None, launch: Launch | None = None,
@@ -110,14 +116,17 @@ def landmark_fwd(
     if not q.numel() or not k.numel():
         return out.zero_(), lse.fill_(-torch.inf)
     size = rows.block_size
-    launch = launch or launch_for(FWD_TABLES, q, size)
+    fits = _may_describe(size, k, v)
+    launch = launch or launch_for(FWD_TABLES, q, size, fits)
     bands, tiling = _Bands.of(q, rows, k_start), tiling_of(size, launch.block_n)
+    described = fits and tiling.steps == 1
+    keys = make_descriptors(launch.block_n, k, v) if described else (k, v)
     with launch_context(q):
         _landmark_fwd_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
-            q, k, v, out, lse, *bands.for_queries(launch, tiling.blocks),
+            q, *keys, out, lse, *bands.for_queries(launch, tiling.blocks),
             softmax_scale * LOG2E.value, seqlen, k.shape[1], *strides(q, k, v, out),
             **head_constants(q, k), **tiling.constants(), HAS_LO=bounded_below(bands.past),
-            **launch.options(),
+            DESCRIBED=described, **launch.options(),
         )  # fmt: skip
     return out, lse
 
@@ -153,8 +162,9 @@ def landmark_bwd(
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     size = rows.block_size
+    fits = _may_describe(size, k, v)
     for_dq, for_dkv = launches or (
-        launch_for(BWD_DQ_TABLES, q, size),
+        launch_for(BWD_DQ_TABLES, q, size, fits),
         launch_for(BWD_DKV_TABLES, q, size),
     )
     bands = _Bands.of(q, rows, k_start)
@@ -164,10 +174,12 @@ def landmark_bwd(
     sizes = head_constants(q, k) | {"HAS_LO": bounded_below(bands.past)}
     with launch_context(q):
         tiling = tiling_of(size, for_dq.block_n)
+        described = fits and tiling.steps == 1
+        keys = make_descriptors(for_dq.block_n, k, v) if described else (k, v)
         _landmark_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
-            q, k, v, out, dout, lse, delta, lse2, dq, *bands.for_queries(for_dq, tiling.blocks),
+            q, *keys, out, dout, lse, delta, lse2, dq, *bands.for_queries(for_dq, tiling.blocks),
             float(softmax_scale), seqlen, k.shape[1], *inputs, *strides(out, dout, dq), **sizes,
-            **tiling.constants(), **for_dq.options(),
+            **tiling.constants(), DESCRIBED=described, **for_dq.options(),
         )  # fmt: skip
         tiling = tiling_of(size, for_dkv.block_n)
         tiles = triton.cdiv(len(k_start), tiling.blocks) * tiling.steps

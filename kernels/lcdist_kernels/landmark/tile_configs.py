@@ -24,6 +24,8 @@ BWD_DQ = launch_table(
     half=[(128, 64, 8, 2), (128, 64, 8, 2), (32, 64, 8, 1)],
     single=[(32, 64, 8, 1), (16, 64, 8, 1), (16, 16, 4, 1)],
 )
+# By descriptors, which leave registers for it.
+BWD_DQ_DESCRIBED = {(128, 2): Launch(128, 128, 8, 2)}
 BWD_DQ_WIDE_HOPPER = {(64, 2): Launch(128, 128, 8, 1), (128, 2): Launch(128, 128, 8, 1)}
 BWD_DQ_LARGE = launch_table(
     half=[(64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 1)],
@@ -51,8 +53,9 @@ TOP_K = launch_table(
 class BlockTables(NamedTuple):
     """Tables of one kernel: for blocks that fit a tile, and for larger ones.
 
-    Entries of `hopper` and `large_hopper` replace those of `small` and `large` on Hopper;
-    `wide_hopper` is for blocks of twice the tile, where Ampere halves the tile of queries.
+    Entries of `hopper` and `large_hopper` replace those of `small` and `large` on Hopper, those of
+    `described` where tiles come by descriptors; `wide_hopper` is for blocks of twice the tile,
+    where Ampere halves the tile of queries.
     """
 
     small: LaunchTable
@@ -60,10 +63,13 @@ class BlockTables(NamedTuple):
     hopper: LaunchTable
     large_hopper: LaunchTable
     wide_hopper: LaunchTable
+    described: LaunchTable
 
 
-FWD_TABLES = BlockTables(FWD, FWD_LARGE, FWD_HOPPER, FWD_LARGE_HOPPER, {})
-BWD_DQ_TABLES = BlockTables(BWD_DQ, BWD_DQ_LARGE, {}, BWD_DQ_LARGE_HOPPER, BWD_DQ_WIDE_HOPPER)
+FWD_TABLES = BlockTables(FWD, FWD_LARGE, FWD_HOPPER, FWD_LARGE_HOPPER, {}, {})
+BWD_DQ_TABLES = BlockTables(
+    BWD_DQ, BWD_DQ_LARGE, {}, BWD_DQ_LARGE_HOPPER, BWD_DQ_WIDE_HOPPER, BWD_DQ_DESCRIBED
+)
 BWD_DKV_TABLES = BlockTables(
-    BWD_DKV, BWD_DKV_LARGE, BWD_DKV_HOPPER, BWD_DKV_LARGE_HOPPER, BWD_DKV_WIDE_HOPPER
+    BWD_DKV, BWD_DKV_LARGE, BWD_DKV_HOPPER, BWD_DKV_LARGE_HOPPER, BWD_DKV_WIDE_HOPPER, {}
 )
