@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lcdist_kernels.descriptors import make_descriptors, use_descriptors
 from lcdist_kernels.full.kernel import dkv_loop
-from lcdist_kernels.full.pieces import KeyProgram, Launches, RowProgram, Run, WorkTables
+from lcdist_kernels.full.pieces import KeyProgram, Launches, RowProgram, Run, TileSum, WorkTables
 from lcdist_kernels.full.tile_configs import (
     BWD_DKV,
     BWD_DKV_HOPPER,
@@ -52,6 +52,7 @@ from lcdist_kernels.triton_common import (
 ROW_COLUMNS = tl.constexpr(len(RowProgram._fields))
 KEY_COLUMNS = tl.constexpr(len(KeyProgram._fields))
 RUN_COLUMNS = tl.constexpr(len(Run._fields))
+SUM_COLUMNS = tl.constexpr(len(TileSum._fields))
 
 
 @triton.jit
@@ -197,24 +198,26 @@ def _pieces_bwd_dq_kernel(
 
 @triton.jit
 def _pieces_bwd_dkv_kernel(
-    q, k, v, dout, lse2, delta, dk, dv,
+    q, k, v, dout, lse2, delta, dk, dv, parts,
     q_lo, q_hi, programs, runs,
-    softmax_scale, seqlen, nheads,
+    softmax_scale, seqlen, nheads, num_parts,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh, stride_dout_b, stride_dout_s, stride_dout_h,
     stride_db, stride_ds, stride_dh,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv of a tile of keys from all rows that see it.
+    """Compute dk and dv of a tile of keys from all rows that see it, or a part of these.
 
-    STEP: of rows, if q and dout are descriptors; else 0.
+    parts: fp32 `[b, parts, 2, BLOCK_N, BLOCK_D]` for tiles of several programs, or None. STEP: of
+    rows, if q and dout are descriptors; else 0.
     """
     i_b = tl.program_id(1).to(tl.int64)
-    p = programs + tl.program_id(0) * KEY_COLUMNS
-    i_hk, i_first = tl.load(p).to(tl.int64), tl.load(p + 1).to(tl.int64)
-    key, key_step, keys, start = tl.load(p + 2), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5)
-    runs_begin, runs_end = tl.load(p + 6), tl.load(p + 7)
+    p_program = programs + tl.program_id(0) * KEY_COLUMNS
+    i_hk, i_first = tl.load(p_program).to(tl.int64), tl.load(p_program + 1).to(tl.int64)
+    key, key_step = tl.load(p_program + 2), tl.load(p_program + 3)
+    keys, start = tl.load(p_program + 4), tl.load(p_program + 5)
+    runs_begin, runs_end = tl.load(p_program + 6), tl.load(p_program + 7)
     first, step = key.to(tl.int64), key_step.to(tl.int64)
 
     o_n = start + tl.arange(0, BLOCK_N)
@@ -246,9 +249,46 @@ def _pieces_bwd_dkv_kernel(
                 EVEN_M, STEP > 0,
             )  # fmt: skip
     b_dk = b_dk * softmax_scale
+    if parts is not None:
+        part = tl.load(p_program + 8)
+        if part >= 0:
+            p_part = parts + (i_b * num_parts + part) * 2 * BLOCK_N * BLOCK_D
+            o_part = tl.arange(0, BLOCK_N)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+            tl.store(p_part + o_part, b_dk)
+            tl.store(p_part + BLOCK_N * BLOCK_D + o_part, b_dv)
+            # The tile is another kernel's: no key is below 0.
+            keys = 0
     o_own = i_b * stride_db + i_hk * stride_dh + first * stride_ds
     store_tile(dk + o_own, b_dk, start, keys, step * stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
     store_tile(dv + o_own, b_dv, start, keys, step * stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _pieces_sum_kernel(
+    parts, dk, dv, sums,
+    num_parts,
+    stride_db, stride_ds, stride_dh,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add the parts of dk and dv of a tile of keys, in order."""
+    i_b = tl.program_id(1).to(tl.int64)
+    p_sum = sums + tl.program_id(0) * SUM_COLUMNS
+    i_hk, key, step = (
+        tl.load(p_sum).to(tl.int64), tl.load(p_sum + 1).to(tl.int64), tl.load(p_sum + 2)
+    )  # fmt: skip
+    keys, start = tl.load(p_sum + 3), tl.load(p_sum + 4)
+    parts_begin, parts_end = tl.load(p_sum + 5), tl.load(p_sum + 6)
+    o_part = tl.arange(0, BLOCK_N)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for i in range(parts_begin, parts_end):
+        p_part = parts + (i_b * num_parts + i) * 2 * BLOCK_N * BLOCK_D
+        b_dk += tl.load(p_part + o_part)
+        b_dv += tl.load(p_part + BLOCK_N * BLOCK_D + o_part)
+    o_own = i_b * stride_db + i_hk * stride_dh + key * stride_ds
+    step_ds = step.to(tl.int64) * stride_ds
+    store_tile(dk + o_own, b_dk, start, keys, step_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_tile(dv + o_own, b_dv, start, keys, step_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
 def launches_for(q: Tensor, k: Tensor, v: Tensor) -> tuple[Launches, Launches | None]:
@@ -345,6 +385,8 @@ def _bwd(
     numbers = (float(softmax_scale), seqlen, nheads)
     sizes = dim_constants(q) | {"HAS_LO": tables.has_lo}
     limits, launches = (tables.q_lo, tables.q_hi), tables.launches
+    tile = (launches.dkv.block_n, sizes["BLOCK_D"])
+    parts = lse2.new_empty((batch, tables.num_parts, 2, *tile)) if tables.num_parts else None
     key_step, keys = _sources(tables.key_step, launches.dq.block_n, k, v)
     row_step, rows = _sources(tables.row_step, launches.dkv.block_m, q, dout)
     with launch_context(q):
@@ -355,7 +397,12 @@ def _bwd(
                 **launches.dq.options(),
             )  # fmt: skip
         _pieces_bwd_dkv_kernel[(len(tables.dkv), batch)](
-            rows[0], k, v, rows[1], lse2, delta, dk, dv, *limits, tables.dkv, tables.runs, *numbers,
-            *strides(q, k, v, dout, dk), **sizes, EVEN_M=tables.even_m, STEP=row_step,
-            **launches.dkv.options(),
+            rows[0], k, v, rows[1], lse2, delta, dk, dv, parts, *limits, tables.dkv, tables.runs,
+            *numbers, tables.num_parts, *strides(q, k, v, dout, dk), **sizes, EVEN_M=tables.even_m,
+            STEP=row_step, **launches.dkv.options(),
         )  # fmt: skip
+        if parts is not None:
+            _pieces_sum_kernel[(len(tables.sums), batch)](
+                parts, dk, dv, tables.sums, tables.num_parts, *strides(dk), **dim_constants(q),
+                BLOCK_N=launches.dkv.block_n,
+            )  # fmt: skip

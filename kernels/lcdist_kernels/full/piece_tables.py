@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lcdist_kernels.full.pieces import NO_KEYS, Launches, Run, Work, WorkTables
+from lcdist_kernels.full.piece_splits import Split, split_programs
+from lcdist_kernels.full.pieces import NO_KEYS, WHOLE, Launches, Run, Work, WorkTables
 from lcdist_kernels.tile_ranges import DeviceStream, send, tiles_of_runs
 from lcdist_kernels.triton_common import Launch
 
@@ -28,18 +29,20 @@ def make_tables(
     if described and key_step:
         launches = described
     pieces = PieceColumns.of(work)
-    programs, runs = key_programs(work, pieces, launches.dkv)
+    split = key_programs(work, pieces, launches.dkv)
     block_m = launches.dkv.block_m
     tables = (
         pieces.q_lo.view_as(work.q_lo),
         pieces.q_hi.view_as(work.q_hi),
         row_programs(work, pieces, launches.fwd),
         row_programs(work, pieces, launches.dq),
-        programs,
-        runs,
+        split.programs,
+        split.runs,
+        split.sums,
     )
     return WorkTables(
         *(send(table.to(torch.int32), place) for table in tables),
+        num_parts=int(split.sums[-1, -1]) if len(split.sums) else 0,
         has_lo=bool(work.q_lo.max() > 0),
         even_m=all(len(piece.rows) % block_m == 0 for piece in seeing),
         key_step=key_step,
@@ -205,8 +208,8 @@ def _key_heads(work: Work) -> list[_KeyHeads]:
     ]
 
 
-def key_programs(work: Work, pieces: PieceColumns, launch: Launch) -> tuple[Tensor, Tensor]:
-    """Return a `KeyProgram` for each tile of keys and key head, longest first, and all `Run`s."""
+def key_programs(work: Work, pieces: PieceColumns, launch: Launch) -> Split:
+    """Return a `KeyProgram` for each tile of keys and key head, or several, longest first."""
     num_keys, block_n = work.num_keys, launch.block_n
     search = _RowSearch(pieces, num_keys)
     programs, costs, runs, made = [], [], [], 0
@@ -225,12 +228,14 @@ def key_programs(work: Work, pieces: PieceColumns, launch: Launch) -> tuple[Tens
         columns = (residue[of], step, keys[of], tile * block_n, *(made + ends.unfold(0, 2, 1).T))
         table = torch.stack(columns, 1)
         for heads in alike.numbers:
-            programs.append(torch.cat((torch.tensor([heads]).expand(count, 2), table), 1))
+            whole = torch.full((count, 1), WHOLE)
+            programs.append(torch.cat((torch.tensor([heads]).expand(count, 2), table, whole), 1))
             costs.append(cost)
         runs.append(own)
         made += len(own)
-    table = torch.cat(programs)
-    return table[longest_first(torch.cat(costs), table[:, 0])], torch.cat(runs)
+    split = split_programs(torch.cat(programs), torch.cat(runs), torch.cat(costs), num_keys)
+    order = longest_first(split.costs, split.programs[:, 0])
+    return split._replace(programs=split.programs[order], costs=split.costs[order])
 
 
 def _runs_of(

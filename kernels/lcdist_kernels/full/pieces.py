@@ -22,6 +22,8 @@ from torch import Tensor
 
 from lcdist_kernels.triton_common import Launch
 
+# In place of the number of a part.
+WHOLE = -1
 # In place of a key head: a query head that sees no key of the tensor.
 NO_KEYS = -1
 
@@ -81,6 +83,8 @@ class WorkTables(NamedTuple):
         q_lo, q_hi: limits by slot, int32 `[rules, s]`.
         fwd, dq: int32 `[programs, len(RowProgram._fields)]`.
         dkv: int32 `[programs, len(KeyProgram._fields)]`. runs: int32 `[runs, len(Run._fields)]`.
+        sums: int32 `[tiles, len(TileSum._fields)]`, of tiles of keys that have parts. num_parts: of
+            all tiles.
         has_lo: whether q_lo may hide a key.
         even_m: whether no tile of rows in dkv goes past the end of a piece.
         key_step, row_step: the step of all pieces' keys and rows, as a descriptor needs; 0 if they
@@ -93,6 +97,8 @@ class WorkTables(NamedTuple):
     dq: Tensor
     dkv: Tensor
     runs: Tensor
+    sums: Tensor
+    num_parts: int
     has_lo: bool
     even_m: bool
     key_step: int
@@ -129,7 +135,8 @@ class KeyProgram(NamedTuple):
     """Columns of `dkv`: a tile of a key head's keys, and its runs.
 
     The tile begins at number `start` of `keys` keys: `key`, `key` + `key_step` and so on.
-    `query_head` is the first query head of the key head.
+    `query_head` is the first query head of the key head. `part` is the place of the result in the
+    workspace of parts, or WHOLE if this program writes dk and dv itself.
     """
 
     head: Tensor
@@ -140,6 +147,19 @@ class KeyProgram(NamedTuple):
     start: Tensor
     runs_begin: Tensor
     runs_end: Tensor
+    part: Tensor
+
+
+class TileSum(NamedTuple):
+    """Columns of `sums`: a tile of keys as in `KeyProgram`, and the parts that make it up."""
+
+    head: Tensor
+    key: Tensor
+    key_step: Tensor
+    keys: Tensor
+    start: Tensor
+    parts_begin: Tensor
+    parts_end: Tensor
 
 
 class Run(NamedTuple):
