@@ -89,7 +89,7 @@ def split_programs(programs: Tensor, runs: Tensor, costs: Tensor, num_keys: int)
             made.append(program)
             continue
         walk = _cut([Run(*table[i]) for i in range(program.runs_begin, program.runs_end)], pieces)
-        new_sums.append(TileSum(*program[:1], *program[2:6], part, part + len(pieces)))
+        new_sums.append((row[0], *row[2:6], part, part + len(pieces)))
         for own in walk:
             begin = len(new_runs)
             new_runs += own
@@ -111,7 +111,7 @@ def _cut(runs: list[Run], pieces: list[int]) -> list[list[Run]]:
                     left = pieces[number]
                 stop = min(run.stop, tile + left)
                 inner = (min(max(x, tile), stop) for x in (run.whole_first, run.whole_stop))
-                made[number].append(Run(head, 1, *run[2:7], tile, *inner, stop))
+                made[number].append(Run._make((head, 1, *run[2:7], tile, *inner, stop)))
                 left -= stop - tile
                 tile = stop
     return made
