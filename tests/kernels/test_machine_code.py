@@ -90,13 +90,26 @@ with compiled_for(90) as made:
     hop_bwd(k, (q, k, k), (k, row[:, :2].contiguous()), 0, turning)
 report([each for each in made if "dkv" in each.metadata.name])
 """,
+    # Of chunks and halves of chunks, the halves' kernels come last and are the ones reported.
+    "short units": """
+from lcdist_kernels.landmark import TRITON_IMPL, block_grid
+
+q, row = torch.zeros(1, 1024, 8, 128, dtype=q.dtype), torch.zeros(1, 8, 1024)
+chosen = torch.zeros(1, 2, 1024, 64, dtype=torch.int32)
+units = (chosen, torch.ones_like(index), block_grid(None, 1024, 64).rows, 0.25)
+with compiled_for(90) as made:
+    TRITON_IMPL.local_fwd(q, k, k, *units)
+    TRITON_IMPL.local_bwd(q, q, k, k, q, row, *units)
+report(each for each in made if "sparse" in each.metadata.name)
+""",
     "lssar": """
 from lcdist_kernels.lssar import TRITON_IMPL, Band, Reweight
 from lcdist_kernels.lssar.tiled import RowStats
 
-stats = RowStats(row, row, row, row)
+stats, band = RowStats(row, row, row, row), Band(index, starts, index)
 with compiled_for(90) as made:
-    TRITON_IMPL.bwd(q, q, k, k, Band(index, starts, index), stats, Reweight())
+    TRITON_IMPL.whole(q, k, k, band, Reweight(), True)
+    TRITON_IMPL.bwd(q, q, k, k, band, stats, Reweight())
 report(made)
 """,
 }
@@ -136,6 +149,11 @@ LIMITS = [
     Most("tensorized", "_tensorized_bwd_dq_kernel", 10.5, 11.9, 0, 0, 0.55),
     Most("tensorized", "_tensorized_bwd_dkv_kernel", 13.2, 13.2, 192, 2, 0.45),
     Most("hop", "_tensorized_bwd_dkv_kernel", 12.9, 12.9, 24, 0, 0.45),
+    Most("short units", "_sparse_fwd_kernel", 13, 13.6, 160, 0, 0.3),
+    Most("short units", "_sparse_bwd_dq_kernel", 16.5, 16.9, 8, 0, 0.35),
+    Most("short units", "_sparse_bwd_dkv_kernel", 22.5, 23, 80, 12, 0.6),
+    Most("lssar", "_lssar_sums_kernel", 13.1, 13.8, 0, 0, 0.05),
+    Most("lssar", "_lssar_fwd_kernel", 25.7, 26.5, 64, 4, 0.15),
     Most("lssar", "_lssar_bwd_dq_kernel", 33.5, 34.6, 0, 0, 0.55),
     # dP before the exponentials covers 0.73 of them and is slower: see LOG.md.
     Most("lssar", "_lssar_bwd_dkv_kernel", 46.5, 46.5, 144, 8, 0.3),

@@ -195,7 +195,6 @@ def eager(leaves: list[Tensor], grid: ModeGrid, rotary: Rotary) -> Tensor:
             for grid in (ModeGrid((20,), local_blocks=2), ModeGrid((10, 5), hop_heads="kv"))
             for dtype in (torch.float16, torch.bfloat16)
         ],
-        # Triton's interpreter cuts bf16 off where a GPU rounds, so fp16 says more.
         {2},
     ),
 )

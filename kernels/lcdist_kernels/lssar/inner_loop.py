@@ -6,7 +6,8 @@ P is the polynomial that brings y P(y) closest to ln(1 + y) on (0, 1] in relativ
 included: 8.5e-6 with 6 coefficients for half precision, 3.3e-7 with 8 for fp32. The error is
 relative, so rows whose scores are all far below 0, where f is e^s, keep their weights. The
 polynomial needs one special function less than a logarithm; these kernels compute more exponentials
-than full attention. A hidden score is -inf, where d, f, sigma and the weight are exactly 0.
+than full attention. For the sum of f alone, ln of the product of 1 + d over a tile takes its place.
+A hidden score is -inf, where d, f, sigma and the weight are exactly 0.
 """
 # Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -20,7 +21,7 @@ from lcdist_kernels.softmax_steps import (
     load_limits,
     nth_masked,
 )
-from lcdist_kernels.triton_common import LOG2E, dot, load_tile
+from lcdist_kernels.triton_common import INTERPRETED, LN2, LOG2E, dot, load_tile
 
 # Bits of a power that is a compile-time constant.
 POWER_BITS = tl.constexpr(6)
@@ -103,24 +104,56 @@ def scores(
 
 
 @triton.jit
+def _either(a, b):
+    """Return (1 + a) (1 + b) - 1, which keeps the digits of small a and b."""
+    return a + b + a * b
+
+
+@triton.jit
+def _product(b_d, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the product of 1 + d over each row, less 1: `[BLOCK_M]`."""
+    if INTERPRETED:
+        # The interpreter calls a function of two numbers once for each number.
+        b_a, b_b = tl.split(tl.reshape(b_d, [BLOCK_M, BLOCK_N // 2, 2]))
+        b_a = _either(b_a, b_b)
+        b_product = b_a if BLOCK_N == 2 else _product(b_a, BLOCK_M, BLOCK_N // 2)
+        b_product = tl.reshape(b_product, [BLOCK_M])
+    else:
+        b_product = tl.reduce(b_d, 1, _either)
+    return b_product
+
+
+@triton.jit
+def _log1p(b_x):
+    """Return ln(1 + x) of x >= 0, with the relative accuracy of fp32."""
+    b_small = softplus(-tl.abs(b_x), tl.minimum(b_x, 1.0), True)
+    return tl.where(b_x <= 1, b_small, tl.log2(1.0 + b_x) * LN2)
+
+
+@triton.jit
 def _sums_step(
     b_q, b_sum, b_excess, b_max, p_k, i_n, seqlen_k, stride_ks, b_q_idx, b_q_lo, k_idx,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr, PRECISE: tl.constexpr, MASKED: tl.constexpr,
+    HAS_LO: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Return (sum, compensation, maximum) of f after one more tile of keys."""
+    """Return (sum of f, compensation, maximum score) after one more tile of keys.
+
+    The logarithms of a tile are that of a product, which does not overflow with 64 factors of at
+    most 2.
+    """
+    tl.static_assert(BLOCK_N <= 64)
     start = i_n * BLOCK_N
     b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
     b_s = scores(
         b_q, b_k, start, seqlen_k, b_q_idx, b_q_lo, k_idx, BLOCK_M, BLOCK_N, HAS_LO, MASKED
     )
-    b_f = softplus(b_s, decay(b_s), PRECISE)
+    b_f = tl.sum(tl.maximum(b_s, 0.0), 1) + _log1p(_product(decay(b_s), BLOCK_M, BLOCK_N))
     # Compensated (Kahan): plain sums drift over thousands of tiles of equal scores, and a flat row
     # is recognised by a maximum that equals its mean.
-    b_more = tl.sum(b_f, 1) - b_excess
+    b_more = b_f - b_excess
     b_new = b_sum + b_more
     b_excess = (b_new - b_sum) - b_more
-    return b_new, b_excess, tl.maximum(b_max, tl.max(b_f, 1))
+    return b_new, b_excess, tl.maximum(b_max, tl.max(b_s, 1))
 
 
 @triton.jit
@@ -129,22 +162,30 @@ def sums_sweep(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Return the sum and the maximum of f of every row of a tile of queries."""
+    """Return the sum and the maximum of f of every row of a tile of queries.
+
+    The other sweeps compute f by a polynomial. So the maximum is by it too, and the sum is scaled
+    as the polynomial scales the maximum: scores of a nearly flat row are all as wrong as that, and
+    their differences from the mean stay right.
+    """
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_excess = tl.zeros([BLOCK_M], tl.float32)
-    b_max = tl.zeros([BLOCK_M], tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for i in range(0, full_hi - full_lo):
         b_sum, b_excess, b_max = _sums_step(
             b_q, b_sum, b_excess, b_max, p_k, full_lo + i, seqlen_k, stride_ks, b_q_idx, b_q_lo,
-            k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
+            k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
         )  # fmt: skip
     for i in range(0, (full_lo - lo) + (hi - full_hi)):
         i_n = nth_masked(i, lo, full_lo, full_hi)
         b_sum, b_excess, b_max = _sums_step(
             b_q, b_sum, b_excess, b_max, p_k, i_n, seqlen_k, stride_ks, b_q_idx, b_q_lo, k_idx,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, True,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
         )  # fmt: skip
-    return b_sum, b_max
+    b_d = decay(b_max)
+    b_true = tl.maximum(b_max, 0.0) + _log1p(b_d)
+    b_top = softplus(b_max, b_d, PRECISE)
+    return b_sum * tl.where(b_true > 0, b_top / tl.where(b_true > 0, b_true, 1.0), 0.0), b_top
 
 
 @triton.jit
