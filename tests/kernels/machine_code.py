@@ -149,7 +149,8 @@ def _shortest_way(
         at = ends.popleft()
         text = code[at][1]
         # A jump under a predicate, such as "@P0 BRA 0x80" or "BRA P0, 0x80", may be passed by.
-        passed = targets[at] is None or text.startswith("@") or bool(UNDER_PREDICATE.search(text))
+        ends_here = targets[at] is not None or text.startswith("EXIT")
+        passed = not ends_here or text.startswith("@") or bool(UNDER_PREDICATE.search(text))
         for to in (targets[at], at + 1 if passed else None):
             if to is not None and to < len(code) and to not in before:
                 before[to] = at
