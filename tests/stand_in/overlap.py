@@ -56,6 +56,7 @@ def trace(variant: Variant, stand_in: StandIn) -> dict[str, list[str]]:
                     impl="triton",
                 )
                 found.setdefault("forward", stand_in.events.copy())
+                found.setdefault("device operations", counting.device_operations.copy())
                 dout = torch.randn_like(out)
                 stand_in.events.clear()
                 torch.autograd.grad(out, leaves, dout)

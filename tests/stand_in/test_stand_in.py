@@ -180,6 +180,7 @@ BARE = {
 }
 # Elementwise maps before and after a block: too short to hide a message behind.
 MAPS = (
+    "_merge_kernel",
     *("_rotate_kernel", "_coca_fwd_kernel", "_coca_bwd_kernel"),
     *("_row_dot_kernel", "_lssar_rows_kernel"),
 )
@@ -214,6 +215,9 @@ def test_messages_travel_while_kernels_run(library: Path, rank: int) -> None:
     # In full: a hop is posted before its block's kernels and waited for after them, and so is the
     # hop of the gradient of the block before.
     full = next(x for x in lines if x["of"] == "full")
+    # Blocks are merged by a kernel: torch only copies.
+    assert full["forward"].count("_merge_kernel") == 3
+    assert set(full["device operations"]) <= {"aten._to_copy.default", "aten.stack.default"}
     block = ["_full_bwd_dq_kernel", "_full_bwd_dkv_kernel"]
     assert [x for x in full["forward"] if x not in MAPS] == [
         *("post 1", "_full_fwd_kernel", "wait 1"),

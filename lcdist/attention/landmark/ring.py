@@ -12,7 +12,8 @@ from torch import Tensor
 from lcdist.attention.context import AttentionContext
 from lcdist.exchange import ring, ring_with_gradients
 from lcdist_kernels.common import TensorNotes
-from lcdist_kernels.landmark import LandmarkImpl, QueryRows, landmark_partial, sees_any
+from lcdist_kernels.landmark import TORCH_IMPL, LandmarkImpl, QueryRows, landmark_partial, sees_any
+from lcdist_kernels.merge_kernel import merge_visit
 from lcdist_kernels.partial import merge
 
 
@@ -46,7 +47,7 @@ class RingLandmark(torch.autograd.Function):
             if not sees_any(rows, k_start):
                 continue
             part = impl.fwd(q, k_blk, v_blk, rows, k_start, ctx.softmax_scale)
-            partial = part if partial is None else merge(*partial, *part)
+            partial = merge_visit(partial, part, by_kernel=impl is not TORCH_IMPL)
         assert partial is not None, "a token sees at least its own block"
         out, lse = partial[0].to(q.dtype), partial[1]
         node.save_for_backward(q, kv, out, lse)

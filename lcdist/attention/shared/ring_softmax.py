@@ -16,7 +16,8 @@ from lcdist.attention.context import AttentionContext
 from lcdist.attention.shape import Shape, Traffic
 from lcdist.exchange import ring, ring_with_gradients
 from lcdist.layout import ContextLayout
-from lcdist_kernels.full import AttentionImpl, full_partial, merge, reaches, visible
+from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, full_partial, merge, reaches, visible
+from lcdist_kernels.merge_kernel import merge_visit
 
 
 class RingKernel(Protocol):
@@ -56,7 +57,7 @@ class RingSoftmax(torch.autograd.Function):
     ) -> Tensor:
         token_ids, starts = ctx.token_ids(), ctx.starts()
         queries = kernel.queries(q)
-        partial = None
+        partial, by_kernel = None, kernel.block_impl is not TORCH_IMPL
         for owner, blk in ring(block, ctx.group):
             k_ids = ctx.token_ids(owner)
             if not reaches(token_ids, starts, k_ids):
@@ -64,7 +65,7 @@ class RingSoftmax(torch.autograd.Function):
             k_blk, v_blk = kernel.keys(blk, owner)
             band = (token_ids, starts, k_ids)
             visit = kernel.block_impl.fwd(queries, k_blk, v_blk, *band, ctx.softmax_scale)
-            partial = visit if partial is None else merge(*partial, *visit)
+            partial = merge_visit(partial, visit, by_kernel=by_kernel)
         assert partial is not None, "a token sees at least itself"
         out, lse = partial[0].to(q.dtype), partial[1]
         node.save_for_backward(q, block, out, lse)
