@@ -20,6 +20,12 @@ KINDS = [
         gate={"top_k": 8, "select_tokens": 256},
         trial={"block_size": 4, "top_k": 1, "select_tokens": 2},
     ),
+    Operator(
+        "landmark",
+        CHOSEN | {"select_tokens": 1},
+        gate={"top_k": 8},
+        trial={"block_size": 4, "top_k": 1},
+    ),
 ]
 FULL = "plain causal full attention: FlexAttention cannot express a grouped softmax"
 BENCH = Bench("landmark", [*map(ours, KINDS), *causal_rivals(Operator(), FULL)])
