@@ -84,17 +84,20 @@ class Adapter(nn.Module):
         self.B = nn.Parameter(torch.empty(rows, rank, **options))
 
 
-class LoraColumn(ColumnParallelLinear):
-    """Megatron's column-parallel linear with adapters for some targets of its fused weight.
+class _Adapted:
+    """Attributes of both linears. Megatron annotates some as optional, and always sets them."""
 
-    shards_b: whether each rank holds the B rows of its own weight rows; otherwise B is replicated.
-    """
-
-    # Megatron annotates these as optional; its constructor always sets them.
     config: Any
     tp_group: Any
     weight: Any
     lora: Any
+
+
+class LoraColumn(_Adapted, ColumnParallelLinear):
+    """Megatron's column-parallel linear with adapters for some targets of its fused weight.
+
+    shards_b: whether each rank holds the B rows of its own weight rows; otherwise B is replicated.
+    """
 
     def __init__(
         self, *sizes: int, lora: LoraConfig, targets: Sequence[str], **kwargs: Any
@@ -156,11 +159,8 @@ class LoraColumn(ColumnParallelLinear):
         return _sharded(self, axes, prefix, sharded_offsets, metadata)
 
 
-class LoraRow(RowParallelLinear):
+class LoraRow(_Adapted, RowParallelLinear):
     """Megatron's row-parallel linear with an adapter for its one target."""
-
-    weight: Any
-    lora: Any
 
     def __init__(
         self, *sizes: int, lora: LoraConfig, targets: Sequence[str], **kwargs: Any

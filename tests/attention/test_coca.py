@@ -9,14 +9,10 @@ from lcdist.attention import METHODS, HeadSlice, Shape, Traffic
 from lcdist.config.schema import CocaOptions
 from lcdist.exchange import Group, VirtualGroup
 from lcdist.layout import KINDS, ContextLayout
-from tests.attention.body import (
-    Problem,
-    assert_all_match,
+from tests.attention.body import Problem, assert_all_match, make, on_virtual_ranks, whole
+from tests.attention.checks import (
     assert_documents_of_one_token_return_values,
     assert_ranks_equal_reference,
-    make,
-    on_virtual_ranks,
-    whole,
 )
 from tests.saved import saved_bytes
 

@@ -7,13 +7,10 @@ from lcdist.attention import METHODS, Shape, Traffic
 from lcdist.attention.full import attention as full
 from lcdist.layout import ContextLayout
 from lcdist_kernels.full import TORCH_IMPL
-from tests.attention.body import (
-    assert_all_match,
+from tests.attention.body import assert_all_match, make, on_virtual_ranks, whole
+from tests.attention.checks import (
     assert_documents_of_one_token_return_values,
     assert_ranks_equal_reference,
-    make,
-    on_virtual_ranks,
-    whole,
 )
 
 METHOD = METHODS["full"]

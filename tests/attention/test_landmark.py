@@ -17,13 +17,12 @@ from tests.attention.body import (
     Problem,
     Variant,
     assert_all_match,
-    assert_ranks_equal_reference,
     make,
     on_virtual_ranks,
     ranks_and_documents,
-    sent_and_planned,
     whole,
 )
+from tests.attention.checks import assert_ranks_equal_reference, sent_and_planned
 from tests.attention.test_methods import decode_arguments
 
 METHOD = METHODS["landmark"]

@@ -13,15 +13,8 @@ from lcdist.attention.lssar import attention as lssar
 from lcdist.config.schema import LssarOptions
 from lcdist.layout import KINDS, ContextLayout
 from lcdist_kernels.lssar import TORCH_IMPL
-from tests.attention.body import (
-    Problem,
-    assert_all_match,
-    assert_evaluation_sends_what_training_sends,
-    make,
-    on_virtual_ranks,
-    tiered,
-    whole,
-)
+from tests.attention.body import Problem, assert_all_match, make, on_virtual_ranks, tiered, whole
+from tests.attention.checks import assert_evaluation_sends_what_training_sends
 
 METHOD = METHODS["lssar"]
 LSSA = LssarOptions(reweight=False)

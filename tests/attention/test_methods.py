@@ -24,11 +24,11 @@ from tests.attention.body import (
     on_a_rank,
     on_virtual_ranks,
     output_on_virtual_ranks,
-    sent_and_planned,
     tiered,
     variants,
     whole,
 )
+from tests.attention.checks import sent_and_planned
 from tests.distributed import run_ranks
 from tests.tolerance import relative_error
 

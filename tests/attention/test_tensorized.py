@@ -26,13 +26,15 @@ from tests.attention.body import (
     Problem,
     Variant,
     assert_all_match,
-    assert_evaluation_sends_what_training_sends,
-    assert_ranks_equal_reference,
     make,
     on_virtual_ranks,
     ranks_and_documents,
-    sent_and_planned,
     whole,
+)
+from tests.attention.checks import (
+    assert_evaluation_sends_what_training_sends,
+    assert_ranks_equal_reference,
+    sent_and_planned,
 )
 from tests.tolerance import assert_matches
 

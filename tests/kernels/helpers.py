@@ -10,7 +10,7 @@ from torch import Tensor
 from lcdist_kernels import Rotary
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import Problem, make, on_virtual_ranks
-from tests.kernels.test_full import borders, inputs
+from tests.kernels.test_full import borders, inputs, with_grads
 from tests.kernels.test_rotary import frequencies
 from tests.tolerance import assert_matches
 
@@ -60,6 +60,19 @@ def assert_close(got: list[Tensor], truth: list[Tensor], tolerance: float = FP32
     """Assert that each tensor matches its truth."""
     for actual, reference in zip(got, truth, strict=True):
         assert_matches(actual, reference, tolerance)
+
+
+def assert_kernels_are_right(
+    attend: Callable[..., Tensor],
+    truth_of: Callable[..., list[Tensor]],
+    leaves: list[Tensor],
+    **more: Any,
+) -> None:
+    """Assert that a method's kernels give its truth in fp32, out and gradients."""
+    dout = torch.randn_like(leaves[0])
+    got = with_grads(attend(*leaves, **more, impl="triton"), leaves, dout)
+    assert all(x.dtype == torch.float32 for x in got)
+    assert_close(got, truth_of(leaves, dout, **more))
 
 
 def assert_close_partial(out: Tensor, lse: Tensor, dense: tuple[Tensor, Tensor]) -> None:

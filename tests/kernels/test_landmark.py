@@ -26,6 +26,7 @@ from lcdist_kernels.landmark import sparse as sparse_module
 from lcdist_kernels.landmark import tiled as tiled_module
 from lcdist_kernels.landmark import top_k as choose_module
 from lcdist_kernels.partial import merge
+from tests.kernels.helpers import rotated_and_packed
 from tests.kernels.test_full import DOUBLE, HEADS, WRONG_INPUTS, borders, inputs, with_grads
 from tests.kernels.test_rotary import frequencies
 from tests.kernels.tiers import covering, one, tiered
@@ -118,11 +119,7 @@ def test_equals_reference(
     seqlen: int, heads: tuple[int, int], block_size: int, packed: bool, choice: dict[str, Any]
 ) -> None:
     qkv = inputs(seqlen, heads)
-    more = {
-        "rotary": Rotary(frequencies(16), 1.1),
-        "cu_seqlens": borders(seqlen) if packed else None,
-        "block_size": block_size,
-    }
+    more = {"block_size": block_size, **rotated_and_packed(seqlen, 16, packed)}
     truth, got = by_both(qkv, torch.randn_like(qkv[0]), **more, **choice)
     assert_all(got, truth)
 

@@ -23,6 +23,7 @@ from lcdist_kernels.lssar import (
     row_threshold,
     softplus_scores,
 )
+from tests.kernels.helpers import rotated_and_packed
 from tests.kernels.test_full import (
     DOUBLE,
     HEADS,
@@ -124,11 +125,7 @@ def test_equals_reference(
     seqlen: int, heads: tuple[int, int], packed: bool, reweight: Reweight | None
 ) -> None:
     qkv = inputs(seqlen, heads)
-    more = {
-        "rotary": Rotary(frequencies(16), 1.1),
-        "cu_seqlens": borders(seqlen) if packed else None,
-        "reweight": reweight,
-    }
+    more = {"reweight": reweight, **rotated_and_packed(seqlen, 16, packed)}
     truth, got = by_both(qkv, torch.randn_like(qkv[0]), **more)
     assert_all(got, truth)
 
