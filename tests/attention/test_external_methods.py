@@ -61,9 +61,8 @@ def test_shared_tests_pass(installed: dict[str, str]) -> None:
         assert len(re.findall(rf"\[.*{name}.*\] PASSED", printed)) > 15, printed
 
 
-@pytest.mark.parametrize(
-    "name", ["neighbours", pytest.param("window", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["neighbours", "window"])
 def test_method_is_listed_planned_and_trained(
     installed: dict[str, str], tmp_path: Path, name: str
 ) -> None:

@@ -49,7 +49,7 @@ EVERY_RUN = [
 DEFAULT_RUNS = {
     *((5, impl, True) for impl in ("reference", "torch")),
     (8, "torch", True),
-    *((4, impl, False) for impl in ("reference", "torch")),
+    (4, "torch", False),
     (1, "auto", True),
 }
 

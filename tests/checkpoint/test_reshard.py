@@ -59,8 +59,8 @@ PAIRS: dict[str, dict[Mesh, list[Mesh]]] = {
     },
 }
 ALL = [(k, src, dst) for k, of in PAIRS.items() for src, dsts in of.items() for dst in dsts]
-# By default to fewer ranks, to more ranks, and between two meshes of four.
-DEFAULT: Tier = (("untied", TP_PP, ONE), ("untied", ONE, CP_DP), ("tied", PP_CP, PP_VP))
+# By default to fewer ranks, and between two meshes of four.
+DEFAULT: Tier = (("untied", TP_PP, ONE), ("tied", PP_CP, PP_VP))
 DEFAULT += (("extras", TP_PP, TP_CP),)
 EXHAUSTIVE = tuple(case for case in ALL if case not in DEFAULT)
 TIERS = [

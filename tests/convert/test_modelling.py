@@ -205,6 +205,7 @@ assert "lcdist" not in sys.modules
 """
 
 
+@pytest.mark.exhaustive
 def test_export_runs_without_lcdist(exported: tuple[Path, Any], tmp_path: Path) -> None:
     """Use a separate process in which lcdist, its kernels and Megatron cannot be imported."""
     folder, answers = exported

@@ -70,7 +70,7 @@ def found(name: str, world_size: int) -> dict[tuple[str, ...], dict[str, list[fl
 
 
 # What the curves add to `tests/model`: a whole run's numbers do not change.
-DEFAULT = ("debug/full", "quickstart/pretrain")
+DEFAULT = ("debug/full",)
 
 
 @pytest.mark.parametrize(

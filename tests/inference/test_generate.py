@@ -154,6 +154,7 @@ def test_stops_after_the_stop_token(alone: list[dict[str, Tensor]], variant: int
     assert found["stopped"].tolist() == [*PROMPT.tolist(), *new[: first + 1]]
 
 
+@pytest.mark.exhaustive
 def test_two_tensor_parallel_ranks_say_the_same(alone: list[dict[str, Tensor]]) -> None:
     for of_rank in run_ranks(generated, 2):
         for found, expected in zip(of_rank, alone, strict=True):

@@ -15,7 +15,8 @@ def rank_of(pid: int) -> int:
     return next(int(v.partition(b"=")[2]) for v in variables if v.startswith(b"RANK="))
 
 
-@pytest.mark.parametrize("frozen", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("frozen", [0, 1])
 def test_watchdog_names_a_frozen_rank(frozen: int, tmp_path: Path) -> None:
     started = Start(tmp_path / "run", "parallel.stall=2", "train.steps=5000", "checkpoint.every=0")
     try:

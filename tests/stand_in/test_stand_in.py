@@ -258,15 +258,10 @@ def trained(library: Path, rank: int, cases: list[str]) -> None:
         assert not line["waits in use"], line
 
 
-@pytest.mark.parametrize(
-    ("names", "mesh"),
-    [
-        (("full", "landmark"), MESHES[0]),
-        *(pytest.param(METHODS, m, marks=pytest.mark.exhaustive) for m in MESHES),
-    ],
-)
-def test_training(library: Path, names: tuple[str, ...], mesh: tuple[str, ...]) -> None:
-    trained(library, 1, [" ".join((f"{DEBUG}/{name}.toml", *mesh)) for name in names])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mesh", MESHES)
+def test_training(library: Path, mesh: tuple[str, ...]) -> None:
+    trained(library, 1, [" ".join((f"{DEBUG}/{name}.toml", *mesh)) for name in METHODS])
 
 
 @pytest.mark.exhaustive
