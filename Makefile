@@ -23,12 +23,14 @@ extend: install
 
 # All Slurm tests share one cluster, so they run in one process, after the others.
 ONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-PYTEST := $(ONE) -n $(WORKERS) --dist loadfile --ignore=tests/slurm
+# Files in the order of tests/conftest.py: xdist would begin with those of the most tests and end with
+# those of one long test.
+PYTEST := $(ONE) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/slurm
 
 # Lint, types and the default tests. The checks and the Slurm tests each leave a core idle, so they
 # run side by side.
 test: $(VENV)/.dev
-	$(MAKE) --no-print-directory --output-sync=line --jobs 2 checks default-slurm
+	$(MAKE) --no-print-directory --jobs 2 checks default-slurm
 	$(PYTEST) -m "not exhaustive"
 
 default-slurm: $(VENV)/.dev
@@ -41,7 +43,7 @@ test-fast: $(VENV)/.dev
 # All tests: `test`, then full matrices, compile counts, long fuzzing, and the wheel in a fresh environment.
 # The Slurm tests mostly wait, so they run beside the others.
 test-all: test
-	$(MAKE) --no-print-directory --output-sync=line --jobs 2 exhaustive exhaustive-slurm
+	$(MAKE) --no-print-directory --jobs 2 exhaustive exhaustive-slurm
 
 exhaustive: $(VENV)/.dev
 	$(PYTEST) -m exhaustive
