@@ -33,13 +33,21 @@ def pytest_configure() -> None:
 # Files that take minutes, and whose tests a single process runs one after another.
 LONGEST = ("tests/golden/test_curves", "tests/launch/", "tests/test_packaging", "tests/attention/")
 
+# Rooms whose tests build models, most of them on several ranks: slow as a whole.
+ROOMS = ("checkpoint", "convert", "engines", "evaluate", "golden", "inference", "launch", "model")
+SLOW = tuple(f"tests/{room}/" for room in (*ROOMS, "stand_in", "train"))
 
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need more CUDA devices than there are; begin with the longest files.
+    """Skip what needs more CUDA devices than there are; mark slow rooms; begin with long files.
 
     So no test process is left with a long file at the end, while the others have nothing to do.
     """
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
     found = torch.cuda.device_count()
     for marker, needed in (("gpu", 1), ("multi_gpu", 2)):
         reason = f"needs {needed} CUDA device{'s' * (needed > 1)}, {found} found"
