@@ -1,4 +1,4 @@
-"""What a benchmark's row says beside times: host, device, launches, clock; crossover lengths."""
+"""Test the columns of a benchmark row besides times, the crossover lengths, and gpu-check."""
 
 import csv
 import subprocess

@@ -56,7 +56,7 @@ class Passes:
 
 
 def measure(passes: Passes) -> dict[str, Any]:
-    """Return the measured columns of a row, but for rates. `times_fwd` and `times_bwd` hold runs.
+    """Return the measured columns of a row, without rates.
 
     Without a GPU one pass each way is timed by the host's clock, and all else is empty.
     """
@@ -154,7 +154,7 @@ def gpu_state() -> dict[str, Any]:
 
 
 def read_state(text: str) -> dict[str, Any]:
-    """Return the columns from a line of nvidia-smi."""
+    """Parse a line of nvidia-smi into the columns of STATE."""
     cells = [cell.strip() for cell in text.strip().split(",")]
     if len(cells) != len(STATE):
         return dict.fromkeys(STATE, "")

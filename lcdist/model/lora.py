@@ -85,7 +85,7 @@ class Adapter(nn.Module):
 
 
 class _Adapted:
-    """Attributes of both linears. Megatron annotates some as optional, and always sets them."""
+    """Declare attributes that Megatron annotates as optional and always sets."""
 
     config: Any
     tp_group: Any

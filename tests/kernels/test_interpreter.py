@@ -1,4 +1,4 @@
-"""What Triton's interpreter does as hardware does, and would not without `tests.interpreter`."""
+"""Test that `tests.interpreter` makes Triton's interpreter round to bf16 as hardware does."""
 
 import pytest
 import torch

@@ -39,7 +39,7 @@ class Split(NamedTuple):
 
 
 def makespan(costs: list[int]) -> int:
-    """Return the steps until all programs have ended, longest first; without their overheads."""
+    """Return the steps until all programs have ended, each with its overhead, longest first."""
     ends = [0] * PROCESSORS
     for cost in sorted(costs, reverse=True):
         heapq.heapreplace(ends, ends[0] + cost + OVERHEAD)

@@ -1,4 +1,4 @@
-"""What launches over lists of blocks need: rows, lists, tiles and constants of kernels."""
+"""Prepare launches over lists of blocks: rows, lists, tiles and the kernels' constants."""
 # Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 

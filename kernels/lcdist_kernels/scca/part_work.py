@@ -1,4 +1,4 @@
-"""Parts of a rank's queries over a tensor of keys as one work table: a launch, whatever they are.
+"""Run all parts of a rank's queries over a tensor of keys in one launch, by a work table.
 
 Under context parallelism the keys of a tensor are the rank's own, received ones or a block of a
 ring. A table names keys by their place in the tensor, so kernels need no token numbers. Results of
