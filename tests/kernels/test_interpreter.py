@@ -8,7 +8,9 @@ from torch import Tensor
 
 from lcdist_kernels.triton_common import interpreting
 
-pytestmark = pytest.mark.skipif(not interpreting(), reason="is about the interpreter")
+pytestmark = pytest.mark.skipif(
+    not interpreting(), reason="a GPU compiles kernels; this tests the interpreter"
+)
 
 
 @triton.jit
