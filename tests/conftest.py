@@ -33,14 +33,22 @@ def pytest_configure() -> None:
 # Files that take minutes, and whose tests a single process runs one after another.
 LONGEST = ("tests/golden/test_curves", "tests/launch/", "tests/test_packaging", "tests/attention/")
 
-# Rooms whose tests build models, most of them on several ranks: slow as a whole.
+# Rooms whose tests build models, most of them on several ranks, and files that start programs or
+# interpret the longest kernels: slow as a whole.
 ROOMS = ("checkpoint", "convert", "engines", "evaluate", "golden", "inference", "launch", "model")
-SLOW = tuple(f"tests/{room}/" for room in (*ROOMS, "stand_in", "train"))
+SLOW = (
+    *(f"tests/{room}/" for room in (*ROOMS, "stand_in", "train")),
+    "tests/attention/test_external_methods",
+    "tests/kernels/test_machine_code",
+    "tests/kernels/test_tensorized_triton",
+    "tests/test_bench",
+    "tests/test_packaging",
+)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs more CUDA devices than there are; mark slow rooms; begin with long files.
+    """Skip what needs more CUDA devices than there are; mark slow files; begin with long files.
 
     So no test process is left with a long file at the end, while the others have nothing to do.
     """

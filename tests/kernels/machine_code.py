@@ -79,6 +79,8 @@ class MachineCode:
         self.threads = 32 * compiled.metadata.num_warps
         self._binary = compiled.asm["cubin"]
         self._source = compiled.src
+        # Bytes of shared memory of a block.
+        self.shared = compiled.metadata.shared
 
     def _read(self, option: str) -> str:
         with NamedTemporaryFile(suffix=".cubin") as file:
@@ -171,6 +173,7 @@ def report(made: Iterable[Any]) -> None:
             "name": code.name,
             "registers": code.registers,
             "stack": code.stack,
+            "shared": code.shared,
             "instructions": round(code.per_score(loop), 2),
             "products": loop.products,
             "waits": loop.waits,

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import pytest
 import triton
 
+from tests.kernels.compiling import SHARED
+
 ROOT = Path(__file__).parent.parent.parent
 # What torch 2.11 brings.
 OLDER = "triton==3.6.0"
@@ -217,6 +219,7 @@ def assert_within(most: Most, found: dict[str, Any], older: bool) -> None:
     limit = most.instructions if older else most.later
     assert found["instructions"] <= limit, found
     assert found["stack"] <= most.stack and found["local"] <= most.local, found
+    assert found["shared"] <= SHARED[90], found
     assert found["waits"] <= found["products"] + 1, found
     assert found["covered"] >= most.covered, found
     # Narrower pieces are products whose columns were split over warpgroups.
