@@ -31,7 +31,10 @@ def pytest_configure() -> None:
 
 
 # Files that take minutes, and whose tests a single process runs one after another.
-LONGEST = ("tests/golden/test_curves", "tests/launch/", "tests/test_packaging", "tests/attention/")
+LONGEST = (
+    *("tests/golden/test_curves", "tests/launch/", "tests/test_packaging", "tests/attention/"),
+    "tests/stand_in/",
+)
 
 # Rooms whose tests build models, most of them on several ranks, and files that start programs or
 # interpret the longest kernels: slow as a whole.
