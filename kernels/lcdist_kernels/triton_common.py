@@ -119,14 +119,20 @@ def padded(head_dim: int) -> int:
 def unsupported_reason(x: Tensor) -> str | None:
     """Return why kernels do not take tensors like x `[b, s, h, d]`, or None if they do."""
     least, most = HEAD_DIMS
+    reason = unsupported_tensor_reason(x)
+    if reason is None and (x.shape[3] % 2 or not least <= x.shape[3] <= most):
+        return f"kernels take an even head_dim from {least} to {most}, not {x.shape[3]}"
+    return reason
+
+
+def unsupported_tensor_reason(x: Tensor) -> str | None:
+    """Return why kernels do not take tensors of the device or dtype of x, or None if they do."""
     if x.device.type != "cuda" and not interpreting():
         return f"kernels run on CUDA, the tensors are on {x.device}"
     if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 8:
         return "kernels run on GPUs of compute capability 8.0 and above"
     if x.dtype not in DTYPES:
         return f"kernels take bf16, fp16 and fp32, the tensors are {x.dtype}"
-    if x.shape[3] % 2 or not least <= x.shape[3] <= most:
-        return f"kernels take an even head_dim from {least} to {most}, not {x.shape[3]}"
     return None
 
 

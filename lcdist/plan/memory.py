@@ -145,8 +145,8 @@ class MemoryEstimate:
         chunk = self.mlp_chunk(self.shape.local_tokens)
         if chunk is None:
             return 0
-        # Gate, up and their product with a gradient of each, and four hidden states.
-        width = 6 * model.ffn_hidden_size // self._tp_size + 4 * model.hidden_size
+        # Gate and up, whose gradients take their place, z with its gradient, four hidden states.
+        width = 4 * model.ffn_hidden_size // self._tp_size + 4 * model.hidden_size
         # Each weight's gradient: the fp32 sum over tiles, and this tile's part.
         weights = 3 * model.ffn_hidden_size // self._tp_size * model.hidden_size
         frozen = bool(self.shape.config.lora.rank)
@@ -196,7 +196,7 @@ class MemoryEstimate:
         # Each half of the layer saves its input, and its norm two tensors more.
         hidden = 2 if selective else 6
         if self.mlp_chunk(shape.local_tokens) is None:
-            width += (2 if selective else 5) * model.ffn_hidden_size
+            width += (2 if selective else 3) * model.ffn_hidden_size
         elif not selective:
             hidden = 4
         # The softmax statistics of attention are fp32.

@@ -102,7 +102,27 @@ assert len(made) == 24
 """
 
 
-PROGRAMS = {"full": FULL, "scca": SCCA, "rotary": ROTARY, "tensorized": TENSORIZED, "coca": COCA}
+SWIGLU = """
+import torch
+from lcdist_kernels.swiglu import kernel
+from tests.kernels.compiling import compiled_for
+
+with compiled_for(CAPABILITY) as made:
+    for width, dtype in ((8192, torch.bfloat16), (300, torch.float16), (70, torch.float32)):
+        gate_up, dz = torch.zeros(5, 2 * width, dtype=dtype), torch.zeros(5, width, dtype=dtype)
+        kernel.fwd(gate_up)
+        kernel.bwd_(gate_up, dz)
+assert len(made) == 6
+"""
+
+PROGRAMS = {
+    "full": FULL,
+    "scca": SCCA,
+    "rotary": ROTARY,
+    "tensorized": TENSORIZED,
+    "coca": COCA,
+    "swiglu": SWIGLU,
+}
 
 
 def compiles(program: str, capability: int, cache: Path) -> None:

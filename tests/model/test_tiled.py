@@ -12,7 +12,7 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.distributed.mesh import build_mesh
 from lcdist.model.build import build_model
 from lcdist.model.memory.recompute import recomputed
-from lcdist.model.memory.tiled_mlp import MLPBlock, sequence_tiled, swiglu
+from lcdist.model.memory.tiled_mlp import MLPBlock, sequence_tiled
 from lcdist.plan import make_plan
 from tests.distributed import run_ranks
 from tests.live import LiveTensors
@@ -125,23 +125,6 @@ def test_tiles_equal_megatrons_mlp(world_size: int) -> None:
                 if expected is not None:
                     assert expected.count_nonzero(), problem
                     assert_matches(actual, expected)
-
-
-def eager(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_swiglu_has_the_bits_of_eager_torch(dtype: torch.dtype) -> None:
-    gate_up, dout = draw((5, 3, 14), 1).to(dtype), draw((5, 3, 7), 2).to(dtype)
-    found = []
-    for way in (swiglu, eager):
-        x = gate_up.clone().requires_grad_()
-        out = way(x)
-        found.append((out.detach(), *torch.autograd.grad(out, x, dout)))
-    for actual, expected in zip(*found, strict=True):
-        assert torch.equal(actual, expected)
 
 
 def low_precision(rank: int, world_size: int) -> None:
@@ -280,15 +263,3 @@ def test_the_peak_is_that_of_a_tile() -> None:
     # y and dx, and what a tile has.
     assert peak < 2 * hidden + plan.memory.tile_bytes
     assert peak == pytest.approx(2 * hidden + plan.memory.tile_bytes, rel=0.02)
-
-
-def test_a_tile_has_two_tensors_less_than_megatrons_would() -> None:
-    """Of ffn_hidden_size a token: silu(gate) and the copy of up."""
-    x = torch.randn(1000, 2 * FFN)
-    kept = []
-    for way in (swiglu, lambda x: F.silu(x.chunk(2, -1)[0]) * (x.chunk(2, -1)[1] + 0.0)):
-        leaf = x.clone().requires_grad_()
-        with LiveTensors() as live:
-            out = way(leaf)
-            kept.append(live.now - out.nbytes)
-    assert kept == [0, 2 * 4 * 1000 * FFN]

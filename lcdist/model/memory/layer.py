@@ -16,8 +16,9 @@ from torch import Tensor
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.model.memory.offload import CpuOffload
 from lcdist.model.memory.recompute import SelectiveRecompute, recomputed, trained
-from lcdist.model.memory.tiled_mlp import MLPBlock, sequence_tiled, swiglu
+from lcdist.model.memory.tiled_mlp import MLPBlock, sequence_tiled
 from lcdist.model.sequence import SequenceParams
+from lcdist_kernels.swiglu import swiglu
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
@@ -103,14 +104,18 @@ class Layer(TransformerLayer):
         if chunk is not None:
             return sequence_tiled(block, x, chunk, skip_output)
         normed = _norm(block.norm, x, selective)
-        out = self.mlp(normed) if selective is None else self._mlp(normed, selective)
+        out = self._mlp(normed, selective)
         add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
         return add(out, x, self.hidden_dropout)
 
-    def _mlp(self, x: Tensor, selective: SelectiveRecompute) -> tuple[Tensor, Tensor | None]:
+    def _mlp(self, x: Tensor, selective: SelectiveRecompute | None) -> tuple[Tensor, Tensor | None]:
         gate_up, bias = self.mlp.linear_fc1(x)
         assert bias is None
-        return self.mlp.linear_fc2(selective.register(swiglu(gate_up), swiglu, gate_up))
+        z = swiglu(gate_up)
+        if selective is not None:
+            # Backward of fc2 makes z again before that of swiglu overwrites gate_up.
+            selective.register(z, swiglu, gate_up)
+        return self.mlp.linear_fc2(z)
 
 
 class _FullRecompute:

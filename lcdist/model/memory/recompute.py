@@ -102,10 +102,14 @@ def replay_rng(states: tuple[Any, ...]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Recomputation:
-    """Recipe to recompute a tensor or a view of it: `make(x)`, then size, stride and offset."""
+    """Recipe to recompute a tensor or a view of it: `make(x)`, then size, stride and offset.
+
+    version: of x when it was registered, to tell whether x has been overwritten since.
+    """
 
     make: Callable[[Tensor], Tensor]
     x: Tensor
+    version: int
     size: torch.Size
     stride: tuple[int, ...]
     offset: Any
@@ -132,12 +136,15 @@ class SelectiveRecompute(saved_tensors_hooks):
         alive, make, source = self._registered.get(_storage_id(x), (None, None, None))
         if make is None or source is None or alive is None or alive() is None:
             return x
-        return _Recomputation(make, source, x.size(), x.stride(), x.storage_offset())
+        version, view = source._version, (x.size(), x.stride(), x.storage_offset())
+        return _Recomputation(make, source, version, *view)
 
 
 def _unpack(saved: Tensor | _Recomputation) -> Tensor:
     if isinstance(saved, Tensor):
         return saved
+    if saved.x._version != saved.version:
+        raise RuntimeError("the input of a recomputation has been overwritten since the forward")
     with torch.no_grad():
         return saved.make(saved.x).as_strided(saved.size, saved.stride, saved.offset)
 

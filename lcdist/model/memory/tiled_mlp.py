@@ -13,43 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.model.memory.recompute import gradients, replay_rng, rng_states, trained
+from lcdist_kernels.swiglu import swiglu
 from megatron.core.tensor_parallel import RowParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.mlp import MLP
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """Return silu(g) * u for gate_up = (g, u) `[.., 2 n]` (arXiv:2002.05202).
-
-    Saves gate_up alone; Megatron's version, with the same numbers, also saves silu(g) and a copy
-    of u.
-    """
-    return _SwiGLU.apply(gate_up)
-
-
-class _SwiGLU(Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        [gate_up], [dout] = ctx.saved_tensors, grads
-        gate, up = gate_up.chunk(2, -1)
-        dgate_up = torch.empty_like(gate_up)
-        dgate, dup = dgate_up.chunk(2, -1)
-        torch.mul(F.silu(gate), dout, out=dup)
-        torch.ops.aten.silu_backward.grad_input(dout * up, gate, grad_input=dgate)
-        return dgate_up
 
 
 @dataclass(frozen=True)
