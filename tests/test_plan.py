@@ -86,6 +86,20 @@ CONFLICTS = {
     "train.loss=whole train.loss_chunk=5":
         "train.loss_chunk = 5 has no meaning with train.loss = 'whole'; set it to 0 or use "
         "'chunked'",
+    "train.profile=2:3":
+        "train.profile = '2:3': must be a step or a range of increasing steps, such as '5' or "
+        "'5-7', from 1 to 20; leave it empty to profile none",
+    "train.profile=0":
+        "train.profile = 0: must be a step or a range of increasing steps, such as '5' or "
+        "'5-7', from 1 to 20; leave it empty to profile none",
+    "train.profile=20-21":
+        "train.profile = '20-21' is beyond train.steps = 20; choose from 1 to 20, or raise "
+        "train.steps",
+    "train.profile=20 train.profile_rank=1":
+        "train.profile_rank = 1: a world of size 1 has no such rank; choose from 0",
+    "train.profile_rank=1":
+        "train.profile_rank = 1 has no meaning with train.profile = ''; set the steps to profile, "
+        "or leave the key out",
     "optim.min_lr=1":
         "optim.min_lr = 1.0 is greater than optim.lr = 0.003",
     "optim.beta2=1":

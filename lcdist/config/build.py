@@ -193,7 +193,7 @@ def _convert_tables(item: Any, value: Any, path: str, errors: list[str]) -> Any:
 
 
 def _convert_union(members: Sequence[type], value: Any, path: str, errors: list[str]) -> Any:
-    """Convert an optional value, or a tagged union.
+    """Convert an optional value, a scalar of several types, or a tagged union.
 
     The members of a tagged union share a field, the tag: a Literal with one value each.
     """
@@ -201,6 +201,11 @@ def _convert_union(members: Sequence[type], value: Any, path: str, errors: list[
         # None can only be the default: TOML has no null.
         [member] = [m for m in members if m is not types.NoneType]
         return _convert(member, value, path, errors)
+    if all(member in _TYPE_NAMES for member in members):
+        if type(value) not in members:
+            expected = " or ".join(_TYPE_NAMES[member] for member in members)
+            errors.append(f"{path} = {value!r}: expected {expected}, got {_type_name(value)}")
+        return value
     tag, choices = _tags(members)
     if not isinstance(value, Mapping):
         errors.append(f"{path} = {value!r}: expected a table of keys, got {_type_name(value)}")

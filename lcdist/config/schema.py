@@ -233,6 +233,10 @@ class TrainConfig:
     # above 16,384 tokens a rank.
     loss: Literal["auto", "whole", "chunked"] = "auto"
     loss_chunk: int = at_least(0, 0)  # tokens a chunk; 0: as many as fit 128 MiB, at least 1,024
+    # Steps to profile, from 1: "STEP" or "FIRST-LAST"; empty: none. A trace, a table of kernels by
+    # place and a memory snapshot go to the folder `profile` of the run.
+    profile: str | int = ""
+    profile_rank: int = at_least(0, 0)  # the rank that is profiled
     engine: Literal["megatron"] = "megatron"
 
 

@@ -25,6 +25,7 @@ from lcdist.plan.checks import (
 from lcdist.plan.compute import ComputeEstimate
 from lcdist.plan.memory import MemoryEstimate
 from lcdist.plan.parameters import ParameterCounts
+from lcdist.plan.profile import check_profile
 from lcdist.plan.resolve import LayerAttention, resolve_layers, resolve_layout
 from lcdist.plan.shape import RunShape
 from lcdist.plan.traffic import TrafficEstimate
@@ -101,6 +102,7 @@ def make_plan(config: Config, world_size: int, hardware: Hardware | None = None)
     check_memory(config, errors)
     check_lora(config, errors)
     check_schedule(config, errors)
+    check_profile(config, world_size, errors)
     layers = resolve_layers(config, errors)
     check_methods(config, layers, errors)
     layout = resolve_layout(config, layers, errors) if layers else None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lcdist.rundir.header import read_header
+from lcdist.rundir.profile import Profile, read_profiles
 from lcdist.rundir.records import StepRecord, read_records
 
 FIRST_STAGES = ("pretrain", "extend")
@@ -30,6 +31,7 @@ class Stage:
         records: one record per step.
         header: contents of run.json.
         config: text of the resolved configuration.
+        profiles: tables of profiled steps.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Stage:
     records: tuple[StepRecord, ...]
     header: Mapping[str, Any]
     config: str
+    profiles: tuple[Profile, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -168,7 +171,14 @@ def _read_stage(folder: Path, name: str) -> Stage:
         raise ValueError(f"{folder / 'config.toml'}: {error}") from error
     except KeyError as error:
         raise ValueError(f"{folder / 'config.toml'}: key train.seqlen is missing") from error
-    return Stage(name=name, seqlen=seqlen, records=tuple(records), header=header, config=config)
+    return Stage(
+        name=name,
+        seqlen=seqlen,
+        records=tuple(records),
+        header=header,
+        config=config,
+        profiles=tuple(read_profiles(folder)),
+    )
 
 
 def _read_conversion(path: Path) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from typing import Any
 
 from lcdist.report.formatting import amount, duration, flatten, number, percent, size
 from lcdist.report.html import Figure, Shares, Table, render_report
+from lcdist.report.profile_section import profile_sections
 from lcdist.report.run_facts import RunFolder, Stage, facts_of, read_run_folder, report_facts
 from lcdist.report.svg import Curve, FigureOptions, plot_over_tokens, plot_perplexity
-from lcdist.rundir.records import StepRecord
+from lcdist.rundir.records import StepRecord, without_profiled
 from lcdist.utils.atomic import write_file
 
 __all__ = ["report_facts", "write_report"]
@@ -53,7 +54,7 @@ def _summary(run: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
     """Return the title, the lead paragraph and the headline numbers."""
     last_stage = run.stages[-1]
     seconds = sum(record.time.step for stage in run.stages for record in stage.records)
-    rate = amount(facts["tokens"] / seconds if seconds > 0 else math.nan)
+    rate = amount(_mean_rate(run))
     headline = _headline(facts) if facts["headline"] else None
     if headline:
         change = f"{headline['before']} \N{RIGHTWARDS ARROW} {headline['after']}"
@@ -166,18 +167,18 @@ def _cost(run: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
     """Return speed, memory, the division of the step time, and the bytes sent."""
     rows, step_time = [], {}
     for stage in run.stages:
-        records = stage.records
+        records = without_profiled(stage.records)
         seconds = [sum(getattr(record.time, part) for record in records) for part in TIME_PARTS]
         total = sum(seconds)
         step_time[stage.name] = [100 * part / total if total > 0 else 0.0 for part in seconds]
         rows.append(
             (
                 stage.name,
-                duration(sum(record.time.step for record in records)),
+                duration(sum(record.time.step for record in stage.records)),
                 amount(_median(records, lambda r: r.tokens_per_second)),
                 percent(_median(records, lambda r: r.mfu_full)),
                 percent(_median(records, lambda r: r.mfu_causal)),
-                size(max(record.memory_bytes for record in records)),
+                size(max(record.memory_bytes for record in stage.records)),
             )
         )
     head = ("stage", "time", "tokens/s", "MFU, full", "MFU, causal", "peak memory")
@@ -193,6 +194,7 @@ def _cost(run: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
         ],
         "step_time": Shares([part.replace("_", " + ") for part in TIME_PARTS], step_time),
         "exchange": _exchange(facts),
+        "profiles": profile_sections(run),
     }
 
 
@@ -268,6 +270,13 @@ def _peak_note(run: RunFolder) -> str:
         f"MFU is the fraction of the peak of all ranks, {amount(peak['flops'])}FLOP/s each "
         f"({peak['source']}); attention counted over the full square, or its causal half."
     )
+
+
+def _mean_rate(run: RunFolder) -> float:
+    """Return tokens per second over all steps, without those that were profiled."""
+    records = [record for stage in run.stages for record in without_profiled(stage.records)]
+    seconds = sum(record.time.step for record in records)
+    return sum(record.tokens for record in records) / seconds if seconds > 0 else math.nan
 
 
 def _median(records: Sequence[StepRecord], value: Callable[[StepRecord], float | None]) -> float:

@@ -7,7 +7,7 @@ read back as NaN.
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class StepRecord:
         time: seconds on rank 0.
         wall: seconds since 1970 (UTC) at the end of the step.
         ranks: balance of the work; None in files of earlier versions.
+        profiled: whether torch's profiler ran, which makes a step slower.
     """
 
     step: int
@@ -81,6 +82,7 @@ class StepRecord:
     time: StepTime
     wall: float
     ranks: RankTimes | None = None
+    profiled: bool = False
 
     def to_json(self) -> str:
         """Return the record as one line of JSON, without a newline."""
@@ -90,6 +92,8 @@ class StepRecord:
         table["time"]["other"] = self.time.other
         if self.ranks is not None:
             table["ranks"] = asdict(self.ranks)
+        if not self.profiled:
+            del table["profiled"]
         return json.dumps(_finite(table), allow_nan=False)
 
     @classmethod
@@ -117,7 +121,13 @@ class StepRecord:
             time=StepTime(**{f.name: _number(time, f.name) for f in fields(StepTime)}),
             wall=_number(table, "wall"),
             ranks=None if ranks is None else _rank_times(ranks),
+            profiled=table.get("profiled") is True,
         )
+
+
+def without_profiled(records: Sequence[StepRecord]) -> list[StepRecord]:
+    """Return the records of steps that were not profiled; all of them if there are no others."""
+    return [record for record in records if not record.profiled] or list(records)
 
 
 def read_records(path: Path) -> list[StepRecord]:

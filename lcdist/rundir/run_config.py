@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "train.offload",
     "train.mlp",
     "train.loss",
+    "train.profile",
     "checkpoint.every",
     "checkpoint.keep_",
     "checkpoint.asynchronous",

@@ -20,7 +20,7 @@ from lcdist.rundir.paths import (
     latest_in,
     step_of,
 )
-from lcdist.rundir.records import StepRecord, read_records
+from lcdist.rundir.records import StepRecord, read_records, without_profiled
 from lcdist.rundir.signals import STOP
 from lcdist.utils.atomic import write_file
 
@@ -97,7 +97,7 @@ def _progress(status: Mapping[str, Any], records: Sequence[StepRecord], steps: i
 def _rates(
     records: Sequence[StepRecord], steps: int, running: bool, now: float
 ) -> list[tuple[str, str]]:
-    last = records[-RATE_STEPS:]
+    last = without_profiled(records)[-RATE_STEPS:]
     step, left = _median([r.time.step for r in last]), steps - records[-1].step
     rows = [
         ("loss", f"{records[-1].loss:.4f}"),

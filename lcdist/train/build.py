@@ -16,6 +16,8 @@ from lcdist.hardware.peak import Peak
 from lcdist.layout.documents import DocumentLayout
 from lcdist.model.build import build_model
 from lcdist.plan import Plan
+from lcdist.plan.profile import NO_STEPS, profiled_steps
+from lcdist.train.profiler import StepProfiler
 from lcdist.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -57,8 +59,18 @@ def build_trainer(plan: Plan, mesh: Mesh, dataset: Dataset, peak: Peak) -> Train
         document_layout=plan.shape.document_layout,
         balance=plan.config.data.balance,
     )
-    engine = MegatronEngine(plan, mesh, build_model(plan, mesh.device))
+    chunks = build_model(plan, mesh.device)
+    engine = MegatronEngine(plan, mesh, chunks)
     folder = Path(plan.config.log.folder) / "checkpoints"
     retention = plan.config.checkpoint
     checkpointer = Checkpointer(folder, retention.keep_last, retention.keep_every)
-    return Trainer(plan, mesh, engine, Loader(dataset, spec), checkpointer, peak)
+    trainer = Trainer(plan, mesh, engine, Loader(dataset, spec), checkpointer, peak)
+    trainer.profiler = StepProfiler(
+        Path(plan.config.log.folder),
+        profiled_steps(train.profile) or NO_STEPS,
+        is_profiled=mesh.rank == train.profile_rank,
+        rank=train.profile_rank,
+        device=mesh.device,
+        models=chunks,
+    )
+    return trainer

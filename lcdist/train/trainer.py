@@ -30,6 +30,7 @@ from lcdist.rundir.paths import step_of
 from lcdist.rundir.records import RankTimes, StepRecord, StepTime
 from lcdist.rundir.signals import STOP
 from lcdist.train.metrics import Metrics
+from lcdist.train.profiler import StepProfiler
 from lcdist.train.schedule import learning_rate
 from lcdist.train.stop_requests import StopRequests
 
@@ -57,6 +58,7 @@ class Trainer:
     """Runs steps from the current state of engine and loader until the end or a stop request.
 
     also_stop: files beside the run folder's own `stop` that request a stop.
+    profiler: profiles some steps; off by default.
     step: steps taken. saved_step: step of the newest complete checkpoint.
     """
 
@@ -72,6 +74,7 @@ class Trainer:
         self.plan, self.mesh, self.engine = plan, mesh, engine
         self.loader, self.checkpointer, self.peak = loader, checkpointer, peak
         self.also_stop: Sequence[Path] = ()
+        self.profiler = StepProfiler.off(mesh.device)
         self.step = 0
         self.saved_step = 0
 
@@ -91,9 +94,10 @@ class Trainer:
         steps, every = self.plan.config.train.steps, self.plan.config.checkpoint.every
         asynchronous = self.plan.config.checkpoint.asynchronous
         reason, is_first = "", True
-        with StopRequests(self._stop_files()) as requests:
+        with StopRequests(self._stop_files()) as requests, self.profiler as profiler:
             while self.step < steps and not reason:
-                record, stop_requested = self._one_step(requests, watchdog)
+                with profiler.step(self.step + 1):
+                    record, stop_requested = self._one_step(requests, watchdog)
                 metrics.write(record)
                 if is_first:
                     after_first_step()
@@ -101,9 +105,13 @@ class Trainer:
                 if stop_requested:
                     reason = f"told to stop ({requests.reason or 'by another rank'})"
                 ends = bool(reason) or self.step == steps
+                was_profiled = profiler.stop_after(self.step, ends)
                 if ends or (every and self.step % every == 0):
                     watchdog.record_progress(self.step, "saving", slow=True)
                     self.save(wait=ends or not asynchronous)
+                if was_profiled:
+                    watchdog.record_progress(self.step, "writing the profile", slow=True)
+                    profiler.write()
         if self.step < steps:
             return Outcome("stopped", self.step, reason)
         return Outcome("finished", self.step, f"all {steps} steps done")
@@ -113,7 +121,8 @@ class Trainer:
         train, start = self.plan.config.train, time.perf_counter()
         watchdog.record_progress(self.step, "loading data")
         lr = learning_rate(self.plan.config.optim, self.step, train.steps)
-        batches = [batch.to(self.mesh.device) for batch in self.loader.next_step()]
+        with self.profiler.phase("data"):
+            batches = [batch.to(self.mesh.device) for batch in self.loader.next_step()]
         data_end = time.perf_counter()
         observed = ObservedSequence(
             batches, lambda: watchdog.record_progress(self.step, "forward and backward")
@@ -122,7 +131,8 @@ class Trainer:
             loss = self.engine.forward_backward(observed)
         backward_end = time.perf_counter()
         watchdog.record_progress(self.step, "optimizer")
-        grad_norm = self.engine.step(lr)
+        with self.profiler.phase("optimizer"):
+            grad_norm = self.engine.step(lr)
         optimizer_end = time.perf_counter()
         self.step += 1
         own_work = data_end - start + self.engine.seconds_before_reduction - sent.seconds_waited
@@ -159,6 +169,7 @@ class Trainer:
                 most=maxima["slowest"] // RANK_RADIX / 1e6,
                 slowest=maxima["slowest"] % RANK_RADIX,
             ),
+            profiled=self.step in self.profiler.steps,
         )
         return record, bool(maxima["stop"])
 
