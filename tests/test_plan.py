@@ -439,7 +439,8 @@ def test_full_recompute_saves_inputs_and_recomputes_one_layer() -> None:
 def test_pipelining_saves_activations_of_micro_batches_in_flight() -> None:
     one, two = plan_of(*ODD), plan_of(*ODD, PP)
     four = plan_of(*ODD, "parallel.pp_size=4")
-    logits = 4 * 384 * 120 + 3 * 4 * 64 * 120
+    # Logits, 4 + 8 bytes a token of the loss, and three hidden states.
+    logits = (4 * 384 + 12 + 3 * 4 * 64) * 120
     layer = (one.memory.activation_bytes - logits) // 4
     # First stage: as many micro-batches as there are stages. Last stage: one, and the logits.
     assert two.memory.activation_bytes == max(2 * 2 * layer, 2 * layer + logits)
@@ -490,7 +491,7 @@ def peak_of_loss(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> li
 
 
 def test_buffers_of_a_chunked_loss_equal_a_real_ones() -> None:
-    wide = ("model.vocab_size=6000", "train.loss=chunked", "train.loss_chunk=40")
+    wide = ("model.vocab_size=60000", "train.loss=chunked", "train.loss_chunk=50")
     cases = [wide, (*wide, "train.dtype=bf16"), (*wide, "train.loss_chunk=1000")]
     for cases_of_size in (cases, [(*case, TP) for case in cases]):
         ranks = run_ranks(peak_of_loss, 2 if TP in cases_of_size[0] else 1, cases_of_size)
@@ -500,28 +501,34 @@ def test_buffers_of_a_chunked_loss_equal_a_real_ones() -> None:
             )
 
 
-def test_loss_is_chunked_above_16k_tokens_a_rank() -> None:
+def test_logits_are_kept_up_to_4_gib_a_rank() -> None:
     savings_off = ("train.recompute=none", "train.mlp=whole")
-    sizes = ("model.vocab_size=32768", "train.seqlen=16384", *savings_off)
-    whole = plan_of(*sizes)
-    assert whole.memory.loss_chunk(whole.shape.local_tokens) is None
-    assert whole.memory.loss_bytes == (16384 * 32768 * 4, 0)
-    assert dict(plan_rows(whole))["loss"] == "whole logits, 2.000 GiB a rank"
+    sizes = ("model.vocab_size=32768", "train.seqlen=32768", *savings_off)
+    kept = plan_of(*sizes)
+    assert kept.memory.loss_chunk(kept.shape.local_tokens) is None
+    # Beside logits in fp32, 4 + 8 bytes a token.
+    assert kept.memory.loss_bytes == (32768 * (32768 * 4 + 12), 0)
+    assert dict(plan_rows(kept))["loss"] == "logits kept for backward, 4.000 GiB a rank"
     two = plan_of(*sizes, TWO)
-    # 128 MiB hold the fp32 logits of 1,024 tokens; 4 + 8 bytes are saved for each token.
-    assert two.memory.loss_chunk(two.shape.local_tokens) == 1024
-    assert two.memory.loss_bytes == (32768 * 12, 1024 * 32768 * 4)
+    assert two.memory.loss_chunk(two.shape.local_tokens) == 4096
+    assert two.memory.loss_bytes == (65536 * 12, 4096 * 32768 * 4)
     assert dict(plan_rows(two))["loss"] == (
-        "logits of 1,024 tokens at a time, 0.125 GiB a rank; whole they take 4.000 GiB"
+        "logits of 4,096 tokens at a time, 0.501 GiB a rank; whole they take 8.000 GiB"
     )
-    assert two.memory.activation_bytes - plan_of(
-        *sizes, TWO, "train.loss=whole"
-    ).memory.activation_bytes == (sum(two.memory.loss_bytes) - 32768 * 32768 * 4)
-    # Halved by context parallelism; by tensor parallelism, twice the tokens fit.
-    assert plan_of(*sizes, TWO, CP).memory.loss_chunk(16384) is None
-    assert plan_of(*sizes, TP).memory.loss_chunk(16385) == 2048
-    # Never fewer than 1,024 of many, never more than there are.
-    assert plan_of("model.vocab_size=131072").memory.loss_chunk(10**6) == 1024
+    whole = plan_of(*sizes, TWO, "train.loss=whole")
+    assert two.memory.activation_bytes - whole.memory.activation_bytes == (
+        sum(two.memory.loss_bytes) - sum(whole.memory.loss_bytes)
+    )
+    # Halved by context parallelism, tensor parallelism, and bf16.
+    assert plan_of(*sizes, TWO, CP).memory.loss_chunk(32768) is None
+    for half in (TP, "train.dtype=bf16"):
+        assert plan_of(*sizes, half).memory.loss_chunk(65536) is None
+        assert plan_of(*sizes, half).memory.loss_chunk(65537) == 4096
+    # As many as fit 1 GiB up to 4,096, at least those that fit 128 MiB, never fewer than 1,024 of
+    # many, never more than there are.
+    for vocab, chunk in ((2**17, 2048), (2**20, 1024), (256, 2**17)):
+        wide = plan_of(f"model.vocab_size={vocab}", "train.loss=chunked")
+        assert wide.memory.loss_chunk(10**6) == chunk
     assert plan_of("train.loss=chunked").memory.loss_chunk(256) == 256
     assert plan_of("train.loss_chunk=10").memory.loss_chunk(256) is None
     assert plan_of("train.loss=chunked", "train.loss_chunk=10").memory.loss_chunk(256) == 10

@@ -1,4 +1,4 @@
-"""Benchmark the chunked loss against whole logits, on this machine's CPU (Linux): memory and time.
+"""Benchmark the output loss against others on whole logits, on this machine's CPU: memory and time.
 
     python kernels/bench/bench_loss.py [--quick]
 
@@ -22,7 +22,7 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.schema import ParallelConfig
 from lcdist.distributed.mesh import build_mesh
 from lcdist.model.output_loss import VocabShard, output_losses
-from lcdist.plan.memory import CHUNK_BYTES, CHUNK_TOKENS, FP32_BYTES
+from lcdist.plan.memory import LOSS_CHUNK_TOKENS
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 SIZES = [(32768, 32768, 1024)]  # tokens, vocabulary, hidden size
@@ -38,12 +38,12 @@ def torch_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def megatron_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Compute the losses from whole logits with Megatron's loss, as train.loss = "whole" does."""
+    """Compute the losses from whole logits with Megatron's loss."""
     return vocab_parallel_cross_entropy(hidden @ weight.t(), targets)
 
 
-def chunked_losses(chunk: int) -> Losses:
-    """Return the losses of train.loss = "chunked" with `chunk` tokens at a time."""
+def own_losses(chunk: int | None) -> Losses:
+    """Return our losses with `chunk` tokens at a time; None: logits are kept."""
 
     def losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         shard = VocabShard(0, len(weight))
@@ -54,13 +54,14 @@ def chunked_losses(chunk: int) -> Losses:
 
 def contenders(tokens: int, vocab: int) -> dict[str, tuple[Losses, int]]:
     """Return each variant by name, with the number of tokens that have logits at once."""
-    planned = min(max(CHUNK_BYTES // (FP32_BYTES * vocab), CHUNK_TOKENS), tokens // 32)
+    planned = min(LOSS_CHUNK_TOKENS, tokens // 8)
     found: dict[str, tuple[Losses, int]] = {
         "torch, whole": (torch_losses, tokens),
         "megatron, whole": (megatron_losses, tokens),
+        "kept": (own_losses(None), tokens),
     }
     for chunk in sorted({planned, planned // 4}):
-        found[f"chunks of {chunk}"] = (chunked_losses(chunk), chunk)
+        found[f"chunks of {chunk}"] = (own_losses(chunk), chunk)
     return found
 
 
@@ -95,7 +96,8 @@ def gate(tokens: int, vocab: int, hidden: int) -> str | None:
     inputs = problem(tokens, vocab, hidden, torch.float64)
     expected = once(torch_losses, inputs)()
     # Megatron computes its loss in fp32 for every input dtype.
-    ways = {"megatron": (megatron_losses, 1e-6), "chunked": (chunked_losses(100), GATE)}
+    ways = {"megatron": (megatron_losses, 1e-6), "kept": (own_losses(None), GATE)}
+    ways["chunked"] = own_losses(100), GATE
     for name, (losses, most) in ways.items():
         found = once(losses, inputs)()
         for actual, truth in zip(found, expected, strict=True):

@@ -229,10 +229,11 @@ class TrainConfig:
     mlp: Literal["auto", "whole", "tiled"] = "auto"
     # tokens a tile; 0: as many as have gate and up in 128 MiB, at least 1,024
     mlp_chunk: int = at_least(0, 0)
-    # chunked: logits are computed for some tokens at a time, and again in backward. auto: chunked
-    # above 16,384 tokens a rank.
+    # whole: logits of a micro-batch are kept until backward. chunked: they are computed for some
+    # tokens at a time, and again in backward. auto: chunked where they take more than 4 GiB a rank.
     loss: Literal["auto", "whole", "chunked"] = "auto"
-    loss_chunk: int = at_least(0, 0)  # tokens a chunk; 0: as many as fit 128 MiB, at least 1,024
+    # tokens a chunk; 0: up to 4,096 within 1 GiB of logits, or as many as fit 128 MiB
+    loss_chunk: int = at_least(0, 0)
     # Steps to profile, from 1: "STEP" or "FIRST-LAST"; empty: none. A trace, a table of kernels by
     # place and a memory snapshot go to the folder `profile` of the run.
     profile: str | int = ""

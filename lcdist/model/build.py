@@ -48,7 +48,7 @@ class CausalLM(GPTModel):
     document_layout: positions of text and landmarks that the attention of its layers needs.
     rotary: returns the rotation for a sequence length in tokens.
     loss_chunk: returns, for a number of tokens on this rank, how many of them get logits at once
-        in the loss; None for all of them.
+        in the loss; None for all of them, kept until backward.
     """
 
     true_vocab_size: int
@@ -65,16 +65,14 @@ class CausalLM(GPTModel):
         """
         sequence = rest.get("packed_seq_params")
         if self.post_process and labels is not None:
-            chunk = self.loss_chunk(labels.numel())
-            if chunk is not None:
-                return self._losses(hidden_states, labels, chunk)
-        elif self.post_process and sequence is not None and sequence.cache is not None:
+            return self._losses(hidden_states, labels)
+        if self.post_process and sequence is not None and sequence.cache is not None:
             # Decoding needs the last token's logits alone; those of a whole prompt would be the
             # largest tensor in memory.
             hidden_states = hidden_states[-1:]
         return super()._postprocess(hidden_states, labels=labels, **rest)
 
-    def _losses(self, hidden: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         assert weight is not None
@@ -85,13 +83,8 @@ class CausalLM(GPTModel):
             group=group if group.size() > 1 else None,
             sequence_parallel=self.config.sequence_parallel,
         )
+        chunk = self.loss_chunk(labels.numel())
         return output_losses(hidden, weight, labels.t(), shard, chunk).t()
-
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Return losses in nats `[b, s]` from labels `[b, s]` and logits `[s, b, vocab / tp]`."""
-        logits = hide_padding(logits, self.true_vocab_size, self.pg_collection.tp.rank())
-        targets = labels.transpose(0, 1).contiguous()
-        return tensor_parallel.vocab_parallel_cross_entropy(logits, targets).transpose(0, 1)
 
     def gather_logits(self, logits: Tensor) -> Tensor:
         """Return logits `[..., vocab]` from this rank's `[..., vocab / tp]`; -inf for padding."""

@@ -1,4 +1,4 @@
-"""Output layer and cross-entropy in one operation, without the logits of all tokens in memory.
+"""Output layer and cross-entropy in one operation, with logits in the model's dtype alone.
 
 With hidden states x, output weight W and targets y, token t has
 
@@ -6,11 +6,12 @@ With hidden states x, output weight W and targets y, token t has
     dlogits_tv = dloss_t (exp(x_t . W_v - lse_t) - [v = y_t])
     dx = dlogits W                          dW = dlogits^T x
 
-Forward computes the logits of a chunk of tokens, reduces them to the two terms and drops them.
-Backward recomputes them chunk by chunk from the saved lse (arXiv:2411.09009 does so tile by tile).
-Computing gradients in forward would save one product in four, but needs dloss in forward. As it is,
-the loss is one number a token for any mask and normalisation, no tensor of the weight's size waits
-for backward, and evaluation pays for forward alone.
+Forward reduces logits to the two terms of a loss (`lcdist_kernels.vocab_loss`). Either it keeps
+them, and backward overwrites them with dlogits. Or it computes them for a chunk of tokens and drops
+them, and backward computes them again, chunk by chunk (arXiv:2411.09009 does so tile by tile): a
+fourth product of this size. Computing gradients in forward would save that product too, but needs
+dloss in forward. As it is, the loss is one number a token for any mask and normalisation, no tensor
+of the weight's size waits for backward, and evaluation pays for forward alone.
 
 If the vocabulary is sharded over tensor-parallel ranks (arXiv:1909.08053), lse and target logits
 are combined over the ranks for all tokens at once: one maximum and one sum of two numbers a token.
@@ -27,6 +28,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist_kernels import vocab_loss
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -53,27 +55,26 @@ class VocabShard:
         """Number of ranks over which the hidden states are sharded."""
         return self.group.size() if self.group is not None and self.sequence_parallel else 1
 
-    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return logits `[t, vocab / tp]` for x `[t, h]` in fp32 or wider; -inf for padding."""
-        logits = (x @ weight.t()).to(_wide(x.dtype))
-        logits[:, self.num_tokens :] = -torch.inf
-        return logits
-
-    def columns(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each target's column in this rank's logits, and whether it has one; `[t, 1]`."""
-        local = targets.reshape(-1, 1) - self.first
-        is_local = (local >= 0) & (local < self.num_tokens)
-        return local.masked_fill(~is_local, 0), is_local
-
     def gather(self, x: Tensor) -> Tensor:
         """Return the hidden states `[t, h]` of all ranks, concatenated."""
         if self.parts == 1:
             return x
         return gather_from_sequence_parallel_region(x, group=self.group)  # type: ignore[arg-type]
 
+    def stats(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return lse and target logits over this rank's columns, like targets `[parts, n]`."""
+        found = vocab_loss.stats(logits, targets.reshape(-1), self.first, self.num_tokens)
+        lse, target_logits = (x.view(targets.shape) for x in found)
+        return lse, target_logits
+
+    def dlogits_(self, logits: Tensor, targets: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
+        """Overwrite the logits with dlogits and return them; the others are `[parts, n]`."""
+        targets, lse, dout = (x.reshape(-1) for x in (targets, lse, dout))
+        return vocab_loss.grad_(logits, targets, lse, dout, self.first, self.num_tokens)
+
 
 def output_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, chunk: int
+    hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, chunk: int | None
 ) -> Tensor:
     """Return losses in nats `[s, b]`, in fp32 or wider, equal on all ranks of the shard's group.
 
@@ -82,10 +83,10 @@ def output_losses(
         weight: `[vocab / tp, h]`; padding rows have no effect and get a zero gradient.
         targets: int64 `[s, b]`.
         shard: this rank's part of the vocabulary.
-        chunk: tokens whose logits exist at the same time.
+        chunk: tokens whose logits exist at the same time; None: all, kept until backward.
     """
     parts = shard.parts
-    step = max(1, chunk // parts)
+    step = None if chunk is None else max(1, chunk // parts)
     losses = _OutputLoss.apply(
         hidden.flatten(0, 1), weight, targets.reshape(parts, -1), shard, step
     )
@@ -93,43 +94,62 @@ def output_losses(
 
 
 class _OutputLoss(Function):
-    """Losses of hidden `[n, h]` and targets `[parts, n]`, `step` tokens of every part at a time."""
+    """Losses of hidden `[n, h]` and targets `[parts, n]`, `step` tokens of every part at a time.
+
+    step: None: all tokens at once, and their logits are kept.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, step: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        shard: VocabShard,
+        step: int | None,
     ) -> Tensor:
-        lse = hidden.new_empty(targets.shape, dtype=_wide(hidden.dtype))
-        target_logits = torch.empty_like(lse)
+        terms, kept = [], None
         for rows in _steps(len(hidden), step):
-            terms = _loss_terms(shard.gather(hidden[rows]), weight, targets[:, rows], shard)
-            lse[:, rows], target_logits[:, rows] = (x.view(len(targets), -1) for x in terms)
+            logits = shard.gather(hidden[rows]) @ weight.t()
+            terms.append(shard.stats(logits, targets[:, rows]))
+            kept = logits if step is None else None
+            del logits  # otherwise two chunks of logits are alive during the next iteration
+        lse, target_logits = (
+            parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            for parts in zip(*terms, strict=True)
+        )
         if shard.group is not None:
             lse, target_logits = _combine_ranks(lse, target_logits, shard.group)
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.shard, ctx.step = shard, step
+        ctx.save_for_backward(hidden, targets, lse, kept)
+        # The parameter itself: saved-tensor hooks would bring back another object.
+        ctx.weight, ctx.shard, ctx.step = weight, shard, step
+        ctx.is_overwritten = False
         return lse - target_logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, lse = ctx.saved_tensors
-        shard: VocabShard = ctx.shard
+        hidden, targets, lse, kept = ctx.saved_tensors
+        weight, shard = ctx.weight, ctx.shard
         [dout] = grads
+        if ctx.is_overwritten:
+            # A second backward of the same graph computes the logits again.
+            kept = None
+        ctx.is_overwritten = True
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dweight = None
-        if ctx.needs_input_grad[1]:
-            # Sum over chunks in fp32 and round to the weight's dtype once.
-            dweight = torch.zeros_like(weight, dtype=_wide(weight.dtype))
         reductions: list[Any] = []
         for rows in _steps(len(hidden), ctx.step):
             x = shard.gather(hidden[rows])
-            dlogits = _dlogits(x, weight, targets[:, rows], shard, lse[:, rows], dout[:, rows])
+            # Autograd refuses saved tensors that changed; `data` changes without its notice.
+            logits = x @ weight.t() if kept is None else kept.data
+            dlogits = shard.dlogits_(logits, targets[:, rows], lse[:, rows], dout[:, rows])
             if dhidden is not None:
-                reductions += _reduce_into(dhidden[rows], dlogits @ weight, shard)
-            if dweight is not None:
-                _add_product_(dweight, dlogits, x)
-            del dlogits  # otherwise two chunks of logits are alive during the next iteration
+                reductions += _reduce_into(dhidden[rows], dlogits, weight, shard)
+            if ctx.needs_input_grad[1]:
+                is_only = len(x) == targets.numel()
+                dweight = _add_product(dweight, weight, dlogits, x, is_only)
+            del logits, dlogits  # as in forward
         for work in reductions:
             work.wait()
         # Return the gradient instead of adding it to Megatron's main_grad. Every hook then runs
@@ -137,39 +157,9 @@ class _OutputLoss(Function):
         return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _steps(count: int, step: int) -> Iterator[slice]:
+def _steps(count: int, step: int | None) -> Iterator[slice]:
+    step = step or max(1, count)
     return (slice(start, start + step) for start in range(0, count, step))
-
-
-def _loss_terms(
-    x: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard
-) -> tuple[Tensor, Tensor]:
-    """Return lse and target logits `[t]` over this rank's columns; 0 for other ranks' targets."""
-    logits = shard.logits(x, weight)
-    column, is_local = shard.columns(targets)
-    target_logits = logits.gather(1, column).masked_fill_(~is_local, 0)
-    return _log_sum_exp_(logits), target_logits
-
-
-def _dlogits(
-    x: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, lse: Tensor, dout: Tensor
-) -> Tensor:
-    """Return dlogits `[t, vocab / tp]` in x's dtype from lse and dout `[t]` of all columns."""
-    dlogits = shard.logits(x, weight).sub_(lse.reshape(-1, 1)).exp_()
-    column, is_local = shard.columns(targets)
-    dlogits.scatter_add_(1, column, -is_local.to(dlogits.dtype))
-    return dlogits.mul_(dout.reshape(-1, 1)).to(x.dtype)
-
-
-def _log_sum_exp_(logits: Tensor) -> Tensor:
-    """Return the log-sum-exp `[t]`; overwrites the logits to save a tensor of their size."""
-    # A rank with padding alone has maxima of -inf: clamping them makes the sum 0 instead of NaN.
-    maximum = logits.amax(1).clamp_(min=torch.finfo(logits.dtype).min)
-    return logits.sub_(maximum[:, None]).exp_().sum(1).log_().add_(maximum)
 
 
 def _combine_ranks(
@@ -183,17 +173,27 @@ def _combine_ranks(
     return sums[0].log_().add_(maximum), sums[1]
 
 
-def _reduce_into(dx: Tensor, partial: Tensor, shard: VocabShard) -> list[Any]:
-    """Sum the ranks' partial gradients of x into `dx`; return the reductions still in flight."""
+def _reduce_into(dx: Tensor, dlogits: Tensor, weight: Tensor, shard: VocabShard) -> list[Any]:
+    """Write dlogits W, summed over the ranks, into `dx`; return the reductions still in flight."""
     if shard.parts > 1:
+        partial = dlogits @ weight
         dx.copy_(reduce_scatter_to_sequence_parallel_region(partial, group=shard.group))  # type: ignore[arg-type]
         return []
-    dx.copy_(partial)
+    torch.mm(dlogits, weight, out=dx)
     return [] if shard.group is None else [dist.all_reduce(dx, group=shard.group, async_op=True)]
 
 
-def _add_product_(dweight: Tensor, dlogits: Tensor, x: Tensor) -> None:
-    if x.dtype == dweight.dtype:
-        dweight.addmm_(dlogits.t(), x)
-    else:
-        dweight += dlogits.t() @ x
+def _add_product(
+    total: Tensor | None, weight: Tensor, dlogits: Tensor, x: Tensor, is_only: bool
+) -> Tensor:
+    """Return total + dlogits^T x, in fp32 or wider unless it is the only chunk's."""
+    if is_only:
+        return dlogits.t() @ x
+    if total is None:
+        total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    if x.dtype == total.dtype:
+        return total.addmm_(dlogits.t(), x)
+    if x.is_cuda:
+        # The product adds in fp32, without a tensor of its own.
+        return torch.addmm(total, dlogits.t(), x, out_dtype=total.dtype, out=total)
+    return total.add_(dlogits.t() @ x)

@@ -7,10 +7,17 @@ from lcdist.plan.shape import RunShape
 
 FP32_BYTES = 4
 INT64_BYTES = 8
-# Chunks of the loss or the MLP have logits, or gate and up, of this size, but at least so many
-# tokens: with fewer, a matrix product spends its time on loading the weight.
+# Tiles of the MLP have gate and up of this size, but at least so many tokens: with fewer, a matrix
+# product spends its time on loading the weight.
 CHUNK_BYTES = 2**27
 CHUNK_TOKENS = 1024
+# Logits of a micro-batch up to this size are kept until backward.
+KEPT_LOGITS_BYTES = 2**32
+# Otherwise chunks of the loss have so many tokens, where their logits fit the bytes. Each chunk
+# reads and writes the fp32 gradient of the output weight: for 1,024 tokens that takes as long as
+# the product itself.
+LOSS_CHUNK_TOKENS = 4096
+LOSS_CHUNK_BYTES = 2**30
 # With more tokens a rank, activations fill the memory: "auto" then recomputes, offloads and tiles.
 LONG_SEQUENCE_TOKENS = 16_384
 
@@ -91,11 +98,12 @@ class MemoryEstimate:
         return min(train.mlp_chunk or max(CHUNK_BYTES // gate_up, CHUNK_TOKENS), tokens)
 
     def loss_chunk(self, tokens: int) -> int | None:
-        """Return how many of a rank's `tokens` get logits at once; None: all, logits are saved."""
-        train = self.shape.config.train
-        if train.loss == "whole" or (train.loss == "auto" and tokens <= LONG_SEQUENCE_TOKENS):
+        """Return how many of a rank's `tokens` get logits at once; None: all, and they are kept."""
+        train, row = self.shape.config.train, self._local_vocab_size * self.shape.itemsize
+        if train.loss == "whole" or (train.loss == "auto" and tokens * row <= KEPT_LOGITS_BYTES):
             return None
-        fitting = max(CHUNK_BYTES // (FP32_BYTES * self._local_vocab_size), CHUNK_TOKENS)
+        fitting = min(LOSS_CHUNK_BYTES // row, LOSS_CHUNK_TOKENS)
+        fitting = max(fitting, CHUNK_BYTES // row, CHUNK_TOKENS)
         return min(train.loss_chunk or fitting, tokens)
 
     @property
@@ -166,22 +174,20 @@ class MemoryEstimate:
     def loss_bytes(self) -> tuple[int, int]:
         """(saved for backward, temporary buffers) of a micro-batch's loss, in bytes.
 
-        Without hidden states and the output weight's gradient.
+        Without hidden states and the output weight's gradient. The gradient of the logits takes
+        their place.
         """
         tokens = self.shape.local_tokens
-        chunk = self.loss_chunk(tokens)
+        # A sum of exponentials and a target for each token.
+        saved, chunk = tokens * (FP32_BYTES + INT64_BYTES), self.loss_chunk(tokens)
         if chunk is None:
-            return self.whole_logits_bytes, 0
-        # Beside the chunk's fp32 logits, their gradient in the dtype of the matrix products.
-        itemsize = self.shape.itemsize
-        gradient = itemsize if itemsize < FP32_BYTES else 0
-        buffers = chunk * self._local_vocab_size * (FP32_BYTES + gradient)
-        return tokens * (FP32_BYTES + INT64_BYTES), buffers
+            return self.whole_logits_bytes + saved, 0
+        return saved, chunk * self._local_vocab_size * self.shape.itemsize
 
     @property
     def whole_logits_bytes(self) -> int:
-        """Fp32 logits of a micro-batch's tokens, for this rank's part of the vocabulary."""
-        return self.shape.local_tokens * FP32_BYTES * self._local_vocab_size
+        """Logits of a micro-batch's tokens, for this rank's part of the vocabulary."""
+        return self.shape.local_tokens * self._local_vocab_size * self.shape.itemsize
 
     def saved_bytes(self, selective: bool) -> int:
         """Return the bytes a layer saves for backward without full recompute.

@@ -84,7 +84,7 @@ def _loss_text(plan: Plan) -> str:
     memory = plan.memory
     whole, chunk = _gib(memory.whole_logits_bytes), memory.loss_chunk(plan.shape.local_tokens)
     if chunk is None:
-        return f"whole logits, {whole} a rank"
+        return f"logits kept for backward, {whole} a rank"
     chunked = _gib(sum(memory.loss_bytes))
     return f"logits of {chunk:,} tokens at a time, {chunked} a rank; whole they take {whole}"
 

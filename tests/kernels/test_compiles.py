@@ -115,6 +115,26 @@ with compiled_for(CAPABILITY) as made:
 assert len(made) == 6
 """
 
+
+VOCAB_LOSS = """
+import torch
+from lcdist_kernels.vocab_loss import kernel
+from tests.kernels.compiling import compiled_for
+
+targets, rows = torch.zeros(3, dtype=torch.int64), torch.zeros(3)
+with compiled_for(CAPABILITY) as made:
+    for dtype, columns, first, real in (
+        (torch.bfloat16, 128256, 0, 128256),
+        (torch.float16, 6400, 6400, 5000),
+        (torch.float32, 77, 1, 33),
+    ):
+        logits = torch.zeros(3, columns, dtype=dtype)
+        kernel.stats(logits, targets, first, real)
+        kernel.grad_(logits, targets, rows, rows, first, real)
+assert len(made) == 6
+"""
+
+
 PROGRAMS = {
     "full": FULL,
     "scca": SCCA,
@@ -122,6 +142,7 @@ PROGRAMS = {
     "tensorized": TENSORIZED,
     "coca": COCA,
     "swiglu": SWIGLU,
+    "vocab_loss": VOCAB_LOSS,
 }
 
 

@@ -1,4 +1,4 @@
-"""The loss by chunks inside the model: one function on every mesh, and no tensor of all logits."""
+"""The loss inside the model: one function on every mesh, and no more logits than it says."""
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from tests.live import LiveTensors
 from tests.model.cases import Case, assert_same_gradients, results, tiers
 from tests.model.small import Meshes, small, take_steps
 from tests.model.test_mesh import meshes
+from tests.tolerance import assert_matches
 
 # No size of a chunk divides the 35.5 to 192 tokens that a rank has of a micro-batch.
 HOW = ("train.loss=chunked", "train.loss_chunk=13")
@@ -152,40 +153,50 @@ def test_whole_logits_are_seen() -> None:
 
 # 32,768 tokens, 32,768 words and 1,024 hidden units, all by 16; so are the 1,024 of a chunk.
 SIXTEENTH = 2048, 2048, 64, 64
+WAYS = ("chunks", "kept", "megatron")
 
 
-def peaks(rank: int, world_size: int) -> tuple[int, int, list[Tensor], list[Tensor]]:
-    """Peak bytes of forward and backward by chunks and with whole logits, and the gradients."""
+def peaks(
+    rank: int, world_size: int, dtype: torch.dtype
+) -> tuple[dict[str, int], dict[str, list[Tensor]]]:
+    """Return the peak bytes of forward and backward, and the gradients, of each way."""
     tokens, vocab, size, chunk = SIXTEENTH
     group = build_mesh(small().parallel, 0).tp_group
     assert group.size() == 1
-    hidden, weight = torch.randn(tokens, 1, size), torch.randn(vocab, size)
+    hidden, weight = (torch.randn(shape).to(dtype) for shape in ((tokens, 1, size), (vocab, size)))
     targets = torch.randint(vocab, (tokens, 1))
     shard = VocabShard(0, vocab)
-
-    def by_chunks(x: Tensor, w: Tensor) -> Tensor:
-        return output_losses(x, w, targets, shard, chunk)
-
-    def whole(x: Tensor, w: Tensor) -> Tensor:
-        return tensor_parallel.vocab_parallel_cross_entropy(x @ w.t(), targets)
-
-    found, gradients = [], []
-    for losses in (by_chunks, whole):
-        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    found, gradients = {}, {}
+    for way in WAYS:
+        x, w = (leaf.clone().requires_grad_() for leaf in (hidden, weight))
         with LiveTensors() as live:
-            losses(*leaves).sum().backward()
-        found.append(live.peak)
-        gradients.append([x.grad for x in leaves])
-    return found[0], found[1], *gradients
+            if way == "megatron":
+                losses = tensor_parallel.vocab_parallel_cross_entropy(x @ w.t(), targets)
+            else:
+                losses = output_losses(x, w, targets, shard, chunk if way == "chunks" else None)
+            losses.sum().backward()
+        found[way], gradients[way] = live.peak, [x.grad, w.grad]
+    return found, gradients
 
 
-def test_the_peak_is_less_than_an_eighth_of_that_with_whole_logits() -> None:
-    [(by_chunks, whole, found, expected)] = run_ranks(peaks, 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_has_logits_in_the_models_dtype_once(dtype: torch.dtype) -> None:
+    [(found, gradients)] = run_ranks(peaks, 1, dtype)
     tokens, vocab, size, chunk = SIXTEENTH
-    assert whole >= 4 * tokens * vocab
-    assert by_chunks * 8 < whole, by_chunks / whole
-    # Both gradients, one chunk's logits, and little else.
-    expected_peak = 4 * (tokens * size + vocab * size + chunk * vocab)
-    assert by_chunks == pytest.approx(expected_peak, rel=0.1)
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert found["megatron"] >= 4 * tokens * vocab
+    assert found["chunks"] * 8 < found["megatron"]
+    # Both gradients, logits once, and little else: in torch, some rows in fp32.
+    products = dtype.itemsize * (tokens * size + vocab * size)
+    rows = 4 * 2**15 if dtype == torch.bfloat16 else 0
+    kept = products + dtype.itemsize * tokens * vocab
+    assert found["kept"] == pytest.approx(kept + rows, rel=0.02)
+    # Over chunks the weight's gradient is summed in fp32.
+    fp32_sum = 4 * vocab * size if dtype == torch.bfloat16 else 0
+    chunked = products + dtype.itemsize * chunk * vocab + fp32_sum
+    assert found["chunks"] == pytest.approx(chunked + rows, rel=0.1)
+    for way in ("chunks", "kept"):
+        for mine, theirs in zip(gradients[way], gradients["megatron"], strict=True):
+            if dtype == torch.float32:
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+            else:
+                assert_matches(mine, theirs, torch.finfo(dtype).eps)

@@ -1,4 +1,4 @@
-"""The loss by chunks is the dense loss: one number a token, both gradients, over any cut."""
+"""The loss is the dense loss: one number a token, both gradients, logits kept or cut anyhow."""
 
 from dataclasses import dataclass
 
@@ -48,8 +48,8 @@ PROBLEMS = [
     Problem(13, 3, 10, 16),
     Problem(64, 2, 129, 130),
 ]
-# One token, sizes that do not divide, all at once, more than there are.
-CHUNKS = [1, 5, 16, 38, 39, 1000]
+# Kept, one token, sizes that do not divide, all at once, more than there are.
+CHUNKS = [None, 1, 5, 16, 38, 39, 1000]
 
 
 def dense(problem: Problem, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -63,7 +63,7 @@ def dense(problem: Problem, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 
 def chunked(
-    problem: Problem, chunk: int, shard: VocabShard, dtype: torch.dtype = torch.float64
+    problem: Problem, chunk: int | None, shard: VocabShard, dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:
     """Compute the same for this rank's part of the problem."""
     hidden, weight, targets, dloss = problem.tensors(dtype)
@@ -79,7 +79,7 @@ def chunked(
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_one_process_equals_whole_logits(problem: Problem, chunk: int) -> None:
+def test_one_process_equals_whole_logits(problem: Problem, chunk: int | None) -> None:
     found = chunked(problem, chunk, VocabShard(0, problem.vocab))
     for actual, expected in zip(found, dense(problem), strict=True):
         assert_matches(actual, expected)
@@ -87,7 +87,7 @@ def test_one_process_equals_whole_logits(problem: Problem, chunk: int) -> None:
 
 
 def over_ranks(
-    rank: int, world_size: int, cases: list[tuple[Problem, int, bool]]
+    rank: int, world_size: int, cases: list[tuple[Problem, int | None, bool]]
 ) -> list[list[Tensor]]:
     """Of each (problem, chunk, whether under sequence parallelism): this rank's loss, gradients."""
     found = []
@@ -108,7 +108,7 @@ def test_tensor_parallel_ranks_equal_whole_logits(world_size: int) -> None:
         Problem(18, 3, 19, 60),
         Problem(12, 1, 1, 6),
     ]
-    cases = [(p, chunk, sp) for p in sizes for chunk in (1, 4, 7, 1000) for sp in (False, True)]
+    cases = [(p, chunk, sp) for p in sizes for chunk in (None, 1, 4, 1000) for sp in (False, True)]
     answers = run_ranks(over_ranks, world_size, cases)
     for number, (problem, _, sequence_parallel) in enumerate(cases):
         losses, dhidden, dweight = dense(problem)
@@ -122,17 +122,28 @@ def test_tensor_parallel_ranks_equal_whole_logits(world_size: int) -> None:
         assert_matches(torch.cat([found for _, _, found in of_ranks]), dweight)
 
 
-def test_what_is_frozen_gets_no_gradient_and_changes_no_other() -> None:
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(chunk: int | None) -> None:
     problem = Problem(13, 3, 10, 16)
     _, dhidden, dweight = dense(problem)
     hidden, weight, targets, dloss = problem.tensors()
     shard = VocabShard(0, problem.vocab)
-    alone = output_losses(hidden.requires_grad_(), weight, targets, shard, 5)
+    alone = output_losses(hidden.requires_grad_(), weight, targets, shard, chunk)
     assert_matches(torch.autograd.grad(alone, hidden, dloss)[0], dhidden)
-    alone = output_losses(hidden.detach(), weight.requires_grad_(), targets, shard, 5)
+    alone = output_losses(hidden.detach(), weight.requires_grad_(), targets, shard, chunk)
     assert_matches(torch.autograd.grad(alone, weight, dloss)[0], dweight)
     with torch.no_grad():
-        assert not output_losses(hidden, weight, targets, shard, 5).requires_grad
+        assert not output_losses(hidden, weight, targets, shard, chunk).requires_grad
+
+
+def test_every_backward_of_one_graph_is_the_same() -> None:
+    hidden, weight, targets, dloss = Problem(13, 3, 10, 16).tensors()
+    losses = output_losses(hidden.requires_grad_(), weight, targets, VocabShard(0, 10), None)
+    [first, *more] = (
+        torch.autograd.grad(losses, hidden, dloss, retain_graph=True)[0] for _ in range(3)
+    )
+    # The first overwrites the logits that were kept.
+    assert all(torch.equal(first, other) for other in more)
 
 
 def test_large_logits_are_no_harm() -> None:
@@ -146,7 +157,7 @@ def test_large_logits_are_no_harm() -> None:
     assert_matches(losses.flatten(), expected, 1e-6)
 
 
-def check_low_precision(problem: Problem, chunk: int, dtype: torch.dtype) -> None:
+def check_low_precision(problem: Problem, chunk: int | None, dtype: torch.dtype) -> None:
     """By chunks as good as from whole logits, both in `dtype`, measured by float64."""
     tensors = problem.tensors(dtype)
     rounded = [x.double() for x in (*tensors[:2], tensors[3])]
@@ -163,11 +174,13 @@ def check_low_precision(problem: Problem, chunk: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_is_as_good_as_whole_logits(dtype: torch.dtype) -> None:
     # So many chunks that sums of them in the weight's dtype would show.
-    check_low_precision(Problem(1024, 1, 5, 6), 1, dtype)
+    for chunk in (None, 1):
+        check_low_precision(Problem(1024, 1, 5, 6), chunk, dtype)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("chunk", [None, 300])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_gpu_is_as_good_as_with_whole_logits(dtype: torch.dtype) -> None:
+def test_a_gpu_is_as_good_as_with_whole_logits(dtype: torch.dtype, chunk: int | None) -> None:
     with torch.device("cuda"):
-        check_low_precision(Problem(1000, 2, 4000, 4096), 300, dtype)
+        check_low_precision(Problem(1000, 2, 4000, 4096), chunk, dtype)

@@ -234,6 +234,36 @@ def test_messages_travel_while_kernels_run(library: Path, rank: int) -> None:
     ]
 
 
+# Llama 3.2 1B's output layer: tokens, vocabulary, hidden size, bytes of a number.
+OUTPUT_LAYER = 16_384, 128_256, 2048, 2
+
+
+@pytest.mark.parametrize("world_size", [1, exhaustive(2)])
+def test_the_loss_reads_logits_once_and_overwrites_them(library: Path, world_size: int) -> None:
+    words = "loss", "0", str(world_size)
+    kept, chunked, evaluated = map(json.loads, run(library, *words))
+    tokens, vocab, hidden, size = OUTPUT_LAYER
+    vocab //= world_size
+    # Over ranks, lse and target logits are summed by some more operations on two numbers a token.
+    more = 6 if world_size > 1 else 0
+    for line, kernels, most in ((kept, 1, 8), (chunked, 4, 30), (evaluated, 1, 4)):
+        assert not line["elsewhere"] and not line["waits"], line
+        backward = {} if line is evaluated else {"_grad_kernel": kernels}
+        assert line["kernels"] == {"_stats_kernel": kernels} | backward
+        launched = sum(line["kernels"].values()) + len(line["operations"])
+        assert launched <= most + more, (launched, line["operations"])
+        assert line["widest"] <= (vocab * hidden if line is chunked else 2 * tokens)
+    # Forward's product and two of backward, or one more for each chunk.
+    products = [sum("mm" in name for name in line["operations"]) for line in (kept, chunked)]
+    assert products == [3, 16]
+    logits, dx, dw = size * tokens * vocab, size * tokens * hidden, size * vocab * hidden
+    of_tokens = 16 * tokens
+    assert kept["peak"] <= 1.02 * logits + dx + dw + of_tokens
+    assert evaluated["peak"] <= 1.02 * logits + of_tokens
+    # In four chunks the weight's gradient is summed in fp32, and rounded at the end.
+    assert chunked["peak"] <= max(1.02 * logits / 4, dw) + dx + 2 * dw + of_tokens
+
+
 MESHES = (
     ("parallel.tp_size=2", "parallel.cp_size=2", "parallel.sequence_parallel=true"),
     ("parallel.cp_size=4",),
