@@ -47,6 +47,12 @@ def _accept_all(options: Any, layout: ContextLayout, heads: HeadSlice, tp_size: 
     """Accept every combination: the default of `MethodFacts.check`."""
 
 
+def out_and_lse(options: Any, shape: Shape, layout: ContextLayout) -> int:
+    """Return the bytes of a layer's out and lse on a rank: the default of `kept_bytes`."""
+    row = shape.head_dim * shape.itemsize + max(4, shape.itemsize)
+    return shape.batch * layout.local_seqlen * shape.nheads * row
+
+
 def _same_options(options: Any, layer: int, nheads: int, nheads_kv: int) -> Any:
     return options
 
@@ -79,6 +85,9 @@ class MethodFacts:
         computes, summed over ranks. A multiply-add counts two; softmax and rotation are left out.
     bytes(options, shape, layout): `Traffic` of one layer. Methods whose traffic depends on the
         number of a head read shape.heads.
+    kept_bytes(options, shape, layout): most bytes that a rank keeps of one layer with
+        train.recompute = "keep_attention", which are those that `attend` gives to
+        `lcdist_kernels.tape.kept`; default: out and lse.
     layouts_for(options): layout kinds, `layouts` or fewer.
     exchange_for(options): exchanges, `exchange` or fewer.
     parameters(options, nheads): name to shape of the learnable parameters. The last dim is nheads,
@@ -103,6 +112,7 @@ class MethodFacts:
     flops: Callable[[Any, Shape], int]
     bytes: Callable[[Any, Shape, ContextLayout], Traffic]
     multiple_of: Callable[..., int] = _layout_multiple
+    kept_bytes: Callable[[Any, Shape, ContextLayout], int] = out_and_lse
     layouts_for: Callable[[Any], tuple[str, ...]] = _all_of
     exchange_for: Callable[[Any], tuple[str, ...]] = _all_of
     parameters: Callable[[Any, int], Mapping[str, tuple[int, ...]]] = _no_parameters

@@ -218,9 +218,10 @@ class TrainConfig:
     seed: int = at_least(0, 0)
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     # Activation checkpointing. selective: backward recomputes norms and the MLP's activation. full:
-    # it recomputes whole layers from their saved input. auto: full above 16,384 tokens a rank, else
-    # none.
-    recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    # it recomputes whole layers from their saved input. keep_attention: as full, but attention's
+    # result is saved too, so that attention is neither computed nor exchanged again. auto: full
+    # above 16,384 tokens a rank, else none.
+    recompute: Literal["auto", "none", "selective", "keep_attention", "full"] = "auto"
     # host: saved layer inputs are moved to the host's memory until backward. auto: host on a GPU
     # above 16,384 tokens a rank, if they fit there.
     offload: Literal["auto", "none", "host"] = "auto"

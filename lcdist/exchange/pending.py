@@ -81,6 +81,11 @@ class Pending:
         self._token = _PostOp.apply(x, self._in_flight)
         self._result: Tensor | None = None
 
+    @property
+    def adjoint(self) -> PostFn:
+        """The function that posts the adjoint exchange of the result's gradient."""
+        return self._in_flight.adjoint
+
     def wait(self) -> Tensor:
         """Return the result, differentiable in the input; the same tensor at every call."""
         if self._result is None:

@@ -122,8 +122,9 @@ def check_memory(config: Config, errors: list[str]) -> None:
         errors.append(_without_meaning("mlp", train.mlp_chunk, "tiled"))
     if train.offload == "host" and train.recompute in ("none", "selective"):
         errors.append(
-            "train.offload = 'host' moves the layer inputs that full recompute saves, but "
-            f"train.recompute = '{train.recompute}'; use 'full' or 'auto', or offload = 'none'"
+            "train.offload = 'host' moves the layer inputs that recomputed layers save, but "
+            f"train.recompute = '{train.recompute}'; use 'keep_attention', 'full' or 'auto', or "
+            "offload = 'none'"
         )
 
 

@@ -1,7 +1,9 @@
 """Estimate memory per rank, and choose recomputation, offload and chunk sizes."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
+from lcdist.attention.facts import out_and_lse
 from lcdist.plan.parameters import ParameterCounts
 from lcdist.plan.shape import RunShape
 
@@ -20,6 +22,8 @@ LOSS_CHUNK_TOKENS = 4096
 LOSS_CHUNK_BYTES = 2**30
 # With more tokens a rank, activations fill the memory: "auto" then recomputes, offloads and tiles.
 LONG_SEQUENCE_TOKENS = 16_384
+# Recomputation that saves layer inputs, which may be offloaded.
+SAVES_INPUTS = ("keep_attention", "full")
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class MemoryEstimate:
 
     @property
     def recompute(self) -> str:
-        """Activation checkpointing of a layer: "none", "selective" or "full"."""
+        """Activation checkpointing of a layer: a value of `train.recompute` other than "auto"."""
         train = self.shape.config.train
         if train.recompute != "auto":
             return train.recompute
@@ -87,7 +91,7 @@ class MemoryEstimate:
         offload = self.shape.config.train.offload
         if offload != "auto":
             return offload == "host"
-        return self.may_offload and self._is_long and self.recompute == "full"
+        return self.may_offload and self._is_long and self.recompute in SAVES_INPUTS
 
     def mlp_chunk(self, tokens: int) -> int | None:
         """Return how many of a rank's `tokens` the MLP runs at once; None: all, no tiling."""
@@ -132,19 +136,40 @@ class MemoryEstimate:
     @property
     def layer_bytes(self) -> int:
         """Bytes one layer saves on the device for the backward pass of one micro-batch."""
-        if self.recompute != "full":
+        if self.recompute not in SAVES_INPUTS:
             return self.saved_bytes(selective=self.recompute == "selective")
-        return 0 if self.offloads else self._hidden_bytes
+        return 0 if self.offloads else self._hidden_bytes + self._kept_bytes
 
     @property
     def recompute_bytes(self) -> int:
         """Bytes that the backward pass of one layer recomputes and holds at the same time."""
-        recomputed = self.tile_bytes
-        if self.recompute == "full":
-            # With offload, the next layer's input is loaded while this one is used.
-            prefetched = self._hidden_bytes if self.offloads else 0
-            recomputed += self.saved_bytes(selective=False) + prefetched
+        if self.recompute not in SAVES_INPUTS:
+            return self.tile_bytes
+        recomputed = self.tile_bytes + self.saved_bytes(selective=False)
+        if self.offloads:
+            # What is saved of the next layer is loaded while this one is used.
+            return recomputed + self._hidden_bytes + self._kept_bytes
+        if self.recompute == "keep_attention":
+            # Out and lse are those that are saved.
+            train, shape = self.shape.config.train, self.shape
+            one = shape.attention_shape(train.micro_batch_size, tp_rank=0)
+            recomputed -= out_and_lse(None, one, shape.layout)
         return recomputed
+
+    @cached_property
+    def _kept_bytes(self) -> int:
+        """Bytes that attention keeps of one layer for its second run, on the fullest rank."""
+        if self.recompute != "keep_attention":
+            return 0
+        shape, parallel = self.shape, self.shape.config.parallel
+        batch = shape.config.train.micro_batch_size
+        return max(
+            layer.method.kept_bytes(
+                layer.options, shape.attention_shape(batch, tp_rank), shape.layout
+            )
+            for layer in dict.fromkeys(shape.layers)
+            for tp_rank in range(parallel.tp_size)
+        )
 
     @property
     def tile_bytes(self) -> int:
@@ -163,12 +188,15 @@ class MemoryEstimate:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory that one rank fills with layer inputs; 0 without offload."""
+        """Host memory that one rank fills with what is saved of layers; 0 without offload."""
         if not self.offloads:
             return 0
-        # torch rounds every pinned tensor up to a power of two.
-        buffer = 1 << (self._hidden_bytes - 1).bit_length()
-        return self.shape.chunk_layers * max(self._chunks_in_flight) * buffer
+        buffers = _pinned_bytes(self._hidden_bytes)
+        if self.recompute == "keep_attention":
+            width = self.shape.config.model.nheads // self._tp_size * self.shape.head_dim
+            out = self.shape.local_tokens * width * self.shape.itemsize
+            buffers += _pinned_bytes(out) + _pinned_bytes(self._kept_bytes - out)
+        return self.shape.chunk_layers * max(self._chunks_in_flight) * buffers
 
     @property
     def loss_bytes(self) -> tuple[int, int]:
@@ -237,3 +265,8 @@ class MemoryEstimate:
             return min(pp_size, num_micro_batches), 1
         most, last = num_micro_batches * vp_size, (vp_size - 1) * pp_size + 1
         return min(most, last + 2 * (pp_size - 1)), min(most, last)
+
+
+def _pinned_bytes(count: int) -> int:
+    """Return what `count` bytes of one tensor take: torch rounds pinned memory to powers of two."""
+    return 1 << (count - 1).bit_length()

@@ -33,6 +33,7 @@ TABLE = {
 
 # Ways to keep less for the backward.
 SELECTIVE, FULL, HOST = "train.recompute=selective", "train.recompute=full", "train.offload=host"
+KEEP = "train.recompute=keep_attention"
 
 
 def memory_options(tiled: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -42,6 +43,8 @@ def memory_options(tiled: tuple[str, ...]) -> list[tuple[str, ...]]:
         tiled,
         (SELECTIVE, *tiled),
         *((way, *more) for way in (FULL, HOST) for more in ((), tiled)),
+        (KEEP,),
+        (KEEP, HOST, *tiled),
     ]
 
 

@@ -17,6 +17,7 @@ from lcdist_kernels.coca.transform import Angles, check_variant, rotary_angles
 from lcdist_kernels.common import check_impl, check_self, document_borders, resolve_scale
 from lcdist_kernels.full import IMPLS
 from lcdist_kernels.rotary import Rotary, document_positions, token_numbers
+from lcdist_kernels.tape import kept
 
 
 class CoCAContext(NamedTuple):
@@ -41,8 +42,9 @@ class CoCAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, t: Tensor, v: Tensor, context: CoCAContext):
         queries, keys, tau = context.impl.factors(q, t, context.angles, context.variant)
-        out, lse = context.impl.block.fwd(
-            queries, keys, v, *context.band, context.softmax_scale, out_dtype=q.dtype
+        block, scale = context.impl.block, context.softmax_scale
+        out, lse = kept(
+            lambda: block.fwd(queries, keys, v, *context.band, scale, out_dtype=q.dtype)
         )
         ctx.save_for_backward(q, tau, v, out, lse)
         ctx.context = context

@@ -16,7 +16,9 @@ from lcdist_kernels.common import check_impl, check_self, log_choice, resolve_sc
 from lcdist_kernels.full.impl import AttentionImpl, select_block_impl
 from lcdist_kernels.full.library_choice import FORCED
 from lcdist_kernels.full.reference import full_reference
+from lcdist_kernels.full.torch_cpu import TORCH_CPU_IMPL, takes
 from lcdist_kernels.rotary import Rotary, rotate_self
+from lcdist_kernels.tape import kept
 
 IMPLS = ("auto", *FORCED, "triton", "torch", "reference")
 
@@ -53,13 +55,15 @@ def full_attention(
     q, k, index, starts = rotate_self(q, k, rotary, positions, cu_seqlens)
     scale = resolve_scale(softmax_scale, q.shape[3])
     if implementation is None:
-        return _torch_attention(q, k, v, scale)
+        log_choice("full attention: torch's scaled_dot_product_attention")
+        if not takes(q, k, v, scale):
+            return _torch_attention(q, k, v, scale)
+        implementation = TORCH_CPU_IMPL
     return FullFunction.apply(q, k, v, index, starts, scale, implementation)
 
 
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-    """Return torch's own causal attention, the fastest on a CPU."""
-    log_choice("full attention: torch's scaled_dot_product_attention")
+    """Return torch's own causal attention, whatever it is made of."""
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
@@ -75,9 +79,10 @@ class FullFunction(torch.autograd.Function):
     def forward(
         ctx: Any, q, k, v, index: Tensor, starts: Tensor, scale: float, impl: AttentionImpl
     ):
-        out, lse = impl.fwd(q, k, v, index, starts, index, scale, out_dtype=q.dtype)
+        band = (index, starts, index)
+        out, lse = kept(lambda: impl.fwd(q, k, v, *band, scale, out_dtype=q.dtype))
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.band, ctx.scale, ctx.impl = (index, starts, index), scale, impl
+        ctx.band, ctx.scale, ctx.impl = band, scale, impl
         return out
 
     @staticmethod

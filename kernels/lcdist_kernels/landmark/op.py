@@ -30,6 +30,7 @@ from lcdist_kernels.landmark.reference import check_sizes, landmark_reference
 from lcdist_kernels.landmark.sparse import BlockLists
 from lcdist_kernels.partial import merge
 from lcdist_kernels.rotary import Rotary
+from lcdist_kernels.tape import kept
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
@@ -74,9 +75,13 @@ def landmark_attention(
     k, v = grid.to_slots(k), grid.to_slots(v)
     if top_k is None:
         return LandmarkFunction.apply(q, k, v, grid.rows, plan.k_start, scale, implementation)
-    chosen = implementation.choose_blocks(
-        q.detach(), landmarks(k.detach(), block_size), grid.rows, plan.lengths, top_k, scale
-    )
+
+    def choose() -> tuple[Tensor]:
+        keys = landmarks(k.detach(), block_size)
+        rows = (grid.rows, plan.lengths)
+        return (implementation.choose_blocks(q.detach(), keys, *rows, top_k, scale),)
+
+    [chosen] = kept(choose)
     units = (chosen, plan.lengths, grid.rows)
     return LocalSparseFunction.apply(q, k, v, *units, scale, implementation)
 
@@ -137,7 +142,7 @@ class LandmarkFunction(torch.autograd.Function):
     def forward(
         ctx: Any, q, k, v, rows: QueryRows, k_start: Tensor, scale: float, impl: LandmarkImpl
     ):
-        out, lse = impl.fwd(q, k, v, rows, k_start, scale, out_dtype=q.dtype)
+        out, lse = kept(lambda: impl.fwd(q, k, v, rows, k_start, scale, out_dtype=q.dtype))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.band, ctx.impl = (rows, k_start, scale), impl
         return out
@@ -173,14 +178,19 @@ class SparseFunction(torch.autograd.Function):
     Saves q, k, v, the table, out, lse and the lists.
 
     Args:
-        own: the partial over own blocks, computed while the table was exchanged.
+        own: the partial over own blocks, computed while the table was exchanged; None in a second
+            run, which takes the results of the first.
     """
 
     @staticmethod
     def forward(ctx: Any, q, k, v, table: Tensor, own: Any, context: SparseContext):
         lists, rows, _, scale, impl = context
-        out, lse = merge(own[0], own[1], *impl.sparse_fwd(q, table, lists, rows, scale))
-        out = out.to(q.dtype)
+
+        def attend() -> tuple[Tensor, Tensor]:
+            out, lse = merge(own[0], own[1], *impl.sparse_fwd(q, table, lists, rows, scale))
+            return out.to(q.dtype), lse
+
+        out, lse = kept(attend)
         # A table may have a wider dtype so that its gradient has; its values do not need it.
         ctx.wide = table.dtype
         ctx.save_for_backward(q, k, v, table.to(q.dtype), out, lse)
@@ -202,7 +212,7 @@ class LocalSparseFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q, k, v, chosen, lengths, rows: QueryRows, scale, impl: LandmarkImpl):
-        out, lse = impl.local_fwd(q, k, v, chosen, lengths, rows, scale)
+        out, lse = kept(lambda: impl.local_fwd(q, k, v, chosen, lengths, rows, scale))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.units, ctx.impl = (chosen, lengths, rows, scale), impl
         return out

@@ -22,11 +22,13 @@ from lcdist_kernels.lssar.reference import SHARPENED, lssar_reference
 from lcdist_kernels.lssar.rows import (
     Band,
     Reweight,
+    RowResults,
     device_logit_scales,
     directions,
     logit_scales,
 )
 from lcdist_kernels.rotary import Rotary, document_positions, token_numbers
+from lcdist_kernels.tape import kept, records
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
@@ -91,14 +93,16 @@ class LssarFunction(torch.autograd.Function):
         ctx: Any, q, k, v, band: Band, reweight: Reweight | None, impl: LssarImpl
     ) -> Tensor:
         q, k = impl.factor(q, v), impl.factor(k, v)
-        results = impl.whole(q, k, v, band, reweight, slope=any(ctx.needs_input_grad))
-        out, slope = (
-            results.out.to(v.dtype),
-            None if results.slope is None else results.slope.to(v.dtype),
-        )
-        ctx.save_for_backward(q, k, v, out, slope, results.mean, results.gamma)
+        with_slope = records() or any(ctx.needs_input_grad)
+
+        def attend() -> RowResults:
+            results = impl.whole(q, k, v, band, reweight, slope=with_slope)
+            return results.narrowed(v.dtype)
+
+        results = RowResults(*kept(attend))
+        ctx.save_for_backward(q, k, v, *results)
         ctx.band, ctx.reweight, ctx.impl = band, reweight, impl
-        return out
+        return results.out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -120,8 +124,10 @@ class LssarKernelsFunction(torch.autograd.Function):
         ctx: Any, q, k, v, band: Band, reweight: Reweight | None, tables: DirectionTables
     ) -> Tensor:
         made = directions_of(q, k, tables)
-        slope = any(ctx.needs_input_grad)
-        results = TRITON_IMPL.whole(*made[:2], v, band, reweight, slope=slope)
+        slope = records() or any(ctx.needs_input_grad)
+        results = RowResults(
+            *kept(lambda: TRITON_IMPL.whole(*made[:2], v, band, reweight, slope=slope))
+        )
         ctx.save_for_backward(*made, v, *results)
         ctx.band, ctx.reweight, ctx.tables = band, reweight, tables
         return results.out

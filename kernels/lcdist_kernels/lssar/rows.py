@@ -85,6 +85,11 @@ class RowResults(NamedTuple):
     mean: Tensor
     gamma: Tensor
 
+    def narrowed(self, dtype: torch.dtype) -> "RowResults":
+        """Return the results with out and slope in `dtype`."""
+        slope = None if self.slope is None else self.slope.to(dtype)
+        return self._replace(out=self.out.to(dtype), slope=slope)
+
 
 def exponent(reweight: Reweight | None) -> float:
     """Return the power of relu(f - mu): 1 for LSSA."""

@@ -26,6 +26,7 @@ from lcdist_kernels.scca.pieces import PiecesFunction
 from lcdist_kernels.scca.reference import check_rules, scca_reference
 from lcdist_kernels.scca.rules import Rule, head_groups
 from lcdist_kernels.scca.tiled import Part, banded_bwd, banded_fwd, self_parts
+from lcdist_kernels.tape import kept
 from lcdist_kernels.tile_ranges import device_stream
 
 IMPLS = ("auto", "triton", "torch", "reference")
@@ -38,8 +39,11 @@ class BandedFunction(torch.autograd.Function):
     def forward(
         ctx: Any, q, k, v, parts: Sequence[Part], scale: float, impl: AttentionImpl
     ) -> Tensor:
-        out, lse = banded_fwd(q, k, v, parts, scale, impl=impl)
-        out = out.to(q.dtype)
+        def attend() -> tuple[Tensor, Tensor]:
+            out, lse = banded_fwd(q, k, v, parts, scale, impl=impl)
+            return out.to(q.dtype), lse
+
+        out, lse = kept(attend)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.parts, ctx.scale, ctx.impl = parts, scale, impl
         return out

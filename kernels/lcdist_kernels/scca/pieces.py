@@ -12,6 +12,7 @@ from lcdist_kernels.full.piece_tables import make_tables
 from lcdist_kernels.full.pieces import Launches, Piece, Work, WorkTables
 from lcdist_kernels.plans import cached_plan
 from lcdist_kernels.scca.rules import Rule
+from lcdist_kernels.tape import kept
 from lcdist_kernels.tile_ranges import DeviceStream
 
 
@@ -23,7 +24,7 @@ class PiecesFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q, k, v, plan: tuple[Any, ...], scale: float) -> Tensor:
-        out, lse2 = pieces_fwd(q, k, v, scca_tables(*plan), scale)
+        out, lse2 = kept(lambda: pieces_fwd(q, k, v, scca_tables(*plan), scale))
         ctx.save_for_backward(q, k, v, out, lse2)
         ctx.plan, ctx.scale = plan, scale
         return out

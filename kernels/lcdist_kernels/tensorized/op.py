@@ -19,6 +19,7 @@ from lcdist_kernels.common import (
 )
 from lcdist_kernels.full import full_attention
 from lcdist_kernels.rotary import Rotary
+from lcdist_kernels.tape import kept
 from lcdist_kernels.tensorized.grid import ModeGrid, check_bias
 from lcdist_kernels.tensorized.impl import TensorizedImpl, select_tensorized_impl
 from lcdist_kernels.tensorized.reference import tensorized_reference
@@ -85,8 +86,12 @@ class TensorizedFunction(torch.autograd.Function):
         ctx: Any, q, k, v, bias: Tensor, mode_rotary: ModeRotary, plan: WholePlan,
         impl: TensorizedImpl,
     ) -> Tensor:  # fmt: skip
-        out, lse, values, lambdas = impl.whole_fwd((q, k, v), bias, plan, mode_rotary)
-        ctx.save_for_backward(q, k, out, lse, bias, *values, *lambdas)
+        def attend() -> list[Tensor]:
+            out, lse, values, lambdas = impl.whole_fwd((q, k, v), bias, plan, mode_rotary)
+            return [out, lse, *values[1:], *lambdas]
+
+        out, lse, *rest = kept(attend)
+        ctx.save_for_backward(q, k, out, lse, bias, v, *rest)
         ctx.mode_rotary, ctx.plan, ctx.impl = mode_rotary, plan, impl
         return out
 

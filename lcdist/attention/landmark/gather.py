@@ -15,6 +15,7 @@ from lcdist.attention.context import CPU, AttentionContext, LayoutKey, token_tab
 from lcdist.attention.landmark.ring import query_rows
 from lcdist.attention.shared.plan_cache import cached_plan
 from lcdist.exchange import Pending, gather
+from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.landmark import (
     TORCH_IMPL,
     BlockLists,
@@ -29,16 +30,31 @@ from lcdist_kernels.landmark import (
     unit_lengths,
 )
 from lcdist_kernels.partial import merge
+from lcdist_kernels.tape import kept, records, replays
 
 
 def attend_selected(
     q: Tensor, k: Tensor, v: Tensor, impl: LandmarkImpl, ctx: AttentionContext
 ) -> Tensor:
     """Return out of rotated q, k, v; own blocks are computed while the others are in flight."""
-    rows, pending, lists = _select_and_request(q, k, v, impl, ctx)
-    sparse = SparseContext(lists, rows, int(rows.idx[0]), ctx.softmax_scale, impl)
+    found = _select(q, k, v, impl, ctx)
+    first = int(found.rows.idx[0])
+    sparse = SparseContext(found.lists, found.rows, first, ctx.softmax_scale, impl)
+    if replays():
+        return SparseFunction.apply(q, k, v, _received_before(found.own_table), None, sparse)
+    pending = found.request(ctx)
     own = sparse.own_partial(q, k, v)
-    return SparseFunction.apply(q, k, v, pending.wait(), own, sparse)
+    table = pending.wait()
+    if records():
+        kept(lambda: (table.to(q.dtype), pending.adjoint))
+    return SparseFunction.apply(q, k, v, table, own, sparse)
+
+
+def _received_before(own_table: Tensor) -> Tensor:
+    """Return the blocks that the first run received, with the gradients' way back."""
+    table, adjoint = kept(tuple)
+    wide = wide_dtype(table.dtype)
+    return Pending(own_table, lambda _: lambda: table.to(wide), adjoint).wait()
 
 
 def reference_selected(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
@@ -46,8 +62,8 @@ def reference_selected(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -
 
     `attend_selected` is tested against it.
     """
-    rows, pending, lists = _select_and_request(q, k, v, TORCH_IMPL, ctx)
-    table = pending.wait()
+    found = _select(q, k, v, TORCH_IMPL, ctx)
+    rows, lists, table = found.rows, found.lists, found.request(ctx).wait()
     # Entry 0 stands for -1, no block, and keeps an empty table in the graph.
     table = torch.cat((table.new_zeros((1, *table.shape[1:])), table))
     ids_by_row = lists.ids.repeat_interleave(lists.lengths.to(q.device), 2)
@@ -58,24 +74,48 @@ def reference_selected(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -
     return merge(*own, *past)[0].to(q.dtype)
 
 
-def _select_and_request(
+class _Selection(NamedTuple):
+    """What a rank's units read.
+
+    Attributes:
+        rows: own queries.
+        own_table: own blocks, as they are sent to others.
+        requested: entries of all ranks' tables.
+        lists: of the units, among the entries.
+    """
+
+    rows: QueryRows
+    own_table: Tensor
+    requested: Tensor
+    lists: BlockLists
+
+    def request(self, ctx: AttentionContext) -> Pending:
+        """Request the blocks."""
+        blocks = {"blocks": self.requested, "block_size": 1}
+        return gather(self.own_table, ctx.group, dim=0, **blocks, wide=True)
+
+
+def _select(
     q: Tensor, k: Tensor, v: Tensor, impl: LandmarkImpl, ctx: AttentionContext
-) -> tuple[QueryRows, Pending, BlockLists]:
-    """Select blocks and request them; return own queries, the pending table, and the lists."""
+) -> _Selection:
+    """Gather the landmarks of all ranks and select blocks by them."""
     options = ctx.options
     keys = landmarks(k.detach(), options.block_size).contiguous()
-    pending_keys = gather(keys, ctx.group)
+    pending_keys = None if replays() else gather(keys, ctx.group)
     rows = query_rows(ctx)
     lengths = make_unit_lengths(options.select_tokens, ctx.layout_key, ctx.documents)
     own_table = table_of(k, v, options.block_size)
-    assert options.top_k is not None
-    selected = impl.choose_blocks(
-        q.detach(), pending_keys.wait(), rows, lengths, options.top_k, ctx.softmax_scale
-    )
     numbering = TableNumbering(keys.shape[1], keys.shape[0], keys.shape[2])
-    requested, ids = numbering.requests(selected)
-    pending = gather(own_table, ctx.group, dim=0, blocks=requested, block_size=1, wide=True)
-    return rows, pending, BlockLists(numbering.block_numbers(requested), ids, lengths)
+
+    def choose() -> tuple[Tensor, Tensor]:
+        assert options.top_k is not None and pending_keys is not None
+        units = (rows, lengths, options.top_k)
+        selected = impl.choose_blocks(q.detach(), pending_keys.wait(), *units, ctx.softmax_scale)
+        return numbering.requests(selected)
+
+    requested, ids = kept(choose)
+    lists = BlockLists(numbering.block_numbers(requested), ids, lengths)
+    return _Selection(rows, own_table, requested, lists)
 
 
 @cached_plan

@@ -2,6 +2,7 @@
 
 from math import lcm
 
+from lcdist.attention.facts import out_and_lse
 from lcdist.attention.shape import HeadSlice, Shape, Traffic
 from lcdist.attention.shared.ring_softmax import ring_bytes
 from lcdist.config.schema import LandmarkOptions
@@ -96,6 +97,22 @@ def flops(options: LandmarkOptions, shape: Shape) -> int:
         scored = 0 if options.top_k is None else block
         count += 2 * own + rows * (read * (2 * size - 1) + scored)
     return 2 * shape.batch * shape.nheads * shape.head_dim * count
+
+
+def kept_bytes(options: LandmarkOptions, shape: Shape, layout: ContextLayout) -> int:
+    """Count out, lse and, with top_k, the choice; on several ranks at most the blocks received."""
+    kept, cp = out_and_lse(options, shape, layout), layout.cp_size
+    if options.top_k is None:
+        return kept
+    heads = shape.batch * shape.nheads_kv
+    blocks = layout.seqlen // options.block_size
+    choices = -(-layout.local_seqlen // options.select_tokens) * min(options.top_k, blocks)
+    # Numbers of blocks are int32, those of requested ones int64.
+    kept += 4 * heads * choices
+    if cp == 1:
+        return kept
+    block = 2 * options.block_size * shape.head_dim * shape.itemsize
+    return kept + heads * min(choices, blocks) * (block + 8)
 
 
 def traffic(options: LandmarkOptions, shape: Shape, layout: ContextLayout) -> Traffic:

@@ -15,6 +15,7 @@ from lcdist_kernels.common import TensorNotes
 from lcdist_kernels.landmark import TORCH_IMPL, LandmarkImpl, QueryRows, landmark_partial, sees_any
 from lcdist_kernels.merge_kernel import merge_visit
 from lcdist_kernels.partial import merge
+from lcdist_kernels.tape import kept
 
 
 def query_rows(ctx: AttentionContext) -> QueryRows:
@@ -41,15 +42,7 @@ class RingLandmark(torch.autograd.Function):
     def forward(
         node: Any, q: Tensor, kv: Tensor, impl: LandmarkImpl, ctx: AttentionContext
     ) -> Tensor:
-        rows, partial = query_rows(ctx), None
-        for owner, (k_blk, v_blk) in ring(kv, ctx.group):
-            k_start = block_starts(ctx, owner)
-            if not sees_any(rows, k_start):
-                continue
-            part = impl.fwd(q, k_blk, v_blk, rows, k_start, ctx.softmax_scale)
-            partial = merge_visit(partial, part, by_kernel=impl is not TORCH_IMPL)
-        assert partial is not None, "a token sees at least its own block"
-        out, lse = partial[0].to(q.dtype), partial[1]
+        out, lse = kept(lambda: _lap(q, kv, impl, ctx))
         node.save_for_backward(q, kv, out, lse)
         node.impl, node.attention = impl, ctx
         return out
@@ -71,6 +64,19 @@ class RingLandmark(torch.autograd.Function):
             visit.add_gradient(torch.stack((dk, dv)))
             dq += dq_blk
         return dq.to(q.dtype), lap.result().to(kv.dtype), None, None
+
+
+def _lap(q: Tensor, kv: Tensor, impl: LandmarkImpl, ctx: AttentionContext) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) over all ranks' blocks, out in q's dtype."""
+    rows, partial = query_rows(ctx), None
+    for owner, (k_blk, v_blk) in ring(kv, ctx.group):
+        k_start = block_starts(ctx, owner)
+        if not sees_any(rows, k_start):
+            continue
+        part = impl.fwd(q, k_blk, v_blk, rows, k_start, ctx.softmax_scale)
+        partial = merge_visit(partial, part, by_kernel=impl is not TORCH_IMPL)
+    assert partial is not None, "a token sees at least its own block"
+    return partial[0].to(q.dtype), partial[1]
 
 
 def reference_ring(q: Tensor, kv: Tensor, ctx: AttentionContext) -> Tensor:

@@ -28,6 +28,8 @@ from lcdist.layout import KINDS, ContextLayout
 from lcdist_kernels import lssar as ops
 from lcdist_kernels.full import reaches, visible
 from lcdist_kernels.lssar import Band, LssarImpl, Reweight, Threshold
+from lcdist_kernels.lssar.rows import RowResults
+from lcdist_kernels.tape import kept, records
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
@@ -111,24 +113,12 @@ class _RingLssar(torch.autograd.Function):
         ctx: AttentionContext,
         impl: LssarImpl,
     ) -> Tensor:
-        reweight, queries = _reweight(ctx), impl.factor(queries, v)
-        threshold = _mean_pass(queries, k, ctx, impl)
-        with_slope = any(node.needs_input_grad)
-        kv, sums = torch.stack((k, v)), None
-        for owner, (k_blk, v_blk) in ring(kv, ctx.group):
-            band = _band(ctx, owner)
-            if not reaches(*band):
-                continue
-            keys_blk = impl.factor(_directions(k_blk, ctx, owner), v_blk)
-            visit = impl.fwd(queries, keys_blk, v_blk, band, threshold, reweight, with_slope)
-            sums = visit if sums is None else sums.plus(visit)
-        assert sums is not None, "a token sees at least itself"
-        result = ops.lssar_finish(sums, threshold, reweight)
-        out = result.out.to(v.dtype)
-        slope = None if result.slope is None else result.slope.to(v.dtype)
-        node.save_for_backward(queries, kv, out, slope, threshold.mean, result.gamma)
+        queries, kv = impl.factor(queries, v), torch.stack((k, v))
+        with_slope = records() or any(node.needs_input_grad)
+        results = RowResults(*kept(lambda: _laps(queries, kv, ctx, impl, with_slope)))
+        node.save_for_backward(queries, kv, *results)
         node.attention, node.impl = ctx, impl
-        return out
+        return results.out
 
     @staticmethod
     def backward(node: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -148,6 +138,23 @@ class _RingLssar(torch.autograd.Function):
             dqueries += dqueries_blk
         dkeys, dv = visits.result()
         return dqueries, dkeys, None, dv.to(kv.dtype), None, None
+
+
+def _laps(
+    queries: Tensor, kv: Tensor, ctx: AttentionContext, impl: LssarImpl, with_slope: bool
+) -> RowResults:
+    """Return the results of rows over all ranks' keys, out and slope in the dtype of values."""
+    reweight, sums = _reweight(ctx), None
+    threshold = _mean_pass(queries, kv[0], ctx, impl)
+    for owner, (k_blk, v_blk) in ring(kv, ctx.group):
+        band = _band(ctx, owner)
+        if not reaches(*band):
+            continue
+        keys_blk = impl.factor(_directions(k_blk, ctx, owner), v_blk)
+        visit = impl.fwd(queries, keys_blk, v_blk, band, threshold, reweight, with_slope)
+        sums = visit if sums is None else sums.plus(visit)
+    assert sums is not None, "a token sees at least itself"
+    return ops.lssar_finish(sums, threshold, reweight).narrowed(kv.dtype)
 
 
 def _mean_pass(queries: Tensor, k: Tensor, ctx: AttentionContext, impl: LssarImpl) -> Threshold:
@@ -204,6 +211,13 @@ def traffic(options: LssarOptions, shape: Shape, layout: ContextLayout) -> Traff
     return Traffic((forward,) * cp, (backward,) * cp)
 
 
+def kept_bytes(options: LssarOptions, shape: Shape, layout: ContextLayout) -> int:
+    """Count out, two numbers a row and, with re-weighting, e / gamma, which is like out."""
+    rows = shape.batch * layout.local_seqlen * shape.nheads
+    out = rows * shape.head_dim * shape.itemsize
+    return (2 if options.reweight else 1) * out + 2 * rows * max(4, shape.itemsize)
+
+
 METHOD = AttentionMethod(
     name="lssar",
     paper="2501.13428",
@@ -213,6 +227,7 @@ METHOD = AttentionMethod(
     supports=frozenset({"gqa", "varlen", "decode"}),
     flops=flops,
     bytes=traffic,
+    kept_bytes=kept_bytes,
     impls=ops.IMPLS,
     default_scale=math.log,
     functions=ContextFunctions(attend, reference, decode, attend_local),

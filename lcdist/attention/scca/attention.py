@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.context import AttentionContext, DecodeCache
-from lcdist.attention.facts import ContextFunctions
+from lcdist.attention.facts import ContextFunctions, out_and_lse
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.scca.pattern import check_documents, for_layer, held_rules, model_rules
 from lcdist.attention.scca.ring import (
@@ -29,7 +29,13 @@ from lcdist.attention.scca.shift import (
     reference_windows,
     shift_bytes,
 )
-from lcdist.attention.scca.swap import SwappedUnits, UnitSwap, reference_units, swap_bytes
+from lcdist.attention.scca.swap import (
+    SwappedUnits,
+    UnitSwap,
+    reference_units,
+    swap_bytes,
+    unit_bytes,
+)
 from lcdist.attention.scca.units import UnitLayout, dilated_heads
 from lcdist.attention.shape import HeadSlice, Shape, Traffic
 from lcdist.attention.shared.checks import decode_rows
@@ -39,6 +45,7 @@ from lcdist.layout import ContextLayout
 from lcdist_kernels import scca_attention, scca_reference
 from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, select_impl
 from lcdist_kernels.scca import IMPLS, Rule, scca_cached
+from lcdist_kernels.tape import replays
 
 LAYOUTS = ("contiguous", "zigzag")
 
@@ -107,15 +114,22 @@ def _post_units(
     rules: tuple[Rule, ...],
     block_impl: AttentionImpl,
     ctx: AttentionContext,
-) -> list[tuple[UnitSwap, Tensor, Pending]]:
-    """Post the all-to-all of the dilated heads; it overlaps with the window heads' compute."""
+) -> list[tuple[UnitSwap, Tensor, Pending | None]]:
+    """Post the all-to-all of the dilated heads; it overlaps with the window heads' compute.
+
+    None in place of an exchange whose results a second run has from the first.
+    """
     pending = []
     for heads in dilated_heads(rules):
         units = UnitLayout(heads, q.shape[2] // k.shape[2], ctx.layout)
         exchange = UnitSwap(units, block_impl, ctx)
         queries = q[:, :, heads.first : heads.first + len(heads.shifts)]
+        dense = ctx.impl == "reference"
+        if replays() and not dense:
+            pending.append((exchange, queries, None))
+            continue
         # `SwappedUnits` has its own backward; the reference differentiates the exchange.
-        with torch.set_grad_enabled(ctx.impl == "reference" and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(dense and torch.is_grad_enabled()):
             pending.append((exchange, queries, exchange.post(queries, k, v)))
     return pending
 
@@ -177,6 +191,20 @@ def traffic(options: SccaOptions, shape: Shape, layout: ContextLayout) -> Traffi
     )
 
 
+def kept_bytes(options: SccaOptions, shape: Shape, layout: ContextLayout) -> int:
+    """Count out and lse and, on several ranks, what was received: keys of windows, and units."""
+    kept = out_and_lse(options, shape, layout)
+    if layout.cp_size == 1:
+        return kept
+    rules = held_rules(options, _shape_heads(shape), shape.nheads)
+    if all(rule.kind == "pair" for rule in rules):
+        kept = 0
+    # A gradient is sent for each element received, in fp32 or wider.
+    received = max(shift_bytes(rules, shape, layout).backward)
+    received = received * shape.itemsize // max(4, shape.itemsize)
+    return kept + received + unit_bytes(rules, shape, layout)
+
+
 def check(options: SccaOptions, layout: ContextLayout, heads: HeadSlice, tp_size: int) -> None:
     """Raise ValueError if `attend` would, with a single document."""
     model_rules(options, heads.nheads, heads.nheads_kv)
@@ -206,6 +234,7 @@ METHOD = AttentionMethod(
     supports=frozenset({"gqa", "varlen", "decode", "dense"}),
     flops=flops,
     bytes=traffic,
+    kept_bytes=kept_bytes,
     impls=IMPLS,
     functions=ContextFunctions(attend, reference, decode, attend_local),
     exchange_for=exchange_for,

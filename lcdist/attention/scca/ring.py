@@ -21,6 +21,7 @@ from lcdist.layout import ContextLayout
 from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.full import AttentionImpl, full_partial, merge, reaches, visible
 from lcdist_kernels.scca import Part, Parts, Rule, banded_bwd, banded_fwd, head_groups
+from lcdist_kernels.tape import kept
 
 ALL = slice(None)
 
@@ -149,13 +150,16 @@ class RingKeys(torch.autograd.Function):
         block_impl: AttentionImpl,
         ctx: AttentionContext,
     ) -> Tensor:
-        scale = ctx.softmax_scale
-        partial = banded_fwd(q, k, v, Parts(), scale)
-        for owner, (k_blk, v_blk) in ring(plan.block(k, v), ctx.group):
-            parts = plan.parts[owner]
-            partial = banded_fwd(q, k_blk, v_blk, parts, scale, partial, impl=block_impl)
-        out = partial[0].to(q.dtype)
-        node.save_for_backward(q, k, v, out, partial[1])
+        def lap() -> tuple[Tensor, Tensor]:
+            scale = ctx.softmax_scale
+            partial = banded_fwd(q, k, v, Parts(), scale)
+            for owner, (k_blk, v_blk) in ring(plan.block(k, v), ctx.group):
+                parts = plan.parts[owner]
+                partial = banded_fwd(q, k_blk, v_blk, parts, scale, partial, impl=block_impl)
+            return partial[0].to(q.dtype), partial[1]
+
+        out, lse = kept(lap)
+        node.save_for_backward(q, k, v, out, lse)
         node.plan, node.block_impl, node.attention = plan, block_impl, ctx
         return out
 

@@ -32,6 +32,7 @@ from lcdist_kernels.scca import (
     head_groups,
     window_parts,
 )
+from lcdist_kernels.tape import kept
 
 ALL = slice(None)
 
@@ -143,15 +144,18 @@ class ShiftedWindows(torch.autograd.Function):
         block_impl: AttentionImpl,
         ctx: AttentionContext,
     ) -> Tensor:
-        pending, scale = _post_keys(k, v, plan, ctx.group), ctx.softmax_scale
-        partial = banded_fwd(q, k, v, plan.local_parts, scale, impl=block_impl)
-        received: list[Tensor] = []
-        for part, pending_k, pending_v in pending:
-            kv = pending_k.wait(), pending_v.wait()
-            partial = banded_fwd(q, *kv, part.parts, scale, partial, impl=block_impl)
-            received += kv
-        out = partial[0].to(q.dtype)
-        node.save_for_backward(q, k, v, out, partial[1], *received)
+        def attend() -> list[Tensor]:
+            pending, scale = _post_keys(k, v, plan, ctx.group), ctx.softmax_scale
+            partial = banded_fwd(q, k, v, plan.local_parts, scale, impl=block_impl)
+            received: list[Tensor] = []
+            for part, pending_k, pending_v in pending:
+                kv = pending_k.wait(), pending_v.wait()
+                partial = banded_fwd(q, *kv, part.parts, scale, partial, impl=block_impl)
+                received += kv
+            return [partial[0].to(q.dtype), partial[1], *received]
+
+        out, lse, *received = kept(attend)
+        node.save_for_backward(q, k, v, out, lse, *received)
         node.plan, node.block_impl, node.attention = plan, block_impl, ctx
         return out
 

@@ -29,6 +29,7 @@ from lcdist.exchange import Pending, swap
 from lcdist.layout import ContextLayout
 from lcdist_kernels.full import AttentionImpl, full_partial, visible
 from lcdist_kernels.scca import Parts, Rule, banded_bwd, banded_fwd
+from lcdist_kernels.tape import kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,19 +151,11 @@ class SwappedUnits(torch.autograd.Function):
         pending: Sequence[Pending],
         *queries: Tensor,
     ) -> tuple[Tensor, ...]:
-        saved, sent = [], []
-        for exchange, arriving, q in zip(exchanges, pending, queries, strict=True):
-            qkv, scale = exchange.receive_qkv(arriving), exchange.ctx.softmax_scale
-            out, lse = banded_fwd(*qkv, exchange.parts, scale, impl=exchange.block_impl)
-            out = out.to(q.dtype)
-            saved += [*qkv, out, lse]
-            sent.append(exchange.send_to_tokens(out))
+        results = kept(lambda: _run_units(exchanges, pending))
+        outputs, saved = results[: len(exchanges)], results[len(exchanges) :]
         node.save_for_backward(*saved)
         node.exchanges, node.nheads_kv = exchanges, k.shape[2]
-        return tuple(
-            exchange.receive_tokens(arriving, exchange.units.bundle_size)
-            for exchange, arriving in zip(exchanges, sent, strict=True)
-        )
+        return outputs
 
     @staticmethod
     def backward(node: Any, *douts: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -191,6 +184,22 @@ class SwappedUnits(torch.autograd.Function):
         return *dkv, None, None, *dqs
 
 
+def _run_units(exchanges: Sequence[UnitSwap], pending: Sequence[Pending]) -> list[Tensor]:
+    """Return the outputs of own tokens of each exchange, then its units' q, k, v, out and lse."""
+    saved, sent = list[Tensor](), []
+    for exchange, arriving in zip(exchanges, pending, strict=True):
+        qkv, scale = exchange.receive_qkv(arriving), exchange.ctx.softmax_scale
+        out, lse = banded_fwd(*qkv, exchange.parts, scale, impl=exchange.block_impl)
+        out = out.to(qkv[0].dtype)
+        saved += [*qkv, out, lse]
+        sent.append(exchange.send_to_tokens(out))
+    outputs = [
+        exchange.receive_tokens(arriving, exchange.units.bundle_size)
+        for exchange, arriving in zip(exchanges, sent, strict=True)
+    ]
+    return [*outputs, *saved]
+
+
 def reference_units(exchange: UnitSwap, pending: Pending) -> Tensor:
     """Compute the units with dense maths, gradients by autograd.
 
@@ -208,6 +217,19 @@ def reference_units(exchange: UnitSwap, pending: Pending) -> Tensor:
         own = out[:, part.rows, part.kv, part.members]
         own.copy_(rows.to(q.dtype).view(own.shape))
     return exchange.return_outputs(out)
+
+
+def unit_bytes(rules: Sequence[Rule], shape: Shape, layout: ContextLayout) -> int:
+    """Count what `SwappedUnits` keeps on the fullest rank: its outputs; q, k, v, out and lse."""
+    kept, row = 0, shape.head_dim * shape.itemsize
+    for heads in dilated_heads(rules):
+        units = UnitLayout(heads, shape.nheads // shape.nheads_kv, layout)
+        unit = (units.num_columns + units.bundle_size) * row
+        unit += units.bundle_size * max(4, shape.itemsize)
+        rows = -(-layout.seqlen // heads.dilation)
+        kept += max(units.units_per_rank) * rows * unit
+        kept += layout.local_seqlen * len(heads.shifts) * row
+    return shape.batch * kept
 
 
 def swap_bytes(rules: Sequence[Rule], shape: Shape, layout: ContextLayout) -> Traffic:

@@ -18,6 +18,7 @@ from lcdist.exchange import ring, ring_with_gradients
 from lcdist.layout import ContextLayout
 from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, full_partial, merge, reaches, visible
 from lcdist_kernels.merge_kernel import merge_visit
+from lcdist_kernels.tape import kept
 
 
 class RingKernel(Protocol):
@@ -55,19 +56,7 @@ class RingSoftmax(torch.autograd.Function):
     def forward(
         node: Any, q: Tensor, block: Tensor, kernel: RingKernel, ctx: AttentionContext
     ) -> Tensor:
-        token_ids, starts = ctx.token_ids(), ctx.starts()
-        queries = kernel.queries(q)
-        partial, by_kernel = None, kernel.block_impl is not TORCH_IMPL
-        for owner, blk in ring(block, ctx.group):
-            k_ids = ctx.token_ids(owner)
-            if not reaches(token_ids, starts, k_ids):
-                continue
-            k_blk, v_blk = kernel.keys(blk, owner)
-            band = (token_ids, starts, k_ids)
-            visit = kernel.block_impl.fwd(queries, k_blk, v_blk, *band, ctx.softmax_scale)
-            partial = merge_visit(partial, visit, by_kernel=by_kernel)
-        assert partial is not None, "a token sees at least itself"
-        out, lse = partial[0].to(q.dtype), partial[1]
+        out, lse = kept(lambda: _lap(q, block, kernel, ctx))
         node.save_for_backward(q, block, out, lse)
         node.kernel, node.attention = kernel, ctx
         return out
@@ -93,6 +82,25 @@ class RingSoftmax(torch.autograd.Function):
             dqueries += dqueries_blk
         dq = kernel.queries_bwd(dqueries, q)
         return dq.to(q.dtype), visits.result().to(block.dtype), None, None
+
+
+def _lap(
+    q: Tensor, block: Tensor, kernel: RingKernel, ctx: AttentionContext
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) over all ranks' blocks, out in q's dtype."""
+    token_ids, starts = ctx.token_ids(), ctx.starts()
+    queries = kernel.queries(q)
+    partial, by_kernel = None, kernel.block_impl is not TORCH_IMPL
+    for owner, blk in ring(block, ctx.group):
+        k_ids = ctx.token_ids(owner)
+        if not reaches(token_ids, starts, k_ids):
+            continue
+        k_blk, v_blk = kernel.keys(blk, owner)
+        band = (token_ids, starts, k_ids)
+        visit = kernel.block_impl.fwd(queries, k_blk, v_blk, *band, ctx.softmax_scale)
+        partial = merge_visit(partial, visit, by_kernel=by_kernel)
+    assert partial is not None, "a token sees at least itself"
+    return partial[0].to(q.dtype), partial[1]
 
 
 def reference_ring(

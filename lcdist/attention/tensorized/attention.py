@@ -19,7 +19,7 @@ from lcdist.attention.context import AttentionContext, DecodeCache
 from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.shape import HeadSlice, Shape
-from lcdist.attention.tensorized.plan import make_grid, make_shard_plan, traffic
+from lcdist.attention.tensorized.plan import kept_bytes, make_grid, make_shard_plan, traffic
 from lcdist.attention.tensorized.reference import reference_shard
 from lcdist.attention.tensorized.units import ShardedTensorized, ShardExchange
 from lcdist.config.schema import TensorizedOptions
@@ -161,6 +161,7 @@ METHOD = AttentionMethod(
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
+    kept_bytes=kept_bytes,
     functions=ContextFunctions(attend, reference, decode, attend_local),
     parameters=parameters,
     exchange_for=exchange_for,

@@ -171,3 +171,27 @@ def traffic(options: TensorizedOptions, shape: Shape, layout: ContextLayout) -> 
             + halo_received * halo_row * wide
         )
     return Traffic(tuple(forward), tuple(backward))
+
+
+def kept_bytes(options: TensorizedOptions, shape: Shape, layout: ContextLayout) -> int:
+    """Count out, lse, the U_j and lambda_j; on several ranks units' q, k and U, and the halo."""
+    heads = shape.heads or HeadSlice(0, shape.nheads, 0, shape.nheads_kv)
+    grid, cp = make_grid(options, heads, (shape.nheads, shape.nheads_kv)), layout.cp_size
+    group = shape.nheads // shape.nheads_kv
+    hop_group = group if grid.modes and grid.hop_heads == "q" else 1
+    row, wide = shape.head_dim * shape.itemsize, max(4, shape.itemsize)
+    # On one rank a sequence is padded to whole blocks.
+    blocks = shape.batch * -(-layout.local_seqlen // grid.block)
+    tokens = blocks * grid.block
+    kept = tokens * shape.nheads * (row + wide)
+    kept += len(grid.modes) * tokens * hop_group * shape.nheads_kv * (row + wide)
+    if cp == 1:
+        return kept
+    units = max(count_units(grid, shape.nheads_kv, cp))
+    plan = make_halo_plan(grid, layout.local_seqlen, cp)
+    halo = max(count_halo_tokens(plan, rank) for rank in range(cp))
+    kept += 2 * shape.batch * halo * shape.nheads_kv * row
+    received = group + 1 + hop_group
+    # Of several heads a copy is kept beside the received tensor, which the key head keeps alive.
+    received += sum(width for width in (group, hop_group) if width > 1)
+    return kept + blocks * cp * units * received * row

@@ -18,6 +18,7 @@ from lcdist.attention.context import AttentionContext
 from lcdist.attention.tensorized.plan import ShardPlan
 from lcdist.exchange import Pending, shift, swap
 from lcdist_kernels import tensorized as ops
+from lcdist_kernels.tape import kept
 from lcdist_kernels.tensorized import ModeGrid, ModeRotary, Partial, TensorizedImpl
 
 
@@ -97,28 +98,8 @@ class ShardedTensorized(torch.autograd.Function):
     def forward(
         node: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, exchange: ShardExchange
     ) -> Tensor:
-        rotate, last = exchange.rotary.rotate, len(exchange.grid.modes)
-        pending_qk = exchange.send_to_units(rotate(q, last), rotate(k, last))
-        pending_halo = exchange.post_halo(rotate(k, 0), v) if exchange.plan.halo else None
-        values, lambdas = [v], []
-        for mode in range(last):
-            qku = rotate(q, mode), rotate(k, mode), values[-1]
-            u, lam = exchange.impl.hop_fwd(*qku, mode, exchange.rotary)
-            values.append(u)
-            lambdas.append(lam)
-        pending_u = exchange.send_to_units(values[-1])
-
-        halo = None if pending_halo is None else pending_halo.wait()
-        shard = _ShardPass(exchange, q, k, values, halo)
-        partial = None
-        for mode in range(last):
-            partial = ops.merge_branch(partial, shard.branch_fwd(mode), bias, mode)
-        unit_qku = torch.cat((pending_qk.wait(), pending_u.wait()), -1)
-        shard.unit_qku = shard.split_qku(unit_qku)
-        partial = ops.merge_branch(partial, shard.coarsest_fwd(), bias, last)
-        out, lse = partial.out.to(q.dtype), partial.lse
-        halos = [] if halo is None else [halo]
-        node.save_for_backward(q, k, out, lse, bias, *values, *lambdas, *shard.unit_qku, *halos)
+        out, lse, *rest = kept(lambda: _attend_shard(q, k, v, bias, exchange))
+        node.save_for_backward(q, k, out, lse, bias, v, *rest)
         node.exchange = exchange
         return out
 
@@ -150,6 +131,35 @@ class ShardedTensorized(torch.autograd.Function):
             exchange.add_returned_halo(pending_halo.wait(), grads.by_mode[0][1], du)
         dq, dk = grads.unrotated()
         return dq.to(q.dtype), dk.to(k.dtype), du.to(q.dtype), dbias, None
+
+
+def _attend_shard(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, exchange: ShardExchange
+) -> list[Tensor]:
+    """Return out, lse, the U_j after v, the lambda_j, the units' q, k and U, and the halo."""
+    rotate, last = exchange.rotary.rotate, len(exchange.grid.modes)
+    pending_qk = exchange.send_to_units(rotate(q, last), rotate(k, last))
+    pending_halo = exchange.post_halo(rotate(k, 0), v) if exchange.plan.halo else None
+    values, lambdas = [v], []
+    for mode in range(last):
+        qku = rotate(q, mode), rotate(k, mode), values[-1]
+        u, lam = exchange.impl.hop_fwd(*qku, mode, exchange.rotary)
+        values.append(u)
+        lambdas.append(lam)
+    pending_u = exchange.send_to_units(values[-1])
+
+    halo = None if pending_halo is None else pending_halo.wait()
+    shard = _ShardPass(exchange, q, k, values, halo)
+    partial = None
+    for mode in range(last):
+        partial = ops.merge_branch(partial, shard.branch_fwd(mode), bias, mode)
+    unit_qku = torch.cat((pending_qk.wait(), pending_u.wait()), -1)
+    shard.unit_qku = shard.split_qku(unit_qku)
+    partial = ops.merge_branch(partial, shard.coarsest_fwd(), bias, last)
+    halos = [] if halo is None else [halo]
+    return [
+        partial.out.to(q.dtype), partial.lse, *values[1:], *lambdas, *shard.unit_qku, *halos
+    ]  # fmt: skip
 
 
 @dataclass

@@ -30,10 +30,10 @@ from megatron.core.transformer.transformer_layer import (
 class MemoryPolicy:
     """Policy of a model chunk's layers for saving activations for backward.
 
-    recompute: "none", "selective" or "full".
+    recompute: "none", "selective", "keep_attention" or "full".
     mlp_chunk: returns, for a number of tokens on this rank, how many of them go through the MLP at
         once; None for all of them.
-    store: where full recompute saves layer inputs; None: on the device.
+    store: where the last two save layer inputs, and what attention keeps; None: on the device.
     """
 
     recompute: str
@@ -67,11 +67,12 @@ class Layer(TransformerLayer):
     ) -> tuple[Tensor, None]:
         """Run the layer as Megatron calls it; attention handles masks and rotation itself."""
         recompute = self.policy.recompute if torch.is_grad_enabled() else "none"
-        if recompute == "full":
+        if recompute in ("full", "keep_attention"):
             store = self.policy.store
             run = _FullRecompute(self, packed_seq_params)
             put = partial(store.put, self.layer_number) if store is not None else None
-            return recomputed(run, hidden_states, trained(self), put), None
+            keep = recompute == "keep_attention"
+            return recomputed(run, hidden_states, trained(self), put, keep), None
         if recompute == "selective":
             saved = SelectiveRecompute()
             with saved:

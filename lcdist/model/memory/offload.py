@@ -4,6 +4,7 @@ Each input is copied to the host while the next layer computes, and back while t
 runs its backward.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,16 +24,20 @@ class CpuOffload:
 
     def put(self, layer: int, x: Tensor) -> "OffloadedTensor":
         """Start copying x, the input of layer `layer`, to the host; x may be freed at once."""
+        # Passes through the chunk do not interleave: the last input is that of the layer before.
+        last_layer, last = self._last
+        offloaded = self.send(x, last if last_layer == layer - 1 else None)
+        self._last = layer, offloaded
+        return offloaded
+
+    def send(self, x: Tensor, previous: "OffloadedTensor | None") -> "OffloadedTensor":
+        """Start copying x to the host; previous: as of `OffloadedTensor`."""
         host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
         self.copy(host, x)
         if x.is_cuda:
             # Keep the memory from reuse until the asynchronous copy has finished.
             x.record_stream(self._stream)
-        # Passes through the chunk do not interleave: the last input is that of the layer before.
-        last_layer, last = self._last
-        offloaded = OffloadedTensor(self, host, x.device, last if last_layer == layer - 1 else None)
-        self._last = layer, offloaded
-        return offloaded
+        return OffloadedTensor(self, host, x.device, previous)
 
     def copy(self, target: Tensor, source: Tensor) -> Any:
         """Copy on the copy stream, after all work queued so far; return its CUDA event or None."""
@@ -64,9 +69,16 @@ class OffloadedTensor:
         self.store, self.host, self.device, self.previous = store, host, device, previous
         self.on_device: Tensor | None = None
         self.copy_event: Any = None
+        self.more: list[OffloadedTensor] = []
+
+    def add(self, more: Sequence[Tensor]) -> None:
+        """Start copying more tensors of the same layer, which come back with this one."""
+        self.more += [self.store.send(x, None) for x in more]
 
     def fetch(self) -> None:
-        """Start copying the tensor back to its device, if that has not been done."""
+        """Start copying the tensors back to their device, if that has not been done."""
+        for one in self.more:
+            one.fetch()
         if self.on_device is None:
             # Allocate on the compute stream, which waits for the copy before it reads or frees.
             self.on_device = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
@@ -84,3 +96,7 @@ class OffloadedTensor:
         self.on_device = self.copy_event = None
         del self.host
         return x
+
+    def get_all(self) -> list[Tensor]:
+        """Return the tensor as `get` does, then those that were added to it."""
+        return [self.get(), *(one.get() for one in self.more)]

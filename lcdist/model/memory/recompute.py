@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.model.memory.offload import OffloadedTensor
+from lcdist_kernels import tape
 from megatron.core.tensor_parallel import random
 
 
@@ -32,6 +33,7 @@ def recomputed(
     x: Tensor,
     params: Sequence[Tensor] = (),
     put: Callable[[Tensor], OffloadedTensor] | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """Return `run(x)`; save only x for backward, which runs `run` again.
 
@@ -42,8 +44,10 @@ def recomputed(
         x: its input.
         params: all other tensors that `run` reads and that require a gradient.
         put: stores x elsewhere until backward; None: x stays where it is.
+        keep: also save what attention keeps on a tape, as x, so that the second run does not
+            compute it again.
     """
-    return _Recomputed.apply(run, put, x, *params)
+    return _Recomputed.apply(run, put, keep, x, *params)
 
 
 class _Recomputed(Function):
@@ -52,6 +56,7 @@ class _Recomputed(Function):
         ctx: Any,
         run: Callable[[Tensor], Tensor],
         put: Callable[[Tensor], OffloadedTensor] | None,
+        keep: bool,
         x: Tensor,
         *params: Tensor,
     ) -> Tensor:
@@ -59,17 +64,30 @@ class _Recomputed(Function):
         ctx.offloaded = put(x) if put is not None else None
         # Parameters stay alive anyway. Saved-tensor hooks could return them as other objects.
         ctx.params = params
-        ctx.save_for_backward(*([x] if put is None else []))
-        return run(x)
+        ctx.tape, kept = None, list[Tensor]()
+        if keep:
+            with tape.record() as ctx.tape:
+                out = run(x)
+            kept = ctx.tape.release()
+        else:
+            out = run(x)
+        if ctx.offloaded is None:
+            ctx.save_for_backward(x, *kept)
+        else:
+            ctx.offloaded.add(kept)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x = ctx.saved_tensors[0] if ctx.offloaded is None else ctx.offloaded.get()
-        x = x.detach().requires_grad_(ctx.needs_input_grad[2])
-        with replay_rng(ctx.rng_states), torch.enable_grad():
+        x, *kept = ctx.saved_tensors if ctx.offloaded is None else ctx.offloaded.get_all()
+        x = x.detach().requires_grad_(ctx.needs_input_grad[3])
+        again = contextlib.nullcontext() if ctx.tape is None else tape.replay(ctx.tape, kept)
+        with again, replay_rng(ctx.rng_states), torch.enable_grad():
             out = ctx.run(x)
-        return None, None, *gradients(out, [x, *ctx.params], grads[0])
+        # Backward reads what it needs from the graph, which frees it on the way.
+        del kept
+        return None, None, None, *gradients(out, [x, *ctx.params], grads[0])
 
 
 def gradients(out: Tensor, inputs: Sequence[Tensor], dout: Tensor) -> list[Tensor | None]:
