@@ -21,7 +21,6 @@ from lcdist.model.transformer_config import transformer_config
 from lcdist.plan import Plan
 from lcdist_kernels import Rotary
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -174,8 +173,6 @@ def _layer_spec(core: ModuleSpec, policy: MemoryPolicy, lora: LoraConfig) -> Mod
             k_layernorm=IdentityOp,
         ),
     )
-    # Megatron's annotation allows only classes here; its own specs use functions.
-    add: Any = get_bias_dropout_add
     mlp = ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(
@@ -189,9 +186,7 @@ def _layer_spec(core: ModuleSpec, policy: MemoryPolicy, lora: LoraConfig) -> Mod
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,
-            self_attn_bda=add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
-            mlp_bda=add,
         ),
     )

@@ -121,16 +121,15 @@ class MemoryEstimate:
         """Activations saved for backward on the fullest rank, and the loss's and MLP's buffers.
 
         Counted tensor by tensor for full attention on a CPU: within 2 % of what autograd saves
-        there, on meshes without pipelining. Fused norms on a GPU save less;
-        `attention.impl = "reference"` saves dense scores on top; frozen weights save less.
-        Temporary memory of backward is left out, except for the one layer that full recompute
-        computes again, and a tile of the MLP.
+        there, on meshes without pipelining. `attention.impl = "reference"` saves dense scores on
+        top; frozen weights save less. Temporary memory of backward is left out, except for the one
+        layer that full recompute computes again, and a tile of the MLP.
         """
         layers, recomputed = self.shape.chunk_layers * self.layer_bytes, self.recompute_bytes
         first, last = (layers * chunks for chunks in self._chunks_in_flight)
         saved_by_loss, loss_buffers = self.loss_bytes
         # The loss has finished when the first layer is recomputed.
-        last += 3 * self._hidden_bytes + saved_by_loss + max(recomputed, loss_buffers)
+        last += 2 * self._hidden_bytes + saved_by_loss + max(recomputed, loss_buffers)
         return max(first + recomputed, last)
 
     @property
@@ -227,15 +226,18 @@ class MemoryEstimate:
         # On one rank the values are a view that keeps the whole q, k, v projection alive.
         heads = (3 if parallel.cp_size == 1 else 2) * (model.nheads + shape.nheads_kv)
         width = heads * shape.head_dim
-        # Each half of the layer saves its input, and its norm two tensors more.
-        hidden = 2 if selective else 6
+        norms = 1
         if self.mlp_chunk(shape.local_tokens) is None:
             width += (2 if selective else 3) * model.ffn_hidden_size
-        elif not selective:
-            hidden = 4
+            norms = 2
+        # Each half of the layer saves its input. A norm outside tiles saves its output and, for
+        # each token, an fp32 number.
+        hidden = 2 if selective else 2 + norms
+        scales = norms * FP32_BYTES * (shape.local_tokens // self._hidden_parts)
         # The softmax statistics of attention are fp32.
         bytes_per_token = width * shape.itemsize + FP32_BYTES * model.nheads
-        return shape.local_tokens * (bytes_per_token // self._tp_size) + hidden * self._hidden_bytes
+        attention_and_mlp = shape.local_tokens * (bytes_per_token // self._tp_size)
+        return attention_and_mlp + hidden * self._hidden_bytes + scales
 
     @property
     def _tp_size(self) -> int:
@@ -244,10 +246,14 @@ class MemoryEstimate:
     @property
     def _hidden_bytes(self) -> int:
         """Hidden states of a micro-batch on this rank, in bytes."""
-        parallel = self.shape.config.parallel
         bytes_per_token = self.shape.itemsize * self.shape.config.model.hidden_size
-        split = parallel.tp_size if parallel.sequence_parallel else 1
-        return self.shape.local_tokens * (bytes_per_token // split)
+        return self.shape.local_tokens * (bytes_per_token // self._hidden_parts)
+
+    @property
+    def _hidden_parts(self) -> int:
+        """Ranks that share the hidden states of a micro-batch."""
+        parallel = self.shape.config.parallel
+        return parallel.tp_size if parallel.sequence_parallel else 1
 
     @property
     def _local_vocab_size(self) -> int:

@@ -135,6 +135,21 @@ assert len(made) == 6
 """
 
 
+NORM = """
+import torch
+from lcdist_kernels.norm import kernel
+from tests.kernels.compiling import compiled_for
+
+with compiled_for(CAPABILITY) as made:
+    for width, dtype in ((2048, torch.bfloat16), (5000, torch.float16), (70, torch.float32)):
+        x, weight, rstd = (torch.zeros(n, dtype=dtype) for n in ((5, width), width, (5, 1)))
+        for delta in (x, None):
+            kernel.fwd(x, delta, weight, 1e-5)
+            kernel.bwd(x, rstd.float(), weight, x, delta, delta is None)
+        kernel.scale(x, rstd.float(), weight)
+assert len(made) == 18
+"""
+
 PROGRAMS = {
     "full": FULL,
     "scca": SCCA,
@@ -143,6 +158,7 @@ PROGRAMS = {
     "coca": COCA,
     "swiglu": SWIGLU,
     "vocab_loss": VOCAB_LOSS,
+    "norm": NORM,
 }
 
 

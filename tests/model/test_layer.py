@@ -1,23 +1,28 @@
-"""How often a layer runs SwiGLU, forward and backward, and what it saves for it."""
+"""How often a layer runs its norms and SwiGLU, forward and backward, and what it saves for them."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.distributed.mesh import build_mesh
+from lcdist.model import norm as norm_module
 from lcdist.model.build import build_model
 from lcdist.plan import make_plan
+from lcdist_kernels.norm import op as norm_op
+from lcdist_kernels.norm import scale_rows
 from lcdist_kernels.swiglu import op as swiglu_op
 from megatron.core.transformer.mlp import MLP
 from tests.distributed import run_ranks
 from tests.model.small import FULL, SELECTIVE, small
 from tests.saved import saved_bytes
 
-TOKENS, FFN = 71, 96
+TOKENS, HIDDEN, FFN = 71, 64, 96
 SHAPE = (f"train.seqlen={TOKENS}", "model.num_layers=1")
 # 6 tiles, the last of them short.
 TILED = ("train.mlp=tiled", "train.mlp_chunk=13")
@@ -25,13 +30,14 @@ GATE_UP = ("lora.rank=3", 'lora.targets=["gate","up"]')
 DOWN = ("lora.rank=3", 'lora.targets=["down"]')
 
 Calls = tuple[int, int, int]
+Norms = tuple[int, int, int, int]
 
 
 def built(words: tuple[str, ...]) -> tuple[Any, torch.Tensor]:
     """Return the layer of a model of one layer, and an input for it."""
     plan = make_plan(small(*SHAPE, *words), 1)
     [model] = build_model(plan, build_mesh(plan.config.parallel, 0).device)
-    return model.decoder.layers[0], torch.randn(TOKENS, 1, 64, requires_grad=True)
+    return model.decoder.layers[0], torch.randn(TOKENS, 1, HIDDEN, requires_grad=True)
 
 
 def calls(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[Calls]:
@@ -67,6 +73,61 @@ CALLS: dict[tuple[str, ...], Calls] = {
 def test_swiglu_runs_no_more_often_than_it_must() -> None:
     [found] = run_ranks(calls, 1, [*CALLS])
     assert dict(zip(CALLS, found, strict=True)) == CALLS
+
+
+class Additions(TorchDispatchMode):
+    """Counts additions of hidden states."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_addition = func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_)
+        self.count += is_addition and result.shape == (TOKENS, 1, HIDDEN)
+        return result
+
+
+def unseen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, whose operations no mode sees."""
+
+    def run(*args: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args)
+
+    return run
+
+
+def norms(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[Norms]:
+    """Return for each case how often norms ran forward, backward and again, and loose additions."""
+    found = []
+    for words in cases:
+        layer, x = built(words)
+        with (
+            patch.object(norm_op, "fwd", wraps=unseen(norm_op.fwd)) as forward,
+            patch.object(norm_op, "bwd", wraps=unseen(norm_op.bwd)) as backward,
+            patch.object(norm_module, "scale_rows", wraps=scale_rows) as again,
+            Additions() as additions,
+        ):
+            y, _ = layer(hidden_states=x)
+            y.backward(torch.randn_like(y))
+        found.append((forward.call_count, backward.call_count, again.call_count, additions.count))
+    return found
+
+
+# (forward, backward, scaled again, additions of hidden states outside norms)
+NORMS: dict[tuple[str, ...], Norms] = {
+    (): (2, 2, 0, 1),
+    (SELECTIVE,): (2, 2, 2, 1),
+    (FULL,): (4, 2, 0, 2),
+    TILED: (1 + 2 * 6, 1 + 6, 0, 1),
+    # A frozen product saves no input. Its gradient and that of the adapters are added.
+    (SELECTIVE, *GATE_UP): (2, 2, 1, 2),
+}
+
+
+def test_the_residual_is_added_in_norms_but_for_the_last_time() -> None:
+    [found] = run_ranks(norms, 1, [*NORMS])
+    assert dict(zip(NORMS, found, strict=True)) == NORMS
 
 
 def kept(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[tuple[int, int]]:

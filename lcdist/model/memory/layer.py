@@ -17,6 +17,7 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.model.memory.offload import CpuOffload
 from lcdist.model.memory.recompute import SelectiveRecompute, recomputed, trained
 from lcdist.model.memory.tiled_mlp import MLPBlock, sequence_tiled
+from lcdist.model.norm import RMSNorm
 from lcdist.model.sequence import SequenceParams
 from lcdist_kernels.swiglu import swiglu
 from megatron.core.transformer import TransformerConfig
@@ -57,6 +58,8 @@ class Layer(TransformerLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, **kwargs)
+        # The residual is added without dropout.
+        assert config.hidden_dropout == 0
         self.policy = policy
 
     def forward(  # type: ignore[override]
@@ -94,29 +97,32 @@ class Layer(TransformerLayer):
             selective: recomputes cheap activations in backward; None: all are saved.
             skip_output: as for `sequence_tiled`.
         """
-        normed = _norm(self.input_layernorm, x, selective)
-        attended = self.self_attention(normed, attention_mask=None, packed_seq_params=sequence)
+        x, normed = _add_norm(self.input_layernorm, x, None, selective)
+        attended, bias = self.self_attention(
+            normed, attention_mask=None, packed_seq_params=sequence
+        )
+        assert bias is None
         del normed
-        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-        x = add(attended, x, self.hidden_dropout)
-        del attended
         block = MLPBlock(self.pre_mlp_layernorm, self.mlp)
         chunk = self.policy.mlp_chunk(x.shape[0] * x.shape[1] * block.parts)
         if chunk is not None:
+            x = x + attended
+            del attended
             return sequence_tiled(block, x, chunk, skip_output)
-        normed = _norm(block.norm, x, selective)
-        out = self._mlp(normed, selective)
-        add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
-        return add(out, x, self.hidden_dropout)
+        x, normed = _add_norm(self.pre_mlp_layernorm, x, attended, selective)
+        del attended
+        return x + self._mlp(normed, selective)
 
-    def _mlp(self, x: Tensor, selective: SelectiveRecompute | None) -> tuple[Tensor, Tensor | None]:
+    def _mlp(self, x: Tensor, selective: SelectiveRecompute | None) -> Tensor:
         gate_up, bias = self.mlp.linear_fc1(x)
         assert bias is None
         z = swiglu(gate_up)
         if selective is not None:
             # Backward of fc2 makes z again before that of swiglu overwrites gate_up.
             selective.register(z, swiglu, gate_up)
-        return self.mlp.linear_fc2(z)
+        out, bias = self.mlp.linear_fc2(z)
+        assert bias is None
+        return out
 
 
 class _FullRecompute:
@@ -130,7 +136,11 @@ class _FullRecompute:
         return self.layer.run(x, self.sequence, skip_output=torch.is_grad_enabled())
 
 
-def _norm(norm: torch.nn.Module, x: Tensor, selective: SelectiveRecompute | None) -> Tensor:
-    if selective is None:
-        return norm(x)
-    return selective.register(recomputed(norm, x, trained(norm)), norm, x)
+def _add_norm(
+    norm: RMSNorm, x: Tensor, delta: Tensor | None, selective: SelectiveRecompute | None
+) -> tuple[Tensor, Tensor]:
+    """Return x + delta, or x itself, and its norm, which `selective` makes again in backward."""
+    total, normed, rstd = norm.add(x, delta)
+    if selective is not None:
+        selective.register(normed, partial(norm.scale, rstd=rstd), total)
+    return total, normed
