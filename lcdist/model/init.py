@@ -1,17 +1,21 @@
 """Initialise weights independently of the mesh: the same seed gives the same model everywhere.
 
-Each parameter is drawn whole from its own generator, seeded by (seed, whole-model name), and then
-sharded for this rank. A run on 64 ranks and a run on one rank start from the same weights, bit for
-bit, so their loss curves can be compared.
+Each parameter has a seed of its own, from (seed, whole-model name). On a CPU it is drawn whole and
+then sharded for this rank. On a GPU every rank draws only its shard, by numbers that depend on the
+seed and the element alone. A run on 64 ranks and a run on one rank start from the same weights, bit
+for bit, so their loss curves can be compared. A run on GPUs and one on CPUs start from different
+ones.
 """
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist_kernels.normal import Shard, normal_
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -44,17 +48,37 @@ def init_weights(model: nn.Module, config: TransformerConfig, seed: int, std: fl
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             writes_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            deviation = residual_std if writes_residual else std
             parts = 2 if name.endswith("linear_fc1.weight") else 1  # gate and up
             dim = getattr(parameter, "partition_dim", -1)
             is_sharded = getattr(parameter, "tensor_model_parallel", False) and tp_size > 1
+            if _draws_in_place(parameter) and LORA_PARAMS not in name:
+                ranks = (tp_rank, tp_size) if is_sharded else (0, 1)
+                shard = _position(parameter.shape, dim, parts, *ranks)
+                normal_(parameter.detach(), shard, _seed(name, seed), deviation)
+                continue
             shape = list(parameter.shape)
             if is_sharded:
                 shape[dim] *= tp_size
             if LORA_PARAMS in name:
                 whole = _draw_adapter(name, shape, seed)
             else:
-                whole = _draw(name, shape, seed, residual_std if writes_residual else std)
+                whole = _draw(name, shape, seed, deviation)
             parameter.copy_(_shard(whole, dim, parts, tp_rank, tp_size) if is_sharded else whole)
+
+
+def _draws_in_place(parameter: Tensor) -> bool:
+    """Return whether this rank draws its shard alone, on the device; a CPU's numbers are older."""
+    return parameter.is_cuda
+
+
+def _position(shape: Sequence[int], dim: int, parts: int, tp_rank: int, tp_size: int) -> Shard:
+    """Return the position of this rank's shard `shape` of a matrix that is sharded along `dim`."""
+    rows, columns = shape
+    if dim == 1:
+        return Shard(rows, rows, 0, columns * tp_size, columns * tp_rank)
+    part = rows // parts
+    return Shard(part, part * tp_size, part * tp_rank, columns)
 
 
 def _draw(name: str, shape: list[int], seed: int, std: float) -> Tensor:
@@ -68,8 +92,13 @@ def _draw_adapter(name: str, shape: list[int], seed: int) -> Tensor:
 
 
 def _generator(name: str, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_seed(name, seed))
+
+
+def _seed(name: str, seed: int) -> int:
+    """Return the seed of a parameter, below 2^63."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _shard(whole: Tensor, dim: int, parts: int, tp_rank: int, tp_size: int) -> Tensor:

@@ -63,6 +63,18 @@ with compiled_for(CAPABILITY) as made:
 assert len(made) == 2
 """
 
+NORMAL = """
+import torch
+from lcdist_kernels.normal import Shard
+from lcdist_kernels.normal.kernel import fill_
+from tests.kernels.compiling import compiled_for
+
+with compiled_for(CAPABILITY) as made:
+    for columns, dtype in ((2048, torch.bfloat16), (70, torch.float32)):
+        fill_(torch.zeros(6, columns, dtype=dtype), Shard(3, 6, 3, columns), 2**62 + 1, 0.02)
+assert len(made) == 2
+"""
+
 TENSORIZED = """
 import torch
 from lcdist_kernels import tensorized_attention
@@ -154,6 +166,7 @@ PROGRAMS = {
     "full": FULL,
     "scca": SCCA,
     "rotary": ROTARY,
+    "normal": NORMAL,
     "tensorized": TENSORIZED,
     "coca": COCA,
     "swiglu": SWIGLU,
