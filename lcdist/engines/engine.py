@@ -26,6 +26,42 @@ class StepLoss:
     tokens: int
 
 
+class PendingLoss:
+    """The loss of a training step, as `StepLoss`, which is read when it is first asked for.
+
+    Reading waits for the device and for the other ranks, which have to read too. After
+    `TrainEngine.step`, which reads it with the gradient norm, it costs nothing.
+
+    Args:
+        read: returns the loss over all ranks.
+    """
+
+    def __init__(self, read: Callable[[], StepLoss]) -> None:
+        self._read = read
+        self._value: StepLoss | None = None
+
+    def settle(self, value: StepLoss) -> None:
+        """Take over a loss that was read elsewhere."""
+        self._value = value
+
+    @property
+    def value(self) -> StepLoss:
+        """The loss over all ranks."""
+        if self._value is None:
+            self._value = self._read()
+        return self._value
+
+    @property
+    def mean(self) -> float:
+        """Nats a token; see `StepLoss`."""
+        return self.value.mean
+
+    @property
+    def tokens(self) -> int:
+        """Tokens with a loss, over all ranks."""
+        return self.value.tokens
+
+
 class ForwardEngine(Protocol):
     """Forward passes over any mesh: weights alone, no gradient buffers and no optimizer state."""
 
@@ -67,7 +103,7 @@ class TrainEngine(ForwardEngine, Protocol):
 
     def forward_backward(
         self, batches: Sequence[Batch], while_waiting: Callable[[], None] | None = None
-    ) -> StepLoss:
+    ) -> PendingLoss:
         """Compute the gradients of the mean loss over all tokens of all ranks' batches.
 
         Args:
@@ -79,14 +115,16 @@ class TrainEngine(ForwardEngine, Protocol):
     def step(self, lr: float) -> float:
         """Update the weights at learning rate `lr`; return the gradient norm before clipping.
 
-        Raises FloatingPointError, before any weight changes, if a gradient is not finite.
+        Raises FloatingPointError, before any weight changes, if the loss or a gradient is not
+        finite or no token has a loss.
         """
         ...
 
     def gradient(self, name: str) -> Tensor:
         """Return this rank's part of a gradient in fp32, by the parameter's whole-model name.
 
-        Raises KeyError if this rank does not train the parameter.
+        It belongs to the mean loss over all ranks' tokens, before clipping. Raises KeyError if this
+        rank does not train the parameter.
         """
         ...
 

@@ -34,7 +34,7 @@ class MegatronForward:
             losses = run_schedule(self.chunks, batches, layout, seqlen, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
-        return self._global_mean(losses)
+        return self._global_mean(self._log_entry(losses))
 
     def state_dict(self, weights_only: bool = False) -> dict[str, Any]:
         """Return the sharded weights under "model"."""
@@ -44,14 +44,22 @@ class MegatronForward:
         """Take over loaded weights."""
         load_model_state(self.chunks, loaded["model"])
 
-    def _global_mean(self, losses: list[Tensor]) -> StepLoss:
-        """Sum over the ranks that hold a loss, each loss once; divide once by all tokens."""
-        total = torch.zeros(2, dtype=torch.float64)
-        if self.mesh.is_last_stage and self.mesh.tp_rank == 0:
-            total += torch.stack(losses).sum(0).cpu()
+    def _global_mean(self, log_entry: Tensor) -> StepLoss:
+        """Read the sum over all ranks of their log entries."""
+        total = log_entry.to("cpu", copy=True)
         dist.all_reduce(total)
-        tokens = int(total[1].item())
-        return StepLoss(total[0].item() / max(1, tokens), tokens)
+        return step_loss(*total.tolist())
+
+    def _log_entry(self, losses: list[Tensor]) -> Tensor:
+        """Return [sum, number] of the losses that this rank counts, float64; each loss once."""
+        if self.mesh.is_last_stage and self.mesh.tp_rank == 0:
+            return torch.stack(losses).sum(0) if len(losses) > 1 else losses[0]
+        return torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+
+
+def step_loss(total: float, tokens: float) -> StepLoss:
+    """Return the mean of summed losses: divided once, by all tokens."""
+    return StepLoss(total / max(1.0, tokens), round(tokens))
 
 
 def run_schedule(

@@ -1,15 +1,18 @@
 """The training engine over Megatron's DDP and pipeline schedules, with a sharded AdamW."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.data.loader import Batch
 from lcdist.distributed.mesh import Mesh
-from lcdist.engines.engine import StepLoss
-from lcdist.engines.forward import MegatronForward, run_schedule
+from lcdist.engines.engine import PendingLoss
+from lcdist.engines.forward import MegatronForward, run_schedule, step_loss
 from lcdist.engines.optimizer import ShardedAdamW
 from lcdist.engines.state import load_whole_tensors
 from lcdist.exchange import Stopwatch
@@ -43,13 +46,16 @@ class MegatronEngine(MegatronForward):
         megatron.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync  # type: ignore[assignment]
         megatron.finalize_model_grads_func = self._finalize
         self._watch: Stopwatch | None = None
+        self._log = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+        self._loss = PendingLoss(partial(self._global_mean, self._log))
+        self._num_tokens = torch.zeros((), dtype=torch.int32, device=mesh.device)
         self.optimizer = ShardedAdamW(
             self.chunks, plan.config.optim, mesh.dp_cp_group, plan.config.lora.lr_ratio
         )
 
     def forward_backward(
         self, batches: Sequence[Batch], while_waiting: Callable[[], None] | None = None
-    ) -> StepLoss:
+    ) -> PendingLoss:
         """Compute the gradients of the global mean loss; as `TrainEngine` says."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
@@ -58,29 +64,44 @@ class MegatronEngine(MegatronForward):
         losses = run_schedule(self.wrapped, batches, self.plan.layout, seqlen, forward_only=False)
         if while_waiting is not None:
             while_waiting()
-        return self._global_mean(losses)
+        self._log = self._log_entry(losses)
+        self._loss = PendingLoss(partial(self._global_mean, self._log))
+        return self._loss
 
     @property
     def seconds_before_reduction(self) -> float:
         """Seconds of the last forward and backward until gradients were summed over ranks."""
         return self._watch.seconds if self._watch is not None else 0.0
 
-    def _finalize(self, *args: Any, **kwargs: Any) -> None:
-        """Stop the clock and sum gradients over ranks: from here on ranks wait for each other."""
+    def _finalize(
+        self, chunks: list[nn.Module], num_tokens: Tensor, *args: Any, **options: Any
+    ) -> None:
+        """Stop the clock and sum gradients over ranks: from here on ranks wait for each other.
+
+        Gradients stay sums over tokens: the optimizer divides them as it reads them. Megatron would
+        do so in a pass of its own, and the host would wait for the number.
+        """
         if self._watch is not None:
             self._watch.stop()
-        finalize_model_grads(*args, **kwargs)
+        finalize_model_grads(chunks, None, *args, **options)
+        mesh = self.mesh
+        if mesh.pp_size > 1:
+            # The last stage alone has counted.
+            dist.all_reduce(num_tokens, group=mesh.pp_group)
+        if mesh.dp_cp_group.size() > 1:
+            dist.all_reduce(num_tokens, group=mesh.dp_cp_group)
+        self._num_tokens = num_tokens
 
     def step(self, lr: float) -> float:
-        """Update the weights; return the gradient norm before clipping.
-
-        Raises FloatingPointError, before any weight changes, if a gradient is not finite.
-        """
-        return self.optimizer.step(lr)
+        """Update the weights; return the gradient norm before clipping; as `TrainEngine` says."""
+        # The host waits for the device here, and nowhere else in a step.
+        totals = self.optimizer.step(lr, self._log).tolist()
+        self._loss.settle(step_loss(*totals[:2]))
+        return self.optimizer.accept(totals)
 
     def gradient(self, name: str) -> Tensor:
         """Return this rank's part of a gradient in fp32, by the parameter's whole-model name."""
-        return self.optimizer.gradient(name)
+        return self.optimizer.gradient(name) / self._num_tokens.clamp(min=1)
 
     def load_adapter(self, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
         """Replace the weights that `tensors` names, by their whole-model names."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.schema import OptimConfig
 from lcdist.model.init import LORA_PARAMS, METHOD_PARAMS, whole_model_names
+from lcdist_kernels.adamw import Hyper, Tensors, adamw_
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
@@ -77,89 +78,94 @@ class ShardedAdamW:
             lr_ratio if LORA_PARAMS in names[id(p)] and names[id(p)].endswith(".B") else 1.0
             for p in self.mine
         ]
-        self.adamw = self._make_adamw() if self.mine else None
+        # State exists from the start, so that a checkpoint can be loaded before the first step.
+        self.first, self.second = ([torch.zeros_like(m) for m in self.masters] for _ in range(2))
+        self.steps = 0
+        self._counted = self._counts()
 
-    def _make_adamw(self) -> torch.optim.AdamW:
-        kinds = list(zip(self.decays, self.lr_ratios, strict=True))
-        groups: list[dict[str, Any]] = [
-            {
-                "params": [m for m, k in zip(self.masters, kinds, strict=True) if k == kind],
-                "weight_decay": self.config.weight_decay if kind[0] else 0.0,
-                "lr_ratio": kind[1],
-            }
-            for kind in dict.fromkeys(kinds)
+    def _counts(self) -> Tensor:
+        """Return float64 `[2, owned]`: 1 where a gradient counts in the norm; 1 everywhere."""
+        unique = [
+            float(param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p))
+            for p in self.mine
         ]
-        adamw = torch.optim.AdamW(
-            groups,
-            lr=self.config.lr,
-            betas=(self.config.beta1, self.config.beta2),
-            eps=self.config.eps,
-            fused=True,
-        )
-        for master in self.masters:
-            # Create the state now instead of at the first step, so that a checkpoint can be loaded.
-            adamw.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
-        return adamw
+        counts = torch.tensor([unique, [1.0] * len(unique)], dtype=torch.float64)
+        return counts.to(self.parameters[0][1].device) if self.parameters else counts
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
-        """Update the weights at learning rate `lr`; return the gradient norm before clipping.
+    def step(self, lr: float, log_entry: Tensor) -> Tensor:
+        """Queue an update of the weights; the host waits for nothing.
 
-        Raises FloatingPointError on every rank, before any change, if a gradient is not finite.
+        Gradients in `main_grad` are sums over tokens. Nothing is written on any rank if the loss or
+        a gradient is not finite on one, replicas included, or if no token has a loss.
+
+        Args:
+            lr: learning rate.
+            log_entry: float64 `[2]`: sum of the losses that this rank counts, and their number.
+
+        Returns:
+            Float64 `[4]` for `accept`, the same on all ranks: summed loss, number of its tokens,
+            squared norm of the summed gradients, and the same with replicas over TP and PP.
         """
-        norm = self._gradient_norm()
-        scale = 1.0
-        if self.config.clip_norm and norm > self.config.clip_norm:
-            scale = self.config.clip_norm / norm
-        for parameter, master in zip(self.mine, self.masters, strict=True):
-            gradient = parameter.main_grad  # type: ignore[attr-defined]
-            master.grad = gradient.mul_(scale) if scale != 1.0 else gradient
-        if self.adamw is not None:
-            for group in self.adamw.param_groups:
-                group["lr"] = lr * group["lr_ratio"]
-            self.adamw.step()
-        for parameter, master in zip(self.mine, self.masters, strict=True):
-            master.grad = None
-            if master is not parameter:
-                parameter.copy_(master)
+        totals = torch.cat([log_entry, self._squares()])
+        dist.all_reduce(totals)
+        adamw_(self._tensors(), totals, self._hyper(lr))
         self._broadcast()
-        return norm
+        return totals
+
+    def accept(self, totals: Sequence[float]) -> float:
+        """Count a step as taken; return its gradient norm before clipping.
+
+        Args:
+            totals: what `step` returned, read by the host.
+
+        Raises:
+            FloatingPointError: the step was refused; on every rank.
+        """
+        loss, tokens, squares, all_squares = totals
+        if not math.isfinite(all_squares):
+            raise FloatingPointError(
+                f"gradient norm is {math.sqrt(all_squares)}; parameters with non-finite gradients: "
+                f"{', '.join(self._non_finite())}"
+            )
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss}, and no gradient shows it")
+        if not tokens:
+            raise FloatingPointError("no token of this step has a loss")
+        self.steps += 1
+        return math.sqrt(squares) / tokens
+
+    def _tensors(self) -> Tensors:
+        pairs = zip(self.mine, self.masters, strict=True)
+        return Tensors(
+            gradients=[p.main_grad for p in self.mine],  # type: ignore[attr-defined]
+            masters=self.masters,
+            first=self.first,
+            second=self.second,
+            weights=[None if master is weight else weight for weight, master in pairs],
+            decays=[self.config.weight_decay if decays else 0.0 for decays in self.decays],
+            lr_ratios=self.lr_ratios,
+        )
+
+    def _hyper(self, lr: float) -> Hyper:
+        config = self.config
+        return Hyper(lr, config.beta1, config.beta2, config.eps, self.steps + 1, config.clip_norm)
+
+    def _squares(self) -> Tensor:
+        """Return this rank's last two totals, float64 `[2]`."""
+        if not self.mine:
+            return self._counted.new_zeros(2)
+        gradients = [p.main_grad for p in self.mine]  # type: ignore[attr-defined]
+        found = torch._foreach_norm(gradients, 2, dtype=torch.float64)  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch.stack(list(found))
+        return self._counted.mv(norms * norms)
 
     def gradient(self, name: str) -> Tensor:
-        """Return this rank's part of a gradient in fp32, by the parameter's whole-model name.
+        """Return this rank's part of a gradient summed over tokens, by its whole-model name.
 
         Raises KeyError if this rank does not train the parameter.
         """
         return dict(self.parameters)[name].main_grad  # type: ignore[attr-defined]
-
-    def _gradient_norm(self) -> float:
-        """Return the global norm, in which replicas over TP and PP count once.
-
-        Raises FloatingPointError if any gradient is not finite, replicas included.
-        """
-        unique, all_squares = [], []
-        for parameter in self.mine:
-            square = parameter.main_grad.double().square().sum()  # type: ignore[attr-defined]
-            all_squares.append(square)
-            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
-                unique.append(square)
-        sums = [
-            torch.stack(parts).sum() if parts else torch.zeros(())
-            for parts in (unique, all_squares)
-        ]
-        squares = torch.stack([part.double().cpu() for part in sums])
-        dist.all_reduce(squares)
-        norm, norm_with_replicas = squares.sqrt().tolist()
-        if not math.isfinite(norm_with_replicas):
-            raise FloatingPointError(
-                f"gradient norm is {norm_with_replicas}; parameters with non-finite gradients: "
-                f"{', '.join(self._non_finite())}"
-            )
-        return norm
 
     def _non_finite(self) -> list[str]:
         """Return the names of non-finite gradients over all ranks; all ranks call it."""
@@ -200,12 +206,11 @@ class ShardedAdamW:
             if isinstance(entry, ShardedTensor | ShardedTensorFactory)
         }
         state: dict[str, Any] = {}
-        for parameter, master in zip(self.mine, self.masters, strict=True):
-            assert self.adamw is not None
+        for number, (parameter, master) in enumerate(zip(self.mine, self.masters, strict=True)):
             entry: Any = sharded[id(parameter)]
             # Only the owner holds this tensor, so its replica number over DP x CP is 0.
             entry = replace(entry, replica_id=(*entry.replica_id[:-1], 0))
-            tensors = {k: self.adamw.state[master][k] for k in ("exp_avg", "exp_avg_sq")}
+            tensors = {"exp_avg": self.first[number], "exp_avg_sq": self.second[number]}
             if master is not parameter:
                 tensors["master"] = master.detach()
             state[str(len(state))] = {
@@ -219,13 +224,12 @@ class ShardedAdamW:
 
         steps_taken: optimizer steps behind the loaded state, for bias correction.
         """
+        self.steps = steps_taken
         with torch.no_grad():
             for number, (parameter, master) in enumerate(zip(self.mine, self.masters, strict=True)):
-                assert self.adamw is not None
-                state, tensors = self.adamw.state[master], loaded[str(number)]
-                state["exp_avg"].copy_(tensors["exp_avg"])
-                state["exp_avg_sq"].copy_(tensors["exp_avg_sq"])
-                state["step"].fill_(float(steps_taken))
+                tensors = loaded[str(number)]
+                self.first[number].copy_(tensors["exp_avg"])
+                self.second[number].copy_(tensors["exp_avg_sq"])
                 if master is not parameter:
                     master.copy_(tensors["master"])
 

@@ -89,7 +89,7 @@ class Trainer:
             after_first_step: called once, after the first step's record is written.
 
         Raises:
-            FloatingPointError: a gradient is not finite.
+            FloatingPointError: a step is refused; see `TrainEngine.step`.
         """
         steps, every = self.plan.config.train.steps, self.plan.config.checkpoint.every
         asynchronous = self.plan.config.checkpoint.asynchronous
@@ -135,7 +135,10 @@ class Trainer:
             grad_norm = self.engine.step(lr)
         optimizer_end = time.perf_counter()
         self.step += 1
-        own_work = data_end - start + self.engine.seconds_before_reduction - sent.seconds_waited
+        work = self.engine.seconds_before_reduction
+        # On a GPU the host has only queued the work by then.
+        forward_backward = max(backward_end - data_end, work)
+        own_work = data_end - start + work - sent.seconds_waited
         maxima = self._max_over_ranks(requests, sent.sent, own_work)
         if self.checkpointer.unfinished and not maxima["writing"]:
             self._note_saved(self.checkpointer.finish())
@@ -160,8 +163,8 @@ class Trainer:
             time=StepTime(
                 step=end - start,
                 data=data_end - start,
-                forward_backward=backward_end - data_end,
-                optimizer=optimizer_end - backward_end,
+                forward_backward=forward_backward,
+                optimizer=optimizer_end - data_end - forward_backward,
             ),
             wall=time.time(),
             ranks=RankTimes(

@@ -5,6 +5,8 @@ The only place in the tests that knows how `MegatronEngine` names them.
 
 from typing import Any
 
+from torch import Tensor
+
 from lcdist.engines.optimizer import ShardedAdamW
 from lcdist.model.build import CausalLM
 from lcdist.train.trainer import Trainer
@@ -26,3 +28,9 @@ def optimizer_of(trainer: Trainer) -> ShardedAdamW:
     """Return this rank's share of the optimizer."""
     engine: Any = trainer.engine
     return engine.optimizer
+
+
+def log_entry_of(trainer: Trainer) -> Tensor:
+    """Return this rank's part of the last step's summed loss and number of tokens."""
+    engine: Any = trainer.engine
+    return engine._log

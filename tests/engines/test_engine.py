@@ -25,7 +25,7 @@ def evaluate_both_ways(rank: int, world_size: int) -> list[tuple[StepLoss, StepL
         forward = MegatronForward(trainer.mesh, chunks_of(trainer))
         found.append(
             (
-                trainer.engine.forward_backward(batches),
+                trainer.engine.forward_backward(batches).value,
                 trainer.engine.evaluate(batches, layout, seqlen),
                 forward.evaluate(batches, layout, seqlen),
             )

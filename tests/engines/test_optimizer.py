@@ -19,7 +19,7 @@ from lcdist.model.init import whole_model_names
 from lcdist.model.sequence import SequenceParams
 from lcdist.train.trainer import Trainer
 from tests.distributed import run_ranks
-from tests.engines.internals import chunks_of, optimizer_of
+from tests.engines.internals import chunks_of, log_entry_of, optimizer_of
 from tests.model.small import Meshes, small, take_steps
 from tests.model.whole import digest, gather_moments, gather_weights
 from tests.tolerance import assert_matches
@@ -100,7 +100,9 @@ def sharded_steps(rank: int, world_size: int) -> list[tuple[list[float], dict[st
             norms = []
             for step in range(STEPS):
                 bits.make_gradients(step)
-                norms.append(optimizer.step(OPTIM.lr))
+                # One token over all ranks: the summed gradient is the mean.
+                log_entry = torch.tensor([0.0, rank == 0], dtype=torch.float64)
+                norms.append(optimizer.accept(optimizer.step(OPTIM.lr, log_entry).tolist()))
             assert all(m.dtype == torch.float32 for m in optimizer.masters)
             mine = sum(m.numel() for m in optimizer.masters)
             values = {n: p.detach().clone() for n, p in bits.named_parameters()}
@@ -133,21 +135,35 @@ def test_values_travel_in_pieces() -> None:
     assert run_ranks(broadcast_in_pieces, 2) == [True, True]
 
 
-def poison(rank: int, world_size: int, mesh: tuple[str, ...]) -> tuple[str, bool]:
-    """Step with an infinite gradient on the last rank: (message, whether nothing changed)."""
+def refused(rank: int, world_size: int, mesh: tuple[str, ...]) -> list[tuple[str, bool]]:
+    """Return (message, whether nothing changed) of steps that are refused, each for one reason.
+
+    A gradient is infinite, or the loss is not a number, on the last rank alone; or no token counts.
+    """
     trainer = Meshes().trainer(small(*mesh))
     take_steps(trainer, 1)
-    engine = trainer.engine
+    engine, found = trainer.engine, []
     [chunk] = chunks_of(trainer)
-    if rank == world_size - 1:
-        named = whole_model_names(chunk)
-        [weights] = [p for name, p in chunk.named_parameters() if named[name] == POISONED]
-        weights.register_hook(lambda gradient: gradient * float("inf"))
-    engine.forward_backward(trainer.loader.next_step())
-    before = everything(trainer)
-    with pytest.raises(FloatingPointError) as caught:
-        engine.step(1e-3)
-    return str(caught.value), everything(trainer) == before
+    is_last = rank == world_size - 1
+    named = whole_model_names(chunk)
+    for reason in ("gradient", "loss", "tokens"):
+        hooks, batches = [], trainer.loader.next_step()
+        if reason == "gradient" and is_last:
+            [weights] = [p for name, p in chunk.named_parameters() if named[name] == POISONED]
+            hooks.append(weights.register_hook(lambda gradient: gradient * float("inf")))
+        if reason == "tokens":
+            for batch in batches:
+                batch.loss_mask.zero_()
+        engine.forward_backward(batches)
+        if reason == "loss" and is_last:
+            log_entry_of(trainer)[0] = float("nan")
+        for hook in hooks:
+            hook.remove()
+        before = everything(trainer)
+        with pytest.raises(FloatingPointError) as caught:
+            engine.step(1e-3)
+        found.append((str(caught.value), everything(trainer) == before))
+    return found
 
 
 # In the last layer, which the second pipeline stage counts as its own number 1.
@@ -155,24 +171,22 @@ POISONED = "decoder.layers.3.self_attention.linear_qkv.weight"
 
 
 def everything(trainer: Trainer) -> str:
-    engine = trainer.engine
-    steps = [float(s["step"]) for s in (optimizer_of(trainer).adamw or nothing()).state.values()]
-    own = digest({str(i): p.detach() for i, p in enumerate(optimizer_of(trainer).masters)})
+    engine, optimizer = trainer.engine, optimizer_of(trainer)
+    own = digest({str(i): p.detach() for i, p in enumerate(optimizer.masters)})
     whole = gather_weights(engine) | gather_moments(engine)
-    return f"{digest(whole)} {own} {steps}"
-
-
-def nothing() -> torch.optim.AdamW:
-    return torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    return f"{digest(whole)} {own} {optimizer.steps}"
 
 
 @pytest.mark.parametrize(
     "mesh", [("parallel.pp_size=2",), ("parallel.tp_size=2",), ()], ids=["pp2", "tp2", "dp2"]
 )
-def test_a_gradient_that_is_not_finite_stops_every_rank(mesh: tuple[str, ...]) -> None:
-    for message, untouched in run_ranks(poison, 2, mesh):
-        assert message.endswith(f"non-finite gradients: {POISONED}")
-        assert untouched
+def test_a_refused_step_stops_every_rank_and_changes_nothing(mesh: tuple[str, ...]) -> None:
+    for found in run_ranks(refused, 2, mesh):
+        assert all(untouched for _, untouched in found)
+        gradient, loss, tokens = (message for message, _ in found)
+        assert gradient.endswith(f"non-finite gradients: {POISONED}")
+        assert loss == "loss is nan, and no gradient shows it"
+        assert tokens == "no token of this step has a loss"
 
 
 Steps = tuple[list[tuple[float, float]], dict[str, Tensor]]

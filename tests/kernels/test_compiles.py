@@ -162,6 +162,25 @@ with compiled_for(CAPABILITY) as made:
 assert len(made) == 18
 """
 
+
+ADAMW = """
+import torch
+from lcdist_kernels.adamw import Hyper, Tensors, kernel
+from tests.kernels.compiling import compiled_for
+
+totals, hyper = torch.ones(4, dtype=torch.float64), Hyper(1e-3, 0.9, 0.95, 1e-8, 1, 1.0)
+with compiled_for(CAPABILITY) as made:
+    for dtype in (torch.bfloat16, torch.float16, None):
+        wide = [torch.zeros(5000) for _ in range(4)]
+        low = [None if dtype is None else torch.zeros(5000, dtype=dtype)]
+        kernel.update(Tensors(*([x] for x in wide), low, [0.1], [1.0]), totals, hyper)
+assert len(made) == 3
+for each in made:
+    # Whole tiles move four numbers of fp32 at a time.
+    assert "ld.global.v4" in each.asm["ptx"] and "st.global.v4" in each.asm["ptx"]
+"""
+
+
 PROGRAMS = {
     "full": FULL,
     "scca": SCCA,
@@ -172,6 +191,7 @@ PROGRAMS = {
     "swiglu": SWIGLU,
     "vocab_loss": VOCAB_LOSS,
     "norm": NORM,
+    "adamw": ADAMW,
 }
 
 

@@ -16,8 +16,8 @@ from tests.stand_in.cuda import TORCH, compiled
 ROOT = Path(__file__).parent.parent.parent
 DEBUG = "configs/debug"
 METHODS = ("full", "coca", "scca", "tensorized", "landmark", "lssar")
-# Megatron reads the number of tokens, the optimizer whether the norm is finite and what it is.
-WAITS = {"finalize_model_grads.py: finalize_model_grads", "optimizer.py: _gradient_norm"}
+# The loss, the number of tokens and the gradient norm, read together.
+WAITS = {"megatron.py: step"}
 
 pytestmark = [
     pytest.mark.slow,
@@ -264,6 +264,19 @@ def test_the_loss_reads_logits_once_and_overwrites_them(library: Path, world_siz
     assert chunked["peak"] <= max(1.02 * logits / 4, dw) + dx + 2 * dw + of_tokens
 
 
+def test_an_update_reads_gradients_for_the_norm_and_everything_once_more(library: Path) -> None:
+    [line] = map(json.loads, run(library, "update", "0", "1", f"{DEBUG}/full.toml"))
+    assert line["kernels"] == {"_adamw_kernel": 1}
+    # The host reads four numbers at once, which the stand-in does one by one.
+    operations = [name for name in line["operations"] if "_local_scalar_dense" not in name]
+    assert len(operations) + 1 + 1 <= 8, operations
+    assert not any(word in name for name in operations for word in ("pow", "mul_", "_to_copy"))
+    # Gradients for their norm: fp32, and some numbers. The kernel moves 30 bytes a parameter.
+    assert line["bytes"] <= 4.1 * line["parameters"], line
+    assert not line["elsewhere"]
+    assert set(line["waits"]) == WAITS, line
+
+
 MESHES = (
     ("parallel.tp_size=2", "parallel.cp_size=2", "parallel.sequence_parallel=true"),
     ("parallel.cp_size=4",),
@@ -283,9 +296,10 @@ def trained(library: Path, rank: int, cases: list[str]) -> None:
     lines = [json.loads(line) for line in run(library, "training", str(rank), "4", *cases)]
     assert [line["of"] for line in lines] == cases
     for line in lines:
-        assert set(line["waits"]) <= WAITS, line
+        assert set(line["waits"]) == WAITS, line
         assert sum(line["launches"].values()), line
-        assert not line["waits in use"], line
+        # An evaluation reads its loss.
+        assert set(line["waits in use"]) == {"forward.py: _global_mean"}, line
 
 
 @pytest.mark.exhaustive
