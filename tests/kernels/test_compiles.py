@@ -153,8 +153,13 @@ from lcdist_kernels.norm import kernel
 from tests.kernels.compiling import compiled_for
 
 with compiled_for(CAPABILITY) as made:
-    for width, dtype in ((2048, torch.bfloat16), (5000, torch.float16), (70, torch.float32)):
-        x, weight, rstd = (torch.zeros(n, dtype=dtype) for n in ((5, width), width, (5, 1)))
+    for rows, width, dtype in (
+        (5, 2048, torch.bfloat16),
+        (1100, 5000, torch.float16),
+        (600, 70, torch.float32),
+    ):
+        shapes = (rows, width), width, (rows, 1)
+        x, weight, rstd = (torch.zeros(shape, dtype=dtype) for shape in shapes)
         for delta in (x, None):
             kernel.fwd(x, delta, weight, 1e-5)
             kernel.bwd(x, rstd.float(), weight, x, delta, delta is None)
