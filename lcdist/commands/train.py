@@ -10,7 +10,7 @@ from torch import Tensor
 from lcdist.checkpoint.read import Checkpoint
 from lcdist.config.schema import Config
 from lcdist.convert.lora.adapter import check_adapter, read_adapter
-from lcdist.distributed.mesh import build_mesh, start_world, world_size
+from lcdist.distributed.mesh import build_mesh, least_of_ranks, start_world, world_size
 from lcdist.distributed.rank_zero import enter_on_rank_zero, run_on_rank_zero
 from lcdist.hardware.peak import device_peak
 from lcdist.model.build import DTYPES
@@ -48,6 +48,7 @@ def run(config: Config, console: Console | None = None, also_stop: Path | None =
         if checkpoint is not None and checkpoint.step >= config.train.steps:
             return _finish(folder, checkpoint.step, config.train.steps)
         check_start(folder, plan.memory.checkpoint_bytes)
+        plan = plan.with_device_memory(least_of_ranks(plan.hardware.memory_bytes))
         plan = check_host_memory(plan)
         peak = device_peak(mesh.device, DTYPES[plan.dtype], config.log.peak_tflops)
         trainer = build_trainer(plan, mesh, dataset, peak)

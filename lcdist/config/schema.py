@@ -219,19 +219,20 @@ class TrainConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     # Activation checkpointing. selective: backward recomputes norms and the MLP's activation. full:
     # it recomputes whole layers from their saved input. keep_attention: as full, but attention's
-    # result is saved too, so that attention is neither computed nor exchanged again. auto: full
-    # above 16,384 tokens a rank, else none.
+    # result is saved too, so that attention is neither computed nor exchanged again.
+    # auto, here and for offload, mlp and loss: on a GPU, the cheapest that fits its memory with 8 %
+    # left free (lcdist/plan/rungs.py); on a CPU, full above 16,384 tokens a rank, else none.
     recompute: Literal["auto", "none", "selective", "keep_attention", "full"] = "auto"
-    # host: saved layer inputs are moved to the host's memory until backward. auto: host on a GPU
-    # above 16,384 tokens a rank, if they fit there.
+    # host: what recomputed layers save is moved to the host's memory until backward. auto: on a GPU
+    # as above, if it fits there.
     offload: Literal["auto", "none", "host"] = "auto"
-    # tiled: the MLP runs some tokens at a time, and again in backward. auto: tiled above 16,384
-    # tokens a rank.
+    # tiled: the MLP runs some tokens at a time, and again in backward. auto: on a CPU, tiled above
+    # 16,384 tokens a rank.
     mlp: Literal["auto", "whole", "tiled"] = "auto"
     # tokens a tile; 0: as many as have gate and up in 128 MiB, at least 1,024
     mlp_chunk: int = at_least(0, 0)
     # whole: logits of a micro-batch are kept until backward. chunked: they are computed for some
-    # tokens at a time, and again in backward. auto: chunked where they take more than 4 GiB a rank.
+    # tokens at a time, and again in backward. auto: chunked too where they take more than 4 GiB.
     loss: Literal["auto", "whole", "chunked"] = "auto"
     # tokens a chunk; 0: up to 4,096 within 1 GiB of logits, or as many as fit 128 MiB
     loss_chunk: int = at_least(0, 0)

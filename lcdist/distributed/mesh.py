@@ -138,3 +138,10 @@ def end_world() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def least_of_ranks(number: int) -> int:
+    """Return the least of all ranks' numbers; all ranks call it."""
+    numbers = [number] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    return min(numbers)

@@ -13,7 +13,7 @@ from lcdist.data.datasets.build import held_out_folder
 from lcdist.data.datasets.split import TokenSplit
 from lcdist.data.meta import check_vocabulary
 from lcdist.data.tokenizers.files import bos_prefix, open_tokenizer
-from lcdist.distributed.mesh import Mesh, build_mesh, start_world, world_size
+from lcdist.distributed.mesh import Mesh, build_mesh, least_of_ranks, start_world, world_size
 from lcdist.distributed.rank_zero import run_on_rank_zero
 from lcdist.engines.engine import ForwardEngine
 from lcdist.engines.forward import MegatronForward
@@ -64,6 +64,7 @@ def load_model(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[st
     if attention != trained.shape.attention_name:
         attention += f" (dense; trained with {trained.shape.attention_name})"
     start_world(config.parallel.timeout)
+    plan = plan.with_device_memory(least_of_ranks(plan.hardware.memory_bytes))
     mesh = build_mesh(config.parallel, config.train.seed)
     checkpoint = run_on_rank_zero(lambda: open_checkpoint(path))
     chunks = build_model(plan, mesh.device)

@@ -1,13 +1,17 @@
 """Estimate memory per rank, and choose recomputation, offload and chunk sizes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from lcdist.attention.facts import out_and_lse
-from lcdist.plan.parameters import ParameterCounts
-from lcdist.plan.shape import RunShape
+from lcdist.plan.rungs import (
+    LONG_SEQUENCE_TOKENS,
+    SAVES_INPUTS,
+    Rung,
+    allowed_rungs,
+    rung_by_tokens,
+)
+from lcdist.plan.states import FP32_BYTES, StateEstimate
 
-FP32_BYTES = 4
 INT64_BYTES = 8
 # Tiles of the MLP have gate and up of this size, but at least so many tokens: with fewer, a matrix
 # product spends its time on loading the weight.
@@ -20,83 +24,79 @@ KEPT_LOGITS_BYTES = 2**32
 # the product itself.
 LOSS_CHUNK_TOKENS = 4096
 LOSS_CHUNK_BYTES = 2**30
-# With more tokens a rank, activations fill the memory: "auto" then recomputes, offloads and tiles.
-LONG_SEQUENCE_TOKENS = 16_384
-# Recomputation that saves layer inputs, which may be offloaded.
-SAVES_INPUTS = ("keep_attention", "full")
+# Of the device's memory. Not counted: temporary memory of backward, buffers of communication and
+# fragments.
+USABLE_SHARE = 0.92
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
+class MemoryEstimate(StateEstimate):
     """Bytes per rank: weights, gradients, optimizer states and activations.
 
     Attributes:
-        shape: The run.
-        parameters: Numbers of parameters.
         may_offload: Whether `train.offload = "auto"` may use the host's memory.
+        device_memory: Bytes of the rank's device; None where ranks share it, as on a CPU.
+        given: The way to save memory, whatever fits; None: `rung` chooses.
     """
 
-    shape: RunShape
-    parameters: ParameterCounts
     may_offload: bool
-
-    # --- weights and states -----------------------------------------------------------------------
-
-    @property
-    def state_bytes(self) -> int:
-        """Weights, fp32 gradients and this rank's part of AdamW's fp32 state, on the fullest rank.
-
-        The optimizer distributes whole tensors. Its part is taken as an even share, or as the
-        largest tensor where that is more; the fullest rank holds at most both together.
-        """
-        parallel, counts = self.shape.config.parallel, self.parameters
-        even_share = -(-max(counts.trained_stages) // (self.shape.dp_size * parallel.cp_size))
-        optimizer_elements = max(even_share, counts.largest_trained)
-        weights_and_gradients = max(
-            weights * self.shape.itemsize + gradients * FP32_BYTES
-            for weights, gradients in zip(counts.stages, counts.trained_stages, strict=True)
-        )
-        return weights_and_gradients + optimizer_elements * self._optimizer_bytes
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Bytes of one checkpoint, files of all ranks together: weights and AdamW's state."""
-        states = self.parameters.trained * self._optimizer_bytes
-        return self.parameters.total * self.shape.itemsize + states
+    device_memory: int | None = None
+    given: Rung | None = None
 
     @property
     def device_bytes(self) -> int:
         """Weights, states and activations on the fullest rank."""
         return self.state_bytes + self.activation_bytes
 
-    @property
-    def _optimizer_bytes(self) -> int:
-        """AdamW's bytes a parameter: two moments, and a master weight beside bf16 weights."""
-        master = FP32_BYTES if self.shape.itemsize < FP32_BYTES else 0
-        return 2 * FP32_BYTES + master
-
     # --- choices ----------------------------------------------------------------------------------
+
+    @cached_property
+    def rung(self) -> Rung:
+        """The way to save memory: the cheapest that fits the device, else the smallest.
+
+        Where the device's memory is unknown, the number of tokens decides.
+        """
+        if self.given is not None:
+            return self.given
+        needed = self.needed_bytes
+        if not needed:
+            train, tokens = self.shape.config.train, self.shape.local_tokens
+            return rung_by_tokens(train, tokens, self.may_offload)
+        fitting = (rung for rung, count in needed.items() if count <= self.usable_bytes)
+        return next(fitting, min(needed, key=lambda rung: needed[rung]))
+
+    @cached_property
+    def needed_bytes(self) -> dict[Rung, int]:
+        """`device_bytes` of each rung that the configuration allows, the cheapest first.
+
+        Empty where the device's memory is unknown.
+        """
+        if self.device_memory is None:
+            return {}
+        rungs = allowed_rungs(self.shape.config.train, self.may_offload)
+        return {rung: replace(self, given=rung).device_bytes for rung in rungs}
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory of the device that a plan may fill; the rest is for what it does not count."""
+        return int((self.device_memory or 0) * USABLE_SHARE)
 
     @property
     def recompute(self) -> str:
         """Activation checkpointing of a layer: a value of `train.recompute` other than "auto"."""
-        train = self.shape.config.train
-        if train.recompute != "auto":
-            return train.recompute
-        return "full" if self._is_long or train.offload == "host" else "none"
+        return self.rung.recompute
 
     @property
     def offloads(self) -> bool:
-        """Return whether layer inputs wait for backward in the host's memory."""
-        offload = self.shape.config.train.offload
-        if offload != "auto":
-            return offload == "host"
-        return self.may_offload and self._is_long and self.recompute in SAVES_INPUTS
+        """Return whether what layers save waits for backward in the host's memory."""
+        return self.rung.offload
 
     def mlp_chunk(self, tokens: int) -> int | None:
         """Return how many of a rank's `tokens` the MLP runs at once; None: all, no tiling."""
         train, model = self.shape.config.train, self.shape.config.model
-        if train.mlp == "whole" or (train.mlp == "auto" and tokens <= LONG_SEQUENCE_TOKENS):
+        # Of batches longer than the training's, such as an evaluation's, the plan knows nothing.
+        longer = tokens > max(self.shape.local_tokens, LONG_SEQUENCE_TOKENS)
+        if not self.rung.tiled and (train.mlp == "whole" or not longer):
             return None
         gate_up = 2 * model.ffn_hidden_size // self._tp_size * self.shape.itemsize
         return min(train.mlp_chunk or max(CHUNK_BYTES // gate_up, CHUNK_TOKENS), tokens)
@@ -104,15 +104,12 @@ class MemoryEstimate:
     def loss_chunk(self, tokens: int) -> int | None:
         """Return how many of a rank's `tokens` get logits at once; None: all, and they are kept."""
         train, row = self.shape.config.train, self._local_vocab_size * self.shape.itemsize
-        if train.loss == "whole" or (train.loss == "auto" and tokens * row <= KEPT_LOGITS_BYTES):
+        large = train.loss == "auto" and tokens * row > KEPT_LOGITS_BYTES
+        if not self.rung.chunked and not large:
             return None
         fitting = min(LOSS_CHUNK_BYTES // row, LOSS_CHUNK_TOKENS)
         fitting = max(fitting, CHUNK_BYTES // row, CHUNK_TOKENS)
         return min(train.loss_chunk or fitting, tokens)
-
-    @property
-    def _is_long(self) -> bool:
-        return self.shape.local_tokens > LONG_SEQUENCE_TOKENS
 
     # --- activations ------------------------------------------------------------------------------
 
@@ -137,7 +134,12 @@ class MemoryEstimate:
         """Bytes one layer saves on the device for the backward pass of one micro-batch."""
         if self.recompute not in SAVES_INPUTS:
             return self.saved_bytes(selective=self.recompute == "selective")
-        return 0 if self.offloads else self._hidden_bytes + self._kept_bytes
+        return 0 if self.offloads else self._hidden_bytes + self._kept_for_second_run
+
+    @property
+    def _kept_for_second_run(self) -> int:
+        """Bytes of one layer that attention keeps where the rest of it is computed again."""
+        return self._kept_bytes if self.recompute == "keep_attention" else 0
 
     @property
     def recompute_bytes(self) -> int:
@@ -147,19 +149,13 @@ class MemoryEstimate:
         recomputed = self.tile_bytes + self.saved_bytes(selective=False)
         if self.offloads:
             # What is saved of the next layer is loaded while this one is used.
-            return recomputed + self._hidden_bytes + self._kept_bytes
-        if self.recompute == "keep_attention":
-            # Out and lse are those that are saved.
-            train, shape = self.shape.config.train, self.shape
-            one = shape.attention_shape(train.micro_batch_size, tp_rank=0)
-            recomputed -= out_and_lse(None, one, shape.layout)
-        return recomputed
+            return recomputed + self._hidden_bytes + self._kept_for_second_run
+        # What attention keeps is saved already.
+        return recomputed - self._kept_for_second_run
 
     @cached_property
     def _kept_bytes(self) -> int:
-        """Bytes that attention keeps of one layer for its second run, on the fullest rank."""
-        if self.recompute != "keep_attention":
-            return 0
+        """Bytes that attention needs of one layer beside q, k, v, on the fullest rank."""
         shape, parallel = self.shape, self.shape.config.parallel
         batch = shape.config.train.micro_batch_size
         return max(
@@ -225,7 +221,8 @@ class MemoryEstimate:
         shape, model, parallel = self.shape, self.shape.config.model, self.shape.config.parallel
         # On one rank the values are a view that keeps the whole q, k, v projection alive.
         heads = (3 if parallel.cp_size == 1 else 2) * (model.nheads + shape.nheads_kv)
-        width = heads * shape.head_dim
+        # Attention's output is among what it keeps.
+        width = (heads - model.nheads) * shape.head_dim
         norms = 1
         if self.mlp_chunk(shape.local_tokens) is None:
             width += (2 if selective else 3) * model.ffn_hidden_size
@@ -234,10 +231,8 @@ class MemoryEstimate:
         # each token, an fp32 number.
         hidden = 2 if selective else 2 + norms
         scales = norms * FP32_BYTES * (shape.local_tokens // self._hidden_parts)
-        # The softmax statistics of attention are fp32.
-        bytes_per_token = width * shape.itemsize + FP32_BYTES * model.nheads
-        attention_and_mlp = shape.local_tokens * (bytes_per_token // self._tp_size)
-        return attention_and_mlp + hidden * self._hidden_bytes + scales
+        saved = shape.local_tokens * (width * shape.itemsize // self._tp_size)
+        return saved + hidden * self._hidden_bytes + scales + self._kept_bytes
 
     @property
     def _tp_size(self) -> int:

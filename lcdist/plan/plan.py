@@ -3,7 +3,7 @@
 All contradictions are collected and raised together, before any process group or file is made.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lcdist.config import ConfigError
@@ -55,6 +55,13 @@ class Plan:
     hardware: Hardware
     may_offload: bool
 
+    def with_device_memory(self, memory_bytes: int) -> "Plan":
+        """Return the plan for devices of so many bytes.
+
+        Ranks that saved memory in different ways would wait for each other for ever.
+        """
+        return replace(self, hardware=replace(self.hardware, memory_bytes=memory_bytes))
+
     @cached_property
     def shape(self) -> RunShape:
         """Sizes that follow from configuration and mesh: heads, vocabulary, stages."""
@@ -68,7 +75,9 @@ class Plan:
     @cached_property
     def memory(self) -> MemoryEstimate:
         """Bytes per rank, and the choices that save memory."""
-        return MemoryEstimate(self.shape, self.parameters, self.may_offload)
+        # Ranks on a CPU share the memory of their host.
+        own = None if self.hardware.kind == "cpu" else self.hardware.memory_bytes
+        return MemoryEstimate(self.shape, self.parameters, self.may_offload, own)
 
     @cached_property
     def compute(self) -> ComputeEstimate:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from lcdist.plan.memory import MemoryEstimate
 from lcdist.plan.plan import Plan
 
 GIB = 2**30
@@ -65,7 +66,25 @@ def _device_rows(plan: Plan) -> list[tuple[str, str]]:
         # All ranks of a host share its memory.
         return []
     needed, memory = plan.memory.device_bytes / GIB, plan.hardware.memory_bytes / GIB
-    return [("memory", f"about {needed:.1f} of {memory:.1f} GiB on each {plan.hardware.name}")]
+    return [
+        ("memory", f"about {needed:.1f} of {memory:.1f} GiB on each {plan.hardware.name}"),
+        ("savings", _savings_text(plan.memory)),
+    ]
+
+
+def _savings_text(memory: MemoryEstimate) -> str:
+    """Return why memory is saved as it is."""
+    needed, usable = memory.needed_bytes, f"{memory.usable_bytes / GIB:.1f} GiB may be filled"
+    if needed[memory.rung] > memory.usable_bytes:
+        return (
+            f"nothing that the settings allow fits, {usable}: use more ranks, shorter samples or "
+            "smaller micro-batches"
+        )
+    before = [*needed][: [*needed].index(memory.rung)]
+    if not before:
+        return f"no more than the settings say, as all fits, {usable}"
+    least = min(needed[rung] for rung in before) / GIB
+    return f"the cheapest that fits, {usable}; with less saved at least {least:.1f} GiB are needed"
 
 
 def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
