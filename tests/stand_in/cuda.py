@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,6 +95,7 @@ class StandIn(TorchDispatchMode):
 
     A number that the host reads from the device is 1.
 
+    variants: what Triton would have compiled, kernel by kernel.
     events: what was done in order: the kernels' names, and "post N" and "wait N" of message N, the
         first wait alone.
     """
@@ -102,6 +104,7 @@ class StandIn(TorchDispatchMode):
         super().__init__()
         self.fake = _Fake(allow_non_fake_inputs=True)
         self.launches: Counter[str] = Counter()
+        self.variants: set[tuple[Any, ...]] = set()
         self.waits: Counter[str] = Counter()
         self.events: list[str] = []
         self._messages = 0
@@ -139,7 +142,23 @@ class StandIn(TorchDispatchMode):
         fits = all(0 < n <= most for n, most in zip(blocks, MOST_BLOCKS, strict=False))
         assert fits, f"{name}: no grid of {blocks}"
         self.launches[name] += 1
+        options = {key: value for key, value in words.items() if key not in kernel.arg_names}
+        self.variants.add((name, *_variant(kernel, values), *sorted(options.items())))
         self.events.append(name)
+
+
+def _variant(kernel: Any, values: dict[str, Any]) -> Iterator[Any]:
+    """Yield what Triton compiles a kernel for: constants, dtypes, and which sizes are divisible."""
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or isinstance(value, float | bool):
+            yield value if parameter.is_constexpr or value is None else type(value)
+        elif isinstance(value, int):
+            yield 1 if value == 1 else (value % 16 == 0, -(2**31) <= value < 2**31)
+        else:
+            descriptor = getattr(value, "base", None) is not None and not isinstance(value, Tensor)
+            tensor = value.base if descriptor else value
+            yield tensor.dtype, tuple(value.block_shape) if descriptor else ()
 
 
 def _who() -> str:

@@ -300,6 +300,8 @@ def trained(library: Path, rank: int, cases: list[str]) -> None:
         assert sum(line["launches"].values()), line
         # An evaluation reads its loss.
         assert set(line["waits in use"]) == {"forward.py: _global_mean"}, line
+        # All kernels were called before the first step, so it compiles none.
+        assert not line["compiled late"], line
 
 
 @pytest.mark.exhaustive

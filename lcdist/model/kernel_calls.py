@@ -1,0 +1,130 @@
+"""Call the kernels of a run on zeros, as its layers do, so that Triton compiles them.
+
+Which kernels Triton compiles depends on dtypes, on head_dim and other constants, and on which
+sizes are multiples of 16. So attention is called at its true shape, once for every distinct layer;
+norms, whose weight gradients are sums over rows, on the true rows; other operators that treat every
+row alike on a few rows. No messages are sent. With packed documents
+the sizes of some tables depend on the documents; then a kernel may be compiled later once more.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcdist.distributed.mesh import Mesh
+from lcdist.exchange.absent import LoneRank
+from lcdist.model.build import DTYPES, vocab_rows
+from lcdist.model.lora import is_trained
+from lcdist.model.rotary import rotary_by_length
+from lcdist.plan import Plan
+from lcdist.plan.resolve import LayerAttention
+from lcdist_kernels import vocab_loss
+from lcdist_kernels.adamw import Hyper, Tensors, adamw_
+from lcdist_kernels.norm import add_norm, scale_rows
+from lcdist_kernels.swiglu import swiglu
+
+ROWS = 16
+
+
+def call_kernels(plan: Plan, mesh: Mesh) -> None:
+    """Call every kernel that this rank launches in a step: forward, backward and optimizer."""
+    options: Any = {"dtype": DTYPES[plan.dtype], "device": mesh.device}
+    parallel, model = plan.config.parallel, plan.config.model
+    for layer in dict.fromkeys(plan.layers):
+        _call_attention(plan, layer, (mesh.tp_rank, mesh.cp_rank), options)
+    for rows in _norm_rows(plan):
+        _call_norms(plan, rows, options)
+    width = model.ffn_hidden_size // parallel.tp_size
+    gate_up = torch.zeros(ROWS, 2 * width, requires_grad=True, **options)
+    _call_backward([swiglu(gate_up)], [gate_up])
+    if mesh.is_last_stage:
+        columns = plan.shape.padded_vocab_size // parallel.tp_size
+        logits = torch.zeros(ROWS, columns, **options)
+        targets = torch.zeros(ROWS, dtype=torch.int64, device=mesh.device)
+        shard = mesh.tp_rank * columns, vocab_rows(model.vocab_size, columns, mesh.tp_rank)
+        lse, _ = vocab_loss.stats(logits, targets, *shard)
+        vocab_loss.grad_(logits, targets, lse, torch.zeros_like(lse), *shard)
+    _call_adamw(options)
+
+
+def _norm_rows(plan: Plan) -> set[int]:
+    """Return the numbers of rows of the norms: all tokens of this rank, and those of a tile."""
+    tokens, parallel = plan.shape.local_tokens, plan.config.parallel
+    tile = plan.memory.mlp_chunk(tokens) or tokens
+    parts = parallel.tp_size if parallel.sequence_parallel else 1
+    return {max(1, rows // parts) for rows in (tokens, tile, tokens % tile or tile)}
+
+
+def _call_norms(plan: Plan, rows: int, options: dict[str, Any]) -> None:
+    """Call the norm with and without a residual, and its backward with and without the sum's."""
+    model = plan.config.model
+    x, delta = (torch.zeros(rows, model.hidden_size, **options).requires_grad_() for _ in range(2))
+    weight = torch.zeros(model.hidden_size, **options)
+    weight.requires_grad_(is_trained("decoder.final_layernorm.weight", plan.config.lora))
+    leaves = [each for each in (x, weight) if each.requires_grad]
+    for residual in (None, delta):
+        total, normed, rstd = add_norm(x, residual, weight, model.norm_eps)
+        _call_backward([normed], leaves)
+        total, normed, rstd = add_norm(x, residual, weight, model.norm_eps)
+        _call_backward([normed, total], leaves)
+        scale_rows(total.detach(), rstd, weight)
+
+
+def _call_adamw(options: dict[str, Any]) -> None:
+    """Call the optimizer's kernel on one tensor; without a token it writes nothing."""
+    weight = torch.zeros(ROWS, **options)
+    weights = [None if weight.dtype == torch.float32 else weight]
+    gradients, masters, first, second = (
+        [torch.zeros(ROWS, device=weight.device)] for _ in range(4)
+    )
+    tensors = Tensors(gradients, masters, first, second, weights, [0.0], [1.0])
+    totals = torch.zeros(4, dtype=torch.float64, device=weight.device)
+    adamw_(tensors, totals, Hyper(1e-3, 0.9, 0.95, 1e-8, 1, 1.0))
+
+
+def _call_attention(
+    plan: Plan, layer: LayerAttention, ranks: tuple[int, int], options: dict[str, Any]
+) -> None:
+    """Call a layer's attention as rank (tp_rank, cp_rank), and its backward."""
+    tp_rank, cp_rank = ranks
+    config, layout, method = plan.config, plan.layout, layer.method
+    packed = config.data.documents == "pack"
+    # Rows of packed documents are calls of their own.
+    shape = plan.shape.attention_shape(1 if packed else config.train.micro_batch_size, tp_rank)
+    heads: Any = shape.heads
+    q, k, v = (
+        torch.zeros(shape.batch, layout.local_seqlen, n, shape.head_dim, **options)
+        for n in (shape.nheads, shape.nheads_kv, shape.nheads_kv)
+    )
+    params = {
+        name: whole[..., heads.first : heads.first + shape.nheads].to(**options)
+        for name, whole in method.initial(layer.options, heads.nheads).items()
+    }
+    leaves = [x.requires_grad_() for x in (q, k, v, *params.values())]
+    rotary = rotary_by_length(config.model.rope, plan.shape.head_dim)
+    out = method.attention(
+        q,
+        k,
+        v,
+        options=layer.options,
+        layout=layout,
+        group=LoneRank(cp_rank, layout.cp_size) if layout.cp_size > 1 else None,
+        rotary=rotary(config.train.seqlen),
+        cu_seqlens=_two_documents(plan) if packed else None,
+        params=params or None,
+        heads=heads,
+        impl=config.attention.impl,
+    )
+    _call_backward([out], leaves)
+
+
+def _two_documents(plan: Plan) -> Tensor:
+    """Return the borders of two documents that fill a row, as the loader gives them."""
+    step = plan.shape.document_layout.step
+    half = plan.config.train.seqlen // 2 // step * step
+    return torch.tensor([0, half, plan.layout.seqlen], dtype=torch.int32)
+
+
+def _call_backward(outputs: list[Tensor], leaves: list[Tensor]) -> None:
+    torch.autograd.grad(outputs, leaves, [torch.zeros_like(each) for each in outputs])
