@@ -40,19 +40,27 @@ def test_evaluate_returns_the_training_loss_with_and_without_ddp() -> None:
             assert evaluation.mean == pytest.approx(training.mean, rel=1e-6)
 
 
-def waiting(rank: int, world_size: int) -> tuple[list[bool], bool]:
-    """Return whether gradients were complete at each call of while_waiting, and in the end."""
+def waiting(rank: int, world_size: int) -> tuple[list[bool], bool, float]:
+    """Return whether gradients were complete at each call of while_waiting, and in the end.
+
+    Last, the norm of all gradients by that which the step returns.
+    """
     trainer = Meshes().trainer(small("parallel.cp_size=2"))
     engine, seen = trainer.engine, list[Tensor]()
     engine.forward_backward(
         trainer.loader.next_step(), lambda: seen.append(engine.gradient(NAME).clone())
     )
     final = engine.gradient(NAME)
-    return [bool((g == final).all()) for g in seen], bool(final.count_nonzero())
+    names = [name for name, _ in optimizer_of(trainer).parameters]
+    squares = [engine.gradient(name).double().square().sum() for name in names]
+    ratio = float(sum(squares)) ** 0.5 / engine.step(1e-3)
+    return [bool((g == final).all()) for g in seen], bool(final.count_nonzero()), ratio
 
 
-def test_while_waiting_is_called_once_after_backward() -> None:
-    assert run_ranks(waiting, 2) == [([True], True)] * 2
+def test_while_waiting_is_called_once_after_backward_and_gradients_are_means() -> None:
+    for complete, is_filled, ratio in run_ranks(waiting, 2):
+        assert complete == [True] and is_filled
+        assert ratio == pytest.approx(1, rel=1e-6)
 
 
 def replace_weights(rank: int, world_size: int) -> list[Any]:
