@@ -108,7 +108,8 @@ class ShardedAdamW:
             squared norm of the summed gradients, and the same with replicas over TP and PP.
         """
         totals = torch.cat([log_entry, self._squares()])
-        dist.all_reduce(totals)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(totals)
         adamw_(self._tensors(), totals, self._hyper(lr))
         self._broadcast()
         return totals

@@ -1,9 +1,10 @@
-"""Count what the output layer's loss does on a device without data, at a 1B model's sizes.
+"""Count what the loss and the update of a training step do on a device without data.
 
-    python -m tests.stand_in.loss RANK WORLD_SIZE
+    python -m tests.stand_in.parts RANK WORLD_SIZE CONFIG
 
-Prints a line of JSON for each way: logits kept, in four chunks, and kept without a gradient. Llama
-3.2 1B's output layer in bf16 at 16,384 tokens, its vocabulary shared by all ranks.
+Prints a line of JSON for each way of the loss: logits kept, in four chunks, and kept without a
+gradient; Llama 3.2 1B's output layer in bf16 at 16,384 tokens, its vocabulary shared by all ranks.
+Then one for the update of a configuration's weights, when tables of addresses exist.
 """
 
 import json
@@ -21,10 +22,15 @@ from tests.stand_in.cuda import install, leave
 
 STAND_IN = install(*map(int, sys.argv[1:3]))
 
+from lcdist.config import load  # noqa: E402
+from lcdist.distributed.mesh import build_mesh  # noqa: E402
+from lcdist.hardware.peak import Peak  # noqa: E402
 from lcdist.model.output_loss import VocabShard, output_losses  # noqa: E402
+from lcdist.plan import make_plan  # noqa: E402
+from lcdist.train.build import build_trainer, open_dataset  # noqa: E402
+from tests.engines.internals import optimizer_of  # noqa: E402
 
 TOKENS, VOCAB, HIDDEN = 16_384, 128_256, 2048
-PRODUCTS = ("aten.mm", "aten.addmm")
 
 
 class Widest(TorchDispatchMode):
@@ -40,7 +46,7 @@ class Widest(TorchDispatchMode):
         return made
 
 
-def count(chunk: int | None, gradients: bool) -> dict[str, Any]:
+def loss(chunk: int | None, gradients: bool) -> dict[str, Any]:
     """Return operations by name, bytes at the peak, and elements of the widest fp32 tensor."""
     world_size = dist.get_world_size()
     group = dist.group.WORLD if world_size > 1 else None
@@ -67,7 +73,30 @@ def count(chunk: int | None, gradients: bool) -> dict[str, Any]:
     }
 
 
+def update(path: str) -> dict[str, Any]:
+    """Return operations, kernels and waits of an update, and the parameters that it is for."""
+    config = load(path, ["model.num_layers=1"])
+    plan = make_plan(config, dist.get_world_size())
+    mesh = build_mesh(config.parallel, config.train.seed)
+    trainer = build_trainer(plan, mesh, open_dataset(plan), Peak(1.0, "config"))
+    trainer.engine.forward_backward([b.to(mesh.device) for b in trainer.loader.next_step()])
+    trainer.engine.step(1e-3)
+    STAND_IN.launches.clear()
+    STAND_IN.waits.clear()
+    with Counting() as counting:
+        trainer.engine.step(1e-3)
+    return {
+        "parameters": sum(x.numel() for x in optimizer_of(trainer).masters),
+        "kernels": dict(STAND_IN.launches),
+        "operations": counting.device_operations,
+        "bytes": counting.device_bytes,
+        "elsewhere": counting.cpu_operations + counting.copies,
+        "waits": dict(STAND_IN.waits),
+    }
+
+
 with STAND_IN:
     for way in ((None, True), (4096, True), (None, False)):
-        print(json.dumps(count(*way)), flush=True)
+        print(json.dumps(loss(*way)), flush=True)
+    print(json.dumps(update(sys.argv[3])), flush=True)
 leave()
