@@ -1,5 +1,7 @@
 """Norm of the residual stream by torch and by kernels: values, and gradients that meet at once."""
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -111,6 +113,18 @@ def test_the_stream_is_not_copied_and_the_norm_is_made_again(impl: str) -> None:
         assert rstd.shape == (9, 2, 1) and not rstd.requires_grad
         again = scale_rows(strided(total.detach()), rstd, weight, impl)
         assert torch.equal(again, normed) and again.shape == x.shape
+
+
+def test_a_graph_without_a_backward_is_freed_under_hooks() -> None:
+    x, delta, weight = leaves_of((3, 4), torch.float32)
+    with saved_bytes():
+        total, *_ = add_norm(x, delta, weight, EPS)
+    alive = weakref.ref(total.grad_fn)
+    gc.disable()
+    del total, _
+    freed = alive() is None
+    gc.enable()
+    assert freed
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -57,7 +57,8 @@ class _AddNorm(Function):
         # A gradient that nobody asks for is not made as zeros.
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(rstd)
-        ctx.save_for_backward(total, rstd, weight)
+        # Hooks of saved tensors would tie an output to this node, and this node to it.
+        ctx.save_for_backward(total.detach(), rstd, weight)
         return total, normed, rstd
 
     @staticmethod
