@@ -111,7 +111,7 @@ class StepProfiler:
         if self._trace is not None:
             try:
                 self._write(self._trace)
-            except OSError as error:
+            except Exception as error:
                 log.error("the profile is lost, the run continues: %s", error)
         self._trace, self._snapshot, self._taken = None, None, []
         # Without it the others would wait in the next step, which their watchdogs think is short.

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,10 +191,18 @@ def test_a_killed_profile_leaves_nothing_and_is_written_again(
     assert len(read_profiles(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("fault", ["a file in the way", "a damaged trace"])
 def test_a_profile_that_cannot_be_written_is_reported(
-    tmp_path: Path, alone: None, caplog: pytest.LogCaptureFixture
+    fault: str,
+    tmp_path: Path,
+    alone: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (tmp_path / "profile").write_text("a file")
+    if fault == "a file in the way":
+        (tmp_path / "profile").write_text(fault)
+    else:
+        monkeypatch.setattr(profiler, "json", SimpleNamespace(loads=lambda text: json.loads("{")))
     model = Model()
     one = profile_model(tmp_path, model)
     assert "the profile is lost, the run continues" in caplog.text
