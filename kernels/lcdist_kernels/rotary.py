@@ -62,13 +62,21 @@ class Rotary:
         x.dtype. Tables of positions on the CPU are cached and found again by value. Raises
         ValueError for shapes that do not fit.
         """
+        return self._rotate(x, positions, 1)
+
+    def rotate_back(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Apply the adjoint of `rotate`: the rotation by the opposite angles, times the factor."""
+        return self._rotate(x, positions, -1)
+
+    def _rotate(self, x: Tensor, positions: Tensor, sign: int) -> Tensor:
         self._check(x, positions)
         if x.is_cuda and x.dtype in DTYPES:
             if self._turns.device != x.device:
                 self._turns = self._turns.to(x.device)
-            return rotary_kernel.rotate(x, positions, self._turns, self.attention_factor)
+            factor = self.attention_factor
+            return rotary_kernel.rotate(x, positions, self._turns, factor, float(sign))
         table = self._find(positions, x)
-        return _Rotate.apply(x, table.cos, table.sin)
+        return _Rotate.apply(x, table.cos, table.sin if sign > 0 else -table.sin)
 
     def rotation(self, positions: Tensor, x: Tensor) -> rotary_kernel.Rotation:
         """Return the rotation of tokens like those of x by `positions`, for use inside kernels.

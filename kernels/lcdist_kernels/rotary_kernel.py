@@ -100,16 +100,16 @@ def _rotate_kernel(
         o_y += stride_yh
 
 
-def rotate(x: Tensor, positions: Tensor, steps: Tensor, factor: float) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, steps: Tensor, factor: float, sign: float = 1.0) -> Tensor:
     """Rotate x `[b, s, h, d]` by `positions`, integers `[s]` or `[b, s]`; differentiable.
 
-    steps: `turns` of the frequencies, on x's device. factor: of cosine and sine. x in bf16, fp16 or
-    fp32, any strides. Only positions are saved for the backward.
+    steps: `turns` of the frequencies, on x's device. factor: of cosine and sine. sign: -1 rotates
+    back. x in bf16, fp16 or fp32, any strides. Only positions are saved for the backward.
     """
     if positions.device.type == "cpu":
         flat = on_device(indices_of(positions), device_stream(x))
         positions = flat.view(positions.shape)
-    return _Rotate.apply(x, positions.contiguous(), steps, float(factor), 1.0)
+    return _Rotate.apply(x, positions.contiguous(), steps, float(factor), sign)
 
 
 class _Rotate(torch.autograd.Function):

@@ -4,7 +4,7 @@ All masks and rotary angles come from the tables here. A table depends on the la
 document borders and the device, so all layers of a micro-batch share it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -163,6 +163,36 @@ def token_table(
     if documents is None and name == "positions":
         name = "token_ids"
     return _table_set(key[:3], documents).find(name, key.rank, device)
+
+
+def rank_positions(
+    layout: ContextLayout, rank: int, borders: Sequence[Tensor] | None, device: torch.device
+) -> Tensor:
+    """Return the positions of a rank's tokens inside their documents, cached and shared.
+
+    Args:
+        layout: the cut of the sequences.
+        rank: number among the context-parallel ranks.
+        borders: `cu_seqlens` of each row of the batch; None: one document a row.
+        device: where the result lies.
+
+    Returns:
+        int64 `[local_seqlen]`, or `[b, local_seqlen]` where rows have borders of their own.
+    """
+    key = LayoutKey(layout.kind, layout.seqlen, layout.cp_size, rank)
+    if borders is None:
+        return token_table("positions", key, None, device)
+    documents = tuple(document_borders(row, layout.seqlen) for row in borders)
+    return _row_positions(key, documents, device)
+
+
+@lru_cache(maxsize=TABLE_SETS_KEPT)
+def _row_positions(
+    key: LayoutKey, documents: tuple[tuple[int, ...] | None, ...], device: torch.device
+) -> Tensor:
+    # As in `_TableSet.find`.
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.stack([token_table("positions", key, row, device) for row in documents])
 
 
 class _TableSet:

@@ -77,7 +77,9 @@ class MethodFacts:
         "dense": its weights are those of a dense softmax model, so that evaluation and generation
             may be dense, and are by default;
         "landmarks": the last token of every block must be the landmark; the loader puts it there;
-        "state": `decode` needs more of the past than keys and values.
+        "state": `decode` needs more of the past than keys and values;
+        "rotated": instead of a rotary, q and k may come rotated by the tokens' positions inside
+            their documents.
     multiple_of(options, cp_size, kind="contiguous"): the divisor that seqlen must have; default:
         what the layout needs. With cp_size = 1, packed documents must begin at its multiples; the
         loader aligns them.

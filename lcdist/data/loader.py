@@ -20,6 +20,8 @@ from lcdist.data.datasets.sample import Dataset, Sample
 from lcdist.layout import ContextLayout
 from lcdist.layout.documents import DocumentLayout
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -39,11 +41,17 @@ class Batch:
     cu_seqlens: tuple[Tensor, ...] | None
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch with its tensors on `device`; document tables stay on the CPU."""
-        tokens, labels, loss_mask = (
-            x.to(device, non_blocking=True) for x in (self.tokens, self.labels, self.loss_mask)
-        )
-        return Batch(tokens, labels, loss_mask, self.cu_seqlens)
+        """Return the batch with its tensors on `device`; document tables stay on the CPU.
+
+        The host does not wait for CUDA: the copies are from pinned memory. A copy from other memory
+        would wait for all work queued before it.
+        """
+
+        def sent(x: Tensor) -> Tensor:
+            pinned = x.pin_memory() if device.type == "cuda" and not x.is_cuda else x
+            return pinned.to(device, non_blocking=True)
+
+        return Batch(sent(self.tokens), sent(self.labels), sent(self.loss_mask), self.cu_seqlens)
 
 
 @dataclass(frozen=True)
@@ -111,12 +119,24 @@ class Loader:
         self.dataset = dataset
         self.spec = spec
         self.sample = 0
+        self._ahead: tuple[int, torch.device, list[Batch]] | None = None
 
-    def next_step(self) -> list[Batch]:
-        """Return the micro-batches of the next step in order and advance by one global batch."""
-        batches = self.step_at(self.sample)
+    def next_step(self, device: torch.device = CPU) -> list[Batch]:
+        """Return the next step's micro-batches on `device`, in order; advance by a global batch."""
+        self.draw_ahead(device)
+        assert self._ahead is not None
+        batches, self._ahead = self._ahead[2], None
         self.sample += self.spec.global_batch_size
         return batches
+
+    def draw_ahead(self, device: torch.device) -> None:
+        """Draw the next step's micro-batches now and send them to `device`.
+
+        The state does not change: it stays that of the last step taken.
+        """
+        if self._ahead is None or self._ahead[:2] != (self.sample, device):
+            batches = [batch.to(device) for batch in self.step_at(self.sample)]
+            self._ahead = self.sample, device, batches
 
     def step_at(self, sample: int) -> list[Batch]:
         """Return the micro-batches of the step that starts at sample number `sample`."""

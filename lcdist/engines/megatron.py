@@ -17,6 +17,7 @@ from lcdist.engines.optimizer import ShardedAdamW
 from lcdist.engines.state import load_whole_tensors
 from lcdist.exchange import Stopwatch
 from lcdist.model.build import CausalLM
+from lcdist.model.gradient import start_step
 from lcdist.plan import Plan
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -58,7 +59,9 @@ class MegatronEngine(MegatronForward):
     ) -> PendingLoss:
         """Compute the gradients of the global mean loss; as `TrainEngine` says."""
         for chunk in self.wrapped:
-            chunk.zero_grad_buffer()
+            start_step(chunk.params_with_grad)
+            for group in chunk.bucket_groups:
+                group.reset()
         self._watch = Stopwatch(self.mesh.device.type == "cuda")
         seqlen = self.plan.config.train.seqlen
         losses = run_schedule(self.wrapped, batches, self.plan.layout, seqlen, forward_only=False)

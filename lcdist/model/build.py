@@ -10,24 +10,23 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.lora import LoraConfig
 from lcdist.layout.documents import DocumentLayout
 from lcdist.model.core_attention import LongContextAttention
+from lcdist.model.gradient import claim
 from lcdist.model.init import init_weights
+from lcdist.model.linear import Column, Row
 from lcdist.model.lora import freeze, with_adapters
 from lcdist.model.memory.layer import Layer, MemoryPolicy
 from lcdist.model.memory.offload import CpuOffload
 from lcdist.model.norm import RMSNorm
 from lcdist.model.output_loss import VocabShard, output_losses
 from lcdist.model.rotary import rotary_by_length
+from lcdist.model.self_attention import LongContextSelfAttention
 from lcdist.model.transformer_config import transformer_config
 from lcdist.plan import Plan
 from lcdist_kernels import Rotary
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.attention import (
-    SelfAttention,
-    SelfAttentionSubmodules,
-)
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -128,8 +127,17 @@ def build_model(plan: Plan, device: torch.device) -> list[CausalLM]:
         chunk = _chunk(plan, megatron, core, stage if config.parallel.vp_size > 1 else None)
         init_weights(chunk, megatron, config.train.seed, config.model.init_std)
         freeze(chunk, config.lora)
-        chunks.append(chunk.to(device))
+        chunk = chunk.to(device)
+        _claim_weights(chunk)
+        chunks.append(chunk)
     return chunks
+
+
+def _claim_weights(chunk: CausalLM) -> None:
+    """Mark the weights whose gradients `lcdist.model.gradient` sums."""
+    for module in chunk.modules():
+        if isinstance(module, Column | Row) and module.weight is not None:
+            claim(module.weight)
 
 
 def _chunk(
@@ -163,12 +171,12 @@ def _chunk(
 
 def _layer_spec(core: ModuleSpec, policy: MemoryPolicy, lora: LoraConfig) -> ModuleSpec:
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=LongContextSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=with_adapters(ColumnParallelLinear, lora, "q", "k", "v"),
+            linear_qkv=with_adapters(Column, lora, "q", "k", "v"),
             core_attention=core,
-            linear_proj=with_adapters(RowParallelLinear, lora, "o"),
+            linear_proj=with_adapters(Row, lora, "o"),
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,
         ),
@@ -176,8 +184,8 @@ def _layer_spec(core: ModuleSpec, policy: MemoryPolicy, lora: LoraConfig) -> Mod
     mlp = ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(
-            linear_fc1=with_adapters(ColumnParallelLinear, lora, "gate", "up"),
-            linear_fc2=with_adapters(RowParallelLinear, lora, "down"),
+            linear_fc1=with_adapters(Column, lora, "gate", "up"),
+            linear_fc2=with_adapters(Row, lora, "down"),
         ),
     )
     return ModuleSpec(

@@ -1,7 +1,7 @@
 """Core attention of Megatron's layers: calls the attention method of each layer.
 
-Megatron passes q, k and v as `[s_local, b, heads, head_dim]`, without rotation. Methods take
-`[b, s_local, heads, head_dim]`. Only this file transposes between the two, as a view.
+Queries and keys come rotated where the method says that it takes them so; then the split of the
+fused projection rotates them on the way (`self_attention.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.attention import HeadSlice
+from lcdist.attention.context import rank_positions
+from lcdist.exchange import group_rank
 from lcdist.layout import ContextLayout
 from lcdist.model.sequence import SequenceParams
 from lcdist.plan.resolve import LayerAttention
@@ -82,41 +84,70 @@ class LongContextAttention(MegatronModule):
 
     def forward(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        packed_seq_params: SequenceParams | None = None,
-        **unused: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sequence: SequenceParams,
+        rotated: bool = False,
     ) -> Tensor:
         """Return the attention output `[s_local, b, nheads / tp * head_dim]`.
 
         Args:
-            query: `[s_local, b, nheads / tp, head_dim]`.
-            key: `[s_local, b, nheads_kv / tp, head_dim]`.
-            value: as key.
-            attention_mask: must be None; masks follow from token positions.
-            packed_seq_params: per-batch inputs; None: the training layout, without documents.
+            q: `[b, s_local, nheads / tp, head_dim]`.
+            k: `[b, s_local, nheads_kv / tp, head_dim]`.
+            v: as k.
+            sequence: per-batch inputs.
+            rotated: whether q and k are rotated already, as `rotation` said.
         """
-        assert attention_mask is None
-        q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [b, s_local, h, d]
-        sequence = packed_seq_params or SequenceParams()
         if sequence.cache is not None:
             out = self._decode(q, k, v, sequence.cache)
         elif sequence.cu_seqlens is None:
-            out = self._attend(q, k, v, sequence, None)
+            out = self._attend(q, k, v, sequence, None, rotated)
         else:
             # Document boundaries differ between rows, so each row is a call of its own.
             rows = [
-                self._attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], sequence, table)
+                self._attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], sequence, table, rotated)
                 for i, table in enumerate(sequence.cu_seqlens)
             ]
             out = torch.cat(rows)
         out = out.transpose(0, 1)  # [s_local, b, h, d]
         return out.reshape(out.shape[0], out.shape[1], -1)
 
+    @property
+    def split_impl(self) -> str:
+        """`impl` of the split of the fused projection."""
+        return "torch" if self.impl in ("torch", "reference") else "auto"
+
+    def rotation(
+        self, sequence: SequenceParams, like: Tensor
+    ) -> tuple[Rotary | None, Tensor | None]:
+        """Return the rotation of q and k before the call, and the positions; None, None for none.
+
+        The method then gets rotated tensors and no rotary. Caches of decoding hold keys that are
+        not rotated.
+
+        Args:
+            sequence: per-batch inputs.
+            like: a tensor on the device, in the model's dtype.
+
+        Returns:
+            The rotary, and positions `[s_local]` or `[b, s_local]`, on the device on CUDA.
+        """
+        if "rotated" not in self.method.supports or sequence.cache is not None:
+            return None, None
+        layout = sequence.layout or self.layout
+        rank = group_rank(self.cp_group)
+        positions = rank_positions(layout, rank, sequence.cu_seqlens, like.device)
+        return self.rotary(sequence.seqlen or layout.seqlen), positions
+
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceParams, table: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sequence: SequenceParams,
+        table: Tensor | None,
+        rotated: bool,
     ) -> Tensor:
         layout = sequence.layout or self.layout
         return self.method.attention(
@@ -126,7 +157,7 @@ class LongContextAttention(MegatronModule):
             options=self.options,
             layout=layout,
             group=self.cp_group,
-            rotary=self.rotary(sequence.seqlen or layout.seqlen),
+            rotary=None if rotated else self.rotary(sequence.seqlen or layout.seqlen),
             cu_seqlens=table,
             softmax_scale=self.softmax_scale,
             params=dict(self.extras) or None,

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.lora import LoraConfig
 from lcdist.model.init import LORA_PARAMS, METHOD_PARAMS, VOCAB_TABLES, whole_model_names
+from lcdist.model.linear import Column, Row
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -49,7 +48,7 @@ def with_adapters(linear: type, lora: LoraConfig, *fused: str) -> Any:
     targets = tuple(target for target in fused if target in lora.targets)
     if not lora.rank or not targets:
         return linear
-    module = {ColumnParallelLinear: LoraColumn, RowParallelLinear: LoraRow}[linear]
+    module = {Column: LoraColumn, Row: LoraRow}[linear]
     return ModuleSpec(module=module, params={"lora": lora, "targets": targets})
 
 
@@ -93,7 +92,7 @@ class _Adapted:
     lora: Any
 
 
-class LoraColumn(_Adapted, ColumnParallelLinear):
+class LoraColumn(_Adapted, Column):
     """Megatron's column-parallel linear with adapters for some targets of its fused weight.
 
     shards_b: whether each rank holds the B rows of its own weight rows; otherwise B is replicated.
@@ -132,7 +131,9 @@ class LoraColumn(_Adapted, ColumnParallelLinear):
             down = gather_from_sequence_parallel_region(down, group=self.tp_group)
         elif self.tp_group.size() > 1:
             down = copy_to_tensor_model_parallel_region(down, group=self.tp_group)
-        return _add_up_projection(out, down, self._fused_b(), self.scale), bias
+        # In place: nobody else needs the base layer's output, a tensor of its own.
+        out.flatten(0, -2).addmm_(down.flatten(0, -2), self._fused_b().t(), alpha=self.scale)
+        return out, bias
 
     def _fused_b(self) -> Tensor:
         """Return all B as one matrix `[out / tp, targets * rank]`.
@@ -159,7 +160,7 @@ class LoraColumn(_Adapted, ColumnParallelLinear):
         return _sharded(self, axes, prefix, sharded_offsets, metadata)
 
 
-class LoraRow(_Adapted, RowParallelLinear):
+class LoraRow(_Adapted, Row):
     """Megatron's row-parallel linear with an adapter for its one target."""
 
     def __init__(
@@ -185,7 +186,10 @@ class LoraRow(_Adapted, RowParallelLinear):
             down = reduce_scatter_to_sequence_parallel_region(down, group=self.tp_group)
         else:
             down = reduce_from_tensor_model_parallel_region(down, group=self.tp_group)
-        return _add_up_projection(out, down, adapter.B, self.scale), bias
+        total = torch.addmm(
+            out.flatten(0, -2), down.flatten(0, -2), adapter.B.t(), alpha=self.scale
+        )
+        return total.view(out.shape), bias
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -202,12 +206,6 @@ def _down_projection(x: Tensor, A: Tensor) -> Tensor:
     gradients are disabled.
     """
     return torch.mm(x.flatten(0, -2), A.t()).view(*x.shape[:-1], len(A))
-
-
-def _add_up_projection(out: Tensor, down: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Return out + scale * down B^T without a tensor for the product."""
-    total = torch.addmm(out.flatten(0, -2), down.flatten(0, -2), B.t(), alpha=scale)
-    return total.view(out.shape)
 
 
 def _target_rows(config: TransformerConfig, is_attention: bool) -> dict[str, Tensor]:

@@ -218,11 +218,9 @@ class MemoryEstimate(StateEstimate):
         Args:
             selective: Whether norms and the MLP's activation are recomputed.
         """
-        shape, model, parallel = self.shape, self.shape.config.model, self.shape.config.parallel
-        # On one rank the values are a view that keeps the whole q, k, v projection alive.
-        heads = (3 if parallel.cp_size == 1 else 2) * (model.nheads + shape.nheads_kv)
-        # Attention's output is among what it keeps.
-        width = (heads - model.nheads) * shape.head_dim
+        shape, model = self.shape, self.shape.config.model
+        # Queries, keys and values; attention's output is among what it keeps.
+        width = (model.nheads + 2 * shape.nheads_kv) * shape.head_dim
         norms = 1
         if self.mlp_chunk(shape.local_tokens) is None:
             width += (2 if selective else 3) * model.ffn_hidden_size

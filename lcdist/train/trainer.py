@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,21 +23,19 @@ from lcdist.distributed.watchdog import ObservedSequence, Watchdog
 from lcdist.engines.engine import TrainEngine
 from lcdist.engines.state import load_random_states, random_states, sharded_random_states
 from lcdist.exchange import traffic
-from lcdist.hardware.peak import Peak, max_over_ranks, mfu, peak_memory
+from lcdist.hardware.peak import Peak, max_over_ranks, mfu
 from lcdist.plan import Plan, plan_rows
 from lcdist.rundir.header import versions
 from lcdist.rundir.paths import step_of
-from lcdist.rundir.records import RankTimes, StepRecord, StepTime
+from lcdist.rundir.records import StepRecord, StepTime
 from lcdist.rundir.signals import STOP
+from lcdist.train.maxima import VERBS, own_maxima, rank_times
 from lcdist.train.metrics import Metrics
 from lcdist.train.profiler import StepProfiler
 from lcdist.train.schedule import learning_rate
 from lcdist.train.stop_requests import StopRequests
 
 log = logging.getLogger(__name__)
-# Radix that packs a time and a rank number into one integer: more than any number of ranks.
-RANK_RADIX = 2**20
-VERBS = ("ring", "shift", "gather", "swap")
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ class Trainer:
         self.profiler = StepProfiler.off(mesh.device)
         self.step = 0
         self.saved_step = 0
+        self._seconds_ahead = 0.0
 
     def train(
         self, metrics: Metrics, watchdog: Watchdog, after_first_step: Callable[[], None]
@@ -122,13 +121,13 @@ class Trainer:
         watchdog.record_progress(self.step, "loading data")
         lr = learning_rate(self.plan.config.optim, self.step, train.steps)
         with self.profiler.phase("data"):
-            batches = [batch.to(self.mesh.device) for batch in self.loader.next_step()]
+            batches = self.loader.next_step(self.mesh.device)
         data_end = time.perf_counter()
         observed = ObservedSequence(
             batches, lambda: watchdog.record_progress(self.step, "forward and backward")
         )
         with traffic() as sent:
-            loss = self.engine.forward_backward(observed)
+            loss = self.engine.forward_backward(observed, while_waiting=self._draw_ahead)
         backward_end = time.perf_counter()
         watchdog.record_progress(self.step, "optimizer")
         with self.profiler.phase("optimizer"):
@@ -138,8 +137,10 @@ class Trainer:
         work = self.engine.seconds_before_reduction
         # On a GPU the host has only queued the work by then.
         forward_backward = max(backward_end - data_end, work)
-        own_work = data_end - start + work - sent.seconds_waited
-        maxima = self._max_over_ranks(requests, sent.sent, own_work)
+        own_work = data_end - start + self._seconds_ahead + work - sent.seconds_waited
+        own = own_maxima(self.mesh, sent.sent, own_work)
+        own |= {"stop": int(requests.poll()), "writing": int(self.checkpointer.writing)}
+        maxima = max_over_ranks(own, dist.group.WORLD, torch.device("cpu"))
         if self.checkpointer.unfinished and not maxima["writing"]:
             self._note_saved(self.checkpointer.finish())
         end = time.perf_counter()
@@ -167,36 +168,18 @@ class Trainer:
                 optimizer=optimizer_end - data_end - forward_backward,
             ),
             wall=time.time(),
-            ranks=RankTimes(
-                least=-maxima["fastest"] / 1e6,
-                most=maxima["slowest"] // RANK_RADIX / 1e6,
-                slowest=maxima["slowest"] % RANK_RADIX,
-            ),
+            ranks=rank_times(maxima),
             profiled=self.step in self.profiler.steps,
         )
         return record, bool(maxima["stop"])
 
-    def _max_over_ranks(
-        self, requests: StopRequests, sent: Mapping[str, int], own_work: float
-    ) -> dict[str, int]:
-        """Return the maximum over ranks of each of this step's numbers, in one message.
-
-        Args:
-            requests: stop requests of this rank.
-            sent: bytes sent by exchange verb.
-            own_work: seconds this rank worked without waiting for others.
-
-        Returns:
-            "stop" and "writing" as 0 or 1, "memory" and each verb in bytes. "slowest" is
-            microseconds * RANK_RADIX + rank of the slowest rank; "fastest" is the fastest rank's
-            microseconds, negated.
-        """
-        micros = max(0, round(own_work * 1e6))
-        mine = {"stop": int(requests.poll()), "memory": peak_memory(self.mesh.device)}
-        mine |= {"slowest": micros * RANK_RADIX + self.mesh.rank, "fastest": -micros}
-        mine["writing"] = int(self.checkpointer.writing)
-        mine |= {verb: sent.get(verb, 0) for verb in VERBS}
-        return max_over_ranks(mine, dist.group.WORLD, torch.device("cpu"))
+    def _draw_ahead(self) -> None:
+        """Draw the next step's batches; note the seconds it took."""
+        start = time.perf_counter()
+        if self.step + 1 < self.plan.config.train.steps:
+            with self.profiler.phase("data"):
+                self.loader.draw_ahead(self.mesh.device)
+        self._seconds_ahead = time.perf_counter() - start
 
     def _stop_files(self) -> Sequence[Path]:
         """Return the files to watch: on rank 0 alone, which shares what it sees every step."""

@@ -204,7 +204,9 @@ def test_facts_follow_the_contract(name: str) -> None:
         method.name = "other"  # pyright: ignore[reportAttributeAccessIssue]
     assert set(method.layouts_for(options)) <= set(method.layouts) <= set(KINDS)
     assert set(method.exchange) <= {"ring", "shift", "gather", "swap"} and method.exchange
-    assert method.supports <= {"gqa", "varlen", "decode", "dense", "landmarks", "state"}
+    assert method.supports <= {
+        *("gqa", "varlen", "decode", "dense", "landmarks", "state", "rotated"),
+    }
     for kind in method.layouts_for(options):
         for cp_size in (1, 2, 3):
             step = method.multiple_of(options, cp_size, kind)

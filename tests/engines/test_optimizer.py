@@ -150,7 +150,8 @@ def refused(rank: int, world_size: int, mesh: tuple[str, ...]) -> list[tuple[str
         hooks, batches = [], trainer.loader.next_step()
         if reason == "gradient" and is_last:
             [weights] = [p for name, p in chunk.named_parameters() if named[name] == POISONED]
-            hooks.append(weights.register_hook(lambda gradient: gradient * float("inf")))
+            # When its gradient arrives and before it is summed over ranks.
+            hooks.append(weights.register_hook(lambda _, w=weights: fill_with_infinity(w)))
         if reason == "tokens":
             for batch in batches:
                 batch.loss_mask.zero_()
@@ -164,6 +165,10 @@ def refused(rank: int, world_size: int, mesh: tuple[str, ...]) -> list[tuple[str
             engine.step(1e-3)
         found.append((str(caught.value), everything(trainer) == before))
     return found
+
+
+def fill_with_infinity(weights: nn.Parameter) -> None:
+    vars(weights)["main_grad"].fill_(float("inf"))
 
 
 # In the last layer, which the second pipeline stage counts as its own number 1.

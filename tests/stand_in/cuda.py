@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +98,7 @@ class StandIn(TorchDispatchMode):
     variants: what Triton would have compiled, kernel by kernel.
     events: what was done in order: the kernels' names, and "post N" and "wait N" of message N, the
         first wait alone.
+    listener: called with every kernel and its arguments.
     """
 
     def __init__(self) -> None:
@@ -107,6 +108,7 @@ class StandIn(TorchDispatchMode):
         self.variants: set[tuple[Any, ...]] = set()
         self.waits: Counter[str] = Counter()
         self.events: list[str] = []
+        self.listener: Callable[[Any, dict[str, Any]], None] | None = None
         self._messages = 0
 
     def post(self) -> "_Message":
@@ -145,6 +147,8 @@ class StandIn(TorchDispatchMode):
         options = {key: value for key, value in words.items() if key not in kernel.arg_names}
         self.variants.add((name, *_variant(kernel, values), *sorted(options.items())))
         self.events.append(name)
+        if self.listener is not None:
+            self.listener(kernel, values)
 
 
 def _variant(kernel: Any, values: dict[str, Any]) -> Iterator[Any]:

@@ -19,7 +19,7 @@ METHODS = ("full", "coca", "scca", "tensorized", "landmark", "lssar")
 # The loss, the number of tokens and the gradient norm, read together.
 WAITS = {"megatron.py: step"}
 
-pytestmark = [
+needs_the_device = [
     pytest.mark.slow,
     pytest.mark.skipif(
         torch.cuda.is_available() or torch.version.cuda is not None,
@@ -31,6 +31,7 @@ pytestmark = [
         reason="stands in for the functions of torch 2.13",
     ),
 ]
+pytestmark = needs_the_device
 
 
 def exhaustive(*values: Any) -> Any:

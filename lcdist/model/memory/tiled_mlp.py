@@ -3,8 +3,9 @@
     y = x + W2 z        z = silu(g) * u        (g, u) = W1 norm(x)
 
 Tokens are independent here, so forward and backward run tile by tile. Only x, y and their
-gradients exist for all tokens; backward recomputes each tile's z. Parameter gradients are summed
-over tiles in fp32 or wider and returned to autograd once (see `recompute.py`). Under sequence
+gradients exist for all tokens; backward recomputes each tile's z. Weight gradients go
+into `main_grad` tile by tile (`gradient.py`); those of norms are summed over tiles in fp32 or wider
+and returned to autograd once (see `recompute.py`). Under sequence
 parallelism a tile contains tokens of every rank.
 """
 
@@ -18,9 +19,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.model.gradient import accumulate, is_placeholder
+from lcdist.model.linear import Row
 from lcdist.model.memory.recompute import gradients, replay_rng, rng_states, trained
 from lcdist_kernels.swiglu import swiglu
-from megatron.core.tensor_parallel import RowParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.mlp import MLP
 
 
@@ -52,7 +55,7 @@ class MLPBlock:
     def backward(self, x: Tensor, params: Sequence[Tensor], dout: Tensor) -> list[Tensor | None]:
         """Return the gradients of x and of `params`, as `recompute.gradients` does."""
         fc2 = self.mlp.linear_fc2
-        if type(fc2) is not RowParallelLinear:
+        if type(fc2) is not Row:
             with torch.enable_grad():
                 out = self(x)
             return gradients(out, [x, *params], dout)
@@ -70,7 +73,7 @@ class MLPBlock:
         del dz
         for number, parameter in enumerate(params):
             if parameter is fc2.weight:
-                grads[1 + number] = whole_dout.flatten(0, 1).t() @ z.detach().flatten(0, 1)
+                grads[1 + number] = accumulate(parameter, whole_dout, z.detach())
         if grads[0] is not None:
             grads[0] = grads[0] + dout
         return grads
@@ -132,6 +135,8 @@ def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
     """Add a gradient to a sum in fp32 or wider; None stands for 0."""
     if grad is None:
         return total
+    if is_placeholder(grad):
+        return grad
     if total is None:
         return grad.to(torch.promote_types(grad.dtype, torch.float32))
     return total.add_(grad)
