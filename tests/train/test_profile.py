@@ -87,7 +87,8 @@ def test_a_profile_is_a_trace_and_tables(folder: Path) -> None:
         if row.operation == "aten::matmul" and "layers.*.mlp.linear_fc1 " in row.place
     ]
     layers = 2 * LAYERS * MICRO_BATCHES
-    assert sorted(products) == [("backward", 2 * layers), ("forward", layers)]
+    # Backward adds the gradient of a weight by another operation.
+    assert sorted(products) == [("backward", layers), ("forward", layers)]
     assert {row.phase for row in profile.rows} == {"forward", "backward", "optimizer", "other"}
     assert profile.peak_bytes >= sum(row.bytes for row in profile.memory) > 0
 
