@@ -21,6 +21,13 @@ class HeadSlice:
     first_kv: int
     nheads_kv: int
 
+    @classmethod
+    def of_rank(cls, nheads: int, nheads_kv: int, rank: int, ranks: int) -> "HeadSlice":
+        """Return the heads of one of some tensor-parallel ranks."""
+        first = rank * (nheads // ranks)
+        # With fewer key/value heads than ranks, neighbouring ranks hold the same head.
+        return cls(first, nheads, first * nheads_kv // nheads, nheads_kv)
+
 
 @dataclass(frozen=True)
 class Shape:

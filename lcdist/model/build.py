@@ -10,6 +10,7 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.lora import LoraConfig
 from lcdist.layout.documents import DocumentLayout
 from lcdist.model.core_attention import LongContextAttention
+from lcdist.model.embedding import Embedding
 from lcdist.model.gradient import claim
 from lcdist.model.init import init_weights
 from lcdist.model.linear import Column, Row
@@ -25,6 +26,7 @@ from lcdist.plan import Plan
 from lcdist_kernels import Rotary
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -136,8 +138,14 @@ def build_model(plan: Plan, device: torch.device) -> list[CausalLM]:
 def _claim_weights(chunk: CausalLM) -> None:
     """Mark the weights whose gradients `lcdist.model.gradient` sums."""
     for module in chunk.modules():
-        if isinstance(module, Column | Row) and module.weight is not None:
+        kinds = ColumnParallelLinear, RowParallelLinear, Embedding
+        if isinstance(module, kinds) and module.weight is not None:
             claim(module.weight)
+    if chunk.share_embeddings_and_output_weights and chunk.pre_process and chunk.post_process:
+        marks = vars(chunk.embedding.word_embeddings.weight)
+        marks["is_tied_embedding"] = True
+        # Megatron's mark, by which its hook would add the placeholder.
+        marks["zero_out_wgrad"] = False
 
 
 def _chunk(
@@ -162,6 +170,9 @@ def _chunk(
         position_embedding_type="none",
         vp_stage=vp_stage,
     )
+    if model.pre_process:
+        # GPTModel has no slot for the class of its embedding.
+        model.embedding.word_embeddings.__class__ = Embedding
     model.true_vocab_size = plan.config.model.vocab_size
     model.document_layout = plan.shape.document_layout
     model.rotary = core.params["rotary"]

@@ -62,7 +62,9 @@ class LongContextAttention(MegatronModule):
         self.layout, self.rotary = layout, rotary
         self.layer_number, self.softmax_scale = layer_number, softmax_scale
         self.cp_group = pg_collection.cp if pg_collection.cp.size() > 1 else None
-        self.heads = _head_slice(config, pg_collection.tp.rank())
+        nheads, tp = config.num_attention_heads, pg_collection.tp
+        nheads_kv = config.num_query_groups or nheads
+        self.heads = HeadSlice.of_rank(nheads, nheads_kv, tp.rank(), tp.size())
         self.extras = nn.ParameterDict(self._extras(config))
 
     def _extras(self, config: TransformerConfig) -> dict[str, nn.Parameter]:
@@ -121,17 +123,10 @@ class LongContextAttention(MegatronModule):
     def rotation(
         self, sequence: SequenceParams, like: Tensor
     ) -> tuple[Rotary | None, Tensor | None]:
-        """Return the rotation of q and k before the call, and the positions; None, None for none.
+        """Return the rotation of q and k before the call, and positions `[s]` or `[b, s]`.
 
-        The method then gets rotated tensors and no rotary. Caches of decoding hold keys that are
-        not rotated.
-
-        Args:
-            sequence: per-batch inputs.
-            like: a tensor on the device, in the model's dtype.
-
-        Returns:
-            The rotary, and positions `[s_local]` or `[b, s_local]`, on the device on CUDA.
+        None, None where the method gets them as they are; a cache of decoding holds such keys.
+        like: a tensor on the model's device.
         """
         if "rotated" not in self.method.supports or sequence.cache is not None:
             return None, None
@@ -183,12 +178,3 @@ class LongContextAttention(MegatronModule):
             heads=self.heads,
             **state,
         )
-
-
-def _head_slice(config: TransformerConfig, tp_rank: int) -> HeadSlice:
-    """Return the range of the model's heads that this tensor-parallel rank holds."""
-    nheads = config.num_attention_heads
-    nheads_kv = config.num_query_groups or nheads
-    first = tp_rank * (nheads // config.tensor_model_parallel_size)
-    # With fewer key/value heads than ranks, Megatron gives neighbouring ranks the same head.
-    return HeadSlice(first, nheads, first * nheads_kv // nheads, nheads_kv)

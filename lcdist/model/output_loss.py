@@ -28,6 +28,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.model.gradient import accumulate, add_product
 from lcdist_kernels import vocab_loss
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -147,13 +148,10 @@ class _OutputLoss(Function):
             if dhidden is not None:
                 reductions += _reduce_into(dhidden[rows], dlogits, weight, shard)
             if ctx.needs_input_grad[1]:
-                is_only = len(x) == targets.numel()
-                dweight = _add_product(dweight, weight, dlogits, x, is_only)
+                dweight = _add_product(dweight, weight, dlogits, x, len(x) == targets.numel())
             del logits, dlogits  # as in forward
         for work in reductions:
             work.wait()
-        # Return the gradient instead of adding it to Megatron's main_grad. Every hook then runs
-        # once, as for any other weight, and autograd sums a tied embedding's two gradients.
         return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None
 
 
@@ -185,15 +183,14 @@ def _reduce_into(dx: Tensor, dlogits: Tensor, weight: Tensor, shard: VocabShard)
 
 def _add_product(
     total: Tensor | None, weight: Tensor, dlogits: Tensor, x: Tensor, is_only: bool
-) -> Tensor:
-    """Return total + dlogits^T x, in fp32 or wider unless it is the only chunk's."""
-    if is_only:
-        return dlogits.t() @ x
+) -> Tensor | None:
+    """Add dlogits^T x to the weight's `main_grad`, and return what stands for it in autograd.
+
+    Without `main_grad`, return total + dlogits^T x, in fp32 or wider unless it is the only chunk's.
+    """
+    if is_only or hasattr(weight, "main_grad"):
+        return accumulate(weight, dlogits, x)
     if total is None:
         total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    if x.dtype == total.dtype:
-        return total.addmm_(dlogits.t(), x)
-    if x.is_cuda:
-        # The product adds in fp32, without a tensor of its own.
-        return torch.addmm(total, dlogits.t(), x, out_dtype=total.dtype, out=total)
-    return total.add_(dlogits.t() @ x)
+    add_product(total, dlogits, x)
+    return total

@@ -81,6 +81,7 @@ def idle_step(rank: int, world_size: int) -> tuple[dict[str, Any], dict[str, Any
     """Weights before and after a step without gradients: what weight decay alone does."""
     trainer = Meshes().trainer(small(*TENSORIZED, "optim.weight_decay=0.5"))
     before = {k: v.clone() for k, v in gather_weights(trainer.engine).items()}
+    trainer.engine.forward_backward(trainer.loader.next_step())
     for chunk in ddp_wrappers_of(trainer):
         chunk.zero_grad_buffer()
     trainer.engine.step(1e-2)
