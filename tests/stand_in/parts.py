@@ -25,6 +25,7 @@ STAND_IN = install(*map(int, sys.argv[1:3]))
 from lcdist.config import load  # noqa: E402
 from lcdist.distributed.mesh import build_mesh  # noqa: E402
 from lcdist.hardware.peak import Peak  # noqa: E402
+from lcdist.model.gradient import add_product  # noqa: E402
 from lcdist.model.output_loss import VocabShard, output_losses  # noqa: E402
 from lcdist.plan import make_plan  # noqa: E402
 from lcdist.train.build import build_trainer, open_dataset  # noqa: E402
@@ -59,6 +60,9 @@ def loss(chunk: int | None, gradients: bool) -> dict[str, Any]:
     targets = torch.empty(TOKENS, 1, dtype=torch.int64, device="cuda")
     dout = torch.empty(TOKENS, 1, device="cuda")
     STAND_IN.launches.clear()
+    # torch is asked once a process whether its product adds to fp32.
+    x = torch.empty(1, 1, dtype=torch.bfloat16, device="cuda")
+    add_product(torch.empty(1, 1, device="cuda"), x, x)
     with Widest() as widest, LiveTensors() as live, Counting() as counting:
         losses = output_losses(x, weight, targets, shard, chunk)
         if gradients:
