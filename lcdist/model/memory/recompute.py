@@ -87,18 +87,22 @@ class _Recomputed(Function):
             out = ctx.run(x)
         # Backward reads what it needs from the graph, which frees it on the way.
         del kept
-        return None, None, None, *gradients(out, [x, *ctx.params], grads[0])
+        return None, None, None, *gradients([out], [x, *ctx.params], grads)
 
 
-def gradients(out: Tensor, inputs: Sequence[Tensor], dout: Tensor) -> list[Tensor | None]:
-    """Return the gradient of each input.
+def gradients(
+    outs: Sequence[Tensor], inputs: Sequence[Tensor], douts: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Return the gradient of each input, given those of the outputs.
 
-    None for an input that requires no gradient or on which `out` does not depend.
+    None for an input that requires no gradient or on which no output depends.
     """
     differentiable = [x for x in inputs if x.requires_grad]
-    if not differentiable:
+    pairs = [pair for pair in zip(outs, douts, strict=True) if pair[0].requires_grad]
+    if not differentiable or not pairs:
         return [None] * len(inputs)
-    grads = iter(torch.autograd.grad(out, differentiable, dout, allow_unused=True))
+    made, given = zip(*pairs, strict=True)
+    grads = iter(torch.autograd.grad(made, differentiable, given, allow_unused=True))
     return [next(grads) if x.requires_grad else None for x in inputs]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -22,6 +22,7 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.model.gradient import accumulate, is_placeholder
 from lcdist.model.linear import Row
 from lcdist.model.memory.recompute import gradients, replay_rng, rng_states, trained
+from lcdist.model.norm import RMSNorm
 from lcdist_kernels.swiglu import swiglu
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.mlp import MLP
@@ -31,7 +32,7 @@ from megatron.core.transformer.mlp import MLP
 class MLPBlock:
     """Norm, MLP and residual of one layer: x `[s, b, h]` to y of the same shape."""
 
-    norm: nn.Module
+    norm: RMSNorm
     mlp: MLP
 
     @property
@@ -42,15 +43,20 @@ class MLPBlock:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return y."""
-        out, bias = self.mlp.linear_fc2(self.activation(x))
+        residual, z = self.activation(x)
+        out, bias = self.mlp.linear_fc2(z)
         assert bias is None
-        return x + out
+        return residual + out
 
-    def activation(self, x: Tensor) -> Tensor:
-        """Return z `[s, b, ffn / tp]`, for all ranks' tokens under sequence parallelism."""
-        gate_up, bias = self.mlp.linear_fc1(self.norm(x))
+    def activation(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x, whose gradient meets that of its norm, and z `[s, b, ffn / tp]`.
+
+        z has all ranks' tokens under sequence parallelism.
+        """
+        x, normed, _ = self.norm.add(x, None)
+        gate_up, bias = self.mlp.linear_fc1(normed)
         assert bias is None
-        return swiglu(gate_up)
+        return x, swiglu(gate_up)
 
     def backward(self, x: Tensor, params: Sequence[Tensor], dout: Tensor) -> list[Tensor | None]:
         """Return the gradients of x and of `params`, as `recompute.gradients` does."""
@@ -58,24 +64,20 @@ class MLPBlock:
         if type(fc2) is not Row:
             with torch.enable_grad():
                 out = self(x)
-            return gradients(out, [x, *params], dout)
+            return gradients([out], [x, *params], [dout])
         # The backward of a plain product does not need its output. Skipping it saves a ninth of the
         # MLP's operations and a collective.
         with torch.enable_grad():
-            z = self.activation(x)
+            residual, z = self.activation(x)
         whole_dout = dout
         if self.parts > 1:
             whole_dout = gather_from_sequence_parallel_region(dout, group=self.mlp.tp_group)
         dz = whole_dout @ fc2.weight
-        grads: list[Tensor | None] = [None] * (1 + len(params))
-        if z.requires_grad:
-            grads = gradients(z, [x, *params], dz)
+        grads = gradients([residual, z], [x, *params], [dout, dz])
         del dz
         for number, parameter in enumerate(params):
             if parameter is fc2.weight:
                 grads[1 + number] = accumulate(parameter, whole_dout, z.detach())
-        if grads[0] is not None:
-            grads[0] = grads[0] + dout
         return grads
 
 
