@@ -81,7 +81,9 @@ class Moved(TorchDispatchMode):
         name, rooms = kernel.fn.__name__, kernel.fn.__module__.split(".")
         kind = "attention" if len(rooms) > 1 and rooms[1] in ATTENTION else "other"
         tensors = {key: x for key, x in values.items() if isinstance(x, Tensor)}
-        moved = sum(_size(x) for x in tensors.values())
+        # An argument that a launch does not use takes the place of another one.
+        distinct = {(x.untyped_storage()._cdata, x.storage_offset()): x for x in tensors.values()}
+        moved = sum(_size(x) for x in distinct.values())
         moved += sum(_size(tensors[key]) for key in IN_PLACE.get(name, ()))
         self._note(kind, name, moved)
 

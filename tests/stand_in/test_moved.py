@@ -5,6 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.stand_in.test_stand_in import library, needs_the_device, run
 
 __all__ = ["library"]
@@ -46,3 +48,16 @@ def test_a_step_of_the_reference_shape(library: Path) -> None:
     assert moved <= 545, found["other"][:12]
     everything = sum(total(found[kind])[0] for kind in ("product", "attention", "other"))
     assert everything <= 2500, everything
+    swiglu, norms = shares(found["other"])
+    # z and gate_up once each way, dz and dgate_up: 8 tensors of the MLP's width in 16 layers.
+    assert swiglu == (2 * 16, pytest.approx(34.4, abs=0.05))
+    # A layer has 3 launches forward, 2 and 2 small ones backward; the final norm 1, and 1 and 1.
+    assert norms[0] == 7 * 16 + 3 and norms[1] <= 19.1, norms
+
+
+def shares(rows: list[list[Any]]) -> list[tuple[int, float]]:
+    """Return launches and gigabytes of SwiGLU, and of norms with the residual."""
+    names = "_swiglu_", "_norm_"
+    found = [[row for row in rows if row[1].startswith(name)] for name in names]
+    found[1] += [row for row in rows if row[0].startswith("layer.py") and row[1] == "add"]
+    return [total(each) for each in found]
