@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcdist.attention import Shape
+from lcdist.attention.context import rank_positions
 from lcdist.distributed.mesh import Mesh
 from lcdist.exchange.absent import LoneRank
 from lcdist.model.build import DTYPES, vocab_rows
@@ -19,9 +21,10 @@ from lcdist.model.lora import is_trained
 from lcdist.model.rotary import rotary_by_length
 from lcdist.plan import Plan
 from lcdist.plan.resolve import LayerAttention
-from lcdist_kernels import vocab_loss
+from lcdist_kernels import Rotary, vocab_loss
 from lcdist_kernels.adamw import Hyper, Tensors, adamw_
 from lcdist_kernels.norm import add_norm, scale_rows
+from lcdist_kernels.qkv import QkvShape, split_qkv
 from lcdist_kernels.swiglu import swiglu
 
 ROWS = 16
@@ -72,15 +75,19 @@ def _call_norms(plan: Plan, rows: int, options: dict[str, Any]) -> None:
 
 
 def _call_adamw(options: dict[str, Any]) -> None:
-    """Call the optimizer's kernel on one tensor; without a token it writes nothing."""
-    weight = torch.zeros(ROWS, **options)
-    weights = [None if weight.dtype == torch.float32 else weight]
-    gradients, masters, first, second = (
-        [torch.zeros(ROWS, device=weight.device)] for _ in range(4)
-    )
-    tensors = Tensors(gradients, masters, first, second, weights, [0.0], [1.0])
-    totals = torch.zeros(4, dtype=torch.float64, device=weight.device)
-    adamw_(tensors, totals, Hyper(1e-3, 0.9, 0.95, 1e-8, 1, 1.0))
+    """Call the optimizer's kernel on one tensor, aligned to 16 bytes and not.
+
+    Without a token it writes nothing.
+    """
+    totals = torch.zeros(4, dtype=torch.float64, device=options["device"])
+    for first in (0, 1):
+        weight = torch.zeros(ROWS, **options)
+        weights = [None if weight.dtype == torch.float32 else weight]
+        gradients, masters, moments, squares = (
+            [torch.zeros(ROWS + first, device=weight.device)[first:]] for _ in range(4)
+        )
+        tensors = Tensors(gradients, masters, moments, squares, weights, [0.0], [1.0])
+        adamw_(tensors, totals, Hyper(1e-3, 0.9, 0.95, 1e-8, 1, 1.0))
 
 
 def _call_attention(
@@ -92,6 +99,19 @@ def _call_attention(
     packed = config.data.documents == "pack"
     # Rows of packed documents are calls of their own.
     shape = plan.shape.attention_shape(1 if packed else config.train.micro_batch_size, tp_rank)
+    borders = _two_documents(plan) if packed else None
+    rotary: Rotary | None = rotary_by_length(config.model.rope, plan.shape.head_dim)(
+        config.train.seqlen
+    )
+    rotation: tuple[Rotary | None, Tensor | None] = (None, None)
+    # Where ranks share key heads, Megatron splits the projection, and the method rotates.
+    splits = plan.shape.nheads_kv >= config.parallel.tp_size
+    if splits and "rotated" in method.supports:
+        rows = None if borders is None else (borders,) * config.train.micro_batch_size
+        rotation = rotary, rank_positions(layout, cp_rank, rows, options["device"])
+        rotary = None
+    if splits:
+        _call_split(plan, shape, rotation, options)
     heads: Any = shape.heads
     q, k, v = (
         torch.zeros(shape.batch, layout.local_seqlen, n, shape.head_dim, **options)
@@ -102,7 +122,6 @@ def _call_attention(
         for name, whole in method.initial(layer.options, heads.nheads).items()
     }
     leaves = [x.requires_grad_() for x in (q, k, v, *params.values())]
-    rotary = rotary_by_length(config.model.rope, plan.shape.head_dim)
     out = method.attention(
         q,
         k,
@@ -110,13 +129,24 @@ def _call_attention(
         options=layer.options,
         layout=layout,
         group=LoneRank(cp_rank, layout.cp_size) if layout.cp_size > 1 else None,
-        rotary=rotary(config.train.seqlen),
-        cu_seqlens=_two_documents(plan) if packed else None,
+        rotary=rotary,
+        cu_seqlens=borders,
         params=params or None,
         heads=heads,
         impl=config.attention.impl,
     )
     _call_backward([out], leaves)
+
+
+def _call_split(
+    plan: Plan, shape: Shape, rotation: tuple[Rotary | None, Tensor | None], options: dict[str, Any]
+) -> None:
+    """Call the split of the fused projection into q, k and v, and its backward."""
+    qkv = QkvShape(shape.nheads_kv, shape.nheads // shape.nheads_kv, shape.head_dim)
+    width = qkv.nheads_kv * (qkv.group + 2) * qkv.head_dim
+    batch = plan.config.train.micro_batch_size
+    mixed = torch.zeros(plan.layout.local_seqlen, batch, width, requires_grad=True, **options)
+    _call_backward(list(split_qkv(mixed, qkv, *rotation)), [mixed])
 
 
 def _two_documents(plan: Plan) -> Tensor:
