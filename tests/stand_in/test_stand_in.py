@@ -291,6 +291,16 @@ def assert_gradients_are_read_for_the_norm_and_once_more(
     assert set(line["waits"]) == WAITS, line
 
 
+@pytest.mark.exhaustive
+def test_a_second_run_launches_no_attention_and_sends_nothing(library: Path) -> None:
+    maps = {*MAPS, "_lssar_directions_kernel"}
+    for line in map(json.loads, run(library, "second_run", "1")):
+        first, second = line["runs"]
+        assert set(first["launches"]) - maps, line
+        assert bool(first["sent"]) == (line["cp_size"] > 1), line
+        assert set(second["launches"]) <= maps and not second["sent"], line
+
+
 MESHES = (
     ("parallel.tp_size=2", "parallel.cp_size=2", "parallel.sequence_parallel=true"),
     ("parallel.cp_size=4",),
@@ -299,6 +309,7 @@ MESHES = (
 MORE = (
     "lora.rank=4",
     "train.recompute=full train.offload=host train.mlp=tiled train.mlp_chunk=64 lora.rank=4",
+    "train.recompute=keep_attention train.offload=host parallel.cp_size=2 parallel.tp_size=2",
     "train.recompute=selective train.loss=chunked model.tied_embeddings=true",
     "data.documents=pack attention.impl=torch",
     "parallel.pp_size=2 parallel.tp_size=2 model.vocab_size=250 train.loss=whole",
