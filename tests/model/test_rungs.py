@@ -1,17 +1,16 @@
 """What a plan computes again, by model, length and GPU, so that activations fit the device."""
 
-from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from lcdist.config import parse
 from lcdist.distributed.mesh import least_of_ranks
 from lcdist.hardware.gpu_specs import GPU_SPECS, Hardware
 from lcdist.plan import Plan, make_plan, plan_rows
 from lcdist.plan.rungs import RUNGS, Rung
-from tests.distributed import run_ranks
 
 GIB = 2**30
 MODELS: dict[str, dict[str, Any]] = {
@@ -146,15 +145,16 @@ def test_the_plan_says_why() -> None:
     assert none.startswith("nothing that the settings allow fits, 73.6 GiB may be filled: use more")
 
 
-def agreed(rank: int, world_size: int) -> tuple[str, int]:
-    device = replace(GPU_SPECS["h100"], memory_bytes=(80 - 40 * rank) * GIB)
-    plan = plan_of("8B", 8, device, world_size, LORA)
-    plan = plan.with_device_memory(least_of_ranks(plan.hardware.memory_bytes))
-    return plan.memory.recompute, plan.memory.usable_bytes
+def test_ranks_plan_for_the_smallest_device_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(numbers: list[int], own: int) -> None:
+        numbers[:] = [own, own // 2]
 
-
-def test_ranks_plan_for_the_smallest_device_of_all() -> None:
-    assert run_ranks(agreed, 2) == [("selective", int(0.92 * 40 * GIB))] * 2
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    plan = plan_of("8B", 8, GPU_SPECS["h100"], 2, LORA)
+    assert plan.memory.recompute == "none"
+    memory = plan.with_device_memory(least_of_ranks(plan.hardware.memory_bytes)).memory
+    assert memory.recompute == "selective" and memory.usable_bytes == int(0.92 * 40 * GIB)
 
 
 def test_batches_longer_than_the_trainings_are_cut() -> None:
