@@ -38,7 +38,10 @@ FILLS = ("copy_", "zero_", "fill_", "normal_", "uniform_")
 # Words in names of operations that move nothing.
 IDLE = ("empty", "detach", "_unsafe_view")
 # Arguments that a kernel reads and writes.
-IN_PLACE = {"_swiglu_bwd_kernel": ("gate_up",)}
+IN_PLACE = {"_swiglu_bwd_kernel": ("gate_up",), "_grad_kernel": ("logits",)}
+# The optimizer's kernel gets addresses: it reads gradient, master and moments, and writes master,
+# moments and a bf16 weight.
+BYTES_A_PARAMETER = 30
 
 
 @dataclass
@@ -85,6 +88,8 @@ class Moved(TorchDispatchMode):
         distinct = {(x.untyped_storage()._cdata, x.storage_offset()): x for x in tensors.values()}
         moved = sum(_size(x) for x in distinct.values())
         moved += sum(_size(tensors[key]) for key in IN_PLACE.get(name, ()))
+        if name == "_adamw_kernel":
+            moved += BYTES_A_PARAMETER * len(values["pieces"]) * values["PIECE"]
         self._note(kind, name, moved)
 
     def _note(self, kind: str, name: str, moved: int) -> None:

@@ -61,8 +61,8 @@ def loss(chunk: int | None, gradients: bool) -> dict[str, Any]:
     dout = torch.empty(TOKENS, 1, device="cuda")
     STAND_IN.launches.clear()
     # torch is asked once a process whether its product adds to fp32.
-    x = torch.empty(1, 1, dtype=torch.bfloat16, device="cuda")
-    add_product(torch.empty(1, 1, device="cuda"), x, x)
+    one = torch.empty(1, 1, dtype=torch.bfloat16, device="cuda")
+    add_product(torch.empty(1, 1, device="cuda"), one, one)
     with Widest() as widest, LiveTensors() as live, Counting() as counting:
         losses = output_losses(x, weight, targets, shard, chunk)
         if gradients:
