@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from lcdist.engines.engine import StepLoss
+from lcdist.engines.engine import PendingLoss, StepLoss
 from lcdist.engines.forward import MegatronForward
 from tests.distributed import run_ranks
 from tests.engines.internals import chunks_of, optimizer_of
@@ -38,6 +38,15 @@ def test_evaluate_returns_the_training_loss_with_and_without_ddp() -> None:
         for training, evaluation, forward in losses:
             assert evaluation == forward and training.tokens == evaluation.tokens == 4 * 64
             assert evaluation.mean == pytest.approx(training.mean, rel=1e-6)
+
+
+def test_a_pending_loss_is_read_once_and_never_after_the_step_has_read_it() -> None:
+    reads: list[None] = []
+    loss = PendingLoss(lambda: reads.append(None) or StepLoss(2.0, 3))
+    assert (loss.mean, loss.tokens, loss.value) == (2.0, 3, StepLoss(2.0, 3)) and len(reads) == 1
+    loss = PendingLoss(lambda: reads.append(None) or StepLoss(2.0, 3))
+    loss.settle(StepLoss(1.0, 5))
+    assert (loss.mean, loss.tokens) == (1.0, 5) and len(reads) == 1
 
 
 def waiting(rank: int, world_size: int) -> tuple[list[bool], bool, float]:
