@@ -7,6 +7,7 @@ row alike on a few rows. No messages are sent. With packed documents
 the sizes of some tables depend on the documents; then a kernel may be compiled later once more.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,39 +94,27 @@ def _call_adamw(options: dict[str, Any]) -> None:
 def _call_attention(
     plan: Plan, layer: LayerAttention, ranks: tuple[int, int], options: dict[str, Any]
 ) -> None:
-    """Call a layer's attention as rank (tp_rank, cp_rank), and its backward."""
+    """Call a layer's attention as rank (tp_rank, cp_rank), from the projection on, and backward."""
     tp_rank, cp_rank = ranks
     config, layout, method = plan.config, plan.layout, layer.method
-    packed = config.data.documents == "pack"
-    # Rows of packed documents are calls of their own.
-    shape = plan.shape.attention_shape(1 if packed else config.train.micro_batch_size, tp_rank)
-    borders = _two_documents(plan) if packed else None
-    rotary: Rotary | None = rotary_by_length(config.model.rope, plan.shape.head_dim)(
-        config.train.seqlen
-    )
+    shape = plan.shape.attention_shape(config.train.micro_batch_size, tp_rank)
+    borders = _two_documents(plan) if config.data.documents == "pack" else None
+    rotary: Rotary | None = rotary_by_length(config.model.rope, shape.head_dim)(config.train.seqlen)
     rotation: tuple[Rotary | None, Tensor | None] = (None, None)
     # Where ranks share key heads, Megatron splits the projection, and the method rotates.
     splits = plan.shape.nheads_kv >= config.parallel.tp_size
     if splits and "rotated" in method.supports:
-        rows = None if borders is None else (borders,) * config.train.micro_batch_size
+        rows = None if borders is None else (borders,) * shape.batch
         rotation = rotary, rank_positions(layout, cp_rank, rows, options["device"])
         rotary = None
-    if splits:
-        _call_split(plan, shape, rotation, options)
+    q, k, v, leaves = _queries_keys_values(shape, layout.local_seqlen, splits, rotation, options)
     heads: Any = shape.heads
-    q, k, v = (
-        torch.zeros(shape.batch, layout.local_seqlen, n, shape.head_dim, **options)
-        for n in (shape.nheads, shape.nheads_kv, shape.nheads_kv)
-    )
     params = {
-        name: whole[..., heads.first : heads.first + shape.nheads].to(**options)
+        name: whole[..., heads.first : heads.first + shape.nheads].to(**options).requires_grad_()
         for name, whole in method.initial(layer.options, heads.nheads).items()
     }
-    leaves = [x.requires_grad_() for x in (q, k, v, *params.values())]
-    out = method.attention(
-        q,
-        k,
-        v,
+    attend = partial(
+        method.attention,
         options=layer.options,
         layout=layout,
         group=LoneRank(cp_rank, layout.cp_size) if layout.cp_size > 1 else None,
@@ -135,18 +124,41 @@ def _call_attention(
         heads=heads,
         impl=config.attention.impl,
     )
-    _call_backward([out], leaves)
+    if borders is None:
+        out = attend(q, k, v)
+    else:
+        # Rows of packed documents are calls of their own.
+        rows = zip(*(x.split(1) for x in (q, k, v)), strict=True)
+        out = torch.cat([attend(*row) for row in rows])
+    _call_backward([out.transpose(0, 1).flatten(2)], [*leaves, *params.values()])
 
 
-def _call_split(
-    plan: Plan, shape: Shape, rotation: tuple[Rotary | None, Tensor | None], options: dict[str, Any]
-) -> None:
-    """Call the split of the fused projection into q, k and v, and its backward."""
-    qkv = QkvShape(shape.nheads_kv, shape.nheads // shape.nheads_kv, shape.head_dim)
-    width = qkv.nheads_kv * (qkv.group + 2) * qkv.head_dim
-    batch = plan.config.train.micro_batch_size
-    mixed = torch.zeros(plan.layout.local_seqlen, batch, width, requires_grad=True, **options)
-    _call_backward(list(split_qkv(mixed, qkv, *rotation)), [mixed])
+def _queries_keys_values(
+    shape: Shape,
+    local_seqlen: int,
+    splits: bool,
+    rotation: tuple[Rotary | None, Tensor | None],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Return q, k and v, and the tensors that they were made from.
+
+    Args:
+        shape: of this rank's attention.
+        local_seqlen: tokens of a sequence on this rank.
+        splits: whether one kernel splits the fused projection's output.
+        rotation: rotary and positions for that kernel.
+        options: dtype and device.
+    """
+    if splits:
+        qkv = QkvShape(shape.nheads_kv, shape.nheads // shape.nheads_kv, shape.head_dim)
+        width = qkv.nheads_kv * (qkv.group + 2) * qkv.head_dim
+        mixed = torch.zeros(local_seqlen, shape.batch, width, requires_grad=True, **options)
+        return *split_qkv(mixed, qkv, *rotation), [mixed]
+    q, k, v = (
+        torch.zeros(shape.batch, local_seqlen, n, shape.head_dim, requires_grad=True, **options)
+        for n in (shape.nheads, shape.nheads_kv, shape.nheads_kv)
+    )
+    return q, k, v, [q, k, v]
 
 
 def _two_documents(plan: Plan) -> Tensor:

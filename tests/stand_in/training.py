@@ -47,7 +47,8 @@ def train(words: str, stand_in: StandIn) -> None:
         engine.forward_backward([b.to(mesh.device) for b in trainer.loader.next_step()])
         engine.step(1e-3)
     said: dict[str, Any] = {"launches": dict(stand_in.launches), "waits": dict(stand_in.waits)}
-    said["compiled late"] = sorted({name for name, *_ in stand_in.variants - compiled})
+    late = stand_in.variants - compiled if config.attention.impl == "auto" else set()
+    said["compiled late"] = sorted({name for name, *_ in late})
     # LoRA's factors are a few columns wide, and drawn on the host.
     if not config.lora.rank and config.attention.method != "tensorized":
         assert drawn == weights and not any("normal" in x for x in building.cpu_operations)
