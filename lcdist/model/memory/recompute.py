@@ -1,8 +1,9 @@
 """Activation checkpointing: recompute activations in backward (arXiv:1604.06174).
 
-Parameter gradients are returned to autograd and never accumulated inside. So each parameter's hooks
-run once per backward, which Megatron's data parallelism requires, also for nested recomputation.
-And a function whose input does not require a gradient still trains its parameters.
+What a parameter gets goes through autograd: its gradient, or a placeholder where a product has
+added it to `main_grad` (`model/gradient.py`). So each parameter's hooks run once per backward,
+which Megatron's data parallelism requires, also for nested recomputation. And a function whose
+input does not require a gradient still trains its parameters.
 """
 
 import contextlib
