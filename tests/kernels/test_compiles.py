@@ -181,7 +181,8 @@ with compiled_for(CAPABILITY) as made:
         kernel.update(Tensors(*([x] for x in wide), low, [0.1], [1.0]), totals, hyper)
 assert len(made) == 3
 for each in made:
-    # Whole tiles move four numbers of fp32 at a time.
+    # Whole tiles move four numbers of fp32 at a time, and no value goes to another thread.
+    assert not each.metadata.shared
     assert "ld.global.v4" in each.asm["ptx"] and "st.global.v4" in each.asm["ptx"]
 """
 

@@ -55,7 +55,8 @@ def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     p = address.to(tl.pointer_type(dtype))
     if ALIGNED:
         # Otherwise no load would be a vector: the compiler cannot know where addresses come from.
-        p = tl.multiple_of(p, 16)
+        # Four elements each, also of two bytes, so that no value changes its thread.
+        p = tl.multiple_of(p, 4 * dtype.primitive_bitwidth // 8)  # pyright: ignore[reportAttributeAccessIssue]
     return p
 
 
