@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from lcdist_kernels.step_kernels import resolved
 from lcdist_kernels.triton_common import unsupported_tensor_reason
 
 ROW_IMPLS = ("auto", "triton", "torch")
@@ -19,12 +20,13 @@ def as_rows(x: Tensor) -> Tensor:
 def use_row_kernels(impl: str, x: Tensor) -> bool:
     """Return whether `impl`, "auto", "triton" or "torch", means kernels for tensors like x.
 
-    "auto" takes kernels on CUDA only: interpreted ones are for tests, many times slower than torch.
+    "auto" takes kernels on CUDA only, unless `step_kernels` says torch: interpreted ones are for
+    tests, many times slower than torch.
     Raises ValueError for another word, and for "triton" where kernels do not take such tensors.
     """
     if impl not in ROW_IMPLS:
         raise ValueError(f"impl = {impl!r} is unknown; use one of {', '.join(ROW_IMPLS)}")
-    reason = unsupported_tensor_reason(x)
+    impl, reason = resolved(impl), unsupported_tensor_reason(x)
     if impl == "triton" and reason is not None:
         raise ValueError(f"impl = 'triton': {reason}; use impl = 'auto' or 'torch'")
     return impl == "triton" or (impl == "auto" and x.is_cuda and reason is None)

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcdist_kernels import apex
+from lcdist_kernels.step_kernels import step_kernels
+
 
 def accumulate(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
     """Add dy^T x to the gradient of `weight`; return what a Function's backward returns for it.
@@ -66,13 +69,22 @@ def accumulate_rows(weight: Tensor, rows: Tensor, dy: Tensor) -> Tensor:
 def add_product(total: Tensor, dy: Tensor, x: Tensor, overwrite: bool = False) -> None:
     """Add dy^T x to `total` `[out, in]`, for dy `[n, out]` and x `[n, in]`.
 
-    total: of the same dtype or fp32. On CUDA the product adds in fp32 without a tensor of its own.
+    total: of the same dtype or fp32. On CUDA the product adds in fp32 without a tensor of its own,
+        torch's or, where torch has none, apex's.
     overwrite: write the product instead, whatever `total` holds.
     """
-    beta = 0 if overwrite else 1
+    beta, kernels = 0 if overwrite else 1, step_kernels()
     if total.dtype == x.dtype:
         total.addmm_(dy.t(), x, beta=beta)
-    elif x.is_cuda and _adds_in_fp32(x.dtype, x.device):
+        return
+    by_torch = x.is_cuda and _adds_in_fp32(x.dtype, x.device)
+    wants_apex = kernels == "apex" or (kernels == "auto" and x.is_cuda and not by_torch)
+    module = apex.find("weights", x.device) if wants_apex else None
+    if module is not None:
+        if overwrite:
+            total.zero_()
+        apex.add_product(module, total, dy, x)
+    elif by_torch:
         torch.addmm(total, dy.t(), x, out_dtype=total.dtype, beta=beta, out=total)
     elif overwrite:
         total.copy_(dy.t() @ x)

@@ -72,7 +72,7 @@ def _call_norms(plan: Plan, rows: int, options: dict[str, Any]) -> None:
         _call_backward([normed], leaves)
         total, normed, rstd = add_norm(x, residual, weight, model.norm_eps)
         _call_backward([normed, total], leaves)
-        scale_rows(total.detach(), rstd, weight)
+        scale_rows(total.detach(), rstd, weight, model.norm_eps)
 
 
 def _call_adamw(options: dict[str, Any]) -> None:

@@ -39,4 +39,4 @@ class RMSNorm(nn.Module):
 
     def scale(self, x: Tensor, rstd: Tensor) -> Tensor:
         """Return the norm of x again, given 1 / rms of each token; not differentiable."""
-        return scale_rows(x, rstd, self.weight)
+        return scale_rows(x, rstd, self.weight, self.eps)

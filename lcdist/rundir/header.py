@@ -28,6 +28,7 @@ class RunHeader:
         peak: `flops` (FLOP/s of one device) and `source`; None if unknown.
         world_size: number of ranks.
         versions: version of each package by name.
+        kernels: what computes norms, SwiGLU, loss, updates and weight gradients.
     """
 
     plan: Mapping[str, Any]
@@ -35,6 +36,7 @@ class RunHeader:
     peak: Mapping[str, Any] | None
     world_size: int
     versions: Mapping[str, str]
+    kernels: str = ""
 
 
 @dataclass(frozen=True)

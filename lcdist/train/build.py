@@ -3,7 +3,10 @@
 import logging
 from pathlib import Path
 
+import torch
+
 from lcdist.checkpoint.save import Checkpointer
+from lcdist.config import ConfigError
 from lcdist.data.datasets.aligned import AlignedDataset, PackedSyntheticDataset
 from lcdist.data.datasets.build import build_dataset, coverage_lines
 from lcdist.data.datasets.sample import Dataset
@@ -19,6 +22,8 @@ from lcdist.plan import Plan
 from lcdist.plan.profile import NO_STEPS, profiled_steps
 from lcdist.train.profiler import StepProfiler
 from lcdist.train.trainer import Trainer
+from lcdist_kernels import apex
+from lcdist_kernels.step_kernels import choose_step_kernels
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +50,26 @@ def open_dataset(plan: Plan) -> Dataset:
     return AlignedDataset(dataset, slots, train.seqlen) if landmarks and not pack else dataset
 
 
+def choose_kernels(kernels: str, device: torch.device) -> None:
+    """Choose what computes norms, SwiGLU, loss, updates and weight gradients in this process.
+
+    Raises ConfigError if `train.kernels` asks for apex and a part of it is missing.
+    """
+    choose_step_kernels(kernels)
+    absent = apex.missing(device) if kernels == "apex" else []
+    if absent:
+        raise ConfigError(
+            [
+                f"train.kernels = 'apex': this machine lacks {', '.join(absent)}; {apex.BUILD}, "
+                "or set train.kernels to 'auto', 'own' or 'torch'"
+            ]
+        )
+
+
 def build_trainer(plan: Plan, mesh: Mesh, dataset: Dataset, peak: Peak) -> Trainer:
     """Build this rank's model, engine, loader and checkpointer; return the trainer over them."""
     train = plan.config.train
+    choose_kernels(train.kernels, mesh.device)
     spec = LoaderSpec(
         layout=plan.layout,
         dp_rank=mesh.dp_rank,

@@ -27,6 +27,7 @@ from lcdist.rundir.signals import clear_signals, write_done, write_stopped
 from lcdist.rundir.status import write_status
 from lcdist.train.metrics import open_metrics
 from lcdist.train.trainer import Outcome, Trainer
+from lcdist_kernels import apex
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def _record_start(trainer: Trainer, folder: Path, reason: str) -> str:
         peak=asdict(trainer.peak),
         world_size=trainer.mesh.world_size,
         versions=versions(),
+        kernels=", ".join([trainer.plan.config.train.kernels, *apex.used()]),
     )
     return record_start(folder, header, trainer.step, reason, lost)
 

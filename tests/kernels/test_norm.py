@@ -111,7 +111,7 @@ def test_the_stream_is_not_copied_and_the_norm_is_made_again(impl: str) -> None:
         assert (total.data_ptr() == x.data_ptr()) == (other is None)
         assert set(saved) == {y.data_ptr() for y in (total, rstd, weight)}
         assert rstd.shape == (9, 2, 1) and not rstd.requires_grad
-        again = scale_rows(strided(total.detach()), rstd, weight, impl)
+        again = scale_rows(strided(total.detach()), rstd, weight, EPS, impl)
         assert torch.equal(again, normed) and again.shape == x.shape
 
 

@@ -14,7 +14,7 @@ from lcdist.distributed.mesh import build_mesh
 from lcdist.model import norm as norm_module
 from lcdist.model.build import build_model
 from lcdist.plan import make_plan
-from lcdist_kernels.norm import op as norm_op
+from lcdist_kernels.norm import plain
 from lcdist_kernels.norm import scale_rows
 from lcdist_kernels.swiglu import op as swiglu_op
 from megatron.core.transformer.mlp import MLP
@@ -103,8 +103,8 @@ def norms(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[Norm
     for words in cases:
         layer, x = built(words)
         with (
-            patch.object(norm_op, "fwd", wraps=unseen(norm_op.fwd)) as forward,
-            patch.object(norm_op, "bwd", wraps=unseen(norm_op.bwd)) as backward,
+            patch.object(plain, "fwd", wraps=unseen(plain.fwd)) as forward,
+            patch.object(plain, "bwd", wraps=unseen(plain.bwd)) as backward,
             patch.object(norm_module, "scale_rows", wraps=scale_rows) as again,
             Additions() as additions,
         ):

@@ -1,19 +1,22 @@
-"""A step of AdamW by torch's fused kernel, some tensors at a time."""
+"""A step of AdamW by torch's fused kernel or apex's, some tensors at a time."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lcdist_kernels.apex import AdamWStep
+from lcdist_kernels.apex import adamw as apex_adamw
 from lcdist_kernels.adamw.tensors import Hyper, Tensors, scale_of
 
 # Elements whose scaled gradients exist at the same time, or one larger tensor's.
 BATCH_ELEMENTS = 2**22
 
 
-def update(tensors: Tensors, totals: Tensor, hyper: Hyper) -> None:
-    """Update in place, as `op.adamw_` says."""
+def update(tensors: Tensors, totals: Tensor, hyper: Hyper, by_apex: Any = None) -> None:
+    """Update in place, as `op.adamw_` says; by_apex: the extension of `apex.adamw`."""
     scale, is_refused = scale_of(totals, hyper.clip_norm)
     kinds = list(zip(tensors.decays, tensors.lr_ratios, strict=True))
     for decay, lr_ratio in dict.fromkeys(kinds):
@@ -21,9 +24,15 @@ def update(tensors: Tensors, totals: Tensor, hyper: Hyper) -> None:
         for numbers in _batches(mine, [x.numel() for x in tensors.masters]):
             some = tensors.some(numbers)
             dtype = some.masters[0].dtype
-            # Not by its `grad_scale`, which writes the scaled gradients back.
+            # Not by torch's `grad_scale` or apex's `inv_scale`, which write them back.
             gradients = list(some.gradients)
             scaled = torch._foreach_mul(gradients, scale.to(dtype))  # pyright: ignore[reportPrivateImportUsage]
+            if by_apex is not None:
+                lists = [scaled, some.masters, some.first, some.second]
+                lr = hyper.lr * lr_ratio
+                step = AdamWStep(lr, hyper.beta1, hyper.beta2, hyper.eps, decay, hyper.step)
+                apex_adamw(by_apex, lists, step, is_refused)
+                continue
             before = torch.full((len(numbers),), hyper.step - 1.0, device=totals.device)
             adamw(
                 list(some.masters), list(scaled), list(some.first), list(some.second), [],

@@ -7,8 +7,10 @@ all, are numbers on the device.
 import torch
 from torch import Tensor
 
+from lcdist_kernels import apex
 from lcdist_kernels.adamw import batched, kernel
 from lcdist_kernels.adamw.tensors import Hyper, Tensors
+from lcdist_kernels.step_kernels import resolved, step_kernels
 
 IMPLS = ("auto", "triton", "torch")
 
@@ -31,13 +33,16 @@ def adamw_(tensors: Tensors, totals: Tensor, hyper: Hyper, impl: str = "auto") -
     _check(tensors, totals)
     if impl not in IMPLS:
         raise ValueError(f"impl = {impl!r} is unknown: use one of {', '.join(IMPLS)}")
+    impl = resolved(impl)
     is_fp32 = all(x.dtype == torch.float32 for x in tensors.masters)
     if impl == "triton" and not is_fp32:
         raise ValueError("impl = 'triton': the kernel takes fp32 masters")
-    if impl == "triton" or (impl == "auto" and is_fp32 and totals.is_cuda):
+    by_apex = impl == "auto" and is_fp32 and step_kernels() == "apex"
+    module = apex.find("adamw", totals.device) if by_apex else None
+    if impl == "triton" or (impl == "auto" and is_fp32 and totals.is_cuda and module is None):
         kernel.update(tensors, totals, hyper)
     else:
-        batched.update(tensors, totals, hyper)
+        batched.update(tensors, totals, hyper, module)
 
 
 def _check(tensors: Tensors, totals: Tensor) -> None:

@@ -12,14 +12,15 @@ Saved are t and r, an fp32 number a token; from them `scale_rows` makes n again.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lcdist_kernels.common import wide_dtype
-from lcdist_kernels.norm import kernel
+from lcdist_kernels import apex
+from lcdist_kernels.norm import kernel, plain
+from lcdist_kernels.norm.by_apex import ByApex
 from lcdist_kernels.rows import use_row_kernels
+from lcdist_kernels.step_kernels import step_kernels
 
 
 def add_norm(
@@ -44,16 +45,16 @@ def add_norm(
     if not fits or (delta is not None and (delta.shape, delta.dtype) != (x.shape, x.dtype)):
         shapes = [(tuple(y.shape), y.dtype) for y in (x, delta, weight) if y is not None]
         raise ValueError(f"{shapes}: expected x and delta of one shape [.., h] and a weight [h]")
-    return _AddNorm.apply(x, delta, weight, eps, use_row_kernels(impl, x))
+    return _AddNorm.apply(x, delta, weight, eps, _maker(impl, x, eps))
 
 
 class _AddNorm(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, by_kernel: bool
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, maker: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        total, normed, rstd = (kernel.fwd if by_kernel else fwd)(x, delta, weight, eps)
-        ctx.by_kernel = by_kernel
+        total, normed, rstd = maker.fwd(x, delta, weight, eps)
+        ctx.maker = maker
         # A gradient that nobody asks for is not made as zeros.
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(rstd)
@@ -69,64 +70,28 @@ class _AddNorm(Function):
         needs_dx, needs_ddelta, needs_dweight = ctx.needs_input_grad[:3]
         dx, dweight = dtotal, None
         if dnormed is not None:
-            gradient = kernel.bwd if ctx.by_kernel else bwd
-            dx, dweight = gradient(total, rstd, weight, dnormed, dtotal, needs_dweight)
+            dx, dweight = ctx.maker.bwd(total, rstd, weight, dnormed, dtotal, needs_dweight)
         return dx if needs_dx else None, dx if needs_ddelta else None, dweight, None, None
 
 
-def scale_rows(total: Tensor, rstd: Tensor, weight: Tensor, impl: str = "auto") -> Tensor:
+def scale_rows(
+    total: Tensor, rstd: Tensor, weight: Tensor, eps: float, impl: str = "auto"
+) -> Tensor:
     """Return the n of `add_norm` from its t and r, bit for bit; not differentiable.
 
     Args:
         total: t `[.., h]`.
         rstd: r `[.., 1]`.
         weight: w `[h]`.
-        impl: as in `add_norm`.
+        eps, impl: as in `add_norm`.
     """
-    return (kernel.scale if use_row_kernels(impl, total) else _scale)(total, rstd, weight)
+    return _maker(impl, total, eps).scale(total, rstd, weight)
 
 
-def fwd(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return t, n and r of x and delta `[.., h]`."""
-    total = x if delta is None else x + delta
-    wide = wide_dtype(x.dtype)
-    norm = torch.linalg.vector_norm(total, dim=-1, keepdim=True, dtype=wide)
-    rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return total, _scale(total, rstd, weight), rstd
-
-
-def _scale(total: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    return (total * rstd).mul_(weight).to(total.dtype)
-
-
-def bwd(
-    total: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    dnormed: Tensor,
-    dtotal: Tensor | None,
-    needs_dweight: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of t `[.., h]` and of the weight, if it is asked for.
-
-    Args:
-        total: t `[.., h]`.
-        rstd: r `[.., 1]`.
-        weight: w `[h]`.
-        dnormed: gradient of n.
-        dtotal: gradient of t from elsewhere, to be added.
-        needs_dweight: whether the weight asks for a gradient.
-    """
-    wide = rstd.dtype
-    direction = total * rstd
-    products = direction * dnormed
-    dweight = products.flatten(0, -2).sum(0).to(weight.dtype) if needs_dweight else None
-    mean = torch.matmul(products, weight.to(wide)).div_(total.shape[-1])
-    del products
-    dx = torch.mul(dnormed.to(wide), weight).addcmul_(direction, mean[..., None], value=-1)
-    dx = dx.mul_(rstd)
-    if dtotal is not None:
-        dx = dx.add_(dtotal)
-    return dx.to(total.dtype), dweight
+def _maker(impl: str, x: Tensor, eps: float) -> Any:
+    """Return what computes norms like those of x: an object with `fwd`, `bwd` and `scale`."""
+    if impl == "auto" and step_kernels() == "apex":
+        module = apex.find("norm", x.device)
+        if module is not None:
+            return ByApex(module, eps)
+    return kernel if use_row_kernels(impl, x) else plain

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from lcdist_kernels.qkv.kernel import join_by_kernel, split_by_kernel
 from lcdist_kernels.qkv.shape import QkvShape
 from lcdist_kernels.rotary import Rotary
+from lcdist_kernels.step_kernels import resolved
 from lcdist_kernels.triton_common import use_kernels
 
 
@@ -46,7 +47,7 @@ def split_qkv(
     """
     queries = shape.parts(mixed)[0]
     like = queries[:0].transpose(0, 1).flatten(2, 3)
-    by_kernel = use_kernels(impl, like, "split of queries, keys and values")
+    by_kernel = use_kernels(resolved(impl), like, "split of queries, keys and values")
     return _SplitQkv.apply(mixed, shape, _Turn(rotary, positions), by_kernel)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.triton_common import DTYPES
+from lcdist_kernels.step_kernels import resolved
 from lcdist_kernels.vocab_loss import kernel, tiled
 
 IMPLS = ("auto", "triton", "torch")
@@ -67,7 +68,7 @@ def grad_(
 def _by_kernel(impl: str, logits: Tensor) -> bool:
     if impl not in IMPLS:
         raise ValueError(f"impl = {impl!r} is unknown: use one of {', '.join(IMPLS)}")
-    takes = logits.dtype in DTYPES
+    impl, takes = resolved(impl), logits.dtype in DTYPES
     if impl == "triton" and not takes:
         raise ValueError(f"impl = 'triton': kernels take bf16, fp16 and fp32, not {logits.dtype}")
     return impl == "triton" or (impl == "auto" and takes and logits.is_cuda)

@@ -1,0 +1,210 @@
+"""NVIDIA's apex, by what of it can be called and passes a self-test.
+
+    part         extension                        what it does
+    weights      fused_weight_gradient_mlp_cuda   main += dy^T x, bf16 or fp16 products into fp32
+    norm         fused_layer_norm_cuda            RMSNorm and its gradients, without a residual
+    adamw        amp_C                            AdamW over lists of tensors, refused on the device
+
+apex is built from source (APEX_CPP_EXT=1 APEX_CUDA_EXT=1), and the name on the package index is
+another project's. So nothing is said by its name or version: a part is found by its functions, and
+used once its results on small tensors are those of torch. The functions read raw pointers: what is
+given to them is checked here.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcdist_kernels.common import log_choice
+
+BUILD = "build NVIDIA's apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
+# Elements that one block of apex's kernels takes.
+CHUNK = 2048 * 32
+# apex's number for decoupled weight decay.
+DECOUPLED = 1
+_USED: list[str] = []
+
+
+class Part(NamedTuple):
+    """A part of apex.
+
+    Attributes:
+        module: the extension.
+        functions: what it must offer.
+        test: (module, device) -> whether results on small tensors are right.
+    """
+
+    module: str
+    functions: tuple[str, ...]
+    test: Callable[[Any, torch.device], bool]
+
+
+def find(name: str, device: torch.device) -> Any:
+    """Return a part's extension, or None where it is missing or its results are wrong.
+
+    name: "weights", "norm" or "adamw". Says once in the log which.
+    """
+    found = _found(name, device)
+    return None if isinstance(found, str) else found
+
+
+def missing(device: torch.device) -> list[str]:
+    """Return a few words on every part that cannot be used on a device."""
+    found = {name: _found(name, device) for name in PARTS}
+    return [f"{name} ({reason})" for name, reason in found.items() if isinstance(reason, str)]
+
+
+def used() -> list[str]:
+    """Return a few words on every part that has been found so far."""
+    return list(_USED)
+
+
+@cache
+def _found(name: str, device: torch.device) -> Any:
+    """Return a part's extension, or why there is none."""
+    part = PARTS[name]
+    try:
+        module = import_module(part.module)
+    except ImportError as error:
+        return f"{part.module}: {str(error).partition(chr(10))[0]}"
+    absent = [function for function in part.functions if not hasattr(module, function)]
+    if absent:
+        return f"{part.module} has no {', '.join(absent)}"
+    try:
+        is_right = part.test(module, device)
+    except Exception as error:
+        # Extensions raise whatever their build raises.
+        return f"{part.module} raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if not is_right:
+        return f"{part.module} gives other results than torch"
+    said = f"apex's {part.module} for {name}"
+    log_choice(said)
+    _USED.append(said)
+    return module
+
+
+# --- weight gradients -----------------------------------------------------------------------------
+
+
+def add_product(module: Any, total: Tensor, dy: Tensor, x: Tensor) -> None:
+    """Add dy^T x to fp32 `total` `[out, in]`, for dy `[n, out]` and x `[n, in]`."""
+    assert total.dtype == torch.float32 and total.is_contiguous() and dy.dtype == x.dtype
+    assert total.shape == (dy.shape[1], x.shape[1]) and len(dy) == len(x)
+    module.wgrad_gemm_accum_fp32(x.contiguous(), dy.contiguous(), total)
+
+
+@torch.no_grad()
+def _weights_test(module: Any, device: torch.device) -> bool:
+    # Small integers: every sum is exact.
+    numbers = torch.arange(16 * 24, device=device).view(16, 24) % 7 - 3
+    x, dy = numbers.bfloat16(), numbers[:, :8].bfloat16()
+    total = torch.ones(8, 24, device=device)
+    add_product(module, total, dy, x)
+    return torch.equal(total, 1 + dy.float().t() @ x.float())
+
+
+# --- norm -----------------------------------------------------------------------------------------
+
+
+def norm_fwd(module: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the norm of x `[.., h]`, and 1 / rms, fp32 `[.., 1]`."""
+    normed, rstd = module.rms_forward_affine(x.contiguous(), weight.shape, weight, eps)
+    return normed.view(x.shape), rstd.view(*x.shape[:-1], 1)
+
+
+def norm_bwd(
+    module: Any, dnormed: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the weight."""
+    dx, dweight = module.rms_backward_affine(
+        dnormed.contiguous(), rstd.flatten(), x.contiguous(), weight.shape, weight, eps, False
+    )
+    return dx.view(x.shape), dweight
+
+
+def _norm_test(module: Any, device: torch.device) -> bool:
+    made = torch.Generator().manual_seed(0)
+    x, dnormed = (torch.randn(5, 64, generator=made).to(device) for _ in range(2))
+    weight = torch.rand(64, generator=made).to(device)
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    truth = torch.nn.functional.rms_norm(leaves[0], (64,), leaves[1], 1e-5)
+    expected = [truth.detach(), *torch.autograd.grad(truth, leaves, dnormed)]
+    normed, rstd = norm_fwd(module, x, weight, 1e-5)
+    got = [normed, *norm_bwd(module, dnormed, x, rstd, weight, 1e-5)]
+    return all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in zip(got, expected, strict=True))
+
+
+# --- AdamW ----------------------------------------------------------------------------------------
+
+
+class AdamWStep(NamedTuple):
+    """Constants of a step of AdamW for some tensors.
+
+    Attributes:
+        lr, beta1, beta2, eps, weight_decay: AdamW's.
+        step: number of this step, from 1.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+
+
+def adamw(
+    module: Any, lists: Sequence[Sequence[Tensor]], step: AdamWStep, is_refused: Tensor
+) -> None:
+    """Update [gradients, masters, first, second], fp32; nothing where `is_refused` is true.
+
+    is_refused: bool scalar on the device. The gradients may be overwritten.
+    """
+    device = is_refused.device
+    assert all(x.dtype == torch.float32 and x.is_contiguous() for row in lists for x in row)
+    module.multi_tensor_adam_capturable(
+        CHUNK,
+        is_refused.to(torch.int32).view(1),
+        [list(row) for row in lists],
+        torch.full((), step.lr, device=device),
+        step.beta1,
+        step.beta2,
+        step.eps,
+        torch.full((), step.step, dtype=torch.int32, device=device),
+        DECOUPLED,
+        1,
+        step.weight_decay,
+        torch.ones((), device=device),
+    )
+
+
+@torch.no_grad()
+def _adamw_test(module: Any, device: torch.device) -> bool:
+    made = torch.Generator().manual_seed(0)
+    gradient, master, first = (torch.randn(70, generator=made).to(device) for _ in range(3))
+    second = torch.rand(70, generator=made).to(device)
+    step = AdamWStep(1e-2, 0.9, 0.95, 1e-8, 0.1, 3)
+    m = 0.9 * first + 0.1 * gradient
+    v = 0.95 * second + 0.05 * gradient * gradient
+    update = (m / (1 - 0.9**3)) / ((v / (1 - 0.95**3)).sqrt() + 1e-8) + 0.1 * master
+    expected = [master - 1e-2 * update, m, v]
+    for refused in (True, False):
+        before = [x.clone() for x in (master, first, second)]
+        is_refused = torch.full((), refused, device=device)
+        adamw(module, [[gradient.clone()], [master], [first], [second]], step, is_refused)
+        wanted = before if refused else expected
+        got = (master, first, second)
+        if not all(torch.allclose(a, b, 1e-5, 1e-6) for a, b in zip(got, wanted, strict=True)):
+            return False
+    return True
+
+
+PARTS = {
+    "weights": Part("fused_weight_gradient_mlp_cuda", ("wgrad_gemm_accum_fp32",), _weights_test),
+    "norm": Part("fused_layer_norm_cuda", ("rms_forward_affine", "rms_backward_affine"), _norm_test),
+    "adamw": Part("amp_C", ("multi_tensor_adam_capturable",), _adamw_test),
+}
