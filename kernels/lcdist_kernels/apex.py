@@ -205,6 +205,8 @@ def _adamw_test(module: Any, device: torch.device) -> bool:
 
 PARTS = {
     "weights": Part("fused_weight_gradient_mlp_cuda", ("wgrad_gemm_accum_fp32",), _weights_test),
-    "norm": Part("fused_layer_norm_cuda", ("rms_forward_affine", "rms_backward_affine"), _norm_test),
+    "norm": Part(
+        "fused_layer_norm_cuda", ("rms_forward_affine", "rms_backward_affine"), _norm_test
+    ),
     "adamw": Part("amp_C", ("multi_tensor_adam_capturable",), _adamw_test),
 }

@@ -14,8 +14,7 @@ from lcdist.distributed.mesh import build_mesh
 from lcdist.model import norm as norm_module
 from lcdist.model.build import build_model
 from lcdist.plan import make_plan
-from lcdist_kernels.norm import plain
-from lcdist_kernels.norm import scale_rows
+from lcdist_kernels.norm import plain, scale_rows
 from lcdist_kernels.swiglu import op as swiglu_op
 from megatron.core.transformer.mlp import MLP
 from tests.distributed import run_ranks

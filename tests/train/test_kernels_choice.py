@@ -38,6 +38,8 @@ def refused(rank: int, world_size: int) -> str:
 
 def test_apex_that_is_missing_is_refused_in_one_line() -> None:
     message = run_ranks(refused, 1)[0]
-    assert message.startswith("train.kernels = 'apex': this machine lacks weights (fused_weight_gra")
+    assert message.startswith(
+        "train.kernels = 'apex': this machine lacks weights (fused_weight_gra"
+    )
     assert message.endswith("or set train.kernels to 'auto', 'own' or 'torch'")
     assert "\n" not in message

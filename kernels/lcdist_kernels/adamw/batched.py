@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lcdist_kernels.adamw.tensors import Hyper, Tensors, scale_of
 from lcdist_kernels.apex import AdamWStep
 from lcdist_kernels.apex import adamw as apex_adamw
-from lcdist_kernels.adamw.tensors import Hyper, Tensors, scale_of
 
 # Elements whose scaled gradients exist at the same time, or one larger tensor's.
 BATCH_ELEMENTS = 2**22

@@ -8,8 +8,8 @@ them. Statistics are fp32 or wider. The formulas are in `reference.py`. Neither 
 from torch import Tensor
 
 from lcdist_kernels.common import wide_dtype
-from lcdist_kernels.triton_common import DTYPES
 from lcdist_kernels.step_kernels import resolved
+from lcdist_kernels.triton_common import DTYPES
 from lcdist_kernels.vocab_loss import kernel, tiled
 
 IMPLS = ("auto", "triton", "torch")
