@@ -16,7 +16,7 @@ from lcdist.hardware.peak import device_peak
 from lcdist.model.build import DTYPES
 from lcdist.plan import make_plan
 from lcdist.rundir.lock import lock_run_folder
-from lcdist.train.build import build_trainer, choose_kernels, open_dataset
+from lcdist.train.build import build_trainer, open_dataset
 from lcdist.train.compile_ahead import compile_ahead
 from lcdist.train.loop import record_outcome, train_loop
 from lcdist.train.resume import find_resume_point, restore_weights
@@ -52,7 +52,6 @@ def run(config: Config, console: Console | None = None, also_stop: Path | None =
         plan = plan.with_device_memory(least_of_ranks(plan.hardware.memory_bytes))
         plan = check_host_memory(plan)
         peak = device_peak(mesh.device, DTYPES[plan.dtype], config.log.peak_tflops)
-        choose_kernels(config.train.kernels, mesh.device)
         with compile_ahead(plan, mesh):
             trainer = build_trainer(plan, mesh, dataset, peak)
             restore_weights(trainer, checkpoint, _adapter_tensors(config, checkpoint))

@@ -240,10 +240,8 @@ class TrainConfig:
     # place and a memory snapshot go to the folder `profile` of the run.
     profile: str | int = ""
     profile_rank: int = at_least(0, 0)  # the rank that is profiled
-    # Of norms, SwiGLU, loss, optimizer and weight gradients. own: Triton on a GPU, torch elsewhere.
-    # apex: NVIDIA's apex for norms, optimizer and weight gradients, own for the rest; an error where
-    # it is missing. torch: plain torch. auto: own, and apex's weight gradients where torch cannot add
-    # products to fp32.
+    # Of norms, SwiGLU, loss, optimizer and weight gradients: ours, NVIDIA's apex or plain torch.
+    # auto: ours, and apex's weight gradients where torch cannot add products to fp32.
     kernels: Literal["auto", "own", "apex", "torch"] = "auto"
     engine: Literal["megatron"] = "megatron"
 
