@@ -53,14 +53,21 @@ for each in made:
 
 ROTARY = """
 import torch
+from lcdist_kernels import Rotary
+from lcdist_kernels.qkv import QkvShape, kernel
 from lcdist_kernels.rotary_kernel import rotate, turns
 from tests.kernels.compiling import compiled_for
 
 with compiled_for(CAPABILITY) as made:
     for head_dim, dtype in ((128, torch.bfloat16), (80, torch.float32)):
-        rotate(torch.zeros(1, 300, 4, head_dim, dtype=dtype), torch.arange(300),
+        positions = torch.arange(300)
+        rotate(torch.zeros(1, 300, 4, head_dim, dtype=dtype), positions,
                turns(torch.ones(head_dim // 2)), 1)
-assert len(made) == 2
+        shape, mixed = QkvShape(2, 3, head_dim), torch.zeros(300, 1, 10 * head_dim, dtype=dtype)
+        for rotary in (None, Rotary(torch.ones(head_dim // 2))):
+            qkv = kernel.split_by_kernel(mixed, shape, rotary, positions)
+            kernel.join_by_kernel(qkv, shape, rotary, positions)
+assert len(made) == 10
 """
 
 NORMAL = """

@@ -98,3 +98,22 @@ def test_a_tied_weight_gets_its_gradient_by_the_embedding() -> None:
     vars(weight)["is_tied_embedding"] = True
     assert accumulate(weight, torch.randn(4, 5), torch.randn(4, 3)) is None
     assert is_placeholder(accumulate_rows(weight, torch.tensor([1]), torch.randn(1, 3)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(64, 128, 256), (100, 72, 40)])
+def test_bf16_products_add_to_fp32_on_a_gpu(shape: tuple[int, int, int]) -> None:
+    tokens, rows, columns = shape
+    weight = nn.Parameter(torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda"))
+    vars(weight)["main_grad"] = torch.full((rows, columns), torch.nan, device="cuda")
+    claim(weight)
+    start_step([weight])
+    expected = torch.zeros(rows, columns, dtype=torch.float64)
+    for _ in range(3):
+        dy, x = (torch.randn(tokens, n, device="cuda").bfloat16() for n in (rows, columns))
+        accumulate(weight, dy, x)
+        expected += dy.cpu().double().t() @ x.cpu().double()
+    # A product that were rounded to bf16 before it is added would be off by 4e-3.
+    torch.testing.assert_close(
+        vars(weight)["main_grad"].cpu().double(), expected, rtol=1e-5, atol=1e-3
+    )
