@@ -61,7 +61,7 @@ def settings(folder: str, overrides: list[str]) -> list[str]:
         *shape,
         *("model.tied_embeddings=true", f"train.seqlen={SEQLEN}", f"train.steps={STEPS}"),
         *("train.global_batch_size=1", f"train.dtype={'bf16' if HAS_GPU else 'fp32'}"),
-        *("optim.lr=1e-4", "checkpoint.every=0", "log.tensorboard=false"),
+        *("optim.lr=1e-4", "optim.min_lr=1e-5", "checkpoint.every=0", "log.tensorboard=false"),
         *(f"log.folder={folder}/run", *overrides),
     ]
 
