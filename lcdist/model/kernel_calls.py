@@ -3,8 +3,8 @@
 Which kernels Triton compiles depends on dtypes, on head_dim and other constants, and on which
 sizes are multiples of 16. So attention is called at its true shape, once for every distinct layer;
 norms, whose weight gradients are sums over rows, on the true rows; other operators that treat every
-row alike on a few rows. No messages are sent. With packed documents
-the sizes of some tables depend on the documents; then a kernel may be compiled later once more.
+row alike on a few rows. No messages are sent. With packed documents the sizes of some tables depend
+on the documents; then a kernel may be compiled later once more.
 """
 
 from functools import partial

@@ -18,7 +18,7 @@ SAVES_INPUTS = ("keep_attention", "full")
 
 @dataclass(frozen=True)
 class Rung:
-    """What is computed again, or moved away, so that less is kept for backward.
+    """Name what is computed again or moved to the host, so that less is kept for backward.
 
     Attributes:
         recompute: Of a layer, as `train.recompute`.

@@ -1,6 +1,7 @@
 """Initial weights that every rank draws alone, as on GPUs: the same on every mesh, and normal."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ MESHES = ((), ("parallel.tp_size=2", "parallel.sequence_parallel=true"), ("paral
 
 def drawn(rank: int, world_size: int) -> list[dict[str, Tensor]]:
     """Return the initial weights of each mesh, drawn in place on every rank."""
-    init._draws_in_place = lambda parameter: True  # type: ignore[assignment]
     meshes = Meshes()
-    return [gather_weights(meshes.trainer(small(*mesh)).engine) for mesh in MESHES]
+    with patch.object(init, "_draws_in_place", lambda parameter: True):
+        return [gather_weights(meshes.trainer(small(*mesh)).engine) for mesh in MESHES]
 
 
 def test_shards_drawn_in_place_are_those_of_one_model() -> None:

@@ -1,4 +1,4 @@
-"""How often a layer runs its norms and SwiGLU, forward and backward, and what it saves for them."""
+"""Count how often a layer runs norms and SwiGLU, forward and backward, and what it saves."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a plan computes again, by model, length and GPU, so that activations fit the device."""
+"""Check what plans compute again so that activations fit, by model, length and GPU."""
 
 from itertools import pairwise, product
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a step of AdamW reads and writes, and its constants."""
+"""Group the tensors of a step of AdamW, and its constants."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

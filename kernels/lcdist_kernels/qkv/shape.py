@@ -1,4 +1,4 @@
-"""How heads lie in the output of the fused projection, as Megatron orders them."""
+"""Describe the order of heads in the output of Megatron's fused projection."""
 
 from typing import NamedTuple
 

@@ -75,7 +75,7 @@ def reference_selected(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -
 
 
 class _Selection(NamedTuple):
-    """What a rank's units read.
+    """Hold the blocks that a rank's units read.
 
     Attributes:
         rows: own queries.
