@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +99,7 @@ class StandIn(TorchDispatchMode):
     variants: what Triton would have compiled, kernel by kernel.
     events: what was done in order: the kernels' names, and "post N" and "wait N" of message N, the
         first wait alone.
+    messages: numbers of messages by the function of torch.distributed that posts them.
     listener: called with every kernel and its arguments.
     """
 
@@ -108,14 +110,16 @@ class StandIn(TorchDispatchMode):
         self.variants: set[tuple[Any, ...]] = set()
         self.waits: Counter[str] = Counter()
         self.events: list[str] = []
+        self.messages: Counter[str] = Counter()
         self.listener: Callable[[Any, dict[str, Any]], None] | None = None
-        self._messages = 0
+        self._posted = 0
 
-    def post(self) -> "_Message":
-        """Note a message, and return what is to be waited for."""
-        self._messages += 1
-        self.events.append(f"post {self._messages}")
-        return _Message(self.events, self._messages)
+    def post(self, name: str) -> "_Message":
+        """Note a message of the function `name`, and return what is to be waited for."""
+        self._posted += 1
+        self.messages[name] += 1
+        self.events.append(f"post {self._posted}")
+        return _Message(self.events, self._posted)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -229,13 +233,13 @@ def _cuda() -> dict[str, Any]:
 def _messages(stand_in: StandIn) -> dict[str, Any]:
     """Nothing travels; what would be received stays as it is."""
 
-    def post(*args: Any, async_op: bool = False, **words: Any) -> Any:
-        message = stand_in.post()
+    def post(name: str, *args: Any, async_op: bool = False, **words: Any) -> Any:
+        message = stand_in.post(name)
         return message if async_op else message.wait()
 
     def exchange(messages: list[Any]) -> list[_Message]:
         """Post some messages as one."""
-        return [stand_in.post()] * len(messages)
+        return [stand_in.post("batch_isend_irecv")] * len(messages)
 
     def everyone(answers: list[Any], mine: Any, group: Any = None) -> None:
         answers[:] = [mine] * len(answers)
@@ -243,7 +247,7 @@ def _messages(stand_in: StandIn) -> dict[str, Any]:
     names = ("all_reduce", "broadcast", "reduce", "barrier", "all_gather", "reduce_scatter")
     names += ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
     names += ("all_gather_single", "reduce_scatter_single", "broadcast_object_list")
-    said: dict[str, Any] = dict.fromkeys(names, post)
+    said: dict[str, Any] = {name: partial(post, name) for name in names}
     said |= dict.fromkeys(("isend", "irecv"), lambda *args, **words: _Inert())
     return said | {
         "all_gather_object": everyone,

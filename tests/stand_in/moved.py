@@ -144,6 +144,7 @@ def count(words: str) -> dict[str, Any]:
         trainer = build_trainer(plan, mesh, open_dataset(plan), Peak(1.0, "not measured"))
     for _ in range(2):
         STAND_IN.waits.clear()
+        STAND_IN.messages.clear()
         STAND_IN.listener = None
         moved = Moved()
         with moved:
@@ -154,6 +155,7 @@ def count(words: str) -> dict[str, Any]:
     return {
         "of": words,
         "waits": dict(STAND_IN.waits),
+        "messages": dict(STAND_IN.messages),
         **{kind: work.rows() for kind, work in moved.work.items()},
     }
 

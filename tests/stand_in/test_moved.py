@@ -107,3 +107,21 @@ def test_nothing_old_comes_back_on_any_mesh(library: Path) -> None:
         # Two of each of four layers and the last norm; four factors of a layer's adapters.
         most = 9 if "lora" not in words else 9 + 4 * 14
         assert_nothing_old(found, most * 4)
+
+
+@pytest.mark.exhaustive
+def test_messages_of_a_layer(library: Path) -> None:
+    """Collectives are those of Megatron's layers; context parallelism sends keys and values."""
+    config = "configs/debug/full.toml train.steps=2 train.global_batch_size=1 optim.warmup_steps=0"
+    mesh = "parallel.tp_size=2 parallel.cp_size=2 parallel.sequence_parallel=true"
+    depths = (f"{config} {mesh} model.num_layers={layers}" for layers in (3, 1))
+    more, fewer = (Counter(found["messages"]) for found in counted(library, 4, *depths))
+    more.subtract(fewer)
+    assert {name: n / 2 for name, n in more.items() if n} == {
+        # Forward: tokens before two products and after the other two; backward: the same for the
+        # gradients, and the tokens of the first two products again, for their weights.
+        "all_gather_into_tensor": 6,
+        "reduce_scatter_tensor": 4,
+        # Keys and values forward, again backward, and a hop of their gradients for each rank.
+        "batch_isend_irecv": 4,
+    }
