@@ -153,12 +153,16 @@ def test_blocks_are_those_of_the_tiled_operator(cut: str, packed: bool, launch: 
         assert_close_partial(out, lse, dense)
         whole = (out, lse) if whole is None else merge(*whole, out, lse)
     assert whole is not None
+    # dq is that of all blocks so far.
+    dq, true_dq = None, None
     for b in (q_idx, *others):
         one = (grad, mine, k[:, b], v[:, b], *whole)
-        got = TRITON_IMPL.bwd(*one, *band, b, 0.25, launches=(launch, launch))
-        assert_close(
-            list(got), list(TORCH_IMPL.bwd(*(x.cpu().double() for x in one), *band, b, 0.25))
-        )
+        got = TRITON_IMPL.bwd(*one, *band, b, 0.25, dq_sum=dq, launches=(launch, launch))
+        doubles = [x.cpu().double() for x in one]
+        truth = TORCH_IMPL.bwd(*doubles, *band, b, 0.25, dq_sum=true_dq)
+        assert_close(list(got), list(truth))
+        assert dq is None or (got[0] is dq and truth[0] is true_dq)
+        dq, true_dq = in_nan(got[0]), truth[0]
 
 
 def test_rows_that_see_nothing_and_blocks_of_other_lengths() -> None:

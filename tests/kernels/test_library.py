@@ -12,7 +12,7 @@ from lcdist.layout import ContextLayout
 from lcdist_kernels import coca_attention, full_attention
 from lcdist_kernels.common import log_choice
 from lcdist_kernels.full import FORCED, TORCH_IMPL, TRITON_IMPL, library, select_block_impl
-from lcdist_kernels.full.library_block import Cut, cut_of
+from lcdist_kernels.full.library_block import Cut, LibraryBlock, cut_of
 from lcdist_kernels.full.library_choice import (
     RANKING,
     choose_library,
@@ -285,8 +285,18 @@ def assert_ring_is_as_good_as_eager(kind: str, seqlen: int, head_dim: int) -> No
 
 @cpu_only
 def test_a_ring_in_half_precision_is_as_good_as_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums: Counter[torch.dtype | None] = Counter()
+    plain = LibraryBlock.bwd
+
+    def noted(block: LibraryBlock, *given: Any, dq_sum: Tensor | None) -> tuple[Tensor, ...]:
+        sums[dq_sum if dq_sum is None else dq_sum.dtype] += 1
+        return plain(block, *given, dq_sum=dq_sum)
+
+    monkeypatch.setattr(LibraryBlock, "bwd", noted)
     with libraries(monkeypatch, "cudnn"):
         assert_ring_is_as_good_as_eager("zigzag", 256, 16)
+    # A library's dq is in bf16, the sum over blocks is not.
+    assert sums == {None: 4, torch.float32: 12}
 
 
 def wide_problem(problem: Any) -> Any:

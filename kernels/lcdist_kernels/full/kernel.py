@@ -123,11 +123,11 @@ def _full_bwd_dq_kernel(
     stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
     stride_dout_b, stride_dout_s, stride_dout_h, stride_db, stride_ds, stride_dh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, ADD: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of a tile of queries, and delta and lse2, which the kernel for dk and dv reads.
 
-    DESCRIBED: k and v are descriptors.
+    ADD: to what dq holds. DESCRIBED: k and v are descriptors.
     """
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
     k, v, at = loop_sources(
@@ -156,6 +156,9 @@ def _full_bwd_dq_kernel(
         BLOCK_N, HAS_LO, DESCRIBED,
     )  # fmt: skip
     b_dq = b_dq * softmax_scale
+    if ADD:
+        b_sum = load_tile(p_dq, start, seqlen_q, stride_ds, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+        b_dq += b_sum.to(tl.float32)
     store_tile(p_dq, b_dq, start, seqlen_q, stride_ds, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
@@ -312,7 +315,7 @@ def full_fwd(
 def full_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_idx: Tensor,
     q_lo: Tensor, k_idx: Tensor, softmax_scale: float, *,
-    grad_dtype: torch.dtype | None = None, dq: Tensor | None = None,
+    grad_dtype: torch.dtype | None = None, dq_sum: Tensor | None = None,
     launches: tuple[Launch, Launch] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the share of (dq, dk, dv) that passes through this block of keys.
@@ -321,7 +324,7 @@ def full_bwd(
 
     Args:
         grad_dtype: of the gradients, default fp32.
-        dq: tensor to write dq to, its last dimension contiguous.
+        dq_sum: as in the tiled `full_bwd`; the kernel adds, its last dimension is contiguous.
         launches: tiles for dq and for dk, dv, other than those of the tables.
 
     Raises:
@@ -332,11 +335,11 @@ def full_bwd(
     q, k, v, out, dout = (last_dim_contiguous(x) for x in (q, k, v, out, dout.to(q.dtype)))
     batch, seqlen, nheads, _ = q.shape
     grads = {"dtype": grad_dtype or torch.float32, "device": q.device}
-    dq = torch.empty(q.shape, **grads) if dq is None else dq
+    dq = torch.empty(q.shape, **grads) if dq_sum is None else dq_sum
     assert dq.shape == q.shape and dq.stride(3) == 1
     dk, dv = (torch.empty(x.shape, **grads) for x in (k, v))
     if not q.numel() or not k.numel():
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return dq.zero_() if dq_sum is None else dq, dk.zero_(), dv.zero_()
     by_keys, by_rows = use_descriptors(k, v), use_descriptors(q, dout)
     for_dq, for_dkv = launches or (
         choose_launch(BWD_DQ, q, BWD_DQ_HOPPER if by_keys else None),
@@ -354,7 +357,7 @@ def full_bwd(
             q, *keys, out, dout, lse, delta, lse2, dq,
             *query_tables(band, for_dq.block_m, for_dq.block_n, place), float(softmax_scale),
             seqlen, k.shape[1], *inputs, *strides(out, dout, dq), **sizes,
-            DESCRIBED=by_keys, **for_dq.options(),
+            ADD=dq_sum is not None, DESCRIBED=by_keys, **for_dq.options(),
         )  # fmt: skip
         _full_bwd_dkv_kernel[(triton.cdiv(k.shape[1], for_dkv.block_n), k.shape[2], batch)](
             rows[0], k, v, rows[1], lse2, delta, dk, dv,

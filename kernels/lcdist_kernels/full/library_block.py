@@ -97,7 +97,7 @@ class LibraryBlock(NamedTuple):
     def bwd(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         q_idx: Tensor, q_lo: Tensor, k_idx: Tensor, softmax_scale: float, *,
-        grad_dtype: torch.dtype | None = None,
+        grad_dtype: torch.dtype | None = None, dq_sum: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Return the share of (dq, dk, dv) of a block of keys: see `tiled.full_bwd`.
 
@@ -106,15 +106,19 @@ class LibraryBlock(NamedTuple):
         cut = cut_of(band_of(q_idx, q_lo, k_idx))
         if cut is None:
             rest = (out, lse, q_idx, q_lo, k_idx, softmax_scale)
-            return self.other_bwd(dout, q, k, v, *rest, grad_dtype=grad_dtype)
+            return self.other_bwd(dout, q, k, v, *rest, grad_dtype=grad_dtype, dq_sum=dq_sum)
         first, keys, causal = cut
         dq, dk, dv = self.library.bwd(
             dout[:, first:].to(q.dtype), q[:, first:], k[:, :keys], v[:, :keys],
             out[:, first:].to(q.dtype), lse[..., first:], causal, softmax_scale,
         )  # fmt: skip
         dtype = grad_dtype or dq.dtype
+        if dq_sum is None:
+            dq_sum = _rows_of(dq, first, q.shape, dtype)
+        else:
+            dq_sum[:, first:].add_(dq)
         return (
-            _rows_of(dq, first, q.shape, dtype),
+            dq_sum,
             _rows_of(dk, 0, k.shape, dtype),
             _rows_of(dv, 0, v.shape, dtype),
         )

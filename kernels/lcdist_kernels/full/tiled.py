@@ -82,7 +82,7 @@ def _fwd_rows(
 def full_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_idx: Tensor,
     q_lo: Tensor, k_idx: Tensor, softmax_scale: float, *,
-    grad_dtype: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None, dq_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the share of (dq, dk, dv) that passes through this block of keys.
 
@@ -90,6 +90,7 @@ def full_bwd(
         dout, out: like q. lse: `[b, h, s_q]`. out and lse are over all keys that the queries see.
         q, k, v, q_idx, q_lo, k_idx, softmax_scale: as in `full_fwd`.
         grad_dtype: of the results; default: the wider of fp32 and q.dtype.
+        dq_sum: dq of other blocks, in any dtype; the share is added to it, and it is returned.
     """
     shapes, nheads_kv = (q.shape, k.shape), k.shape[2]
     dout, q, k, v, out = (fold(x, nheads_kv) for x in (dout, q, k, v, out))
@@ -114,7 +115,7 @@ def full_bwd(
     dq.mul_(softmax_scale)
     folded = zip((dq, dk[:, None], dv[:, None]), (shapes[0], *shapes[1:] * 2), strict=True)
     dq, dk, dv = (unfold(x, shape).to(grad_dtype or x.dtype) for x, shape in folded)
-    return dq, dk, dv
+    return dq if dq_sum is None else dq_sum.add_(dq), dk, dv
 
 
 def _bwd_rows(

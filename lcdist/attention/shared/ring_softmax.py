@@ -67,7 +67,7 @@ class RingSoftmax(torch.autograd.Function):
         kernel, ctx = node.kernel, node.attention
         token_ids, starts = ctx.token_ids(), ctx.starts()
         queries = kernel.queries(q)
-        dqueries = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+        dqueries = None
         visits = ring_with_gradients(block, ctx.group)
         for visit in visits:
             k_ids = ctx.token_ids(visit.owner)
@@ -75,11 +75,13 @@ class RingSoftmax(torch.autograd.Function):
                 continue
             k_blk, v_blk = kernel.keys(visit.block, visit.owner)
             band = (token_ids, starts, k_ids)
-            dqueries_blk, dk, dv = kernel.block_impl.bwd(
-                dout, queries, k_blk, v_blk, out, lse, *band, ctx.softmax_scale
+            # Kernels add a later visit's share to dqueries; a library's is added by torch.
+            dqueries, dk, dv = kernel.block_impl.bwd(
+                dout, queries, k_blk, v_blk, out, lse, *band, ctx.softmax_scale, dq_sum=dqueries
             )
             visit.add_gradient(kernel.keys_bwd(dk, dv, visit.owner))
-            dqueries += dqueries_blk
+            dqueries = dqueries.to(lse.dtype)
+        assert dqueries is not None, "a token sees at least itself"
         dq = kernel.queries_bwd(dqueries, q)
         return dq.to(q.dtype), visits.result().to(block.dtype), None, None
 
