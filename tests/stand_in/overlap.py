@@ -23,10 +23,10 @@ from tests.attention.body import Variant, variants  # noqa: E402
 
 
 def trace(variant: Variant, stand_in: StandIn) -> dict[str, list[str]]:
-    """Return the events of a forward and a backward, and the host's large operations when warm.
+    """Return the events of a forward and a backward, and operations when warm.
 
-    The events are those of the first call with one document, the operations those of a second call,
-    with one document and with two.
+    The events are those of the first call with one document. Operations are those of a second call:
+    on the device with one document, of the host, if large, with one and with two.
     """
     method, options = variant.method, variant.options
     kind = "zigzag" if "zigzag" in variant.kinds else variant.kinds[0]
@@ -56,12 +56,15 @@ def trace(variant: Variant, stand_in: StandIn) -> dict[str, list[str]]:
                     impl="triton",
                 )
                 found.setdefault("forward", stand_in.events.copy())
-                found.setdefault("device operations", counting.device_operations.copy())
+                on_device = counting.device_operations
+                forward, on_device[:] = on_device.copy(), []
                 dout = torch.randn_like(out)
                 stand_in.events.clear()
                 torch.autograd.grad(out, leaves, dout)
                 found.setdefault("backward", stand_in.events.copy())
             if warm:
+                found.setdefault("forward operations", forward)
+                found.setdefault("backward operations", on_device[1:])
                 found["on the host"] += [*counting.cpu_operations, *counting.copies]
     return found
 

@@ -1,8 +1,14 @@
 """LSSA and LSSAR: length-scaled softplus attention, without and with re-weighting."""
 
+from lcdist_kernels.lssar.directions_kernel import (
+    Directions,
+    DirectionTables,
+    directions_bwd,
+    directions_of,
+)
 from lcdist_kernels.lssar.epilogue import lssar_finish, lssar_rows, lssar_whole
 from lcdist_kernels.lssar.impl import TORCH_IMPL, TRITON_IMPL, LssarImpl, select_lssar_impl
-from lcdist_kernels.lssar.op import IMPLS, lssar_attention, lssar_cached
+from lcdist_kernels.lssar.op import IMPLS, direction_tables, lssar_attention, lssar_cached
 from lcdist_kernels.lssar.reference import divisor, lssar_block, lssar_reference, softplus_scores
 from lcdist_kernels.lssar.rows import (
     Band,
@@ -21,11 +27,16 @@ __all__ = [
     "TRITON_IMPL",
     "TORCH_IMPL",
     "Band",
+    "DirectionTables",
+    "Directions",
     "LssarImpl",
     "Reweight",
     "Sums",
     "Threshold",
+    "direction_tables",
     "directions",
+    "directions_bwd",
+    "directions_of",
     "divisor",
     "logit_scales",
     "lssar_attention",

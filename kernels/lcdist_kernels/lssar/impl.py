@@ -14,7 +14,7 @@ from lcdist_kernels.triton_common import use_kernels
 class LssarImpl(NamedTuple):
     """Functions of one implementation; `tiled` and `epilogue` describe their semantics.
 
-    narrow: queries and keys have the dtype of v rather than the wider of fp32 and it.
+    Torch takes queries and keys in the wider of fp32 and the dtype of v, kernels in that dtype.
     """
 
     sums: Callable[..., tuple[Tensor, Tensor]]
@@ -22,11 +22,6 @@ class LssarImpl(NamedTuple):
     whole: Callable[..., RowResults]
     rows: Callable[..., RowStats]
     bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    narrow: bool
-
-    def factor(self, x: Tensor, v: Tensor) -> Tensor:
-        """Return directions x in the dtype in which they are multiplied, for values like v."""
-        return x.to(v.dtype) if self.narrow else x
 
 
 TORCH_IMPL = LssarImpl(
@@ -35,7 +30,6 @@ TORCH_IMPL = LssarImpl(
     epilogue.lssar_whole,
     epilogue.lssar_rows,
     tiled.lssar_bwd,
-    narrow=False,
 )
 TRITON_IMPL = LssarImpl(
     launch.lssar_sums,
@@ -43,7 +37,6 @@ TRITON_IMPL = LssarImpl(
     launch.lssar_whole,
     launch.lssar_rows,
     launch.lssar_bwd,
-    narrow=True,
 )
 
 

@@ -62,13 +62,22 @@ def lssar_attention(
     positions = document_positions(q, documents) if positions is None else positions
     band = Band(index, starts, index)
     if implementation is TRITON_IMPL:
-        scales = device_logit_scales(band.counts, softmax_scale, q)
-        rotation = None if rotary is None else rotary.rotation(positions, q)
-        tables = DirectionTables(scales, rotation)
+        tables = direction_tables(q, band.counts, softmax_scale, rotary, positions)
         return LssarKernelsFunction.apply(q, k, v, band, reweight, tables)
     queries, keys = directions(q, rotary, positions), directions(k, rotary, positions)
     queries = queries * logit_scales(band.counts, softmax_scale, queries)
     return LssarFunction.apply(queries, keys, v, band, reweight, implementation)
+
+
+def direction_tables(
+    q: Tensor, counts: Tensor, softmax_scale: float | None, rotary: Rotary | None, positions: Tensor
+) -> DirectionTables:
+    """Return what the directions of q `[b, s, h, d]`, and of keys of its tokens, are made with.
+
+    counts, softmax_scale: as in `logit_scales`. positions: integers `[s]` or `[b, s]`.
+    """
+    scales = device_logit_scales(counts, softmax_scale, q)
+    return DirectionTables(scales, None if rotary is None else rotary.rotation(positions, q))
 
 
 def lssar_cached(
@@ -92,7 +101,6 @@ class LssarFunction(torch.autograd.Function):
     def forward(
         ctx: Any, q, k, v, band: Band, reweight: Reweight | None, impl: LssarImpl
     ) -> Tensor:
-        q, k = impl.factor(q, v), impl.factor(k, v)
         with_slope = records() or any(ctx.needs_input_grad)
 
         def attend() -> RowResults:
