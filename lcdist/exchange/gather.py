@@ -132,31 +132,35 @@ class _BlockRequests:
         unique = sorted(set(requested))
         row_of_block = {block: row for row, block in enumerate(unique)}
         self.num_unique = len(unique)
-        # The row among the unique blocks for each requested block.
-        self.output_rows = torch.tensor(
-            [row_of_block[b] for b in requested], dtype=torch.int64, device=x.device
-        )
         # Local block numbers to receive, by owner.
         self.recv_blocks: dict[int, list[int]] = {}
         for block in unique:
             owner, local_block = divmod(block, self.num_local)
             self.recv_blocks.setdefault(owner, []).append(local_block)
-        self.send_blocks_by_rank = self._exchange_requests(x.device)
+        self.output_rows, counts, outgoing = self._numbers_on_device(
+            [row_of_block[b] for b in requested], x.device
+        )
+        self.send_blocks_by_rank = self._exchange_requests(counts, outgoing)
 
-    def _exchange_requests(self, device: torch.device) -> dict[int, Tensor]:
+    def _numbers_on_device(
+        self, output_rows: list[int], device: torch.device
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """Return, sent in one copy, numbers that depend on the request, all int64.
+
+        They are the row among the unique blocks of each requested one, how many blocks are
+        requested of each rank, and which, by owner.
+        """
+        counts = [len(self.recv_blocks.get(owner, ())) for owner in range(group_size(self.group))]
+        parts = [output_rows, counts, *self.recv_blocks.values()]
+        numbers = torch.tensor([number for part in parts for number in part], dtype=torch.int64)
+        rows, counted, *blocks = numbers.to(device).split([len(part) for part in parts])
+        return rows, counted, dict(zip(self.recv_blocks, blocks, strict=True))
+
+    def _exchange_requests(self, counts: Tensor, outgoing: dict[int, Tensor]) -> dict[int, Tensor]:
         """Return the local blocks that each rank requests from this one, in rank order."""
         n, rank = group_size(self.group), group_rank(self.group)
-        outgoing = {
-            owner: torch.tensor(blocks, dtype=torch.int64, device=device)
-            for owner, blocks in self.recv_blocks.items()
-        }
         if n == 1:
             return outgoing
-        counts = torch.tensor(
-            [len(self.recv_blocks.get(owner, ())) for owner in range(n)],
-            dtype=torch.int64,
-            device=device,
-        )
         all_counts = counts.new_empty((n, n))
         label = _label("counts", self.shape, counts.dtype)
         all_gather(self.group, label, counts, all_counts).wait()

@@ -112,14 +112,14 @@ class StandIn(TorchDispatchMode):
         self.events: list[str] = []
         self.messages: Counter[str] = Counter()
         self.listener: Callable[[Any, dict[str, Any]], None] | None = None
-        self._posted = 0
+        self.posted = 0
 
     def post(self, name: str) -> "_Message":
         """Note a message of the function `name`, and return what is to be waited for."""
-        self._posted += 1
+        self.posted += 1
         self.messages[name] += 1
-        self.events.append(f"post {self._posted}")
-        return _Message(self.events, self._posted)
+        self.events.append(f"post {self.posted}")
+        return _Message(self.events, self.posted)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -164,25 +163,6 @@ def assert_library_alone(line: dict[str, Any]) -> None:
         assert line[name] == nothing | {"device operations": [operation]}
 
 
-# Of each method: messages that are waited for without a kernel since they were posted, forward and
-# backward. A ring's last gradient comes home after the last block. Heads that are all dilated or
-# tensorized have nothing to compute before units arrive and after the last of them are sent back.
-BARE = {
-    "full": (0, 1),
-    "coca": (0, 1),
-    "coca-strict": (0, 1),
-    "scca-fixed-7": (0, 0),
-    "scca-flow-5": (0, 0),
-    "scca-sda-3-1": (2, 2),
-    "scca-sda_key-4": (0, 1),
-    "scca-longmixed-11": (1, 2),
-    "tensorized-(5,)": (2, 2),
-    "tensorized-(3,2)-1-global-kv": (2, 0),
-    "landmark-4": (0, 1),
-    "lssar": (0, 1),
-    "lssar-False": (0, 1),
-}
-TO_COPY = "aten._to_copy.default"
 # Elementwise maps before and after a block: too short to hide a message behind.
 MAPS = (
     "_merge_kernel",
@@ -190,69 +170,6 @@ MAPS = (
     *("_row_dot_kernel", "_lssar_rows_kernel"),
     *("_lssar_directions_kernel", "_lssar_directions_bwd_kernel"),
 )
-
-
-def bare_waits(events: list[str]) -> int:
-    """Count the messages that are waited for without a kernel since they were posted.
-
-    Fails unless every message is posted once and waited for once.
-    """
-    kinds = [event.split()[0] for event in events]
-    posts = [event.split()[1] for event in events if event.startswith("post")]
-    assert kinds.count("wait") == len(posts) == len(set(posts))
-    bare = 0
-    for number in posts:
-        start, stop = events.index(f"post {number}"), events.index(f"wait {number}")
-        assert start < stop
-        bare += all(kind in ("post", "wait", *MAPS) for kind in kinds[start:stop])
-    return bare
-
-
-def assert_few_operations(lines: dict[str, Any]) -> None:
-    """Assert how many torch operations a warm call makes on the device, of four visits."""
-    full, lssar = lines["full"], lines["lssar"]
-    # Blocks are merged by a kernel: torch only copies.
-    assert Counter(full["forward operations"]) == {"aten.stack.default": 1, TO_COPY: 1}
-    # Kernels add to dq: torch copies it, and what travels, and adds what came from other ranks.
-    of_a_lap = {"aten.stack.default": 4, "aten.add_.Tensor": 3}
-    assert Counter(full["backward operations"]) == of_a_lap | {TO_COPY: 3}
-    # Directions come from one kernel each way. Left are sums over visits and statistics of rows;
-    # with torch's directions they were over 110.
-    assert lssar["forward"].count("_lssar_directions_kernel") == 1
-    assert lssar["backward"].count("_lssar_directions_bwd_kernel") == 1
-    assert not any("rotate" in event for event in (*lssar["forward"], *lssar["backward"]))
-    assert len(lssar["forward operations"]) == 50
-    assert Counter(lssar["backward operations"]) == of_a_lap | {TO_COPY: 2, "aten.add_.Tensor": 6}
-
-
-@pytest.mark.parametrize("rank", [1, exhaustive(0)])
-def test_messages_travel_while_kernels_run(library: Path, rank: int) -> None:
-    *lines, waits = map(json.loads, run(library, "overlap", str(rank)))
-    passes = ("forward", "backward")
-    found = {x["of"]: tuple(bare_waits(x[name]) for name in passes) for x in lines}
-    assert found == BARE
-    # A warm call makes no table again, on any rank.
-    assert {x["of"]: x["on the host"] for x in lines} == dict.fromkeys(found, [])
-    # Nothing waits for the device.
-    assert waits == {}
-    assert_few_operations({x["of"]: x for x in lines})
-    # In full: a hop is posted before its block's kernels and waited for after them, and so is the
-    # hop of the gradient of the block before.
-    full = next(x for x in lines if x["of"] == "full")
-    assert full["forward"].count("_merge_kernel") == 3
-    block = ["_full_bwd_dq_kernel", "_full_bwd_dkv_kernel"]
-    assert [x for x in full["forward"] if x not in MAPS] == [
-        *("post 1", "_full_fwd_kernel", "wait 1"),
-        *("post 2", "_full_fwd_kernel", "wait 2"),
-        *("post 3", "_full_fwd_kernel", "wait 3", "_full_fwd_kernel"),
-    ]
-    assert [x for x in full["backward"] if x not in MAPS] == [
-        *("post 4", *block, "post 5", "wait 4"),
-        *("post 6", *block, "wait 5", "post 7", "wait 6"),
-        *("post 8", *block, "wait 7", "post 9", "wait 8"),
-        *(*block, "wait 9", "post 10", "wait 10"),
-    ]
-
 
 # Llama 3.2 1B's output layer: tokens, vocabulary, hidden size, bytes of a number.
 OUTPUT_LAYER = 16_384, 128_256, 2048, 2

@@ -28,7 +28,7 @@ from lcdist_kernels.landmark.blocks import (
 from lcdist_kernels.landmark.impl import TORCH_IMPL, LandmarkImpl, select_landmark_impl
 from lcdist_kernels.landmark.reference import check_sizes, landmark_reference
 from lcdist_kernels.landmark.sparse import BlockLists
-from lcdist_kernels.partial import merge
+from lcdist_kernels.merge_kernel import merge_visit
 from lcdist_kernels.rotary import Rotary
 from lcdist_kernels.tape import kept
 
@@ -178,23 +178,30 @@ class SparseFunction(torch.autograd.Function):
     Saves q, k, v, the table, out, lse and the lists.
 
     Args:
+        own_table: this rank's blocks, part of what all ranks fetched; gets the gradient that
+            `send_back` returns.
+        table: the blocks that this rank fetched, without gradient.
         own: the partial over own blocks, computed while the table was exchanged; None in a second
             run, which takes the results of the first.
+        send_back: posts the gradient of the table to the blocks' owners; returns a function that
+            waits for the gradient of own_table. Own gradients are computed between the two.
     """
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, table: Tensor, own: Any, context: SparseContext):
+    def forward(
+        ctx: Any, q, k, v, own_table, table, own: Any, send_back: Any, context: SparseContext
+    ):
         lists, rows, _, scale, impl = context
 
         def attend() -> tuple[Tensor, Tensor]:
-            out, lse = merge(own[0], own[1], *impl.sparse_fwd(q, table, lists, rows, scale))
+            past = impl.sparse_fwd(q, table, lists, rows, scale)
+            out, lse = merge_visit(own, past, by_kernel=impl is not TORCH_IMPL)
             return out.to(q.dtype), lse
 
         out, lse = kept(attend)
-        # A table may have a wider dtype so that its gradient has; its values do not need it.
-        ctx.wide = table.dtype
+        # A table may have a wider dtype, in which its gradient travels; its values do not need it.
         ctx.save_for_backward(q, k, v, table.to(q.dtype), out, lse)
-        ctx.context = context
+        ctx.context, ctx.send_back, ctx.owned = context, send_back, own_table.dtype
         return out
 
     @staticmethod
@@ -202,9 +209,11 @@ class SparseFunction(torch.autograd.Function):
         q, k, v, table, out, lse = ctx.saved_tensors
         lists, rows, _, scale, impl = context = ctx.context
         dq, dtable = impl.sparse_bwd(dout, q, table, out, lse, lists, rows, scale)
+        receive = ctx.send_back(dtable)
         own = impl.own_bwd(dout, q, k, v, out, lse, rows, context.k_start(k), scale)
         dq, dk, dv = dq.add_(own[0]), *own[1:]
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dtable.to(ctx.wide), None, None
+        owned = receive().to(ctx.owned)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), owned, None, None, None, None
 
 
 class LocalSparseFunction(torch.autograd.Function):

@@ -4,6 +4,10 @@ Keys of landmarks, one per block_size tokens, are gathered from every rank. Each
 selects past blocks by them. The selected blocks of keys and values are requested, once per rank,
 batch row and key head. Their gradients return in fp32 or wider and are added in rank order. The
 selection itself is not differentiated.
+
+Messages have the sizes of what is selected, so the host reads the selection once, and how many
+blocks each rank requests. Own blocks are computed while selected ones travel, and so are own
+gradients while those of selected blocks return.
 """
 
 from typing import NamedTuple
@@ -15,7 +19,6 @@ from lcdist.attention.context import CPU, AttentionContext, LayoutKey, token_tab
 from lcdist.attention.landmark.ring import query_rows
 from lcdist.attention.shared.plan_cache import cached_plan
 from lcdist.exchange import Pending, gather
-from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.landmark import (
     TORCH_IMPL,
     BlockLists,
@@ -40,21 +43,16 @@ def attend_selected(
     found = _select(q, k, v, impl, ctx)
     first = int(found.rows.idx[0])
     sparse = SparseContext(found.lists, found.rows, first, ctx.softmax_scale, impl)
+    own = None
     if replays():
-        return SparseFunction.apply(q, k, v, _received_before(found.own_table), None, sparse)
-    pending = found.request(ctx)
-    own = sparse.own_partial(q, k, v)
-    table = pending.wait()
-    if records():
-        kept(lambda: (table.to(q.dtype), pending.adjoint))
-    return SparseFunction.apply(q, k, v, table, own, sparse)
-
-
-def _received_before(own_table: Tensor) -> Tensor:
-    """Return the blocks that the first run received, with the gradients' way back."""
-    table, adjoint = kept(tuple)
-    wide = wide_dtype(table.dtype)
-    return Pending(own_table, lambda _: lambda: table.to(wide), adjoint).wait()
+        table, send_back = kept(tuple)
+    else:
+        pending = found.request(found.own_table.detach(), ctx)
+        own = sparse.own_partial(q, k, v)
+        table, send_back = pending.wait(), pending.adjoint
+        if records():
+            kept(lambda: (table.to(q.dtype), send_back))
+    return SparseFunction.apply(q, k, v, found.own_table, table, own, send_back, sparse)
 
 
 def reference_selected(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
@@ -63,7 +61,7 @@ def reference_selected(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -
     `attend_selected` is tested against it.
     """
     found = _select(q, k, v, TORCH_IMPL, ctx)
-    rows, lists, table = found.rows, found.lists, found.request(ctx).wait()
+    rows, lists, table = found.rows, found.lists, found.request(found.own_table, ctx).wait()
     # Entry 0 stands for -1, no block, and keeps an empty table in the graph.
     table = torch.cat((table.new_zeros((1, *table.shape[1:])), table))
     ids_by_row = lists.ids.repeat_interleave(lists.lengths.to(q.device), 2)
@@ -80,19 +78,18 @@ class _Selection(NamedTuple):
     Attributes:
         rows: own queries.
         own_table: own blocks, as they are sent to others.
-        requested: entries of all ranks' tables.
+        requested: entries of all ranks' tables, increasing; empty in a second run.
         lists: of the units, among the entries.
     """
 
     rows: QueryRows
     own_table: Tensor
-    requested: Tensor
+    requested: list[int]
     lists: BlockLists
 
-    def request(self, ctx: AttentionContext) -> Pending:
+    def request(self, own_table: Tensor, ctx: AttentionContext) -> Pending:
         """Request the blocks."""
-        blocks = {"blocks": self.requested, "block_size": 1}
-        return gather(self.own_table, ctx.group, dim=0, **blocks, wide=True)
+        return gather(own_table, ctx.group, dim=0, blocks=self.requested, block_size=1, wide=True)
 
 
 def _select(
@@ -105,16 +102,20 @@ def _select(
     rows = query_rows(ctx)
     lengths = make_unit_lengths(options.select_tokens, ctx.layout_key, ctx.documents)
     own_table = table_of(k, v, options.block_size)
-    numbering = TableNumbering(keys.shape[1], keys.shape[0], keys.shape[2])
+    numbering = TableNumbering(ctx.layout.cp_size, keys.shape[1], keys.shape[0], keys.shape[2])
+    requested: list[int] = []
 
     def choose() -> tuple[Tensor, Tensor]:
         assert options.top_k is not None and pending_keys is not None
         units = (rows, lengths, options.top_k)
         selected = impl.choose_blocks(q.detach(), pending_keys.wait(), *units, ctx.softmax_scale)
-        return numbering.requests(selected)
+        named, ids = numbering.requests(selected)
+        # The only wait for the device before blocks are requested.
+        requested.extend(entry for entry, flag in enumerate(named.tolist()) if flag)
+        return named.nonzero_static(size=len(requested)).flatten(), ids
 
-    requested, ids = kept(choose)
-    lists = BlockLists(numbering.block_numbers(requested), ids, lengths)
+    entries, ids = kept(choose)
+    lists = BlockLists(numbering.block_numbers(entries), ids, lengths)
     return _Selection(rows, own_table, requested, lists)
 
 
@@ -130,9 +131,10 @@ def make_unit_lengths(
 class TableNumbering(NamedTuple):
     """Numbers of (block, batch row, key head) in all ranks' tables, concatenated in rank order.
 
-    blocks_per_rank: blocks of a rank's shard. batch, nheads_kv: sizes of the keys.
+    ranks: number of ranks. blocks_per_rank: blocks of a shard. batch, nheads_kv: of the keys.
     """
 
+    ranks: int
     blocks_per_rank: int
     batch: int
     nheads_kv: int
@@ -142,23 +144,29 @@ class TableNumbering(NamedTuple):
         return self.batch * self.nheads_kv * self.blocks_per_rank
 
     def requests(self, selected: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the table entries to request and the position of each selected block among them.
+        """Return which table entries to request, and each selected block's place among them.
+
+        Nothing here waits for the device.
 
         Args:
             selected: global block numbers `[b, h_kv, units, K]`, negative for none.
 
         Returns:
-            Distinct entries, increasing, int64; and their ids, int32, shaped like `selected`, -1
-            for none.
+            A flag for each entry of all ranks' tables; and places among the flagged entries, int32,
+            shaped like `selected`, -1 for none.
         """
         owner = selected.long() // self.blocks_per_rank
         head = torch.arange(self.batch * self.nheads_kv, device=selected.device)
         row = head.view(self.batch, self.nheads_kv, 1, 1) * self.blocks_per_rank
         entries = owner * self.entries_per_rank + row + selected % self.blocks_per_rank
+        # One more entry stands for none.
+        last = self.ranks * self.entries_per_rank
         none = selected < 0
-        requested = entries[~none].unique()
-        ids = torch.searchsorted(requested, entries).int().masked_fill(none, -1)
-        return requested, ids
+        entries = entries.masked_fill_(none, last).flatten()
+        flags = torch.zeros(last + 1, dtype=torch.int32, device=selected.device)
+        flags.index_fill_(0, entries, 1)
+        places = flags.cumsum(0, dtype=torch.int32)[entries] - 1
+        return flags[:last].bool(), places.view_as(selected).masked_fill_(none, -1)
 
     def block_numbers(self, entries: Tensor) -> Tensor:
         """Return the global block number of each table entry."""
