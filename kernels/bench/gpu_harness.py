@@ -47,6 +47,8 @@ LENGTHS, HEAD_DIMS = (4096, 8192, 16384, 32768, 65536, 131072), (64, 128)
 # Interpreted bf16 kernels are off by at most 1.6e-2 at 2,048 tokens; a wrong one by far more.
 ALLOWED = {"bfloat16": 5e-2, "float32": 1e-4}
 GATE_SEQLEN = 2048
+# Tokens whose queries have a common part, if an operator's inputs are alike.
+STRETCH = 128
 # Errors of a kernel or library on a GPU it has not met before; the next contender still runs.
 FAILURES = (
     *(RuntimeError, ValueError, ArithmeticError, TypeError, AttributeError, LookupError, NameError),
@@ -107,7 +109,8 @@ class Operator:
     """What is computed: a method, its options, and whether q and k are rotated by position.
 
     gate, trial: options that replace these at the gate's length, and without a GPU. backward_as:
-    options whose forward has two fifths of the backward's operations, if these do not.
+    options whose forward has two fifths of the backward's operations, if these do not. alike: share
+    of the variance of q that a stretch of tokens has in common.
     """
 
     method: str = "full"
@@ -116,10 +119,17 @@ class Operator:
     trial: Mapping[str, Any] = field(default_factory=dict)
     rotated: bool = False
     backward_as: Mapping[str, Any] = field(default_factory=dict)
+    alike: float = 0.0
 
     def __str__(self) -> str:
         words = [f"{key}={value}" for key, value in self.options.items()]
-        return " ".join([self.method, *words, *["rotated"] * self.rotated])
+        words += ["rotated"] * self.rotated + [f"alike={self.alike}"] * bool(self.alike)
+        return " ".join([self.method, *words])
+
+    def inputs(self, size: Size) -> list[Tensor]:
+        """Make random q, k, v, dout."""
+        q, *others = size.inputs()
+        return [alike(q, self.alike) if self.alike else q, *others]
 
     def options_at(self, gate: bool) -> Any:
         """Return the method's options."""
@@ -152,6 +162,15 @@ class Operator:
             for o in (options, replace(options, **self.backward_as))
         )
         return forward, BACKWARD * like
+
+
+def alike(q: Tensor, share: float) -> Tensor:
+    """Return q with `share` of its variance in common among STRETCH tokens. q: `[b, s, h, d]`."""
+    made = torch.Generator(q.device).manual_seed(1)
+    shape = (q.shape[0], -(-q.shape[1] // STRETCH), *q.shape[2:])
+    common = torch.randn(shape, generator=made, dtype=q.dtype, device=q.device)
+    common = common.repeat_interleave(STRETCH, 1)[:, : q.shape[1]]
+    return share**0.5 * common + (1 - share) ** 0.5 * q
 
 
 @dataclass(frozen=True)
@@ -272,7 +291,7 @@ def gate(contender: Contender, size: Size) -> float:
 
     Raises ArithmeticError if it is too large.
     """
-    inputs = size.inputs()
+    inputs = contender.operator.inputs(size)
     attend = contender.build(contender.operator.options_at(gate=True), size)
     leaves = [x.detach().requires_grad_(contender.backward) for x in inputs[:3]]
     out = attend(*leaves)
@@ -295,7 +314,7 @@ def gate(contender: Contender, size: Size) -> float:
 def passes_of(contender: Contender, size: Size) -> Passes:
     """Return a contender's forward and backward pass on random inputs."""
     attend = contender.build(contender.operator.options_at(gate=False), size)
-    *qkv, dout = size.inputs()
+    *qkv, dout = contender.operator.inputs(size)
     leaves = [x.requires_grad_(contender.backward) for x in qkv]
 
     def backward(out: Tensor) -> None:
