@@ -36,7 +36,8 @@ SCCA = """
 import torch
 from lcdist_kernels import scca_attention
 from lcdist_kernels.full import piece_splits
-from lcdist_kernels.scca import Rule
+from lcdist_kernels.full import TRITON_IMPL
+from lcdist_kernels.scca import Parts, Rule, banded_bwd, banded_fwd, window_parts
 from tests.kernels.compiling import SHARED, compiled_for
 
 q, k, v = (torch.zeros(1, 300, n, 80, dtype=torch.float16, requires_grad=True) for n in (4, 2, 2))
@@ -46,6 +47,18 @@ rules = (Rule("fold", 64, 64), Rule("chunk", 64, 32), Rule("pair", 2, 0), Rule("
 with compiled_for(CAPABILITY) as made:
     scca_attention(q, k, v, rules=rules, impl="triton").backward(torch.zeros_like(q))
 assert len(made) == 4
+# Heads as columns of a wider tensor.
+columns, every = torch.zeros(1, 300, 2, 4, 80, dtype=torch.float16), slice(None)
+index = torch.arange(300)
+q, k, v = columns[:, :, :, :2], columns[:, :, :, 2], columns[:, :, :, 3]
+band = (Rule("chunk", 64), (every, every, every), index, 0 * index, index, TRITON_IMPL)
+parts = Parts(window_parts(*band))
+piece_splits.FEWEST_KEYS = 8192
+with compiled_for(CAPABILITY) as apart:
+    row = banded_fwd(q, k, v, parts, 0.3, impl=TRITON_IMPL)
+    banded_bwd(q, q, k, v, row, parts, torch.zeros_like(row[0]), 0.3, impl=TRITON_IMPL)
+assert len(apart) == 3
+made += apart
 for each in made:
     assert each.metadata.shared <= SHARED[CAPABILITY], each.metadata
 """

@@ -14,7 +14,7 @@ from lcdist_kernels.scca import Part, Parts, Rule, banded_bwd, banded_fwd, head_
 from lcdist_kernels.scca.part_work import Sizes, work_of_parts
 from tests.kernels.helpers import HERE, assert_close
 from tests.kernels.test_full import borders
-from tests.kernels.tiers import covering, one
+from tests.kernels.tiers import covering, one, tiered
 
 ALL = slice(None)
 SEQLEN, SCALE = 75, 0.3
@@ -87,6 +87,38 @@ def test_descriptors_change_no_bit() -> None:
         with descriptors_set(on):
             results.append(both(given, parts, TRITON_IMPL))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(("number", "group"), tiered([(4, 2), (8, 1), (1, 8)], {0}))
+def test_queries_that_are_columns_are_read_where_they_are(
+    number: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, kernels = [], ("_pieces_fwd_kernel", "_pieces_bwd_dq_kernel", "_pieces_bwd_dkv_kernel")
+    for name in kernels:
+        kernel = getattr(piece_kernel, name)
+
+        class Spy:
+            def __getitem__(self, grid: tuple[int, int], kernel=kernel) -> Any:
+                def launch(q: Tensor, *args: Any, **words: Any) -> None:
+                    read.append(q.untyped_storage().data_ptr())
+                    kernel[grid](q, *args, **words)
+
+                return launch
+
+        monkeypatch.setattr(piece_kernel, name, Spy())
+    index = torch.arange(SEQLEN)
+    columns = torch.randn(2, SEQLEN, number, group + 2, 16, device=HERE)
+    q, k, v = columns.split([group, 1, 1], 3)
+    dout = torch.randn(2, SEQLEN, number, group, 16, device=HERE)
+    parts = Parts(
+        window_parts(Rule("chunk", 16), (ALL, ALL, ALL), index, 0 * index, index, TRITON_IMPL)
+    )
+    kv = [k.squeeze(3), v.squeeze(3)]
+    got = both([q, dout, *kv], [parts], TRITON_IMPL)
+    assert read == [columns.untyped_storage().data_ptr()] * 3
+    apart = both([q.contiguous(), dout, *kv], [parts], TRITON_IMPL)
+    assert all(map(torch.equal, got, apart))
+    assert_close(got, both([q, dout, *kv], [parts], TORCH_IMPL))
 
 
 def some_parts() -> Parts:

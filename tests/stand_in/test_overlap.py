@@ -54,7 +54,10 @@ def bare_waits(events: list[str]) -> int:
 
 def assert_few_operations(lines: dict[str, Any]) -> None:
     """Assert how many torch operations a warm call makes on the device, of four visits."""
-    full, lssar = lines["full"], lines["lssar"]
+    full, lssar, sda = lines["full"], lines["lssar"], lines["scca-sda-3-1"]
+    # Two exchanges of units copy what they send and what they return, never queries for a kernel.
+    assert Counter(sda["forward operations"])["aten.clone.default"] == 4
+    assert Counter(sda["backward operations"])["aten.clone.default"] == 4
     # Blocks are merged by a kernel: torch only copies.
     assert Counter(full["forward operations"]) == {"aten.stack.default": 1, TO_COPY: 1}
     # Kernels add to dq: torch copies it, and what travels, and adds what came from other ranks.

@@ -6,12 +6,15 @@ Shapes: q, out, dout, dq `[b, s, h, d]`; k, v, dk, dv `[b, s, h_kv, d]`; lse2 = 
 delta `[b, h, s]`, by slot; q_lo, q_hi int32 `[rules, s]`, by slot. The grid is (programs, batch). A
 row that sees nothing has out = 0, lse2 = -inf. Every result is written once, in its tensor's dtype
 and strides, so the order of the programs changes no bit.
+
+Query heads may be columns of a wider tensor, GROUP of every PITCH columns: head h of q is column
+h // GROUP PITCH + h % GROUP. They are read where they are.
 """
 # Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -69,6 +72,12 @@ def _load_rows(programs):
 
 
 @triton.jit
+def _column_of(i_h, GROUP: tl.constexpr, PITCH: tl.constexpr):
+    """Return the column of q with query head i_h."""
+    return i_h if PITCH == GROUP else i_h // GROUP * PITCH + i_h % GROUP
+
+
+@triton.jit
 def _key_limits(q_lo, q_hi, o_m, m_m, key, key_step, HAS_LO: tl.constexpr):
     """Return the last and the first key that queries o_m see, counted in the keys of a piece.
 
@@ -92,7 +101,8 @@ def _pieces_fwd_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr, MERGE: tl.constexpr, STEP: tl.constexpr,
+    HAS_LO: tl.constexpr, MERGE: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    PITCH: tl.constexpr,
 ):  # fmt: skip
     """Compute out of a tile of rows, and lse2 by slot or lse by row; the other is None.
 
@@ -104,7 +114,8 @@ def _pieces_fwd_kernel(
         programs
     )
     lo, full_lo, full_hi, hi = load_range(p_range, 0)
-    p_q = q + i_b * stride_qb + i_h * stride_qh + row * stride_qs
+    i_column = _column_of(i_h, GROUP, PITCH)
+    p_q = q + i_b * stride_qb + i_column * stride_qh + row * stride_qs
     k, v, at = loop_sources(
         k, v, i_b, i_hk, key.to(tl.int64), STEP, stride_kb, stride_ks, stride_kh, stride_vb,
         stride_vs, stride_vh, STEP > 0,
@@ -145,7 +156,8 @@ def _pieces_bwd_dq_kernel(
     stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
     stride_dout_b, stride_dout_s, stride_dout_h, stride_db, stride_ds, stride_dh,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr, ADD: tl.constexpr, STEP: tl.constexpr,
+    HAS_LO: tl.constexpr, ADD: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    PITCH: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of a tile of rows, and delta by slot, which the kernel for dk and dv reads.
 
@@ -157,7 +169,8 @@ def _pieces_bwd_dq_kernel(
         programs
     )
     lo, full_lo, full_hi, hi = load_range(p_range, 0)
-    p_q = q + i_b * stride_qb + i_h * stride_qh + row * stride_qs
+    i_column = _column_of(i_h, GROUP, PITCH)
+    p_q = q + i_b * stride_qb + i_column * stride_qh + row * stride_qs
     k, v, at = loop_sources(
         k, v, i_b, i_hk, key.to(tl.int64), STEP, stride_kb, stride_ks, stride_kh, stride_vb,
         stride_vs, stride_vh, STEP > 0,
@@ -205,12 +218,13 @@ def _pieces_bwd_dkv_kernel(
     stride_vb, stride_vs, stride_vh, stride_dout_b, stride_dout_s, stride_dout_h,
     stride_db, stride_ds, stride_dh,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, STEP: tl.constexpr,
+    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    PITCH: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of a tile of keys from all rows that see it, or a part of these.
 
     parts: fp32 `[b, parts, 2, BLOCK_N, BLOCK_D]` for tiles of several programs, or None. STEP: of
-    rows, if q and dout are descriptors; else 0.
+    rows, if q and dout are descriptors; else 0, as where heads of q are not adjacent.
     """
     i_b = tl.program_id(1).to(tl.int64)
     p_program = programs + tl.program_id(0) * KEY_COLUMNS
@@ -238,8 +252,10 @@ def _pieces_bwd_dkv_kernel(
         for i_g in range(0, heads):
             i_h = i_first + head + i_g
             i_row = (i_b * nheads + i_h) * seqlen + slot
+            i_more = _column_of(i_h, GROUP, PITCH) - i_h
+            q_head = q if PITCH == GROUP else q + i_more * stride_qh
             of_q, of_dout, at = loop_sources(
-                q, dout, i_b, i_h, row, STEP, stride_qb, stride_qs, stride_qh, stride_dout_b,
+                q_head, dout, i_b, i_h, row, STEP, stride_qb, stride_qs, stride_qh, stride_dout_b,
                 stride_dout_s, stride_dout_h, STEP > 0,
             )  # fmt: skip
             b_dk, b_dv = dkv_loop(
@@ -291,6 +307,50 @@ def _pieces_sum_kernel(
     store_tile(dv + o_own, b_dv, start, keys, step_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
+class Queries(NamedTuple):
+    """Query heads that are columns of a tensor, as kernels read them.
+
+    Attributes:
+        x: `[b, s, columns, d]`, a view.
+        nheads: number of query heads.
+        group, pitch: head h is column h // group * pitch + h % group.
+    """
+
+    x: Tensor
+    nheads: int
+    group: int = 1
+    pitch: int = 1
+
+    @classmethod
+    def of(cls, q: Tensor) -> "Queries":
+        """Return the heads of q `[b, s, h, d]`, or `[b, s, h / g, g, d]`, without a copy.
+
+        A copy is made where neither the last stride is 1 nor one head stride divides the other.
+        """
+        if q.dim() == 4:
+            return cls(last_dim_contiguous(q), q.shape[2])
+        *_, number, group, head_dim = q.shape
+        if group == 1:
+            return cls(last_dim_contiguous(q[:, :, :, 0]), number)
+        q, heads = last_dim_contiguous(q), number * group
+        outer, inner = q.stride()[2:4]
+        if not q.numel() or inner <= 0 or outer % inner or outer < inner * group:
+            return cls(last_dim_contiguous(q.flatten(2, 3)), heads)
+        columns, pitch = outer // inner * (number - 1) + group, outer // inner
+        shape = (*q.shape[:2], columns, head_dim)
+        return cls(q.as_strided(shape, (*q.stride()[:2], inner, 1)), heads, group, pitch)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Return the kernels' constants."""
+        adjacent = self.group == self.pitch
+        return {
+            **dim_constants(self.x),
+            "GROUP": 1 if adjacent else self.group,
+            "PITCH": 1 if adjacent else self.pitch,
+        }
+
+
 def launches_for(q: Tensor, k: Tensor, v: Tensor) -> tuple[Launches, Launches | None]:
     """Return the tiles of full attention: by pointers, and by descriptors where tensors fit."""
     fwd = choose_launch(FWD, q, FWD_HOPPER)
@@ -325,9 +385,10 @@ def partial_fwd(
     q: Tensor, k: Tensor, v: Tensor, tables: WorkTables, softmax_scale: float,
     partial: tuple[Tensor, Tensor], *, merge: bool,
 ) -> None:  # fmt: skip
-    """Write the partial of q over k to (out like q, lse fp32 `[b, h, s]`).
+    """Write the partial of q over k to (out `[b, s, h, d]`, lse fp32 `[b, h, s]`).
 
-    k, v: `[b, s_k, h_k, d]`. merge: with the partial over other keys that is there.
+    q: as `Queries.of` takes it. k, v: `[b, s_k, h_k, d]`. merge: with the partial over other keys
+    that is there.
     """
     if tables.fwd.numel():
         _fwd(q, k, v, tables, softmax_scale, *partial, None, merge=merge)
@@ -339,14 +400,14 @@ def _fwd(
 ) -> None:  # fmt: skip
     if softmax_scale < 0:
         q, softmax_scale = -q, -softmax_scale
-    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
-    batch, seqlen, nheads, _ = q.shape
+    queries = Queries.of(q)
+    q, k, v = queries.x, last_dim_contiguous(k), last_dim_contiguous(v)
     step, keys = _sources(tables.key_step, tables.launches.fwd.block_n, k, v)
     with launch_context(q):
-        _pieces_fwd_kernel[(len(tables.fwd), batch)](
+        _pieces_fwd_kernel[(len(tables.fwd), len(q))](
             q, *keys, out, lse, lse2, tables.q_lo, tables.q_hi, tables.fwd,
-            softmax_scale * LOG2E.value, seqlen, nheads, *strides(q, k, v, out),
-            **dim_constants(q), HAS_LO=tables.has_lo, MERGE=merge, STEP=step,
+            softmax_scale * LOG2E.value, q.shape[1], queries.nheads, *strides(q, k, v, out),
+            **queries.constants, HAS_LO=tables.has_lo, MERGE=merge, STEP=step,
             **tables.launches.fwd.options(),
         )  # fmt: skip
 
@@ -369,7 +430,8 @@ def partial_bwd(
 ) -> None:  # fmt: skip
     """Add the share of dq that passes through k to dq, and write that of dk and dv.
 
-    out, lse: of the whole rows, as `partial_fwd`. grads: dq, dk and dv, in any floating dtype.
+    dout: like out. q: as `Queries.of` takes it. out, lse: of the whole rows, as `partial_fwd`.
+    grads: dq, like out, dk and dv, in any floating dtype.
     """
     _bwd(dout, q, k, v, out, lse, torch.empty_like(lse), tables, softmax_scale, grads, add=True)
 
@@ -378,17 +440,20 @@ def _bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, lse2: Tensor,
     tables: WorkTables, softmax_scale: float, grads: tuple[Tensor, ...], *, add: bool = False,
 ) -> None:  # fmt: skip
-    q, k, v, out, dout = (last_dim_contiguous(x) for x in (q, k, v, out, dout.to(q.dtype)))
-    batch, seqlen, nheads, _ = q.shape
+    k, v, out, dout = (last_dim_contiguous(x) for x in (k, v, out, dout.to(q.dtype)))
+    queries = Queries.of(q)
+    q, batch = queries.x, len(q)
     dq, dk, dv = grads
     delta = torch.empty_like(lse2)
-    numbers = (float(softmax_scale), seqlen, nheads)
-    sizes = dim_constants(q) | {"HAS_LO": tables.has_lo}
+    numbers = (float(softmax_scale), q.shape[1], queries.nheads)
+    sizes = queries.constants | {"HAS_LO": tables.has_lo}
     limits, launches = (tables.q_lo, tables.q_hi), tables.launches
     tile = (launches.dkv.block_n, sizes["BLOCK_D"])
     parts = lse2.new_empty((batch, tables.num_parts, 2, *tile)) if tables.num_parts else None
     key_step, keys = _sources(tables.key_step, launches.dq.block_n, k, v)
-    row_step, rows = _sources(tables.row_step, launches.dkv.block_m, q, dout)
+    # A descriptor of q would need other coordinates than that of dout.
+    step = tables.row_step if sizes["PITCH"] == 1 else 0
+    row_step, rows = _sources(step, launches.dkv.block_m, q, dout)
     with launch_context(q):
         if tables.dq.numel():
             _pieces_bwd_dq_kernel[(len(tables.dq), batch)](

@@ -57,7 +57,7 @@ def parts_fwd(
         return (out.zero_(), lse.fill_(-torch.inf)) if before is None else before
     tables = _tables(q, k, v, parts, all_rows=before is None)
     partial_fwd(
-        q.flatten(2, 3), k, v, tables, softmax_scale, (out.flatten(2, 3), lse.flatten(1, 2)),
+        q, k, v, tables, softmax_scale, (out.flatten(2, 3), lse.flatten(1, 2)),
         merge=before is not None,
     )  # fmt: skip
     return out, lse
@@ -76,8 +76,8 @@ def parts_bwd(
     dk, dv = (torch.empty(x.shape, dtype=wide, device=x.device) for x in (k, v))
     out, lse = row
     partial_bwd(
-        dout.flatten(2, 3), q.flatten(2, 3), k, v, out.flatten(2, 3), lse.flatten(1, 2), tables,
-        softmax_scale, (dq.flatten(2, 3), dk, dv),
+        dout.flatten(2, 3), q, k, v, out.flatten(2, 3), lse.flatten(1, 2), tables, softmax_scale,
+        (dq.flatten(2, 3), dk, dv),
     )  # fmt: skip
     return dk, dv
 
@@ -85,7 +85,7 @@ def parts_bwd(
 def _tables(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], all_rows: bool) -> WorkTables:
     sizes = Sizes(q.shape[1], q.shape[2], q.shape[3], k.shape[1], k.shape[2])
     held = parts if isinstance(parts, Parts) else Parts(parts)
-    return part_tables(held, sizes, all_rows, launches_for(q.flatten(2, 3), k, v), device_stream(q))
+    return part_tables(held, sizes, all_rows, launches_for(q[:, :, 0], k, v), device_stream(q))
 
 
 @cached_plan
