@@ -4,6 +4,7 @@ Without a GPU they run in Triton's interpreter; tests marked `gpu` need one.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lcdist_kernels.lssar import (
     TORCH_IMPL,
     TRITON_IMPL,
     Band,
+    LssarImpl,
     Reweight,
     Threshold,
     directions,
@@ -28,7 +30,8 @@ from lcdist_kernels.lssar import (
     select_lssar_impl,
 )
 from lcdist_kernels.lssar.directions_kernel import DirectionTables, directions_bwd, directions_of
-from lcdist_kernels.lssar.rows import device_logit_scales
+from lcdist_kernels.lssar.rows import RowResults, kernel_logit_scales
+from lcdist_kernels.lssar.tiled import RowStats, Sums
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import make, on_virtual_ranks
 from tests.kernels.helpers import FP32, HERE, SMALL, assert_close, in_nan, on_device, on_its_device
@@ -46,6 +49,39 @@ from tests.tolerance import assert_as_good_as_eager, assert_matches
 FLOAT = torch.float32
 LSSA, SHARP, CUBE = None, Reweight(), Reweight(power=3.0)
 UNEVEN = Reweight(power=2.5, exempt_rows=0)
+
+
+LN2, LOG2E = math.log(2), 1 / math.log(2)
+
+
+def torch_in_base_2() -> LssarImpl:
+    """Return the torch implementation with the units of the kernels: scores times log2 e."""
+
+    def sums(q: Tensor, k: Tensor, band: Band) -> tuple[Tensor, ...]:
+        return tuple(x * LOG2E for x in TORCH_IMPL.sums(q * LN2, k, band))
+
+    def fwd(q: Tensor, k: Tensor, v: Tensor, band: Band, limits: Threshold, *more: Any) -> Sums:
+        limits = Threshold(limits.mean * LN2, limits.inverse * LOG2E)
+        return TORCH_IMPL.fwd(q * LN2, k, v, band, limits, *more)
+
+    def whole(q: Tensor, *more: Any) -> RowResults:
+        done = TORCH_IMPL.whole(q * LN2, *more)
+        return done._replace(mean=done.mean * LOG2E, gamma=done.gamma * LN2)
+
+    def rows(dout: Tensor, out: Tensor, slope: Any, mean: Tensor, gamma: Tensor, *more: Any) -> Any:
+        saved = TORCH_IMPL.rows(dout, out, slope, mean * LN2, gamma * LOG2E, *more)
+        return RowStats(mean, gamma, saved.delta, saved.drift * LN2)
+
+    def bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, band: Band, row: RowStats, *more: Any):
+        mean, gamma, delta, drift = row
+        row = RowStats(mean * LN2, gamma * LOG2E, delta, drift * LOG2E)
+        dq, dk, dv = TORCH_IMPL.bwd(dout, q * LN2, k, v, band, row, *more)
+        return dq * LN2, dk, dv
+
+    return LssarImpl(sums, fwd, whole, rows, bwd)
+
+
+BASE_2 = torch_in_base_2()
 
 
 def truth_of(qkv: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
@@ -213,7 +249,7 @@ def test_blocks_are_those_of_the_tiled_operator(
     limits = no_threshold(exact[0])
     if reweight is not None:
         firsts = [TRITON_IMPL.sums(mine, k[:, b.k_idx], b, launch=launch) for b in bands]
-        truths = [TORCH_IMPL.sums(exact[0], k[:, b.k_idx].cpu().double(), b) for b in bands]
+        truths = [BASE_2.sums(exact[0], k[:, b.k_idx].cpu().double(), b) for b in bands]
         for got, truth in zip(firsts, truths, strict=True):
             assert_close(list(got), list(truth))
         total, top = (torch.stack(x) for x in zip(*truths, strict=True))
@@ -226,12 +262,12 @@ def test_blocks_are_those_of_the_tiled_operator(
         at = b.k_idx
         got = TRITON_IMPL.fwd(mine, k[:, at], v[:, at], b, given, reweight, True, launch=launch)
         kv = [x[:, at].cpu().double() for x in (k, v)]
-        truth = TORCH_IMPL.fwd(exact[0], *kv, b, limits, reweight, True)
+        truth = BASE_2.fwd(exact[0], *kv, b, limits, reweight, True)
         assert_close([*got[:2], *(got.slope or ())], [*truth[:2], *(truth.slope or ())])
         whole = truth if whole is None else whole.plus(truth)
     assert whole is not None
     done = lssar_finish(whole, limits, reweight)
-    saved = TORCH_IMPL.rows(exact[1], *done, bands[0], reweight)
+    saved = BASE_2.rows(exact[1], *done, bands[0], reweight)
     on = [None if x is None else x.float().to(HERE) for x in done]
     rows = TRITON_IMPL.rows(grad, *on, bands[0], reweight)
     assert_close(list(rows), list(saved))
@@ -239,7 +275,7 @@ def test_blocks_are_those_of_the_tiled_operator(
         kv = [x[:, b.k_idx] for x in (k, v)]
         got = TRITON_IMPL.bwd(grad, mine, *kv, b, rows, reweight, launches=(launch, launch))
         doubles = [x.cpu().double() for x in kv]
-        truth = TORCH_IMPL.bwd(exact[1], exact[0], *doubles, b, saved, reweight)
+        truth = BASE_2.bwd(exact[1], exact[0], *doubles, b, saved, reweight)
         assert_close(list(got), list(truth))
 
 
@@ -256,7 +292,7 @@ def test_both_sweeps_in_one_program_are_one_after_the_other(
     q, k = directions(q, None, starts), directions(k, None, starts)
     q = q * logit_scales(band.counts, None, q)
     got = TRITON_IMPL.whole(q, k, v, band, reweight, True, launch=launch)
-    truth = TORCH_IMPL.whole(*(x.cpu().double() for x in (q, k, v)), band, reweight, True)
+    truth = BASE_2.whole(*(x.cpu().double() for x in (q, k, v)), band, reweight, True)
     assert (got.slope is None) == (truth.slope is None) == (reweight is None)
     pairs = [pair for pair in zip(got, truth, strict=True) if pair[0] is not None]
     for actual, reference in pairs:
@@ -285,7 +321,7 @@ def test_sums_keep_their_digits_at_any_score(dtype: torch.dtype) -> None:
     q, k = q.to(HERE, dtype), k.to(HERE, dtype)
     band = Band(torch.arange(92, 100), torch.zeros(8, dtype=torch.int64), torch.arange(100))
     got = TRITON_IMPL.sums(q, k, band, launch=Launch(16, 64, 4, 1))
-    truth = TORCH_IMPL.sums(q.cpu().double(), k.cpu().double(), band)
+    truth = BASE_2.sums(q.cpu().double(), k.cpu().double(), band)
     # Of the polynomial, 8.5e-6 in half precision, and of the exponential of a rounded score.
     allowed = (2e-6 if dtype == FLOAT else 1e-5) + 2.5e-7 * level.abs().double()
     for actual, reference in zip(got, truth, strict=True):
@@ -354,15 +390,15 @@ def test_nearly_flat_rows_have_gradients_in_fp16() -> None:
     index = torch.arange(65)
     band, dout = Band(index, 0 * index, index), 256 * torch.randn_like(q).half()
     q, k = directions(q, None, index), directions(k, None, index)
-    three = [x.half() for x in (q * logit_scales(band.counts, None, q), k, v)]
+    three = [x.half() for x in (q * logit_scales(band.counts, LOG2E * math.log(16), q), k, v)]
     done = TRITON_IMPL.whole(*three, band, SHARP, True)
-    assert done.slope is not None and done.gamma.max() > 1e5
+    assert done.slope is not None and done.gamma.max() > torch.finfo(torch.float16).max
     saved = TRITON_IMPL.rows(dout, *done, band, SHARP)
     grads = TRITON_IMPL.bwd(dout, *three, band, saved, SHARP)
     doubles = [x.cpu().double() for x in (*three, dout)]
-    truth = TORCH_IMPL.whole(*doubles[:3], band, SHARP, True)
-    saved = TORCH_IMPL.rows(doubles[3], *truth, band, SHARP)
-    _, dk, dv = TORCH_IMPL.bwd(doubles[3], *doubles[:3], band, saved, SHARP)
+    truth = BASE_2.whole(*doubles[:3], band, SHARP, True)
+    saved = BASE_2.rows(doubles[3], *truth, band, SHARP)
+    _, dk, dv = BASE_2.bwd(doubles[3], *doubles[:3], band, saved, SHARP)
     assert all(torch.isfinite(x).all() for x in (*done, *grads) if x is not None)
     # dq is their difference, which half precision has not.
     pairs = ((done.out, truth.out), (done.slope, truth.slope), (grads[1], dk), (grads[2], dv))
@@ -440,9 +476,9 @@ def test_saves_directions_values_out_slope_and_scalars() -> None:
 def directions_by_torch(
     q: Tensor, k: Tensor, band: Band, rotary: Rotary | None, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the directions of float64 queries, times their logit scales, and of keys."""
+    """Return the directions of float64 queries, times logit scales in base 2, and of keys."""
     q, k = directions(q, rotary, positions), directions(k, rotary, positions)
-    return q * logit_scales(band.counts, -1.3, q), k
+    return q * logit_scales(band.counts, -1.3 * LOG2E, q), k
 
 
 @pytest.mark.parametrize(("head_dim", "turned"), covering(one([16, 18, 48]), one([True, False])))
@@ -458,7 +494,7 @@ def test_directions_are_those_of_torch(head_dim: int, turned: bool) -> None:
     for positions in (places, torch.randint(0, 500, (2, 37), device=HERE)):
         doubles = [x.cpu().double().requires_grad_() for x in (q, k)]
         truth = directions_by_torch(*doubles, band, rotary, positions.cpu())
-        scales = device_logit_scales(band.counts, -1.3, q)
+        scales = kernel_logit_scales(band.counts, -1.3, q)
         tables = DirectionTables(scales, None if rotary is None else rotary.rotation(positions, q))
         made = directions_of(in_nan(q), in_nan(k), tables)
         assert_close(list(made[:2]), list(truth), 1e-6)

@@ -1,7 +1,7 @@
 """Directions of queries and keys, and the adjoint, in one kernel each.
 
 With r = 1 / |x|, R the rotation of a token, a its factor (R^T R = a^2) and c the logit scale of a
-query (1 for a key), `rows.directions` and `rows.logit_scales` say
+query times log2 e (1 for a key), `rows.directions` and `rows.kernel_logit_scales` say
 
     y = c R (r x)            dx = r R^T (c dy - y (y . dy) / (c a^2))
 
@@ -201,7 +201,7 @@ class Directions(NamedTuple):
 
 
 class DirectionTables(NamedTuple):
-    """Logit scales fp32 `[s]` on the device, and the rotation of the tokens, if there is one."""
+    """`rows.kernel_logit_scales` `[s]`, and the rotation of the tokens, if there is one."""
 
     scales: Tensor
     rotation: Rotation | None

@@ -14,7 +14,8 @@ from lcdist_kernels.triton_common import use_kernels
 class LssarImpl(NamedTuple):
     """Functions of one implementation; `tiled` and `epilogue` describe their semantics.
 
-    Torch takes queries and keys in the wider of fp32 and the dtype of v, kernels in that dtype.
+    Torch takes queries and keys in the wider of fp32 and the dtype of v. Kernels take them in that
+    dtype, queries times log2 e; `kernel` says which results have another unit.
     """
 
     sums: Callable[..., tuple[Tensor, Tensor]]

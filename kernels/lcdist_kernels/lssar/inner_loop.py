@@ -1,13 +1,15 @@
 """Steps of LSSA's and LSSAR's kernels: one tile of scores, and all tiles of a band.
 
-    f = max(s, 0) + d P(d),  d = exp(-|s|) in (0, 1]       sigma = (1 if s >= 0 else d) / (1 + d)
+    f = max(s, 0) + d P(d),  d = 2^-|s| in (0, 1]          sigma = (1 if s >= 0 else d) / (1 + d)
 
-P is the polynomial that brings y P(y) closest to ln(1 + y) on (0, 1] in relative error, rounding
-included: 8.5e-6 with 6 coefficients for half precision, 3.3e-7 with 8 for fp32. The error is
-relative, so rows whose scores are all far below 0, where f is e^s, keep their weights. The
-polynomial needs one special function less than a logarithm; these kernels compute more exponentials
-than full attention. For the sum of f alone, ln of the product of 1 + d over a tile takes its place.
-A hidden score is -inf, where d, f, sigma and the weight are exactly 0.
+s and f are those of `tiled` times log2 e: queries come with that factor, which saves a product a
+score, and results are the same for any factor of f. P is the polynomial that brings y P(y) closest
+to log2(1 + y) on (0, 1] in relative error, rounding included: 8.5e-6 with 6 coefficients for half
+precision, 3.3e-7 with 8 for fp32. The error is relative, so rows whose scores are all far below 0,
+where f is 2^s log2 e, keep their weights. The polynomial needs one special function less than a
+logarithm; these kernels compute more exponentials than full attention. For the sum of f alone,
+log2 of the product of 1 + d over a tile takes its place. A hidden score is -inf, where d, f, sigma
+and the weight are exactly 0.
 """
 # Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -21,7 +23,7 @@ from lcdist_kernels.softmax_steps import (
     load_limits,
     nth_masked,
 )
-from lcdist_kernels.triton_common import INTERPRETED, LN2, LOG2E, dot, load_tile
+from lcdist_kernels.triton_common import INTERPRETED, dot, load_tile
 
 # Bits of a power that is a compile-time constant.
 POWER_BITS = tl.constexpr(6)
@@ -29,34 +31,50 @@ POWER_BITS = tl.constexpr(6)
 
 @triton.jit
 def decay(b_s):
-    """Return exp(-|s|)."""
-    return tl.exp2(tl.abs(b_s) * -LOG2E)
+    """Return exp2(-|s|)."""
+    # A product with -1, not a negation, which Triton makes a difference to 0, an instruction more.
+    return tl.exp2(tl.abs(b_s) * -1.0)
 
 
 @triton.jit
 def softplus(b_s, b_d, PRECISE: tl.constexpr):
-    """Return ln(1 + e^s) from s and exp(-|s|)."""
+    """Return log2(1 + 2^s) from s and exp2(-|s|)."""
     if PRECISE:
-        b_p = b_d * -0.008539209199694388 + 0.044089639056390476
-        b_p = b_p * b_d - 0.10768173136800996
-        b_p = b_p * b_d + 0.17745243428508733
-        b_p = b_p * b_d - 0.24495463880410948
-        b_p = b_p * b_d + 0.33275480048811373
-        b_p = b_p * b_d - 0.49997405426897706
-        b_p = b_p * b_d + 0.9999998056769275
+        b_p = b_d * -0.012319474765512508 + 0.0636079036212389
+        b_p = b_p * b_d - 0.1553518998389655
+        b_p = b_p * b_d + 0.25600974693677014
+        b_p = b_p * b_d - 0.35339484264543597
+        b_p = b_p * b_d + 0.4800637004961981
+        b_p = b_p * b_d - 0.7213100886670026
+        b_p = b_p * b_d + 1.4426947605400304
     else:
-        b_p = b_d * -0.023869153204919176 + 0.10122230221702092
-        b_p = b_p * b_d - 0.2100487211709063
-        b_p = b_p * b_d + 0.32520670027918464
-        b_p = b_p * b_d - 0.49936136951768
-        b_p = b_p * b_d + 0.9999915984766257
+        b_p = b_d * -0.034435908958955805 + 0.14603291343586
+        b_p = b_p * b_d - 0.30303624837833515
+        b_p = b_p * b_d + 0.46917409375664315
+        b_p = b_p * b_d - 0.7204261714146781
+        b_p = b_p * b_d + 1.4426829200528553
     return tl.maximum(b_s, 0.0) + b_p * b_d
 
 
 @triton.jit
+def reciprocal(b_x):
+    """Return 1 / x for x in [1, 2].
+
+    A division takes six instructions for numbers beyond that range, this one, with 1 ulp at most.
+    """
+    if INTERPRETED:
+        b_x = 1.0 / b_x
+    else:
+        b_x = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [b_x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return b_x
+
+
+@triton.jit
 def sigmoid(b_s, b_d):
-    """Return 1 / (1 + e^-s) from s and exp(-|s|)."""
-    return tl.where(b_s >= 0, 1.0, b_d) / (1.0 + b_d)
+    """Return 1 / (1 + 2^-s) from s and exp2(-|s|)."""
+    return tl.where(b_s >= 0, 1.0, b_d) * reciprocal(1.0 + b_d)
 
 
 @triton.jit
@@ -124,10 +142,10 @@ def _product(b_d, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _log1p(b_x):
-    """Return ln(1 + x) of x >= 0, with the relative accuracy of fp32."""
+def _log2_of_1_and(b_x):
+    """Return log2(1 + x) of x >= 0, with the relative accuracy of fp32."""
     b_small = softplus(-tl.abs(b_x), tl.minimum(b_x, 1.0), True)
-    return tl.where(b_x <= 1, b_small, tl.log2(1.0 + b_x) * LN2)
+    return tl.where(b_x <= 1, b_small, tl.log2(1.0 + b_x))
 
 
 @triton.jit
@@ -147,7 +165,7 @@ def _sums_step(
     b_s = scores(
         b_q, b_k, start, seqlen_k, b_q_idx, b_q_lo, k_idx, BLOCK_M, BLOCK_N, HAS_LO, MASKED
     )
-    b_f = tl.sum(tl.maximum(b_s, 0.0), 1) + _log1p(_product(decay(b_s), BLOCK_M, BLOCK_N))
+    b_f = tl.sum(tl.maximum(b_s, 0.0), 1) + _log2_of_1_and(_product(decay(b_s), BLOCK_M, BLOCK_N))
     # Compensated (Kahan): plain sums drift over thousands of tiles of equal scores, and a flat row
     # is recognised by a maximum that equals its mean.
     b_more = b_f - b_excess
@@ -183,7 +201,7 @@ def sums_sweep(
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
         )  # fmt: skip
     b_d = decay(b_max)
-    b_true = tl.maximum(b_max, 0.0) + _log1p(b_d)
+    b_true = tl.maximum(b_max, 0.0) + _log2_of_1_and(b_d)
     b_top = softplus(b_max, b_d, PRECISE)
     return b_sum * tl.where(b_true > 0, b_top / tl.where(b_true > 0, b_true, 1.0), 0.0), b_top
 

@@ -1,7 +1,9 @@
 """LSSA and LSSAR in Triton: the sweeps over keys of the forward, and those of the backward.
 
-The sums and gradients are defined in `tiled`, f and its derivative in `inner_loop`. With m_i = p
-gamma_i of a row, H_i = dout_i . e_i and h_i = o_i / N_i H_i,
+The sums and gradients are defined in `tiled`, f and its derivative, both in base 2, in
+`inner_loop`. So queries, sums, maxima, means and 1 / gamma are those of `tiled` times log2 e; dq
+and drift are divided by it; out, e / gamma, delta, dk and dv are the same. With m_i = p gamma_i of
+a row, H_i = dout_i . e_i and h_i = o_i / N_i H_i,
 
     ds_ij = m_i z_ij,   z_ij = sigma(s_ij) (y_ij^(p-1) (dout_i . v_j - D_i) - h_i / m_i)
     dq_i = m_i sum_j z_ij k_j           dk_j = sum_i ds_ij q_i          dv_j = sum_i y_ij^p dout_i

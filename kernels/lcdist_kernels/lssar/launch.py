@@ -1,7 +1,7 @@
 """Launches of LSSA's and LSSAR's kernels for bf16, fp16 and fp32, like the functions of `tiled`.
 
 Queries, keys and values have one dtype, the model's, as tensor cores need. Statistics, sums and
-gradients are fp32.
+gradients are fp32. Scores are in base 2: see `kernel`.
 """
 # Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false

@@ -23,8 +23,8 @@ from lcdist_kernels.lssar.rows import (
     Band,
     Reweight,
     RowResults,
-    device_logit_scales,
     directions,
+    kernel_logit_scales,
     logit_scales,
 )
 from lcdist_kernels.rotary import Rotary, document_positions, token_numbers
@@ -76,7 +76,7 @@ def direction_tables(
 
     counts, softmax_scale: as in `logit_scales`. positions: integers `[s]` or `[b, s]`.
     """
-    scales = device_logit_scales(counts, softmax_scale, q)
+    scales = kernel_logit_scales(counts, softmax_scale, q)
     return DirectionTables(scales, None if rotary is None else rotary.rotation(positions, q))
 
 

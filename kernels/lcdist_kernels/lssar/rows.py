@@ -115,13 +115,13 @@ def logit_scales(counts: Tensor, softmax_scale: float | None, like: Tensor) -> T
     return (factor * _counts_on_device(counts, like).double().log())[:, None, None].to(like.dtype)
 
 
-def device_logit_scales(counts: Tensor, softmax_scale: float | None, like: Tensor) -> Tensor:
-    """Return c_i, fp32 `[s]` on the device of `like`; made once for equal arguments.
+def kernel_logit_scales(counts: Tensor, softmax_scale: float | None, like: Tensor) -> Tensor:
+    """Return c_i log2(e), fp32 `[s]` on the device of `like`; made once for equal arguments.
 
-    Arguments as of `logit_scales`.
+    Arguments as of `logit_scales`. Kernels take scores in base 2.
     """
     factor = math.log(like.shape[3]) if softmax_scale is None else softmax_scale
-    return _scales_on_device(indices_of(counts), float(factor), device_stream(like))
+    return _scales_on_device(indices_of(counts), factor / math.log(2), device_stream(like))
 
 
 @lru_cache(maxsize=TABLES_KEPT)
