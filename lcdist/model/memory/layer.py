@@ -62,6 +62,18 @@ class Layer(TransformerLayer):
         assert config.hidden_dropout == 0
         self.policy = policy
 
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        packed_seq_params: SequenceParams | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """Run the layer with its hooks, some of which look at positional arguments alone.
+
+        Megatron calls it with keywords.
+        """
+        return super().__call__(hidden_states, packed_seq_params)
+
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
