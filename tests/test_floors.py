@@ -52,7 +52,10 @@ READS_MEGATRON = "lcdist.data.datasets.split"
 SHIM = "lcdist.hardware.megatron_on_cpu"
 WAITS_FOR_DEVICE = "lcdist.hardware.device"
 # May read the environment: the launcher's ranks at the door, one debugging switch.
-READS_ENVIRONMENT = {"lcdist.commands.main", "lcdist.distributed.mesh", "lcdist.exchange.debug"}
+READS_ENVIRONMENT = {
+    *("lcdist.commands.main", "lcdist.distributed.mesh", "lcdist.exchange.debug"),
+    "lcdist.hardware.deepspeed_on_cpu",
+}
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lcdist.config.deepspeed import DeepSpeedConfig
 from lcdist.config.fields import above, at_least, required
 from lcdist.config.lora import LoraConfig
 from lcdist.config.rope import Rope, RopePlain
-
-# --- attention methods' options -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +242,8 @@ class TrainConfig:
     # Of norms, SwiGLU, loss, optimizer and weight gradients: ours, NVIDIA's apex or plain torch.
     # auto: ours, and apex's weight gradients where torch cannot add products to fp32.
     kernels: Literal["auto", "own", "apex", "torch"] = "auto"
-    engine: Literal["megatron"] = "megatron"
+    # megatron: ZeRO-1 on any mesh. deepspeed: as `[deepspeed]` says, without pipeline stages.
+    engine: Literal["megatron", "deepspeed"] = "megatron"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +279,6 @@ class EvaluateConfig:
     """
 
     attention: Literal["auto", "dense", "method"] = "auto"
-
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     tokens: int = at_least(1, 65536)  # scored tokens per length
 
@@ -295,6 +294,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

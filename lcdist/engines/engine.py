@@ -123,8 +123,8 @@ class TrainEngine(ForwardEngine, Protocol):
     def gradient(self, name: str) -> Tensor:
         """Return this rank's part of a gradient in fp32, by the parameter's whole-model name.
 
-        It belongs to the mean loss over all ranks' tokens, before clipping. Raises KeyError if this
-        rank does not train the parameter.
+        It is of the mean loss over all ranks' tokens, before clipping. Ranks that hold the parameter
+        call together. Raises KeyError if this rank does not train it.
         """
         ...
 

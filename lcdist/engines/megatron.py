@@ -50,9 +50,8 @@ class MegatronEngine(MegatronForward):
         self._log = torch.zeros(2, dtype=torch.float64, device=mesh.device)
         self._loss = PendingLoss(partial(self._global_mean, self._log))
         self._num_tokens = torch.zeros((), dtype=torch.int32, device=mesh.device)
-        self.optimizer = ShardedAdamW(
-            self.chunks, plan.config.optim, mesh.dp_cp_group, plan.config.lora.lr_ratio
-        )
+        optim, lr_ratio = plan.config.optim, plan.config.lora.lr_ratio
+        self.optimizer = ShardedAdamW(self.chunks, optim, mesh.dp_cp_group, lr_ratio)
 
     def forward_backward(
         self, batches: Sequence[Batch], while_waiting: Callable[[], None] | None = None
@@ -88,11 +87,10 @@ class MegatronEngine(MegatronForward):
             self._watch.stop()
         finalize_model_grads(chunks, None, *args, **options)
         mesh = self.mesh
-        if mesh.pp_size > 1:
-            # The last stage alone has counted.
-            dist.all_reduce(num_tokens, group=mesh.pp_group)
-        if mesh.dp_cp_group.size() > 1:
-            dist.all_reduce(num_tokens, group=mesh.dp_cp_group)
+        # Of the pipeline, the last stage alone has counted.
+        for group in (mesh.pp_group, mesh.dp_cp_group):
+            if group.size() > 1:
+                dist.all_reduce(num_tokens, group=group)
         self._num_tokens = num_tokens
 
     def step(self, lr: float) -> float:

@@ -10,7 +10,6 @@ cannot be resharded.)
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,16 +18,9 @@ from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.schema import OptimConfig
-from lcdist.model.init import LORA_PARAMS, METHOD_PARAMS, whole_model_names
+from lcdist.engines.moments import assign_owners, entries_by_parameter, sharded_moments
+from lcdist.engines.parameters import TrainedParameter, trained_parameters
 from lcdist_kernels.adamw import Hyper, Tensors, adamw_
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedTensor,
-    ShardedTensorFactory,
-)
-from megatron.core.dist_checkpointing.optimizer import (
-    make_sharded_optimizer_tensor,
-)
 from megatron.core.tensor_parallel.layers import (
     param_is_not_tensor_parallel_duplicate,
 )
@@ -59,25 +51,17 @@ class ShardedAdamW:
         lr_ratio: float = 1.0,
     ) -> None:
         self.config, self.group = config, group
-        self.parameters = [
-            (names[name], parameter)
-            for chunk, names in [(chunk, whole_model_names(chunk)) for chunk in chunks]
-            for name, parameter in chunk.named_parameters()
-            if parameter.requires_grad
-        ]
+        trained = trained_parameters(chunks, lr_ratio)
+        self.parameters = [(one.name, one.parameter) for one in trained]
         owners = assign_owners([p.numel() for _, p in self.parameters], group.size())
-        self.owned: list[list[nn.Parameter]] = [[] for _ in range(group.size())]
-        for (_, parameter), owner in zip(self.parameters, owners, strict=True):
-            self.owned[owner].append(parameter)
+        by_owner: list[list[TrainedParameter]] = [[] for _ in range(group.size())]
+        for one, owner in zip(trained, owners, strict=True):
+            by_owner[owner].append(one)
+        self.owned = [[one.parameter for one in some] for some in by_owner]
         self.mine = self.owned[group.rank()]
         self.masters = [_master(parameter) for parameter in self.mine]
-        undecayed = {id(p) for name, p in self.parameters if METHOD_PARAMS in name}
-        self.decays = [p.ndim > 1 and id(p) not in undecayed for p in self.mine]
-        names = {id(parameter): name for name, parameter in self.parameters}
-        self.lr_ratios = [
-            lr_ratio if LORA_PARAMS in names[id(p)] and names[id(p)].endswith(".B") else 1.0
-            for p in self.mine
-        ]
+        self.decays = [one.decays for one in by_owner[group.rank()]]
+        self.lr_ratios = [one.lr_ratio for one in by_owner[group.rank()]]
         # State exists from the start, so that a checkpoint can be loaded before the first step.
         self.first, self.second = ([torch.zeros_like(m) for m in self.masters] for _ in range(2))
         self.steps = 0
@@ -201,24 +185,13 @@ class ShardedAdamW:
 
         model_state: the sharded state dict of the same chunks.
         """
-        sharded = {
-            id(entry.data): entry
-            for entry in nested_values(model_state)
-            if isinstance(entry, ShardedTensor | ShardedTensorFactory)
-        }
-        state: dict[str, Any] = {}
+        states = []
         for number, (parameter, master) in enumerate(zip(self.mine, self.masters, strict=True)):
-            entry: Any = sharded[id(parameter)]
-            # Only the owner holds this tensor, so its replica number over DP x CP is 0.
-            entry = replace(entry, replica_id=(*entry.replica_id[:-1], 0))
-            tensors = {"exp_avg": self.first[number], "exp_avg_sq": self.second[number]}
+            state = {"exp_avg": self.first[number], "exp_avg_sq": self.second[number]}
             if master is not parameter:
-                tensors["master"] = master.detach()
-            state[str(len(state))] = {
-                kind: make_sharded_optimizer_tensor(entry, tensor, f"optimizer.{kind}")
-                for kind, tensor in tensors.items()
-            }
-        return state
+                state["master"] = master.detach()
+            states.append(state)
+        return sharded_moments(self.mine, states, entries_by_parameter(model_state))
 
     def load_sharded(self, loaded: dict[str, Any], steps_taken: int) -> None:
         """Copy in loaded state, in the shape that `sharded_state_dict` returned.
@@ -233,20 +206,6 @@ class ShardedAdamW:
                 self.second[number].copy_(tensors["exp_avg_sq"])
                 if master is not parameter:
                     master.copy_(tensors["master"])
-
-
-def assign_owners(sizes: Sequence[int], count: int) -> list[int]:
-    """Return an owner in 0..count-1 for each tensor.
-
-    Assigns tensors from the largest to the smallest, each to the owner with the fewest elements.
-    """
-    load = [0] * count
-    owners = [0] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        owner = min(range(count), key=lambda rank: (load[rank], rank))
-        owners[index] = owner
-        load[owner] += sizes[index]
-    return owners
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -5,6 +5,7 @@ what any mesh saved.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,7 +43,10 @@ def load_model_state(chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> Non
 
 
 def load_whole_tensors(
-    chunks: Sequence[nn.Module], tensors: Mapping[str, Callable[[], Tensor]], tp_rank: int
+    chunks: Sequence[nn.Module],
+    tensors: Mapping[str, Callable[[], Tensor]],
+    tp_rank: int,
+    opened: Callable[[nn.Parameter], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Fill parameters from whole tensors; padding rows of a vocabulary table stay as they are.
 
@@ -51,13 +55,15 @@ def load_whole_tensors(
         tensors: by whole-model name, a function that reads the tensor; called only for parameters
             that a chunk holds.
         tp_rank: this rank's number among the tensor-parallel ranks.
+        opened: returns a context in which a parameter can be written.
     """
     with torch.no_grad():
         for chunk in chunks:
             names = whole_model_names(chunk)
             for local, parameter in chunk.named_parameters():
                 if names[local] in tensors:
-                    _fill(parameter, tensors[names[local]](), tp_rank)
+                    with opened(parameter):
+                        _fill(parameter, tensors[names[local]](), tp_rank)
 
 
 def _fill(parameter: nn.Parameter, whole: Tensor, tp_rank: int) -> None:

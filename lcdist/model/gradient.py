@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist_kernels import apex
 from lcdist_kernels.step_kernels import step_kernels
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
 
 def accumulate(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
@@ -90,6 +92,16 @@ def add_product(total: Tensor, dy: Tensor, x: Tensor, overwrite: bool = False) -
         total.copy_(dy.t() @ x)
     else:
         total += dy.t() @ x
+
+
+def summed_over_tp(weight: Tensor) -> Tensor:
+    """Return a weight that each tensor-parallel rank uses for its own tokens.
+
+    Where the engine does not sum the gradients of such weights, their backward does.
+    """
+    if vars(weight).get("sums_over_tp", False):
+        return copy_to_tensor_model_parallel_region(weight)
+    return weight
 
 
 def is_placeholder(grad: Tensor) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.lora import LoraConfig
+from lcdist.model.gradient import summed_over_tp
 from lcdist.model.init import LORA_PARAMS, METHOD_PARAMS, VOCAB_TABLES, whole_model_names
 from lcdist.model.linear import Column, Row
 from megatron.core.tensor_parallel import (
@@ -126,7 +127,9 @@ class LoraColumn(_Adapted, Column):
         input_: `[s, b, in]`; this rank's tokens alone under sequence parallelism.
         """
         out, bias = super().forward(input_, *args, **kwargs)
-        down = _down_projection(input_, torch.cat([adapter.A for adapter in self.lora.values()]))
+        down = _down_projection(
+            input_, torch.cat([summed_over_tp(adapter.A) for adapter in self.lora.values()])
+        )
         if self.sequence_parallel:
             down = gather_from_sequence_parallel_region(down, group=self.tp_group)
         elif self.tp_group.size() > 1:
@@ -186,9 +189,8 @@ class LoraRow(_Adapted, Row):
             down = reduce_scatter_to_sequence_parallel_region(down, group=self.tp_group)
         else:
             down = reduce_from_tensor_model_parallel_region(down, group=self.tp_group)
-        total = torch.addmm(
-            out.flatten(0, -2), down.flatten(0, -2), adapter.B.t(), alpha=self.scale
-        )
+        B = summed_over_tp(adapter.B)
+        total = torch.addmm(out.flatten(0, -2), down.flatten(0, -2), B.t(), alpha=self.scale)
         return total.view(out.shape), bias
 
     def sharded_state_dict(

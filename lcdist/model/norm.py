@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.model.gradient import summed_over_tp
 from lcdist_kernels.norm import add_norm, scale_rows
 from megatron.core.transformer import TransformerConfig
 
@@ -35,7 +36,7 @@ class RMSNorm(nn.Module):
 
         The stream goes on from the sum: so its gradients meet in one pass.
         """
-        return add_norm(x, delta, self.weight, self.eps)
+        return add_norm(x, delta, summed_over_tp(self.weight), self.eps)
 
     def scale(self, x: Tensor, rstd: Tensor) -> Tensor:
         """Return the norm of x again, given 1 / rms of each token; not differentiable."""

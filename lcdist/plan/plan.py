@@ -23,6 +23,7 @@ from lcdist.plan.checks import (
     check_schedule,
 )
 from lcdist.plan.compute import ComputeEstimate
+from lcdist.plan.deepspeed import check_deepspeed
 from lcdist.plan.memory import MemoryEstimate
 from lcdist.plan.parameters import ParameterCounts
 from lcdist.plan.profile import check_profile
@@ -112,6 +113,7 @@ def make_plan(config: Config, world_size: int, hardware: Hardware | None = None)
     check_lora(config, errors)
     check_schedule(config, errors)
     check_profile(config, world_size, errors)
+    check_deepspeed(config, errors)
     layers = resolve_layers(config, errors)
     check_methods(config, layers, errors)
     layout = resolve_layout(config, layers, errors) if layers else None

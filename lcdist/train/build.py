@@ -14,6 +14,7 @@ from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.meta import check_vocabulary
 from lcdist.distributed.mesh import Mesh
+from lcdist.engines.deepspeed.engine import DeepSpeedEngine
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.hardware.peak import Peak
 from lcdist.layout.documents import DocumentLayout
@@ -82,7 +83,8 @@ def build_trainer(plan: Plan, mesh: Mesh, dataset: Dataset, peak: Peak) -> Train
         balance=plan.config.data.balance,
     )
     chunks = build_model(plan, mesh.device)
-    engine = MegatronEngine(plan, mesh, chunks)
+    engines = {"megatron": MegatronEngine, "deepspeed": DeepSpeedEngine}
+    engine = engines[train.engine](plan, mesh, chunks)
     folder = Path(plan.config.log.folder) / "checkpoints"
     retention = plan.config.checkpoint
     checkpointer = Checkpointer(folder, retention.keep_last, retention.keep_every)

@@ -13,7 +13,8 @@ from lcdist.config.schema import Config, OptimConfig
 from lcdist.distributed.mesh import build_mesh
 from lcdist.engines import optimizer as room
 from lcdist.engines.forward import MegatronForward
-from lcdist.engines.optimizer import ShardedAdamW, assign_owners
+from lcdist.engines.moments import assign_owners
+from lcdist.engines.optimizer import ShardedAdamW
 from lcdist.model.build import build_model
 from lcdist.model.init import whole_model_names
 from lcdist.model.sequence import SequenceParams

@@ -6,6 +6,7 @@ description under which it is saved.
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,7 +33,15 @@ def gather_weights(engine: ForwardEngine) -> dict[str, Tensor]:
 
 def gather_gradients(engine: TrainEngine) -> dict[str, Tensor]:
     """Return every parameter's fp32 gradient as `gather_weights` does; 0 for frozen parameters."""
-    return _assemble([s for e in _entries(engine) for s in _shards(e, _gradient(engine, e))])
+    entries = list(_entries(engine))
+    gathered: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, [entry.key for entry in entries])
+    found: dict[str, Tensor] = {}
+    # Only one of the ranks that call for a gradient may describe where it lies.
+    for name in sorted({name for names in gathered for name in names}):
+        with suppress(KeyError):
+            found[name] = engine.gradient(name)
+    return _assemble([s for e in entries for s in _shards(e, _gradient(found, e))])
 
 
 def gather_moments(engine: TrainEngine) -> dict[str, Tensor]:
@@ -52,10 +61,8 @@ def _entries(engine: ForwardEngine) -> Iterator[Any]:
             yield entry
 
 
-def _gradient(engine: TrainEngine, entry: Any) -> Tensor:
-    if not entry.data.requires_grad:
-        return torch.zeros_like(entry.data)
-    return engine.gradient(entry.key)
+def _gradient(found: Mapping[str, Tensor], entry: Any) -> Tensor:
+    return found[entry.key] if entry.data.requires_grad else torch.zeros_like(entry.data)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

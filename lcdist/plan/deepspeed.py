@@ -1,0 +1,156 @@
+"""DeepSpeed's configuration for a run, and what a user's own file may say beside it."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lcdist.config.schema import Config
+from lcdist.plan.shape import RunShape
+
+INSTALL = "pip install 'lcdist[deepspeed]', or set train.engine = 'megatron'"
+# Of a user's file: groups of settings that change speed, memory or logging and no number.
+NEUTRAL = ("zero_optimization", "aio", "comms_logger", "memory_breakdown", "dump_state")
+NEUTRAL += ("wall_clock_breakdown", "steps_per_print", "prescale_gradients", "data_types")
+# Other keys and what is to be set instead.
+REMEDIES = {
+    "optimizer": "set [optim]: the optimizer is AdamW",
+    "scheduler": "set optim.schedule, warmup_steps and min_lr",
+    "fp16": "set train.dtype = 'bf16': losses are not scaled",
+    "activation_checkpointing": "set train.recompute and train.offload",
+    "sequence_parallel_size": "set parallel.cp_size",
+    "tensor_parallel": "set parallel.tp_size",
+    # DeepSpeed's count has context-parallel ranks as data-parallel ones.
+    "train_batch_size": "set train.global_batch_size",
+    "pipeline": "set train.engine = 'megatron' and parallel.pp_size",
+}
+
+
+def check_deepspeed(config: Config, errors: list[str]) -> None:
+    """Check that DeepSpeed is installed and that its settings fit the run."""
+    settings, parallel = config.deepspeed, config.parallel
+    if config.train.engine != "deepspeed":
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        errors.append(f"train.engine = 'deepspeed': DeepSpeed is not installed; {INSTALL}")
+    if parallel.pp_size > 1:
+        errors.append(
+            f"parallel.pp_size = {parallel.pp_size} with train.engine = 'deepspeed': DeepSpeed "
+            "reduces gradients at the end of its own backward passes, not in a pipeline schedule; "
+            "set parallel.pp_size = 1, or train.engine = 'megatron'"
+        )
+    if settings.offload_parameters != "none" and settings.stage < 3:
+        errors.append(
+            f"deepspeed.offload_parameters = '{settings.offload_parameters}' needs "
+            f"deepspeed.stage = 3, not {settings.stage}"
+        )
+    if settings.offload_optimizer != "none" and settings.stage < 1:
+        errors.append(
+            f"deepspeed.offload_optimizer = '{settings.offload_optimizer}' needs deepspeed.stage = "
+            "1, 2 or 3, not 0"
+        )
+    if settings.offload_optimizer == "nvme" and settings.stage < 3:
+        errors.append(
+            "deepspeed.offload_optimizer = 'nvme' needs deepspeed.stage = 3, not "
+            f"{settings.stage}; or set it to 'cpu'"
+        )
+    if "nvme" in (settings.offload_optimizer, settings.offload_parameters) and (
+        not settings.nvme_folder
+    ):
+        errors.append(
+            "deepspeed.nvme_folder is empty; name a folder on a fast disk, or offload to 'cpu'"
+        )
+
+
+def deepspeed_config(shape: RunShape) -> dict[str, Any]:
+    """Return DeepSpeed's configuration for a run, without a user's file."""
+    config, settings = shape.config, shape.config.deepspeed
+    zero: dict[str, Any] = {
+        "stage": settings.stage,
+        "overlap_comm": settings.overlap,
+        "reduce_bucket_size": settings.reduce_bucket_elements,
+        "allgather_bucket_size": settings.gather_bucket_elements,
+        "stage3_prefetch_bucket_size": settings.gather_bucket_elements,
+        **_offload("offload_optimizer", settings.offload_optimizer, settings.nvme_folder),
+        **_offload("offload_param", settings.offload_parameters, settings.nvme_folder),
+    }
+    precision: dict[str, Any] = {"bf16": {"enabled": shape.dtype == "bf16"}}
+    if shape.dtype == "bf16":
+        # A step that is not finite is refused, and gradients are summed as under Megatron.
+        precision["bf16"]["check_grad_overflow"] = True
+        precision["data_types"] = {"grad_accum_dtype": "fp32"}
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": shape.num_micro_batches,
+        # Without ZeRO the engine clips: DeepSpeed would not report the norm.
+        "gradient_clipping": config.optim.clip_norm if settings.stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **precision,
+    }
+
+
+def _offload(key: str, target: str, folder: str) -> dict[str, Any]:
+    if target == "none":
+        return {}
+    where = {"nvme_path": folder} if target == "nvme" else {}
+    return {key: {"device": target, "pin_memory": True, **where}}
+
+
+def read_deepspeed_file(config: Config, errors: list[str]) -> dict[str, Any]:
+    """Return what `deepspeed.json_file` holds; an empty dict without one or after an error."""
+    path = config.deepspeed.json_file
+    if not path:
+        return {}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        errors.append(f"deepspeed.json_file = '{path}': {error}")
+        return {}
+    if not isinstance(found, dict):
+        errors.append(f"deepspeed.json_file = '{path}': it holds no JSON object")
+        return {}
+    return found
+
+
+def merged(ours: dict[str, Any], theirs: dict[str, Any], errors: list[str]) -> dict[str, Any]:
+    """Return the run's configuration with a user's settings added.
+
+    Args:
+        ours: as of `deepspeed_config`.
+        theirs: the user's file. "auto" stands for the run's value, as in Hugging Face's files.
+        errors: a line is added for every setting that contradicts the run.
+    """
+    errors += _contradictions(ours, theirs, "")
+    for key, value in theirs.items():
+        off = isinstance(value, dict) and value.get("enabled") is False
+        if key in REMEDIES and not off and value != "auto":
+            errors.append(f"{key} in deepspeed.json_file: leave it out, and {REMEDIES[key]}")
+        elif key not in (*ours, *NEUTRAL, *REMEDIES) and not off:
+            errors.append(f"{key} in deepspeed.json_file is not supported; leave it out")
+    return _with(ours, theirs)
+
+
+def _contradictions(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key in ours.keys() & theirs.keys():
+        mine, other = ours[key], theirs[key]
+        if isinstance(mine, dict) and isinstance(other, dict):
+            yield from _contradictions(mine, other, f"{prefix}{key}.")
+        elif other != "auto" and other != mine:
+            yield (
+                f"{prefix}{key} = {other!r} in deepspeed.json_file, but the run says {mine!r}; "
+                "leave it out or make both equal"
+            )
+
+
+def _with(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Return `ours` with the keys that only `theirs` has."""
+    total = dict(ours)
+    for key, value in theirs.items():
+        if isinstance(value, dict) and isinstance(total.get(key), dict):
+            total[key] = _with(total[key], value)
+        elif key not in total and value != "auto":
+            total[key] = value
+    return total
