@@ -123,7 +123,7 @@ class TrainEngine(ForwardEngine, Protocol):
     def gradient(self, name: str) -> Tensor:
         """Return this rank's part of a gradient in fp32, by the parameter's whole-model name.
 
-        It is of the mean loss over all ranks' tokens, before clipping. Ranks that hold the parameter
+        It is that of the mean loss over all ranks, before clipping. Ranks that hold the parameter
         call together. Raises KeyError if this rank does not train it.
         """
         ...
