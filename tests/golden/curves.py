@@ -35,8 +35,10 @@ def golden_file(name: str) -> Path:
     return FOLDER / f"{name.replace('/', '-')}.json"
 
 
-def curve(name: str, mesh: tuple[str, ...], meshes: Meshes) -> dict[str, list[float]]:
-    """Loss (nats a token) and gradient norm of the first steps of configs/<name>.toml.
+def curve(
+    name: str, mesh: tuple[str, ...], meshes: Meshes, steps: int = STEPS
+) -> dict[str, list[float]]:
+    """Return loss (nats a token) and gradient norm of the first steps of configs/<name>.toml.
 
     mesh: overrides; the world has been started.
     """
@@ -49,7 +51,7 @@ def curve(name: str, mesh: tuple[str, ...], meshes: Meshes) -> dict[str, list[fl
     config = load(CONFIGS / f"{name}.toml", overrides)
     trainer = meshes.trainer(config)
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         loss = trainer.engine.forward_backward(trainer.loader.next_step())
         losses.append(loss.mean)
         norms.append(trainer.engine.step(learning_rate(config.optim, step, config.train.steps)))

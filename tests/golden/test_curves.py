@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 
 from tests.distributed import run_ranks
-from tests.golden.curves import curve, golden_file, names
+from tests.golden.curves import STEPS, curve, golden_file, names
 from tests.model.small import Meshes, mesh_name
 
 TOLERANCE = 1e-5
@@ -26,12 +26,16 @@ MESHES: dict[tuple[int, tuple[str, ...]], int] = {
 
 
 # The quickstart is a larger model: it is run as the main job runs it.
-QUICKSTART = {(1, ()): 2, (2, (CP,)): 2}
+QUICKSTART = {(2, (CP,)): 2}
 
 
-# `tests/model` compares every method's gradients on these meshes and others; here full attention's
-# whole runs are compared on all meshes, other methods' on one.
-OTHER_METHODS = {case: MESHES[case] for case in ((1, ()), (4, (TP, CP, SP)))}
+# `tests/model` compares every method's gradients on these meshes and others. Here full attention's
+# whole runs are compared on all meshes, other methods' on one: one process would show no more,
+# because the mesh has to give the numbers of one process.
+OTHER_METHODS = {case: MESHES[case] for case in ((4, (TP, CP, SP)),)}
+# One process takes all steps, and so does the quickstart: warmup, decay and the data's order do not
+# depend on the mesh.
+STEPS_OF_FOUR_RANKS = 8
 
 
 def meshes_of(name: str) -> dict[tuple[int, tuple[str, ...]], int]:
@@ -51,8 +55,9 @@ def chosen(name: str, world_size: int) -> list[tuple[str, ...]]:
 def all_curves(rank: int, world_size: int, name: str) -> list[dict[str, list[float]]]:
     meshes = Meshes()
     sizes = meshes_of(name)
+    steps = STEPS_OF_FOUR_RANKS if world_size == 4 else STEPS
     return [
-        curve(name, (*mesh, f"train.micro_batch_size={sizes[world_size, mesh]}"), meshes)
+        curve(name, (*mesh, f"train.micro_batch_size={sizes[world_size, mesh]}"), meshes, steps)
         for mesh in chosen(name, world_size)
     ]
 
@@ -82,8 +87,11 @@ DEFAULT = ("debug/full",)
         for name, world_size, mesh in CASES
     ],
 )
-def test_twenty_steps(name: str, world_size: int, mesh: tuple[str, ...]) -> None:
+def test_first_steps_are_the_golden_ones(
+    name: str, world_size: int, mesh: tuple[str, ...]
+) -> None:
     golden = json.loads(golden_file(name).read_text(encoding="utf-8"))
     curve = found(name, world_size)[mesh]
     for key in ("loss", "grad_norm"):
-        assert curve[key] == pytest.approx(golden[key], rel=TOLERANCE), key
+        assert len(curve[key]) == (STEPS_OF_FOUR_RANKS if world_size == 4 else STEPS)
+        assert curve[key] == pytest.approx(golden[key][: len(curve[key])], rel=TOLERANCE), key
