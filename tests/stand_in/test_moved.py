@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.stand_in.test_stand_in import library, needs_the_device, run
+from tests.stand_in.test_stand_in import (
+    DEBUG,
+    METHODS,
+    WAITS,
+    library,
+    needs_the_device,
+    run,
+)
 
 __all__ = ["library"]
 pytestmark = needs_the_device
@@ -30,13 +37,30 @@ REPLACED = {
     *("silu", "silu_backward", "pow", "rsqrt", "mean", "rms_norm", "_fused_rms_norm"),
     *("embedding_dense_backward", "_fused_adamw_", "_foreach_mul_", "square"),
 }
+# Two layers and two micro-batches have all that more of them have; stages need their own layers.
+SHORT = "model.num_layers=2"
+TWO = "train.global_batch_size=2"
 MESHES = (
-    "parallel.tp_size=2 parallel.cp_size=2 parallel.sequence_parallel=true",
-    "parallel.pp_size=2 model.tied_embeddings=true train.loss=whole",
-    "parallel.cp_size=4 train.recompute=selective",
-    "train.recompute=full train.offload=host train.mlp=tiled train.mlp_chunk=64",
-    "train.recompute=keep_attention train.loss=chunked model.tied_embeddings=true",
-    "parallel.tp_size=2 lora.rank=4",
+    f"{SHORT} {TWO} parallel.tp_size=2 parallel.cp_size=2 parallel.sequence_parallel=true",
+    SHORT,
+)
+STAGES = (
+    "parallel.pp_size=2 parallel.tp_size=2 model.vocab_size=250 train.loss=whole",
+    "parallel.pp_size=2 parallel.vp_size=2 model.tied_embeddings=true",
+)
+TILED = "train.recompute=full train.offload=host train.mlp=tiled train.mlp_chunk=64"
+KEEP = "train.recompute=keep_attention train.offload=host"
+MORE = tuple(
+    f"{SHORT} {words}"
+    for words in (
+        "parallel.tp_size=2 lora.rank=4",
+        TILED,
+        f"{TILED} lora.rank=4",
+        f"{TWO} {KEEP} parallel.cp_size=2 parallel.tp_size=2",
+        f"{TWO} parallel.cp_size=4 train.recompute=selective train.loss=chunked "
+        "model.tied_embeddings=true",
+        "data.documents=pack attention.impl=torch",
+    )
 )
 
 
@@ -99,14 +123,36 @@ def test_a_step_of_the_reference_shape(library: Path) -> None:
     }
 
 
+def assert_trains(library: Path, rank: int, cases: list[str]) -> None:
+    """Assert that configurations train, evaluate and generate on the device, as they should."""
+    lines = [json.loads(line) for line in run(library, "training", str(rank), "4", *cases)]
+    assert [line["of"] for line in lines] == cases
+    for line in lines:
+        assert set(line["waits"]) == WAITS, line
+        assert sum(line["launches"].values()), line
+        # An evaluation reads its loss.
+        assert set(line["waits in use"]) == {"forward.py: _global_mean"}, line
+        # All kernels were called before the first step, so it compiles none.
+        assert not line["compiled late"], line
+        if "full.toml" in line["of"] and "impl=torch" not in line["of"]:
+            layers = 2 if SHORT in line["of"] else 4
+            # Norms of each layer and the last one; factors of a layer's adapters.
+            most = 2 * layers + 1 + (14 * layers if "lora" in line["of"] else 0)
+            assert_nothing_old(line, most * 4)
+
+
 @pytest.mark.exhaustive
-def test_nothing_old_comes_back_on_any_mesh(library: Path) -> None:
-    config = "configs/debug/full.toml train.steps=2 optim.warmup_steps=0"
-    lines = counted(library, 4, *(f"{config} {words}" for words in MESHES))
-    for words, found in zip(MESHES, lines, strict=True):
-        # Two of each of four layers and the last norm; four factors of a layer's adapters.
-        most = 9 if "lora" not in words else 9 + 4 * 14
-        assert_nothing_old(found, most * 4)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_method_trains(library: Path, mesh: str) -> None:
+    assert_trains(library, 1, [f"{DEBUG}/{name}.toml {mesh}" for name in METHODS])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("rank", "words"), [(0, (*STAGES, *MORE)), (3, STAGES)])
+def test_full_attention_trains_with_every_option(
+    library: Path, rank: int, words: tuple[str, ...]
+) -> None:
+    assert_trains(library, rank, [f"{DEBUG}/full.toml {each}" for each in words])
 
 
 @pytest.mark.exhaustive

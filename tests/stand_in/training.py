@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 
-from tests.stand_in.cuda import StandIn, install, leave
-
-STAND_IN = install(*map(int, sys.argv[1:3]))
-
-from lcdist.config import load  # noqa: E402
-from lcdist.distributed.mesh import build_mesh  # noqa: E402
-from lcdist.hardware.peak import Peak  # noqa: E402
-from lcdist.inference.generate import generate  # noqa: E402
-from lcdist.model.kernel_calls import call_kernels  # noqa: E402
-from lcdist.plan import make_plan  # noqa: E402
-from lcdist.train.build import build_trainer, open_dataset  # noqa: E402
-from tests.engines.internals import chunks_of  # noqa: E402
-from tests.stand_in.counting import Counting  # noqa: E402
+# Installs the device, which must come before anything of lcdist.
+from tests.stand_in.moved import STAND_IN, second_step  # isort: skip
+from lcdist.config import load
+from lcdist.distributed.mesh import build_mesh
+from lcdist.hardware.peak import Peak
+from lcdist.inference.generate import generate
+from lcdist.model.kernel_calls import call_kernels
+from lcdist.plan import make_plan
+from lcdist.train.build import build_trainer, open_dataset
+from tests.engines.internals import chunks_of
+from tests.stand_in.counting import Counting
+from tests.stand_in.cuda import StandIn, leave
 
 
 def train(words: str, stand_in: StandIn) -> None:
@@ -40,13 +39,9 @@ def train(words: str, stand_in: StandIn) -> None:
     stand_in.variants.clear()
     call_kernels(plan, mesh)
     compiled, stand_in.variants = stand_in.variants, set()
-    engine = trainer.engine
-    for _ in range(2):
-        stand_in.launches.clear()
-        stand_in.waits.clear()
-        engine.forward_backward([b.to(mesh.device) for b in trainer.loader.next_step()])
-        engine.step(1e-3)
+    work = second_step(trainer, mesh)
     said: dict[str, Any] = {"launches": dict(stand_in.launches), "waits": dict(stand_in.waits)}
+    said["other"] = work["other"].rows()
     late = stand_in.variants - compiled if config.attention.impl == "auto" else set()
     said["compiled late"] = sorted({name for name, *_ in late})
     # LoRA's factors are a few columns wide, and drawn on the host.
@@ -54,7 +49,7 @@ def train(words: str, stand_in: StandIn) -> None:
         assert drawn == weights and not any("normal" in x for x in building.cpu_operations)
     stand_in.waits.clear()
     batches = [batch.to(mesh.device) for batch in trainer.loader.next_step()]
-    engine.evaluate(batches, plan.layout, config.train.seqlen)
+    trainer.engine.evaluate(batches, plan.layout, config.train.seqlen)
     parallel = config.parallel
     if parallel.cp_size == parallel.pp_size == 1 and not parallel.sequence_parallel:
         prompt = torch.randint(plan.shape.text_vocab_size, (37,), device=mesh.device)
