@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import subprocess
 import sys
 import time
@@ -11,31 +10,29 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lcdist.commands import extend, extend_steps
+from lcdist.commands.main import main
 from lcdist.report.sections import report_facts
+from tests.launch.conftest import TINY, run_here
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "tests" / "launch" / "tiny"
+# A program of one rank, whose numbers are those of this process.
+PROGRAM = """
+import sys
+from lcdist.commands import extend
+from lcdist.commands.main import main
+extend._ranks = lambda: 1
+sys.exit(main(["extend", *sys.argv[1:]]))
+"""
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a few hundred kilobytes of text with a pattern to learn."""
-    folder = tmp_path_factory.mktemp("text")
-    words = random.Random(0)
-    names = ["".join(words.choices("abcdefghij", k=5)) for _ in range(200)]
-    for number in range(24):
-        lines = [
-            f"{name} = {words.choice(names)}({number})" for name in words.choices(names, k=900)
-        ]
-        (folder / f"part{number}.txt").write_text("\n".join(lines))
-    return folder
+def words(text: Path) -> list[str]:
+    return ["--data", str(text), "--name", "job", "--configs", str(TINY)]
 
 
 def start(text: Path, where: Path) -> subprocess.Popen[str]:
     """Start the job in its own process group, with standard error in its standard output."""
-    words = ["--data", str(text), "--name", "job", "--configs", str(TINY)]
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / "extend.py"), *words],
+        [sys.executable, "-c", PROGRAM, *words(text)],
         cwd=where,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         text=True,
@@ -45,22 +42,22 @@ def start(text: Path, where: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(text: Path, where: Path) -> str:
-    """Run the job, assert that it succeeds, and return its output."""
-    job = start(text, where)
-    printed, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, printed
-    return printed
-
-
 @pytest.mark.exhaustive
 def test_report_of_an_interrupted_job_equals_an_uninterrupted_one(
-    text: Path, tmp_path: Path
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    first = finish(text, whole)
+    with monkeypatch.context() as patch:
+        patch.chdir(whole)
+        patch.setattr(extend_steps, "run_program", run_here)
+        patch.setattr(extend, "_ranks", lambda: 1)
+        assert main(["extend", *words(text)]) == 0
+    first = capsys.readouterr().out
     assert "perplexity at 256 tokens" in first and "Worth trying next" in first
     assert (whole / "runs/job/report.html").stat().st_size > 10_000
 
@@ -77,5 +74,7 @@ def test_report_of_an_interrupted_job_equals_an_uninterrupted_one(
             process.kill()
     job.wait()
     assert not (broken / "runs/job/report.html").exists()
-    finish(text, broken)
+    again = start(text, broken)
+    printed, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, printed
     assert report_facts(broken / "runs/job") == report_facts(whole / "runs/job")

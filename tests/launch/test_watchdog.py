@@ -16,8 +16,9 @@ def rank_of(pid: int) -> int:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_watchdog_names_a_frozen_rank(frozen: int, tmp_path: Path) -> None:
+def test_watchdog_names_a_frozen_rank(tmp_path: Path) -> None:
+    # Rank 0 writes the status of a run, so the report must not need it.
+    frozen = 0
     started = Start(tmp_path / "run", "parallel.stall=2", "train.steps=5000", "checkpoint.every=0")
     try:
         started.wait_until(lambda: done(started.folder) > 3)
