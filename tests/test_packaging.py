@@ -117,7 +117,8 @@ def test_wheel_in_a_fresh_environment_plans_a_run(built: Path, tmp_path: Path) -
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    in_venv("pip", "install", "--quiet", str(wheel))
+    # Compiling all modules of all dependencies would take most of the time.
+    in_venv("pip", "install", "--quiet", "--no-compile", str(wheel))
     assert re.search(r"\d+\.\d+", in_venv("lcdist", "--version"))
     assert "parameters" in in_venv("lcdist", "plan", "mine.toml", "parallel.cp_size=2")
     assert "`landmark`" in in_venv("lcdist", "methods")

@@ -56,7 +56,6 @@ def save_and_keep(family: str, source: Path, shards: str) -> object:
     ("world_size", "every"),
     [
         (2, False),
-        pytest.param(2, True, marks=pytest.mark.exhaustive),
         pytest.param(4, True, marks=pytest.mark.exhaustive),
     ],
 )

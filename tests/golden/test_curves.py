@@ -87,9 +87,7 @@ DEFAULT = ("debug/full",)
         for name, world_size, mesh in CASES
     ],
 )
-def test_first_steps_are_the_golden_ones(
-    name: str, world_size: int, mesh: tuple[str, ...]
-) -> None:
+def test_first_steps_are_the_golden_ones(name: str, world_size: int, mesh: tuple[str, ...]) -> None:
     golden = json.loads(golden_file(name).read_text(encoding="utf-8"))
     curve = found(name, world_size)[mesh]
     for key in ("loss", "grad_norm"):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -221,19 +222,22 @@ PROGRAMS = {
 }
 
 
-def compiles(program: str, capability: int, cache: Path) -> None:
-    """Fails unless the program, which compiles kernels for sm_CAPABILITY, ends well."""
+# Programs whose compilations take seconds each, and the others.
+PRODUCTS = ("full", "tensorized", "scca")
+MAPS = tuple(name for name in PROGRAMS if name not in PRODUCTS)
+
+
+def compiles(programs: Sequence[str], capability: int, cache: Path) -> None:
+    """Fails unless the programs, which compile kernels for sm_CAPABILITY, end well.
+
+    They run in one process, because a process starts in as long as it compiles some kernels.
+    """
     roots = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": roots, "TRITON_CACHE_DIR": str(cache)}
+    program = "".join(programs).replace("CAPABILITY", str(capability))
     done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            program.replace("CAPABILITY", str(capability)),
-        ],
+        [sys.executable, "-W", "ignore", "-c", program],
         env=environment,
         capture_output=True,
         text=True,
@@ -242,14 +246,20 @@ def compiles(program: str, capability: int, cache: Path) -> None:
     assert not done.returncode, done.stderr[-4000:]
 
 
-# For sm_90 `test_machine_code.py` compiles those that are left out here.
-CASES = [
-    *((name, 80) for name in PROGRAMS),
-    *((name, 90) for name in PROGRAMS if name not in ("full", "scca", "tensorized")),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "capability"), tiered(CASES, {CASES.index(("rotary", 90))}))
-def test_kernels_compile(name: str, capability: int, tmp_path: Path) -> None:
-    compiles(PROGRAMS[name], capability, tmp_path)
+@pytest.mark.parametrize(
+    ("names", "capability"),
+    # For sm_90 `test_machine_code.py` compiles those that are left out here.
+    tiered(
+        [
+            (("rotary",), 90),
+            (tuple(name for name in MAPS if name != "rotary"), 90),
+            (MAPS, 80),
+            (PRODUCTS, 80),
+        ],
+        {0},
+    ),
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
+)
+def test_kernels_compile(names: tuple[str, ...], capability: int, tmp_path: Path) -> None:
+    compiles([PROGRAMS[name] for name in names], capability, tmp_path)

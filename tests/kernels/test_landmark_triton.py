@@ -560,9 +560,11 @@ for head_dim, dtype, size in shapes[CAPABILITY]:
         TRITON_IMPL.sparse_bwd(q, q, table, out, lse, lists, grid.rows, 0.25)
         TRITON_IMPL.local_fwd(q, k, k, *units)
         TRITON_IMPL.local_bwd(q, q, k, k, out, lse, *units)
-        TRITON_IMPL.local_fwd(q, k, k, *short)
-        TRITON_IMPL.local_bwd(q, q, k, k, out, lse, *short)
-    assert len(made) == 20
+        # For sm_90 test_machine_code.py compiles units of one token.
+        if CAPABILITY == 80:
+            TRITON_IMPL.local_fwd(q, k, k, *short)
+            TRITON_IMPL.local_bwd(q, q, k, k, out, lse, *short)
+    assert len(made) == (20 if CAPABILITY == 80 else 11)
     for each in made:
         assert each.metadata.shared <= SHARED[CAPABILITY], (head_dim, size, each.metadata)
 """
@@ -571,7 +573,7 @@ for head_dim, dtype, size in shapes[CAPABILITY]:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
-    test_compiles.compiles(PROGRAM, capability, tmp_path)
+    test_compiles.compiles([PROGRAM], capability, tmp_path)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

@@ -578,7 +578,7 @@ for head_dim, dtype, starts, reweight in (
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
-    compiles(LSSAR, capability, tmp_path)
+    compiles([LSSAR], capability, tmp_path)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ GRIDS = [
     ModeGrid((9, 7), hop_heads="kv"),
 ]
 CASES = [(grid, n, (2, 1), 16) for grid in GRIDS for n in (1, 63, 100, 257)]
+# Two modes take longest in the interpreter, and 100 tokens are two of their blocks already.
+TOO_LONG = (GRIDS[2], 257, (2, 1), 16)
 CASES += [(ModeGrid((64,), local_blocks=2), 256, (2, 1), 16)]
 CASES += [(ModeGrid((20,), local_blocks=4), 63, heads, 16) for heads in ((8, 8), (8, 4), (8, 1))]
 CASES += [(ModeGrid((9, 2)), 63, (2, 1), 16), (ModeGrid((2, 3, 4), hop_heads="kv"), 26, (2, 1), 16)]
@@ -71,7 +73,10 @@ def by_kernels(leaves: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("packed", "grid", "seqlen", "heads", "head_dim"),
     # Documents in every other case. By default every grid once, one token, and a head_dim of 18.
-    tiered([(number % 2 == 1, *case) for number, case in enumerate(CASES)], {0, 1, 5, 9, 16, 18}),
+    tiered(
+        [(n % 2 == 1, *case) for n, case in enumerate(CASES) if case != TOO_LONG],
+        {0, 1, 5, 9, 15, 17},
+    ),
     ids=lambda value: name(value) if isinstance(value, ModeGrid) else None,
 )
 def test_equals_reference(
@@ -93,13 +98,9 @@ def test_equals_reference(
     ("grid", "launch"),
     tiered(
         [
-            (grid, launch)
-            for grid in (
-                ModeGrid((40,), local_blocks=3),
-                ModeGrid((38,), hop_heads="kv"),
-                ModeGrid((2, 33)),
-            )
-            for launch in SMALL
+            *((ModeGrid((40,), local_blocks=3), launch) for launch in SMALL),
+            *((ModeGrid((38,), hop_heads="kv"), launch) for launch in SMALL),
+            (ModeGrid((2, 33)), SMALL[2]),
         ],
         {0, 4},
     ),
@@ -191,9 +192,9 @@ def eager(leaves: list[Tensor], grid: ModeGrid, rotary: Rotary) -> Tensor:
     ("grid", "dtype"),
     tiered(
         [
-            (grid, dtype)
-            for grid in (ModeGrid((20,), local_blocks=2), ModeGrid((10, 5), hop_heads="kv"))
-            for dtype in (torch.float16, torch.bfloat16)
+            (ModeGrid((20,), local_blocks=2), torch.float16),
+            (ModeGrid((20,), local_blocks=2), torch.bfloat16),
+            (ModeGrid((10, 5), hop_heads="kv"), torch.float16),
         ],
         {2},
     ),
@@ -203,7 +204,7 @@ def test_as_good_as_eager_in_half_precision(grid: ModeGrid, dtype: torch.dtype) 
 
 
 # A ratio of errors says nothing of one token, whose dq and dk are 0: fp32 has that case.
-@pytest.mark.parametrize("seqlen", tiered(one([63, 128, 257]), {0}))
+@pytest.mark.parametrize("seqlen", tiered(one([63, 257]), {0}))
 def test_half_precision_at_any_length(seqlen: int) -> None:
     assert_accurate(ModeGrid((64,), local_blocks=2), seqlen, (2, 1), 16, torch.float16)
 

@@ -98,7 +98,9 @@ def two_steps(rank: int, world_size: int, ways: list[tuple[str, ...]]) -> list[A
     ids=mesh_name,
 )
 def test_steps_and_gradient_hooks_are_those_of_keeping_everything(mesh: tuple[str, ...]) -> None:
-    ranks = run_ranks(two_steps, 2, [mesh, *((*mesh, *way) for way in WAYS)])
+    # The two meshes that are exhaustive share the ways.
+    ways = WAYS[CP in mesh :: 2] if mesh else WAYS
+    ranks = run_ranks(two_steps, 2, [mesh, *((*mesh, *way) for way in ways)])
     for (expected, whole_counts), *others in ranks:
         # Data-parallel ranks start to sum a gradient when every hook has run once.
         assert whole_counts == ({1} if TP not in mesh else set())
