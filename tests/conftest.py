@@ -36,16 +36,23 @@ LONGEST = (
     "tests/stand_in/",
 )
 
-# Rooms whose tests build models, most of them on several ranks, and files that start programs or
-# interpret the longest kernels: slow as a whole.
+# Rooms whose tests build models, most of them on several ranks, and files and tests that start
+# programs or interpret the longest kernels. Full attention's and SCCA's kernels are interpreted in
+# the fast tier too.
 ROOMS = ("checkpoint", "convert", "engines", "evaluate", "golden", "inference", "launch", "model")
 SLOW = (
     *(f"tests/{room}/" for room in (*ROOMS, "stand_in", "train")),
     "tests/attention/test_external_methods",
+    "tests/attention/test_methods.py::test_processes_equal_reference",
+    *(f"tests/kernels/test_{name}_triton" for name in ("coca", "landmark", "lssar", "tensorized")),
+    "tests/kernels/test_landmark.py::test_blocks_smaller_and_larger_than_a_tile",
     "tests/kernels/test_machine_code",
-    "tests/kernels/test_tensorized_triton",
+    "tests/kernels/test_part_work",
     "tests/test_bench",
+    "tests/test_gpu_check",
     "tests/test_packaging",
+    "tests/test_plan.py::test_parameters_and_states_equal_those_of_real_models",
+    "tests/test_stages.py::test_stages_are_runs_one_after_another",
 )
 
 
