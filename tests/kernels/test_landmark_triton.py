@@ -21,6 +21,7 @@ from lcdist_kernels.landmark import (
     block_grid,
     landmark_partial,
     select_landmark_impl,
+    sparse_launch,
 )
 from lcdist_kernels.landmark.inner_loop import Tiling, tiling_of
 from lcdist_kernels.landmark.union import invert, unite
@@ -267,6 +268,24 @@ def test_any_strides_are_taken_and_nothing_outside_is_read(choice: dict[str, Any
     got = by_kernel(strided, in_nan(dout), **more)
     for actual, reference in zip(got, truth, strict=True):
         assert torch.equal(actual, reference)
+
+
+@pytest.mark.parametrize("choice", [UNITS, {**UNITS, "select_tokens": 1}])
+def test_offsets_of_64_bits_read_the_same_rows(
+    choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qkv = on_device(40, (4, 2), 16, torch.float32)
+    dout, more = torch.randn_like(qkv[0]), {"block_size": 7, **choice}
+    truth = by_kernel(qkv, dout, **more)
+    asked: list[Tensor] = []
+    far = torch.empty(1, device="meta").as_strided((1, 3, 4, 8), (2**40, 2**30, 8, 1))
+    assert sparse_launch.rows_are_wide(2, qkv[0], far)
+    assert not sparse_launch.rows_are_wide(2, qkv[0], far[:, :1])
+    monkeypatch.setattr(
+        sparse_launch, "rows_are_wide", lambda heads, *tensors: bool(asked.extend(tensors)) or True
+    )
+    got = by_kernel(qkv, dout, **more)
+    assert len(asked) == 2 and all(map(torch.equal, got, truth))
 
 
 def pieces_of(seqlen: int, count: int, cut: str) -> list[Tensor]:

@@ -30,6 +30,7 @@ from lcdist_kernels.triton_common import (
     dot,
     features,
     is_hopper,
+    reciprocal,
 )
 
 
@@ -156,7 +157,7 @@ def weigh_blocks(b_x, b_block_sum, b_max, b_sum):
     b_new = tl.maximum(b_max, tl.max(b_x, 1))
     b_gate = tl.exp2(b_x - b_new[:, None])
     b_rescale = tl.exp2(b_max - b_new)
-    return b_gate / b_block_sum, b_rescale, b_new, b_sum * b_rescale + tl.sum(b_gate, 1)
+    return b_gate * reciprocal(b_block_sum), b_rescale, b_new, b_sum * b_rescale + tl.sum(b_gate, 1)
 
 
 @triton.jit
@@ -240,8 +241,9 @@ def grads_of_gates(
     SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Return (weights, gradients of scores) of whole blocks, from their softmax and gates."""
-    b_mean = _block_sum(b_p * b_du, ROWS, BLOCKS, WIDTH) / b_block_sum
-    b_p = b_p * to_columns(b_gate / b_block_sum, ROWS, BLOCKS, WIDTH)
+    b_inverse = reciprocal(b_block_sum)
+    b_mean = _block_sum(b_p * b_du, ROWS, BLOCKS, WIDTH) * b_inverse
+    b_p = b_p * to_columns(b_gate * b_inverse, ROWS, BLOCKS, WIDTH)
     b_ds = b_p * (b_du - to_columns(b_mean, ROWS, BLOCKS, WIDTH))
     b_dx = b_gate * (b_mean - b_delta[:, None])
     m_mark = (o_in == SIZE - 1)[None, :]

@@ -321,26 +321,38 @@ def _load_row_tile(
     q, dout, lse, delta, p_tokens, i_b, i_head, i_hk, first, count, seqlen_q,
     stride_qb, stride_qs, stride_qh, stride_dout_b, stride_dout_s, stride_dout_h,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    GATHER: tl.constexpr,
+    GATHER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return (q, dout, lse in base 2, delta, tokens, mask) of up to BLOCK_M // GROUP tokens.
 
-    These are `count` tokens from `first` on; with GATHER, of those that p_tokens names.
+    These are `count` tokens from `first` on; with GATHER, of those that p_tokens names. WIDE:
+    the rows of a group lie 2^31 elements or more apart; a gather by int64 is 64 instructions more.
     """
     o_s, o_g, m_m = _rows_of(first, count, GROUP, BLOCK_M)
     # Where the group does not divide the tile, the last rows belong to the next tile.
-    m_m = m_m & (tl.arange(0, BLOCK_M) < BLOCK_M // GROUP * GROUP)
+    if BLOCK_M % GROUP != 0:
+        m_m = m_m & (tl.arange(0, BLOCK_M) < BLOCK_M // GROUP * GROUP)
+    p_q = q + i_b * stride_qb + i_hk * GROUP * stride_qh
+    p_dout = dout + i_b * stride_dout_b + i_hk * GROUP * stride_dout_h
+    i_row = i_head * GROUP * seqlen_q
     if GATHER:
-        o_s = tl.load(p_tokens + o_s, mask=m_m, other=0)
-    o_at = o_s.to(tl.int64)
-    o_h = i_hk * GROUP + o_g
-    o_q = i_b * stride_qb + o_at * stride_qs + o_h * stride_qh
-    b_q = load_rows(q, o_q, m_m, HEAD_DIM, BLOCK_D)
-    o_dout = i_b * stride_dout_b + o_at * stride_dout_s + o_h * stride_dout_h
-    b_dout = load_rows(dout, o_dout, m_m, HEAD_DIM, BLOCK_D)
-    o_row = (i_head * GROUP + o_g) * seqlen_q + o_at
-    b_lse = tl.load(lse + o_row, mask=m_m, other=float("inf")) * LOG2E
-    b_delta = tl.load(delta + o_row, mask=m_m, other=0.0)
+        # First the scalar, so that rows of a thread have one address and fixed distances.
+        o_s = tl.load(p_tokens + first + tl.arange(0, BLOCK_M) // GROUP, mask=m_m, other=0)
+        o_at = o_s
+    else:
+        # In a loop only these scalars change; the tile's own offsets are loop invariant.
+        p_q += first.to(tl.int64) * stride_qs
+        p_dout += first.to(tl.int64) * stride_dout_s
+        i_row += first
+        o_at = tl.arange(0, BLOCK_M) // GROUP
+    if WIDE:
+        o_g, o_at = o_g.to(tl.int64), o_at.to(tl.int64)
+    b_q = load_rows(p_q, o_g * stride_qh + o_at * stride_qs, m_m, HEAD_DIM, BLOCK_D)
+    o_dout = o_g * stride_dout_h + o_at * stride_dout_s
+    b_dout = load_rows(p_dout, o_dout, m_m, HEAD_DIM, BLOCK_D)
+    o_row = o_g * seqlen_q + o_at
+    b_lse = tl.load(lse + i_row + o_row, mask=m_m, other=float("inf")) * LOG2E
+    b_delta = tl.load(delta + i_row + o_row, mask=m_m, other=0.0)
     return b_q, b_dout, b_lse, b_delta, o_s, m_m
 
 
@@ -354,7 +366,7 @@ def _sparse_bwd_dkv_kernel(
     stride_dkb, stride_dke, stride_dks, stride_dkh, stride_dvb, stride_dve, stride_dvs, stride_dvh,
     GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, LOCAL: tl.constexpr, GATHER: tl.constexpr,
+    BLOCK_N: tl.constexpr, LOCAL: tl.constexpr, GATHER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of one entry, or of a part of it.
 
@@ -376,7 +388,7 @@ def _sparse_bwd_dkv_kernel(
     p_v = v + i_b * stride_vb + i_hk * stride_vh + i_e * stride_ve
     b_k = load_rows(p_k, o_at * stride_ks, m_n, HEAD_DIM, BLOCK_D)
     b_v = load_rows(p_v, o_at * stride_vs, m_n, HEAD_DIM, BLOCK_D)
-    begin = i_e * SIZE if LOCAL else tl.load(begins + i_e)
+    begin = (i_e * SIZE).to(tl.int32) if LOCAL else tl.load(begins + i_e)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
@@ -390,7 +402,7 @@ def _sparse_bwd_dkv_kernel(
             b_q, b_dout, b_lse, b_delta, o_s, m_m = _load_row_tile(
                 q, dout, lse, delta, readers, i_b, i_list, i_hk, start + offset, length - offset,
                 seqlen_q, stride_qb, stride_qs, stride_qh, stride_dout_b, stride_dout_s,
-                stride_dout_h, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, False,
+                stride_dout_h, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, False, WIDE,
             )  # fmt: skip
             _, b_last, _ = _load_slots(slots, o_s, m_m, SIZE)
             m_visible = (begin + o_in)[None, :] <= b_last[:, None]
@@ -422,10 +434,10 @@ def _sparse_bwd_dkv_kernel(
                 q, dout, lse, delta, p_readers, i_head // nheads_kv, i_head, i_head % nheads_kv,
                 start + offset, length - offset, seqlen_q,
                 stride_qb, stride_qs, stride_qh, stride_dout_b, stride_dout_s, stride_dout_h,
-                GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, GATHER,
+                GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, GATHER, WIDE,
             )  # fmt: skip
-            b_q_last, _, _ = _load_slots(slots, o_s, m_m, SIZE)
-            m_visible = begin <= b_q_last
+            # Entries begin at multiples of SIZE: one is past if it ends before the row's slot.
+            m_visible = begin + SIZE <= tl.load(slots + o_s, mask=m_m, other=0)
             if STEPS == 1:
                 b_dk, b_dv = past_dkv(
                     b_q, b_dout, b_dk, b_dv, b_lse, b_delta, b_k, b_v, o_in, m_visible[:, None],

@@ -177,8 +177,16 @@ def _backward(
             q, k, v, dout, lse, delta, dk, dv, readers, starts, unit_rows(work.lengths, place),
             slots, begins, own_rows, float(softmax_scale), q.shape[1], entries, *ids.shape[2:],
             segments, ids.shape[1], *strides(q), *inputs, *strides(dout),
-            *work.entry_strides(dk, dv), GATHER=gather, **constants,
+            *work.entry_strides(dk, dv), GATHER=gather, WIDE=rows_are_wide(ids.shape[1], q, dout),
+            **constants,
         )  # fmt: skip
+
+
+def rows_are_wide(nheads_kv: int, *tensors: Tensor) -> bool:
+    """Return whether rows of one group of heads lie 2^31 elements or more apart."""
+    group = tensors[0].shape[2] // nheads_kv
+    lengths = (x.shape[1] * x.stride(1) + group * x.stride(2) for x in tensors)
+    return max(lengths) >= 2**31
 
 
 def _new_lse(q: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from lcdist_kernels.softmax_steps import (
     load_limits,
     nth_masked,
 )
-from lcdist_kernels.triton_common import INTERPRETED, dot, load_tile
+from lcdist_kernels.triton_common import INTERPRETED, dot, load_tile, reciprocal
 
 # Bits of a power that is a compile-time constant.
 POWER_BITS = tl.constexpr(6)
@@ -54,21 +54,6 @@ def softplus(b_s, b_d, PRECISE: tl.constexpr):
         b_p = b_p * b_d - 0.7204261714146781
         b_p = b_p * b_d + 1.4426829200528553
     return tl.maximum(b_s, 0.0) + b_p * b_d
-
-
-@triton.jit
-def reciprocal(b_x):
-    """Return 1 / x for x in [1, 2].
-
-    A division takes six instructions for numbers beyond that range, this one, with 1 ulp at most.
-    """
-    if INTERPRETED:
-        b_x = 1.0 / b_x
-    else:
-        b_x = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [b_x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return b_x
 
 
 @triton.jit
