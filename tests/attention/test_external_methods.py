@@ -66,15 +66,22 @@ def test_shared_tests_pass(installed: dict[str, str]) -> None:
 def test_method_is_listed_planned_and_trained(
     installed: dict[str, str], tmp_path: Path, name: str
 ) -> None:
-    assert f"`{name}`" in run(installed, "-m", "lcdist", "methods")
     debug = [
         "configs/debug/full.toml",
         f"attention.method={name}",
         f"attention.{OPTIONS[name]}=31",
     ]
-    assert name in run(installed, "-m", "lcdist", "plan", *debug, "--world-size", "1")
     steps = ["train.steps=2", "optim.warmup_steps=1", f"log.folder={tmp_path / 'run'}"]
-    run(installed, "-m", "lcdist", "train", *debug, *steps, "log.peak_tflops=1.0")
+    commands = [
+        ["methods"],
+        ["plan", *debug, "--world-size", "1"],
+        ["train", *debug, *steps, "log.peak_tflops=1.0"],
+    ]
+    # One process, because a start takes seconds.
+    program = "import sys\nfrom lcdist.commands.main import main\n"
+    program += "\n".join(f"print('--', main({words!r}))" for words in commands)
+    listed, planned, _, _ = run(installed, "-c", program).split("-- 0\n")
+    assert f"`{name}`" in listed and name in planned
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000002\n"
 
 

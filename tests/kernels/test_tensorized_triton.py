@@ -194,13 +194,14 @@ def eager(leaves: list[Tensor], grid: ModeGrid, rotary: Rotary) -> Tensor:
         [
             (ModeGrid((20,), local_blocks=2), torch.float16),
             (ModeGrid((20,), local_blocks=2), torch.bfloat16),
-            (ModeGrid((10, 5), hop_heads="kv"), torch.float16),
+            (ModeGrid((6, 4), hop_heads="kv"), torch.float16),
         ],
         {2},
     ),
 )
 def test_as_good_as_eager_in_half_precision(grid: ModeGrid, dtype: torch.dtype) -> None:
-    assert_accurate(grid, 60, (2, 1), 48, dtype)
+    # The last block has one token.
+    assert_accurate(grid, 2 * grid.block + 1, (2, 1), 48, dtype)
 
 
 # A ratio of errors says nothing of one token, whose dq and dk are 0: fp32 has that case.
@@ -211,7 +212,7 @@ def test_half_precision_at_any_length(seqlen: int) -> None:
 
 def test_any_strides_are_taken_and_nothing_outside_is_read() -> None:
     grid, rotary = ModeGrid((10,), local_blocks=2), Rotary(frequencies(20))
-    leaves = leaves_of(grid, 45, (4, 2), 20, torch.float32)
+    leaves = leaves_of(grid, 25, (4, 2), 20, torch.float32)
     dout, more = torch.randn_like(leaves[0]), {"grid": grid, "rotary": rotary}
     truth = by_kernels(leaves, dout, **more)
     strided = [*(in_nan(x.detach()) for x in leaves[:3]), leaves[3].detach()]

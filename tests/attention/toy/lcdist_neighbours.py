@@ -54,8 +54,7 @@ def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
 
 def flops(options: NeighbourOptions, shape: Shape) -> int:
     assert shape.seqlen is not None
-    seen = min(options.reach + 1, shape.seqlen)
-    pairs = seen * (seen + 1) // 2 + (shape.seqlen - seen) * seen
+    pairs = sum(min(earlier, options.reach) + 1 for earlier in range(shape.seqlen))
     return 4 * shape.batch * shape.nheads * shape.head_dim * pairs
 
 
