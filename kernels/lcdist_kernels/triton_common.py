@@ -285,3 +285,28 @@ def store_tile(
     m = (o_s < seqlen)[:, None] & m_d[None, :]
     p_tile = p + (o_s.to(tl.int64) * stride_s)[:, None] + o_d[None, :]
     tl.store(p_tile, b.to(p.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def load_rows(
+    p, o_at, m_at, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr = False
+):
+    """Return rows at the int64 offsets o_at, `[rows, BLOCK_D]`; 0 where m_at is False.
+
+    ALL: m_at is True everywhere.
+    """
+    o_d, m_d = features(HEAD_DIM, BLOCK_D)
+    p_at = p + o_at[:, None] + o_d[None, :]
+    if ALL:
+        b = tl.load(p_at) if HEAD_DIM == BLOCK_D else tl.load(p_at, mask=m_d[None, :], other=0.0)
+    else:
+        b = tl.load(p_at, mask=m_at[:, None] & m_d[None, :], other=0.0)
+    return b
+
+
+@triton.jit
+def store_rows(p, b, o_at, m_at, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store rows at the int64 offsets o_at where m_at is True, in the tensor's dtype."""
+    o_d, m_d = features(HEAD_DIM, BLOCK_D)
+    m = m_at[:, None] & m_d[None, :]
+    tl.store(p + o_at[:, None] + o_d[None, :], b.to(p.dtype.element_ty), mask=m)

@@ -114,6 +114,54 @@ def test_any_tiles(grid: ModeGrid, launch: Launch, monkeypatch: pytest.MonkeyPat
     assert_close(by_kernels(leaves, dout, **more), truth_of(leaves, dout, **more))
 
 
+@pytest.mark.parametrize(
+    ("modes", "seqlen", "heads", "together"),
+    tiered(
+        [
+            ((9,), 30, (4, 1), 4),
+            ((9, 7), 100, (4, 1), 4),
+            ((9, 7), 100, (6, 1), 2),
+            ((12, 3), 100, (4, 2), 2),
+        ],
+        {0},
+    ),
+)
+def test_short_fibres_of_several_heads_share_a_tile(
+    modes: tuple[int, ...],
+    seqlen: int,
+    heads: tuple[int, int],
+    together: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched = []
+    for kernel_name in ("_tensorized_fwd_kernel", "_tensorized_bwd_dq_kernel"):
+        kernel = getattr(launchers, kernel_name)
+
+        class Spy:
+            def __getitem__(self, programs: tuple[int], kernel=kernel) -> Any:
+                def launch(*args: Any, **words: Any) -> None:
+                    launched.append((words["HOP"], words["HEADS"], programs[0]))
+                    kernel[programs](*args, **words)
+
+                return launch
+
+        monkeypatch.setattr(launchers, kernel_name, Spy())
+    monkeypatch.setattr(launchers, "choose_launch", lambda *_: Launch(64, 16, 4, 1))
+    grid = ModeGrid(modes, hop_heads="kv")
+    leaves = leaves_of(grid, seqlen, heads, 16, torch.float32)
+    dout, more = torch.randn_like(leaves[0]), {"grid": grid, "rotary": Rotary(frequencies(16))}
+    more["cu_seqlens"] = torch.tensor([0, 2 * grid.block])
+    assert_close(by_kernels(leaves, dout, **more), truth_of(leaves, dout, **more))
+    # No fibre has more than 16 tokens, so each is a tile of one head, or of several.
+    padded = seqlen + -seqlen % grid.block
+    hops = [(True, 1, padded // size * heads[1]) for size in modes]
+    branches = [
+        (False, together, fibres * heads[0] // together)
+        for fibres in (*(padded // size for size in modes), grid.block)
+    ]
+    assert sorted(launched) == sorted(2 * (hops + branches))
+
+
 @pytest.mark.parametrize("scale", tiered(one([-0.3, 0.0, 2.5]), {0}))
 def test_any_scale(scale: float) -> None:
     grid = ModeGrid((20,), local_blocks=2)

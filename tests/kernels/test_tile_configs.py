@@ -15,8 +15,10 @@ from lcdist_kernels.full import tile_configs as full
 from lcdist_kernels.landmark import inner_loop
 from lcdist_kernels.landmark import tile_configs as landmark
 from lcdist_kernels.lssar import tile_configs as lssar
+from lcdist_kernels.tensorized import ModeGrid
 from lcdist_kernels.tensorized import launch as tensorized_launch
 from lcdist_kernels.tensorized import tile_configs as tensorized
+from lcdist_kernels.tensorized.sweeps import make_plan
 from lcdist_kernels.triton_common import Launch, LaunchTable
 
 HOMES = [full, landmark, lssar, tensorized]
@@ -79,11 +81,31 @@ def test_launches_derived_for_blocks_and_fibres_keep_the_rule(head_dim: int) -> 
             (tensorized.FWD, tensorized.FWD_FORK_HOPPER),
             (tensorized.BWD_DQ, tensorized.BWD_DQ_HOPPER),
         ):
-            launch = fit(table, q, sweep, entries)
+            launch, _ = fit(table, q, sweep, entries)
             assert launch.block_m >= min(size, 16 * launch.num_warps), (size, launch)
         for entries in (tensorized.BWD_DKV_HOPPER, tensorized.BWD_DKV_HOP_HOPPER):
-            launch = fit(tensorized.BWD_DKV, q, sweep, entries, of_keys=True)
+            launch, _ = fit(tensorized.BWD_DKV, q, sweep, entries, of_keys=True)
             assert launch.block_n >= min(size, 16 * launch.num_warps), (size, launch)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("seqlen", "modes"), [(32768, (512,)), (131072, (512,)), (32768, (32, 32))]
+)
+def test_tiles_of_short_fibres_have_128_rows(seqlen: int, modes: tuple[int, ...]) -> None:
+    # 32 query heads, 4 a key head. Fibres of 64 or 32 tokens had tiles of as many rows.
+    q, heads = torch.empty(1, 8, 32, 128, dtype=torch.bfloat16), 32
+    for sweeps in make_plan(ModeGrid(modes, hop_heads="kv"), seqlen, None).sweeps:
+        branch = sweeps.branch
+        for table, entries in (
+            (tensorized.FWD, tensorized.FWD_HOPPER),
+            (tensorized.BWD_DQ, tensorized.BWD_DQ_HOPPER),
+        ):
+            launch, together = tensorized_launch._fit_launch(table, q, branch, entries, heads=4)
+            assert (launch.block_m, launch.num_warps) == (128, 8)
+            of_fibre = launch._replace(block_m=launch.block_m // together)
+            programs = branch.programs(of_fibre) * heads // together
+            assert programs == seqlen * heads // 128 <= 32768
 
 
 def test_ampere_keeps_its_own_tables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ from lcdist_kernels.triton_common import (
     choose_key,
     choose_launch,
     dot,
-    features,
     is_hopper,
+    load_rows,
     reciprocal,
 )
 
@@ -73,31 +73,6 @@ def launch_for(tables: BlockTables, x: torch.Tensor, size: int, described: bool 
         stages = max(1, launch.num_stages - 1)
         return Launch(launch.block_m // 2, width, launch.num_warps, stages)
     return choose_launch(tables.large, x, tables.large_hopper)
-
-
-@triton.jit
-def load_rows(
-    p, o_at, m_at, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr = False
-):
-    """Return rows at the int64 offsets o_at, `[rows, BLOCK_D]`; 0 where m_at is False.
-
-    ALL: m_at is True everywhere.
-    """
-    o_d, m_d = features(HEAD_DIM, BLOCK_D)
-    p_at = p + o_at[:, None] + o_d[None, :]
-    if ALL:
-        b = tl.load(p_at) if HEAD_DIM == BLOCK_D else tl.load(p_at, mask=m_d[None, :], other=0.0)
-    else:
-        b = tl.load(p_at, mask=m_at[:, None] & m_d[None, :], other=0.0)
-    return b
-
-
-@triton.jit
-def store_rows(p, b, o_at, m_at, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store rows at the int64 offsets o_at where m_at is True, in the tensor's dtype."""
-    o_d, m_d = features(HEAD_DIM, BLOCK_D)
-    m = m_at[:, None] & m_d[None, :]
-    tl.store(p + o_at[:, None] + o_d[None, :], b.to(p.dtype.element_ty), mask=m)
 
 
 @triton.jit

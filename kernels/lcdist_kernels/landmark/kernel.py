@@ -36,12 +36,10 @@ from lcdist_kernels.landmark.inner_loop import (
     large_dkv,
     large_dq,
     large_fwd,
-    load_rows,
     own_dkv,
     past_dkv,
     past_dq,
     past_fwd,
-    store_rows,
     to_columns,
     weigh_blocks,
 )
@@ -68,7 +66,9 @@ from lcdist_kernels.triton_common import (
     LOWEST,
     dot,
     load_box,
+    load_rows,
     load_tile,
+    store_rows,
     store_tile,
 )
 

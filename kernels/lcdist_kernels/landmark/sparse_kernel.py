@@ -32,19 +32,17 @@ from lcdist_kernels.landmark.inner_loop import (
     large_dkv,
     large_dq,
     large_fwd,
-    load_rows,
     own_dkv,
     past_dkv,
     past_dq,
     past_fwd,
-    store_rows,
 )
 from lcdist_kernels.softmax_steps import (
     dq_step,
     finish_softmax,
     fwd_step,
 )
-from lcdist_kernels.triton_common import LOG2E, LOWEST
+from lcdist_kernels.triton_common import LOG2E, LOWEST, load_rows, store_rows
 
 NEVER = tl.constexpr(2147483647)
 

@@ -20,8 +20,7 @@ of landmarks count from block 0 of the grid, and a hidden landmark changes nothi
 import triton
 import triton.language as tl
 
-from lcdist_kernels.landmark.inner_loop import load_rows
-from lcdist_kernels.triton_common import LN2, LOWEST, dot
+from lcdist_kernels.triton_common import LN2, LOWEST, dot, load_rows
 
 INFINITE = tl.constexpr(0x7F800000)  # the bits of inf
 

@@ -31,8 +31,11 @@ from lcdist_kernels.softmax_steps import (
 from lcdist_kernels.tensorized.kernel import (
     head_rows,
     load_queries,
+    load_queries_of,
     program_coords,
     rotate_tile,
+    store_queries_of,
+    tile_rows,
 )
 from lcdist_kernels.triton_common import LOG2E, dot, load_tile, store_tile
 
@@ -99,12 +102,16 @@ def _dq_all(
 
 @triton.jit
 def _store_row_dots(
-    p_a, p_b, total, o_row, m_m, start, size, step_a, step_b,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    p_a, p_b, total, o_row, m_m, start, o_m, o_g, size, step_a, step_b, stride_ah, stride_bh,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Store the products a . b of a tile of rows; return (a, products)."""
-    b_a = load_tile(p_a, start, size, step_a, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    b_b = load_tile(p_b, start, size, step_b, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    b_a = load_queries_of(
+        p_a, start, o_m, o_g, size, step_a, stride_ah, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M
+    )
+    b_b = load_queries_of(
+        p_b, start, o_m, o_g, size, step_b, stride_bh, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M
+    )
     b_total = tl.sum(b_a.to(tl.float32) * b_b.to(tl.float32), 1)
     tl.store(total + o_row, b_total, mask=m_m)
     return b_a, b_total
@@ -112,24 +119,27 @@ def _store_row_dots(
 
 @triton.jit
 def _load_rows_of_branch(
-    p_dout, out, lse, bias, delta, lse2, i_b, i_h, row_q, o_row, m_m, start, size_q, step_dout,
-    step_own, seqlen, nheads,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    p_dout, out, lse, bias, delta, lse2, i_b, i_h, row_q, o_row, m_m, start, o_m, o_g, size_q,
+    step_dout, stride_dout_h, step_own, seqlen, nheads,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Return (dout, delta, lse2) of a tile of rows; store lse2, and delta where out is given."""
     if out is not None:
         p_out = head_rows(out, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
         b_dout, b_delta = _store_row_dots(
-            p_dout, p_out, delta, o_row, m_m, start, size_q, step_dout, step_own, HEAD_DIM, BLOCK_D,
-            BLOCK_M,
+            p_dout, p_out, delta, o_row, m_m, start, o_m, o_g, size_q, step_dout, step_own,
+            stride_dout_h, HEAD_DIM, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M,
         )  # fmt: skip
     else:
-        b_dout = load_tile(p_dout, start, size_q, step_dout, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+        b_dout = load_queries_of(
+            p_dout, start, o_m, o_g, size_q, step_dout, stride_dout_h, HEADS, HEAD_DIM, BLOCK_D,
+            BLOCK_M,
+        )  # fmt: skip
         b_delta = tl.load(delta + o_row, mask=m_m, other=0.0)
     # Rows past the end have weights exp(-inf) = 0, masked or not.
     b_lse = tl.load(lse + o_row, mask=m_m, other=float("inf"))
     if bias is not None:
-        b_lse -= tl.load(bias + i_h)
+        b_lse -= tl.load(bias + i_h + o_g)
     b_lse *= LOG2E
     tl.store(lse2 + o_row, b_lse, mask=m_m)
     return b_dout, b_delta, b_lse
@@ -137,30 +147,37 @@ def _load_rows_of_branch(
 
 @triton.jit
 def _finish_dq(
-    b_dq, dq, prev_dq, hop_dq, angles, turns, factor, i_b, i_h, stride_ab, row_q, start, size_q,
-    stride64, seqlen, nheads,
-    GROUP_K: tl.constexpr, MEAN: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    b_dq, dq, prev_dq, hop_dq, angles, turns, factor, i_b, i_h, stride_ab, row_q, start, o_m, o_g,
+    size_q, stride64, seqlen, nheads,
+    GROUP_K: tl.constexpr, MEAN: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Store dq of a tile of queries, with what the hop's mean queries and other modes gave."""
     if hop_dq is not None:
         heads_k = nheads // GROUP_K
         p_hop_dq = head_rows(hop_dq, i_b, i_h // GROUP_K, row_q, seqlen, heads_k, HEAD_DIM)
         step_hop = heads_k * HEAD_DIM * stride64
-        b_hop = load_tile(p_hop_dq, start, size_q, step_hop, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+        # The heads of a group have one mean.
+        b_hop = load_queries_of(
+            p_hop_dq, start, o_m, o_g, size_q, step_hop, 0, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M
+        )
         b_dq += b_hop / GROUP_K
     if MEAN == 1:
         b_dq = rotate_tile(
-            b_dq, angles, turns, factor, i_b, stride_ab, row_q, start, size_q, stride64, -1,
+            b_dq, angles, turns, factor, i_b, stride_ab, row_q, o_m, size_q, stride64, -1,
             HEAD_DIM, BLOCK_D, BLOCK_M,
         )  # fmt: skip
     step_own = nheads * HEAD_DIM * stride64
     if prev_dq is not None:
         p_prev = head_rows(prev_dq, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
-        b_prev = load_tile(p_prev, start, size_q, step_own, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+        b_prev = load_queries_of(
+            p_prev, start, o_m, o_g, size_q, step_own, HEAD_DIM, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M
+        )
         b_dq += b_prev.to(tl.float32)
     p_dq = head_rows(dq, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
-    store_tile(p_dq, b_dq, start, size_q, step_own, BLOCK_M, HEAD_DIM, BLOCK_D)
+    store_queries_of(
+        p_dq, b_dq, start, o_m, o_g, size_q, step_own, HEAD_DIM, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M
+    )
 
 
 @triton.jit
@@ -173,7 +190,7 @@ def _tensorized_bwd_dq_kernel(
     stride_ub, stride_us, stride_uh, stride_dout_b, stride_dout_s, stride_dout_h,
     GROUP_K: tl.constexpr, GROUP_U: tl.constexpr, MEAN: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
-    BRANCH: tl.constexpr, HOP: tl.constexpr,
+    BRANCH: tl.constexpr, HOP: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of a tile of queries, the row sums of dlogits, and what dk and dU need.
 
@@ -183,10 +200,11 @@ def _tensorized_bwd_dq_kernel(
     lse2: made here, lse less bias in base 2. du_next, u_next, hop_lse: of the hop, the last in base
     2. hop_delta: made here. prev_dq: what other modes gave. hop_dq: the gradient of the hop's mean
     queries. used_q: made here, the queries as means and rotated. dq of a mean stays rotated, as
-    hop_dq. MEAN, angles, turns, factor: as in the forward kernel.
+    hop_dq. MEAN, HEADS, angles, turns, factor: as in the forward kernel.
     """
-    tiles = tl.cdiv(size_q, BLOCK_M)
-    i_m, i_h, i_r, i_o = program_coords(tiles, stride, nheads)
+    tiles = tl.cdiv(size_q, BLOCK_M // HEADS)
+    i_m, i_h, i_r, i_o = program_coords(tiles, stride, nheads // HEADS)
+    i_h *= HEADS
     i_m = tiles - 1 - i_m
     i_b, i_o = i_o // outers, i_o % outers
     row_q = i_o * size_q * stride + i_r
@@ -199,17 +217,21 @@ def _tensorized_bwd_dq_kernel(
     step_q, step_k, step_u = stride_qs * stride64, stride_ks * stride64, stride_us * stride64
     step_own = nheads * HEAD_DIM * stride64
 
-    start = i_m * BLOCK_M
-    o_m = start + tl.arange(0, BLOCK_M)
+    start, o_m, o_g = tile_rows(i_m, HEADS, BLOCK_M)
     m_m = o_m < size_q
     o_row = i_row + o_m.to(tl.int64) * stride
+    if HEADS > 1:
+        o_row += o_g.to(tl.int64) * seqlen
     b_q = load_queries(
-        p_q, start, size_q, step_q, stride_qh, angles, turns, factor, i_b, stride_ab, row_q, stride,
-        MEAN, HEAD_DIM, BLOCK_D, BLOCK_M,
+        p_q, start, o_m, o_g, size_q, step_q, stride_qh, angles, turns, factor, i_b, stride_ab,
+        row_q, stride, MEAN, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M,
     )  # fmt: skip
     if used_q is not None:
         p_used = head_rows(used_q, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
-        store_tile(p_used, b_q, start, size_q, step_own, BLOCK_M, HEAD_DIM, BLOCK_D)
+        store_queries_of(
+            p_used, b_q, start, o_m, o_g, size_q, step_own, HEAD_DIM, HEADS, HEAD_DIM, BLOCK_D,
+            BLOCK_M,
+        )  # fmt: skip
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_dlogits = tl.zeros([BLOCK_M], tl.float32)
     # Inputs that a launch does not use are never read; any tile of the right shape will do.
@@ -219,8 +241,8 @@ def _tensorized_bwd_dq_kernel(
         p_du_next = head_rows(du_next, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
         p_u_next = head_rows(u_next, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
         b_du_next, b_hop_delta = _store_row_dots(
-            p_du_next, p_u_next, hop_delta, o_row, m_m, start, size_q, step_own, step_own, HEAD_DIM,
-            BLOCK_D, BLOCK_M,
+            p_du_next, p_u_next, hop_delta, o_row, m_m, start, o_m, o_g, size_q, step_own, step_own,
+            HEAD_DIM, HEAD_DIM, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M,
         )  # fmt: skip
         b_hop_lse = tl.load(hop_lse + o_row, mask=m_m, other=float("inf"))
     qk_scale = softmax_scale * LOG2E
@@ -228,8 +250,9 @@ def _tensorized_bwd_dq_kernel(
     if BRANCH:
         p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h + row_q * stride_dout_s
         b_dout, b_delta, b_lse = _load_rows_of_branch(
-            p_dout, out, lse, bias, delta, lse2, i_b, i_h, row_q, o_row, m_m, start, size_q,
-            stride_dout_s * stride64, step_own, seqlen, nheads, HEAD_DIM, BLOCK_D, BLOCK_M,
+            p_dout, out, lse, bias, delta, lse2, i_b, i_h, row_q, o_row, m_m, start, o_m, o_g,
+            size_q, stride_dout_s * stride64, stride_dout_h, step_own, seqlen, nheads, HEADS,
+            HEAD_DIM, BLOCK_D, BLOCK_M,
         )  # fmt: skip
         b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
         lo, full_lo, full_hi, hi = load_range(ranges, i_m)
@@ -264,7 +287,8 @@ def _tensorized_bwd_dq_kernel(
         )  # fmt: skip
     _finish_dq(
         b_dq * softmax_scale, dq, prev_dq, hop_dq, angles, turns, factor, i_b, i_h, stride_ab,
-        row_q, start, size_q, stride64, seqlen, nheads, GROUP_K, MEAN, HEAD_DIM, BLOCK_D, BLOCK_M,
+        row_q, start, o_m, o_g, size_q, stride64, seqlen, nheads, GROUP_K, MEAN, HEADS, HEAD_DIM,
+        BLOCK_D, BLOCK_M,
     )  # fmt: skip
 
 
@@ -460,8 +484,8 @@ def _tensorized_bwd_dkv_kernel(
     if GROUP_U > 1:
         store_tile(p_du, b_du, start, size_k, step_du, BLOCK_N, HEAD_DIM, BLOCK_D)
     b_dk = rotate_tile(
-        b_dk * softmax_scale, angles, turns, factor, i_b, stride_ab, row_k, start, size_k, stride,
-        -1, HEAD_DIM, BLOCK_D, BLOCK_N,
+        b_dk * softmax_scale, angles, turns, factor, i_b, stride_ab, row_k, o_n, size_k, stride, -1,
+        HEAD_DIM, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     step_dk = nheads * HEAD_DIM * stride64
     if prev_dk is not None:

@@ -18,6 +18,9 @@ size_q, size_k tokens of a fibre (n_j); stride s_j; outers: fibres o per sequenc
                      |  =  |  =  |  f  |  h  |      f  the accumulators fork: branch masked, hop not
                      +-----+-----+-----+-----+      h  only the hop goes on
 
+A tile of a short fibre's queries has rows of HEADS query heads that share keys and U, head after
+head, so that products have as many rows as elsewhere and a tile of keys is loaded once for all.
+
 Branch and hop share a sweep where they have the same queries. A branch's epilogue merges its
 partial with that of the branches before it, kept in q's dtype with lse in fp32. Nothing is added
 atomically. Scores are scaled by log2 e, exponentials are base 2. What launches allocate is
@@ -38,7 +41,14 @@ from lcdist_kernels.softmax_steps import (
     merge_partials,
     nth_masked,
 )
-from lcdist_kernels.triton_common import LOG2E, LOWEST, load_tile, store_tile
+from lcdist_kernels.triton_common import (
+    LOG2E,
+    LOWEST,
+    load_rows,
+    load_tile,
+    store_rows,
+    store_tile,
+)
 
 
 @triton.jit
@@ -53,6 +63,49 @@ def program_coords(tiles, stride, nheads):
     i_r = i % stride
     i = i // stride
     return i % tiles, i_h.to(tl.int64), i_r.to(tl.int64), (i // tiles).to(tl.int64)
+
+
+@triton.jit
+def tile_rows(i_m, HEADS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return (first place in the fibre, place of each row, its head among HEADS) of a tile."""
+    FIBRE: tl.constexpr = BLOCK_M // HEADS
+    start = i_m * FIBRE
+    o_m = tl.arange(0, BLOCK_M)
+    if HEADS == 1:
+        o_f, o_g = start + o_m, 0
+    else:
+        o_f, o_g = start + o_m % FIBRE, o_m // FIBRE
+    return start, o_f, o_g
+
+
+@triton.jit
+def load_queries_of(
+    p, start, o_f, o_g, size, step, stride_h,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Return the rows of `tile_rows` of a tensor, 0 past the fibre's end.
+
+    p: the fibre's first row in the first head. step, stride_h: between places and between heads.
+    """
+    if HEADS == 1:
+        b = load_tile(p, start, size, step, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    else:
+        o_at = o_f.to(tl.int64) * step + o_g.to(tl.int64) * stride_h
+        b = load_rows(p, o_at, o_f < size, HEAD_DIM, BLOCK_D)
+    return b
+
+
+@triton.jit
+def store_queries_of(
+    p, b, start, o_f, o_g, size, step, stride_h,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Store the rows of `tile_rows`; arguments as of `load_queries_of`."""
+    if HEADS == 1:
+        store_tile(p, b, start, size, step, BLOCK_M, HEAD_DIM, BLOCK_D)
+    else:
+        o_at = o_f.to(tl.int64) * step + o_g.to(tl.int64) * stride_h
+        store_rows(p, b, o_at, o_f < size, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -84,17 +137,16 @@ def head_rows(x, i_b, i_h, row, seqlen, nheads, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def rotate_tile(
-    b, angles, turns, factor, i_b, stride_ab, row, start, size, stride, sign,
+    b, angles, turns, factor, i_b, stride_ab, row, o_s, size, stride, sign,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Return a tile of tokens of a fibre, rotated in fp32; sign = -1: the adjoint.
 
     angles: what to rotate each token of a sequence by, `[s]` or `[b, s]`, in steps of `turns` (see
-    `rotary_kernel`); None: nothing is rotated. row, start, size, stride: the fibre's first token,
-    the tile's first place in it, its tokens, and what lies between them.
+    `rotary_kernel`); None: nothing is rotated. row, o_s, size, stride: the fibre's first token, the
+    rows' places in it, its tokens, and what lies between them.
     """
     if angles is not None:
-        o_s = start + tl.arange(0, BLOCK_S)
         o_f = tl.arange(0, BLOCK_D // 2)
         p_at = angles + i_b * stride_ab + row + o_s.to(tl.int64) * stride
         b_p = tl.load(p_at, mask=o_s < size, other=0)
@@ -109,11 +161,18 @@ def rotate_tile(
 
 @triton.jit
 def load_queries(
-    p_q, start, size_q, step_q, stride_qh, angles, turns, factor, i_b, stride_ab, row, stride,
-    MEAN: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    p_q, start, o_f, o_g, size_q, step_q, stride_qh, angles, turns, factor, i_b, stride_ab, row,
+    stride,
+    MEAN: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of queries: the mean over MEAN heads, rotated; rounded once."""
-    b_q = load_tile(p_q, start, size_q, step_q, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    """Return a tile of queries: the mean over MEAN heads, rotated; rounded once.
+
+    start, o_f, o_g: of `tile_rows`. Either MEAN or HEADS is 1.
+    """
+    b_q = load_queries_of(
+        p_q, start, o_f, o_g, size_q, step_q, stride_qh, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M
+    )
     if MEAN > 1:
         b_sum = b_q.to(tl.float32)
         for i in range(1, MEAN):
@@ -124,7 +183,7 @@ def load_queries(
     else:
         b_mean = b_q
     b_mean = rotate_tile(
-        b_mean, angles, turns, factor, i_b, stride_ab, row, start, size_q, stride, 1, HEAD_DIM,
+        b_mean, angles, turns, factor, i_b, stride_ab, row, o_f, size_q, stride, 1, HEAD_DIM,
         BLOCK_D, BLOCK_M,
     )  # fmt: skip
     return b_mean.to(b_q.dtype)
@@ -139,18 +198,19 @@ def _tensorized_fwd_kernel(
     stride_ub, stride_us, stride_uh,
     GROUP_K: tl.constexpr, GROUP_U: tl.constexpr, MEAN: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
-    BRANCH: tl.constexpr, HOP: tl.constexpr,
+    BRANCH: tl.constexpr, HOP: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Compute a branch (out, lse) and a hop (u_next, hop_lse) of a tile of a fibre's queries.
 
     prev_out, prev_lse: the partial of other branches, to be merged with, or None. bias: one per
     head of this branch, or None for 0. before: before[o] whole blocks in front of its own are
     visible to block o's branch; None: no blocks. hop_lse is in base 2. MEAN: query heads whose mean
-    is the query, of a hop alone. angles, turns, factor: of the rotation of q, see `rotate_tile`; k
-    is rotated already.
+    is the query, of a hop alone. HEADS: of a tile, more than 1 for a branch alone. angles, turns,
+    factor: of the rotation of q, see `rotate_tile`; k is rotated already.
     """
-    tiles = tl.cdiv(size_q, BLOCK_M)
-    i_m, i_h, i_r, i_o = program_coords(tiles, stride, nheads)
+    tiles = tl.cdiv(size_q, BLOCK_M // HEADS)
+    i_m, i_h, i_r, i_o = program_coords(tiles, stride, nheads // HEADS)
+    i_h *= HEADS
     # Late queries have the most keys of a branch, so they start first.
     i_m = tiles - 1 - i_m
     i_b, i_o = i_o // outers, i_o % outers
@@ -165,13 +225,14 @@ def _tensorized_fwd_kernel(
     step_q, step_k, step_u = stride_qs * stride64, stride_ks * stride64, stride_us * stride64
     step_own = nheads * HEAD_DIM * stride64
 
-    start = i_m * BLOCK_M
-    o_m = start + tl.arange(0, BLOCK_M)
+    start, o_m, o_g = tile_rows(i_m, HEADS, BLOCK_M)
     m_m = o_m < size_q
     o_row = i_row + o_m.to(tl.int64) * stride
+    if HEADS > 1:
+        o_row += o_g.to(tl.int64) * seqlen
     b_q = load_queries(
-        p_q, start, size_q, step_q, stride_qh, angles, turns, factor, i_b, stride_ab, row_q, stride,
-        MEAN, HEAD_DIM, BLOCK_D, BLOCK_M,
+        p_q, start, o_m, o_g, size_q, step_q, stride_qh, angles, turns, factor, i_b, stride_ab,
+        row_q, stride, MEAN, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M,
     )  # fmt: skip
     # A hop sees every key; rows past the end are not stored.
     b_all = tl.full([BLOCK_M], 2147483646, tl.int32)
@@ -210,16 +271,20 @@ def _tensorized_fwd_kernel(
             )  # fmt: skip
         b_out, b_lse = finish_softmax(b_out, b_max, b_sum)
         if bias is not None:
-            b_lse += tl.load(bias + i_h)
+            b_lse += tl.load(bias + i_h + o_g)
         if prev_out is not None:
             b_prev_lse = tl.load(prev_lse + o_row, mask=m_m, other=0.0)
             p_prev = head_rows(prev_out, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
-            b_prev_out = load_tile(
-                p_prev, start, size_q, step_own, BLOCK_M, HEAD_DIM, BLOCK_D, False
-            )
+            b_prev_out = load_queries_of(
+                p_prev, start, o_m, o_g, size_q, step_own, HEAD_DIM, HEADS, HEAD_DIM, BLOCK_D,
+                BLOCK_M,
+            )  # fmt: skip
             b_out, b_lse = merge_partials(b_out, b_lse, b_prev_out.to(tl.float32), b_prev_lse)
         p_out = head_rows(out, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
-        store_tile(p_out, b_out, start, size_q, step_own, BLOCK_M, HEAD_DIM, BLOCK_D)
+        store_queries_of(
+            p_out, b_out, start, o_m, o_g, size_q, step_own, HEAD_DIM, HEADS, HEAD_DIM, BLOCK_D,
+            BLOCK_M,
+        )  # fmt: skip
         tl.store(lse + o_row, b_lse, mask=m_m)
         b_out, b_max, b_sum = hop_out, hop_max, hop_sum
     if HOP:

@@ -271,21 +271,38 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
 
 
 def _fit_launch(
-    table: LaunchTable, q: Tensor, sweep: Sweep, hopper: LaunchTable, of_keys: bool = False
-) -> Launch:
-    """Return the tiles of `table` and `hopper`, cut to the fibres; a product has 16 rows or more.
+    table: LaunchTable, q: Tensor, sweep: Sweep, hopper: LaunchTable, of_keys: bool = False,
+    heads: int = 1,
+) -> tuple[Launch, int]:  # fmt: skip
+    """Return the tiles of `table` and `hopper` for fibres, and how many query heads fill a tile.
 
-    Rows of products are queries, or keys where the kernel owns keys (of_keys). An entry of `hopper`
-    keeps 16 rows a warp when cut.
+    Rows of products are queries, or keys where the kernel owns keys (of_keys). A tile is cut to the
+    fibre's size, a product has 16 rows or more, and an entry of `hopper` keeps 16 rows a warp when
+    cut.
+
+    Args:
+        heads: most query heads that a tile of queries may have, that share keys and U. Where heads
+            take the place of what is cut, block_m has the rows of all of them.
     """
     launch = choose_launch(table, q, hopper)
     most = [max(16, triton.next_power_of_2(size)) for size in sweep[:2]]
-    block_m, block_n = min(launch.block_m, most[0]), min(launch.block_n, most[1])
+    fibre, block_n = min(launch.block_m, most[0]), min(launch.block_n, most[1])
+    together = 1
+    while heads % (2 * together) == 0 and 2 * together * fibre <= launch.block_m:
+        together *= 2
+    block_m = fibre * together
     rows = block_n if of_keys else block_m
     small = block_m * block_n < 64 * 32 or (launch in hopper.values() and rows <= 64)
-    return launch._replace(
+    launch = launch._replace(
         block_m=block_m, block_n=block_n, num_warps=4 if small else launch.num_warps
     )
+    return launch, together
+
+
+def _heads_together(q: Tensor, k: Tensor, u: Tensor, sweep: Sweep, mean: int) -> int:
+    """Return the query heads that share keys and U, for a branch alone; else 1."""
+    alone = sweep.band is not None and not sweep.hop and mean == 1
+    return q.shape[2] // k.shape[2] if alone and u.shape[2] == k.shape[2] else 1
 
 
 def _sizes(q: Tensor, k: Tensor, u: Tensor, mean: int, tables: SweepTables) -> dict[str, Any]:
@@ -336,17 +353,19 @@ def _fwd(
         u_next = torch.empty(shape, dtype=u.dtype, device=q.device)
         hop_lse = torch.empty(rows, dtype=torch.float32, device=q.device)
     hopper = FWD_FORK_HOPPER if sweep.hop and sweep.band is not None else FWD_HOPPER
-    launch = _fit_launch(FWD, q, sweep, hopper)
-    tables = sweep.tables(launch, device_stream(q), of_keys=False)
+    most = _heads_together(q, k, u, sweep, mean)
+    launch, heads = _fit_launch(FWD, q, sweep, hopper, heads=most)
+    of_fibre = launch._replace(block_m=launch.block_m // heads)
+    tables = sweep.tables(of_fibre, device_stream(q), of_keys=False)
     of_rotation = (*rotation, rotation.stride) if rotation else (None, None, 1.0, 0)
     with launch_context(q):
-        _tensorized_fwd_kernel[(sweep.programs(launch) * nheads * batch,)](
+        _tensorized_fwd_kernel[(sweep.programs(of_fibre) * nheads // heads * batch,)](
             q, k, u, *(previous or (None, None)), *(partial or (None, None)), u_next, hop_lse,
             None if bias is None else bias.contiguous(), *of_rotation[:2], *tables[:5],
             *of_rotation[2:], softmax_scale * LOG2E.value,
             sweep.size_q, sweep.size_k, sweep.stride, sweep.outers, nheads, seqlen,
-            *strides(q, k, u), **_sizes(q, k, u, mean, tables), MEAN=mean, **sweep.flags,
-            **launch.options(),
+            *strides(q, k, u), **_sizes(q, k, u, mean, tables), MEAN=mean, HEADS=heads,
+            **sweep.flags, **launch.options(),
         )  # fmt: skip
     return partial, u_next, hop_lse
 
@@ -389,17 +408,19 @@ def _bwd_dq(
     kept = mean == 1 and rotation is None
     used = None if kept else torch.empty(shape, dtype=q.dtype, device=q.device)
     dout, out, lse, bias, delta, lse2, dlogits = branch or [None] * 7
-    launch = _fit_launch(BWD_DQ, q, sweep, BWD_DQ_HOPPER)
-    tables = sweep.tables(launch, device_stream(q), of_keys=False)
+    most = _heads_together(q, k, u, sweep, mean)
+    launch, heads = _fit_launch(BWD_DQ, q, sweep, BWD_DQ_HOPPER, heads=most)
+    of_fibre = launch._replace(block_m=launch.block_m // heads)
+    tables = sweep.tables(of_fibre, device_stream(q), of_keys=False)
     of_rotation = (*rotation, rotation.stride) if rotation else (None, None, 1.0, 0)
     with launch_context(q):
-        _tensorized_bwd_dq_kernel[(sweep.programs(launch) * nheads * batch,)](
+        _tensorized_bwd_dq_kernel[(sweep.programs(of_fibre) * nheads // heads * batch,)](
             q, k, u, dout, out, lse, None if bias is None else bias.contiguous(), delta, lse2,
             *(hop or [None] * 4), previous, hop_dq, used, dq, dlogits, *of_rotation[:2],
             *tables[:5], *of_rotation[2:], float(softmax_scale), sweep.size_q, sweep.size_k,
             sweep.stride, sweep.outers, nheads, seqlen,
             *strides(q, k, u, q if dout is None else dout), **_sizes(q, k, u, mean, tables),
-            MEAN=mean, **sweep.flags, **launch.options(),
+            MEAN=mean, HEADS=heads, **sweep.flags, **launch.options(),
         )  # fmt: skip
     return dq, q if used is None else used
 
@@ -433,7 +454,7 @@ def _bwd_dkv(
     rows = (None, None, None) if branch is None else (branch.dout, branch.lse2, branch.delta)
     of_hop = (None,) * 4 if hop is None else (hop_q, hop.du_next, hop.lse2, hop.delta)
     hopper = BWD_DKV_HOP_HOPPER if branch is None else BWD_DKV_HOPPER
-    launch = _fit_launch(BWD_DKV, q, sweep, hopper, of_keys=True)
+    launch, _ = _fit_launch(BWD_DKV, q, sweep, hopper, of_keys=True)
     tables = sweep.tables(launch, device_stream(q), of_keys=True)
     group_hop = 1 if hop is None or hop_q is None else hop_q.shape[2] // nheads_k
     # A hop alone with mean queries has a group of one.
