@@ -92,6 +92,18 @@ with compiled_for(90) as made:
     hop_bwd(k, (q, k, k), (k, row[:, :2].contiguous()), 0, turning)
 report([each for each in made if "dkv" in each.metadata.name])
 """,
+    # Four heads of 32 places are a tile of 128 rows.
+    "short fibres": """
+from lcdist_kernels.tensorized import ModeGrid, fine_branch
+from lcdist_kernels.tensorized.launch import branch_bwd, branch_fwd
+
+q, row = torch.zeros(1, 1024, 8, 128, dtype=q.dtype), torch.zeros(1, 8, 1024)
+branch = fine_branch(1, index, starts, index, ModeGrid((8, 32), hop_heads="kv"))
+with compiled_for(90) as made:
+    branch_fwd((q, k, k), branch, 0.25)
+    branch_bwd(q, (q, k, k), (row, row), branch, 0.25)
+report(each for each in made if "dkv" not in each.metadata.name)
+""",
     # Of chunks and halves of chunks, the halves' kernels come last and are the ones reported.
     "short units": """
 from lcdist_kernels.landmark import TRITON_IMPL, block_grid
@@ -150,6 +162,8 @@ LIMITS = [
     Most("tensorized", "_tensorized_fwd_kernel", 9.3, 0, 24, 0, 0.24),
     Most("tensorized", "_tensorized_bwd_dq_kernel", 10.5, 0, 0, 0, 0.55),
     Most("tensorized", "_tensorized_bwd_dkv_kernel", 13.2, 0, 192, 2, 0.45),
+    Most("short fibres", "_tensorized_fwd_kernel", 16.7, 0, 0, 0, 0.4),
+    Most("short fibres", "_tensorized_bwd_dq_kernel", 14.4, 0, 0, 0, 0.65),
     Most("hop", "_tensorized_bwd_dkv_kernel", 12.9, 0, 24, 0, 0.45),
     Most("short units", "_sparse_fwd_kernel", 12.7, 0, 160, 0, 0.3),
     Most("short units", "_sparse_bwd_dq_kernel", 16.3, 0, 8, 0, 0.35),
