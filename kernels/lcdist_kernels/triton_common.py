@@ -1,6 +1,7 @@
 """Helpers of every Triton kernel: supported tensors, launches, loads and stores of tiles.
 
-Inside kernels: `dot`, `reciprocal`, `load_tile`, `load_box`, `store_tile`, with int64 offsets.
+Inside kernels: `dot`, `reciprocal`, `load_tile`, `load_rows`, `load_box`, `store_tile`,
+`store_rows`, with int64 offsets.
 Around launches: `interpreting`, `unsupported_reason`, `check_kernel`, `launch_context`,
 `last_dim_contiguous`, `Launch`, `launch_table`, `choose_launch`.
 """
@@ -289,8 +290,9 @@ def store_tile(
 
 @triton.jit
 def load_rows(
-    p, o_at, m_at, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr = False
-):
+    p, o_at, m_at,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
+):  # fmt: skip
     """Return rows at the int64 offsets o_at, `[rows, BLOCK_D]`; 0 where m_at is False.
 
     ALL: m_at is True everywhere.

@@ -221,7 +221,7 @@ def _tensorized_bwd_dq_kernel(
     m_m = o_m < size_q
     o_row = i_row + o_m.to(tl.int64) * stride
     if HEADS > 1:
-        o_row += o_g.to(tl.int64) * seqlen
+        o_row += tl.cast(o_g, tl.int64) * seqlen
     b_q = load_queries(
         p_q, start, o_m, o_g, size_q, step_q, stride_qh, angles, turns, factor, i_b, stride_ab,
         row_q, stride, MEAN, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M,
