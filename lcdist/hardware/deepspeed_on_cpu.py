@@ -11,6 +11,8 @@ def import_deepspeed() -> Any:
     """Return the package without its messages; on a CPU nothing of it is compiled."""
     if not has_cuda():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # torchrun sets it; a process that was started alone is the only one of its machine.
+    os.environ.setdefault("LOCAL_RANK", "0")
     # The package is optional, and it takes a second.
     import deepspeed
 

@@ -34,3 +34,16 @@ def log_entry_of(trainer: Trainer) -> Tensor:
     """Return this rank's part of the last step's summed loss and number of tokens."""
     engine: Any = trainer.engine
     return engine._log
+
+
+def let_go(trainer: Trainer) -> None:
+    """Remove what DeepSpeed has hung on a model, if that is the engine."""
+    engine = getattr(trainer.engine, "engine", None)
+    if engine is not None:
+        engine.destroy()
+
+
+def spoil_gradients(trainer: Trainer, is_chosen: bool) -> None:
+    """Make a gradient of each coming backward pass NaN, if this rank is chosen."""
+    weight = chunks_of(trainer)[0].decoder.layers[1].mlp.linear_fc2.weight
+    weight.register_hook(lambda gradient: gradient * float("nan") if is_chosen else gradient)
