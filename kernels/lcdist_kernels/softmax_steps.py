@@ -209,7 +209,9 @@ def load_query_tile(
         b_dout = load_tile(dout, start, seqlen_q, stride_dout_s, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
     o_m = start + tl.arange(0, BLOCK_M)
     if EVEN_M:
-        b_lse, b_delta = tl.load(p_lse + o_m), tl.load(p_delta + o_m)
+        # First the scalar, so that a thread's offsets are loop invariant.
+        o_m = tl.arange(0, BLOCK_M)
+        b_lse, b_delta = tl.load(p_lse + start + o_m), tl.load(p_delta + start + o_m)
     else:
         m_m = o_m < seqlen_q
         b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf"))
