@@ -37,15 +37,20 @@ LONGEST = (
 )
 
 # Rooms whose tests build models, most of them on several ranks, and files and tests that start
-# programs or interpret the longest kernels. Full attention's and SCCA's kernels are interpreted in
-# the fast tier too.
+# programs or interpret the longest kernels. The fast tier interprets full attention's kernels and
+# the short ones.
 ROOMS = ("checkpoint", "convert", "engines", "evaluate", "golden", "inference", "launch", "model")
 SLOW = (
     *(f"tests/{room}/" for room in (*ROOMS, "stand_in", "train")),
     "tests/attention/test_external_methods",
+    "tests/attention/test_methods.py::test_error_in_bf16_does_not_grow",
     "tests/attention/test_methods.py::test_processes_equal_reference",
-    *(f"tests/kernels/test_{name}_triton" for name in ("coca", "landmark", "lssar", "tensorized")),
+    "tests/exchange/test_virtual.py::test_64_ranks_exchange_blocks_and_gradients",
+    *(f"tests/kernels/test_{name}_triton" for name in ("coca", "landmark", "lssar")),
+    *(f"tests/kernels/test_{name}_triton" for name in ("scca", "tensorized")),
+    "tests/kernels/test_descriptors",
     "tests/kernels/test_landmark.py::test_blocks_smaller_and_larger_than_a_tile",
+    "tests/kernels/test_landmark_top_k",
     "tests/kernels/test_machine_code",
     "tests/kernels/test_part_work",
     "tests/test_bench",
