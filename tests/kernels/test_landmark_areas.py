@@ -39,7 +39,7 @@ def step(rows: int, products: int, instructions: float) -> float:
 
 
 # By rows of a tile, of the loops as compiled (`test_machine_code`).
-FORWARD, DQ, DKV = step(128, 2, 13.6), step(128, 3, 16.8), step(128, 4, 25.9)
+FORWARD, DQ, DKV = step(128, 2, 12.7), step(128, 3, 16.3), step(128, 4, 21.9)
 # A token's block: its keys and values pass from the second cache, in each of two kernels.
 GATHERED = 2 * SIZE * HEAD_DIM * 2 / CACHE_RATE
 
