@@ -15,6 +15,9 @@ MODEL  ?=
 LORA   ?= 0
 WITH   ?=
 
+# Extras of the package: EXTRAS=deepspeed, or several, separated by commas.
+EXTRAS ?=
+
 .PHONY: extend test default-slurm test-fast test-all exhaustive exhaustive-slurm slurm-test checks bench gpu-check install clean
 
 extend: install
@@ -69,7 +72,11 @@ bench: $(VENV)/.dev
 gpu-check:
 	$(PYTHON) kernels/bench/gpu_check.py --out gpu-check
 
-install: $(VENV)/.installed
+install: $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable ".[$*]"
+	touch $@
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -13,6 +13,8 @@ from lcdist.utils.atomic import write_file
 MAY_CHANGE = (
     "attention.impl",
     "parallel.",
+    "deepspeed.",
+    "train.engine",
     "optim.",
     "lora.lr_ratio",
     "train.steps",
@@ -21,6 +23,7 @@ MAY_CHANGE = (
     "train.offload",
     "train.mlp",
     "train.loss",
+    "train.kernels",
     "train.profile",
     "checkpoint.every",
     "checkpoint.keep_",
