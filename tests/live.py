@@ -5,6 +5,7 @@ and frees internally is not seen.
 """
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ class LiveTensors(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = self.largest = 0
         self._seen: dict[int, Any] = {}
+
+    def watch(self, storages: Iterable[torch.UntypedStorage]) -> None:
+        """Count memory that was made before the block, too."""
+        for storage in storages:
+            self._count(storage)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lcdist.config.deepspeed import DeepSpeedConfig
 from lcdist.config.schema import Config
 from lcdist.plan.shape import RunShape
 
@@ -13,6 +15,13 @@ INSTALL = "pip install 'lcdist[deepspeed]', or set train.engine = 'megatron'"
 # Of a user's file: groups of settings that change speed, memory or logging and no number.
 NEUTRAL = ("zero_optimization", "aio", "comms_logger", "memory_breakdown", "dump_state")
 NEUTRAL += ("wall_clock_breakdown", "steps_per_print", "prescale_gradients", "data_types")
+# Of `zero_optimization`: settings that change speed or memory alone.
+NEUTRAL_ZERO = ("contiguous_gradients", "reduce_scatter", "allgather_partitions", "sub_group_size")
+NEUTRAL_ZERO += ("round_robin_gradients", "use_multi_rank_bucket_allreduce")
+NEUTRAL_ZERO += ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+NEUTRAL_ZERO += ("stage3_param_persistence_threshold", "stage3_model_persistence_threshold")
+NEUTRAL_OFFLOAD = ("device", "nvme_path", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu")
+NEUTRAL_OFFLOAD += ("pipeline_read", "pipeline_write", "fast_init")
 # Other keys and what is to be set instead.
 REMEDIES = {
     "optimizer": "set [optim]: the optimizer is AdamW",
@@ -27,10 +36,14 @@ REMEDIES = {
 }
 
 
-def check_deepspeed(config: Config, errors: list[str]) -> None:
-    """Check that DeepSpeed is installed and that its settings fit the run."""
+def check_deepspeed(config: Config, dtype: str, errors: list[str]) -> None:
+    """Check that DeepSpeed is installed and that its settings fit the run.
+
+    dtype: of the weights, "fp32" or "bf16".
+    """
     settings, parallel = config.deepspeed, config.parallel
     if config.train.engine != "deepspeed":
+        _check_unused(settings, errors)
         return
     if importlib.util.find_spec("deepspeed") is None:
         errors.append(f"train.engine = 'deepspeed': DeepSpeed is not installed; {INSTALL}")
@@ -40,6 +53,29 @@ def check_deepspeed(config: Config, errors: list[str]) -> None:
             "reduces gradients at the end of its own backward passes, not in a pipeline schedule; "
             "set parallel.pp_size = 1, or train.engine = 'megatron'"
         )
+    if settings.stage == 0 and dtype == "bf16":
+        errors.append(
+            f"deepspeed.stage = 0 with train.dtype = '{config.train.dtype}': weights are bf16 here "
+            "and DeepSpeed keeps no fp32 masters of them; set deepspeed.stage = 1, 2 or 3, or "
+            "train.dtype = 'fp32'"
+        )
+    _check_offload(settings, errors)
+
+
+def _check_unused(settings: DeepSpeedConfig, errors: list[str]) -> None:
+    """Check that no setting of DeepSpeed is given without its engine."""
+    default = DeepSpeedConfig()
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value != getattr(default, field.name):
+            errors.append(
+                f"deepspeed.{field.name} = {value!r} has no effect with train.engine = 'megatron'; "
+                "leave it out, or set train.engine = 'deepspeed'"
+            )
+
+
+def _check_offload(settings: DeepSpeedConfig, errors: list[str]) -> None:
+    """Check that the stage can offload what is to be offloaded."""
     if settings.offload_parameters != "none" and settings.stage < 3:
         errors.append(
             f"deepspeed.offload_parameters = '{settings.offload_parameters}' needs "
@@ -61,6 +97,15 @@ def check_deepspeed(config: Config, errors: list[str]) -> None:
         errors.append(
             "deepspeed.nvme_folder is empty; name a folder on a fast disk, or offload to 'cpu'"
         )
+
+
+def run_settings(shape: RunShape, errors: list[str]) -> dict[str, Any]:
+    """Return DeepSpeed's configuration for a run, with what the user's file adds.
+
+    errors: a line is added for every setting of the file that cannot be used.
+    """
+    file = read_deepspeed_file(shape.config, errors)
+    return merged(deepspeed_config(shape), file, errors)
 
 
 def deepspeed_config(shape: RunShape) -> dict[str, Any]:
@@ -130,7 +175,32 @@ def merged(ours: dict[str, Any], theirs: dict[str, Any], errors: list[str]) -> d
             errors.append(f"{key} in deepspeed.json_file: leave it out, and {REMEDIES[key]}")
         elif key not in (*ours, *NEUTRAL, *REMEDIES) and not off:
             errors.append(f"{key} in deepspeed.json_file is not supported; leave it out")
+    errors += _unknown_zero_keys(ours, theirs)
     return _with(ours, theirs)
+
+
+def _unknown_zero_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each setting of ZeRO that is not known to leave all numbers as they are."""
+    zero = theirs.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        return
+    for key, value in zero.items():
+        if key in ("offload_optimizer", "offload_param") and isinstance(value, dict):
+            unknown = [f"{key}.{inner}" for inner in value if inner not in NEUTRAL_OFFLOAD]
+            if key not in ours["zero_optimization"] and value.get("device", "none") != "none":
+                name = key.replace("param", "parameters")
+                yield (
+                    f"zero_optimization.{key} in deepspeed.json_file: set deepspeed.{name} = "
+                    f"'{value['device']}', so that the plan counts it"
+                )
+        else:
+            is_known = key in ours["zero_optimization"] or key in NEUTRAL_ZERO
+            unknown = [] if is_known else [key]
+        for name in unknown:
+            yield (
+                f"zero_optimization.{name} in deepspeed.json_file is not supported; leave it out, "
+                f"or use some of {', '.join(sorted(NEUTRAL_ZERO))}"
+            )
 
 
 def _contradictions(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> Iterator[str]:

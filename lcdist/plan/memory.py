@@ -10,7 +10,8 @@ from lcdist.plan.rungs import (
     allowed_rungs,
     rung_by_tokens,
 )
-from lcdist.plan.states import FP32_BYTES, StateEstimate
+from lcdist.plan.states import StateEstimate
+from lcdist.plan.zero import FP32_BYTES, pinned_bytes
 
 INT64_BYTES = 8
 # Tiles of the MLP have gate and up of this size, but at least so many tokens: with fewer, a matrix
@@ -46,7 +47,8 @@ class MemoryEstimate(StateEstimate):
     @property
     def device_bytes(self) -> int:
         """Weights, states and activations on the fullest rank."""
-        return self.state_bytes + self.activation_bytes
+        in_backward = self.state_bytes + self.activation_bytes
+        return in_backward if self.zero is None else max(in_backward, self.zero.step_bytes)
 
     # --- choices ----------------------------------------------------------------------------------
 
@@ -183,14 +185,19 @@ class MemoryEstimate(StateEstimate):
 
     @property
     def host_bytes(self) -> int:
+        """Host memory that one rank fills with what is offloaded: of layers and of states."""
+        return self.offloaded_bytes + (0 if self.zero is None else self.zero.host_bytes)
+
+    @property
+    def offloaded_bytes(self) -> int:
         """Host memory that one rank fills with what is saved of layers; 0 without offload."""
         if not self.offloads:
             return 0
-        buffers = _pinned_bytes(self._hidden_bytes)
+        buffers = pinned_bytes(self._hidden_bytes)
         if self.recompute == "keep_attention":
             width = self.shape.config.model.nheads // self._tp_size * self.shape.head_dim
             out = self.shape.local_tokens * width * self.shape.itemsize
-            buffers += _pinned_bytes(out) + _pinned_bytes(self._kept_bytes - out)
+            buffers += pinned_bytes(out) + pinned_bytes(self._kept_bytes - out)
         return self.shape.chunk_layers * max(self._chunks_in_flight) * buffers
 
     @property
@@ -264,8 +271,3 @@ class MemoryEstimate(StateEstimate):
             return min(pp_size, num_micro_batches), 1
         most, last = num_micro_batches * vp_size, (vp_size - 1) * pp_size + 1
         return min(most, last + 2 * (pp_size - 1)), min(most, last)
-
-
-def _pinned_bytes(count: int) -> int:
-    """Return what `count` bytes of one tensor take: torch rounds pinned memory to powers of two."""
-    return 1 << (count - 1).bit_length()

@@ -23,7 +23,7 @@ from lcdist.plan.checks import (
     check_schedule,
 )
 from lcdist.plan.compute import ComputeEstimate
-from lcdist.plan.deepspeed import check_deepspeed
+from lcdist.plan.deepspeed import check_deepspeed, run_settings
 from lcdist.plan.memory import MemoryEstimate
 from lcdist.plan.parameters import ParameterCounts
 from lcdist.plan.profile import check_profile
@@ -113,7 +113,12 @@ def make_plan(config: Config, world_size: int, hardware: Hardware | None = None)
     check_lora(config, errors)
     check_schedule(config, errors)
     check_profile(config, world_size, errors)
-    check_deepspeed(config, errors)
+    hardware = hardware or this_machine()
+    on_gpu = hardware.kind == "cuda"
+    dtype = config.train.dtype
+    if dtype == "auto":
+        dtype = "bf16" if on_gpu else "fp32"
+    check_deepspeed(config, dtype, errors)
     layers = resolve_layers(config, errors)
     check_methods(config, layers, errors)
     layout = resolve_layout(config, layers, errors) if layers else None
@@ -121,12 +126,12 @@ def make_plan(config: Config, world_size: int, hardware: Hardware | None = None)
         check_layers(config, layers, layout, errors)
     if errors or layout is None:
         raise ConfigError(errors)
-    hardware = hardware or this_machine()
-    on_gpu = hardware.kind == "cuda"
-    dtype = config.train.dtype
-    if dtype == "auto":
-        dtype = "bf16" if on_gpu else "fp32"
-    return Plan(config, world_size, dp_size, layers, layout, dtype, hardware, may_offload=on_gpu)
+    plan = Plan(config, world_size, dp_size, layers, layout, dtype, hardware, may_offload=on_gpu)
+    if config.train.engine == "deepspeed":
+        run_settings(plan.shape, errors)
+    if errors:
+        raise ConfigError(errors)
+    return plan
 
 
 def smallest_world(config: Config) -> int:

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from lcdist.plan.parameters import ParameterCounts
 from lcdist.plan.shape import RunShape
-
-FP32_BYTES = 4
+from lcdist.plan.zero import FP32_BYTES, ZeroStates
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,11 @@ class StateEstimate:
         """Weights, fp32 gradients and this rank's part of AdamW's fp32 state, on the fullest rank.
 
         The optimizer distributes whole tensors. Its part is taken as an even share, or as the
-        largest tensor where that is more; the fullest rank holds at most both together.
+        largest tensor where that is more; the fullest rank holds at most both together. DeepSpeed
+        divides states and, by stage, gradients and weights evenly, and has buffers besides.
         """
+        if self.zero is not None:
+            return self.zero.backward_bytes
         parallel, counts = self.shape.config.parallel, self.parameters
         even_share = -(-max(counts.trained_stages) // (self.shape.dp_size * parallel.cp_size))
         optimizer_elements = max(even_share, counts.largest_trained)
@@ -35,6 +37,12 @@ class StateEstimate:
             for weights, gradients in zip(counts.stages, counts.trained_stages, strict=True)
         )
         return weights_and_gradients + optimizer_elements * self._optimizer_bytes
+
+    @property
+    def zero(self) -> ZeroStates | None:
+        """The DeepSpeed engine's estimate; None under the Megatron engine."""
+        is_chosen = self.shape.config.train.engine == "deepspeed"
+        return ZeroStates(self.shape, self.parameters) if is_chosen else None
 
     @property
     def checkpoint_bytes(self) -> int:

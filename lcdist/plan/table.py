@@ -33,6 +33,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("sent a layer", f"{forward:,} B forward, {backward:,} B backward"),
         ("sent a step", f"{plan.traffic.exchange_bytes_per_step:,} B for attention"),
         ("weights and states", f"{_gib(memory.state_bytes)} a rank"),
+        *_engine_rows(plan),
         ("checkpoint", _gib(memory.checkpoint_bytes)),
         *_memory_rows(plan),
         ("activations", f"about {_gib(memory.activation_bytes)} a rank"),
@@ -59,6 +60,23 @@ def _lora_rows(plan: Plan) -> list[tuple[str, str]]:
     modules = f"LoRA of rank {lora.rank} on {', '.join([*lora.targets, *whole])}"
     share = counts.trained / counts.total
     return [("trained", f"{counts.trained:,} ({share:.3%}): {modules}")]
+
+
+def _engine_rows(plan: Plan) -> list[tuple[str, str]]:
+    if plan.memory.zero is None:
+        return []
+    settings = plan.config.deepspeed
+    places = [
+        f"{what} on '{target}'"
+        for what, target in (
+            ("optimizer", settings.offload_optimizer),
+            ("parameters", settings.offload_parameters),
+        )
+        if target != "none"
+    ]
+    host = plan.memory.zero.host_bytes
+    places += [f"up to {_gib(host)} of host memory a rank"] if host else []
+    return [("engine", ", ".join([f"DeepSpeed, ZeRO stage {settings.stage}", *places]))]
 
 
 def _device_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -111,11 +129,11 @@ def _loss_text(plan: Plan) -> str:
 def _offload_text(plan: Plan) -> str:
     text = "inputs of layers to {} of host memory a rank"
     if plan.memory.offloads:
-        return text.format(_gib(plan.memory.host_bytes))
+        return text.format(_gib(plan.memory.offloaded_bytes))
     on_gpu = replace(plan, may_offload=True).memory
     if not on_gpu.offloads:
         return "none"
     return (
-        f"none; on a GPU whose host has the room, {text.format(_gib(on_gpu.host_bytes))}, and "
+        f"none; on a GPU whose host has the room, {text.format(_gib(on_gpu.offloaded_bytes))}, and "
         f"{_gib(on_gpu.activation_bytes)} of activations"
     )

@@ -118,34 +118,56 @@ def check_host_memory(plan: Plan, available: int | None = None) -> Plan:
         available: free bytes on this rank's host; None: measure.
 
     Raises:
-        ValueError: on every rank, if a host lacks memory and train.offload is "host".
+        ValueError: on every rank, if a host lacks memory for what is to be offloaded: inputs of
+            layers where train.offload is "host", and optimizer and parameters of DeepSpeed.
     """
-    if not plan.memory.offloads:
+    if not plan.memory.host_bytes:
         return plan
     own = (socket.gethostname(), host_memory() if available is None else available)
     ranks: list[tuple[str, int]] = [own] * dist.get_world_size()
     dist.all_gather_object(ranks, own)
-    ranks_per_host, free = Counter(host for host, _ in ranks), dict[str, int]()
-    for host, free_bytes in ranks:
-        free[host] = min(free_bytes, free.get(host, free_bytes))
-    short = [
-        f"{host} has {free[host] / 2**30:.2f} GiB of memory left and its {count} ranks would fill "
-        f"{count * plan.memory.host_bytes / 2**30:.2f} GiB with inputs of layers"
-        for host, count in sorted(ranks_per_host.items())
-        if count * plan.memory.host_bytes > free[host]
-    ]
-    if not has_cuda() and dist.get_rank() == 0:
+    if plan.memory.offloads and not has_cuda() and dist.get_rank() == 0:
         log.warning("train.offload = 'host' on a CPU copies within one memory and saves nothing")
+    states = plan.memory.host_bytes - plan.memory.offloaded_bytes
+    short = _short_hosts(ranks, states, "optimizer states and weights")
+    if short:
+        settings = plan.config.deepspeed
+        raise ValueError(
+            f"deepspeed.offload_optimizer = '{settings.offload_optimizer}', offload_parameters = "
+            f"'{settings.offload_parameters}': {short}; use 'none' or 'nvme', fewer ranks on a "
+            "host, or more hosts"
+        )
+    what = "inputs of layers" + (", optimizer states and weights" if states else "")
+    short = _short_hosts(ranks, plan.memory.host_bytes, what)
     if not short:
         return plan
     if plan.config.train.offload == "host":
         raise ValueError(
-            f"train.offload = 'host': {'; '.join(short)}; use train.offload = 'none', fewer "
-            "ranks on a host, or a greater parallel.cp_size"
+            f"train.offload = 'host': {short}; use train.offload = 'none', fewer ranks on a host, "
+            "or a greater parallel.cp_size"
         )
     if dist.get_rank() == 0:
-        log.warning("train.offload = 'auto' keeps activations on the device: %s", "; ".join(short))
+        log.warning("train.offload = 'auto' keeps activations on the device: %s", short)
     return replace(plan, may_offload=False)
+
+
+def _short_hosts(ranks: Sequence[tuple[str, int]], needed: int, what: str) -> str:
+    """Return the hosts that have too little memory, as words; empty if none.
+
+    Args:
+        ranks: (host, its free bytes) of each rank.
+        needed: bytes of one rank.
+        what: fills them.
+    """
+    ranks_per_host, free = Counter(host for host, _ in ranks), dict[str, int]()
+    for host, free_bytes in ranks:
+        free[host] = min(free_bytes, free.get(host, free_bytes))
+    return "; ".join(
+        f"{host} has {free[host] / 2**30:.2f} GiB of memory left and its {count} ranks would fill "
+        f"{count * needed / 2**30:.2f} GiB with {what}"
+        for host, count in sorted(ranks_per_host.items())
+        if count * needed > free[host]
+    )
 
 
 def host_memory(root: Path = Path("/")) -> int:

@@ -109,7 +109,9 @@ class DeepSpeedEngine(MegatronForward):
         # The optimizer of bf16 weights and stage 1 updates them with whatever gradients there are.
         whole = getattr(self.engine.optimizer, "fp32_groups_gradients_flat", None)
         if whole is not None:
-            finite = torch.stack([x.isfinite().all() for x in whole]).all().float()
+            # `isfinite` would make copies of all gradients; a norm makes none.
+            largest = [torch.linalg.vector_norm(x, math.inf) for x in whole]
+            finite = torch.stack(largest).isfinite().all().float()
             if dist.get_world_size() > 1:
                 dist.all_reduce(finite, dist.ReduceOp.MIN)
             if not finite:

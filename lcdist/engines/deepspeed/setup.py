@@ -17,7 +17,7 @@ from lcdist.hardware.deepspeed_on_cpu import has_async_io, import_deepspeed
 from lcdist.model.build import CausalLM
 from lcdist.model.memory.layer import Layer
 from lcdist.plan import Plan
-from lcdist.plan.deepspeed import deepspeed_config, merged, read_deepspeed_file
+from lcdist.plan.deepspeed import run_settings
 
 
 class Groups:
@@ -61,8 +61,8 @@ def start(plan: Plan, mesh: Mesh, chunk: CausalLM, trained: Sequence[TrainedPara
     Raises ConfigError if the user's file contradicts the run, or an operation cannot be built.
     """
     errors: list[str] = []
-    file = read_deepspeed_file(plan.config, errors)
-    config = merged(deepspeed_config(plan.shape), file, errors)
+    # The plan has read the same file; on this host it may be another.
+    config = run_settings(plan.shape, errors)
     if errors:
         raise ConfigError(errors)
     deepspeed = import_deepspeed()
