@@ -14,6 +14,8 @@ given to them is checked here.
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +58,24 @@ def missing(device: torch.device) -> list[str]:
     """Return a few words on every part that cannot be used on a device."""
     found = {name: _found(name, device) for name in PARTS}
     return [f"{name} ({reason})" for name, reason in found.items() if isinstance(reason, str)]
+
+
+@cache
+def other_project() -> str | None:
+    """Return a sentence on an installed package `apex` that is not NVIDIA's, and log it once.
+
+    The one of the package index is a web project. It is told from NVIDIA's by its files, without
+    importing it; None where there is no such package.
+    """
+    spec = find_spec("apex")
+    # Without an origin it is a folder of that name: a clone in the working directory, say.
+    if spec is None or spec.origin is None:
+        return None
+    if PathFinder.find_spec("apex.normalization", spec.submodule_search_locations or []):
+        return None
+    said = f"the installed package apex ({spec.origin}) is another project, not NVIDIA's"
+    log_choice(f"{said}: ignored")
+    return said
 
 
 def used() -> list[str]:

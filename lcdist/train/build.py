@@ -57,12 +57,14 @@ def choose_kernels(kernels: str, device: torch.device) -> None:
     Raises ConfigError if `train.kernels` asks for apex and a part of it is missing.
     """
     choose_step_kernels(kernels)
+    other = apex.other_project() if kernels in ("auto", "apex") else None
     absent = apex.missing(device) if kernels == "apex" else []
     if absent:
+        also = f" ({other})" if other else ""
         raise ConfigError(
             [
-                f"train.kernels = 'apex': this machine lacks {', '.join(absent)}; {apex.BUILD}, "
-                "or set train.kernels to 'auto', 'own' or 'torch'"
+                f"train.kernels = 'apex': this machine lacks {', '.join(absent)}{also}; "
+                f"{apex.BUILD}, or set train.kernels to 'auto', 'own' or 'torch'"
             ]
         )
 

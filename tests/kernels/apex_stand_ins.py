@@ -1,8 +1,13 @@
-"""Modules with the names and functions of apex's extensions, and torch's mathematics."""
+"""Modules with the names and functions of apex's extensions, and torch's mathematics.
 
+Their signatures were read from github.com/NVIDIA/apex at 6424da3b4faa6c8f062da4a48c424fff3f02d42d.
+"""
+
+import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -110,3 +115,22 @@ def apex_installed(stand_ins: StandIns, kernels: str = "apex") -> Iterator[Stand
             apex._found.cache_clear()
             apex._USED.clear()
             choose_step_kernels("auto")
+
+
+@contextmanager
+def package_apex(folder: Path, *files: str) -> Iterator[None]:
+    """Make a package `apex` of these files in `folder`, and put it where imports find it.
+
+    Importing it fails, as the package index's does where its own dependencies are missing.
+    """
+    for name in ("__init__.py", *files):
+        path = folder / "apex" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("import pyramid_that_is_not_installed\n")
+    with patch.object(sys, "path", [str(folder), *sys.path]):
+        importlib.invalidate_caches()
+        apex.other_project.cache_clear()
+        try:
+            yield
+        finally:
+            apex.other_project.cache_clear()

@@ -1,6 +1,10 @@
 """apex by capability: found by its functions, tested, and equal to torch where it is chosen."""
 
+import logging
+import sys
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from lcdist_kernels import apex
 from lcdist_kernels.adamw import Hyper, Tensors, adamw_
 from lcdist_kernels.norm import add_norm, scale_rows
 from lcdist_kernels.step_kernels import choose_step_kernels
-from tests.kernels.apex_stand_ins import StandIns, apex_installed
+from tests.kernels.apex_stand_ins import StandIns, apex_installed, package_apex
 
 CPU = torch.device("cpu")
 
@@ -33,6 +37,29 @@ def test_wrong_results_and_missing_functions_are_found_out(
     monkeypatch.setattr(stand_ins, "modules", lambda: modules)
     with apex_installed(stand_ins):
         assert apex.missing(CPU) == ["adamw (amp_C has no multi_tensor_adam_capturable)"]
+
+
+def test_the_other_project_of_that_name_is_known_by_its_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lcdist_kernels")
+    with package_apex(tmp_path / "web", "models.py", "views/__init__.py"):
+        said = [apex.other_project() for _ in range(2)]
+        assert (
+            said
+            == [
+                f"the installed package apex ({tmp_path}/web/apex/__init__.py) is another project, "
+                "not NVIDIA's"
+            ]
+            * 2
+        )
+        assert [r.message for r in caplog.records] == [f"{said[0]}: ignored"]
+    with package_apex(tmp_path / "nvidia", "normalization/__init__.py", "amp/__init__.py"):
+        assert apex.other_project() is None
+    (tmp_path / "clone" / "apex" / "apex").mkdir(parents=True)
+    with patch.object(sys, "path", [str(tmp_path / "clone"), *sys.path]):
+        apex.other_project.cache_clear()
+        assert apex.other_project() is None
 
 
 def norms(x: Tensor, delta: Tensor | None, weight: Tensor, douts: list[Tensor]) -> list[Tensor]:

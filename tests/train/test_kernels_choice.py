@@ -1,10 +1,13 @@
 """`train.kernels`: the same training whatever computes norms, updates and weight gradients."""
 
+import contextlib
+from pathlib import Path
+
 import pytest
 
 from lcdist.config import ConfigError
 from tests.distributed import run_ranks
-from tests.kernels.apex_stand_ins import StandIns, apex_installed
+from tests.kernels.apex_stand_ins import StandIns, apex_installed, package_apex
 from tests.model.small import Meshes, small, take_steps
 
 
@@ -30,14 +33,24 @@ def test_apex_trains_as_torch_does() -> None:
         assert got == pytest.approx(expected, rel=3e-3)
 
 
-def refused(rank: int, world_size: int) -> str:
-    with pytest.raises(ConfigError) as caught:
-        Meshes().trainer(small("train.kernels=apex"))
-    return str(caught.value)
+def refused(rank: int, world_size: int, folder: Path) -> tuple[str, str]:
+    """Return what is said without any apex, and with the other project of that name."""
+    said, meshes = [], Meshes()
+    for files in ((), ("views/__init__.py",)):
+        with contextlib.ExitStack() as stack:
+            if files:
+                stack.enter_context(package_apex(folder, *files))
+            caught = stack.enter_context(pytest.raises(ConfigError))
+            meshes.trainer(small("train.kernels=apex"))
+        said.append(str(caught.value))
+    return said[0], said[1]
 
 
-def test_apex_that_is_missing_is_refused_in_one_line() -> None:
-    message = run_ranks(refused, 1)[0]
+def test_apex_that_is_missing_is_refused_in_one_line(tmp_path: Path) -> None:
+    message, with_other = run_ranks(refused, 1, tmp_path)[0]
+    other = f"the installed package apex ({tmp_path}/apex/__init__.py) is another project, not NV"
+    assert f" ({other}IDIA's); build NVIDIA's apex with" in with_other
+    assert "\n" not in with_other and "another project" not in message
     assert message.startswith(
         "train.kernels = 'apex': this machine lacks weights (fused_weight_gra"
     )
