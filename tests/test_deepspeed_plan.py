@@ -11,6 +11,7 @@ import pytest
 from lcdist.config import ConfigError
 from lcdist.hardware.gpu_specs import GPU_SPECS
 from lcdist.plan import Plan, make_plan, plan_rows
+from lcdist.plan.deepspeed import without_deepspeed
 from lcdist.verify.preflight import check_host_memory
 from tests.distributed import run_ranks
 from tests.model.small import small
@@ -106,6 +107,12 @@ def test_a_file_may_say_the_same_and_more(tmp_path: Path) -> None:
     zero = {"stage": 1, "sub_group_size": 1000, "reduce_bucket_size": "auto"}
     path.write_text(json.dumps({"zero_optimization": zero, "steps_per_print": 10}))
     make_plan(small(ENGINE, f"deepspeed.json_file={path}"), 2)
+
+
+def test_a_trained_model_is_read_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(ENGINE, "deepspeed.stage=0", "deepspeed.json_file=gone.json")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert make_plan(without_deepspeed(config), 1, H100).dtype == "bf16"
 
 
 # --- bytes ----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from lcdist.evaluate.perplexity import held_out_text, perplexity_by_length
 from lcdist.inference.generate import generate
 from lcdist.model.build import CausalLM, build_model
 from lcdist.plan import Plan, make_plan
+from lcdist.plan.deepspeed import without_deepspeed
 from lcdist.plan.resolve import evaluation_layers
 
 
@@ -58,7 +59,7 @@ def load_model(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[st
     alone = ["parallel.tp_size=1", "parallel.pp_size=1", "parallel.cp_size=1"]
     alone += ["parallel.vp_size=1", "parallel.sequence_parallel=false"]
     config = saved_config(checkpoint, [*alone, *mesh_overrides, *overrides])
-    trained = make_plan(_one_sample_a_rank(config), world_size())
+    trained = make_plan(_one_sample_a_rank(without_deepspeed(config)), world_size())
     plan = replace(trained, layers=evaluation_layers(trained.layers, config.evaluate.attention))
     attention = plan.shape.attention_name
     if attention != trained.shape.attention_name:

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,15 @@ def _check_offload(settings: DeepSpeedConfig, errors: list[str]) -> None:
         errors.append(
             "deepspeed.nvme_folder is empty; name a folder on a fast disk, or offload to 'cpu'"
         )
+
+
+def without_deepspeed(config: Config) -> Config:
+    """Return the configuration for a model that is not trained, on any number of ranks.
+
+    A trained model is read where DeepSpeed is not installed, and without the file of its run.
+    """
+    train = replace(config.train, engine="megatron")
+    return replace(config, train=train, deepspeed=DeepSpeedConfig())
 
 
 def run_settings(shape: RunShape, errors: list[str]) -> dict[str, Any]:
