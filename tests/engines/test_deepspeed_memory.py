@@ -19,7 +19,7 @@ SMALL = (
     *("model.hidden_size=320", "model.ffn_hidden_size=640", "model.num_layers=6"),
     *("deepspeed.reduce_bucket_elements=600000", "deepspeed.gather_bucket_elements=600000"),
 )
-# 99 million parameters.
+# 101 million parameters.
 LARGE = (
     *("model.hidden_size=768", "model.ffn_hidden_size=2048", "model.num_layers=14"),
     *("model.nheads=12", "model.nheads_kv=12"),
@@ -92,5 +92,5 @@ def test_states_are_what_the_plan_says() -> None:
 
 
 @pytest.mark.exhaustive
-def test_states_of_99_million_parameters_are_what_the_plan_says() -> None:
+def test_states_of_101_million_parameters_are_what_the_plan_says() -> None:
     check(LARGE, 4, (("fp32", 0), *STAGES))
