@@ -65,18 +65,23 @@ DEFAULT = (
 
 
 def matrix() -> tuple[Row, ...]:
-    """Return the exhaustive rows: stages x meshes, x methods, and ZeRO-3 x ways to save memory."""
+    """Return the exhaustive rows: stages x meshes, and ways to save memory under ZeRO-3."""
     meshes: tuple[tuple[int, tuple[str, ...]], ...]
-    meshes = (1, ()), (2, ()), (4, ()), (4, (CP,)), (4, (TP, CP, SP))
+    meshes = (1, ()), (2, ()), (4, ()), (4, (CP,))
     rows = [Row(size, stage, words) for stage in range(4) for size, words in meshes]
-    rows += [Row(4, 3, (CP, *words, LONG)) for words in METHODS.values()]
-    for way in RECOMPUTE:
-        rows += [
-            Row(2, 3, (f"train.recompute={way}", *more)) for more in ((), TILES, (TP, SP), LORA)
-        ]
-    rows += [Row(2, stage, (*mesh, *LORA)) for stage in range(4) for mesh in ((), (TP, SP))]
+    rows += [Row(4, stage, (TP, CP, SP)) for stage in (2, 3)]
+    rows += [
+        Row(2, stage, (*mesh, *LORA)) for stage, mesh in ((0, ()), (2, (TP, SP)), (3, (TP, SP)))
+    ]
+    rows += [
+        Row(2, 3, ("train.recompute=full", *TILES)),
+        Row(2, 3, ("train.recompute=full", TP, SP)),
+    ]
+    rows += [Row(2, 3, ("train.recompute=selective", *more)) for more in (TILES, LORA)]
+    rows += [Row(2, 3, ("train.recompute=keep_attention", *more)) for more in ((TP, SP), LORA)]
     rows += [Row(2, 3, ("train.offload=host", "train.recompute=full"), ALL_CPU)]
     rows += [Row(4, 2, ("train.global_batch_size=8", "optim.clip_norm=0.2"), CPU)]
+    rows += [Row(4, 3, (CP, *METHODS["coca"], LONG))]
     return tuple(row for row in rows if row not in DEFAULT)
 
 
@@ -86,8 +91,11 @@ TIERS = [
     *(pytest.param("matrix", row, id=str(row), marks=pytest.mark.exhaustive) for row in MATRIX),
 ]
 STEPS = {"default": 3, "matrix": 20}
-# Fewer layers than the small model has: the matrix has them all.
-SHAPE = {"default": ("model.num_layers=2", "train.global_batch_size=2"), "matrix": ()}
+# Fewer layers and samples than the small model has.
+SHAPE = {
+    "default": ("model.num_layers=2", "train.global_batch_size=2"),
+    "matrix": ("model.num_layers=2", "train.global_batch_size=4"),
+}
 
 
 class Found(NamedTuple):

@@ -1,5 +1,6 @@
 """A checkpoint of any engine, stage and mesh loads under any other: the same bits and steps."""
 
+import signal
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,11 +10,21 @@ import pytest
 
 from lcdist.checkpoint.read import open_checkpoint
 from lcdist.checkpoint.save import Checkpointer
+from lcdist.commands import train
+from lcdist.rundir.paths import latest_in
 from lcdist.train.trainer import Trainer
+from tests.checkpoint.stored import assert_same_tensors
 from tests.distributed import run_ranks
 from tests.engines.internals import let_go
 from tests.model.small import Meshes, small, take_steps
 from tests.model.whole import digest, gather_moments, gather_weights
+from tests.train.test_resume import (
+    config_in,
+    killed_after,
+    launched,
+    signalled_at,
+    unmeasured,
+)
 
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="the engine is an extra: pip install 'lcdist[deepspeed]'"
@@ -56,8 +67,9 @@ DEFAULT = (
 )
 ONE = (Run(1, None), Run(1, 2), Run(1, 3))
 TWO = (MEGATRON, Run(2, 0), Run(2, 1, (CPU,)), Run(2, 3, ("parallel.tp_size=2",)))
-ALL = [(source, target) for source in (*ONE, *TWO) for target in (*ONE, *TWO) if source != target]
-ALL += [(run, run) for run in (*ONE, *TWO)]
+RUNS = (*ONE, *TWO)
+ALL = [(run, run) for run in RUNS]
+ALL += [(source, RUNS[(n + 2) % len(RUNS)]) for n, source in enumerate(RUNS)]
 ALL += [(Run(2, a, (LORA,)), Run(2, b, (LORA,))) for a, b in ((None, 3), (3, None), (2, 3))]
 TIERS = [
     *(pytest.param("default", *case, id=f"{case[0]}-to-{case[1]}") for case in DEFAULT),
@@ -86,7 +98,7 @@ def standing(trainer: Trainer) -> Standing:
 
 
 def cases(tier: str) -> list[tuple[Run, Run]]:
-    return [case for case in (DEFAULT if tier == "default" else ALL) if case]
+    return list(DEFAULT) if tier == "default" else [case for case in ALL if case not in DEFAULT]
 
 
 def save_all(rank: int, world_size: int, folder: Path, tier: str) -> dict[Run, Standing]:
@@ -147,3 +159,28 @@ def test_goes_on_where_it_was(folder: Path, tier: str, source: Run, target: Run)
         tolerance = 1e-3 if BF16 in source.words else 1e-5
         for mine, other in zip(before.numbers, after.numbers, strict=True):
             assert other == pytest.approx(mine, rel=tolerance)
+
+
+ENGINE = ("train.engine=deepspeed", "deepspeed.stage=3", "train.recompute=full")
+
+
+def stop_and_go(rank: int, world_size: int, folder: Path) -> None:
+    """Run to the end: at once, after a kill before a save, and after a signal between two."""
+    launched(world_size)
+    train.run(config_in(folder / "whole", *ENGINE))
+    killed_after(config_in(folder / "killed", *ENGINE), 4, saved=False)
+    train.run(config_in(folder / "killed", *ENGINE))
+    signalled_at(config_in(folder / "term", *ENGINE), 3, signal.SIGTERM, 0)
+    train.run(config_in(folder / "term", *ENGINE))
+
+
+@pytest.mark.exhaustive
+def test_a_killed_run_ends_as_if_never_stopped(tmp_path: Path) -> None:
+    run_ranks(stop_and_go, 2, tmp_path, timeout=300)
+    whole = latest_in(tmp_path / "whole" / "checkpoints")
+    assert whole is not None
+    for name in ("killed", "term"):
+        found = latest_in(tmp_path / name / "checkpoints")
+        assert found is not None and found.name == whole.name
+        assert_same_tensors(found, whole)
+        assert unmeasured(tmp_path / name) == unmeasured(tmp_path / "whole")
