@@ -73,6 +73,16 @@ class ZeroStates:
 
         0 without offload: then a checkpoint is copied as under the Megatron engine.
         """
+        if not self.offloaded_bytes:
+            return 0
+        ranks, itemsize = self._ranks, self.shape.itemsize
+        weights = self.parameters.stages[0] // ranks * itemsize if self._stage == 3 else 0
+        master = FP32_BYTES if itemsize < FP32_BYTES else 0
+        return self.offloaded_bytes + self._part * (MOMENT_BYTES + master) + weights
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes of the host's memory between checkpoints."""
         settings, part, itemsize = self._settings, self._part, self.shape.itemsize
         kept = self._offloaded_parameters
         states = settings.offload_optimizer
@@ -87,11 +97,7 @@ class ZeroStates:
             kept += pinned_bytes(part * itemsize) + pinned_bytes(self._largest * itemsize)
             if self.shape.num_micro_batches > 1:
                 kept += part * itemsize
-        if not kept:
-            return 0
-        weights = self.parameters.stages[0] // self._ranks * itemsize if self._stage == 3 else 0
-        master = FP32_BYTES if itemsize < FP32_BYTES else 0
-        return kept + part * (MOMENT_BYTES + master) + weights
+        return kept
 
     # --- parts ------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from lcdist.plan import zero
 from tests.distributed import run_ranks
 from tests.live import LiveTensors
 from tests.model.small import Meshes, small
@@ -29,12 +30,13 @@ STAGES = (("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf1
 
 
 class Held(NamedTuple):
-    """Bytes between steps and at most, measured and planned."""
+    """Bytes between steps and at most, measured and planned; planned ones of the host."""
 
     rest: int
     peak: int
     planned_rest: int
     planned_peak: int
+    planned_host: int
 
 
 def storages() -> dict[int, torch.UntypedStorage]:
@@ -65,7 +67,8 @@ def held(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[Held]
         rest = sum(x.nbytes() for key, x in storages().items() if key not in before)
         memory = trainer.plan.memory
         assert memory.zero is not None
-        found.append(Held(rest, live.peak, memory.zero.at_rest, memory.device_bytes))
+        planned = memory.zero.at_rest, memory.device_bytes, memory.zero.offloaded_bytes
+        found.append(Held(rest, live.peak, *planned))
         engine = trainer.engine
         engine.engine.destroy()
         del trainer, engine, before
@@ -79,7 +82,7 @@ def check(size: tuple[str, ...], world_size: int, stages: tuple[tuple[str, int],
     for number, (dtype, stage) in enumerate(stages):
         for of_rank in ranks[:1]:
             one = of_rank[number]
-            row = [f"{count / 1e6:.1f}" for count in one]
+            row = [f"{count / 1e6:.1f}" for count in one[:4]]
             print(f"| {dtype}, ZeRO-{stage} | {' | '.join(row)} |")
             for measured, planned in ((one.rest, one.planned_rest), (one.peak, one.planned_peak)):
                 if measured != pytest.approx(planned, rel=TOLERANCE):
@@ -89,6 +92,28 @@ def check(size: tuple[str, ...], world_size: int, stages: tuple[tuple[str, int],
 
 def test_states_are_what_the_plan_says() -> None:
     check(SMALL, 2, STAGES[3:])
+
+
+def offloaded(rank: int, world_size: int, cases: list[tuple[str, ...]]) -> list[Held]:
+    # Nothing is pinned on a CPU, and so nothing is rounded.
+    zero.pinned_bytes = lambda count: count
+    return held(rank, world_size, cases)
+
+
+@pytest.mark.exhaustive
+def test_offloaded_states_are_what_the_plan_says() -> None:
+    ways = [(2, "none"), (3, "none"), (3, "cpu")]
+    cases = [
+        (
+            *("train.dtype=bf16", f"deepspeed.stage={stage}", "train.global_batch_size=2"),
+            *("deepspeed.offload_optimizer=cpu", f"deepspeed.offload_parameters={where}"),
+            *(*SHORT, *SMALL),
+        )
+        for stage, where in ways
+    ]
+    # On a CPU, device and host have one memory.
+    for found in run_ranks(offloaded, 2, cases)[0]:
+        assert found.rest == pytest.approx(found.planned_rest + found.planned_host, rel=0.01)
 
 
 @pytest.mark.exhaustive
