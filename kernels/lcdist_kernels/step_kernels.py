@@ -6,7 +6,8 @@
     apex    apex's weight gradient, norm and AdamW; an error where one of them is missing
     torch   plain torch everywhere
 
-It is said once, before a model is built, and read when an operator runs.
+Under DeepSpeed, AdamW and weight gradients are torch's whatever is chosen. It is said once, before
+a model is built, and read when an operator runs.
 """
 
 from typing import Literal, cast

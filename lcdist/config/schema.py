@@ -239,8 +239,8 @@ class TrainConfig:
     # place and a memory snapshot go to the folder `profile` of the run.
     profile: str | int = ""
     profile_rank: int = at_least(0, 0)  # the rank that is profiled
-    # Of norms, SwiGLU, loss, optimizer and weight gradients: ours, NVIDIA's apex or plain torch.
-    # auto: ours, and apex's weight gradients where torch cannot add products to fp32.
+    # Of norms, SwiGLU, loss, AdamW and weight gradients: ours, NVIDIA's apex or plain torch. auto:
+    # ours, and apex's gradients where torch has none in fp32. deepspeed: the last two are torch's.
     kernels: Literal["auto", "own", "apex", "torch"] = "auto"
     # megatron: ZeRO-1 on any mesh. deepspeed: as `[deepspeed]` says, without pipeline stages.
     engine: Literal["megatron", "deepspeed"] = "megatron"

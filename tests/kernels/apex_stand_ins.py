@@ -106,15 +106,21 @@ class StandIns:
 @contextmanager
 def apex_installed(stand_ins: StandIns, kernels: str = "apex") -> Iterator[StandIns]:
     """Put the extensions where imports find them, and choose `kernels`, inside the block."""
-    with patch.dict(sys.modules, stand_ins.modules()):
+    # `patch.dict` would also forget every other module that is imported inside the block.
+    modules = stand_ins.modules()
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
+    sys.modules.update(modules)
+    apex._found.cache_clear()
+    choose_step_kernels(kernels)
+    try:
+        yield stand_ins
+    finally:
+        for name in modules:
+            del sys.modules[name]
+        sys.modules.update(before)
         apex._found.cache_clear()
-        choose_step_kernels(kernels)
-        try:
-            yield stand_ins
-        finally:
-            apex._found.cache_clear()
-            apex._USED.clear()
-            choose_step_kernels("auto")
+        apex._USED.clear()
+        choose_step_kernels("auto")
 
 
 @contextmanager

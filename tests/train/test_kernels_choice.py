@@ -1,12 +1,15 @@
 """`train.kernels`: the same training whatever computes norms, updates and weight gradients."""
 
 import contextlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from lcdist.config import ConfigError
+from lcdist_kernels.step_kernels import step_kernels
 from tests.distributed import run_ranks
+from tests.engines.internals import let_go
 from tests.kernels.apex_stand_ins import StandIns, apex_installed, package_apex
 from tests.model.small import Meshes, small, take_steps
 
@@ -31,6 +34,34 @@ def test_apex_trains_as_torch_does() -> None:
     assert called == {"weights", "norm", "adamw"}
     for got, expected in zip(steps, found["auto"][0], strict=True):
         assert got == pytest.approx(expected, rel=3e-3)
+
+
+def steps_under_deepspeed(
+    rank: int, world_size: int
+) -> dict[str, tuple[list[tuple[float, float]], set[str], str]]:
+    """Return steps, called parts of apex and the choice in force, by `train.kernels`."""
+    meshes, found = Meshes(), {}
+    for kernels in ("torch", "own", "apex"):
+        # The trainer chooses, as the block chooses another one.
+        with apex_installed(StandIns(), "auto") as stand_ins:
+            words = (f"train.kernels={kernels}", "train.engine=deepspeed", "deepspeed.stage=1")
+            trainer = meshes.trainer(small(*words, "model.num_layers=2"))
+            stand_ins.calls.clear()
+            steps = take_steps(trainer, 2)
+            found[kernels] = steps, set(stand_ins.calls), step_kernels()
+            let_go(trainer)
+    return found
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="the engine is an extra")
+def test_the_choice_holds_under_deepspeed() -> None:
+    found = run_ranks(steps_under_deepspeed, 1)[0]
+    assert [choice for _, _, choice in found.values()] == list(found)
+    # The weight gradients and AdamW are torch's.
+    assert [called for _, called, _ in found.values()] == [set(), set(), {"norm"}]
+    assert found["own"][0] == found["torch"][0]
+    for got, expected in zip(found["apex"][0], found["torch"][0], strict=True):
+        assert got == pytest.approx(expected, rel=1e-5)
 
 
 def refused(rank: int, world_size: int, folder: Path) -> tuple[str, str]:
