@@ -29,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="tokens to add, 1 for landmark attention; their rows are the mean of the others",
     )
+    importing.add_argument(
+        "--deepspeed",
+        type=Path,
+        metavar="FOLDER",
+        help="DeepSpeed checkpoint with the weights (ZeRO 1, 2, 3 or universal); HF_FOLDER then "
+        "needs only config.json and the tokenizer",
+    )
     importing.set_defaults(action=_import)
 
     exporting = directions.add_parser("export", help="a checkpoint to a Hugging Face folder")
@@ -91,11 +98,17 @@ def _print(text: str) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     result = import_model(
-        arguments.source, arguments.out, arguments.overrides, arguments.extra_tokens
+        arguments.source,
+        arguments.out,
+        arguments.overrides,
+        arguments.extra_tokens,
+        arguments.deepspeed,
     )
     new = result.num_new_tokens
     growth = f"vocabulary extended by {new}, new rows are the mean of the others; " if new else ""
     _print(f"wrote {result.out}: {result.num_parameters:,} parameters; {growth}{result.difference}")
+    if result.note:
+        _print(result.note)
 
 
 def _export(arguments: argparse.Namespace) -> None:

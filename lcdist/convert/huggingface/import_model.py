@@ -22,6 +22,7 @@ from lcdist.checkpoint.tensors import CheckpointTensors, TensorSource, write_ten
 from lcdist.config import dump, parse
 from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig, TrainConfig
 from lcdist.convert.check import LogitDifference, compare
+from lcdist.convert.deepspeed.weights import open_deepspeed
 from lcdist.convert.huggingface.config import CONFIG, HFModel, check_shapes, read_config
 from lcdist.convert.huggingface.custom_attention import (
     has_landmarks,
@@ -59,16 +60,22 @@ class ImportResult:
         num_parameters: parameters of the model.
         difference: logits of the checkpoint compared with the source's.
         num_new_tokens: tokens added to the vocabulary.
+        note: what was read from DeepSpeed's checkpoint and what is lost; empty without one.
     """
 
     out: Path
     num_parameters: int
     difference: LogitDifference
     num_new_tokens: int = 0
+    note: str = ""
 
 
 def import_model(
-    source: Path, out: Path, overrides: Sequence[str] = (), extra_tokens: int = 0
+    source: Path,
+    out: Path,
+    overrides: Sequence[str] = (),
+    extra_tokens: int = 0,
+    deepspeed: Path | None = None,
 ) -> ImportResult:
     """Write the Hugging Face model in `source` as a checkpoint into the new folder `out`.
 
@@ -79,13 +86,14 @@ def import_model(
             `[model]` they may only raise vocab_size.
         extra_tokens: tokens to add to the vocabulary (landmark attention needs one). Their rows
             come last and are the mean of the others.
+        deepspeed: checkpoint of DeepSpeed to read the weights from; `source` needs none then.
 
     Raises:
         ValueError: the source or an override is wrong; nothing has been written.
         ConversionError: the checkpoint's logits differ from the source's; nothing is kept.
     """
     check_single_process()
-    hf, weights = open_model(source)
+    hf, weights, note = _open_source(source, deepspeed)
     config = _import_config(hf, out, [*overrides, *_vocab_override(hf, overrides, extra_tokens)])
     plan = make_plan(config, smallest_world(config))
     check_free(out, weights.nbytes)
@@ -102,7 +110,8 @@ def import_model(
         difference = compare(hf, weights, config, tensors)
     shapes = hf_shapes(config.model, _method_parameters(hf)).values()
     num_new_tokens = config.model.vocab_size - hf.model.vocab_size
-    return ImportResult(out, sum(math.prod(shape) for shape in shapes), difference, num_new_tokens)
+    num_parameters = sum(math.prod(shape) for shape in shapes)
+    return ImportResult(out, num_parameters, difference, num_new_tokens, note)
 
 
 def open_model(folder: Path) -> tuple[HFModel, Weights]:
@@ -111,10 +120,20 @@ def open_model(folder: Path) -> tuple[HFModel, Weights]:
     Raises:
         ValueError: naming everything that does not fit.
     """
+    hf, weights, _ = _open_source(folder, None)
+    return hf, weights
+
+
+def _open_source(folder: Path, deepspeed: Path | None) -> tuple[HFModel, Weights, str]:
+    """Open as `open_model`, with the weights from `deepspeed` if given; return a note on them."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give one with {CONFIG} and .safetensors files")
-    hf, weights = read_config(folder), open_weights(folder)
+    hf, note = read_config(folder), ""
     expected = hf_shapes(hf.model, _method_parameters(hf))
+    if deepspeed is None:
+        weights = open_weights(folder)
+    else:
+        weights, note = open_deepspeed(deepspeed, expected)
     shapes = {
         name: entry.shape
         for name, entry in weights.entries.items()
@@ -123,9 +142,10 @@ def open_model(folder: Path) -> tuple[HFModel, Weights]:
     if hf.model.tied_embeddings and shapes.get(HF_OUTPUT) == expected[HF_EMBEDDING]:
         _check_tied(weights)
         del shapes[HF_OUTPUT]
-    check_shapes(folder, shapes, expected)
+    check_shapes(weights.folder, shapes, expected)
     check_tokenizer(folder, hf.model.vocab_size)
-    return hf, Weights(folder, {name: weights.entries[name] for name in expected})
+    kept = {name: weights.entries[name] for name in expected}
+    return hf, Weights(weights.folder, kept), note
 
 
 def _check_tied(weights: Weights) -> None:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +19,26 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_NAMES = 8
 
 
+class StoredTensor(Protocol):
+    """A tensor on disk. dtype: safetensors' name of it, such as "BF16"."""
+
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    def rows(self, first: int, stop: int) -> Tensor:
+        """Return a copy of rows first to stop, in the stored dtype."""
+        ...
+
+
 @dataclass(frozen=True)
 class Weights:
     """The tensors of a folder by name; the header of every file has been checked."""
 
     folder: Path
-    entries: Mapping[str, TensorEntry]
+    entries: Mapping[str, StoredTensor]
 
     def rows(self, name: str, first: int = 0, stop: int | None = None) -> Tensor:
         """Return rows first to stop of the tensor `name`, in the stored dtype."""

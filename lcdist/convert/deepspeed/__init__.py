@@ -1,0 +1,1 @@
+"""Read the weights of checkpoints that DeepSpeed wrote elsewhere, without DeepSpeed."""
