@@ -35,7 +35,7 @@ Trained = tuple[Path, dict[int, dict[str, Tensor]]]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("deepspeed")
-    return folder, run_ranks(train_each, 1, folder)[0]
+    return folder, run_ranks(train_each, 1, folder, timeout=180)[0]
 
 
 def there_and_back(rank: int, world_size: int, jobs: Sequence[tuple[Path, Path, Path]]) -> Any:
@@ -53,7 +53,7 @@ def test_weights_are_those_of_the_trained_model(trained: Trained, tmp_path: Path
 
 @pytest.mark.exhaustive
 def test_weights_of_two_ranks(tmp_path: Path) -> None:
-    check_weights(tmp_path, run_ranks(train_each, 2, tmp_path)[0], tmp_path)
+    check_weights(tmp_path, run_ranks(train_each, 2, tmp_path, timeout=180)[0], tmp_path)
 
 
 def check_weights(folder: Path, weights: dict[int, dict[str, Tensor]], outs: Path) -> None:
@@ -62,7 +62,7 @@ def check_weights(folder: Path, weights: dict[int, dict[str, Tensor]], outs: Pat
         (folder / f"hf{number}", folder / name, outs / ("ours-" + name.partition("/")[0]))
         for name, number in SOURCES.items()
     ]
-    notes = run_ranks(there_and_back, 1, jobs)[0]
+    notes = run_ranks(there_and_back, 1, jobs, timeout=180)[0]
     for (_, _, out), number, note in zip(jobs, SOURCES.values(), notes, strict=True):
         found, expected = load_file(out / "hf/model.safetensors"), weights[number]
         assert {*found} == {*expected}
