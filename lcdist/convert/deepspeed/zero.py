@@ -44,10 +44,12 @@ def read_zero(folder: Path) -> ZeroCheckpoint:
         f"{folder.parent}, copy the model's config.json into OUT, and import OUT"
     )
     files = _optimizer_files(folder, remedy)
-    states = [load_table(file, remedy).get("optimizer_state_dict") for file in files]
-    for file, state in zip(files, states, strict=True):
+    states: list[Mapping[str, Any]] = []
+    for file in files:
+        state = load_table(file, remedy).get("optimizer_state_dict")
         if not isinstance(state, dict) or "zero_stage" not in state:
             raise ValueError(f"{file} has no state of a ZeRO optimizer: {remedy}")
+        states.append(state)
     stage, count = int(states[0]["zero_stage"]), states[0]["partition_count"]
     world_size = max(count) if isinstance(count, list) else count
     if world_size != len(files):
