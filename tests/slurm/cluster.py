@@ -120,7 +120,8 @@ class Cluster:
         code = "import sys, pathlib; from tests.slurm.inside import start_node; "
         code += "start_node(pathlib.Path(sys.argv[1]), sys.argv[2])"
         self.call(sys.executable, "-c", code, str(self.folder), name)
-        self.wait_until_idle()
+        # A job may still run on the others.
+        self.wait_until_idle(name)
 
     def rank_of(self, run: Path, rank: int) -> psutil.Process:
         """Return the process of a rank of the run in the folder `run`."""
@@ -132,10 +133,11 @@ class Cluster:
                     return process
         raise AssertionError(f"no rank {rank} of {run}")
 
-    def wait_until_idle(self) -> None:
-        """Wait until every node is up and free."""
+    def wait_until_idle(self, *nodes: str) -> None:
+        """Wait until some nodes, all if none is named, are up and free."""
         deadline = time.monotonic() + SECONDS
-        while self.call("sinfo", "-h", "-p", "gpu", "-o", "%T").split() != ["idle"]:
+        chosen = ["-n", ",".join(nodes)] if nodes else []
+        while self.call("sinfo", "-h", "-p", "gpu", *chosen, "-o", "%T").split() != ["idle"]:
             assert time.monotonic() < deadline, self.call("sinfo", "-N", "-l")
             time.sleep(0.2)
 
