@@ -140,7 +140,7 @@ class ZeroStates:
 
     @property
     def _gathered(self) -> int:
-        """What ZeRO-3 has gathered at the start of backward, the next weights and gradients too."""
+        """Return bytes of gathered and prefetched weights and of gradients early in backward."""
         layer, table = self._layer_and_table
         current, weights = max(layer, table), self.parameters.stages[0]
         gathered = REUSED_ELEMENTS + current
@@ -206,7 +206,7 @@ class ZeroStates:
 
     @property
     def _keeps_all_gradients(self) -> bool:
-        """Whether DeepSpeed's BF16_Optimizer runs, which sums all gradients in fp32."""
+        """Return whether BF16_Optimizer runs, which keeps every gradient in fp32 on every rank."""
         is_short = self.shape.itemsize < FP32_BYTES
         return self._stage == 1 and is_short and not self._offloads
 

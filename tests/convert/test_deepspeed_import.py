@@ -1,9 +1,8 @@
-"""What DeepSpeed trained elsewhere is imported bit for bit; nothing in its files is run."""
+"""Import what DeepSpeed trained elsewhere, bit for bit, and run nothing that its files hold."""
 
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,6 @@ from lcdist.convert.huggingface.import_model import import_model
 from tests.convert.deepspeed_elsewhere import train_each
 from tests.convert.hf import small_pieces
 from tests.distributed import run_ranks
-
-pytestmark = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="DeepSpeed writes what is read: an extra"
-)
 
 # Folder, and the number of its model.
 SOURCES = {"zero1": 1, "zero2": 2, "zero3/global_step1": 3, "zero4": 4}

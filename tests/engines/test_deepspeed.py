@@ -2,7 +2,6 @@
 
 import gc
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,10 +11,6 @@ from tests.engines.internals import let_go, spoil_gradients
 from tests.model.small import Meshes, small, take_steps
 from tests.model.whole import digest, gather_gradients, gather_moments, gather_weights
 from tests.tolerance import relative_error
-
-pytestmark = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="the engine is an extra: pip install 'lcdist[deepspeed]'"
-)
 
 TP, CP, SP = "parallel.tp_size=2", "parallel.cp_size=2", "parallel.sequence_parallel=true"
 TOLERANCE = 1e-5

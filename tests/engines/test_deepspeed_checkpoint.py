@@ -2,7 +2,6 @@
 
 import signal
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +23,6 @@ from tests.train.test_resume import (
     launched,
     signalled_at,
     unmeasured,
-)
-
-pytestmark = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="the engine is an extra: pip install 'lcdist[deepspeed]'"
 )
 
 BEFORE, AFTER = 2, 2

@@ -1,7 +1,6 @@
 """`train.kernels`: the same training whatever computes norms, updates and weight gradients."""
 
 import contextlib
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,6 @@ def steps_under_deepspeed(
     return found
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="the engine is an extra")
 def test_the_choice_holds_under_deepspeed() -> None:
     found = run_ranks(steps_under_deepspeed, 1)[0]
     assert [choice for _, _, choice in found.values()] == list(found)
