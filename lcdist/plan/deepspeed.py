@@ -161,7 +161,9 @@ def read_deepspeed_file(config: Config, errors: list[str]) -> dict[str, Any]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        errors.append(f"deepspeed.json_file = '{path}': {error}")
+        errors.append(
+            f"deepspeed.json_file = '{path}': {error}; name a JSON file, or leave it empty"
+        )
         return {}
     if not isinstance(found, dict):
         errors.append(f"deepspeed.json_file = '{path}': it holds no JSON object")
