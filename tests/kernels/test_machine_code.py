@@ -168,7 +168,7 @@ LIMITS = [
     Most("pieces", "_pieces_bwd_dkv_kernel", 13.0, 0, 128, 9, 0.7),
     Most("pointers", "_full_fwd_kernel", 9.3, 0, 64, 1, 0.25),
     Most("pointers", "_full_bwd_dq_kernel", 9.5, 0, 0, 0, 0.6),
-    Most("pointers", "_full_bwd_dkv_kernel", 13.1, 0, 336, 28, 0.6),
+    Most("pointers", "_full_bwd_dkv_kernel", 13.1, 0, 136, 12, 0.59),
     Most("landmark", "_landmark_fwd_kernel", 10.4, 0, 8, 2, 0.7),
     Most("landmark", "_landmark_bwd_dq_kernel", 12.9, 0, 16, 0, 0.5),
     Most("landmark", "_landmark_bwd_dkv_kernel", 18.9, 0, 464, 20, 0.5),

@@ -119,8 +119,8 @@ def test_any_tiles(grid: ModeGrid, launch: Launch, monkeypatch: pytest.MonkeyPat
     tiered(
         [
             ((9,), 30, (4, 1), 4),
-            ((9, 7), 100, (4, 1), 4),
-            ((9, 7), 100, (6, 1), 2),
+            ((9, 7), 130, (4, 1), 4),
+            ((9, 7), 130, (6, 1), 2),
             ((12, 3), 100, (4, 2), 2),
         ],
         {0},
