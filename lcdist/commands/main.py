@@ -15,6 +15,7 @@ from types import ModuleType
 
 from lcdist import __version__
 from lcdist.config.load import ConfigError
+from lcdist.utils.errors import RankError, is_of_rank_zero, os_error_text
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,25 @@ def main(words: Sequence[str] | None = None) -> int:
     set_up_logging(arguments.is_first_rank)
     try:
         return module.run(arguments)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if arguments.is_first_rank:
-            prefix = "configuration error" if isinstance(error, ConfigError) else "error"
-            lines = str(error).splitlines()
-            print("\n".join(f"{prefix}: {line}" for line in lines), file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError) as error:
+        rank = arguments.environment.get("RANK", "0")
+        for line in error_lines(error, int(rank) if rank.isdecimal() else 0):
+            print(line, file=sys.stderr)
         return USER_ERROR
+
+
+def error_lines(error: Exception, rank: int) -> list[str]:
+    """Return what a rank prints of an error; nothing if rank 0 prints the same.
+
+    All ranks find the same mistakes of a user, but files and disks may differ between machines.
+    """
+    prefix = "configuration error" if isinstance(error, ConfigError) else "error"
+    if rank:
+        if not isinstance(error, RankError | OSError) or is_of_rank_zero(error):
+            return []
+        prefix = f"rank {rank}: {prefix}"
+    text = os_error_text(error) if isinstance(error, OSError) else str(error)
+    return [f"{prefix}: {line}" for line in text.splitlines() or [type(error).__name__]]
 
 
 def parse_words(words: Sequence[str] | None) -> argparse.Namespace:

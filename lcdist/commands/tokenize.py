@@ -14,8 +14,9 @@ from rich.progress import (
 )
 
 from lcdist.data.prepare.corpus import SUFFIXES, Source, standard_library
-from lcdist.data.prepare.prepare import prepare, summary_lines
+from lcdist.data.prepare.prepare import prepare
 from lcdist.data.prepare.settings import TokenizeSettings
+from lcdist.data.prepare.summary import summary_lines
 from lcdist.data.tokenizers.huggingface import SpecialTokens
 
 # Pieces of the tokenizer that is trained if the user names neither a size nor a tokenizer.
@@ -43,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--valid-fraction", type=float, default=0.05, help="fraction of documents held out"
     )
     parser.add_argument("--suffix", action="append", help="suffix of the files to read, as .txt")
+    parser.add_argument(
+        "--follow-links", action="store_true", help="read folders behind symbolic links"
+    )
+    parser.add_argument(
+        "--hidden", action="store_true", help="read folders whose names begin with a dot"
+    )
     parser.add_argument(
         "--field", default="text", help="field of a JSON record, or column of a parquet file"
     )
@@ -88,7 +95,12 @@ def _source(arguments: argparse.Namespace) -> Source:
     if arguments.source == "stdlib":
         return standard_library()
     suffixes = tuple(arguments.suffix) if arguments.suffix else SUFFIXES
-    return Source(Path(arguments.source), suffixes)
+    return Source(
+        Path(arguments.source),
+        suffixes,
+        follow_links=arguments.follow_links,
+        hidden=arguments.hidden,
+    )
 
 
 def _settings(arguments: argparse.Namespace) -> TokenizeSettings:

@@ -2,11 +2,16 @@
 
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+from lcdist.utils.errors import naming
+from lcdist.utils.json_file import check_types, read_json
+
 FORMAT = 1
 META = "meta.json"
+REMAKE = "remove the folder and make it again with `lcdist tokenize`"
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,9 @@ class Meta:
         fingerprint: sha256 of the tokenizer's files.
         documents: number of documents by split.
         tokens: number of tokens by split.
-        source: path, number of files, their bytes, the digest of their names, sizes and contents,
-            and the number of files with other suffixes ("left_out").
+        source: path, number of files read ("files"), their bytes, the digest of their names, sizes
+            and contents, the number of files seen ("seen"), and the number of those left out by
+            reason ("left_out"). Seen are those read and those left out.
         settings: other settings that determine the tokens.
         empty: number of documents without a character; these are left out.
         skipped: unreadable documents, each as {"file", "offset" (bytes), "reason"} and "line" or
@@ -49,7 +55,8 @@ class Meta:
 def write_meta(folder: str | Path, meta: Meta) -> None:
     """Write meta.json. It has to be the last file written to a token folder."""
     text = json.dumps(dataclasses.asdict(meta), indent=1) + "\n"
-    Path(folder, META).write_text(text, "utf-8")
+    with naming(Path(folder, META)):
+        Path(folder, META).write_text(text, "utf-8")
 
 
 def read_meta(folder: str | Path) -> Meta:
@@ -57,36 +64,34 @@ def read_meta(folder: str | Path) -> Meta:
 
     Raises:
         ValueError: the folder or meta.json is missing (the folder is incomplete), meta.json has
-            another format, or a file is missing or has another size.
+            another format or types, or a file is missing or has another size.
     """
-    remedy = "remove the folder and make it again with `lcdist tokenize`"
     if not Path(folder).is_dir():
         raise ValueError(f"data folder {folder}: no such folder; make it with `lcdist tokenize`")
     path = Path(folder, META)
     if not path.is_file():
         raise ValueError(
             f"data folder {folder}: it has no {META}, so it is incomplete or was not made by "
-            f"`lcdist tokenize`; {remedy}"
+            f"`lcdist tokenize`; {REMAKE}"
         )
-    try:
-        table = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); {remedy}") from error
+    table = read_json(path, REMAKE)
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         version = table.get("format") if isinstance(table, dict) else None
-        raise ValueError(f"{path}: format {version!r}, this version reads {FORMAT}; {remedy}")
+        raise ValueError(f"{path}: format {version!r}, this version reads {FORMAT}; {REMAKE}")
     defaults = {field.name: field.default for field in dataclasses.fields(Meta)}
     optional = {name for name, value in defaults.items() if value is not dataclasses.MISSING}
     if set(table) | optional != set(defaults):
         wrong = ", ".join(sorted(set(defaults) ^ (set(table) | optional)))
-        raise ValueError(f"{path}: missing or unknown keys: {wrong}; {remedy}")
+        raise ValueError(f"{path}: missing or unknown keys: {wrong}; {REMAKE}")
+    hints = typing.get_type_hints(Meta)
+    check_types(table, {name: hints[name] for name in table}, str(path), REMAKE)
     meta = Meta(**table)
     for name, expected_size in meta.files.items():
         file = Path(folder, name)
         size = file.stat().st_size if file.is_file() else None
         if size != expected_size:
             state = "is missing" if size is None else f"has {size} bytes"
-            raise ValueError(f"{file}: {state}, {META} says {expected_size} bytes; {remedy}")
+            raise ValueError(f"{file}: {state}, {META} says {expected_size} bytes; {REMAKE}")
     return meta
 
 

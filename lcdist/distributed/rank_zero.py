@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from lcdist.utils.errors import mark_of_rank_zero
+
 _T = TypeVar("_T")
 
 
@@ -26,6 +28,7 @@ def run_on_rank_zero(fn: Callable[[], _T]) -> _T:
     dist.broadcast_object_list(outcome, src=0)
     result, error = outcome
     if error is not None:
+        mark_of_rank_zero(error)
         raise error
     return result
 

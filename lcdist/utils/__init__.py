@@ -1,1 +1,1 @@
-"""Helpers without a subject of their own: atomic files and folders."""
+"""Helpers without a subject of their own: atomic files and folders, JSON, errors of the system."""

@@ -10,15 +10,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from lcdist.utils.errors import naming
+
 
 def write_file(path: Path, text: str) -> None:
     """Replace the file at `path` by one that holds `text` in UTF-8."""
     temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with naming(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ def test_options_reach_the_settings_and_skipped_files_are_listed(
     assert "a.jsonl, line 2, byte 17: not JSON" in capsys.readouterr().err
     assert main([*options, "--on-error", "skip"]) == 0
     output = capsys.readouterr().out
-    assert "10 tokens for train, vocabulary of 258" in output and "1 .png" in output
+    assert "10 tokens for train, vocabulary of 258" in output and "1 x suffix .png" in output
     assert "skipped 1 unreadable documents" in output and "a.jsonl, line 2: not JSON" in output
     meta = read_meta(tmp_path / "out")
     assert meta.settings["field"] == "body" and meta.settings["add_bos"] is True

@@ -60,7 +60,7 @@ def test_missing_and_unsuitable_folders_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no file"):
         list_files(Source(tmp_path))
     (tmp_path / "a.png").touch()
-    with pytest.raises(ValueError, match=r"ends in \.txt.*it has \.png \(1\)"):
+    with pytest.raises(ValueError, match=r"ends in \.txt.*it has suffix \.png \(1\)"):
         list_files(Source(tmp_path))
 
 

@@ -79,9 +79,9 @@ def test_a_damaged_compressed_file_raises(ending: str, damage: str, tmp_path: Pa
 def test_unsupported_compression_raises_and_other_files_are_counted(tmp_path: Path) -> None:
     for name in ("a.txt", "b.png", "c.png", "d.tar.gz"):
         (tmp_path / name).write_text("text")
-    assert scan_source(Source(tmp_path))[1] == {".gz": 1, ".png": 2}
+    assert scan_source(Source(tmp_path)).left_out == {"suffix .gz": 1, "suffix .png": 2}
     made = prepare(Source(tmp_path), tmp_path / "out", change(vocab_size=None), "bytes")
-    assert made.meta.source["left_out"] == {".gz": 1, ".png": 2}
+    assert made.meta.source["left_out"] == {"suffix .gz": 1, "suffix .png": 2}
     with pytest.raises(
         ValueError, match=r"d\.tar\.gz: this kind of compressed file is not supported"
     ):

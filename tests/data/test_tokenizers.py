@@ -87,7 +87,7 @@ def test_a_tokenizer_without_eos_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="which token begins a text.*--bos-token"):
         HuggingFaceTokenizer(path, SpecialTokens(eos="<|end|>", add_bos=True))
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json:1: not JSON"):
         HuggingFaceTokenizer(path)
     (tmp_path / "junk.json").write_text("{}")
     with pytest.raises(ValueError, match=r"junk\.json: not a tokenizer\.json"):

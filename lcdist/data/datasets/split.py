@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.data.datasets.sample import check_seed, random_uint64
-from lcdist.data.meta import read_meta
+from lcdist.data.meta import REMAKE, read_meta
+from lcdist.data.prepare.indexed import check_index
 from lcdist.layout.documents import DocumentLayout
+from lcdist.utils.errors import RankError
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 
@@ -46,6 +48,7 @@ class TokenSplit:
                 f"{', '.join(self.meta.tokens)}; tokenize with a valid_fraction above 0"
             )
         prefix = str(Path(folder, split))
+        check_index(prefix)
         self._tokens = IndexedDataset(prefix)
         self.document_lengths: np.ndarray = self._tokens.sequence_lengths.astype(np.int64)
         self.vocab_size: int = self.meta.vocab_size
@@ -55,8 +58,7 @@ class TokenSplit:
         if size != bytes_needed or self.num_tokens != self.meta.tokens[split]:
             raise ValueError(
                 f"{prefix}.bin has {size} bytes, but {prefix}.idx lists {self.num_tokens} tokens "
-                f"in {bytes_needed} bytes and meta.json {self.meta.tokens[split]} tokens; remove "
-                "the folder and make it again with `lcdist tokenize`"
+                f"in {bytes_needed} bytes and meta.json {self.meta.tokens[split]} tokens; {REMAKE}"
             )
 
     @property
@@ -92,8 +94,20 @@ class TokenSplit:
         return DocumentOrder(np.arange(self.num_documents), np.cumsum(self.document_lengths))
 
     def _read(self, number: int, start: int, length: int) -> Tensor:
-        tokens = self._tokens.get(number, start, length)
-        return torch.from_numpy(np.asarray(tokens).astype(np.int64))
+        tokens = np.asarray(self._tokens.get(number, start, length))
+        # Each token is checked where it is read. A check of the whole file at the start would read
+        # all of it, and would miss what changes later. Unsigned, a negative number is a large one.
+        if tokens.view(f"u{tokens.itemsize}").max() >= self.vocab_size:
+            self._refuse(number, start, tokens)
+        return torch.from_numpy(tokens.astype(np.int64))
+
+    def _refuse(self, number: int, start: int, tokens: np.ndarray) -> NoReturn:
+        """Raise RankError: a token is not in the vocabulary."""
+        place = int(np.argmax((tokens < 0) | (tokens >= self.vocab_size)))
+        raise RankError(
+            f"{self.folder}/{self.split}.bin: token {start + place} of document {number} is "
+            f"{tokens[place]}, and the vocabulary has 0 to {self.vocab_size - 1}; {REMAKE}"
+        )
 
     def _find_spans(
         self, order: "DocumentOrder", start: int, length: int, document_lengths: np.ndarray

@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lcdist.data.prepare.corpus import OnBytes, SourceFile, ignore_bytes
+from lcdist.data.prepare.corpus import (
+    OnBytes,
+    SourceFile,
+    check_size_read,
+    check_unchanged,
+    ignore_bytes,
+)
 from lcdist.data.prepare.readers import (
     Text,
     Unreadable,
@@ -150,12 +156,15 @@ def read_documents(
 
     Raises:
         ValueError: a document is unreadable and options.on_error is "refuse". The message names
-            file, line and byte offset.
+            file, line and byte offset. Or the file changed after it was listed.
     """
     for record in _read_records(chunk, options.field, skip_counts, on_bytes):
         if isinstance(record, Text):
             yield Document(chunk.file.name + record.name_suffix, record.text)
-        elif options.on_error == "refuse":
+            continue
+        # A file that changes under the reader is not an unreadable document.
+        check_unchanged(chunk.file)
+        if options.on_error == "refuse":
             place = _location(chunk, record)
             raise ValueError(
                 f"{chunk.file.path}{place}: {record.reason}; correct or remove the file, or skip "
@@ -174,13 +183,16 @@ def _read_records(
     if kind == ".parquet":
         rows = (chunk.start, chunk.stop)
         yield from parquet_rows(chunk.file.path, rows, chunk.group, field_name)
+        check_unchanged(chunk.file)
         on_bytes(chunk.size)
     elif kind in (".jsonl.gz", ".jsonl.zst"):
         yield from compressed_json_lines(chunk.file.path, kind, field_name, on_bytes)
+        check_unchanged(chunk.file)
     else:
         with open(chunk.file.path, "rb") as stream:
             stream.seek(chunk.start)
             data = stream.read(chunk.stop - chunk.start)
+        check_size_read(chunk.file, len(data), chunk.stop - chunk.start)
         if kind:
             skip_counts.lines += data.count(b"\n")
             # Not splitlines: it also splits at a bare carriage return, which is a space in JSON.

@@ -1,4 +1,4 @@
-"""Write Megatron's indexed format (.bin, .idx) as a stream, without Megatron or torch.
+"""Write and check Megatron's indexed format (.bin, .idx), without Megatron or torch.
 
 The format, of megatron.core.datasets.indexed_dataset: the .bin file is all tokens one after
 another. The .idx file is a header of 34 bytes, then for every sequence its length in tokens (int32)
@@ -13,8 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
+from lcdist.data.meta import REMAKE
+from lcdist.utils.errors import naming
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPE_CODES = {np.uint16: 8, np.int32: 4}
+# Bytes of a token by code.
+_WIDTHS = {8: 2, 4: 4}
+# Magic, version, code of the token type, number of sequences, number of document borders.
+_HEADER = struct.Struct("<9sQBQQ")
 
 
 class IndexedWriter:
@@ -39,17 +46,17 @@ class IndexedWriter:
 
     def add(self, tokens: Sequence[int]) -> None:
         """Append one document of token numbers."""
-        self._bin.write(np.asarray(tokens, self._dtype).tobytes())
+        with naming(self._bin.name):
+            self._bin.write(np.asarray(tokens, self._dtype).tobytes())
         self._lengths.append(len(tokens))
         self.tokens += len(tokens)
 
     def add_all(self, prefix: str | Path) -> None:
         """Append the documents of another pair of files, written for the same vocab_size."""
-        with open(f"{prefix}.bin", "rb") as tokens:
+        with open(f"{prefix}.bin", "rb") as tokens, naming(self._bin.name):
             shutil.copyfileobj(tokens, self._bin, 2**22)
         with open(f"{prefix}.idx", "rb") as index:
-            header = index.read(len(_MAGIC) + 25)
-            (count,) = struct.unpack_from("<Q", header, len(_MAGIC) + 9)
+            _, _, _, count, _ = _HEADER.unpack(index.read(_HEADER.size))
             lengths = np.frombuffer(index.read(4 * count), np.int32)
         self._lengths.frombytes(lengths.tobytes())
         self.tokens += int(lengths.sum(dtype=np.int64))
@@ -58,14 +65,78 @@ class IndexedWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._bin.close()
+        with naming(self._bin.name):
+            self._bin.close()
         if kind is not None:
             return
         lengths = np.asarray(self._lengths, np.int32)
         ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(self._dtype).itemsize
         starts = np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)]
-        with open(self._index_path, "wb") as index:
-            index.write(_MAGIC + struct.pack("<QB", 1, _DTYPE_CODES[self._dtype]))
-            index.write(struct.pack("<QQ", len(lengths), len(lengths) + 1))
+        with naming(self._index_path), open(self._index_path, "wb") as index:
+            code, count = _DTYPE_CODES[self._dtype], len(lengths)
+            index.write(_HEADER.pack(_MAGIC, 1, code, count, count + 1))
             for table in (lengths, starts, np.arange(len(lengths) + 1, dtype=np.int64)):
                 index.write(table.tobytes())
+
+
+# Documents checked at once: bounds the memory, and a block costs about as much as reading it.
+_CHECKED_DOCUMENTS = 2**20
+
+
+def check_index(prefix: str | Path) -> None:
+    """Check that `prefix`.idx is whole: sizes, positive lengths, and offsets that are their sums.
+
+    The index is read once, block by block: 12 bytes a document.
+
+    Raises:
+        ValueError: it is not; the message names the first document that is wrong.
+    """
+    path = Path(f"{prefix}.idx")
+    problem = _header_problem(path) or _document_problem(path)
+    if problem:
+        raise ValueError(f"{path}: {problem}; {REMAKE}")
+
+
+def _header_problem(path: Path) -> str:
+    size = path.stat().st_size
+    if size < _HEADER.size:
+        return f"has {size} bytes, fewer than the {_HEADER.size} of an index's header"
+    magic, version, code, count, borders = _read_header(path)
+    if (magic, version) != (_MAGIC, 1):
+        return "does not begin as an index of version 1"
+    if code not in _WIDTHS:
+        return f"has tokens of an unknown type ({code})"
+    expected = _HEADER.size + 12 * count + 8 * borders
+    if borders != count + 1 or size != expected:
+        return f"lists {count} documents in {size} bytes, which take {expected}"
+    return ""
+
+
+def _document_problem(path: Path) -> str:
+    _, _, code, count, _ = _read_header(path)
+    tables = np.memmap(path, np.uint8, "r")
+    lengths = np.frombuffer(tables, np.int32, count, _HEADER.size)
+    starts = np.frombuffer(tables, np.int64, count, _HEADER.size + 4 * count)
+    offset = 0
+    for first in range(0, count, _CHECKED_DOCUMENTS):
+        block = lengths[first : first + _CHECKED_DOCUMENTS].astype(np.int64)
+        if block.min() < 1:
+            number = int(np.argmax(block < 1))
+            return f"document {first + number} has {block[number]} tokens, fewer than 1"
+        ends = offset + np.cumsum(block) * _WIDTHS[code]
+        wanted = np.concatenate([[offset], ends[:-1]])
+        wrong = starts[first : first + _CHECKED_DOCUMENTS] != wanted
+        if wrong.any():
+            number = int(np.argmax(wrong))
+            return (
+                f"document {first + number} begins at byte {starts[first + number]}, and those "
+                f"before it end at byte {wanted[number]}"
+            )
+        offset = int(ends[-1])
+    return ""
+
+
+def _read_header(path: Path) -> tuple[bytes, int, int, int, int]:
+    """Return magic, version, code of the token type, sequences, and document borders."""
+    with open(path, "rb") as file:
+        return _HEADER.unpack(file.read(_HEADER.size))

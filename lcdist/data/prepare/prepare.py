@@ -20,7 +20,6 @@ from lcdist.data.prepare.corpus import (
     SourceFile,
     digest_files,
     hash_fraction,
-    list_files,
     scan_source,
 )
 from lcdist.data.prepare.folder_build import FolderBuild, folder_build, is_complete
@@ -43,7 +42,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A complete token folder; `fresh` is False if it existed before."""
+    """A complete token folder.
+
+    Attributes:
+        folder: its path.
+        meta: its meta.json, with the account of the present source.
+        fresh: False if the folder existed before.
+    """
 
     folder: Path
     meta: Meta
@@ -72,19 +77,22 @@ def prepare(
         progress: called with the progress of each stage.
 
     Raises:
-        ValueError: an input is invalid; the folder exists with other contents and `overwrite` is
-            False, or is not a token folder; or another process is building it.
+        ValueError: an input is invalid or changes while it is read; the folder exists with other
+            contents and `overwrite` is False, or is not a token folder; or another process is
+            building it.
     """
     given = None if tokenizer is None else open_tokenizer(tokenizer, settings.special_tokens)
     check_settings(settings, given, tokenizer)
-    files = list_files(source)
+    listing = scan_source(source)
+    files = listing.files
     total = sum(file.size for file in files)
     source_record = {
         "path": str(source.path),
         "files": len(files),
         "bytes": total,
         "digest": digest_files(files, _byte_counter("reading", total, progress)),
-        "left_out": scan_source(source)[1],
+        "seen": listing.seen,
+        "left_out": listing.left_out,
     }
     recorded = settings.recorded(given)
     digest = _digest([FORMAT, source_record["digest"], recorded])
@@ -93,7 +101,9 @@ def prepare(
     key = _digest([FORMAT, source_record["digest"], shard_settings, CHUNK_BYTES, SHARD_BYTES])
     out = Path(out_folder)
     if _is_up_to_date(out, digest, overwrite):
-        return Prepared(out, read_meta(out), fresh=False)
+        # What is left out may be other than when the folder was made.
+        meta = dataclasses.replace(read_meta(out), source=source_record)
+        return Prepared(out, meta, fresh=False)
     with folder_build(out, key, digest) as build:
         if not is_complete(build.folder, digest):
             chunks = _plan_chunks(files, settings)
@@ -259,22 +269,3 @@ def _tokenize(
         files=build.sizes(),
         kind=tokenizer.kind,
     )
-
-
-def summary_lines(prepared: Prepared) -> list[str]:
-    """Describe a token folder and what was left out, one fact per line."""
-    meta = prepared.meta
-    counts = ", ".join(f"{n:,} tokens for {split}" for split, n in meta.tokens.items())
-    state = "wrote" if prepared.fresh else "already complete:"
-    lines = [f"{state} {prepared.folder}: {counts}, vocabulary of {meta.vocab_size}"]
-    left_out = meta.source.get("left_out") or {}
-    if left_out:
-        listed = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in left_out.items())
-        lines.append(f"left out files with other suffixes: {listed}")
-    if meta.skipped:
-        num_skipped = len(meta.skipped)
-        lines.append(f"skipped {num_skipped} unreadable documents, listed in {META}; the first:")
-    for entry in meta.skipped[:3]:
-        unit = next((f", {u} {entry[u]}" for u in ("line", "row") if entry.get(u)), "")
-        lines.append(f"  {entry['file']}{unit}: {entry['reason']}")
-    return lines

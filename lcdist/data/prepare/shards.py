@@ -25,10 +25,13 @@ from lcdist.data.prepare.chunks import (
 from lcdist.data.prepare.corpus import OnBytes, SourceFile, hash_fraction, ignore_bytes
 from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.data.tokenizers.files import TextTokenizer, bos_prefix
+from lcdist.utils.errors import naming
+from lcdist.utils.json_file import read_object
 
 # Input bytes per shard: a few seconds of work, which a process loses if it is interrupted.
 SHARD_BYTES = 8 * 2**20
 _RECORD = "shard.json"
+_RECORD_TYPES = {"empty": int, "parts": list, "sizes": dict[str, int]}
 # A chunk and its split. None: decided by the name of each document.
 PlannedChunk = tuple[FileChunk, str | None]
 
@@ -121,7 +124,8 @@ def tokenize_shard(
             chunk_records.append([planned[0].file.name, skip_counts.lines, skip_counts.skipped])
     sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
     record = {"empty": num_empty, "parts": chunk_records, "sizes": sizes}
-    (partial / _RECORD).write_text(json.dumps(record), "utf-8")
+    with naming(partial / _RECORD):
+        (partial / _RECORD).write_text(json.dumps(record), "utf-8")
     try:
         partial.rename(shard.folder(job))
     except OSError:
@@ -137,7 +141,7 @@ def shard_is_complete(job: ShardJob, shard: Shard) -> bool:
     if not folder.is_dir():
         return False
     try:
-        sizes = json.loads((folder / _RECORD).read_text("utf-8"))["sizes"]
+        sizes = read_object(folder / _RECORD, _RECORD_TYPES)["sizes"]
         if all((folder / name).stat().st_size == size for name, size in sizes.items()):
             return True
     except (OSError, ValueError):
@@ -190,7 +194,7 @@ def merge_shards(
             shard_folder = shard.folder(job)
             for split, writer in writers.items():
                 writer.add_all(shard_folder / split)
-            record = json.loads((shard_folder / _RECORD).read_text("utf-8"))
+            record = read_object(shard_folder / _RECORD, _RECORD_TYPES)
             num_empty += record["empty"]
             for file, num_lines, entries in record["parts"]:
                 skipped += shift_lines(entries, lines_before.get(file, 0))
@@ -223,6 +227,6 @@ def shard_from_json(text: str) -> Shard:
     chunks = []
     for chunk, split in table["chunks"]:
         file = chunk.pop("file")
-        source_file = SourceFile(Path(file["path"]), file["name"], file["size"])
+        source_file = SourceFile(**file | {"path": Path(file["path"])})
         chunks.append((FileChunk(source_file, **chunk), split))
     return Shard(table["number"], tuple(chunks))

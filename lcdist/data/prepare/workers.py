@@ -27,6 +27,7 @@ from lcdist.data.prepare.shards import (
 )
 from lcdist.data.tokenizers.files import TextTokenizer, open_tokenizer
 from lcdist.data.tokenizers.huggingface import SpecialTokens
+from lcdist.utils.errors import os_error_text
 
 _PROGRAM = """
 import json, sys
@@ -177,6 +178,8 @@ def work() -> None:
         for line in sys.stdin:
             try:
                 tokenize_shard(job, shard_from_json(line), tokenizer, report_bytes)
+            except OSError as error:
+                answer("refused", os_error_text(error))
             except ValueError as error:
                 answer("refused", str(error))
             else:

@@ -1,15 +1,15 @@
 """Open a tokenizer from its file or folder: sentencepiece, Hugging Face, or bytes."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from lcdist.data.meta import META
+from lcdist.data.meta import META, REMAKE
 from lcdist.data.tokenizers.byte_tokenizer import BYTES_FILE, ByteTokenizer
 from lcdist.data.tokenizers.huggingface import HF_FILE, HuggingFaceTokenizer, SpecialTokens
 from lcdist.data.tokenizers.sentencepiece_bpe import MODEL_FILE, SentencePieceTokenizer
+from lcdist.utils.json_file import read_object
 
 BYTES = "bytes"
 
@@ -100,6 +100,8 @@ def _open_without_names(
 def _recorded_special_tokens(folder: Path, special_tokens: SpecialTokens | None) -> SpecialTokens:
     """Return `special_tokens`, with add_bos as recorded in a token folder if it is None."""
     requested = special_tokens or SpecialTokens()
-    settings = json.loads((folder / META).read_text("utf-8")).get("settings") or {}
+    settings = read_object(folder / META, {"settings": dict}, REMAKE)["settings"]
     recorded = settings.get("add_bos")
+    if not isinstance(recorded, bool):
+        recorded = None
     return replace(requested, add_bos=recorded) if requested.add_bos is None else requested

@@ -13,6 +13,8 @@ from typing import Any
 
 import tokenizers
 
+from lcdist.utils.json_file import read_json
+
 HF_FILE = "tokenizer.json"
 # Written to token folders: the resolved bos, eos and add_bos.
 SPECIAL_TOKENS_FILE = "tokenizer_specials.json"
@@ -68,6 +70,8 @@ class HuggingFaceTokenizer:
         self.eos_id: int = self._require_eos(vocabulary)
         self.bos_id: int | None = self._token_id(vocabulary, self._bos, "bos")
         recorded = configs[0].get("add_bos")
+        if not isinstance(recorded, bool):
+            recorded = None
         add_bos = recorded if requested.add_bos is None else requested.add_bos
         self.add_bos: bool = self._resolve_add_bos(add_bos)
         content_hash = hashlib.sha256(self._content)
@@ -143,10 +147,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     """Return the object in a JSON file; {} if the file is missing or holds no object."""
     if not path.is_file():
         return {}
-    try:
-        table = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); correct or remove it") from error
+    table = read_json(path, "correct or remove it")
     return table if isinstance(table, dict) else {}
 
 
