@@ -16,9 +16,9 @@ from lcdist.config.schema import Config
 from lcdist.model.init import LORA_PARAMS, METHOD_PARAMS
 from lcdist.rundir.paths import (
     CHECKPOINTS,
-    RESTORE_OR_DELETE,
     STEP_PREFIX,
     CheckpointError,
+    DamagedCheckpointError,
     latest_in,
 )
 from megatron.core import dist_checkpointing
@@ -64,8 +64,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open the checkpoint at `path`, or the latest one if `path` is a run or checkpoints folder.
 
     Raises:
-        CheckpointError: there is no checkpoint, a file is missing or has another size than when it
-            was written, or the metadata would run foreign code.
+        CheckpointError: there is no checkpoint.
+        DamagedCheckpointError: a file is missing or has another size than when it was written, or
+            the metadata is not legible or would run foreign code.
     """
     folder = _find_folder(path)
     manifest = read_manifest(folder)
@@ -163,14 +164,15 @@ def _check_adapters(
 
 
 def check_metadata(file: Path) -> None:
-    """Raise CheckpointError if the pickle `file` names a class that torch's writer does not use."""
+    """Raise DamagedCheckpointError if the pickle `file` needs a class that torch does not write."""
     try:
         with file.open("rb") as stream:
             _RestrictedUnpickler(stream).load()
     except FileNotFoundError:
-        raise CheckpointError(f"{file.parent}: file {file.name} is missing") from None
+        raise DamagedCheckpointError(file.parent, f"file {file.name} is missing") from None
     except _UNPICKLING_ERRORS as error:
-        raise CheckpointError(f"{file} is not opened: {error}; {RESTORE_OR_DELETE}") from error
+        damage = f"file {file.name} is not opened: {error}"
+        raise DamagedCheckpointError(file.parent, damage) from error
 
 
 class _RestrictedUnpickler(pickle.Unpickler):

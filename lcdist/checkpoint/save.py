@@ -6,6 +6,7 @@ state is first copied to the host, and threads write the copy during the next st
 more than one copy.
 """
 
+import contextlib
 import shutil
 import threading
 from collections.abc import Mapping
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.checkpoint.manifest import write_latest, write_manifest
-from lcdist.checkpoint.writer import copy_to_host, write_with_threads
+from lcdist.checkpoint.writer import copy_to_host, write_buckets, write_with_threads
 from lcdist.distributed.rank_zero import run_on_rank_zero
 from lcdist.rundir.paths import (
     STEP_PREFIX,
@@ -30,16 +32,26 @@ from lcdist.utils.atomic import sync_folder
 from megatron.core import dist_checkpointing
 
 PARTIAL_PREFIX = ".writing-"
+DISCARDED_PREFIX = f"{PARTIAL_PREFIX}old-"
 
 
 @dataclass
 class _PendingSave:
-    """A checkpoint being written. request: Megatron's; thread: writes this rank's share."""
+    """A checkpoint being written.
+
+    Attributes:
+        step: number of training steps before it.
+        manifest: content of its manifest.
+        request: Megatron's.
+        thread: writes this rank's share.
+        digests: SHA-256 of the files of this rank's share by name, complete after the thread.
+    """
 
     step: int
     manifest: Mapping[str, Any]
     request: Any
     thread: threading.Thread
+    digests: dict[str, str]
 
 
 class Checkpointer:
@@ -47,13 +59,15 @@ class Checkpointer:
 
     Args:
         folder: folder of the run's checkpoints.
-        keep_last: number of newest checkpoints to keep.
+        keep_last: number of newest checkpoints to keep; the newest that `note_finite_step` proved
+            is kept too.
         keep_every: checkpoints at multiples of this many steps are kept too; 0 for none.
     """
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int = 0) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self._pending: _PendingSave | None = None
+        self._finite_step, self._may_prune = 0, True
         write_with_threads()
 
     def save(self, step: int, state: dict[str, Any], manifest: Mapping[str, Any]) -> Path:
@@ -80,21 +94,21 @@ class Checkpointer:
         partial = self._partial(step)
 
         def prepare() -> None:
-            self.sweep()
+            sweep_leftovers(self.folder)
             self._check_free_space()
             partial.mkdir(parents=True)
 
         run_on_rank_zero(prepare)
         request: Any = dist_checkpointing.save(state, str(partial), async_sharded_save=True)
         # Not a daemon: the interpreter exits only after the thread has written.
-        thread = threading.Thread(target=lambda: None)
+        thread, digests = threading.Thread(target=lambda: None), {}
         if request.async_fn is not None:
             # None if this rank has nothing to write.
-            rank, buckets, results = request.async_fn_args
-            arguments = (rank, copy_to_host(buckets, copy), results)
-            thread = threading.Thread(target=request.async_fn, args=arguments)
+            _, buckets, results = request.async_fn_args
+            arguments = (copy_to_host(buckets, copy), results, digests)
+            thread = threading.Thread(target=write_buckets, args=arguments)
         thread.start()
-        self._pending = _PendingSave(step, manifest, request, thread)
+        self._pending = _PendingSave(step, manifest, request, thread, digests)
 
     @property
     def writing(self) -> bool:
@@ -125,7 +139,10 @@ class Checkpointer:
                 finalize()
         except CheckpointException as error:
             raise CheckpointError(self._write_error(final, error)) from error
-        run_on_rank_zero(lambda: self._publish(pending))
+        shares: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, pending.digests)
+        digests = {name: digest for share in shares for name, digest in share.items()}
+        run_on_rank_zero(lambda: self._publish(pending, digests))
         return final
 
     def _final(self, step: int) -> Path:
@@ -156,29 +173,54 @@ class Checkpointer:
             "space or repair the file system, then start the same command again"
         )
 
-    def _publish(self, pending: _PendingSave) -> None:
+    def _publish(self, pending: _PendingSave, digests: Mapping[str, str]) -> None:
         """Write the manifest, rename the folder, update `latest`, delete old checkpoints."""
         partial, final = self._partial(pending.step), self._final(pending.step)
-        write_manifest(partial, pending.step, pending.manifest)
+        write_manifest(partial, pending.step, pending.manifest, digests)
         if final.exists():
             # The same step after resuming from an older one: the newer checkpoint replaces it.
             final.rename(self._discarded(final))
         partial.rename(final)
         write_latest(final)
         sync_folder(self.folder)
-        for old in sorted(self.folder.glob(f"{STEP_PREFIX}*"))[: -self.keep_last]:
-            if old != final and not self._is_kept(old):
-                old.rename(self._discarded(old))
-        self.sweep()
+        self._prune(final)
+        self._may_prune = True
+        sweep_leftovers(self.folder)
 
     def _discarded(self, checkpoint: Path) -> Path:
         """Return the name a checkpoint gets before it is deleted: no `step_` folder is partial."""
-        return self.folder / f"{PARTIAL_PREFIX}old-{checkpoint.name}"
+        return self.folder / f"{DISCARDED_PREFIX}{checkpoint.name}"
+
+    def note_finite_step(self, step: int) -> None:
+        """Note that `step` was finite, which proves the checkpoints before it.
+
+        A checkpoint that no finite step has followed may hold weights that have diverged. On rank
+        0, the first finite step after a save deletes what only had to stay until then.
+        """
+        self._finite_step = step
+        if self._may_prune and dist.get_rank() == 0:
+            self._may_prune = False
+            with contextlib.suppress(OSError):
+                self._prune()
+                sweep_leftovers(self.folder, only_discarded=True)
+
+    def _prune(self, newest: Path | None = None) -> None:
+        """Rename the checkpoints that need not stay; `newest` stays in any case."""
+        saved = sorted(self.folder.glob(f"{STEP_PREFIX}*"), key=step_of)
+        proven = [path for path in saved if step_of(path) < self._finite_step]
+        kept = {*saved[-self.keep_last :], *proven[-1:], newest}
+        for old in saved:
+            if old not in kept and not self._is_kept(old):
+                old.rename(self._discarded(old))
 
     def _is_kept(self, checkpoint: Path) -> bool:
         return bool(self.keep_every) and step_of(checkpoint) % self.keep_every == 0
 
-    def sweep(self) -> None:
-        """Delete the leftovers of an interrupted save; rank 0 only."""
-        for leftover in self.folder.glob(f"{PARTIAL_PREFIX}*"):
-            shutil.rmtree(leftover)
+
+def sweep_leftovers(folder: Path, only_discarded: bool = False) -> None:
+    """Delete what an interrupted save or deletion left in a folder of checkpoints; rank 0 only.
+
+    only_discarded: leave a checkpoint that is being written.
+    """
+    for leftover in folder.glob(f"{DISCARDED_PREFIX if only_discarded else PARTIAL_PREFIX}*"):
+        shutil.rmtree(leftover)

@@ -4,33 +4,67 @@ Megatron forks a process for each file and collects results through a queue that
 serves. A forked writer waits for ever if its rank is killed, and keeps the run folder's lock. The
 queue's server ends with the SIGTERM that torchrun sends to the process group, and then the last
 save fails. Threads write as fast, since writing releases the interpreter lock, and end with their
-process. Checked with megatron-core 0.16.1.
+process. They also hash what they write. Checked with megatron-core 0.16.1.
 """
 
+import io
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.utils.digests import HashingWriter
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
 def write_with_threads() -> None:
     """Make `dist_checkpointing.save` start no process from now on; repeated calls do nothing."""
-    writer: Any = filesystem_async.FileSystemWriterAsync
-    writer.write_preloaded_data_multiproc = staticmethod(_write_buckets)
     filesystem_async._get_write_results_queue = queue.Queue
 
 
-def _write_buckets(
-    transforms: list[Any], use_msc: bool, rank: int, buckets: Sequence[Any], results: queue.Queue
-) -> None:
-    """Write each bucket to a file in a thread; put their results or the first error in `results`.
+class _Hashed:
+    """A transformation of torch's writer that leaves the bytes as they are and hashes them."""
 
-    The signature is that of Megatron's `write_preloaded_data_multiproc`.
+    def __init__(self) -> None:
+        self.writer: HashingWriter | None = None
+
+    def transform_save_stream(self, item: Any, stream: Any) -> tuple[Any, list[str]]:
+        """Return the stream to write to, and no name of a transformation to note.
+
+        It is the same for all tensors of a file, so that the digest is the file's.
+        """
+        self.writer = self.writer or HashingWriter(stream)
+        return _StaysOpen(self.writer), []
+
+
+class _StaysOpen(io.RawIOBase):
+    """A stream that torch closes after each tensor of a file."""
+
+    def __init__(self, stream: HashingWriter) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def write(self, data: Any) -> int:
+        """Write to the stream."""
+        return self._stream.write(data)
+
+    def close(self) -> None:
+        """Flush the stream."""
+        self._stream.flush()
+
+
+def write_buckets(buckets: Sequence[Any], results: queue.Queue, digests: dict[str, str]) -> None:
+    """Write each bucket to a file in a thread.
+
+    Args:
+        buckets: Megatron's, as `copy_to_host` returns them.
+        results: gets their results, or the first error, as from Megatron's
+            `write_preloaded_data_multiproc`.
+        digests: gets the SHA-256 of each file by its name.
     """
 
     def write(number: int) -> Any:
@@ -38,9 +72,12 @@ def _write_buckets(
         answer: Any = queue.Queue()
         counter: Any = queue.Queue()
         counter.put(number)
+        hashed: Any = _Hashed()
         filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, buckets[number], answer, counter, use_fsync=True, use_msc=use_msc
+            [hashed], number, buckets[number], answer, counter, use_fsync=True
         )
+        if hashed.writer is not None:
+            digests[Path(buckets[number][0]).name] = hashed.writer.digest()
         return answer.get()[1]
 
     with ThreadPoolExecutor(len(buckets)) as pool:

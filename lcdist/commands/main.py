@@ -37,6 +37,7 @@ COMMANDS = (
     Command("evaluate", "lcdist.commands.evaluate", "measure a checkpoint's perplexity by length"),
     Command("generate", "lcdist.commands.generate", "continue a text"),
     Command("convert", "lcdist.commands.convert", "convert to and from Hugging Face's format"),
+    Command("check", "lcdist.commands.check", "compare what is on disk with its digests"),
     Command("status", "lcdist.commands.status", "show a run's progress, speed and restarts"),
     Command("report", "lcdist.commands.report", "write the report.html of a run folder"),
     Command("extend", "lcdist.commands.extend", "extend a model's context, from text to report"),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lcdist.config.checkpoint import CheckpointConfig
 from lcdist.config.deepspeed import DeepSpeedConfig
 from lcdist.config.fields import above, at_least, required
 from lcdist.config.lora import LoraConfig
@@ -244,17 +245,10 @@ class TrainConfig:
     kernels: Literal["auto", "own", "apex", "torch"] = "auto"
     # megatron: ZeRO-1 on any mesh. deepspeed: as `[deepspeed]` says, without pipeline stages.
     engine: Literal["megatron", "deepspeed"] = "megatron"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When to save, which checkpoints to keep, and which to start from."""
-
-    every: int = at_least(0, 0)  # steps between saves; 0: only at the end or on a stop signal
-    keep_last: int = at_least(1, 2)
-    keep_every: int = at_least(0, 0)  # keep checkpoints at multiples of this many steps; 0: none
-    asynchronous: bool = False  # copy to the host's memory, and write during training
-    load: str = ""  # a checkpoint whose weights a new run starts from
+    # A step whose loss or gradient is not finite changes nothing. stop: the run ends. skip: it goes
+    # on with the next samples, until bad_step_limit steps of the run were skipped.
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    bad_step_limit: int = at_least(1, 10)
 
 
 @dataclass(frozen=True, kw_only=True)

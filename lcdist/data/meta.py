@@ -35,6 +35,7 @@ class Meta:
             "row".
         files: sizes in bytes of the folder's other files.
         kind: kind of the tokenizer; older folders do not record it and use sentencepiece.
+        sha256: digests of the folder's other files; None for older folders.
     """
 
     format: int
@@ -50,6 +51,7 @@ class Meta:
     skipped: list[dict]
     files: dict[str, int]
     kind: str = "sentencepiece"
+    sha256: dict[str, str] | None = None
 
 
 def write_meta(folder: str | Path, meta: Meta) -> None:

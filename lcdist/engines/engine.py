@@ -14,6 +14,40 @@ from lcdist.data.loader import Batch
 from lcdist.layout import ContextLayout
 
 
+class RefusedStepError(FloatingPointError):
+    """A step's loss or a gradient is not finite, or no token has a loss: no weight was changed.
+
+    Args:
+        reason: what was found.
+        ranks: global ranks where it was found; empty where that is not known.
+        parameters: names of parameters whose gradient is not finite.
+    """
+
+    SHOWN = 6
+
+    def __init__(
+        self, reason: str, ranks: Sequence[int] = (), parameters: Sequence[str] = ()
+    ) -> None:
+        super().__init__(reason, ranks, parameters)
+        self.reason, self.ranks, self.parameters = reason, ranks, parameters
+
+    def __str__(self) -> str:
+        parts = [self.reason]
+        if self.ranks:
+            number = "rank" if len(self.ranks) == 1 else "ranks"
+            parts.append(f"on {number} {_some(self.ranks, self.SHOWN)}")
+        if self.parameters:
+            names = _some(self.parameters, self.SHOWN)
+            parts.append(f"parameters with non-finite gradients: {names}")
+        return "; ".join(parts)
+
+
+def _some(items: Sequence[object], count: int) -> str:
+    """Return the first items as text, and how many more there are."""
+    text = ", ".join(str(item) for item in items[:count])
+    return text if len(items) <= count else f"{text} and {len(items) - count} more"
+
+
 @dataclass(frozen=True)
 class StepLoss:
     """The loss of some micro-batches over all ranks; the same on every rank.
@@ -115,8 +149,8 @@ class TrainEngine(ForwardEngine, Protocol):
     def step(self, lr: float) -> float:
         """Update the weights at learning rate `lr`; return the gradient norm before clipping.
 
-        Raises FloatingPointError, before any weight changes, if the loss or a gradient is not
-        finite or no token has a loss.
+        Raises RefusedStepError on all ranks, before any weight changes, if the loss or a gradient
+        is not finite or no token has a loss.
         """
         ...
 

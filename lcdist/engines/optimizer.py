@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.schema import OptimConfig
+from lcdist.engines.engine import RefusedStepError
 from lcdist.engines.moments import assign_owners, entries_by_parameter, sharded_moments
 from lcdist.engines.parameters import TrainedParameter, trained_parameters
 from lcdist_kernels.adamw import Hyper, Tensors, adamw_
@@ -105,18 +106,19 @@ class ShardedAdamW:
             totals: what `step` returned, read by the host.
 
         Raises:
-            FloatingPointError: the step was refused; on every rank.
+            RefusedStepError: nothing was written; on every rank.
         """
         loss, tokens, squares, all_squares = totals
         if not math.isfinite(all_squares):
-            raise FloatingPointError(
-                f"gradient norm is {math.sqrt(all_squares)}; parameters with non-finite gradients: "
-                f"{', '.join(self._non_finite())}"
+            ranks, names = self._non_finite()
+            norm = math.sqrt(all_squares)
+            raise RefusedStepError(
+                f"gradient norm is {norm}, loss {_mean(loss, tokens)}", ranks, names
             )
         if not math.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss}, and no gradient shows it")
+            raise RefusedStepError(f"loss is {loss}, and no gradient shows it")
         if not tokens:
-            raise FloatingPointError("no token of this step has a loss")
+            raise RefusedStepError("no token of this step has a loss")
         self.steps += 1
         return math.sqrt(squares) / tokens
 
@@ -152,12 +154,17 @@ class ShardedAdamW:
         """
         return dict(self.parameters)[name].main_grad  # type: ignore[attr-defined]
 
-    def _non_finite(self) -> list[str]:
-        """Return the names of non-finite gradients over all ranks; all ranks call it."""
+    def _non_finite(self) -> tuple[list[int], list[str]]:
+        """Return the ranks with non-finite gradients, and their names; all ranks call it.
+
+        Gradients are sums over data- and context-parallel ranks by then, so ranks tell the pipeline
+        stage and the tensor-parallel part.
+        """
         mine = [n for n, p in self.parameters if not p.main_grad.isfinite().all()]  # type: ignore[attr-defined]
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, mine)
-        return sorted({name for names in gathered for name in names})
+        ranks = [rank for rank, names in enumerate(gathered) if names]
+        return ranks, sorted({name for names in gathered for name in names})
 
     def _broadcast(self) -> None:
         """Broadcast each owner's new weights to the group, several tensors per message."""
@@ -206,6 +213,10 @@ class ShardedAdamW:
                 self.second[number].copy_(tensors["exp_avg_sq"])
                 if master is not parameter:
                     master.copy_(tensors["master"])
+
+
+def _mean(loss: float, tokens: float) -> float:
+    return loss / tokens if tokens else math.nan
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -1,20 +1,24 @@
 """Open a checkpoint to evaluate it or to generate text, on any mesh, without training state."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lcdist.checkpoint.read import Checkpoint, load_weights, open_checkpoint, saved_config
+from lcdist.checkpoint.verify import verify_checkpoint
 from lcdist.config.schema import Config
 from lcdist.data.datasets.build import held_out_folder
 from lcdist.data.datasets.split import TokenSplit
-from lcdist.data.meta import check_vocabulary
+from lcdist.data.meta import REMAKE, check_vocabulary
 from lcdist.data.tokenizers.files import bos_prefix, open_tokenizer
 from lcdist.distributed.mesh import Mesh, build_mesh, least_of_ranks, start_world, world_size
 from lcdist.distributed.rank_zero import run_on_rank_zero
+from lcdist.distributed.verify import refuse_damaged
 from lcdist.engines.engine import ForwardEngine
 from lcdist.engines.forward import MegatronForward
 from lcdist.evaluate.perplexity import held_out_text, perplexity_by_length
@@ -23,6 +27,9 @@ from lcdist.model.build import CausalLM, build_model
 from lcdist.plan import Plan, make_plan
 from lcdist.plan.deepspeed import without_deepspeed
 from lcdist.plan.resolve import evaluation_layers
+from lcdist.rundir.paths import CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,11 +74,31 @@ def load_model(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[st
     start_world(config.parallel.timeout)
     plan = plan.with_device_memory(least_of_ranks(plan.hardware.memory_bytes))
     mesh = build_mesh(config.parallel, config.train.seed)
-    checkpoint = run_on_rank_zero(lambda: open_checkpoint(path))
     chunks = build_model(plan, mesh.device)
     engine = MegatronForward(mesh, chunks)
-    engine.load_state({"model": load_weights(checkpoint, engine.state_dict()["model"])})
+    checkpoint = _load_newest(path, config, engine)
     return LoadedModel(plan, attention, mesh, checkpoint, engine, chunks)
+
+
+def _load_newest(path: Path, config: Config, engine: MegatronForward) -> Checkpoint:
+    """Load the weights of the checkpoint at `path`, and return it; all ranks call it.
+
+    A run that trains meanwhile may delete the checkpoint while it is read. Then the run's newest is
+    taken instead.
+    """
+    while True:
+        checkpoint = run_on_rank_zero(lambda: open_checkpoint(path))
+        try:
+            verify_checkpoint(checkpoint, config.checkpoint.verify)
+            weights = load_weights(checkpoint, engine.state_dict()["model"])
+        except (CheckpointError, CheckpointException, OSError) as error:
+            gone = checkpoint.path
+            if run_on_rank_zero(gone.is_dir) or path == gone:
+                raise
+            log.warning("%s was deleted while it was read (%s): reading the newest", gone, error)
+            continue
+        engine.load_state({"model": weights})
+        return checkpoint
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -94,6 +121,8 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
             "data.path=FOLDER, a folder made by 'lcdist tokenize'"
         )
     split = TokenSplit(held_out_folder(config.data), "valid")
+    if config.checkpoint.verify == "full":
+        refuse_damaged(split.folder, split.meta.sha256 or {}, split.meta.files, REMAKE)
     vocab_size = config.model.vocab_size
     check_vocabulary(
         split.meta, vocab_size, reserved=vocab_size - loaded.plan.shape.text_vocab_size

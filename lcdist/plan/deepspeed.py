@@ -53,6 +53,12 @@ def check_deepspeed(config: Config, dtype: str, errors: list[str]) -> None:
             "reduces gradients at the end of its own backward passes, not in a pipeline schedule; "
             "set parallel.pp_size = 1, or train.engine = 'megatron'"
         )
+    if config.train.on_bad_step == "skip":
+        errors.append(
+            "train.on_bad_step = 'skip': a gradient that is not finite stays in ZeRO's buffers, so "
+            "no step can be skipped under DeepSpeed; set train.on_bad_step = 'stop', or "
+            "train.engine = 'megatron'"
+        )
     if settings.stage == 0 and dtype == "bf16":
         errors.append(
             f"deepspeed.stage = 0 with train.dtype = '{config.train.dtype}': weights are bf16 here "

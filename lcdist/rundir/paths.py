@@ -11,6 +11,10 @@ CHECKPOINTS = "checkpoints"
 # In the folder of checkpoints: a text file that holds the name of the newest.
 LATEST = "latest"
 STEP_PREFIX = "step_"
+# A checkpoint that a run passed over because a file of it had changed.
+DAMAGED_PREFIX = "damaged_"
+# A checkpoint that a run went back behind.
+LEFT_PREFIX = "left_"
 RESTORE_OR_DELETE = (
     f"restore it, or delete the checkpoint's folder and the file '{LATEST}' to use an older"
 )
@@ -18,6 +22,22 @@ RESTORE_OR_DELETE = (
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says which one, why and what to do."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint differs from what was written.
+
+    Args:
+        folder: of the checkpoint.
+        damage: what is wrong with which file.
+    """
+
+    def __init__(self, folder: Path, damage: str) -> None:
+        super().__init__(folder, damage)
+        self.folder, self.damage = folder, damage
+
+    def __str__(self) -> str:
+        return f"{self.folder} is damaged: {self.damage}; {RESTORE_OR_DELETE}"
 
 
 def checkpoint_name(step: int) -> str:

@@ -66,6 +66,7 @@ class StepRecord:
         wall: seconds since 1970 (UTC) at the end of the step.
         ranks: balance of the work; None in files of earlier versions.
         profiled: whether torch's profiler ran, which makes a step slower.
+        skipped: whether the loss or a gradient was not finite, so that no weight changed.
     """
 
     step: int
@@ -83,6 +84,7 @@ class StepRecord:
     wall: float
     ranks: RankTimes | None = None
     profiled: bool = False
+    skipped: bool = False
 
     def to_json(self) -> str:
         """Return the record as one line of JSON, without a newline."""
@@ -92,8 +94,9 @@ class StepRecord:
         table["time"]["other"] = self.time.other
         if self.ranks is not None:
             table["ranks"] = asdict(self.ranks)
-        if not self.profiled:
-            del table["profiled"]
+        for rare in ("profiled", "skipped"):
+            if not table[rare]:
+                del table[rare]
         return json.dumps(_finite(table), allow_nan=False)
 
     @classmethod
@@ -122,6 +125,7 @@ class StepRecord:
             wall=_number(table, "wall"),
             ranks=None if ranks is None else _rank_times(ranks),
             profiled=table.get("profiled") is True,
+            skipped=table.get("skipped") is True,
         )
 
 

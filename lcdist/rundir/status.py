@@ -31,7 +31,10 @@ SILENT_STEPS = 20
 
 
 def write_status(folder: Path, status: str, step: int, reason: str) -> None:
-    """Write the status ("running", "stopped", "finished" or "stalled"), the step and the reason."""
+    """Write the status, the step and the reason.
+
+    status: "running", "stopped", "finished", "stalled" or "failed".
+    """
     table = {"status": status, "step": step, "reason": reason}
     write_file(folder / STATUS_FILE, json.dumps(table) + "\n")
 

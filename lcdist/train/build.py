@@ -8,12 +8,13 @@ import torch
 from lcdist.checkpoint.save import Checkpointer
 from lcdist.config import ConfigError
 from lcdist.data.datasets.aligned import AlignedDataset, PackedSyntheticDataset
-from lcdist.data.datasets.build import build_dataset, coverage_lines
+from lcdist.data.datasets.build import build_dataset, coverage_lines, token_folders
 from lcdist.data.datasets.sample import Dataset
 from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.loader import Loader, LoaderSpec
-from lcdist.data.meta import check_vocabulary
+from lcdist.data.meta import REMAKE, check_vocabulary, read_meta
 from lcdist.distributed.mesh import Mesh
+from lcdist.distributed.verify import refuse_damaged
 from lcdist.engines.deepspeed.engine import DeepSpeedEngine
 from lcdist.engines.megatron import MegatronEngine
 from lcdist.hardware.peak import Peak
@@ -32,7 +33,8 @@ log = logging.getLogger(__name__)
 def open_dataset(plan: Plan) -> Dataset:
     """Open the training samples of `plan`, in the document layout of its attention.
 
-    Raises ValueError if the samples do not fit the plan.
+    All ranks of the world call it. Raises ValueError if the samples do not fit the plan, or a
+    folder of tokens is damaged.
     """
     train, data, slots = plan.config.train, plan.config.data, plan.shape.document_layout
     pack, vocab_size = data.documents == "pack", plan.shape.text_vocab_size
@@ -45,6 +47,10 @@ def open_dataset(plan: Plan) -> Dataset:
         aligned = landmarks and not pack
         return AlignedDataset(synthetic, slots, train.seqlen) if aligned else synthetic
     dataset = build_dataset(data, seqlen, train.seed, slots if pack else DocumentLayout())
+    if plan.config.checkpoint.verify == "full":
+        for folder in token_folders(data):
+            meta = read_meta(folder)
+            refuse_damaged(folder, meta.sha256 or {}, meta.files, REMAKE)
     check_vocabulary(dataset.meta, plan.config.model.vocab_size, reserved=landmarks)
     for line in coverage_lines(dataset, train.steps * train.global_batch_size):
         log.info(line)

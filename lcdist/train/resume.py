@@ -1,12 +1,14 @@
 """Find the checkpoint that a run continues or starts from, and load it into the trainer."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lcdist.checkpoint.manifest import write_latest
 from lcdist.checkpoint.read import (
     LORA_REMEDY,
     Checkpoint,
@@ -14,24 +16,133 @@ from lcdist.checkpoint.read import (
     open_checkpoint,
     saved_config,
 )
+from lcdist.checkpoint.verify import verify_checkpoint
+from lcdist.config import load
 from lcdist.config.lora import LoraConfig
 from lcdist.config.schema import Config, ModelConfig
 from lcdist.distributed.rank_zero import run_on_rank_zero
-from lcdist.rundir.paths import latest_in
+from lcdist.rundir.paths import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    DAMAGED_PREFIX,
+    LEFT_PREFIX,
+    STEP_PREFIX,
+    DamagedCheckpointError,
+    checkpoint_name,
+    latest_in,
+    step_of,
+)
 from lcdist.rundir.run_config import check_same_run
 from lcdist.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
-def find_resume_point(folder: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a start of a run begins.
+
+    Attributes:
+        checkpoint: the run's own checkpoint, compared with its digests; None for a new run.
+        changes: settings changed since the last start, one line each.
+        damaged: newer checkpoints that differ from what was written, and what is wrong.
+        newer: other newer checkpoints, because of `checkpoint.resume_from`.
+    """
+
+    checkpoint: Checkpoint | None
+    changes: list[str]
+    damaged: dict[Path, str]
+    newer: list[Path]
+
+
+def find_whole_resume_point(
+    find: Callable[[Collection[Path]], tuple[Checkpoint | None, list[str]]],
+    config: Config,
+) -> ResumePoint:
+    """Return the newest checkpoint of a run that is whole; all ranks call it. Writes nothing.
+
+    Args:
+        find: called on rank 0, as `find_resume_point`, with the checkpoints to pass over.
+        config: of the run; `checkpoint.verify` and `checkpoint.fallback` hold.
+
+    Raises:
+        DamagedCheckpointError: the newest checkpoint is damaged and the run may not fall back,
+            or there is no other.
+        ValueError, CheckpointError: as `find_resume_point`.
+    """
+    damaged: dict[Path, str] = {}
+    own = Path(config.log.folder) / CHECKPOINTS
+    while True:
+        try:
+            checkpoint, changes = run_on_rank_zero(lambda: find(damaged))
+            if checkpoint is not None:
+                verify_checkpoint(checkpoint, config.checkpoint.verify)
+            newer = _newer(own, checkpoint, damaged)
+            return ResumePoint(checkpoint, changes, damaged, newer)
+        except DamagedCheckpointError as error:
+            if error.folder.parent != own or not config.checkpoint.fallback:
+                raise
+            damaged[error.folder] = error.damage
+
+
+def set_newer_aside(point: ResumePoint) -> None:
+    """Rename the checkpoints that were passed over, and say so; rank 0 only.
+
+    The run will write checkpoints of the same steps. Those that were passed over are kept.
+    """
+    passed_over = [*point.damaged, *point.newer]
+    if point.checkpoint is None or not passed_over:
+        return
+    for folder, damage in point.damaged.items():
+        kept = _rename(folder, DAMAGED_PREFIX)
+        log.error("DAMAGED CHECKPOINT: %s: %s. It is kept as %s", folder, damage, kept.name)
+    for folder in point.newer:
+        log.warning("going back: %s is kept as %s", folder, _rename(folder, LEFT_PREFIX).name)
+    write_latest(point.checkpoint.path)
+    newest, step = max(step_of(folder) for folder in passed_over), point.checkpoint.step
+    why = "checkpoint.fallback=false refuses to" if point.damaged else "checkpoint.resume_from"
+    log.warning(
+        "the run goes on from step %d instead of %d: %d steps are done again (%s)",
+        *(step, newest, newest - step, why),
+    )
+
+
+def _rename(folder: Path, prefix: str) -> Path:
+    """Put a prefix before the name of a folder, and a number behind it if the name is taken."""
+    kept, number = folder.with_name(f"{prefix}{folder.name}"), 1
+    while kept.exists():
+        number += 1
+        kept = folder.with_name(f"{prefix}{folder.name}-{number}")
+    return folder.rename(kept)
+
+
+def _newer(folder: Path, checkpoint: Checkpoint | None, damaged: Collection[Path]) -> list[Path]:
+    """Return the run's checkpoints after `checkpoint` that are not damaged."""
+    if checkpoint is None:
+        return []
+    others = set(folder.glob(f"{STEP_PREFIX}*")) - set(damaged)
+    return sorted(path for path in others if step_of(path) > checkpoint.step)
+
+
+def find_resume_point(
+    folder: Path, config: Config, damaged: Collection[Path] = ()
+) -> tuple[Checkpoint | None, list[str]]:
     """Return the run folder's newest checkpoint and the settings changed since the last start.
 
     The checkpoint is None for a new run; then checkpoint.load is checked instead. Writes nothing.
-    Raises ValueError or CheckpointError if the run cannot continue or start as `config` says.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        damaged: checkpoints to pass over.
+
+    Raises:
+        ValueError, CheckpointError: the run cannot continue or start as `config` says.
+        DamagedCheckpointError: the newest is damaged, or all are in `damaged`.
     """
     changes = check_same_run(folder, config)
-    newest = latest_in(folder / "checkpoints")
+    newest = _chosen(folder, config.checkpoint.resume_from) if not damaged else None
+    newest = newest or _newest_but(folder / CHECKPOINTS, damaged)
     if newest is not None:
         checkpoint = open_fitting(newest, config)
         if "imported" in checkpoint.manifest:
@@ -48,6 +159,42 @@ def find_resume_point(folder: Path, config: Config) -> tuple[Checkpoint | None, 
                 f"({base.path}); leave one of them out"
             )
     return None, changes
+
+
+def _chosen(folder: Path, step: int) -> Path | None:
+    """Return the checkpoint of checkpoint.resume_from; None for the newest.
+
+    Raises CheckpointError if the run has none of that step.
+    """
+    settings = folder / CONFIG_FILE
+    if not step:
+        return None
+    if settings.exists() and load(settings).checkpoint.resume_from == step:
+        log.info("checkpoint.resume_from=%d was done by an earlier start", step)
+        return None
+    chosen = folder / CHECKPOINTS / checkpoint_name(step)
+    if chosen.is_dir():
+        return chosen
+    steps = sorted(step_of(path) for path in chosen.parent.glob(f"{STEP_PREFIX}*"))
+    listed = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
+    raise CheckpointError(
+        f"checkpoint.resume_from = {step}: {chosen.parent} has no checkpoint of that step, but "
+        f"{listed}"
+    )
+
+
+def _newest_but(folder: Path, damaged: Collection[Path]) -> Path | None:
+    """Return the newest checkpoint in `folder` that is not in `damaged`; None without any."""
+    if not damaged:
+        return latest_in(folder)
+    whole = sorted(set(folder.glob(f"{STEP_PREFIX}*")) - set(damaged))
+    if whole:
+        return whole[-1]
+    names = ", ".join(sorted(path.name for path in damaged))
+    raise CheckpointError(
+        f"{folder} has no checkpoint that is not damaged ({names}): restore one of them, or begin "
+        "again in another log.folder"
+    )
 
 
 def restore_weights(
@@ -69,7 +216,9 @@ def restore_weights(
         log.info("resumed %s at step %d", config.log.folder, trainer.step)
     elif config.checkpoint.load:
         source = Path(config.checkpoint.load)
-        trainer.start_from(run_on_rank_zero(lambda: open_fitting(source, config)))
+        base = run_on_rank_zero(lambda: open_fitting(source, config))
+        verify_checkpoint(base, config.checkpoint.verify)
+        trainer.start_from(base)
         if adapter:
             trainer.engine.load_adapter(adapter)
 

@@ -9,17 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+FOLDER_GONE = 2
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequests:
     """Context manager that notes the first stop request in `reason`.
 
-    files: if one of them exists when `poll` is called, that is a request.
+    Args:
+        files: if one of them exists when `poll` is called, that is a request.
+        folder: the run folder, to see whether it is still there; None: not looked at.
     """
 
-    def __init__(self, files: Sequence[Path] = ()) -> None:
-        self.files = files
+    def __init__(self, files: Sequence[Path] = (), folder: Path | None = None) -> None:
+        self.files, self.folder = files, folder
         self.reason: str | None = None
         self._handlers_before: list[object] = []
 
@@ -31,13 +34,30 @@ class StopRequests:
         for number, handler in zip(STOP_SIGNALS, self._handlers_before, strict=True):
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def poll(self) -> bool:
-        """Return whether a stop has been requested; checks the files."""
+    def poll(self) -> int:
+        """Look at the files; return 1 if a stop has been requested, 2 if the run folder is gone."""
+        if self.folder is not None and not self.folder.is_dir():
+            return FOLDER_GONE
         for file in self.files if self.reason is None else ():
             if file.exists():
                 self.reason = f"the file {file.name}"
-        return self.reason is not None
+        return int(self.reason is not None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.reason is None:
             self.reason = signal.Signals(number).name
+
+
+def check_folder(request: int, folder: str, step: int) -> None:
+    """Raise FileNotFoundError if the run folder is gone.
+
+    Args:
+        request: largest answer of `StopRequests.poll` over all ranks.
+        folder: log.folder.
+        step: steps taken.
+    """
+    if request == FOLDER_GONE:
+        raise FileNotFoundError(
+            f"log.folder = '{folder}' was removed while the run trained: it ends after step "
+            f"{step}, and nothing is saved"
+        )

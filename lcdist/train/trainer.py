@@ -1,6 +1,7 @@
 """The training loop: draw batches, update the weights, record each step, save checkpoints."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from lcdist.config import dump
 from lcdist.data.loader import Loader
 from lcdist.distributed.mesh import Mesh
 from lcdist.distributed.watchdog import ObservedSequence, Watchdog
-from lcdist.engines.engine import TrainEngine
+from lcdist.engines.engine import RefusedStepError, TrainEngine
 from lcdist.engines.state import load_random_states, random_states, sharded_random_states
 from lcdist.exchange import traffic
 from lcdist.hardware.peak import Peak, max_over_ranks, mfu
@@ -29,11 +30,12 @@ from lcdist.rundir.header import versions
 from lcdist.rundir.paths import step_of
 from lcdist.rundir.records import StepRecord, StepTime
 from lcdist.rundir.signals import STOP
+from lcdist.train.bad_steps import BadSteps, refuse_non_finite
 from lcdist.train.maxima import VERBS, own_maxima, rank_times
 from lcdist.train.metrics import Metrics
 from lcdist.train.profiler import StepProfiler
 from lcdist.train.schedule import learning_rate
-from lcdist.train.stop_requests import StopRequests
+from lcdist.train.stop_requests import StopRequests, check_folder
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,8 @@ class Trainer:
 
     also_stop: files beside the run folder's own `stop` that request a stop.
     profiler: profiles some steps; off by default.
-    step: steps taken. saved_step: step of the newest complete checkpoint.
+    step: steps taken, skipped ones included. saved_step: step of the newest complete checkpoint.
+    bad_steps: counts steps that were skipped.
     """
 
     def __init__(  # noqa: PLR0913
@@ -75,6 +78,7 @@ class Trainer:
         self.profiler = StepProfiler.off(mesh.device)
         self.step = 0
         self.saved_step = 0
+        self.bad_steps = BadSteps(plan.config.train, Path(plan.config.log.folder))
         self._seconds_ahead = 0.0
 
     def train(
@@ -88,12 +92,23 @@ class Trainer:
             after_first_step: called once, after the first step's record is written.
 
         Raises:
-            FloatingPointError: a step is refused; see `TrainEngine.step`.
+            FloatingPointError: a step is refused and not skipped, see `TrainEngine.step`; or the
+                state to save is not finite. A save that was under way is completed first.
         """
+        try:
+            return self._train(metrics, watchdog, after_first_step)
+        except FloatingPointError:
+            self._note_saved(self.checkpointer.finish())
+            raise
+
+    def _train(
+        self, metrics: Metrics, watchdog: Watchdog, after_first_step: Callable[[], None]
+    ) -> Outcome:
         steps, every = self.plan.config.train.steps, self.plan.config.checkpoint.every
         asynchronous = self.plan.config.checkpoint.asynchronous
         reason, is_first = "", True
-        with StopRequests(self._stop_files()) as requests, self.profiler as profiler:
+        folder = Path(self.plan.config.log.folder) if self.mesh.rank == 0 else None
+        with StopRequests(self._stop_files(), folder) as requests, self.profiler as profiler:
             while self.step < steps and not reason:
                 with profiler.step(self.step + 1):
                     record, stop_requested = self._one_step(requests, watchdog)
@@ -120,6 +135,7 @@ class Trainer:
         train, start = self.plan.config.train, time.perf_counter()
         watchdog.record_progress(self.step, "loading data")
         lr = learning_rate(self.plan.config.optim, self.step, train.steps)
+        first_sample = self.loader.sample
         with self.profiler.phase("data"):
             batches = self.loader.next_step(self.mesh.device)
         data_end = time.perf_counter()
@@ -131,16 +147,16 @@ class Trainer:
         backward_end = time.perf_counter()
         watchdog.record_progress(self.step, "optimizer")
         with self.profiler.phase("optimizer"):
-            grad_norm = self.engine.step(lr)
+            grad_norm, skipped = self._update(lr, range(first_sample, self.loader.sample))
         optimizer_end = time.perf_counter()
-        self.step += 1
         work = self.engine.seconds_before_reduction
         # On a GPU the host has only queued the work by then.
         forward_backward = max(backward_end - data_end, work)
         own_work = data_end - start + self._seconds_ahead + work - sent.seconds_waited
         own = own_maxima(self.mesh, sent.sent, own_work)
-        own |= {"stop": int(requests.poll()), "writing": int(self.checkpointer.writing)}
+        own |= {"stop": requests.poll(), "writing": int(self.checkpointer.writing)}
         maxima = max_over_ranks(own, dist.group.WORLD, torch.device("cpu"))
+        check_folder(maxima["stop"], self.plan.config.log.folder, self.step)
         if self.checkpointer.unfinished and not maxima["writing"]:
             self._note_saved(self.checkpointer.finish())
         end = time.perf_counter()
@@ -170,8 +186,26 @@ class Trainer:
             wall=time.time(),
             ranks=rank_times(maxima),
             profiled=self.step in self.profiler.steps,
+            skipped=skipped,
         )
         return record, bool(maxima["stop"])
+
+    def _update(self, lr: float, samples: range) -> tuple[float, bool]:
+        """Update the weights and count the step.
+
+        samples: of this step.
+
+        Returns the gradient norm, and whether the step was skipped instead.
+        """
+        try:
+            grad_norm = self.engine.step(lr)
+        except RefusedStepError as error:
+            self.bad_steps.add(error, self.step + 1, samples)
+            self.step += 1
+            return math.nan, True
+        self.step += 1
+        self.checkpointer.note_finite_step(self.step)
+        return grad_norm, False
 
     def _draw_ahead(self) -> None:
         """Draw the next step's batches; note the seconds it took."""
@@ -193,6 +227,7 @@ class Trainer:
         it written, or before the next save begins.
         """
         state = self.engine.state_dict()
+        refuse_non_finite(state, self.step, Path(self.plan.config.log.folder))
         state["rng"] = sharded_random_states(self.mesh.rank, self.mesh.world_size)
         manifest = {
             "config": dump(self.plan.config),
@@ -200,6 +235,7 @@ class Trainer:
             "dtype": self.plan.dtype,
             "world_size": self.mesh.world_size,
             "loader": self.loader.state_dict(),
+            "skipped_steps": self.bad_steps.skipped,
             "random_states": sorted(state["rng"]),
             "versions": versions(),
         }
@@ -232,7 +268,8 @@ class Trainer:
         if same_world and manifest["random_states"] == names:
             state["rng"] = sharded_random_states(self.mesh.rank, self.mesh.world_size)
         loaded = load_state(checkpoint, state)
-        self.engine.load_state(loaded, checkpoint.step)
+        self.bad_steps.skipped = manifest.get("skipped_steps", 0)
+        self.engine.load_state(loaded, checkpoint.step - self.bad_steps.skipped)
         self.loader.load_state_dict(manifest["loader"])
         if "rng" in state:
             load_random_states(loaded["rng"])

@@ -1,7 +1,7 @@
 """Atomic files and folders: each appears under its name when complete, or not at all.
 
-Everything is written beside its final name, flushed to disk and renamed. A process killed at any
-moment leaves the previous content in place.
+Everything is written beside its final name, flushed to disk with all it holds, and renamed. A
+process killed at any moment leaves the previous content in place.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ def atomic_folder(out: Path, prefix: str = ".partial-") -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        sync_tree(partial)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -56,6 +57,7 @@ def replace_folder(complete: Path, out: Path, aside: Path) -> None:
         out: final path.
         aside: path that an existing `out` gets until it is removed; an existing one is removed.
     """
+    sync_tree(complete)
     if out.exists():
         shutil.rmtree(aside, ignore_errors=True)
         out.rename(aside)
@@ -76,6 +78,20 @@ def check_free(out: Path, needed: int) -> None:
         raise ValueError(
             f"no room for {out}: {needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB free"
         )
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush all files and folders under `folder` to disk, and `folder` itself."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            sync_file(Path(parent, name))
+        sync_folder(Path(parent))
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to disk that was written and closed before."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:

@@ -83,7 +83,9 @@ def test_a_file_cut_short_or_missing_is_named(copied: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match=f"file {name} has {size - 1} bytes, not {size}"):
         open_checkpoint(copied)
     file.unlink()
-    with pytest.raises(CheckpointError, match=f"{copied}: file {name} is missing; restore it"):
+    with pytest.raises(
+        CheckpointError, match=f"{copied} is damaged: file {name} is missing; restore"
+    ):
         open_checkpoint(copied)
 
 
@@ -96,7 +98,7 @@ def test_what_is_no_checkpoint_is_refused(copied: Path, tmp_path: Path) -> None:
     manifest = copied / room.MANIFEST
     whole = manifest.read_text()
     manifest.write_text(whole[:-20])
-    with pytest.raises(CheckpointError, match=f"{manifest} is damaged"):
+    with pytest.raises(CheckpointError, match=rf"is damaged: {manifest}:\d+: not JSON"):
         open_checkpoint(copied)
     manifest.write_text(whole.replace('"format": 1', '"format": 2'))
     with pytest.raises(CheckpointError, match="has checkpoint format 2; this version reads 1"):
@@ -121,6 +123,7 @@ def plant(checkpoint: Path, name: str, content: bytes) -> None:
     (checkpoint / name).write_bytes(content)
     manifest = json.loads((checkpoint / room.MANIFEST).read_text())
     manifest["files"][name] = len(content)
+    manifest = {key: value for key, value in manifest.items() if not key.startswith("sha256")}
     (checkpoint / room.MANIFEST).write_text(json.dumps(manifest))
 
 

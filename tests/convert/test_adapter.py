@@ -16,6 +16,7 @@ from lcdist.checkpoint.read import CheckpointError
 from lcdist.convert.lora.adapter import check_adapter, export_adapter
 from lcdist.convert.lora.merge import unmerge
 from lcdist.train.resume import open_fitting
+from lcdist.utils.digests import SUMS
 from tests.convert.lora_hf import factors, llama, peft_llama
 from tests.convert.lora_runs import (
     TEXT,
@@ -240,6 +241,7 @@ def test_adapter_that_does_not_fit_is_rejected(runs: Any, tmp_path: Path, case: 
     export_adapter(runs["whole"][0], tmp_path / "adapter")
     assert len(check_adapter(tmp_path / "adapter", config)) == 56 + 9 + 2
     in_config, in_tensors, message = BAD[case]
+    (tmp_path / "adapter" / SUMS).unlink()
     file = tmp_path / "adapter" / "adapter_config.json"
     table = json.loads(file.read_text())
     in_config(table)
@@ -258,6 +260,12 @@ def test_untied_output_layer_is_rejected(runs: Any, tmp_path: Path) -> None:
     export_adapter(runs["tied"][0], folder)
     check_adapter(folder, config)
     file = folder / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=f"{folder} is damaged: file {file.name} has sha256 "):
+        check_adapter(folder, config)
+    file.write_bytes(whole)
+    (folder / SUMS).unlink()
     apart, alone = load_file(file), load_file(file)
     apart["base_model.model.lm_head.weight"][3, 5] += 1
     del alone["base_model.model.lm_head.weight"]

@@ -14,7 +14,7 @@ from lcdist.config.rope import RopeLlama3
 from lcdist.convert.check import ConversionError
 from lcdist.convert.huggingface import export_model as exporting
 from lcdist.convert.huggingface import import_model as importing
-from lcdist.convert.huggingface import names
+from lcdist.convert.huggingface import import_tensors, names
 from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.huggingface.names import EMBEDDING, OUTPUT, FusedTensor, SourceRows
 from tests.checkpoint.stored import stored_tensors
@@ -93,13 +93,13 @@ def config_with(**changes: Any) -> Any:
 
 
 def norm_left() -> Any:
-    right = importing._fused_rows
+    right = import_tensors._fused_rows
 
     def wrong(ours: FusedTensor, *rest: Any) -> torch.Tensor:
         found = right(ours, *rest)
         return torch.ones_like(found) if ours.key.endswith("1.input_layernorm.weight") else found
 
-    return patch.multiple(importing, _fused_rows=wrong)
+    return patch.multiple(import_tensors, _fused_rows=wrong)
 
 
 FAULTS: dict[str, Callable[[], Any]] = {

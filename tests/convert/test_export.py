@@ -1,6 +1,7 @@
 """An export loads in transformers and gives the training model's logits."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from lcdist.commands.main import main
 from lcdist.convert.huggingface.export_model import export_model
 from lcdist.convert.huggingface.safetensors import read_header
 from tests.convert.hf import (
@@ -158,6 +160,24 @@ def test_round_trip_is_bit_equal(family: str, dtype: str, round_trip: Path) -> N
     same += ("rope_parameters", "max_position_embeddings", "bos_token_id", "eos_token_id", "dtype")
     for key in same:
         assert getattr(first, key) == getattr(second, key), key
+
+
+def test_a_flipped_bit_is_found_in_what_was_written(
+    round_trip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family, dtype = ROUND[0]
+    _, ours, back = (round_trip / kind / f"{family}-{dtype}" for kind in FOLDERS)
+    copy = Path(shutil.copytree(back, tmp_path / "copy"))
+    assert main(["check", str(ours), str(copy)]) == 0
+    assert capsys.readouterr().out.count(", whole\n") == 3
+    file = sorted(copy.glob("*.safetensors"))[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert main(["check", str(copy)]) == 2
+    assert f"file {file.name} has sha256 " in capsys.readouterr().out
+    assert main(["convert", "import", str(copy), str(tmp_path / "again")]) == 2
+    assert f"error: {copy} is damaged: file {file.name} has sha256 " in capsys.readouterr().err
 
 
 def read_all(folder: Path) -> dict[str, torch.Tensor]:

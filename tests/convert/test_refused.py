@@ -122,6 +122,9 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
     f"{Q} has dtype I8": lambda f: merge_shards(
         f, lambda tensors: tensors.update({Q: torch.zeros(80, 48, dtype=torch.int8)})
     ),
+    f"{Q}, row 7, has a weight that is not finite": lambda f: merge_shards(
+        f, lambda tensors: tensors[Q][7].fill_(float("inf"))
+    ),
     "pytorch_model.bin, which can run code .* convert to safetensors first": save_pickle,
     "has no weights": lambda f: [file.unlink() for file in f.glob("model*")],
     "and neither model.safetensors nor": lambda f: (f / INDEX).unlink(),

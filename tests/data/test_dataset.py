@@ -12,9 +12,10 @@ import torch
 from lcdist.data.datasets.split import TokenSplit
 from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.datasets.tokens import TokenDataset
-from lcdist.data.meta import read_meta, write_meta
+from lcdist.data.meta import REMAKE, read_meta, write_meta
 from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.data.prepare.prepare import Prepared
+from lcdist.distributed.verify import refuse_damaged
 
 LENGTHS = (7, 1, 30, 2, 19, 44)
 TOTAL = sum(LENGTHS)
@@ -170,6 +171,18 @@ def test_a_truncated_or_missing_file_raises(counted: Path) -> None:
     (counted / "train.bin").unlink()
     with pytest.raises(ValueError, match=r"train\.bin: is missing"):
         TokenSplit(counted, "train")
+
+
+def test_a_flipped_bit_is_found(prepared: Prepared, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(prepared.folder, tmp_path / "copy"))
+    meta = read_meta(folder)
+    assert meta.sha256 is not None and meta.sha256.keys() == meta.files.keys()
+    refuse_damaged(folder, meta.sha256, meta.files, REMAKE)
+    content = bytearray((folder / "train.bin").read_bytes())
+    content[7] ^= 4
+    (folder / "train.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged: file train\.bin has sha256 .*; remove the"):
+        refuse_damaged(folder, meta.sha256, meta.files, REMAKE)
 
 
 def test_synthetic_documents_repeat_a_word() -> None:

@@ -7,7 +7,6 @@ with the checkpoint.
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from lcdist.checkpoint.manifest import Checkpoint, CheckpointError
 from lcdist.checkpoint.read import open_checkpoint, saved_config
 from lcdist.checkpoint.tensors import CheckpointTensors
+from lcdist.checkpoint.verify import verify_checkpoint
 from lcdist.config.schema import Config, ModelConfig
 from lcdist.convert.check import LogitDifference, compare
 from lcdist.convert.huggingface.config import CONFIG, config_table
@@ -43,7 +43,8 @@ from lcdist.convert.streamed_forward import check_single_process
 from lcdist.data.datasets.build import held_out_folder
 from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA_PARAMS
-from lcdist.utils.atomic import atomic_folder, check_free, sync_folder, write_file
+from lcdist.utils.atomic import atomic_folder, check_free, write_file
+from lcdist.utils.digests import write_sums
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def export_model(path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Expor
         raise ValueError(f"shard size of {shard_bytes} bytes: must be at least 1")
     check_single_process()
     checkpoint = open_checkpoint(path)
+    verify_checkpoint(checkpoint)
     config = saved_config(checkpoint)
     layers = inference_layers(config.model, config.attention)
     extras, (code, code_keys) = method_parameters(config.model, layers), remote_code_for(layers)
@@ -100,6 +102,7 @@ def export_model(path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Expor
             write_file(partial / name, text)
         if not copy_tokenizer(folders, partial):
             log.warning("no tokenizer was found: %s has none", out)
+        write_sums(partial)
         hf, weights = open_model(partial)
         difference = compare(hf, weights, config, tensors)
     return ExportResult(out, names, difference)
@@ -197,8 +200,6 @@ def _write_shards(folder: Path, streams: Sequence[TensorStream], shard_bytes: in
     for name, shard in zip(names, shards, strict=True):
         with (folder / name).open("wb") as file:
             stream_tensors(file, shard)
-            file.flush()
-            os.fsync(file.fileno())
     if count > 1:
         file_of = {
             stream.name: name for name, shard in zip(names, shards, strict=True) for stream in shard
@@ -206,7 +207,6 @@ def _write_shards(folder: Path, streams: Sequence[TensorStream], shard_bytes: in
         size = sum(stream.nbytes for stream in streams)
         index = {"metadata": {"total_size": size}, "weight_map": file_of}
         write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    sync_folder(folder)
     return names
 
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.checkpoint.manifest import write_latest, write_manifest
 from lcdist.checkpoint.read import open_checkpoint
-from lcdist.checkpoint.tensors import CheckpointTensors, TensorSource, write_tensors
+from lcdist.checkpoint.tensors import CheckpointTensors, write_tensors
 from lcdist.config import dump, parse
 from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig, TrainConfig
 from lcdist.convert.check import LogitDifference, compare
@@ -29,11 +28,10 @@ from lcdist.convert.huggingface.custom_attention import (
     inference_layers,
     method_parameters,
 )
+from lcdist.convert.huggingface.import_tensors import tensor_sources
 from lcdist.convert.huggingface.names import (
-    EMBEDDING,
     HF_EMBEDDING,
     HF_OUTPUT,
-    OUTPUT,
     FusedTensor,
     fused_tensors,
     hf_shapes,
@@ -46,6 +44,7 @@ from lcdist.plan import Plan, make_plan, plan_rows, smallest_world
 from lcdist.rundir.header import versions
 from lcdist.rundir.paths import CHECKPOINTS, checkpoint_name
 from lcdist.utils.atomic import atomic_folder, check_free
+from lcdist.utils.digests import refuse_damaged_sums, write_sums
 
 # Rotary frequencies, which older folders store; the config determines them.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
@@ -94,6 +93,7 @@ def import_model(
     """
     check_single_process()
     hf, weights, note = _open_source(source, deepspeed)
+    refuse_damaged_sums(source)
     config = _import_config(hf, out, [*overrides, *_vocab_override(hf, overrides, extra_tokens)])
     plan = make_plan(config, smallest_world(config))
     check_free(out, weights.nbytes)
@@ -101,11 +101,13 @@ def import_model(
     with atomic_folder(out) as partial:
         folder = partial / CHECKPOINTS / checkpoint_name(0)
         folder.mkdir(parents=True)
-        write_tensors(folder, _tensor_sources(hf, weights, plan))
+        fused = [*fused_tensors(hf.model), *_method_parameters(hf)]
+        write_tensors(folder, tensor_sources(fused, weights, plan))
         _write_manifest(folder, plan, source)
         copy_tokenizer([source], partial)
         # An export of a run that starts here takes the ids of special tokens from it.
         shutil.copyfile(source / CONFIG, partial / CONFIG)
+        write_sums(partial)
         tensors = CheckpointTensors(open_checkpoint(partial))
         difference = compare(hf, weights, config, tensors)
     shapes = hf_shapes(config.model, _method_parameters(hf)).values()
@@ -220,67 +222,8 @@ def _import_config(hf: HFModel, out: Path, overrides: Sequence[str]) -> Config:
     return config
 
 
-def _tensor_sources(hf: HFModel, weights: Weights, plan: Plan) -> list[TensorSource]:
-    return [
-        _vocabulary_source(ours, weights, plan)
-        if ours.key in (EMBEDDING, OUTPUT)
-        else TensorSource(
-            ours.key,
-            ours.shape,
-            _fused_dtype(ours, weights),
-            lambda first, stop, ours=ours: _fused_rows(ours, weights, first, stop),
-        )
-        for ours in (*fused_tensors(hf.model), *_method_parameters(hf))
-    ]
-
-
 def _method_parameters(hf: HFModel) -> list[FusedTensor]:
     return method_parameters(hf.model, inference_layers(hf.model, hf.attention))
-
-
-def _fused_rows(ours: FusedTensor, weights: Weights, first: int, stop: int) -> Tensor:
-    """Read rows first to stop of one of our tensors from its Hugging Face parts."""
-    dtype = _fused_dtype(ours, weights)
-    parts = [
-        weights.rows(part.name, part.first, part.first + part.count).to(dtype)
-        for part in ours.parts_between(first, stop)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _fused_dtype(ours: FusedTensor, weights: Weights) -> torch.dtype:
-    """Return the parts' common dtype, or fp32, which holds all others, if they differ."""
-    dtypes = {weights.dtype(part.name) for part in ours.parts}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-
-def _vocabulary_source(ours: FusedTensor, weights: Weights, plan: Plan) -> TensorSource:
-    """Return an embedding or output layer: old rows, their mean for new tokens, zero padding."""
-    num_old, num_tokens = ours.count, plan.config.model.vocab_size
-    dtype = _fused_dtype(ours, weights)
-    mean = _mean_row(ours, weights).to(dtype) if num_tokens > num_old else None
-
-    def rows(first: int, stop: int) -> Tensor:
-        if stop <= num_old:
-            return _fused_rows(ours, weights, first, stop)
-        out = torch.zeros(stop - first, *ours.rest, dtype=dtype)
-        old_rows = max(0, min(stop, num_old) - first)
-        if old_rows:
-            out[:old_rows] = _fused_rows(ours, weights, first, first + old_rows)
-        if mean is not None:
-            out[max(0, num_old - first) : max(0, num_tokens - first)] = mean
-        return out
-
-    return TensorSource(ours.key, (plan.shape.padded_vocab_size, *ours.rest), dtype, rows)
-
-
-def _mean_row(ours: FusedTensor, weights: Weights) -> Tensor:
-    """Return the mean of all rows, summed in float64."""
-    total = torch.zeros(ours.rest, dtype=torch.float64)
-    for first in range(0, ours.count, 1024):
-        stop = min(first + 1024, ours.count)
-        total += _fused_rows(ours, weights, first, stop).double().sum(0)
-    return total / ours.count
 
 
 def _write_manifest(folder: Path, plan: Plan, source: Path) -> None:

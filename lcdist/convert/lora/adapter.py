@@ -8,7 +8,6 @@ belongs on the base weights that `lcdist convert export` writes.
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.checkpoint.manifest import Checkpoint, CheckpointError
 from lcdist.checkpoint.read import open_checkpoint, saved_config
 from lcdist.checkpoint.tensors import CheckpointTensors
+from lcdist.checkpoint.verify import verify_checkpoint
 from lcdist.config.schema import Config
 from lcdist.convert.huggingface.names import HF_EMBEDDING, HF_OUTPUT
 from lcdist.convert.huggingface.safetensors import (
@@ -37,7 +37,8 @@ from lcdist.convert.lora.names import (
     module_tensors,
 )
 from lcdist.model.init import METHOD_PARAMS
-from lcdist.utils.atomic import atomic_folder, check_free, sync_folder, write_file
+from lcdist.utils.atomic import atomic_folder, check_free, write_file
+from lcdist.utils.digests import refuse_damaged_sums, write_sums
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Keys of a PEFT configuration that do not change what an adapter computes.
@@ -61,6 +62,7 @@ _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 def open_lora_checkpoint(path: Path) -> tuple[Checkpoint, Config]:
     """Open a checkpoint and its configuration. Raises CheckpointError if it has no adapters."""
     checkpoint = open_checkpoint(path)
+    verify_checkpoint(checkpoint)
     config = saved_config(checkpoint)
     if not config.lora.rank:
         raise CheckpointError(
@@ -91,10 +93,8 @@ def export_adapter(path: Path, out: Path) -> None:
     with atomic_folder(out) as unfinished:
         with (unfinished / TENSORS_FILE).open("wb") as file:
             stream_tensors(file, streams)
-            file.flush()
-            os.fsync(file.fileno())
         write_file(unfinished / CONFIG_FILE, json.dumps(_peft_config(config), indent=2) + "\n")
-        sync_folder(unfinished)
+        write_sums(unfinished)
 
 
 def _stream(tensors: CheckpointTensors, tensor: AdapterTensor) -> TensorStream:
@@ -147,6 +147,7 @@ def check_adapter(folder: Path, config: Config) -> dict[str, TensorEntry]:
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
     entries = read_header(folder / TENSORS_FILE)
+    refuse_damaged_sums(folder)
     errors = [*_config_errors(table, config)] or [*_tensor_errors(entries, config)]
     if errors:
         raise ValueError(f"lora.load = '{folder}' does not fit: {'; '.join(errors)}")

@@ -49,6 +49,12 @@ def build_dataset(
     return Mixture(sources, weights, seed)
 
 
+def token_folders(data: DataConfig) -> list[Path]:
+    """Return the token folders that `data` reads, each once."""
+    paths = [data.path, *(source.path for source in data.mixture.values())]
+    return [Path(path) for path in dict.fromkeys(paths) if path]
+
+
 def held_out_folder(data: DataConfig) -> Path:
     """Return the folder that provides the valid split and the tokenizer.
 

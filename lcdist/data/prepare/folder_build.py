@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lcdist.data.meta import META, read_meta
 from lcdist.utils.atomic import replace_folder
+from lcdist.utils.digests import sha256_of_all
 
 _SHARDS, _REMOVED_SHARDS = "shards", "gone"
 
@@ -33,8 +34,15 @@ class FolderBuild:
 
     def sizes(self) -> dict[str, int]:
         """Return the sizes of the files in bytes, by name."""
+        return {path.name: path.stat().st_size for path in self._files()}
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of the files, by name."""
+        return sha256_of_all(self._files())
+
+    def _files(self) -> list[Path]:
         files = sorted(path for path in self.folder.iterdir() if path.is_file())
-        return {path.name: path.stat().st_size for path in files if path.name != META}
+        return [path for path in files if path.name != META]
 
 
 def is_complete(folder: Path, digest: str) -> bool:

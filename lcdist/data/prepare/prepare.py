@@ -267,5 +267,6 @@ def _tokenize(
         empty=totals.empty,
         skipped=totals.skipped,
         files=build.sizes(),
+        sha256=build.digests(),
         kind=tokenizer.kind,
     )

@@ -1,0 +1,36 @@
+"""Configuration of checkpoints."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lcdist.config.fields import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, which checkpoints to keep, and which to start from.
+
+    Attributes:
+        every: Steps between saves; 0: only at the end or on a stop signal.
+        keep_last: Number of newest checkpoints to keep. The newest that a finite step followed is
+            kept in any case, so that a run whose weights have diverged can go back.
+        keep_every: Checkpoints at multiples of this many steps are kept too; 0: none.
+        asynchronous: Copy to the host's memory, and write during training.
+        resume_from: A step to go back to, among the run's checkpoints; 0: the newest. Newer ones
+            are kept under other names. It acts once: a later start with the same value goes on from
+            the newest.
+        load: A checkpoint whose weights a new run starts from.
+        verify: What is compared when a checkpoint or a folder of tokens is opened. `full`: the
+            SHA-256 of every file, which reads each file once. `size`: sizes.
+        fallback: Whether a run whose newest checkpoint is damaged goes on from the newest whole
+            one. The damaged one is kept under another name.
+    """
+
+    every: int = at_least(0, 0)
+    keep_last: int = at_least(1, 2)
+    keep_every: int = at_least(0, 0)
+    asynchronous: bool = False
+    resume_from: int = at_least(0, 0)
+    load: str = ""
+    verify: Literal["full", "size"] = "full"
+    fallback: bool = True

@@ -1,0 +1,104 @@
+"""Steps and states that are not finite: skip or stop, and never save."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lcdist.config.schema import TrainConfig
+from lcdist.engines.engine import RefusedStepError
+from lcdist.train.failure import way_back
+
+log = logging.getLogger(__name__)
+
+# Names of tensors that a message lists.
+_SHOWN = 6
+
+
+class BadSteps:
+    """Skips steps that an engine refused, up to a limit.
+
+    Args:
+        train: `on_bad_step` and `bad_step_limit` hold.
+        folder: of the run.
+
+    Attributes:
+        skipped: steps of the run that were skipped.
+    """
+
+    def __init__(self, train: TrainConfig, folder: Path) -> None:
+        self._skips, self._limit, self._folder = (
+            train.on_bad_step == "skip",
+            train.bad_step_limit,
+            folder,
+        )
+        self.skipped = 0
+
+    def add(self, error: RefusedStepError, step: int, samples: range) -> None:
+        """Count a refused step; the same on all ranks.
+
+        Args:
+            error: of the engine.
+            step: number of the step, from 1.
+            samples: numbers of its samples in the run's order.
+
+        Raises:
+            FloatingPointError: the run stops, by its setting or because the limit is reached.
+        """
+        told = f"step {step} (samples {samples.start} to {samples.stop - 1}): {error}"
+        if not self._skips:
+            raise FloatingPointError(
+                f"{told}. No weight was changed. {way_back(self._folder)}; "
+                "train.on_bad_step=skip passes over such samples"
+            )
+        self.skipped += 1
+        if self.skipped > self._limit:
+            raise FloatingPointError(
+                f"{told}. {self._limit} steps were skipped before, as many as "
+                f"train.bad_step_limit allows. {way_back(self._folder)}"
+            )
+        log.warning("skipped %s (%d of at most %d)", told, self.skipped, self._limit)
+
+
+@torch.no_grad()
+def refuse_non_finite(state: Mapping[str, Any], step: int, folder: Path) -> None:
+    """Raise FloatingPointError on all ranks if a weight or moment is not finite; all ranks call it.
+
+    Args:
+        state: sharded state of an engine.
+        step: optimizer steps behind it.
+        folder: of the run.
+    """
+    tensors = list(_tensors(state))
+    found: list[str] = []
+    if tensors:
+        # One pass over the memory and one wait; `isfinite` would make copies.
+        largest = torch._foreach_norm([x for _, x in tensors], torch.inf)  # pyright: ignore[reportPrivateImportUsage]
+        finite = torch.stack([x.float() for x in largest]).isfinite().tolist()
+        found = [key for (key, _), good in zip(tensors, finite, strict=True) if not good]
+    everywhere: list[Any] = [found]
+    if dist.get_world_size() > 1:
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, found)
+    names = sorted({key for keys in everywhere for key in keys})
+    if names:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        raise FloatingPointError(
+            f"after step {step} these are not finite: {', '.join(names[:_SHOWN])}{more}. Nothing "
+            f"is saved. {way_back(folder)}; a smaller optim.lr or optim.clip_norm may help"
+        )
+
+
+def _tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield key and data of the sharded floating-point tensors in a state."""
+    if isinstance(state, Mapping):
+        for part in state.values():
+            yield from _tensors(part)
+    elif isinstance(getattr(state, "data", None), Tensor):
+        data = state.data
+        if data.is_floating_point() and data.numel():
+            yield state.key, data

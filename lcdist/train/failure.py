@@ -1,0 +1,58 @@
+"""How a run that failed is recorded, and where it goes on."""
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from lcdist.checkpoint.save import sweep_leftovers
+from lcdist.rundir.paths import CHECKPOINTS, CheckpointError, latest_in, step_of
+from lcdist.rundir.status import read_status, write_status
+
+
+@contextlib.contextmanager
+def failure_told(folder: Path) -> Iterator[None]:
+    """Write status "failed" into the run folder if the block raises; on rank 0 alone.
+
+    The reason says where the run goes on. Leftovers of a save are deleted. Nothing is written for
+    a run that has never begun, or whose folder is gone, or on a disk that takes no more.
+    """
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError, ValueError):
+            status = read_status(folder)
+            if status is not None:
+                # The watchdog has said more about a run that stalled.
+                if status["status"] != "stalled":
+                    write_status(folder, "failed", status["step"], _reason(error, folder))
+                sweep_leftovers(folder / CHECKPOINTS)
+        raise
+
+
+def _reason(error: BaseException, folder: Path) -> str:
+    """Return the error in one line, and where the run goes on."""
+    if isinstance(error, KeyboardInterrupt):
+        text = "interrupted"
+    elif isinstance(error, FloatingPointError | CheckpointError):
+        # These messages say where the run goes on.
+        return " ".join(str(error).split())
+    else:
+        text = " ".join("".join(traceback.format_exception_only(error)).split())
+    return f"{text}. {way_back(folder)}"
+
+
+def way_back(folder: Path) -> str:
+    """Return which checkpoint the run in `folder` goes on from, and how to go further back."""
+    try:
+        newest = latest_in(folder / CHECKPOINTS)
+    except CheckpointError as error:
+        return str(error)
+    if newest is None:
+        return "The run has no checkpoint yet: it begins again"
+    steps = sorted(step_of(path) for path in newest.parent.glob("step_*"))
+    older = [step for step in steps if step < step_of(newest)]
+    text = f"The run goes on from step {step_of(newest)}"
+    if older:
+        text += f", or with checkpoint.resume_from={older[-1]} from step {older[-1]}"
+    return text
