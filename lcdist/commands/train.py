@@ -1,15 +1,13 @@
 """Assemble and run a training run, from a configuration to the last checkpoint."""
 
-import contextlib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from torch import Tensor
 
 from lcdist.checkpoint.read import Checkpoint
-from lcdist.checkpoint.save import sweep_leftovers
 from lcdist.config.schema import Config
 from lcdist.convert.lora.adapter import check_adapter, read_adapter
 from lcdist.distributed.mesh import build_mesh, least_of_ranks, start_world, world_size
@@ -18,17 +16,11 @@ from lcdist.hardware.peak import device_peak
 from lcdist.model.build import DTYPES
 from lcdist.plan import make_plan
 from lcdist.rundir.lock import lock_run_folder
-from lcdist.rundir.paths import CHECKPOINTS
 from lcdist.train.build import build_trainer, open_dataset
 from lcdist.train.compile_ahead import compile_ahead
 from lcdist.train.failure import failure_told
 from lcdist.train.loop import record_outcome, train_loop
-from lcdist.train.resume import (
-    find_resume_point,
-    find_whole_resume_point,
-    restore_weights,
-    set_newer_aside,
-)
+from lcdist.train.resume import begin_at, choose_start, restore_weights
 from lcdist.train.trainer import Outcome
 from lcdist.verify.preflight import check_host_memory, check_start
 
@@ -51,14 +43,10 @@ def run(config: Config, console: Console | None = None, also_stop: Path | None =
     mesh = build_mesh(config.parallel, config.train.seed)
     folder = Path(config.log.folder)
     dataset = open_dataset(plan)
-    start = find_whole_resume_point(lambda damaged: _find_start(folder, config, damaged), config)
+    start = choose_start(config, lambda: _check_new_run(config))
     checkpoint = start.checkpoint
-    failures = failure_told(folder) if mesh.rank == 0 else contextlib.nullcontext()
-    with enter_on_rank_zero(lock_run_folder(folder)), failures:
-        for change in start.changes if mesh.rank == 0 else []:
-            log.warning("resuming with a changed setting: %s", change)
-        run_on_rank_zero(lambda: set_newer_aside(start))
-        run_on_rank_zero(lambda: sweep_leftovers(folder / CHECKPOINTS))
+    with enter_on_rank_zero(lock_run_folder(folder)), failure_told(folder, mesh.rank):
+        run_on_rank_zero(lambda: begin_at(folder, start))
         if checkpoint is not None and checkpoint.step >= config.train.steps:
             return _finish(folder, checkpoint.step, config.train.steps)
         check_start(folder, plan.memory.checkpoint_bytes)
@@ -72,14 +60,10 @@ def run(config: Config, console: Console | None = None, also_stop: Path | None =
         return train_loop(trainer, console)
 
 
-def _find_start(
-    folder: Path, config: Config, damaged: Collection[Path]
-) -> tuple[Checkpoint | None, list[str]]:
-    """Return what `find_resume_point` finds; check the adapter that a new run starts from."""
-    checkpoint, changes = find_resume_point(folder, config, damaged)
-    if checkpoint is None and config.lora.load:
+def _check_new_run(config: Config) -> None:
+    """Check the adapter that a new run starts from."""
+    if config.lora.load:
         check_adapter(Path(config.lora.load), config)
-    return checkpoint, changes
 
 
 def _finish(folder: Path, step: int, steps: int) -> Outcome:

@@ -122,7 +122,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         )
     split = TokenSplit(held_out_folder(config.data), "valid")
     if config.checkpoint.verify == "full":
-        refuse_damaged(split.folder, split.meta.sha256 or {}, split.meta.files, REMAKE)
+        refuse_damaged(Path(split.folder), split.meta.sha256 or {}, split.meta.files, REMAKE)
     vocab_size = config.model.vocab_size
     check_vocabulary(
         split.meta, vocab_size, reserved=vocab_size - loaded.plan.shape.text_vocab_size

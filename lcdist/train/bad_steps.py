@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lcdist.config.schema import TrainConfig
-from lcdist.engines.engine import RefusedStepError
+from lcdist.engines.engine import RefusedStepError, TrainEngine
 from lcdist.train.failure import way_back
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,24 @@ class BadSteps:
             folder,
         )
         self.skipped = 0
+
+    def update(self, engine: TrainEngine, lr: float, step: int, samples: range) -> float | None:
+        """Let the engine update the weights; return the gradient norm, or None for a skipped step.
+
+        Args:
+            engine: after forward and backward.
+            lr: learning rate.
+            step: number of the step, from 1.
+            samples: numbers of its samples in the run's order.
+
+        Raises:
+            FloatingPointError: on all ranks, as `add`.
+        """
+        try:
+            return engine.step(lr)
+        except RefusedStepError as error:
+            self.add(error, step, samples)
+            return None
 
     def add(self, error: RefusedStepError, step: int, samples: range) -> None:
         """Count a refused step; the same on all ranks.

@@ -11,7 +11,7 @@ from lcdist.rundir.status import read_status, write_status
 
 
 @contextlib.contextmanager
-def failure_told(folder: Path) -> Iterator[None]:
+def failure_told(folder: Path, rank: int) -> Iterator[None]:
     """Write status "failed" into the run folder if the block raises; on rank 0 alone.
 
     The reason says where the run goes on. Leftovers of a save are deleted. Nothing is written for
@@ -20,14 +20,20 @@ def failure_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(OSError, ValueError):
-            status = read_status(folder)
-            if status is not None:
-                # The watchdog has said more about a run that stalled.
-                if status["status"] != "stalled":
-                    write_status(folder, "failed", status["step"], _reason(error, folder))
-                sweep_leftovers(folder / CHECKPOINTS)
+        if rank == 0:
+            with contextlib.suppress(OSError, ValueError):
+                _record(error, folder)
         raise
+
+
+def _record(error: BaseException, folder: Path) -> None:
+    status = read_status(folder)
+    if status is None:
+        return
+    # The watchdog has said more about a run that stalled.
+    if status["status"] != "stalled":
+        write_status(folder, "failed", status["step"], _reason(error, folder))
+    sweep_leftovers(folder / CHECKPOINTS)
 
 
 def _reason(error: BaseException, folder: Path) -> str:

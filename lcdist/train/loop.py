@@ -45,7 +45,14 @@ def train_loop(trainer: Trainer, console: Console | None) -> Outcome:
         config, rank=mesh.rank, step=trainer.step, run_id=run_id, console=console
     )
     with metrics, build_watchdog(trainer) as watchdog:
-        outcome = trainer.train(metrics, watchdog, lambda: _record_first_step(folder, mesh.rank))
+        try:
+            outcome = trainer.train(
+                metrics, watchdog, lambda: _record_first_step(folder, mesh.rank)
+            )
+        except FloatingPointError:
+            # All ranks raise it together, and what they were saving is whole.
+            trainer.complete_save()
+            raise
     run_on_rank_zero(lambda: record_outcome(folder, outcome))
     return outcome
 

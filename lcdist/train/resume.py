@@ -16,6 +16,7 @@ from lcdist.checkpoint.read import (
     open_checkpoint,
     saved_config,
 )
+from lcdist.checkpoint.save import sweep_leftovers
 from lcdist.checkpoint.verify import verify_checkpoint
 from lcdist.config import load
 from lcdist.config.lora import LoraConfig
@@ -55,15 +56,12 @@ class ResumePoint:
     newer: list[Path]
 
 
-def find_whole_resume_point(
-    find: Callable[[Collection[Path]], tuple[Checkpoint | None, list[str]]],
-    config: Config,
-) -> ResumePoint:
+def choose_start(config: Config, check_new_run: Callable[[], None]) -> ResumePoint:
     """Return the newest checkpoint of a run that is whole; all ranks call it. Writes nothing.
 
     Args:
-        find: called on rank 0, as `find_resume_point`, with the checkpoints to pass over.
         config: of the run; `checkpoint.verify` and `checkpoint.fallback` hold.
+        check_new_run: called on rank 0 if the run has no checkpoint; raises ValueError.
 
     Raises:
         DamagedCheckpointError: the newest checkpoint is damaged and the run may not fall back,
@@ -72,9 +70,16 @@ def find_whole_resume_point(
     """
     damaged: dict[Path, str] = {}
     own = Path(config.log.folder) / CHECKPOINTS
+
+    def find() -> tuple[Checkpoint | None, list[str]]:
+        found = find_resume_point(own.parent, config, damaged)
+        if found[0] is None:
+            check_new_run()
+        return found
+
     while True:
         try:
-            checkpoint, changes = run_on_rank_zero(lambda: find(damaged))
+            checkpoint, changes = run_on_rank_zero(find)
             if checkpoint is not None:
                 verify_checkpoint(checkpoint, config.checkpoint.verify)
             newer = _newer(own, checkpoint, damaged)
@@ -85,21 +90,24 @@ def find_whole_resume_point(
             damaged[error.folder] = error.damage
 
 
-def set_newer_aside(point: ResumePoint) -> None:
-    """Rename the checkpoints that were passed over, and say so; rank 0 only.
+def begin_at(folder: Path, point: ResumePoint) -> None:
+    """Log changed settings, delete leftovers, rename the checkpoints that were passed over.
 
-    The run will write checkpoints of the same steps. Those that were passed over are kept.
+    Rank 0 only. The run will write checkpoints of the same steps as those, which are kept.
     """
+    for change in point.changes:
+        log.warning("resuming with a changed setting: %s", change)
+    sweep_leftovers(folder / CHECKPOINTS)
     passed_over = [*point.damaged, *point.newer]
     if point.checkpoint is None or not passed_over:
         return
-    for folder, damage in point.damaged.items():
-        kept = _rename(folder, DAMAGED_PREFIX)
-        log.error("DAMAGED CHECKPOINT: %s: %s. It is kept as %s", folder, damage, kept.name)
-    for folder in point.newer:
-        log.warning("going back: %s is kept as %s", folder, _rename(folder, LEFT_PREFIX).name)
+    for path, damage in point.damaged.items():
+        kept = _rename(path, DAMAGED_PREFIX)
+        log.error("DAMAGED CHECKPOINT: %s: %s. It is kept as %s", path, damage, kept.name)
+    for path in point.newer:
+        log.warning("going back: %s is kept as %s", path, _rename(path, LEFT_PREFIX).name)
     write_latest(point.checkpoint.path)
-    newest, step = max(step_of(folder) for folder in passed_over), point.checkpoint.step
+    newest, step = max(step_of(path) for path in passed_over), point.checkpoint.step
     why = "checkpoint.fallback=false refuses to" if point.damaged else "checkpoint.resume_from"
     log.warning(
         "the run goes on from step %d instead of %d: %d steps are done again (%s)",

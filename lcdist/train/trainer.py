@@ -1,10 +1,9 @@
 """The training loop: draw batches, update the weights, record each step, save checkpoints."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,17 +20,17 @@ from lcdist.config import dump
 from lcdist.data.loader import Loader
 from lcdist.distributed.mesh import Mesh
 from lcdist.distributed.watchdog import ObservedSequence, Watchdog
-from lcdist.engines.engine import RefusedStepError, TrainEngine
+from lcdist.engines.engine import TrainEngine
 from lcdist.engines.state import load_random_states, random_states, sharded_random_states
 from lcdist.exchange import traffic
-from lcdist.hardware.peak import Peak, max_over_ranks, mfu
+from lcdist.hardware.peak import Peak, max_over_ranks
 from lcdist.plan import Plan, plan_rows
 from lcdist.rundir.header import versions
 from lcdist.rundir.paths import step_of
 from lcdist.rundir.records import StepRecord, StepTime
 from lcdist.rundir.signals import STOP
 from lcdist.train.bad_steps import BadSteps, refuse_non_finite
-from lcdist.train.maxima import VERBS, own_maxima, rank_times
+from lcdist.train.maxima import own_maxima, step_record
 from lcdist.train.metrics import Metrics
 from lcdist.train.profiler import StepProfiler
 from lcdist.train.schedule import learning_rate
@@ -93,17 +92,8 @@ class Trainer:
 
         Raises:
             FloatingPointError: a step is refused and not skipped, see `TrainEngine.step`; or the
-                state to save is not finite. A save that was under way is completed first.
+                state to save is not finite.
         """
-        try:
-            return self._train(metrics, watchdog, after_first_step)
-        except FloatingPointError:
-            self._note_saved(self.checkpointer.finish())
-            raise
-
-    def _train(
-        self, metrics: Metrics, watchdog: Watchdog, after_first_step: Callable[[], None]
-    ) -> Outcome:
         steps, every = self.plan.config.train.steps, self.plan.config.checkpoint.every
         asynchronous = self.plan.config.checkpoint.asynchronous
         reason, is_first = "", True
@@ -147,8 +137,12 @@ class Trainer:
         backward_end = time.perf_counter()
         watchdog.record_progress(self.step, "optimizer")
         with self.profiler.phase("optimizer"):
-            grad_norm, skipped = self._update(lr, range(first_sample, self.loader.sample))
+            samples = range(first_sample, self.loader.sample)
+            grad_norm = self.bad_steps.update(self.engine, lr, self.step + 1, samples)
         optimizer_end = time.perf_counter()
+        self.step += 1
+        if grad_norm is not None:
+            self.checkpointer.note_finite_step(self.step)
         work = self.engine.seconds_before_reduction
         # On a GPU the host has only queued the work by then.
         forward_backward = max(backward_end - data_end, work)
@@ -160,52 +154,17 @@ class Trainer:
         if self.checkpointer.unfinished and not maxima["writing"]:
             self._note_saved(self.checkpointer.finish())
         end = time.perf_counter()
-        rate = loss.tokens / (end - start)
-        record = StepRecord(
-            step=self.step,
-            samples=self.loader.sample,
-            tokens=loss.tokens,
-            loss=loss.mean,
-            grad_norm=grad_norm,
-            lr=lr,
-            tokens_per_second=rate,
-            mfu_full=mfu(
-                self.plan.compute.flops_per_token_square, rate, self.peak, self.mesh.world_size
-            ),
-            mfu_causal=mfu(
-                self.plan.compute.flops_per_token, rate, self.peak, self.mesh.world_size
-            ),
-            memory_bytes=maxima["memory"],
-            exchange_bytes={verb: maxima[verb] for verb in VERBS if maxima[verb]},
-            time=StepTime(
-                step=end - start,
-                data=data_end - start,
-                forward_backward=forward_backward,
-                optimizer=optimizer_end - data_end - forward_backward,
-            ),
-            wall=time.time(),
-            ranks=rank_times(maxima),
-            profiled=self.step in self.profiler.steps,
-            skipped=skipped,
+        spent = StepTime(
+            step=end - start,
+            data=data_end - start,
+            forward_backward=forward_backward,
+            optimizer=optimizer_end - data_end - forward_backward,
         )
-        return record, bool(maxima["stop"])
-
-    def _update(self, lr: float, samples: range) -> tuple[float, bool]:
-        """Update the weights and count the step.
-
-        samples: of this step.
-
-        Returns the gradient norm, and whether the step was skipped instead.
-        """
-        try:
-            grad_norm = self.engine.step(lr)
-        except RefusedStepError as error:
-            self.bad_steps.add(error, self.step + 1, samples)
-            self.step += 1
-            return math.nan, True
-        self.step += 1
-        self.checkpointer.note_finite_step(self.step)
-        return grad_norm, False
+        record = step_record(
+            self.plan, self.peak, self.step, self.loader.sample, loss, grad_norm, lr, maxima, spent
+        )
+        profiled = self.step in self.profiler.steps
+        return replace(record, profiled=profiled), bool(maxima["stop"])
 
     def _draw_ahead(self) -> None:
         """Draw the next step's batches; note the seconds it took."""
@@ -244,6 +203,10 @@ class Trainer:
             self._note_saved(self.checkpointer.save(self.step, state, manifest))
         else:
             self.checkpointer.begin(self.step, state, manifest)
+
+    def complete_save(self) -> None:
+        """Wait for a save that is under way, if there is one; all ranks call it."""
+        self._note_saved(self.checkpointer.finish())
 
     def _note_saved(self, path: Path | None) -> None:
         """Mark the checkpoint at `path` as complete and log it; do nothing for None."""
