@@ -9,6 +9,7 @@ more than one copy.
 import contextlib
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +63,17 @@ class Checkpointer:
         keep_last: number of newest checkpoints to keep; the newest that `note_finite_step` proved
             is kept too.
         keep_every: checkpoints at multiples of this many steps are kept too; 0 for none.
+
+    Attributes:
+        seconds: that callers have waited for saves on this rank.
+        on_saved: called after each save.
     """
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int = 0) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self._pending: _PendingSave | None = None
         self._finite_step, self._may_prune = 0, True
+        self.seconds, self.on_saved = 0.0, lambda: None
         write_with_threads()
 
     def save(self, step: int, state: dict[str, Any], manifest: Mapping[str, Any]) -> Path:
@@ -91,7 +97,7 @@ class Checkpointer:
         self, step: int, state: dict[str, Any], manifest: Mapping[str, Any], copy: bool
     ) -> None:
         assert not self.unfinished, "one save at a time: finish the earlier one first"
-        partial = self._partial(step)
+        began, partial = time.perf_counter(), self._partial(step)
 
         def prepare() -> None:
             sweep_leftovers(self.folder)
@@ -109,6 +115,7 @@ class Checkpointer:
             thread = threading.Thread(target=write_buckets, args=arguments)
         thread.start()
         self._pending = _PendingSave(step, manifest, request, thread, digests)
+        self.seconds += time.perf_counter() - began
 
     @property
     def writing(self) -> bool:
@@ -131,6 +138,7 @@ class Checkpointer:
         """
         if self._pending is None:
             return None
+        began = time.perf_counter()
         pending, self._pending = self._pending, None
         pending.thread.join()
         final = self._final(pending.step)
@@ -143,6 +151,8 @@ class Checkpointer:
         dist.all_gather_object(shares, pending.digests)
         digests = {name: digest for share in shares for name, digest in share.items()}
         run_on_rank_zero(lambda: self._publish(pending, digests))
+        self.seconds += time.perf_counter() - began
+        self.on_saved()
         return final
 
     def _final(self, step: int) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,6 +11,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from lcdist.rundir.paths import HEADER_FILE
 from lcdist.rundir.records import read_records
@@ -41,19 +44,26 @@ class RunHeader:
 
 @dataclass(frozen=True)
 class LostWork:
-    """Steps that a start repeats, because they were taken after the checkpoint it resumes from."""
+    """Steps that a start repeats, because they were taken after the checkpoint it resumes from.
+
+    last_seen: end of the last step of an earlier start, in seconds since 1970; None if unknown.
+    """
 
     steps: int = 0
     seconds: float = 0.0
+    last_seen: float | None = None
 
 
 NOTHING_LOST = LostWork()
+# When this process last recorded something in each run folder: stages run one after another.
+_last_seen: dict[Path, float] = {}
 
 
 def lost_work(metrics_file: Path, step: int) -> LostWork:
     """Count the steps after `step` in a metrics file; raise ValueError if it is damaged."""
-    seconds = [record.time.step for record in read_records(metrics_file) if record.step > step]
-    return LostWork(len(seconds), sum(seconds))
+    records = read_records(metrics_file)
+    seconds = [record.time.step for record in records if record.step > step]
+    return LostWork(len(seconds), sum(seconds), records[-1].wall if records else None)
 
 
 def record_start(
@@ -79,16 +89,41 @@ def record_start(
     now = datetime.now(UTC).isoformat(timespec="seconds")
     start = {"step": step, "time": now, "reason": reason, "world_size": header.world_size}
     start |= {"lost_steps": lost.steps, "lost_seconds": round(lost.seconds, 3)}
+    start |= {"began": _began(folder), "last_seen": lost.last_seen}
     table = {"id": before["id"], "starts": [*before["starts"], start], **asdict(header)}
     write_file(path, json.dumps(table, indent=2, allow_nan=False) + "\n")
     return before["id"]
 
 
-def record_first_step(folder: Path, seconds: float) -> None:
-    """Record in run.json how long the last start took until the end of its first step."""
+def record_first_step(folder: Path, step_seconds: float) -> None:
+    """Record in run.json how long the last start took until the end of its first step.
+
+    step_seconds: of the step itself.
+    """
+    seconds = time.time() - _began(folder)
+    _add_to_start(
+        folder,
+        first_step_seconds=round(seconds, 3),
+        before_first_step_seconds=round(max(0.0, seconds - step_seconds), 3),
+    )
+
+
+def record_spent(folder: Path, saving_seconds: float) -> None:
+    """Record in run.json when the last start was last seen, and how long it has saved."""
+    _last_seen[folder] = time.time()
+    _add_to_start(folder, ended=_last_seen[folder], saving_seconds=round(saving_seconds, 3))
+
+
+def _began(folder: Path) -> float:
+    """Return when this process began, or ended its work in the folder of an earlier stage."""
+    earlier = [seen for other, seen in _last_seen.items() if other != folder]
+    return max([psutil.Process().create_time(), *earlier])
+
+
+def _add_to_start(folder: Path, **facts: float) -> None:
     path = folder / HEADER_FILE
     table = read_header(path)
-    table["starts"][-1]["first_step_seconds"] = round(seconds, 3)
+    table["starts"][-1] |= facts
     write_file(path, json.dumps(table, indent=2, allow_nan=False) + "\n")
 
 

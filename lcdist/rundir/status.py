@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lcdist.config import load
+from lcdist.rundir.effective import describe_effective, effective_time, last_end
 from lcdist.rundir.header import read_header
 from lcdist.rundir.paths import (
     CHECKPOINTS,
@@ -71,6 +72,10 @@ def describe(folder: Path, now: float | None = None) -> list[tuple[str, str]]:
     if records:
         rows += _rates(records, config.train.steps, status["status"] == "running", now)
     rows.append(("last checkpoint", _checkpoint(folder, records, now)))
+    running = status["status"] == "running"
+    effective = effective_time(starts, records, now if running else last_end(starts, records))
+    if effective is not None:
+        rows.append(("effective time", describe_effective(effective)))
     return [*rows, *_starts(starts)]
 
 

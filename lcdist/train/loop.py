@@ -1,13 +1,14 @@
 """Run the training loop with all that is recorded of it: metrics, status, header, watchdog."""
 
+import contextlib
 import logging
-import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 
+from lcdist.checkpoint.save import Checkpointer
 from lcdist.distributed.rank_zero import run_on_rank_zero
 from lcdist.distributed.store import shared_store
 from lcdist.distributed.watchdog import Watchdog
@@ -18,6 +19,7 @@ from lcdist.rundir.header import (
     RunHeader,
     lost_work,
     record_first_step,
+    record_spent,
     record_start,
     versions,
 )
@@ -41,18 +43,23 @@ def train_loop(trainer: Trainer, console: Console | None) -> Outcome:
     folder = Path(config.log.folder)
     reason = "resumed" if trainer.step else "new run"
     run_id = run_on_rank_zero(lambda: _record_start(trainer, folder, reason))
+    trainer.checkpointer.on_saved = partial(_record_spent, folder, trainer.checkpointer, mesh.rank)
     metrics = open_metrics(
         config, rank=mesh.rank, step=trainer.step, run_id=run_id, console=console
     )
     with metrics, build_watchdog(trainer) as watchdog:
         try:
             outcome = trainer.train(
-                metrics, watchdog, lambda: _record_first_step(folder, mesh.rank)
+                metrics,
+                watchdog,
+                lambda record: _record_first_step(folder, mesh.rank, record.time.step),
             )
         except FloatingPointError:
             # All ranks raise it together, and what they were saving is whole.
             trainer.complete_save()
             raise
+        finally:
+            _record_spent(folder, trainer.checkpointer, mesh.rank)
     run_on_rank_zero(lambda: record_outcome(folder, outcome))
     return outcome
 
@@ -76,10 +83,17 @@ def _record_start(trainer: Trainer, folder: Path, reason: str) -> str:
     return record_start(folder, header, trainer.step, reason, lost)
 
 
-def _record_first_step(folder: Path, rank: int) -> None:
-    """Record on rank 0 how long this process took from its start to the end of its first step."""
+def _record_first_step(folder: Path, rank: int, seconds: float) -> None:
+    """Record on rank 0 how long this process took to the end of its first step of `seconds`."""
     if rank == 0:
-        record_first_step(folder, time.time() - psutil.Process().create_time())
+        record_first_step(folder, seconds)
+
+
+def _record_spent(folder: Path, checkpointer: Checkpointer, rank: int) -> None:
+    """Record on rank 0 that the run is alive and how long it has saved, as far as it can."""
+    if rank == 0:
+        with contextlib.suppress(OSError, ValueError):
+            record_spent(folder, checkpointer.seconds)
 
 
 def build_watchdog(trainer: Trainer) -> Watchdog:

@@ -81,14 +81,14 @@ class Trainer:
         self._seconds_ahead = 0.0
 
     def train(
-        self, metrics: Metrics, watchdog: Watchdog, after_first_step: Callable[[], None]
+        self, metrics: Metrics, watchdog: Watchdog, after_first_step: Callable[[StepRecord], None]
     ) -> Outcome:
         """Run until train.steps, or until a rank receives a stop request; save before returning.
 
         Args:
             metrics: gets one record a step.
             watchdog: is notified of every phase of a step.
-            after_first_step: called once, after the first step's record is written.
+            after_first_step: called once with the first step's record, after that is written.
 
         Raises:
             FloatingPointError: a step is refused and not skipped, see `TrainEngine.step`; or the
@@ -104,7 +104,7 @@ class Trainer:
                     record, stop_requested = self._one_step(requests, watchdog)
                 metrics.write(record)
                 if is_first:
-                    after_first_step()
+                    after_first_step(record)
                     is_first = False
                 if stop_requested:
                     reason = f"told to stop ({requests.reason or 'by another rank'})"

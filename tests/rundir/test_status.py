@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from lcdist.commands.main import main
-from lcdist.rundir.records import RankTimes, StepRecord, StepTime
+from lcdist.rundir.effective import EffectiveTime, effective_time
+from lcdist.rundir.records import RankTimes, StepRecord, StepTime, read_records
 from lcdist.rundir.run_config import write_config
 from lcdist.rundir.signals import write_done, write_stopped
 from lcdist.rundir.status import describe, duration, stage_folders, write_status
@@ -63,6 +64,33 @@ def test_status_of_a_running_run_shows_every_row(folder: Path) -> None:
         "work done again": "7 steps, 14 s",
         "last start": "2023-11-14T22:00:00+00:00, first step after 1 min",
     }
+
+
+def test_effective_time_over_restarts(folder: Path) -> None:
+    """A run of 300 s: two processes with a gap, a crash with lost steps, two saves, 40 steps."""
+    table = json.loads((folder / "run.json").read_text())
+    table["starts"] = [
+        {"step": 0, "time": "", "lost_steps": 0, "lost_seconds": 0.0, "began": NOW - 300,
+         "before_first_step_seconds": 25.0, "saving_seconds": 12.0, "ended": NOW - 220},
+        # It took 7 more steps after its last save, which its successor does again.
+        {"step": 30, "time": "", "lost_steps": 7, "lost_seconds": 14.0, "began": NOW - 150,
+         "last_seen": NOW - 200, "before_first_step_seconds": 30.0, "saving_seconds": 6.0},
+    ]  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(table))
+    records = read_records(folder / "metrics.jsonl")
+    found = effective_time(table["starts"], records, NOW)
+    assert found == EffectiveTime(300, 80, 55, 18, 14, 50, 83)
+    assert dict(describe(folder, NOW))["effective time"] == (
+        "26.7 % trained; other 27.7 %, starts 18.3 %, between starts 16.7 %, saves 6.0 %, "
+        "work done again 4.7 %"
+    )
+    write_status(folder, "failed", 40, "")
+    # A run that has ended is not measured to the present.
+    assert dict(describe(folder, NOW + 9e9))["effective time"].startswith("26.7 % trained")
+    assert effective_time([{"step": 0}], records, NOW) is None
+    # A process that never came to a step only started.
+    alone = effective_time([{"began": NOW - 9}], [], NOW)
+    assert alone == EffectiveTime(9, 0, 9, 0, 0, 0, 0)
 
 
 def test_status_of_a_silent_run_says_it_may_have_died(folder: Path) -> None:

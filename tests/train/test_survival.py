@@ -84,6 +84,8 @@ def test_work_that_is_done_again_is_told(by_file: Any) -> None:
     assert [start["lost_steps"] for start in starts] == [0, 2]
     assert starts[1]["step"] == 2 and starts[1]["lost_seconds"] > 0
     assert all(start["first_step_seconds"] > 0 for start in starts)
+    assert all(start["before_first_step_seconds"] > 0 for start in starts)
+    assert starts[0]["ended"] <= starts[1]["began"] + 60 and starts[1]["saving_seconds"] > 0
 
 
 # --- asynchronous saves ---------------------------------------------------------------------------
