@@ -18,9 +18,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.checkpoint.manifest import write_latest, write_manifest
-from lcdist.checkpoint.writer import copy_to_host, write_buckets, write_with_threads
+from lcdist.checkpoint.writer import copy_to_host, start_no_process, start_save, write_buckets
 from lcdist.distributed.rank_zero import run_on_rank_zero
 from lcdist.rundir.paths import (
     STEP_PREFIX,
@@ -30,7 +29,6 @@ from lcdist.rundir.paths import (
     step_of,
 )
 from lcdist.utils.atomic import sync_folder
-from megatron.core import dist_checkpointing
 
 PARTIAL_PREFIX = ".writing-"
 DISCARDED_PREFIX = f"{PARTIAL_PREFIX}old-"
@@ -74,7 +72,7 @@ class Checkpointer:
         self._pending: _PendingSave | None = None
         self._finite_step, self._may_prune = 0, True
         self.seconds, self.on_saved = 0.0, lambda: None
-        write_with_threads()
+        start_no_process()
 
     def save(self, step: int, state: dict[str, Any], manifest: Mapping[str, Any]) -> Path:
         """Write the sharded `state` and the manifest, and return the folder; all ranks call it.
@@ -105,7 +103,7 @@ class Checkpointer:
             partial.mkdir(parents=True)
 
         run_on_rank_zero(prepare)
-        request: Any = dist_checkpointing.save(state, str(partial), async_sharded_save=True)
+        request = start_save(state, partial)
         # Not a daemon: the interpreter exits only after the thread has written.
         thread, digests = threading.Thread(target=lambda: None), {}
         if request.async_fn is not None:

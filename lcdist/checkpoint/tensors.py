@@ -41,10 +41,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.checkpoint.manifest import Checkpoint
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from lcdist.checkpoint.writer import write_format, write_rest
 
 # Size of a piece: a reader of any part of it reads all of it.
 PIECE_BYTES = 2**23
@@ -76,14 +74,14 @@ def write_tensors(folder: Path, tensors: Sequence[TensorSource]) -> None:
     Raises:
         ValueError: a tensor cannot be read or written.
     """
-    TorchCommonSaveStrategy("torch", 1).save_common({}, folder)
+    write_rest({}, folder)
     writer = _FilePerTensorWriter(folder, single_file_per_rank=True, thread_count=1)
     try:
         save({}, storage_writer=writer, planner=_StreamingPlanner(tensors))
     except CheckpointException as error:
         causes = {f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}
         raise ValueError(f"{folder} could not be written: {'; '.join(sorted(causes))}") from error
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    write_format(folder)
 
 
 class _FilePerTensorWriter(FileSystemWriter):

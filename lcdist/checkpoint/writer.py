@@ -1,29 +1,81 @@
-"""Make Megatron's checkpoint writer use threads of this process.
+"""Start Megatron's checkpoint writer, and write with threads of this process.
 
-Megatron forks a process for each file and collects results through a queue that another process
-serves. A forked writer waits for ever if its rank is killed, and keeps the run folder's lock. The
-queue's server ends with the SIGTERM that torchrun sends to the process group, and then the last
-save fails. Threads write as fast, since writing releases the interpreter lock, and end with their
-process. They also hash what they write. Checked with megatron-core 0.16.1.
+Megatron-core 0.16.1 forks a process for each file. A forked writer waits for ever if its rank is
+killed, and keeps the run folder's lock. 0.19 writes with threads, but ends without a result if one
+of them fails. Both collect results through a queue that another process serves, which ends with the
+SIGTERM that torchrun sends to the process group; then the last save fails. Threads write as fast,
+since writing releases the interpreter lock, and end with their process. They also hash what they
+write.
+
+What is written is the same with both, and both load it. Of its own, 0.19 would put what is no
+tensor among the tensors, as bytes to be unpickled, and would write in the background with another
+package.
 """
 
+import inspect
 import io
 import queue
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.utils.digests import HashingWriter
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+_FORMAT = "torch_dist", 1
+# Megatron-core 0.19 has a second writer, of another package, and takes it unless told otherwise.
+_ASYNC_OPTIONS = inspect.signature(TorchDistSaveShardedStrategy.async_save).parameters
+_OWN_WRITER = {"async_strategy": "mcore"} if "async_strategy" in _ASYNC_OPTIONS else {}
+# In Megatron-core 0.16.1 and in 0.19.
+_QUEUE_NAMES = "_get_write_results_queue", "get_write_results_queue"
 
 
-def write_with_threads() -> None:
-    """Make `dist_checkpointing.save` start no process from now on; repeated calls do nothing."""
-    filesystem_async._get_write_results_queue = queue.Queue
+def start_save(state: dict[str, Any], folder: Path) -> Any:
+    """Return Megatron's request to write the sharded `state` into the empty `folder`.
+
+    All ranks call it. They write what its `async_fn_args` hold, then call each of its
+    `finalize_fns`.
+    """
+    tensors, rest = save_preprocess(state)
+    if dist.get_rank() == 0:
+        write_rest(rest, folder)
+    strategy = TorchDistSaveShardedStrategy(*_FORMAT, thread_count=2)
+    # As text: torch pickles it into the metadata, which must not name the class Path.
+    request = strategy.async_save(tensors, str(folder), **_OWN_WRITER)  # pyright: ignore[reportArgumentType]
+    request.finalize_fns.append(partial(_finish, folder))
+    return request
+
+
+def _finish(folder: Path) -> None:
+    if dist.get_rank() == 0:
+        write_format(folder)
+    dist.barrier()
+
+
+def write_rest(rest: Mapping[str, Any], folder: Path) -> None:
+    """Write the part of a state that is no tensor: here names without anything under them."""
+    torch.save(rest, folder / COMMON_STATE_FNAME)
+
+
+def write_format(folder: Path) -> None:
+    """Write the file by which Megatron recognises the format of a complete checkpoint."""
+    save_config(CheckpointingConfig(*_FORMAT), str(folder))
+
+
+def start_no_process() -> None:
+    """Make `start_save` start no process from now on; repeated calls do nothing."""
+    [name] = [name for name in _QUEUE_NAMES if hasattr(filesystem_async, name)]
+    setattr(filesystem_async, name, queue.Queue)
 
 
 class _Hashed:
@@ -62,8 +114,7 @@ def write_buckets(buckets: Sequence[Any], results: queue.Queue, digests: dict[st
 
     Args:
         buckets: Megatron's, as `copy_to_host` returns them.
-        results: gets their results, or the first error, as from Megatron's
-            `write_preloaded_data_multiproc`.
+        results: gets their results, or the first error, as from `async_fn` of Megatron's request.
         digests: gets the SHA-256 of each file by its name.
     """
 

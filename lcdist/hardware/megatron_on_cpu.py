@@ -10,11 +10,12 @@ maintainers in NVIDIA-NeMo/Speech issue 14244). With CUDA this module does nothi
 3. the CUDA random-number tracker is replaced by one on the CPU's generator.
 
 `Tensor.cuda()` becomes the identity, which tied embeddings across pipeline stages need. Import this
-module before the first import of megatron. Tested with megatron-core 0.16.1.
+module before the first import of megatron. Tested with megatron-core 0.16.1 and 0.19.2.
 """
 
 import contextlib
 import importlib
+import logging
 import sys
 import types
 import warnings
@@ -31,6 +32,13 @@ _FACTORIES = (
     *("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "as_tensor", "eye"),
     *("linspace", "empty_like", "zeros_like", "ones_like", "full_like"),
 )
+# By module, what Megatron-core 0.19 logs about parts that it plans to replace.
+_NOTICES = {
+    "models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "transformer.transformer_layer": "Rewrapping ModuleSpec",
+    "dist_checkpointing.strategies.torch": "async save is deprecated",
+    "dist_checkpointing.strategies.common": "load_common is deprecated",
+}
 
 
 class _Inert:
@@ -165,12 +173,21 @@ def _use_cpu_generator(random: Any) -> None:
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
 
-def _install() -> None:
+def _silence() -> None:
+    """Drop warnings about what we do on purpose, with CUDA and without."""
     # Megatron warns that Transformer Engine and Apex are missing; neither is needed.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     # Its checkpoints use ShardedTensor, which torch has deprecated.
     warnings.filterwarnings("ignore", "Please use DTensor", FutureWarning)
     warnings.filterwarnings("ignore", ".*(reduce_scatter|all_gather_into)_tensor", FutureWarning)
+    for module, notice in _NOTICES.items():
+        logging.getLogger(f"megatron.core.{module}").addFilter(
+            lambda record, notice=notice: notice not in record.getMessage()
+        )
+
+
+def _install() -> None:
+    _silence()
     if has_cuda():
         return
     if any(name.startswith("megatron.core") for name in sys.modules):
