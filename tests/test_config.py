@@ -25,6 +25,7 @@ from lcdist.config.schema import (
     FullOptions,
     RawOptions,
 )
+from lcdist.config.values import folder_problem
 
 ROOT = Path(__file__).parent.parent
 
@@ -351,7 +352,8 @@ def test_file_loads_with_overrides(tmp_path: Path) -> None:
 # --- round trip -----------------------------------------------------------------------------------
 
 # A TOML string may contain all of Unicode except surrogates, also control characters and quotes.
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+# NUL can be in no path.
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
 LEAVES = st.one_of(
     st.booleans(),
     st.integers(-(2**63), 2**63 - 1),
@@ -387,10 +389,12 @@ def values_of(hint: Any, metadata: Mapping[str, Any]) -> st.SearchStrategy[Any]:
         inner = values_of(typing.get_args(hint)[1], {})
         return st.dictionaries(TEXT, inner, max_size=3)
     if hint is int:
-        return st.integers(min_value=low)
+        return st.integers(low, metadata["limit"].most)
     if hint is float:
         open_end = "above" in metadata
-        return st.floats(low, exclude_min=open_end, allow_nan=False, allow_infinity=False)
+        return st.floats(low, metadata["limit"].most, exclude_min=open_end)
+    if metadata.get("folder"):
+        return TEXT.filter(lambda text: not folder_problem(text))
     return {bool: st.booleans(), str: TEXT}[hint]
 
 

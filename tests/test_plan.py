@@ -118,8 +118,8 @@ CONFLICTS = {
         "= 'synthetic'",
     "data.path=here":
         "data.path = 'here' has no meaning with data.source = 'synthetic'",
-    "evaluate.lengths=[8,1]":
-        "evaluate.lengths = (8, 1): each must be at least 2",
+    "evaluate.lengths=[]":
+        "evaluate.lengths = []: name at least one length, such as [4096]",
     "attention.method=fool":
         "attention.method = 'fool': must be one of " + ", ".join(METHODS),
     "attention.layers=full@4":

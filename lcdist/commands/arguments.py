@@ -1,6 +1,8 @@
 """Arguments that several commands have in common."""
 
 import argparse
+import errno
+import os
 from pathlib import Path
 
 
@@ -20,3 +22,14 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", type=Path, help="checkpoint, or run folder for its latest checkpoint"
     )
+
+
+def check_output(path: Path | None) -> None:
+    """Raise OSError before the work is done if `path`, if given, is no place for a file."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not path.parent.is_dir():
+        number = errno.ENOTDIR if path.parent.exists() else errno.ENOENT
+        raise OSError(number, os.strerror(number), str(path))

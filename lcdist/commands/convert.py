@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from lcdist.commands.console import plain_console
 from lcdist.convert.huggingface.export_model import SHARD_BYTES, export_model
 from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.lora.adapter import export_adapter
@@ -93,7 +92,7 @@ def parse_size(text: str) -> int:
 
 
 def _print(text: str) -> None:
-    Console().print(text, soft_wrap=True, highlight=False, markup=False)
+    plain_console(highlight=False).print(text, soft_wrap=True)
 
 
 def _import(arguments: argparse.Namespace) -> None:

@@ -4,12 +4,13 @@ import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from lcdist.commands.arguments import add_checkpoint, add_overrides
+from lcdist.commands.arguments import add_checkpoint, add_overrides, check_output
+from lcdist.commands.console import plain_console
 from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.loaded_model import evaluate_checkpoint
+from lcdist.utils.errors import naming
 
 COMPARED = ("before", "after")
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate one or two checkpoints; rank 0 writes and prints the results."""
+    check_output(arguments.output)
     paths = [arguments.checkpoint]
     if arguments.before:
         paths.insert(0, arguments.before)
@@ -35,11 +37,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.output:
         content = results[0] if len(results) == 1 else dict(zip(COMPARED, results, strict=True))
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with naming(arguments.output):
+            arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for path, result in zip(paths, results, strict=True):
         title = f"{path} (attention: {result['attention']})"
         table = Table("length", "perplexity", "tokens", title=title)
         for row in zip(result["lengths"], result["perplexity"], result["scored"], strict=True):
             table.add_row(str(row[0]), f"{row[1]:.3f}", f"{row[2]:,}")
-        Console().print(table)
+        plain_console().print(table)
     return 0

@@ -68,12 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         job, fresh = _run_job(folder, arguments)
     except subprocess.CalledProcessError as error:
-        console.print(f"[red]stopped[/]: exit status {error.returncode}; see the lines above.")
+        status = f"stopped: exit status {error.returncode}; see the lines above."
+        console.print(status, style="red")
         if error.returncode != USER_ERROR:
             console.print("Run the same command again to continue from the last checkpoint.")
         return error.returncode or 1
     except (ValueError, FileNotFoundError) as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        console.print(f"error: {error}", style="red", soft_wrap=True)
         return USER_ERROR
     _print_summary(job, fresh, time.monotonic() - start)
     return 0

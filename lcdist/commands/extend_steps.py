@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from lcdist.commands.console import plain_console
 from lcdist.config.schema import Config
 from lcdist.data.datasets.split import TokenSplit
 from lcdist.distributed.mesh import end_world
@@ -20,7 +19,7 @@ from lcdist.rundir.status import read_status
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def parse_header(line):\n"
-console = Console(highlight=False)
+console = plain_console(highlight=False)
 
 
 class ExtendJob:
@@ -132,7 +131,7 @@ class ExtendJob:
         )
         end_world()
         output.write_text(text + "\n", encoding="utf-8")
-        console.print(text, markup=False)
+        console.print(text)
         return True
 
     def report(self, fresh: bool) -> bool:

@@ -4,9 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from lcdist.commands.arguments import add_checkpoint, add_overrides
+from lcdist.commands.arguments import add_checkpoint, add_overrides, check_output
+from lcdist.config.fields import SEED
+from lcdist.config.values import shown, text_problem
 from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.loaded_model import generate_text
+from lcdist.utils.errors import naming
+
+MOST_TOKENS = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate the text; rank 0 writes and prints it."""
-    prompt = arguments.prompt or sys.stdin.read()
+    _check(arguments)
+    prompt = arguments.prompt or _standard_input()
     try:
         text = generate_text(
             arguments.checkpoint,
@@ -39,6 +45,29 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.is_first_rank:
         return 0
     if arguments.output:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+        with naming(arguments.output):
+            arguments.output.write_text(text + "\n", encoding="utf-8")
     print(text)
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ValueError if an option has an illegal value."""
+    temperature, tokens, seed = arguments.temperature, arguments.max_new_tokens, arguments.seed
+    if temperature != 0 and not 1e-3 <= temperature <= 1e3:
+        raise ValueError(f"--temperature {temperature}: must be 0, or from 0.001 to 1000")
+    if not 0 <= tokens <= MOST_TOKENS:
+        raise ValueError(f"--max-new-tokens {tokens}: must be from 0 to {MOST_TOKENS:,}")
+    if not 0 <= seed <= SEED.most:
+        raise ValueError(f"--seed {seed}: must be from 0 to {SEED.most:,}")
+    problem = text_problem(arguments.prompt)
+    if problem:
+        raise ValueError(f"--prompt {shown(arguments.prompt)}: {problem}")
+    check_output(arguments.output)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input: not UTF-8 text ({error.reason})") from error

@@ -2,10 +2,10 @@
 
 import argparse
 
-from rich.console import Console
 from rich.table import Table
 
 from lcdist.commands.arguments import add_config
+from lcdist.commands.console import plain_console
 from lcdist.config.stages import load_stages
 from lcdist.hardware.gpu_specs import GPU_SPECS
 from lcdist.plan import make_plan, plan_rows, smallest_world
@@ -35,5 +35,5 @@ def run(arguments: argparse.Namespace) -> int:
         plan = make_plan(stage.config, world_size, GPU_SPECS.get(arguments.hardware))
         for row in plan_rows(plan):
             table.add_row(*row)
-        Console().print(table)
+        plain_console().print(table)
     return 0

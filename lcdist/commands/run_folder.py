@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 from lcdist.commands.arguments import add_config
+from lcdist.config.fields import RANKS
 from lcdist.config.load import ConfigError
 from lcdist.config.schema import Config
 from lcdist.config.stages import load_stages
+from lcdist.config.values import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,13 @@ def check_mesh(config: Config, nodes: int, procs: int) -> None:
     """Raise ConfigError if the mesh does not fit `nodes` x `procs` ranks."""
     sizes = config.parallel
     mesh = sizes.tp_size * sizes.pp_size * sizes.cp_size
+    if min(nodes, procs) < 1 or nodes * procs > RANKS.most:
+        raise ConfigError(
+            [
+                f"run-folder {shown(nodes)} {shown(procs)}: nodes and ranks on a node must be at "
+                f"least 1, and all ranks together at most {RANKS.most:,}"
+            ]
+        )
     if nodes * procs % mesh:
         raise ConfigError(
             [

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from lcdist.commands import train
 from lcdist.commands.arguments import add_overrides
+from lcdist.commands.console import plain_console
 from lcdist.config import load
 from lcdist.config.schema import Config
 from lcdist.distributed.mesh import end_world, local_rank, world_size
@@ -54,9 +54,9 @@ def _run(arguments: argparse.Namespace) -> int:
     bandwidth_rows = bandwidths(ranks)
     agrees, traffic = traffic_row(config, ranks)
     if dist.get_rank() == 0:
-        console = Console(highlight=False, soft_wrap=True)
+        console = plain_console(highlight=False, soft_wrap=True)
         for row in [traffic, *bandwidth_rows]:
-            console.print(row, markup=False)
+            console.print(row)
     return 0 if agrees else 1
 
 

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from lcdist.commands.console import plain_console
 from lcdist.rundir.status import describe, stage_folders
 
 
@@ -20,5 +20,5 @@ def run(arguments: argparse.Namespace) -> int:
         table = Table(show_header=False, title=str(folder))
         for row in describe(folder):
             table.add_row(*row)
-        Console().print(table)
+        plain_console().print(table)
     return 0

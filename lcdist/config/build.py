@@ -9,10 +9,11 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from lcdist.config.schema import OPTIONS, Config, RawOptions
+from lcdist.config.values import MOST_ENTRIES, MOST_KEYS, folder_problem, shown, text_problem
 
 _TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str"}
 
@@ -42,7 +43,9 @@ def build(cls: type, table: Any, where: str, errors: list[str]) -> Any:
         The instance, or None if errors were added.
     """
     if not isinstance(table, Mapping):
-        errors.append(f"{where} = {table!r}: expected a table of keys, got {_type_name(table)}")
+        errors.append(
+            f"{where} = {shown(table)}: expected a table of keys, got {_type_name(table)}"
+        )
         return None
     errors_before = len(errors)
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -67,8 +70,7 @@ def build(cls: type, table: Any, where: str, errors: list[str]) -> Any:
         values["others"], unknown = _other_options(values.get("layers", ""), unknown, where, errors)
         method = values.get("method", fields["method"].default)
         values["options"], unknown = _method_options(method, unknown, where, known, errors), {}
-    for key in unknown:
-        errors.append(_unknown_key(key, known, where))
+    errors.extend(_unknown_keys(list(unknown), known, where))
     return None if len(errors) > errors_before else cls(**values)
 
 
@@ -114,17 +116,25 @@ def _method_options(
         return RawOptions(table=table)
     cls = OPTIONS[method]
     legal = {f.name for f in dataclasses.fields(cls)}
-    for key in [key for key in table if key not in legal]:
-        errors.append(_unknown_key(key, [*siblings, *sorted(legal)], where))
+    unknown = [key for key in table if key not in legal]
+    errors.extend(_unknown_keys(unknown, [*siblings, *sorted(legal)], where))
     return build(cls, {k: v for k, v in table.items() if k in legal}, where, errors)
+
+
+def _unknown_keys(unknown: Sequence[str], known: Sequence[str], where: str) -> Iterator[str]:
+    for key in unknown[:MOST_KEYS]:
+        yield _unknown_key(key, known, where)
+    if len(unknown) > MOST_KEYS:
+        yield f"{len(unknown) - MOST_KEYS} more unknown keys in {where or 'the file'}"
 
 
 def _unknown_key(key: str, known: Sequence[str], where: str) -> str:
     hint = section_hint(key)
-    close = difflib.get_close_matches(key, known, n=1)
+    close = difflib.get_close_matches(key[:100], known, n=1)
     if not hint and close:
         hint = f"; did you mean '{_join(where, close[0])}'?"
-    return f"unknown key '{_join(where, key)}'{hint or '; known keys: ' + ', '.join(known)}"
+    name = _join(where, shown(key)[1:-1])
+    return f"unknown key '{name}'{hint or '; known keys: ' + ', '.join(known)}"
 
 
 def section_hint(key: str) -> str:
@@ -154,11 +164,14 @@ def _convert(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
     if origin is Literal:
         legal = typing.get_args(hint)
         if value not in legal or isinstance(value, bool):
-            errors.append(f"{path} = {value!r}: must be one of {', '.join(map(str, legal))}")
+            errors.append(f"{path} = {shown(value)}: must be one of {', '.join(map(str, legal))}")
         return value
     if origin is tuple:
         if not isinstance(value, list):
-            errors.append(f"{path} = {value!r}: expected a list, got {_type_name(value)}")
+            errors.append(f"{path} = {shown(value)}: expected a list, got {_type_name(value)}")
+            return value
+        if len(value) > MOST_ENTRIES:
+            errors.append(f"{path} has {len(value)} entries: at most {MOST_ENTRIES} are legal")
             return value
         item = typing.get_args(hint)[0]
         return tuple(_convert(item, v, f"{path}[{i}]", errors) for i, v in enumerate(value))
@@ -180,15 +193,23 @@ def _convert_single(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
         return value
     if type(value) is not hint:
         expected = _TYPE_NAMES.get(hint, str(hint))
-        errors.append(f"{path} = {value!r}: expected {expected}, got {_type_name(value)}")
+        errors.append(f"{path} = {shown(value)}: expected {expected}, got {_type_name(value)}")
+    elif hint is str and (problem := text_problem(value)):
+        errors.append(f"{path} = {shown(value)}: {problem}")
     return value
 
 
 def _convert_tables(item: Any, value: Any, path: str, errors: list[str]) -> Any:
     """Convert tables whose names the user chooses."""
     if not isinstance(value, Mapping):
-        errors.append(f"{path} = {value!r}: expected a table of tables, got {_type_name(value)}")
+        errors.append(
+            f"{path} = {shown(value)}: expected a table of tables, got {_type_name(value)}"
+        )
         return value
+    if len(value) > MOST_ENTRIES:
+        errors.append(f"{path} has {len(value)} tables: at most {MOST_ENTRIES} are legal")
+        return value
+    errors += [f"{path}.{shown(name)}: {why}" for name in value if (why := text_problem(name))]
     return {name: _convert(item, each, _join(path, name), errors) for name, each in value.items()}
 
 
@@ -204,15 +225,15 @@ def _convert_union(members: Sequence[type], value: Any, path: str, errors: list[
     if all(member in _TYPE_NAMES for member in members):
         if type(value) not in members:
             expected = " or ".join(_TYPE_NAMES[member] for member in members)
-            errors.append(f"{path} = {value!r}: expected {expected}, got {_type_name(value)}")
+            errors.append(f"{path} = {shown(value)}: expected {expected}, got {_type_name(value)}")
         return value
     tag, choices = _tags(members)
     if not isinstance(value, Mapping):
-        errors.append(f"{path} = {value!r}: expected a table of keys, got {_type_name(value)}")
+        errors.append(f"{path} = {shown(value)}: expected a table of keys, got {_type_name(value)}")
         return None
     chosen = value.get(tag, next(iter(choices)))
     if not isinstance(chosen, str) or chosen not in choices:
-        errors.append(f"{path}.{tag} = {chosen!r}: must be one of {', '.join(choices)}")
+        errors.append(f"{path}.{tag} = {shown(chosen)}: must be one of {', '.join(choices)}")
         return None
     return build(choices[chosen], value, path, errors)
 
@@ -227,15 +248,23 @@ def _tags(members: Sequence[type]) -> tuple[str, dict[str, type]]:
 
 
 def _check_range(field: Any, value: Any, path: str, errors: list[str]) -> None:
+    if field.metadata.get("folder") and (problem := folder_problem(value)):
+        errors.append(f"{path} = {shown(value)}: {problem}")
     if isinstance(value, tuple):
         for i, item in enumerate(value):
             _check_range(field, item, f"{path}[{i}]", errors)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
-    low, above = field.metadata.get("min"), field.metadata.get("above")
+    low, above, limit = (field.metadata.get(key) for key in ("min", "above", "limit"))
     if isinstance(value, float) and not math.isfinite(value):
         errors.append(f"{path} = {value}: must be finite")
     elif low is not None and value < low:
         errors.append(f"{path} = {value}: must be at least {low}")
     elif above is not None and value <= above:
         errors.append(f"{path} = {value}: must be greater than {above}")
+    elif limit is not None and value > limit.most:
+        most = f"{limit.most:,}" if isinstance(limit.most, int) else f"{limit.most:g}"
+        errors.append(
+            f"{path} = {shown(value)}: must be at most {most} {limit.unit}".rstrip()
+            + f" ({limit.reason})"
+        )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lcdist.config.fields import at_least
+from lcdist.config.fields import CHECKPOINTS, STEPS, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,11 @@ class CheckpointConfig:
             one. The damaged one is kept under another name.
     """
 
-    every: int = at_least(0, 0)
-    keep_last: int = at_least(1, 2)
-    keep_every: int = at_least(0, 0)
+    every: int = at_least(0, 0, STEPS)
+    keep_last: int = at_least(1, 2, CHECKPOINTS)
+    keep_every: int = at_least(0, 0, STEPS)
     asynchronous: bool = False
-    resume_from: int = at_least(0, 0)
+    resume_from: int = at_least(0, 0, STEPS)
     load: str = ""
     verify: Literal["full", "size"] = "full"
     fallback: bool = True

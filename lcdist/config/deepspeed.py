@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lcdist.config.fields import at_least
+from lcdist.config.fields import ELEMENTS, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,6 @@ class DeepSpeedConfig:
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     nvme_folder: str = ""
     overlap: bool = True
-    reduce_bucket_elements: int = at_least(1, 2**27)
-    gather_bucket_elements: int = at_least(1, 2**27)
+    reduce_bucket_elements: int = at_least(1, 2**27, ELEMENTS)
+    gather_bucket_elements: int = at_least(1, 2**27, ELEMENTS)
     json_file: str = ""

@@ -8,6 +8,11 @@ from typing import Any
 
 from lcdist.config.build import ConfigError, build, section_hint
 from lcdist.config.schema import Config
+from lcdist.config.values import MOST_LEVELS, is_too_deep, shown
+
+# A configuration has a few KiB; Python parses about a MiB of TOML a second.
+MOST_BYTES = 2**20
+MOST_KEY_PARTS = 64
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -25,26 +30,55 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def read_table(path: str | Path) -> dict[str, Any]:
     """Read the TOML file `path`; raise ConfigError with its name if it cannot be read."""
+    begin = f"cannot read configuration {path}"
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except OSError as error:
-        message = f"cannot read configuration {path}: {error.strerror}; {_toml_files_near(path)}"
-        raise ConfigError([message]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"cannot read configuration {path}: not UTF-8 ({error})"]) from error
+        raise ConfigError([f"{begin}: {error.strerror}; {_toml_files_near(path)}"]) from error
+    if len(content) > MOST_BYTES:
+        raise ConfigError([f"{begin}: it has more than {MOST_BYTES:,} bytes; give a TOML file"])
     try:
-        return tomllib.loads(text)
+        return _parse_toml(content.decode())
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{begin}: not UTF-8 ({error.reason}, byte {error.start})"]) from error
     except ValueError as error:
-        # Not only TOMLDecodeError: an integer with too many digits is a plain ValueError.
-        raise ConfigError([f"cannot read configuration {path}: not TOML ({error})"]) from error
+        raise ConfigError([f"{begin}: not TOML ({error})"]) from error
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """Return the table of a TOML text; raise ValueError if it is none, or nested too deeply."""
+    if any(_has_long_key(line) for line in text.splitlines() if line.count(".") > MOST_KEY_PARTS):
+        raise ValueError(f"a key has more than {MOST_KEY_PARTS} parts")
+    try:
+        table = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if is_too_deep(table):
+        raise ValueError(f"it is nested in more than {MOST_LEVELS} levels")
+    return table
+
+
+def _has_long_key(line: str) -> bool:
+    """Return whether a line has a dotted key of many parts, which tomllib reads in squared time."""
+    parts = 0
+    for part in line.split("."):
+        word = part.strip()
+        parts = parts + 1 if word and not {*word} & {*" \t,=[]"} else 0
+        if parts > MOST_KEY_PARTS:
+            return True
+    return False
 
 
 def _toml_files_near(path: str | Path) -> str:
     """Say which TOML files the folder of `path` has, the most similar names first."""
     folder = Path(path).parent
-    if not folder.is_dir():
-        return f"the folder {folder} does not exist"
-    names = [file.name for file in folder.glob("*.toml")]
+    try:
+        if not folder.is_dir():
+            return f"the folder {folder} does not exist"
+        names = [file.name for file in folder.glob("*.toml")]
+    except OSError as error:
+        return f"the folder {folder} cannot be read ({error.strerror})"
     names.sort(key=lambda name: (-SequenceMatcher(None, name, Path(path).name).ratio(), name))
     shown = ", ".join(str(folder / name) for name in names[:3])
     return f"give one of {shown}" if shown else f"the folder {folder} has no TOML file"
@@ -69,17 +103,17 @@ def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
 def _apply_override(table: dict[str, Any], override: str, errors: list[str]) -> None:
     path, equals, text = override.partition("=")
     keys = [key.strip() for key in path.split(".")]
-    if not equals or len(keys) < 2 or not all(keys):
+    if not equals or not 2 <= len(keys) <= MOST_LEVELS or not all(keys):
         errors.append(
-            f"override {override!r}: expected section.key=value{section_hint(path.strip())}"
+            f"override {shown(override)}: expected section.key=value{section_hint(path.strip())}"
         )
         return
     text = text.strip()
     try:
-        parsed = tomllib.loads(f"value = {text}")
+        parsed = _parse_toml(f"value = {text}")
     except ValueError as error:
         if text.startswith(("'", '"', "[", "{")):
-            errors.append(f"override {override!r}: the value is not TOML ({error})")
+            errors.append(f"override {shown(override)}: the value is not TOML ({error})")
             return
         parsed = {}
     # A shell strips quotes: a word that is not a TOML value is a string.
@@ -87,6 +121,8 @@ def _apply_override(table: dict[str, Any], override: str, errors: list[str]) -> 
     for depth, key in enumerate(keys[:-1]):
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
-            errors.append(f"override {override!r}: '{'.'.join(keys[: depth + 1])}' is not a table")
+            errors.append(
+                f"override {shown(override)}: '{'.'.join(keys[: depth + 1])}' is not a table"
+            )
             return
     table[keys[-1]] = value

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lcdist.config.fields import above, at_least
+from lcdist.config.fields import FACTOR, FEATURES, above, at_least
 
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
@@ -25,13 +25,13 @@ class LoraConfig:
         load: Folder in PEFT's format with the adapter that a new run starts from.
     """
 
-    rank: int = at_least(0, 0)
-    alpha: float = above(0, 16.0)
+    rank: int = at_least(0, 0, FEATURES)
+    alpha: float = above(0, 16.0, FACTOR)
     targets: tuple[Target, ...] = ("q", "k", "v", "o")
     embeddings: bool = False
     norms: bool = False
     head: bool = False
-    lr_ratio: float = above(0, 1.0)
+    lr_ratio: float = above(0, 1.0, FACTOR)
     load: str = ""
 
     @property

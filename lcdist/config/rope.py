@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lcdist.config.fields import above, at_least, required
+from lcdist.config.fields import FACTOR, ROPE_BASE, SEQLEN, above, at_least, required
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class RopePlain:
     """Unscaled rotary embedding: frequencies base^(-2i/d) (arXiv:2104.09864)."""
 
     scaling: Literal["none"] = "none"
-    base: float = above(1, 10000.0)
+    base: float = above(1, 10000.0, ROPE_BASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,8 @@ class RopePI:
     """Position interpolation: every frequency divided by `factor` (arXiv:2306.15595)."""
 
     scaling: Literal["pi"] = "pi"
-    base: float = above(1, 10000.0)
-    factor: float = at_least(1, 1.0)
+    base: float = above(1, 10000.0, ROPE_BASE)
+    factor: float = at_least(1, 1.0, FACTOR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class RopeNTK:
     """NTK-aware scaling: base multiplied by factor^(d/(d-2))."""
 
     scaling: Literal["ntk"] = "ntk"
-    base: float = above(1, 10000.0)
-    factor: float = at_least(1, 1.0)
+    base: float = above(1, 10000.0, ROPE_BASE)
+    factor: float = at_least(1, 1.0, FACTOR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +49,12 @@ class RopeYarn:
     """
 
     scaling: Literal["yarn"] = "yarn"
-    base: float = above(1, 10000.0)
-    factor: float = at_least(1, 1.0)
-    original_seqlen: int = required(1)
-    beta_fast: float = above(0, 32.0)
-    beta_slow: float = above(0, 1.0)
-    attention_factor: float | None = above(0, None)
+    base: float = above(1, 10000.0, ROPE_BASE)
+    factor: float = at_least(1, 1.0, FACTOR)
+    original_seqlen: int = required(1, SEQLEN)
+    beta_fast: float = above(0, 32.0, FACTOR)
+    beta_slow: float = above(0, 1.0, FACTOR)
+    attention_factor: float | None = above(0, None, FACTOR)
     truncate: bool = True
 
 
@@ -70,11 +70,11 @@ class RopeLlama3:
     """
 
     scaling: Literal["llama3"] = "llama3"
-    base: float = above(1, 500000.0)
-    factor: float = at_least(1, 8.0)
-    low_freq_factor: float = above(0, 1.0)
-    high_freq_factor: float = above(0, 4.0)
-    original_seqlen: int = at_least(1, 8192)
+    base: float = above(1, 500000.0, ROPE_BASE)
+    factor: float = at_least(1, 8.0, FACTOR)
+    low_freq_factor: float = above(0, 1.0, FACTOR)
+    high_freq_factor: float = above(0, 4.0, FACTOR)
+    original_seqlen: int = at_least(1, 8192, SEQLEN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,9 @@ class RopeDynamic:
     """
 
     scaling: Literal["dynamic"] = "dynamic"
-    base: float = above(1, 10000.0)
-    factor: float = at_least(1, 1.0)
-    original_seqlen: int = required(1)
+    base: float = above(1, 10000.0, ROPE_BASE)
+    factor: float = at_least(1, 1.0, FACTOR)
+    original_seqlen: int = required(1, SEQLEN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +104,12 @@ class RopeLong:
     """
 
     scaling: Literal["longrope"] = "longrope"
-    base: float = above(1, 10000.0)
-    factor: float = at_least(1, 1.0)
-    original_seqlen: int = required(2)
-    short_factors: tuple[float, ...] = field(metadata={"above": 0})
-    long_factors: tuple[float, ...] = field(metadata={"above": 0})
-    attention_factor: float | None = above(0, None)
+    base: float = above(1, 10000.0, ROPE_BASE)
+    factor: float = at_least(1, 1.0, FACTOR)
+    original_seqlen: int = required(2, SEQLEN)
+    short_factors: tuple[float, ...] = field(metadata={"above": 0, "limit": FACTOR})
+    long_factors: tuple[float, ...] = field(metadata={"above": 0, "limit": FACTOR})
+    attention_factor: float | None = above(0, None, FACTOR)
 
 
 Rope = RopePlain | RopePI | RopeNTK | RopeYarn | RopeLlama3 | RopeDynamic | RopeLong

@@ -8,115 +8,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lcdist.config import fields as limits
 from lcdist.config.checkpoint import CheckpointConfig
 from lcdist.config.deepspeed import DeepSpeedConfig
 from lcdist.config.fields import above, at_least, required
 from lcdist.config.lora import LoraConfig
+
+# Re-exported: methods of other packages and of this one import them from here.
+from lcdist.config.methods import OPTIONS as OPTIONS
+from lcdist.config.methods import CocaOptions as CocaOptions
+from lcdist.config.methods import FullOptions as FullOptions
+from lcdist.config.methods import LandmarkOptions as LandmarkOptions
+from lcdist.config.methods import LssarOptions as LssarOptions
+from lcdist.config.methods import RawOptions as RawOptions
+from lcdist.config.methods import SccaOptions as SccaOptions
+from lcdist.config.methods import TensorizedOptions as TensorizedOptions
 from lcdist.config.rope import Rope, RopePlain
-
-
-@dataclass(frozen=True, kw_only=True)
-class FullOptions:
-    """Full causal attention has no options."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CocaOptions:
-    """Collinear constrained attention (arXiv:2309.08646)."""
-
-    variant: Literal["slack", "strict"] = "slack"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SccaOptions:
-    """Shifted cross chunk attention and its relatives (arXiv:2312.07305); lengths in tokens.
-
-    Attributes:
-        shift: Distance of the shifted units, for `fixed` and `longmixed` only; None: half a chunk.
-        wrap: Keys of a shifted unit's first chunks: none (`mask`), or the chunk at a shorter
-            distance (`fold`). None: `fold` for `flow`, else `mask`.
-        fractions: Fractions of the heads for each unit of `longmixed`.
-    """
-
-    pattern: Literal["fixed", "flow", "sda", "sda_key", "longmixed", "s2"] = "fixed"
-    chunk_size: int = at_least(1, 2048)
-    shift: int | None = at_least(0, None)
-    wrap: Literal["mask", "fold"] | None = None
-    dilation: int = at_least(1, 2)
-    fractions: tuple[float, ...] = at_least(0, (0.5, 0.25, 0.25))
-    stagger: int = at_least(0, 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorizedOptions:
-    """Tensorized attention, lexicographic (arXiv:2410.20926); modes in tokens, finest first.
-
-    The coarsest mode is not listed: it grows with the sequence. An empty list is full attention.
-    """
-
-    modes: tuple[int, ...] = at_least(1, (512,))
-    local_blocks: int = at_least(1, 2)
-    pe: Literal["mode", "global"] = "mode"
-    hop_heads: Literal["auto", "q", "kv"] = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LandmarkOptions:
-    """Landmark attention (arXiv:2305.16300); lengths in tokens, landmarks included.
-
-    Attributes:
-        top_k: Past blocks that a unit of select_tokens tokens attends to; None: all of them.
-    """
-
-    block_size: int = at_least(2, 64)
-    top_k: int | None = at_least(1, None)
-    select_tokens: int = at_least(1, 4096)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LssarOptions:
-    """Length-scaled softplus attention with re-weighting (LSSAR); without `reweight`, LSSA."""
-
-    power: float = at_least(1, 15.0)  # below 1, gradients are unbounded at a row's mean
-    reweight: bool = True
-    exempt_rows: int = at_least(0, 3)
-
-
-OPTIONS: Mapping[str, type] = {
-    "full": FullOptions,
-    "coca": CocaOptions,
-    "scca": SccaOptions,
-    "tensorized": TensorizedOptions,
-    "landmark": LandmarkOptions,
-    "lssar": LssarOptions,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawOptions:
-    """Options of a method from another package, unchecked until the method is known."""
-
-    table: Mapping[str, Any]
-
-
-# --- sections -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A LLaMA-shaped decoder: RMSNorm, rotary grouped-query attention, SwiGLU."""
 
-    vocab_size: int = required(2)
-    num_layers: int = required(1)
-    hidden_size: int = required(1)
-    nheads: int = required(1)
-    nheads_kv: int = at_least(0, 0)  # 0: equal to nheads
-    head_dim: int = at_least(0, 0)  # 0: hidden_size / nheads
-    ffn_hidden_size: int = required(1)
-    norm_eps: float = above(0, 1e-5)
+    vocab_size: int = required(2, limits.VOCABULARY)
+    num_layers: int = required(1, limits.LAYERS)
+    hidden_size: int = required(1, limits.FEATURES)
+    nheads: int = required(1, limits.HEADS)
+    nheads_kv: int = at_least(0, 0, limits.HEADS)  # 0: equal to nheads
+    head_dim: int = at_least(0, 0, limits.FEATURES)  # 0: hidden_size / nheads
+    ffn_hidden_size: int = required(1, limits.FEATURES)
+    norm_eps: float = above(0, 1e-5, limits.SMALL)
     tied_embeddings: bool = False
     qkv_bias: bool = False  # biases of the query, key and value projections, as in Qwen2
-    init_std: float = above(0, 0.02)
+    init_std: float = above(0, 0.02, limits.SMALL)
     rope: Rope = field(default_factory=RopePlain)
 
 
@@ -145,16 +69,18 @@ class AttentionConfig:
 class ParallelConfig:
     """The mesh. The data-parallel size is the world size over the other sizes; it has no key."""
 
-    tp_size: int = at_least(1, 1)
-    pp_size: int = at_least(1, 1)
-    cp_size: int = at_least(1, 1)
-    vp_size: int = at_least(1, 1)  # model chunks a pipeline stage; 1: 1F1B, more: interleaved
+    tp_size: int = at_least(1, 1, limits.TP_RANKS)
+    pp_size: int = at_least(1, 1, limits.PP_RANKS)
+    cp_size: int = at_least(1, 1, limits.CP_RANKS)
+    # model chunks a pipeline stage; 1: 1F1B, more: interleaved
+    vp_size: int = at_least(1, 1, limits.LAYERS)
     sequence_parallel: bool = False
     layout: Literal["auto", "contiguous", "zigzag", "striped"] = "auto"
-    timeout: float = above(0, 600.0)  # longest wait of a collective for a rank, in seconds
+    # longest wait of a collective for a rank, in seconds
+    timeout: float = at_least(0.1, 600.0, limits.SECONDS)
     # Seconds without progress after which the watchdog reports the stuck ranks and ends the run.
     # A first step and a save may take `timeout`, a step five times the longest one so far.
-    stall: float = above(0, 300.0)
+    stall: float = at_least(0.1, 300.0, limits.SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +88,7 @@ class MixtureSource:
     """One folder of a mixture; its share of the tokens is its weight over the sum of weights."""
 
     path: str = required()  # folder written by `lcdist tokenize`
-    weight: float = above(0, 1.0)
+    weight: float = above(0, 1.0, limits.WEIGHT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +106,8 @@ class DataConfig:
     source: Literal["tokens", "synthetic"] = "tokens"
     path: str = ""  # folder written by `lcdist tokenize`
     mixture: Mapping[str, MixtureSource] = field(default_factory=dict)
-    long_from: tuple[int, ...] = at_least(1, ())
-    long_factor: tuple[float, ...] = above(0, ())
+    long_from: tuple[int, ...] = at_least(1, (), limits.TOKENS)
+    long_factor: tuple[float, ...] = above(0, (), limits.FACTOR)
     documents: Literal["join", "pack"] = "join"  # pack: no attention across documents
     # cut: documents fill rows one after another and are cut where a row ends. best_fit: each goes
     # whole to the row where it fits best, with padding (arXiv:2404.10830); only documents longer
@@ -195,27 +121,28 @@ class DataConfig:
 class OptimConfig:
     """AdamW and its learning rate schedule."""
 
-    lr: float = above(0, 3e-4)
-    min_lr: float = at_least(0, 0.0)
-    beta1: float = at_least(0, 0.9)
-    beta2: float = at_least(0, 0.95)
-    eps: float = above(0, 1e-8)
-    weight_decay: float = at_least(0, 0.1)  # not applied to norms and biases
-    clip_norm: float = at_least(0, 1.0)  # 0: no clipping
+    lr: float = above(0, 3e-4, limits.RATE)
+    min_lr: float = at_least(0, 0.0, limits.RATE)
+    beta1: float = at_least(0, 0.9, limits.SMALL)
+    beta2: float = at_least(0, 0.95, limits.SMALL)
+    eps: float = above(0, 1e-8, limits.SMALL)
+    weight_decay: float = at_least(0, 0.1, limits.RATE)  # not applied to norms and biases
+    clip_norm: float = at_least(0, 1.0, limits.NORM)  # 0: no clipping
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = at_least(0, 0)
-    decay_steps: int = at_least(0, 0)  # wsd: length of the final decay
+    warmup_steps: int = at_least(0, 0, limits.STEPS)
+    decay_steps: int = at_least(0, 0, limits.STEPS)  # wsd: length of the final decay
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Steps, batch sizes, dtype and memory savings."""
 
-    seqlen: int = required(1)
-    steps: int = required(1)
-    micro_batch_size: int = at_least(1, 1)  # samples of one forward pass on a data-parallel rank
-    global_batch_size: int = at_least(1, 1)  # samples a step, over all ranks
-    seed: int = at_least(0, 0)
+    seqlen: int = required(1, limits.SEQLEN)
+    steps: int = required(1, limits.STEPS)
+    # samples of one forward pass on a data-parallel rank
+    micro_batch_size: int = at_least(1, 1, limits.SAMPLES)
+    global_batch_size: int = at_least(1, 1, limits.SAMPLES)  # samples a step, over all ranks
+    seed: int = at_least(0, 0, limits.SEED)
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     # Activation checkpointing. selective: backward recomputes norms and the MLP's activation. full:
     # it recomputes whole layers from their saved input. keep_attention: as full, but attention's
@@ -230,16 +157,16 @@ class TrainConfig:
     # 16,384 tokens a rank.
     mlp: Literal["auto", "whole", "tiled"] = "auto"
     # tokens a tile; 0: as many as have gate and up in 128 MiB, at least 1,024
-    mlp_chunk: int = at_least(0, 0)
+    mlp_chunk: int = at_least(0, 0, limits.SEQLEN)
     # whole: logits of a micro-batch are kept until backward. chunked: they are computed for some
     # tokens at a time, and again in backward. auto: chunked too where they take more than 4 GiB.
     loss: Literal["auto", "whole", "chunked"] = "auto"
     # tokens a chunk; 0: up to 4,096 within 1 GiB of logits, or as many as fit 128 MiB
-    loss_chunk: int = at_least(0, 0)
+    loss_chunk: int = at_least(0, 0, limits.SEQLEN)
     # Steps to profile, from 1: "STEP" or "FIRST-LAST"; empty: none. A trace, a table of kernels by
     # place and a memory snapshot go to the folder `profile` of the run.
-    profile: str | int = ""
-    profile_rank: int = at_least(0, 0)  # the rank that is profiled
+    profile: str | int = field(default="", metadata={"limit": limits.STEPS})
+    profile_rank: int = at_least(0, 0, limits.RANKS)  # the rank that is profiled
     # Of norms, SwiGLU, loss, AdamW and weight gradients: ours, NVIDIA's apex or plain torch. auto:
     # ours, and apex's gradients where torch has none in fp32. deepspeed: the last two are torch's.
     kernels: Literal["auto", "own", "apex", "torch"] = "auto"
@@ -248,18 +175,19 @@ class TrainConfig:
     # A step whose loss or gradient is not finite changes nothing. stop: the run ends. skip: it goes
     # on with the next samples, until bad_step_limit steps of the run were skipped.
     on_bad_step: Literal["stop", "skip"] = "stop"
-    bad_step_limit: int = at_least(1, 10)
+    bad_step_limit: int = at_least(1, 10, limits.STEPS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """The run folder and loggers."""
 
-    folder: str = required()
+    folder: str = limits.folder()
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "lcdist"
-    peak_tflops: float = at_least(0, 0.0)  # of one device, for MFU; 0: data sheet, else measured
+    # of one device, for MFU; 0: data sheet, else measured
+    peak_tflops: float = at_least(0, 0.0, limits.TFLOPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,8 +201,8 @@ class EvaluateConfig:
     """
 
     attention: Literal["auto", "dense", "method"] = "auto"
-    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
-    tokens: int = at_least(1, 65536)  # scored tokens per length
+    lengths: tuple[int, ...] = at_least(2, (512, 1024, 2048, 4096, 8192), limits.SEQLEN)
+    tokens: int = at_least(1, 65536, limits.TOKENS)  # scored tokens per length
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,10 @@ from typing import Any
 from lcdist.config.build import ConfigError
 from lcdist.config.load import parse, read_table
 from lcdist.config.schema import Config
+from lcdist.config.values import shown
 
 KEY = "stages"
+MOST_STAGES = 100
 # Keys that select a kind of table. Such a table replaces the common one: another kind's keys would
 # not fit.
 TAGS = ("scaling", "method")
@@ -45,13 +47,13 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Stage,
     own, common = _split_overrides(overrides)
     if tables is None:
         if own:
-            raise ConfigError([f"override {own[0][1]!r}: {path} has no stages"])
+            raise ConfigError([f"override {shown(own[0][1])}: {path} has no stages"])
         return (Stage("", parse(table, overrides)),)
     names = _names(tables)
     unknown = [text for name, text, _ in own if name not in names]
     if unknown:
         raise ConfigError(
-            f"override {text!r}: the stages are {', '.join(names)}" for text in unknown
+            f"override {shown(text)}: the stages are {', '.join(names)}" for text in unknown
         )
     stages: list[Stage] = []
     errors: list[str] = []
@@ -96,10 +98,14 @@ def _chain(stages: Sequence[Stage]) -> tuple[Stage, ...]:
 def _names(tables: Any) -> list[str]:
     is_valid = isinstance(tables, list) and all(isinstance(each, Mapping) for each in tables)
     if not tables or not is_valid:
-        raise ConfigError([f"{KEY} = {tables!r}: expected tables, each written below [[{KEY}]]"])
+        raise ConfigError(
+            [f"{KEY} = {shown(tables)}: expected tables, each written below [[{KEY}]]"]
+        )
+    if len(tables) > MOST_STAGES:
+        raise ConfigError([f"[[{KEY}]]: {len(tables)} stages; at most {MOST_STAGES} are legal"])
     names = [table.get("name") for table in tables]
     wrong = [
-        f"{KEY}[{number}].name = {name!r}: expected letters, digits, '.', '_' and '-', "
+        f"{KEY}[{number}].name = {shown(name)}: expected letters, digits, '.', '_' and '-', "
         "different for each stage"
         for number, name in enumerate(names)
         if not isinstance(name, str)

@@ -180,8 +180,8 @@ def check_schedule(config: Config, errors: list[str]) -> None:
             f"'{optim.schedule}'; set it to 0 or use 'wsd'"
         )
     errors.extend(_data_errors(data))
-    if any(length < 2 for length in config.evaluate.lengths):
-        errors.append(f"evaluate.lengths = {config.evaluate.lengths}: each must be at least 2")
+    if not config.evaluate.lengths:
+        errors.append("evaluate.lengths = []: name at least one length, such as [4096]")
 
 
 def check_methods(config: Config, layers: Sequence[LayerAttention], errors: list[str]) -> None:

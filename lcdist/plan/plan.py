@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lcdist.config import ConfigError
+from lcdist.config.fields import RANKS
 from lcdist.config.schema import Config
+from lcdist.config.values import shown
 from lcdist.hardware.device import this_machine
 from lcdist.hardware.gpu_specs import Hardware
 from lcdist.layout import ContextLayout
@@ -142,6 +144,9 @@ def smallest_world(config: Config) -> int:
 
 def _data_parallel_size(config: Config, world_size: int, errors: list[str]) -> int:
     mesh = smallest_world(config)
+    if world_size > RANKS.most:
+        errors.append(f"world size {shown(world_size)}: at most {RANKS.most:,} ranks are legal")
+        return 1
     if world_size < 1 or world_size % mesh:
         sizes = config.parallel
         errors.append(

@@ -15,7 +15,7 @@ def profiled_steps(value: str | int) -> range | None:
     text = str(value).strip()
     if not text:
         return NO_STEPS
-    match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text)
+    match = re.fullmatch(r"([0-9]{1,12})(?:-([0-9]{1,12}))?", text)
     if match is None:
         return None
     first, last = int(match[1]), int(match[2] or match[1])

@@ -5,20 +5,25 @@ sequence. It may also have results over all stages (evaluation.json, sample.txt)
 exports of the model (conversion.json).
 """
 
-import json
 import math
 import statistics
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcdist.rundir.header import read_header
+from lcdist.config.load import read_table
+from lcdist.rundir.header import REMOVE, read_header
 from lcdist.rundir.profile import Profile, read_profiles
 from lcdist.rundir.records import StepRecord, read_records
+from lcdist.utils.json_file import check_types, read_json, read_object
 
 FIRST_STAGES = ("pretrain", "extend")
+MAKE_AGAIN = "remove the file, or write it again by the command that made it"
+_EVALUATION = {
+    **{"lengths": list[int], "before": list[float | None], "after": list[float | None]},
+    **{"attention": str, "tokens": int, "before_label": str, "after_label": str},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,16 +166,12 @@ def _read_stage(folder: Path, name: str) -> Stage:
     if not records:
         raise ValueError(f"{folder / 'metrics.jsonl'}:1: no step is recorded yet")
     header = read_header(folder / "run.json")
-    missing = [k for k in ("plan", "device", "versions", "world_size") if k not in header]
-    if missing:
-        raise ValueError(f"{folder / 'run.json'}:1: key {missing[0]!r} is missing")
+    _check_header(header, str(folder / "run.json"))
     config = _read_text(folder / "config.toml")
-    try:
-        seqlen = tomllib.loads(config)["train"]["seqlen"]
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{folder / 'config.toml'}: {error}") from error
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.toml'}: key train.seqlen is missing") from error
+    train = read_table(folder / "config.toml").get("train")
+    seqlen = train.get("seqlen") if isinstance(train, dict) else None
+    if type(seqlen) is not int:
+        raise ValueError(f"{folder / 'config.toml'}: key train.seqlen is missing")
     return Stage(
         name=name,
         seqlen=seqlen,
@@ -181,38 +182,44 @@ def _read_stage(folder: Path, name: str) -> Stage:
     )
 
 
+def _check_header(header: dict[str, Any], where: str) -> None:
+    """Raise ValueError unless what a report shows of a run.json has its types."""
+    types: dict[str, Any] = {
+        "plan": dict,
+        "device": str,
+        "versions": dict[str, str],
+        "world_size": int,
+    }
+    # Earlier versions wrote no peak.
+    check_types({"peak": None} | header, types | {"peak": dict | None}, where, REMOVE)
+    if header.get("peak"):
+        check_types(header["peak"], {"flops": float, "source": str}, f"{where}: peak", REMOVE)
+
+
 def _read_conversion(path: Path) -> dict[str, Any]:
     """Read conversion.json. Raises ValueError that names the file and the error."""
-    try:
-        table = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
-    missing = [key for key in ("source", "seqlen", "rotation", "trained") if key not in table]
-    if missing:
-        raise ValueError(f"{path}:1: key {missing[0]!r} is missing")
+    types = {"source": str, "seqlen": int, "rotation": list[str], "trained": str}
+    table = read_object(path, types, MAKE_AGAIN)
+    if len(table["rotation"]) != 2:
+        raise ValueError(
+            f"{path}: rotation has {len(table['rotation'])} entries, not 2; {MAKE_AGAIN}"
+        )
     return table
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:
-    """Read evaluation.json. Raises ValueError that names file, line and error."""
-    try:
-        table = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
-    required = ("lengths", "before", "after", "attention", "tokens", "before_label", "after_label")
-    missing = [key for key in required if not isinstance(table, dict) or key not in table]
-    if missing:
-        raise ValueError(f"{path}:1: key {missing[0]!r} is missing")
-    for key, kinds in (("lengths", int), ("before", int | float), ("after", int | float)):
-        column = table[key]
-        if not isinstance(column, list) or not all(isinstance(v, kinds) for v in column if v):
-            raise ValueError(f"{path}:1: {key} = {column!r}: expected a list of numbers")
+    """Read evaluation.json. Raises ValueError that names file and error."""
+    table = read_json(path, MAKE_AGAIN)
+    for key in ("before", "after"):
+        if isinstance(table, dict) and isinstance(table.get(key), list):
+            # Perplexity may overflow.
+            table[key] = [_finite(v) if isinstance(v, float) else v for v in table[key]]
+    check_types(table, _EVALUATION, str(path), MAKE_AGAIN)
     count = len(table["lengths"])
     for key in ("before", "after"):
         if len(table[key]) != count or not count:
-            raise ValueError(f"{path}:1: {key} has {len(table[key])} entries for {count} lengths")
-        table[key] = [_finite(value) for value in table[key]]
-    return {key: table[key] for key in required}
+            raise ValueError(f"{path}: {key} has {len(table[key])} entries for {count} lengths")
+    return {key: table[key] for key in _EVALUATION}
 
 
 def _read_text(path: Path) -> str:

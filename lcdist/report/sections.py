@@ -214,7 +214,7 @@ def _setup(run: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
     names = list(dict.fromkeys(name for plan in plans for name in plan))
     plan_rows = [(name, *(plan.get(name, "–") for plan in plans)) for name in names]
     starts = [
-        (stage.name, f"{start['step']:,}", str(start["time"]), str(start["reason"]))
+        (stage.name, f"{start['step']:,}", str(start["time"]), str(start.get("reason", "")))
         for stage in run.stages
         for start in stage.header["starts"]
     ]

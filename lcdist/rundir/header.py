@@ -17,7 +17,17 @@ import psutil
 from lcdist.rundir.paths import HEADER_FILE
 from lcdist.rundir.records import read_records
 from lcdist.utils.atomic import write_file
+from lcdist.utils.json_file import check_types, read_object
 
+# run.json is a record: a run goes on without it, under a new id.
+REMOVE = "remove the file; the run does not need it"
+_START = {"step": int, "time": str}
+_START_OPTIONAL = {
+    "reason": str,
+    "lost_steps": int,
+    "lost_seconds": float,
+    "first_step_seconds": float,
+}
 VERSIONED = ("lcdist", "torch", "megatron-core", "numpy", "sentencepiece", "triton")
 
 
@@ -128,16 +138,11 @@ def _add_to_start(folder: Path, **facts: float) -> None:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read a run.json; raise ValueError with file, line and problem if it is damaged."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
-    if not isinstance(table, dict):
-        raise ValueError(f"{path}:1: expected an object, got {type(table).__name__}")
-    missing = [key for key in ("id", "starts") if key not in table]
-    if missing:
-        raise ValueError(f"{path}:1: key {missing[0]!r} is missing; not written by a run")
+    """Read a run.json; raise ValueError with file and problem if it is damaged."""
+    table = read_object(path, {"id": str, "starts": list[dict]}, REMOVE)
+    for number, start in enumerate(table["starts"]):
+        optional = {key: hint for key, hint in _START_OPTIONAL.items() if key in start}
+        check_types(start, _START | optional, f"{path}: starts[{number}]", REMOVE)
     return table
 
 

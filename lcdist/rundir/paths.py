@@ -1,5 +1,6 @@
 """Names of the files and folders in a run folder."""
 
+import re
 from pathlib import Path
 
 CONFIG_FILE = "config.toml"
@@ -58,11 +59,13 @@ def latest_in(folder: Path) -> Path | None:
     """
     pointer = folder / LATEST
     if pointer.is_file():
-        named = folder / pointer.read_text(encoding="utf-8").strip()
-        if named.is_dir():
-            return named
-        raise CheckpointError(
-            f"{pointer} names {named.name}, which does not exist; {RESTORE_OR_DELETE}"
-        )
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch(rf"{STEP_PREFIX}[0-9]{{1,20}}", name):
+            raise CheckpointError(
+                f"{pointer} is damaged: it names no checkpoint; {RESTORE_OR_DELETE}"
+            )
+        if (folder / name).is_dir():
+            return folder / name
+        raise CheckpointError(f"{pointer} names {name}, which does not exist; {RESTORE_OR_DELETE}")
     steps = sorted(folder.glob(f"{STEP_PREFIX}*")) if folder.is_dir() else []
     return steps[-1] if steps else None

@@ -8,10 +8,12 @@ The profile of steps 5 to 7 on rank 0 is the folder `profile/steps_5-7_rank_0` o
 """
 
 import json
+import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from lcdist.utils.json_file import check_types, read_json
 
 PROFILE_FOLDER = "profile"
 TABLE_FILE = "kernels.json"
@@ -113,13 +115,19 @@ def read_profiles(run_folder: Path) -> list[Profile]:
 
 
 def _read_profile(file: Path) -> Profile:
+    where = f"{file}: not the table of a profile"
+    hints = typing.get_type_hints(Profile) | {"rows": list[dict], "memory": list[dict]}
+    table = read_json(file)
+    check_types(table, hints, where)
+    for kind, rows in ((KernelRow, table["rows"]), (MemoryRow, table["memory"])):
+        for row in rows:
+            check_types(row, typing.get_type_hints(kind), where)
     try:
-        table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         table["rows"] = [KernelRow(**row) for row in table["rows"]]
         table["memory"] = [MemoryRow(**row) for row in table["memory"]]
         return Profile(**table)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file}: not the table of a profile: {error}") from error
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 KERNEL_HEAD = ("phase", "place", "operation or kernel", "launches", "ms", "share", "MiB")

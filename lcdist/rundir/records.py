@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lcdist.utils.atomic import write_file
+from lcdist.utils.json_file import check_types
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +183,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str, StepRecord]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = StepRecord.from_json(line)
+        except RecursionError as error:
+            raise ValueError(f"{path}:{number}: not a record of a step: nested too deep") from error
         except ValueError as error:
             raise ValueError(f"{path}:{number}: not a record of a step: {error}") from error
         yield number, line, record
@@ -201,12 +204,8 @@ def _finite(value: Any) -> Any:
 
 
 def _value(table: Mapping[str, Any], key: str, kind: type) -> Any:
-    if key not in table:
-        raise ValueError(f"key {key!r} is missing")
-    value = table[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{key} = {value!r}: expected {kind.__name__}")
-    return value
+    check_types(table, {key: kind}, "")
+    return table[key]
 
 
 def _number(table: Mapping[str, Any], key: str) -> float:
@@ -215,6 +214,6 @@ def _number(table: Mapping[str, Any], key: str) -> float:
 
 
 def _number_or_none(table: Mapping[str, Any], key: str) -> float | None:
-    if key in table and table[key] is None:
+    if table.get(key, 0) is None:
         return None
-    return float(_value(table, key, (int, float)))  # type: ignore[arg-type]
+    return float(_value(table, key, float))

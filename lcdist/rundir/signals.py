@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from lcdist.utils.atomic import write_file
+from lcdist.utils.json_file import read_object
 
 DONE, STOPPED, STOP = "DONE", "STOPPED", "stop"
 
@@ -23,7 +24,7 @@ def clear_signals(folder: Path) -> None:
 def steps_done(folder: Path) -> int | None:
     """Return the number of steps after which the run finished; None if it has not finished."""
     file = folder / DONE
-    return json.loads(file.read_text(encoding="utf-8"))["step"] if file.exists() else None
+    return read_object(file, {"step": int}, "remove it")["step"] if file.exists() else None
 
 
 def write_done(folder: Path, step: int) -> None:

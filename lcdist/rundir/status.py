@@ -10,7 +10,7 @@ from typing import Any
 
 from lcdist.config import load
 from lcdist.rundir.effective import describe_effective, effective_time, last_end
-from lcdist.rundir.header import read_header
+from lcdist.rundir.header import REMOVE, read_header
 from lcdist.rundir.paths import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -24,11 +24,13 @@ from lcdist.rundir.paths import (
 from lcdist.rundir.records import StepRecord, read_records, without_profiled
 from lcdist.rundir.signals import STOP
 from lcdist.utils.atomic import write_file
+from lcdist.utils.json_file import read_object
 
 # Rates are medians over this many of the last steps.
 RATE_STEPS = 20
 # A run with status "running" may be dead if it has recorded no step for as long as this many steps.
 SILENT_STEPS = 20
+_TYPES = {"status": str, "step": int, "reason": str}
 
 
 def write_status(folder: Path, status: str, step: int, reason: str) -> None:
@@ -43,7 +45,7 @@ def write_status(folder: Path, status: str, step: int, reason: str) -> None:
 def read_status(folder: Path) -> Mapping[str, Any] | None:
     """Return what `write_status` wrote last; None if there is no status."""
     file = folder / STATUS_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return read_object(file, _TYPES, REMOVE) if file.exists() else None
 
 
 def describe(folder: Path, now: float | None = None) -> list[tuple[str, str]]:
@@ -112,7 +114,8 @@ def _rates(
         ("speed", f"{_median([r.tokens_per_second for r in last]):,.0f} tokens/s, "
          f"{step:.3g} s a step"),
     ]  # fmt: skip
-    if left > 0 and running:
+    # A time step beyond it is damage, and no date has so many digits.
+    if left > 0 and running and left * step < 1e10:
         end = datetime.fromtimestamp(now + left * step, UTC)
         rows.append(("time left", f"{duration(left * step)}, until {end:%Y-%m-%d %H:%M} UTC"))
     ranks = [r.ranks for r in last if r.ranks is not None and r.ranks.least > 0]

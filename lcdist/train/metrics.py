@@ -19,6 +19,7 @@ from lcdist.config.schema import Config
 from lcdist.rundir.paths import METRICS_FILE
 from lcdist.rundir.records import StepRecord, cut_records
 from lcdist.train.progress import BarProgress, LineProgress
+from lcdist.utils.errors import naming
 
 
 class Sink(Protocol):
@@ -58,16 +59,18 @@ class JsonLines:
     """Appends one JSON line per step to `path`; `write` flushes to the operating system."""
 
     def __init__(self, path: Path):
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def write(self, record: StepRecord) -> None:
         """Append the record."""
-        self._file.write(record.to_json() + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(record.to_json() + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
 
 class TensorBoard:

@@ -13,10 +13,10 @@ class BarProgress:
 
     def __init__(self, console: Console, name: str, steps: int, steps_taken: int = 0):
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=console,
             refresh_per_second=4,
@@ -54,6 +54,7 @@ class LineProgress:
         self._console.print(
             f"{self._name}  step {record.step}/{self._steps}  {_numbers(record)}  {left} left",
             markup=False,
+            emoji=False,
             highlight=False,
             soft_wrap=True,
         )

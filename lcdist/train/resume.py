@@ -198,7 +198,8 @@ def _newest_but(folder: Path, damaged: Collection[Path]) -> Path | None:
     whole = sorted(set(folder.glob(f"{STEP_PREFIX}*")) - set(damaged))
     if whole:
         return whole[-1]
-    names = ", ".join(sorted(path.name for path in damaged))
+    why = damaged if isinstance(damaged, Mapping) else {}
+    names = "; ".join(f"{path.name}: {why.get(path, 'damaged')}" for path in sorted(damaged))
     raise CheckpointError(
         f"{folder} has no checkpoint that is not damaged ({names}): restore one of them, or begin "
         "again in another log.folder"

@@ -1,6 +1,7 @@
 """Read JSON files that may be damaged or written by others, and check their types."""
 
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -61,22 +62,22 @@ def check_types(table: Any, hints: Mapping[str, Any], where: str, remedy: str = 
     Args:
         table: what was read.
         hints: type of each key: int, float, str, bool, dict, list, and unions of these.
-        where: begins the message, such as a path.
+        where: begins the message, such as a path; may be empty.
         remedy: ends the message.
     """
-    end = f"; {remedy}" if remedy else ""
+    begin, end = f"{where}: " if where else "", f"; {remedy}" if remedy else ""
     if not isinstance(table, dict):
-        raise ValueError(f"{where}: expected an object, got {type(table).__name__}{end}")
+        raise ValueError(f"{begin}expected an object, got {type(table).__name__}{end}")
     for key, hint in hints.items():
         if key not in table:
-            raise ValueError(f"{where}: key {key!r} is missing{end}")
+            raise ValueError(f"{begin}key {key!r} is missing{end}")
         if not fits(table[key], hint):
             found = shortened(json.dumps(table[key])[:1000])
-            raise ValueError(f"{where}: {key} = {found}: expected {_name(hint)}{end}")
+            raise ValueError(f"{begin}{key} = {found}: expected {_name(hint)}{end}")
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Return whether a value read from JSON is of the type `hint`; a bool is no number."""
+    """Return whether a value read from JSON is of the type `hint`; numbers are finite."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return any(fits(value, each) for each in arguments)
@@ -89,6 +90,8 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return False
     if isinstance(value, int) and abs(value) > _LARGEST_INT:
+        return False
+    if isinstance(value, float) and not math.isfinite(value):
         return False
     return isinstance(value, (int, float) if hint is float else hint)
 

@@ -164,7 +164,10 @@ def test_a_gap_before_the_resume_is_told(tmp_path, caplog):
         ("{not json", "property name"),
         ("[1, 2]", "expected an object"),
         (record(2).to_json().replace('"lr"', '"lrr"'), "key 'lr' is missing"),
-        (record(2).to_json().replace('"step": 2', '"step": "2"'), "step = '2': expected int"),
+        (
+            record(2).to_json().replace('"step": 2', '"step": "2"'),
+            'step = "2": expected a whole number',
+        ),
         (record(1).to_json(), "step 1 comes after step 1"),
     ],
 )
@@ -278,7 +281,7 @@ def test_a_broken_header_is_named_with_its_line(tmp_path):
     with pytest.raises(ValueError, match=r"run\.json:2: not JSON"):
         read_header(path)
     path.write_text("{}")
-    with pytest.raises(ValueError, match=r"run\.json:1: key 'id' is missing"):
+    with pytest.raises(ValueError, match=r"run\.json: key 'id' is missing"):
         read_header(path)
 
 

@@ -5,13 +5,14 @@ context, Qwen2ForCausalLM, and LcdistForCausalLM (our exports with custom attent
 changes the computation and is not supported is refused by name.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcdist.config.fields import FEATURES, HEADS, LAYERS, SEQLEN, VOCABULARY
 from lcdist.config.schema import AttentionConfig, ModelConfig
+from lcdist.config.values import shown
 from lcdist.convert.huggingface.custom_attention import (
     ARCHITECTURE,
     AUTO_MAP,
@@ -20,6 +21,7 @@ from lcdist.convert.huggingface.custom_attention import (
 )
 from lcdist.convert.huggingface.names import head_dim
 from lcdist.convert.huggingface.rope import ORIGINAL_LENGTH, rope_from_hf, rope_to_hf
+from lcdist.utils.json_file import read_json
 
 CONFIG = "config.json"
 # Key of the table that our exports add.
@@ -28,6 +30,11 @@ LLAMA, MISTRAL, QWEN2 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausa
 _ARCHITECTURES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, MODEL_TYPE: ARCHITECTURE}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _SIZES += ("num_attention_heads", "max_position_embeddings")
+_LIMITS = {
+    **{"vocab_size": VOCABULARY, "hidden_size": FEATURES, "intermediate_size": FEATURES},
+    **{"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS},
+    **{"max_position_embeddings": SEQLEN, "head_dim": FEATURES},
+}
 _READ = {*_SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"}
 _READ |= {"architectures", "model_type", "rope_theta", "rope_scaling", "rope_parameters"}
 _READ |= {ORIGINAL_LENGTH}
@@ -82,11 +89,9 @@ def read_config(folder: Path) -> HFModel:
     """
     path = folder / CONFIG
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a Hugging Face model: it has no {CONFIG}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(table, dict):
         raise ValueError(f"{path}: expected a JSON object")
     errors = [*_architecture_errors(table), *_size_errors(table), *_key_errors(table)]
@@ -152,6 +157,9 @@ def _size_errors(table: Mapping[str, Any]) -> list[str]:
         value = table.get(key)
         if value is not None and (type(value) is not int or value < 1):
             errors.append(f"{key} = {value!r}: expected a whole number above 0")
+        elif value is not None and value > _LIMITS[key].most:
+            most = f"{_LIMITS[key].most:,} {_LIMITS[key].unit}"
+            errors.append(f"{key} = {shown(value)}: at most {most} are legal")
     if errors:
         return errors
     hidden, nheads = table["hidden_size"], table["num_attention_heads"]

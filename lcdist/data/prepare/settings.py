@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from lcdist.config.values import shown
 from lcdist.data.prepare.chunks import OnError, ReadOptions
 from lcdist.data.tokenizers.files import TextTokenizer
 from lcdist.data.tokenizers.huggingface import SpecialTokens
@@ -84,8 +85,10 @@ def check_settings(
         )
     if not 0 <= settings.valid_fraction < 1:
         raise ValueError(f"valid_fraction = {settings.valid_fraction}: must be in [0, 1)")
-    for name in ("workers", "document_bytes"):
+    for name, most in (("workers", 4096), ("document_bytes", 2**40), ("vocab_size", 2**24)):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: must be at least 1")
+        if value is not None and value > most:
+            raise ValueError(f"{name} = {shown(value)}: must be at most {most:,}")
     ReadOptions(settings.on_error, settings.field)

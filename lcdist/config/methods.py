@@ -1,0 +1,91 @@
+"""Options of the attention methods: keys of the section `[attention]`. Lengths are in tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lcdist.config.fields import DILATION, POWER, SEQLEN, SMALL, at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullOptions:
+    """Full causal attention has no options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocaOptions:
+    """Collinear constrained attention (arXiv:2309.08646)."""
+
+    variant: Literal["slack", "strict"] = "slack"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SccaOptions:
+    """Shifted cross chunk attention and its relatives (arXiv:2312.07305); lengths in tokens.
+
+    Attributes:
+        shift: Distance of the shifted units, for `fixed` and `longmixed` only; None: half a chunk.
+        wrap: Keys of a shifted unit's first chunks: none (`mask`), or the chunk at a shorter
+            distance (`fold`). None: `fold` for `flow`, else `mask`.
+        fractions: Fractions of the heads for each unit of `longmixed`.
+    """
+
+    pattern: Literal["fixed", "flow", "sda", "sda_key", "longmixed", "s2"] = "fixed"
+    chunk_size: int = at_least(1, 2048, SEQLEN)
+    shift: int | None = at_least(0, None, SEQLEN)
+    wrap: Literal["mask", "fold"] | None = None
+    dilation: int = at_least(1, 2, DILATION)
+    fractions: tuple[float, ...] = at_least(0, (0.5, 0.25, 0.25), SMALL)
+    stagger: int = at_least(0, 0, SEQLEN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorizedOptions:
+    """Tensorized attention, lexicographic (arXiv:2410.20926); modes in tokens, finest first.
+
+    The coarsest mode is not listed: it grows with the sequence. An empty list is full attention.
+    """
+
+    modes: tuple[int, ...] = at_least(1, (512,), SEQLEN)
+    local_blocks: int = at_least(1, 2, SEQLEN)
+    pe: Literal["mode", "global"] = "mode"
+    hop_heads: Literal["auto", "q", "kv"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LandmarkOptions:
+    """Landmark attention (arXiv:2305.16300); lengths in tokens, landmarks included.
+
+    Attributes:
+        top_k: Past blocks that a unit of select_tokens tokens attends to; None: all of them.
+    """
+
+    block_size: int = at_least(2, 64, SEQLEN)
+    top_k: int | None = at_least(1, None, SEQLEN)
+    select_tokens: int = at_least(1, 4096, SEQLEN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LssarOptions:
+    """Length-scaled softplus attention with re-weighting (LSSAR); without `reweight`, LSSA."""
+
+    power: float = at_least(1, 15.0, POWER)  # below 1, gradients are unbounded at a row's mean
+    reweight: bool = True
+    exempt_rows: int = at_least(0, 3, SEQLEN)
+
+
+OPTIONS: Mapping[str, type] = {
+    "full": FullOptions,
+    "coca": CocaOptions,
+    "scca": SccaOptions,
+    "tensorized": TensorizedOptions,
+    "landmark": LandmarkOptions,
+    "lssar": LssarOptions,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawOptions:
+    """Options of a method from another package, unchecked until the method is known."""
+
+    table: Mapping[str, Any]
