@@ -144,7 +144,11 @@ class Checkpointer:
             for finalize in pending.request.finalize_fns:
                 finalize()
         except CheckpointException as error:
-            raise CheckpointError(self._write_error(final, error)) from error
+            causes = {str(cause[0]) for cause in error.failures.values()}
+            raise CheckpointError(self._write_error(final, causes)) from error
+        except OSError as error:
+            # Megatron writes the metadata on one rank, outside of its own error handling.
+            raise CheckpointError(self._write_error(final, {str(error)})) from error
         shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, pending.digests)
         digests = {name: digest for share in shares for name, digest in share.items()}
@@ -173,8 +177,7 @@ class Checkpointer:
                 "checkpoint.keep_last, then start the same command again"
             )
 
-    def _write_error(self, final: Path, error: CheckpointException) -> str:
-        causes = {str(cause[0]) for cause in error.failures.values()}
+    def _write_error(self, final: Path, causes: set[str]) -> str:
         listed = f" ({'; '.join(sorted(causes))})" if causes else ""
         return (
             f"{final} could not be written{listed}. The earlier checkpoints are complete: free "
