@@ -262,6 +262,7 @@ for name, starts in {
     "numbers": [3],
     "empty": [{}],
     "a time": [{"step": 0, "time": 7, "first_step_seconds": "x"}],
+    "began": [{"step": 0, "time": "now", "began": "then"}],
     "seconds": [{"step": 0, "time": "now", "lost_seconds": "x", "lost_steps": 3}],
     "huge": [{"step": 0, "time": "now", "lost_seconds": 1e400, "lost_steps": 3}],
 }.items():
