@@ -27,6 +27,11 @@ _START_OPTIONAL = {
     "lost_steps": int,
     "lost_seconds": float,
     "first_step_seconds": float,
+    "before_first_step_seconds": float,
+    "saving_seconds": float,
+    "began": float,
+    "ended": float,
+    "last_seen": float | None,
 }
 VERSIONED = ("lcdist", "torch", "megatron-core", "numpy", "sentencepiece", "triton")
 
