@@ -55,6 +55,7 @@ WAITS_FOR_DEVICE = "lcdist.hardware.device"
 READS_ENVIRONMENT = {
     *("lcdist.commands.main", "lcdist.distributed.mesh", "lcdist.exchange.debug"),
     "lcdist.hardware.deepspeed_on_cpu",
+    "lcdist.hardware.determinism",  # sets what cuBLAS reads
 }
 
 

@@ -12,6 +12,7 @@ from lcdist.config.schema import Config
 from lcdist.convert.lora.adapter import check_adapter, read_adapter
 from lcdist.distributed.mesh import build_mesh, least_of_ranks, start_world, world_size
 from lcdist.distributed.rank_zero import enter_on_rank_zero, run_on_rank_zero
+from lcdist.hardware.determinism import make_deterministic
 from lcdist.hardware.peak import device_peak
 from lcdist.model.build import DTYPES
 from lcdist.plan import make_plan
@@ -39,6 +40,7 @@ def run(config: Config, console: Console | None = None, also_stop: Path | None =
         ConfigError, ValueError, CheckpointError: the run cannot start. Nothing is overwritten.
     """
     plan = make_plan(config, world_size())
+    make_deterministic(config.train.deterministic)
     start_world(config.parallel.timeout)
     mesh = build_mesh(config.parallel, config.train.seed)
     folder = Path(config.log.folder)

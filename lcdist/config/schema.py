@@ -172,6 +172,8 @@ class TrainConfig:
     kernels: Literal["auto", "own", "apex", "torch"] = "auto"
     # megatron: ZeRO-1 on any mesh. deepspeed: as `[deepspeed]` says, without pipeline stages.
     engine: Literal["megatron", "deepspeed"] = "megatron"
+    # The same bits in every run on the same GPUs: cuBLAS and torch as well, at some cost in speed.
+    deterministic: bool = False
     # A step whose loss or gradient is not finite changes nothing. stop: the run ends. skip: it goes
     # on with the next samples, until bad_step_limit steps of the run were skipped.
     on_bad_step: Literal["stop", "skip"] = "stop"

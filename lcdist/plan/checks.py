@@ -3,16 +3,15 @@
 Every check appends one line a conflict to `errors`, with the values and the remedy, and continues.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 
 from lcdist.attention import HeadSlice
 from lcdist.config.lora import LoraConfig
 from lcdist.config.rope import RopeLlama3, RopeYarn
-from lcdist.config.schema import Config, DataConfig
-from lcdist.data.datasets.long_documents import LongDocuments
+from lcdist.config.schema import Config
 from lcdist.layout import ContextLayout
+from lcdist.plan.data_checks import data_errors
 from lcdist.plan.resolve import LayerAttention, document_layout_for
 from lcdist_kernels.full import FORCED
 
@@ -179,9 +178,15 @@ def check_schedule(config: Config, errors: list[str]) -> None:
             f"optim.decay_steps = {optim.decay_steps} has no meaning with optim.schedule = "
             f"'{optim.schedule}'; set it to 0 or use 'wsd'"
         )
-    errors.extend(_data_errors(data))
+    errors.extend(data_errors(data))
     if not config.evaluate.lengths:
         errors.append("evaluate.lengths = []: name at least one length, such as [4096]")
+
+
+UNORDERED = (
+    "attention.impl = '{}' with train.deterministic = true: that library's backward adds in "
+    "another order in every run; use impl 'auto' or 'triton'"
+)
 
 
 def check_methods(config: Config, layers: Sequence[LayerAttention], errors: list[str]) -> None:
@@ -192,6 +197,8 @@ def check_methods(config: Config, layers: Sequence[LayerAttention], errors: list
             f"attention.impl = '{impl}': a library takes bf16 and no packed documents, here are "
             f"data.documents = '{documents}', train.dtype = '{dtype}'; use impl 'auto' or 'triton'"
         )
+    elif impl in FORCED and config.train.deterministic:
+        errors.append(UNORDERED.format(impl))
     for method in dict.fromkeys(layer.method for layer in layers):
         name = f"attention.method = '{method.name}'"
         if documents == "pack" and "varlen" not in method.supports:
@@ -233,68 +240,3 @@ def check_layers(
             f"train.seqlen = {config.train.seqlen} holds fewer than two tokens of text beside "
             "landmarks; use a longer one"
         )
-
-
-def _data_errors(data: DataConfig) -> Iterator[str]:
-    """Yield the conflicts within `[data]`, a line each."""
-    if data.source == "synthetic":
-        yield from _synthetic_errors(data)
-    elif not data.path and not data.mixture:
-        yield (
-            "data.path is empty: name a folder made by 'lcdist tokenize', or set "
-            "data.source = 'synthetic'"
-        )
-    if data.documents == "join":
-        if data.packing != "cut":
-            yield (
-                "data.packing = 'best_fit' keeps documents whole, and data.documents = 'join' has "
-                "no documents; set data.documents = 'pack', or data.packing = 'cut'"
-            )
-        if data.balance:
-            yield (
-                "data.balance = true: with data.documents = 'join' all samples cost the same; "
-                "set data.documents = 'pack', or data.balance = false"
-            )
-    yield from _mixture_errors(data)
-    yield from _long_errors(data)
-
-
-def _synthetic_errors(data: DataConfig) -> Iterator[str]:
-    if data.path:
-        yield f"data.path = '{data.path}' has no meaning with data.source = 'synthetic'"
-    for key in ("mixture", "long_from", "long_factor"):
-        if getattr(data, key):
-            yield (
-                f"data.{key} has no meaning with data.source = 'synthetic'; leave it out, or read "
-                "folders with data.source = 'tokens'"
-            )
-    if data.packing != "cut":
-        yield "data.packing = 'best_fit' is for data.source = 'tokens'; use 'cut'"
-
-
-def _mixture_errors(data: DataConfig) -> Iterator[str]:
-    paths: dict[Path, str] = {}
-    for name, source in data.mixture.items():
-        if not source.path:
-            yield f"data.mixture.{name}.path is empty: name a folder made by 'lcdist tokenize'"
-        twin = paths.setdefault(Path(source.path), name)
-        if twin != name:
-            yield (
-                f"data.mixture.{name}.path = '{source.path}' is also data.mixture.{twin}.path; "
-                "leave one out and give the other the sum of their weights"
-            )
-
-
-def _long_errors(data: DataConfig) -> Iterator[str]:
-    bounds, factors = list(data.long_from), list(data.long_factor)
-    if len(bounds) != len(factors):
-        yield (
-            f"data.long_from = {bounds} and data.long_factor = {factors}: every length needs a "
-            "factor"
-        )
-    elif bounds != sorted(set(bounds)):
-        yield f"data.long_from = {bounds}: lengths must increase"
-    try:
-        _ = LongDocuments(data.long_from, data.long_factor).copies_by_band
-    except ValueError as error:
-        yield str(error)

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "train.loss",
     "train.kernels",
     "train.profile",
+    "train.deterministic",
     "train.on_bad_step",
     "train.bad_step_limit",
     "checkpoint.every",

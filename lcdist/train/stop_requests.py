@@ -17,12 +17,12 @@ class StopRequests:
     """Context manager that notes the first stop request in `reason`.
 
     Args:
-        files: if one of them exists when `poll` is called, that is a request.
-        folder: the run folder, to see whether it is still there; None: not looked at.
+        files: if one of them exists when `poll` is called, that is a request. The first is in the
+            run folder, which has to stay.
     """
 
-    def __init__(self, files: Sequence[Path] = (), folder: Path | None = None) -> None:
-        self.files, self.folder = files, folder
+    def __init__(self, files: Sequence[Path] = ()) -> None:
+        self.files, self.folder = files, files[0].parent if files else None
         self.reason: str | None = None
         self._handlers_before: list[object] = []
 

@@ -97,8 +97,7 @@ class Trainer:
         steps, every = self.plan.config.train.steps, self.plan.config.checkpoint.every
         asynchronous = self.plan.config.checkpoint.asynchronous
         reason, is_first = "", True
-        folder = Path(self.plan.config.log.folder) if self.mesh.rank == 0 else None
-        with StopRequests(self._stop_files(), folder) as requests, self.profiler as profiler:
+        with StopRequests(self._stop_files()) as requests, self.profiler as profiler:
             while self.step < steps and not reason:
                 with profiler.step(self.step + 1):
                     record, stop_requested = self._one_step(requests, watchdog)
