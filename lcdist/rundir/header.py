@@ -4,7 +4,7 @@ import json
 import platform
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -62,16 +62,16 @@ class LostWork:
     """Steps that a start repeats, because they were taken after the checkpoint it resumes from.
 
     last_seen: end of the last step of an earlier start, in seconds since 1970; None if unknown.
+    began: of `process_began`; 0 for a process that trained nothing before.
     """
 
     steps: int = 0
     seconds: float = 0.0
     last_seen: float | None = None
+    began: float = 0.0
 
 
 NOTHING_LOST = LostWork()
-# When this process last recorded something in each run folder: stages run one after another.
-_last_seen: dict[Path, float] = {}
 
 
 def lost_work(metrics_file: Path, step: int) -> LostWork:
@@ -104,7 +104,7 @@ def record_start(
     now = datetime.now(UTC).isoformat(timespec="seconds")
     start = {"step": step, "time": now, "reason": reason, "world_size": header.world_size}
     start |= {"lost_steps": lost.steps, "lost_seconds": round(lost.seconds, 3)}
-    start |= {"began": _began(folder), "last_seen": lost.last_seen}
+    start |= {"began": lost.began or process_began(), "last_seen": lost.last_seen}
     table = {"id": before["id"], "starts": [*before["starts"], start], **asdict(header)}
     write_file(path, json.dumps(table, indent=2, allow_nan=False) + "\n")
     return before["id"]
@@ -115,7 +115,7 @@ def record_first_step(folder: Path, step_seconds: float) -> None:
 
     step_seconds: of the step itself.
     """
-    seconds = time.time() - _began(folder)
+    seconds = time.time() - read_header(folder / HEADER_FILE)["starts"][-1]["began"]
     _add_to_start(
         folder,
         first_step_seconds=round(seconds, 3),
@@ -125,14 +125,19 @@ def record_first_step(folder: Path, step_seconds: float) -> None:
 
 def record_spent(folder: Path, saving_seconds: float) -> None:
     """Record in run.json when the last start was last seen, and how long it has saved."""
-    _last_seen[folder] = time.time()
-    _add_to_start(folder, ended=_last_seen[folder], saving_seconds=round(saving_seconds, 3))
+    _add_to_start(folder, ended=time.time(), saving_seconds=round(saving_seconds, 3))
 
 
-def _began(folder: Path) -> float:
-    """Return when this process began, or ended its work in the folder of an earlier stage."""
-    earlier = [seen for other, seen in _last_seen.items() if other != folder]
-    return max([psutil.Process().create_time(), *earlier])
+def process_began(earlier_stages: Iterable[Path] = ()) -> float:
+    """Return when this process began to work for a run, in seconds since 1970.
+
+    earlier_stages: run folders of stages that this process may have trained before.
+    """
+    ends = [psutil.Process().create_time()]
+    for file in (folder / HEADER_FILE for folder in earlier_stages):
+        if file.exists():
+            ends += [start["ended"] for start in read_header(file)["starts"] if "ended" in start]
+    return max(ends)
 
 
 def _add_to_start(folder: Path, **facts: float) -> None:

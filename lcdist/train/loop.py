@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from lcdist.rundir.header import (
     LostWork,
     RunHeader,
     lost_work,
+    process_began,
     record_first_step,
     record_spent,
     record_start,
@@ -26,7 +27,7 @@ from lcdist.rundir.header import (
 from lcdist.rundir.paths import METRICS_FILE, latest_in
 from lcdist.rundir.run_config import write_config
 from lcdist.rundir.signals import clear_signals, write_done, write_stopped
-from lcdist.rundir.status import write_status
+from lcdist.rundir.status import stage_folders, write_status
 from lcdist.train.metrics import open_metrics
 from lcdist.train.trainer import Outcome, Trainer
 from lcdist_kernels import apex
@@ -80,6 +81,9 @@ def _record_start(trainer: Trainer, folder: Path, reason: str) -> str:
         versions=versions(),
         kernels=", ".join([trainer.plan.config.train.kernels, *apex.used()]),
     )
+    # A stage begins where the one before it ended.
+    stages = [path for path in stage_folders(folder.parent) if path != folder]
+    lost = replace(lost, began=process_began(stages if trainer.also_stop else ()))
     return record_start(folder, header, trainer.step, reason, lost)
 
 
