@@ -18,7 +18,7 @@ WITH   ?=
 # Extras of the package: EXTRAS=deepspeed, or several, separated by commas.
 EXTRAS ?=
 
-.PHONY: extend test default-slurm test-fast test-all exhaustive exhaustive-slurm slurm-test checks bench gpu-check install clean
+.PHONY: extend test default-slurm test-fast test-all exhaustive exhaustive-slurm slurm-test checks chaos bench gpu-check install clean
 
 extend: install
 	$(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
@@ -63,6 +63,11 @@ checks: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Kills of runs, damaged files and generated inputs, in full: an hour on two cores. Writes docs/chaos.md.
+# WITH: other counts, such as WITH="--kills 20 --inputs-share 0.1".
+chaos: $(VENV)/.dev
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -m tests.chaos $(WITH)
 
 # Benchmarks: the kernels on a GPU, or the methods and a training step on a CPU.
 bench: $(VENV)/.dev

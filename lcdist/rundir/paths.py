@@ -55,7 +55,7 @@ def latest_in(folder: Path) -> Path | None:
     """Return the newest checkpoint in `folder`, a folder of checkpoints; None if it has none.
 
     Raises:
-        CheckpointError: the file `latest` names a checkpoint that does not exist.
+        CheckpointError: the file `latest` names no checkpoint, or one that does not exist.
     """
     pointer = folder / LATEST
     if pointer.is_file():

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lcdist.config import dump, load
+from lcdist.config import ConfigError, dump, load
 from lcdist.config.schema import Config
 from lcdist.rundir.paths import CONFIG_FILE
 from lcdist.utils.atomic import write_file
@@ -51,16 +51,28 @@ def check_same_run(folder: Path, config: Config) -> list[str]:
     file = folder / CONFIG_FILE
     if not file.exists():
         return []
-    before, now = _flat(load(file)), _flat(config)
+    before, now = _flat(read_config(folder)), _flat(config)
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     forbidden = [key for key in changed if not key.startswith(MAY_CHANGE)]
     if forbidden:
         changes = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in forbidden)
         raise ValueError(
             f"log.folder = '{folder}' holds another run: {changes}. Choose another log.folder (and "
-            "start from this run's weights with checkpoint.load), or restore the settings"
+            f"start from this run's weights with checkpoint.load), or restore the settings, or "
+            f"{CONFIG_FILE} there"
         )
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
+
+
+def read_config(folder: Path) -> Config:
+    """Read the configuration in a run folder; raise ConfigError with the file's name."""
+    file = folder / CONFIG_FILE
+    try:
+        return load(file)
+    except ConfigError as error:
+        # Without its name the mistakes would seem to be those of the file that the user gave.
+        named = [line if str(file) in line else f"{file}: {line}" for line in error.errors]
+        raise ConfigError(named) from error
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lcdist.config import load
 from lcdist.rundir.effective import describe_effective, effective_time, last_end
 from lcdist.rundir.header import REMOVE, read_header
 from lcdist.rundir.paths import (
@@ -22,6 +21,7 @@ from lcdist.rundir.paths import (
     step_of,
 )
 from lcdist.rundir.records import StepRecord, read_records, without_profiled
+from lcdist.rundir.run_config import read_config
 from lcdist.rundir.signals import STOP
 from lcdist.utils.atomic import write_file
 from lcdist.utils.json_file import read_object
@@ -61,7 +61,7 @@ def describe(folder: Path, now: float | None = None) -> list[tuple[str, str]]:
     """
     if not (folder / CONFIG_FILE).exists():
         raise FileNotFoundError(f"{folder} is not the folder of a run: no {CONFIG_FILE}")
-    config = load(folder / CONFIG_FILE)
+    config = read_config(folder)
     file, header = folder / METRICS_FILE, folder / HEADER_FILE
     records = read_records(file) if file.exists() else []
     starts = read_header(header)["starts"] if header.exists() else []

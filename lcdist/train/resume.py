@@ -18,7 +18,6 @@ from lcdist.checkpoint.read import (
 )
 from lcdist.checkpoint.save import sweep_leftovers
 from lcdist.checkpoint.verify import verify_checkpoint
-from lcdist.config import load
 from lcdist.config.lora import LoraConfig
 from lcdist.config.schema import Config, ModelConfig
 from lcdist.distributed.rank_zero import run_on_rank_zero
@@ -33,7 +32,7 @@ from lcdist.rundir.paths import (
     latest_in,
     step_of,
 )
-from lcdist.rundir.run_config import check_same_run
+from lcdist.rundir.run_config import check_same_run, read_config
 from lcdist.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -174,10 +173,10 @@ def _chosen(folder: Path, step: int) -> Path | None:
 
     Raises CheckpointError if the run has none of that step.
     """
-    settings = folder / CONFIG_FILE
     if not step:
         return None
-    if settings.exists() and load(settings).checkpoint.resume_from == step:
+    begun = (folder / CONFIG_FILE).exists()
+    if begun and read_config(folder).checkpoint.resume_from == step:
         log.info("checkpoint.resume_from=%d was done by an earlier start", step)
         return None
     chosen = folder / CHECKPOINTS / checkpoint_name(step)

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcdist.commands.main import main
+from lcdist.rundir.paths import METRICS_FILE
 from tests.chaos.stdio import output_to
 from tests.chaos.tally import Tally
-from tests.chaos.tiny_run import STEPS, Start, difference, write_data, write_settings
+from tests.chaos.tiny_run import OTHER_LOSSES, STEPS, Start, difference, write_data, write_settings
 
 MEANING = (
-    "the run goes on from a whole checkpoint to the right tensors and losses, bit for bit, or ends "
-    "with `error:` lines that name the file; `status`, `report` and `check` end without a traceback"
+    "the run goes on from a whole checkpoint to the right tensors and losses, bit for bit (lost "
+    "records of losses are told), or ends with `error:` lines that name the file; `status`, "
+    "`report` and `check` end without a traceback"
 )
 
 
@@ -145,7 +147,9 @@ def _try_damage(scene: Scene, file: Path, damage: str, chance: random.Random) ->
     shutil.copytree(scene.kept, scene.folder)
     DAMAGES[damage](scene.folder / file, chance)
     run, printed = scene.folder / "run", scene.folder.parent / "printed"
-    for command in ("status", "report", "check"):
+    # A report takes seconds, and reads what is in the run folder itself.
+    reported = ("report",) if file.parent == Path("run") else ()
+    for command in ("status", "check", *reported):
         with output_to(printed):
             try:
                 main([command, str(run)])
@@ -155,8 +159,10 @@ def _try_damage(scene: Scene, file: Path, damage: str, chance: random.Random) ->
     status = start.end()
     text = printed.read_text(errors="replace")
     if status == 0:
-        return difference(run, scene.expected)
-    # Long paths are broken over lines only by log messages.
+        problem = difference(run, scene.expected)
+        # Lost records cannot be made again: the run goes on and says so.
+        told = file.name == METRICS_FILE and f"{METRICS_FILE} " in text
+        return None if problem == OTHER_LOSSES and told else problem
     lines = [line for line in text.splitlines() if "error: " in line]
     names = (file.name, file.parent.name if file.parent.name.startswith("step_") else file.name)
     if "Traceback" in text or status != 2 or not lines:

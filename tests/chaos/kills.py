@@ -3,6 +3,7 @@
 import random
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,6 @@ MEANING = (
     "the run, started again until it ends, has the tensors and losses of an undisturbed run bit "
     "for bit, and nothing half written"
 )
-# Starts of one run that may be killed; the next one is left alone, so that every run ends.
 MOST_KILLS = 12
 # A kill within a later start-up counts as one among steps.
 MOMENTS = ("before the first step", "among steps", "within a save")
@@ -44,16 +44,21 @@ WAYS = tuple(Way(ranks, asynchronous) for ranks in (1, 2) for asynchronous in (F
 
 
 def try_kills(
-    folder: Path, kills: int, mean_seconds: float, chance: random.Random, ways: tuple = WAYS
+    folder: Path,
+    kills: int,
+    drawn: tuple[float, random.Random],
+    ways: Sequence[Way] = WAYS,
+    most: int = MOST_KILLS,
 ) -> list[Tally]:
     """Kill runs of every way until each way has its share of `kills` kills.
 
     Args:
         folder: empty; for runs and data.
         kills: to do in all; a run that was killed is brought to its end.
-        mean_seconds: from a start to its kill; the time is drawn from an exponential distribution.
-        chance: draws the moments and the ranks.
+        drawn: mean seconds from a start to its kill, which are drawn from an exponential
+            distribution, and what draws them.
         ways: to train.
+        most: starts of one run that may be killed; the next one is left alone, so that it ends.
 
     Returns:
         One tally for each way.
@@ -64,7 +69,7 @@ def try_kills(
         tally = Tally(way.kind, MEANING)
         while tally.tried < kills / len(ways):
             run, runs = folder / f"run{runs}-{way.ranks}-{way.asynchronous}", runs + 1
-            count, problem = _kill_until_done(run, data, way, (mean_seconds, chance), moments)
+            count, problem = _kill_until_done(run, data, way, drawn, most, moments)
             problem = problem or difference(run, undisturbed)
             tally.add(problem and f"{run.name} after {count} kills: {problem}", count)
             if problem is None:
@@ -90,16 +95,13 @@ def _start(run: Path, data: Path, way: Way) -> Start:
 
 
 def _kill_until_done(
-    run: Path, data: Path, way: Way, drawn: tuple[float, random.Random], moments: Counter
+    run: Path, data: Path, way: Way, drawn: tuple[float, random.Random], most: int, moments: Counter
 ) -> tuple[int, str | None]:
-    """Start the run until it ends; return the number of kills and what went wrong.
-
-    drawn: mean seconds to a kill, and what draws.
-    """
+    """Start the run until it ends; return the number of kills and what went wrong."""
     kills, (mean_seconds, chance) = 0, drawn
     while True:
         start = _start(run, data, way)
-        left_alone = kills >= MOST_KILLS or start.wait(chance.expovariate(1 / mean_seconds))
+        left_alone = kills >= most or start.wait(chance.expovariate(1 / mean_seconds))
         if not left_alone:
             kills += 1
             # A machine fails with all its ranks, or one process and then, soon, the others.

@@ -51,6 +51,7 @@ folder = "{folder}"
 tensorboard = false
 peak_tflops = 1
 """
+OTHER_LOSSES = "other losses in metrics.jsonl"
 # A start that takes longer hangs.
 SECONDS = 120.0
 
@@ -124,7 +125,8 @@ class Start:
 def _rank_main(words: list[str], rank: int, ranks: int, store: str, printed: Path) -> None:
     with output_to(printed, append=True):
         torch.set_num_threads(1)
-        os.environ["RANK"] = str(rank)
+        # Log messages are not broken over lines.
+        os.environ |= {"RANK": str(rank), "COLUMNS": "1000"}
         if ranks > 1:
             os.environ["WORLD_SIZE"] = str(ranks)
             dist.init_process_group(
@@ -169,7 +171,7 @@ def difference(folder: Path, expected: Path) -> str | None:
         for run in (folder, expected)
     ]
     if losses[0] != losses[1]:
-        return "other losses in metrics.jsonl"
+        return OTHER_LOSSES
     left = [path.name for path in (folder / "checkpoints").glob(".*")]
     damaged = [f"{found.folder.name}: {found.damage}" for found in check_at_rest(folder)
                if found.damage and not found.folder.name.startswith("damaged_")]  # fmt: skip

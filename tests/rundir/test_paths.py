@@ -31,3 +31,11 @@ def test_pointer_to_nothing_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step_00000006\n")
     with pytest.raises(CheckpointError, match="names step_00000006, which does not exist"):
         latest_in(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"..\n", b"step_\n", b"step_1/../x"])
+def test_a_damaged_pointer_is_named(content: bytes, tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, 5)
+    (tmp_path / "latest").write_bytes(content)
+    with pytest.raises(CheckpointError, match="latest is damaged: it names no"):
+        latest_in(tmp_path)

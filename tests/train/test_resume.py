@@ -231,8 +231,9 @@ def refused(rank: int, world_size: int, folder: Path) -> list[str]:
 
 def test_mistakes_are_found_before_anything_is_written(tmp_path: Path) -> None:
     of_ranks = run_ranks(refused, 2, tmp_path)
+    file = tmp_path / "first" / "config.toml"
     for other_run, nowhere, architecture, config, folders in of_ranks:
-        assert "unknown key 'modle'; did you mean 'model'?" in config.splitlines()
+        assert f"{file}: unknown key 'modle'; did you mean 'model'?" in config.splitlines()
         assert "train.seed was 3, is 9" in other_run
         assert "nowhere': does not exist" in nowhere
         assert "model.nheads is 4 there and 2 here" in architecture

@@ -20,7 +20,7 @@ from lcdist.convert.huggingface.custom_attention import (
     attention_config,
 )
 from lcdist.convert.huggingface.names import head_dim
-from lcdist.convert.huggingface.rope import ORIGINAL_LENGTH, rope_from_hf, rope_to_hf
+from lcdist.convert.huggingface.rope import ORIGINAL_LENGTH, is_positive, rope_from_hf, rope_to_hf
 from lcdist.utils.json_file import read_json
 
 CONFIG = "config.json"
@@ -95,7 +95,7 @@ def read_config(folder: Path) -> HFModel:
     if not isinstance(table, dict):
         raise ValueError(f"{path}: expected a JSON object")
     errors = [*_architecture_errors(table), *_size_errors(table), *_key_errors(table)]
-    errors += [*_window_errors(table), *_lcdist_errors(table)]
+    errors += [*_window_errors(table), *_lcdist_errors(table), *_value_errors(table)]
     rope = None
     if not any("max_position_embeddings" in error for error in errors):
         try:
@@ -192,9 +192,19 @@ def _key_errors(table: Mapping[str, Any]) -> list[str]:
     return errors
 
 
+def _value_errors(table: Mapping[str, Any]) -> list[str]:
+    """Check the types of keys that are no sizes."""
+    eps, tied = table.get("rms_norm_eps", 1e-6), table.get("tie_word_embeddings")
+    errors = [] if is_positive(eps) else [f"rms_norm_eps = {eps!r}: expected a number above 0"]
+    known = tied is None or isinstance(tied, bool)
+    return errors if known else [*errors, f"tie_word_embeddings = {tied!r}: expected true or false"]
+
+
 def _window_errors(table: Mapping[str, Any]) -> list[str]:
     """Accept a window of keys that is switched off or no shorter than the context."""
-    other_types = {str(kind) for kind in table.get("layer_types") or []} - {"full_attention"}
+    types = table.get("layer_types") or []
+    types = types if isinstance(types, list) else [repr(types)]
+    other_types = {str(kind) for kind in types} - {"full_attention"}
     if other_types:
         names = ", ".join(sorted(other_types))
         return [f"layer_types has {names}: lcdist supports full_attention only"]
@@ -228,36 +238,6 @@ def _lcdist_errors(table: Mapping[str, Any]) -> list[str]:
     if type(seqlen) is not int or seqlen < 1:
         return [f"{LCDIST_KEY}.seqlen = {seqlen!r}: expected a whole number above 0"]
     return []
-
-
-def check_shapes(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raise ValueError listing missing tensors, unexpected tensors and wrong shapes.
-
-    Args:
-        folder: Hugging Face folder, for messages.
-        shapes: shape of each tensor in the files.
-        expected: shape of each tensor that config.json implies.
-    """
-    errors = [
-        f"{folder}: {name} is missing; config.json implies shape {list(shape)}"
-        for name, shape in expected.items()
-        if name not in shapes
-    ]
-    errors += [
-        f"{folder}: {name} has shape {list(shapes[name])}; config.json implies {list(shape)}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    errors += [
-        f"{folder}: {name} {list(shape)} is not a tensor of the model in config.json"
-        for name, shape in shapes.items()
-        if name not in expected
-    ]
-    if errors:
-        more = f"\n... and {len(errors) - 20} more" if len(errors) > 20 else ""
-        raise ValueError("\n".join(errors[:20]) + more)
 
 
 def config_table(

@@ -22,7 +22,7 @@ from lcdist.config import dump, parse
 from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig, TrainConfig
 from lcdist.convert.check import LogitDifference, compare
 from lcdist.convert.deepspeed.weights import open_deepspeed
-from lcdist.convert.huggingface.config import CONFIG, HFModel, check_shapes, read_config
+from lcdist.convert.huggingface.config import CONFIG, HFModel, read_config
 from lcdist.convert.huggingface.custom_attention import (
     has_landmarks,
     inference_layers,
@@ -33,6 +33,7 @@ from lcdist.convert.huggingface.names import (
     HF_EMBEDDING,
     HF_OUTPUT,
     FusedTensor,
+    check_shapes,
     fused_tensors,
     hf_shapes,
 )

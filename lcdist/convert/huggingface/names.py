@@ -6,8 +6,9 @@ and up projections are fused too, gate first. Both sides rotate pairs that lie h
 no row moves within a head.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lcdist.config.schema import ModelConfig
 
@@ -147,3 +148,33 @@ def hf_shapes(model: ModelConfig, extras: Sequence[FusedTensor] = ()) -> dict[st
             rows = part.first + part.count
             shapes[part.name] = (max(rows, shapes.get(part.name, (0,))[0]), *ours.rest)
     return shapes
+
+
+def check_shapes(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ValueError listing missing tensors, unexpected tensors and wrong shapes.
+
+    Args:
+        folder: Hugging Face folder, for messages.
+        shapes: shape of each tensor in the files.
+        expected: shape of each tensor that config.json implies.
+    """
+    errors = [
+        f"{folder}: {name} is missing; config.json implies shape {list(shape)}"
+        for name, shape in expected.items()
+        if name not in shapes
+    ]
+    errors += [
+        f"{folder}: {name} has shape {list(shapes[name])}; config.json implies {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    errors += [
+        f"{folder}: {name} {list(shape)} is not a tensor of the model in config.json"
+        for name, shape in shapes.items()
+        if name not in expected
+    ]
+    if errors:
+        more = f"\n... and {len(errors) - 20} more" if len(errors) > 20 else ""
+        raise ValueError("\n".join(errors[:20]) + more)

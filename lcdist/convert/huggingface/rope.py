@@ -6,6 +6,7 @@ name. `lcdist.convert.reference_forward` has Hugging Face's formulas, `lcdist.mo
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,12 +77,13 @@ def rope_block(table: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         ValueError: both forms are present and differ, or the rotation differs between layers.
     """
     old, new = table.get("rope_scaling"), table.get("rope_parameters")
+    for key, found in (("rope_scaling", old), ("rope_parameters", new)):
+        if found and not isinstance(found, Mapping):
+            raise ValueError(f"config.json: {key} = {found!r}: expected a table")
     if old and new and {**old, "type": None} != {**new, "type": None}:
         raise ValueError("config.json has both rope_scaling and rope_parameters: remove one")
     source_key = "rope_parameters" if new else "rope_scaling"
     block = new or old or {}
-    if not isinstance(block, Mapping):
-        raise ValueError(f"config.json: {source_key} = {block!r}: expected a table")
     if any(isinstance(value, Mapping) for value in block.values()):
         raise ValueError(
             f"config.json: {source_key} differs between layers, which lcdist does not support"
@@ -102,7 +104,7 @@ def rope_block(table: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 def rope_type(block: Mapping[str, Any], source_key: str) -> str:
     """Return the type name of rotary keys. Raises ValueError if it is unknown."""
     kind = block.get("rope_type", block.get("type", "default"))
-    if kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise ValueError(
             f"config.json: {source_key}: type {kind!r} is unknown; must be one of "
             f"{', '.join(_KEYS)}"
@@ -111,14 +113,24 @@ def rope_type(block: Mapping[str, Any], source_key: str) -> str:
 
 
 def _check_value(key: str, value: Any, source_key: str) -> None:
-    if key in ("rope_type", "type", "truncate"):
+    if key in ("rope_type", "type"):
         return
-    numbers = value if isinstance(value, list) else [value]
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
-            raise ValueError(
-                f"config.json: {source_key}: {key} = {value!r}: expected a number above 0"
-            )
+    if key == "truncate":
+        legal, expected = isinstance(value, bool), "true or false"
+    elif key == ORIGINAL_LENGTH:
+        legal, expected = type(value) is int and 0 < value < 2**63, "a whole number above 0"
+    elif key in ("short_factor", "long_factor"):
+        legal = isinstance(value, list) and all(map(is_positive, value))
+        expected = "a list of numbers above 0"
+    else:
+        legal, expected = is_positive(value), "a number above 0"
+    if not legal:
+        raise ValueError(f"config.json: {source_key}: {key} = {value!r}: expected {expected}")
+
+
+def is_positive(value: Any) -> bool:
+    """Return whether a value is a number above 0 that a float holds; NaN is not."""
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 def _original_length(values: Mapping[str, Any], table: Mapping[str, Any]) -> int:

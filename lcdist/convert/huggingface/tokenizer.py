@@ -61,7 +61,19 @@ def _count_json_tokens(file: Path) -> int:
     # Unigram models list their tokens, the others map tokens to ids.
     ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
     added = table.get("added_tokens") or []
-    return 1 + max([*ids, *(token["id"] for token in added)], default=-1)
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise ValueError(f"{file} is no tokenizer: its added_tokens are no list of objects")
+    return _next_id(file, [*ids, *(token.get("id") for token in added)])
+
+
+def _next_id(file: Path, ids: Iterable[Any]) -> int:
+    """Return the greatest token id plus one; raise ValueError if one is no whole number."""
+    greatest = -1
+    for number in ids:
+        if type(number) is not int or number < -1:
+            raise ValueError(f"{file} is no tokenizer: a token has the id {number!r}")
+        greatest = max(greatest, number)
+    return greatest + 1
 
 
 def _count_sentencepiece_tokens(file: Path) -> int:
@@ -75,13 +87,13 @@ def _count_sentencepiece_tokens(file: Path) -> int:
 
 def _count_added_tokens(file: Path) -> int:
     """Return the greatest token id of an added_tokens.json, plus one."""
-    return 1 + max(_read_table(file).values(), default=-1)
+    return _next_id(file, _read_table(file).values())
 
 
 def _read_table(file: Path) -> dict[str, Any]:
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(table, dict):
         raise ValueError(f"{file}: expected a JSON object")
