@@ -1,18 +1,25 @@
 """Absurd numbers are refused by the schema, and the plan answers what it lets through."""
 
+import contextlib
 import dataclasses
+import tracemalloc
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given, settings
 
+from lcdist.attention.scca.shift_plan import _owned_spans, make_shift_plan
 from lcdist.config import ConfigError, load, parse
 from lcdist.config import rope as ropes
 from lcdist.config.fields import Limit
 from lcdist.config.schema import OPTIONS, Config, MixtureSource
 from lcdist.config.values import MOST_ENTRIES, MOST_KEYS
-from tests.test_config import errors_of, table
+from lcdist.hardware.gpu_specs import GPU_SPECS
+from lcdist.plan import make_plan, plan_rows, smallest_world
+from tests.test_config import errors_of, table, trees
 
 ROPES = {cls.scaling: cls for cls in typing.get_args(ropes.Rope)}
 
@@ -122,3 +129,65 @@ def test_limits_leave_room_for_what_is_trained() -> None:
         ["optim.lr=1.0", "optim.weight_decay=1.0", "train.global_batch_size=65536"],
     ):
         parse(table(), words)
+
+
+LARGEST = ["model.num_layers=32", "model.nheads=4096", "model.hidden_size=1048576"]
+LARGEST += ["model.ffn_hidden_size=1048576", "train.seqlen=1073741824", "data.source=synthetic"]
+FLOW = "attention.method=scca attention.pattern=flow"
+LARGE = {
+    "full": "model.num_layers=1024 parallel.cp_size=64 parallel.tp_size=8",
+    "coca": "attention.method=coca parallel.cp_size=64",
+    "lssar": "attention.method=lssar parallel.cp_size=64 parallel.layout=striped",
+    "scca": "attention.method=scca attention.chunk_size=1",
+    "scca on ranks": "attention.method=scca parallel.cp_size=8 attention.chunk_size=65536",
+    "small chunks on ranks": "attention.method=scca parallel.cp_size=2 attention.chunk_size=1",
+    "flow": f"{FLOW} model.num_layers=8",
+    "flow on ranks": f"{FLOW} model.nheads=8 parallel.cp_size=4 model.num_layers=4 "
+    "attention.chunk_size=1048576",
+    "sda": "attention.method=scca attention.pattern=sda attention.dilation=65536 model.nheads=16",
+    "sda on ranks": "attention.method=scca attention.pattern=sda parallel.cp_size=8 model.nheads=8",
+    "sda_key": "attention.method=scca attention.pattern=sda_key parallel.cp_size=8 model.nheads=16",
+    "tensorized": "attention.method=tensorized attention.modes=[1]",
+    "halo": "attention.method=tensorized attention.local_blocks=1048576 parallel.cp_size=64",
+    "long halo": "attention.method=tensorized attention.local_blocks=1073741824 "
+    "parallel.cp_size=4096",
+    "landmark": "attention.method=landmark attention.block_size=2",
+    "top_k": "attention.method=landmark attention.block_size=2 attention.top_k=9 "
+    "parallel.cp_size=64",
+    "profile": "train.steps=1000000000 train.profile=1-1000000000",
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_plan_of_the_largest_numbers_takes_little_memory(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists of tokens come from `arange`, whose memory tracemalloc does not see."""
+    made, real = [0], torch.arange
+
+    def arange(*bounds, **options):
+        made[0] += len(range(*map(int, bounds)))
+        return real(*bounds, **options)
+
+    monkeypatch.setattr(torch, "arange", arange)
+    config = parse(table(), [*LARGEST, *LARGE[name].split()])
+    # What was imported or planned before does not count.
+    _owned_spans.cache_clear()
+    make_shift_plan.cache_clear()
+    tracemalloc.start()
+    try:
+        plan_rows(make_plan(config, smallest_world(config), GPU_SPECS["h100"]))
+    except ConfigError as error:
+        [line] = error.errors
+        assert "entries already, and at most" in line
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 32 * 2**20 and made[0] < 2**22, (peak, made)
+
+
+@settings(max_examples=40)
+@given(trees())
+def test_a_plan_or_a_list_of_conflicts_answers_every_configuration(config: Config) -> None:
+    with contextlib.suppress(ConfigError):
+        plan_rows(make_plan(config, smallest_world(config), GPU_SPECS["h100"]))

@@ -53,6 +53,11 @@ def out_and_lse(options: Any, shape: Shape, layout: ContextLayout) -> int:
     return shape.batch * layout.local_seqlen * shape.nheads * row
 
 
+def _entry_a_rank(options: Any, layout: ContextLayout, heads: HeadSlice, tp_size: int) -> int:
+    """Count an entry for each rank: the default of `plan_entries`."""
+    return tp_size * layout.cp_size
+
+
 def _same_options(options: Any, layer: int, nheads: int, nheads_kv: int) -> Any:
     return options
 
@@ -102,6 +107,8 @@ class MethodFacts:
         parallelism. The message names field, value, legal values and remedy. The plan calls it
         before anything runs.
     default_scale(head_dim): the softmax scale of a call that gives none.
+    plan_entries(options, layout, heads, tp_size): entries of the tables that a plan makes to count
+        the bytes of one layer on all ranks; default: one a rank. The plan refuses too many.
     impls: legal values of `impl`.
     """
 
@@ -122,6 +129,7 @@ class MethodFacts:
     for_layer: Callable[[Any, int, int, int], Any] = _same_options
     check: Callable[[Any, ContextLayout, HeadSlice, int], None] = _accept_all
     default_scale: Callable[[int], float] = _dot_product_scale
+    plan_entries: Callable[[Any, ContextLayout, HeadSlice, int], int] = _entry_a_rank
     impls: tuple[str, ...] = ("auto", "torch", "reference")
     functions: ContextFunctions | KeywordFunctions
 

@@ -87,6 +87,17 @@ class ContextLayout:
             ]
         )
 
+    def spans(self, rank: int) -> list[tuple[int, int]]:
+        """Return the positions of `rank` as increasing intervals [start, stop); not for striped."""
+        assert self.kind != "striped" or self.cp_size == 1, "a stripe has no intervals"
+        cp, local = self.cp_size, self.local_seqlen
+        if self.kind != "zigzag" or cp == 1 or rank == cp - 1:
+            # The last rank of zigzag holds the two pieces in the middle.
+            start = (self.seqlen - local) // 2 if self.kind == "zigzag" else rank * local
+            return [(start, start + local)]
+        piece, mirror = local // 2, 2 * cp - 1 - rank
+        return [(rank * piece, (rank + 1) * piece), (mirror * piece, (mirror + 1) * piece)]
+
     def shard(self, x: Tensor, rank: int, dim: int) -> Tensor:
         """Return `rank`'s part of `x`; raise ValueError if `dim` does not have seqlen entries."""
         if x.shape[dim] != self.seqlen:

@@ -16,6 +16,10 @@ from lcdist.plan.resolve import LayerAttention, document_layout_for
 from lcdist_kernels.full import FORCED
 
 
+# Entries of the tables of all layers that a plan is made of: some seconds of work.
+MOST_ENTRIES = 2**21
+
+
 def check_model(config: Config, errors: list[str]) -> None:
     """Check that the model's sizes fit each other and the mesh that divides them."""
     model, parallel = config.model, config.parallel
@@ -218,11 +222,16 @@ def check_layers(
     """Check every layer's attention against model, layout, mesh and data."""
     model, layer_errors = config.model, list[str]()
     heads = HeadSlice(0, model.nheads, 0, model.nheads_kv or model.nheads)
-    for layer in dict.fromkeys(layers):
+    entries, tp_size = 0, config.parallel.tp_size
+    for count, layer in enumerate(dict.fromkeys(layers), 1):
         try:
-            layer.method.check(layer.options, layout, heads, config.parallel.tp_size)
+            layer.method.check(layer.options, layout, heads, tp_size)
+            entries += layer.method.plan_entries(layer.options, layout, heads, tp_size)
         except ValueError as error:
             layer_errors.append(f"attention.method = '{layer.method.name}': {error}")
+        if entries > MOST_ENTRIES:
+            layer_errors.append(_too_many_entries(entries, count, layout, tp_size))
+            break
     errors.extend(dict.fromkeys(layer_errors))
     try:
         documents = document_layout_for(layers, model.vocab_size)
@@ -240,3 +249,12 @@ def check_layers(
             f"train.seqlen = {config.train.seqlen} holds fewer than two tokens of text beside "
             "landmarks; use a longer one"
         )
+
+
+def _too_many_entries(entries: int, kinds: int, layout: ContextLayout, tp_size: int) -> str:
+    """Return the error of layers whose plan would take too long to make."""
+    return (
+        f"attention on parallel.tp_size x cp_size = {tp_size} x {layout.cp_size} ranks: {kinds} "
+        f"kinds of layers have a plan of {entries:,} entries already, and at most {MOST_ENTRIES:,} "
+        "are legal; use larger chunks, fewer ranks, or layers of one kind"
+    )

@@ -1,5 +1,7 @@
 """Count the bytes that attention sends between context-parallel ranks."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,12 +34,15 @@ class TrafficEstimate:
             return 0
         sums = []
         for stage in self.shape.stage_layers:
-            layers = [self._sent_bytes[self.shape.layers[number]] for number in stage]
-            sums += [
-                sum(self.forward_passes * forward + backward for forward, backward in rank)
-                for rank in zip(*layers, strict=True)
-            ]
+            kinds = Counter(self.shape.layers[number] for number in stage)
+            ranks = zip(*(self._sent_bytes[kind] for kind in kinds), strict=True)
+            sums += [self._sum_of_kinds(list(kinds.values()), rank) for rank in ranks]
         return self.shape.num_micro_batches * max(sums)
+
+    def _sum_of_kinds(self, counts: Sequence[int], sent: Sequence[tuple[int, int]]) -> int:
+        """Return the bytes that a rank sends for so many layers of each kind."""
+        pairs = zip(counts, sent, strict=True)
+        return sum(n * (self.forward_passes * ahead + back) for n, (ahead, back) in pairs)
 
     @property
     def exchanges(self) -> tuple[str, ...]:

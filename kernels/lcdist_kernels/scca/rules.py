@@ -13,6 +13,7 @@ rules are causal. A key that would wrap around to a later position is not visibl
 """
 
 from collections.abc import Iterable, Sequence
+from math import isqrt
 from typing import NamedTuple
 
 import torch
@@ -79,12 +80,55 @@ class Rule(NamedTuple):
         )
 
     def pairs(self, seqlen: int) -> int:
-        """Return the number of visible (query, key) pairs of a document of `seqlen` tokens."""
-        i = torch.arange(seqlen)
-        first, last = self.limits(i)
-        if self.is_window:
-            return int((last - first + 1).clamp_min(0).sum())
-        return int(((i - self.shift) // self.size + 1).clamp_min(0).sum())
+        """Return the number of visible (query, key) pairs of a document of `seqlen` tokens.
+
+        In closed form, as plans count documents of any length.
+        """
+        size, shift = self.size, self.shift
+        if not self.is_window:
+            blocks, rest = divmod(max(0, seqlen - shift), size)
+            return size * _triangle(blocks) + rest * (blocks + 1)
+        if self.kind == "split":
+            ahead = min(seqlen, -shift % size)
+            chunks, rest = divmod(seqlen - ahead, size)
+            return _triangle(ahead) + chunks * _triangle(size) + _triangle(rest)
+        chunks, rest = divmod(seqlen, size)
+        if self.kind == "fold":
+            # A chunk whose number divides the distance sees itself, the others an earlier one.
+            own = _divisors(shift // size, chunks)
+            pairs = own * _triangle(size) + (chunks - own) * size**2
+            is_own = shift // size % (chunks + 1) == 0
+            return pairs + (_triangle(rest) if is_own else rest * size)
+        whole = -(-shift // size)  # the first chunk whose window has all its keys
+        pairs = max(0, chunks - whole) * self._chunk_pairs(whole, size)
+        if 0 < whole <= chunks:
+            pairs += self._chunk_pairs(whole - 1, size)
+        return pairs + self._chunk_pairs(chunks, rest)
+
+    def _chunk_pairs(self, chunk: int, queries: int) -> int:
+        """Count the pairs of the first `queries` queries of a chunk, for kind "chunk"."""
+        first = chunk * self.size - self.shift
+        if first >= 0:
+            return _sum_of_least(queries, self.shift + 1, self.size)
+        return _sum_of_least(queries, chunk * self.size + 1, max(0, first + self.size))
+
+
+def _triangle(count: int) -> int:
+    return count * (count + 1) // 2
+
+
+def _sum_of_least(count: int, first: int, most: int) -> int:
+    """Return the sum of min(first + t, most) over t from 0 to count - 1."""
+    below = min(max(most - first, 0), count)
+    return below * first + _triangle(below - 1) + (count - below) * most
+
+
+def _divisors(number: int, most: int) -> int:
+    """Return how many of 1..most divide `number`; all of them divide 0."""
+    if number == 0:
+        return most
+    low = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return sum(d <= most for d in {*low, *(number // d for d in low)})
 
 
 class HeadGroup(NamedTuple):

@@ -104,15 +104,29 @@ class ModeGrid:
 
 
 def branch_pairs(grid: ModeGrid, seqlen: int) -> int:
-    """Return the (query, key) pairs that the branches of one document of `seqlen` tokens read."""
-    offset = torch.arange(seqlen)
+    """Return the (query, key) pairs that the branches of one document of `seqlen` tokens read.
+
+    In closed form, as plans count documents of any length.
+    """
     if not grid.modes:
-        return int((offset + 1).sum())
-    first = (offset // grid.modes[0] - grid.local_blocks + 1) * grid.modes[0]
-    pairs = (offset - first.clamp(min=0) + 1).sum()
+        return _triangle(seqlen)
+    size, blocks = grid.modes[0], grid.local_blocks
+    near = min(seqlen, blocks * size)
+    whole, rest = divmod(seqlen - near, size)
+    pairs = _triangle(near) + whole * _triangle(size) + _triangle(rest)
+    pairs += (whole * size + rest) * (blocks - 1) * size
     for mode in range(1, len(grid.modes) + 1):
-        pairs += (grid.digit(offset, mode) - grid.local_blocks + 1).clamp(min=0).sum()
-    return int(pairs)
+        stride, periods, rest = grid.strides[mode], 0, seqlen
+        if mode < len(grid.modes):
+            periods, rest = divmod(seqlen, stride * grid.modes[mode])
+            pairs += periods * stride * _triangle(max(0, grid.modes[mode] - blocks))
+        digits, rest = divmod(rest, stride)
+        pairs += stride * _triangle(max(0, digits - blocks)) + rest * max(0, digits - blocks + 1)
+    return pairs
+
+
+def _triangle(count: int) -> int:
+    return count * (count + 1) // 2
 
 
 def initial_bias(modes: Sequence[int], nheads: int) -> Tensor:

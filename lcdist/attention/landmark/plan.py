@@ -89,13 +89,17 @@ def flops(options: LandmarkOptions, shape: Shape) -> int:
     """
     if shape.seqlen is None:
         raise ValueError(f"{shape}: seqlen is needed to count operations")
-    size, count = options.block_size, 0
-    for block in range(-(-shape.seqlen // size)):
-        rows = min(size, shape.seqlen - block * size)
-        own = rows * (rows + 1) // 2 - (rows == size)
-        read = block if options.top_k is None else min(block, options.top_k)
-        scored = 0 if options.top_k is None else block
-        count += 2 * own + rows * (read * (2 * size - 1) + scored)
+    size, top_k = options.block_size, options.top_k
+    blocks, rest = divmod(shape.seqlen, size)
+    past = blocks * (blocks - 1) // 2
+    reads, scored = past, 0
+    if top_k is not None:
+        full = max(0, blocks - top_k)  # blocks that have top_k or more before them
+        few = blocks - full
+        reads, scored = few * (few - 1) // 2 + full * top_k, past
+    count = blocks * 2 * (size * (size + 1) // 2 - 1) + size * (reads * (2 * size - 1) + scored)
+    last = blocks if top_k is None else min(blocks, top_k)
+    count += rest * (rest + 1) + rest * (last * (2 * size - 1) + (0 if top_k is None else blocks))
     return 2 * shape.batch * shape.nheads * shape.head_dim * count
 
 

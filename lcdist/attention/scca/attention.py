@@ -9,6 +9,7 @@ the intervals they need, pairs of residues `swap` (head, residue) units, and res
 """
 
 from functools import partial
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -219,6 +220,19 @@ def _check_layout(layout: ContextLayout) -> None:
         )
 
 
+def plan_entries(
+    options: SccaOptions, layout: ContextLayout, heads: HeadSlice, tp_size: int
+) -> int:
+    """Count an entry a rank and rule and, on several ranks, one for each window of a rule."""
+    rules, cp = set(model_rules(options, heads.nheads, heads.nheads_kv)), layout.cp_size
+    # A folded rule counts the divisors of its distance.
+    entries = cp * (tp_size + len(rules))
+    entries += sum(isqrt(rule.shift // rule.size) for rule in rules if rule.kind == "fold")
+    if cp > 1:
+        entries += sum(layout.seqlen // rule.size for rule in rules if rule.is_window)
+    return entries
+
+
 def exchange_for(options: SccaOptions) -> tuple[str, ...]:
     """Return the exchanges of one pattern."""
     verbs = {"sda": ("swap",), "sda_key": ("ring",), "longmixed": ("shift", "swap")}
@@ -240,4 +254,5 @@ METHOD = AttentionMethod(
     exchange_for=exchange_for,
     for_layer=for_layer,
     check=check,
+    plan_entries=plan_entries,
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lcdist.attention.context import CPU, AttentionContext, LayoutKey, token_table
 from lcdist.attention.scca.shift_plan import Documents
+from lcdist.attention.scca.units import count_of_residue
 from lcdist.attention.shape import Shape, Traffic
 from lcdist.attention.shared.plan_cache import cached_plan
 from lcdist.exchange import ring, ring_with_gradients
@@ -223,8 +224,12 @@ def ring_key_bytes(rules: Sequence[Rule], shape: Shape, layout: ContextLayout) -
     if cp == 1 or rules[0].kind != "key":
         return Traffic((0,) * cp, (0,) * cp)
     streams, dilation = _key_streams(rules, shape.nheads_kv), rules[0].size
-    residues = [layout.positions(rank) % dilation for rank in range(cp)]
-    num_rows = _rows_per_block(residues, {stream.shift for stream in streams}, dilation)
+    shifts = {stream.shift for stream in streams}
+    num_rows = max(
+        count_of_residue(layout.spans(rank), shift, dilation)
+        for rank in range(cp)
+        for shift in shifts
+    )
     num_heads = streams[-1].block_heads.stop
     elements = 2 * shape.batch * num_rows * num_heads * shape.head_dim
     forward = (cp - 1) * elements * shape.itemsize

@@ -64,15 +64,13 @@ def make_shift_plan(
     for dst in range(layout.cp_size):
         received = []
         for start, stop in visible_spans(rules, layout, dst, documents):
-            pieces = [
-                (max(start, a), min(stop, b), src, max(start, a) - a + offset)
-                for src, spans in enumerate(owned)
-                for (a, b), offset in zip(spans, _local_offsets(spans), strict=True)
-                if src != dst and max(start, a) < min(stop, b)
-            ]
-            for a, b, src, offset in sorted(pieces):
-                intervals.append((src, dst, offset, offset + b - a))
-                received.append((a, b))
+            for first, last, src, offset in owned[bisect_right(owned, start, key=_end_of) :]:
+                if first >= stop:
+                    break
+                if src != dst:
+                    a, b = max(start, first), min(stop, last)
+                    intervals.append((src, dst, a - first + offset, b - first + offset))
+                    received.append((a, b))
         received_spans.append(tuple(received))
     return ShiftPlan(tuple(intervals), tuple(received_spans))
 
@@ -83,7 +81,7 @@ def visible_spans(
     """Return the keys that `rank`'s queries see under any of `rules`: disjoint, in order."""
     borders = [0, *(documents or ()), layout.seqlen]
     spans = []
-    for begin, end in _owned_spans(layout)[rank]:
+    for begin, end in layout.spans(rank):
         for i in range(bisect_right(borders, begin) - 1, bisect_left(borders, end)):
             start = borders[i]
             first_query, end_query = max(begin, start) - start, min(end, borders[i + 1]) - start
@@ -92,7 +90,7 @@ def visible_spans(
             for rule in rules:
                 # The last query of a window sees all keys that the others see.
                 first, last = rule.limits(rule.window_ends(first_query, end_query))
-                spans += zip((first + start).tolist(), (last + start + 1).tolist(), strict=True)
+                spans += _joined_spans(first + start, last + start + 1)
     return _merge_spans(spans)
 
 
@@ -109,21 +107,30 @@ def _merge_spans(spans: list[Span]) -> list[Span]:
     return merged
 
 
+def _joined_spans(starts: Tensor, stops: Tensor) -> list[Span]:
+    """Return the union of spans as disjoint ones in order: as `_merge_spans`, of tensors."""
+    starts, stops = starts[starts < stops], stops[starts < stops]
+    if not len(starts):
+        return []
+    order = starts.argsort(stable=True)
+    starts, stops = starts[order], stops[order].cummax(0).values
+    begins = torch.ones_like(starts, dtype=torch.bool)
+    begins[1:] = starts[1:] > stops[:-1]
+    return list(zip(starts[begins].tolist(), stops[begins.roll(-1)].tolist(), strict=True))
+
+
+def _end_of(owned: tuple[int, int, int, int]) -> int:
+    return owned[1]
+
+
 @lru_cache(maxsize=16)
-def _owned_spans(layout: ContextLayout) -> tuple[list[Span], ...]:
-    """Return the spans of tokens that each rank holds."""
-    return tuple(_consecutive_spans(layout.positions(rank)) for rank in range(layout.cp_size))
-
-
-def _consecutive_spans(numbers: Tensor) -> list[Span]:
-    """Return increasing numbers as spans."""
-    is_first = torch.ones_like(numbers, dtype=torch.bool)
-    is_first[1:] = numbers.diff() > 1
-    first = is_first.nonzero().flatten().tolist()
-    return [
-        (int(numbers[a]), int(numbers[b - 1]) + 1)
-        for a, b in zip(first, [*first[1:], len(numbers)], strict=True)
-    ]
+def _owned_spans(layout: ContextLayout) -> list[tuple[int, int, int, int]]:
+    """Return the spans of tokens of all ranks, in order: start, stop, rank, local number."""
+    return sorted(
+        (*span, rank, offset)
+        for rank in range(layout.cp_size)
+        for span, offset in zip(layout.spans(rank), _local_offsets(layout.spans(rank)), strict=True)
+    )
 
 
 def _local_offsets(spans: list[Span]) -> list[int]:

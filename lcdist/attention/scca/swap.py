@@ -243,13 +243,14 @@ def swap_bytes(rules: Sequence[Rule], shape: Shape, layout: ContextLayout) -> Tr
     forward, backward = [0] * cp, [0] * cp
     for heads in dilated_heads(rules):
         units = UnitLayout(heads, shape.nheads // shape.nheads_kv, layout)
-        rows = [units.num_rows(rank) for rank in range(cp)]
+        rows, per_rank = [units.num_rows(rank) for rank in range(cp)], units.units_per_rank
+        all_rows, all_units = sum(rows), sum(per_rank)
         column = shape.batch * shape.head_dim * shape.itemsize
         grad_size = max(4 if units.duplicates_keys else 0, shape.itemsize)
         grad_column = shape.batch * shape.head_dim * grad_size
-        for rank, num_units in enumerate(units.units_per_rank):
-            to_units = rows[rank] * (sum(units.units_per_rank) - num_units)
-            to_tokens = (sum(rows) - rows[rank]) * num_units
+        for rank, num_units in enumerate(per_rank):
+            to_units = rows[rank] * (all_units - num_units)
+            to_tokens = (all_rows - rows[rank]) * num_units
             forward[rank] += units.num_columns * to_units * column
             forward[rank] += units.bundle_size * to_tokens * column
             backward[rank] += units.bundle_size * to_units * column

@@ -49,6 +49,17 @@ def dilated_heads(rules: Sequence[Rule]) -> list[DilatedHeads]:
     return result
 
 
+def count_of_residue(spans: Sequence[tuple[int, int]], residue: int, dilation: int) -> int:
+    """Return how many numbers in `spans` leave `residue` when divided by `dilation`."""
+    return sum((b - 1 - residue) // dilation - (a - 1 - residue) // dilation for a, b in spans)
+
+
+def most_of_a_residue(spans: Sequence[tuple[int, int]], dilation: int) -> int:
+    """Return the numbers in `spans` of their most frequent residue."""
+    # Counts rise only where a span begins.
+    return max(count_of_residue(spans, start % dilation, dilation) for start, _ in spans)
+
+
 @dataclass(frozen=True)
 class UnitLayout:
     """Units of heads of one dilation, and their distribution over ranks.
@@ -135,8 +146,7 @@ class UnitLayout:
 
     def num_rows(self, rank: int) -> int:
         """Return the rows that `rank` sends per residue: the count of its most frequent one."""
-        r = self.heads.dilation
-        return int((self.layout.positions(rank) % r).bincount(minlength=r).max())
+        return most_of_a_residue(self.layout.spans(rank), self.heads.dilation)
 
     def residue_tokens(self, rank: int) -> Tensor:
         """Return the local token numbers of each residue: `[dilation, num_rows]`; padding is -1."""

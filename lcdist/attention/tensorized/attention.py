@@ -146,6 +146,15 @@ def check(
     _check_layout(make_grid(options, heads, held), layout)
 
 
+def plan_entries(
+    options: TensorizedOptions, layout: ContextLayout, heads: HeadSlice, tp_size: int
+) -> int:
+    """Count an entry a rank, and one for each rank that a halo spans."""
+    cp = layout.cp_size
+    reach = -(-(options.local_blocks - 1) * ModeGrid(options.modes).block // layout.local_seqlen)
+    return tp_size * cp * (1 + (min(cp, reach) if options.modes else 0))
+
+
 def exchange_for(options: TensorizedOptions) -> tuple[str, ...]:
     """Return the exchanges: `shift` for the halo, which one local block or no modes do not need."""
     return ("swap", "shift") if options.modes and options.local_blocks > 1 else ("swap",)
@@ -168,4 +177,5 @@ METHOD = AttentionMethod(
     initial=initial,
     impls=ops.IMPLS,
     check=check,
+    plan_entries=plan_entries,
 )

@@ -73,6 +73,15 @@ def count_halo_tokens(plan: Sequence[Interval], rank: int) -> int:
     return sum(stop - start for _, dst, start, stop in plan if dst == rank)
 
 
+def count_halo(plan: Sequence[Interval], cp_size: int) -> tuple[list[int], list[int]]:
+    """Return the tokens that each rank sends, and those that it receives."""
+    sent, received = [0] * cp_size, [0] * cp_size
+    for src, dst, start, stop in plan:
+        sent[src] += stop - start
+        received[dst] += stop - start
+    return sent, received
+
+
 def reverse_halo_plan(plan: Sequence[Interval]) -> list[Interval]:
     """Return the plan that sends gradients of the halo back, in the same order.
 
@@ -154,21 +163,20 @@ def traffic(options: TensorizedOptions, shape: Shape, layout: ContextLayout) -> 
     halo_row = 2 * shape.batch * shape.nheads_kv * shape.head_dim
     blocks = shape.batch * (layout.local_seqlen // grid.block)
     units_per_rank, forward, backward = count_units(grid, shape.nheads_kv, cp), [], []
-    plan = make_halo_plan(grid, layout.local_seqlen, cp)
+    all_units = sum(units_per_rank)
+    sent, received = count_halo(make_halo_plan(grid, layout.local_seqlen, cp), cp)
     for rank, units in enumerate(units_per_rank):
-        to_units = blocks * (sum(units_per_rank) - units)  # own blocks, units of other ranks
+        to_units = blocks * (all_units - units)  # own blocks, units of other ranks
         to_tokens = blocks * (cp - 1) * units  # blocks of other ranks, own units
-        halo_sent = sum(stop - start for src, _, start, stop in plan if src == rank)
-        halo_received = count_halo_tokens(plan, rank)
         forward.append(
             to_units * (group + 1 + hop_group) * row
             + to_tokens * group * (row + wide)
-            + halo_sent * halo_row * shape.itemsize
+            + sent[rank] * halo_row * shape.itemsize
         )
         backward.append(
             to_units * group * (row + 2 * wide)
             + to_tokens * (group + 1 + hop_group) * row
-            + halo_received * halo_row * wide
+            + received[rank] * halo_row * wide
         )
     return Traffic(tuple(forward), tuple(backward))
 
@@ -188,8 +196,7 @@ def kept_bytes(options: TensorizedOptions, shape: Shape, layout: ContextLayout) 
     if cp == 1:
         return kept
     units = max(count_units(grid, shape.nheads_kv, cp))
-    plan = make_halo_plan(grid, layout.local_seqlen, cp)
-    halo = max(count_halo_tokens(plan, rank) for rank in range(cp))
+    halo = max(count_halo(make_halo_plan(grid, layout.local_seqlen, cp), cp)[1])
     kept += 2 * shape.batch * halo * shape.nheads_kv * row
     received = group + 1 + hop_group
     # Of several heads a copy is kept beside the received tensor, which the key head keeps alive.
