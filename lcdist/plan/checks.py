@@ -15,7 +15,6 @@ from lcdist.plan.data_checks import data_errors
 from lcdist.plan.resolve import LayerAttention, document_layout_for
 from lcdist_kernels.full import FORCED
 
-
 # Entries of the tables of all layers that a plan is made of: some seconds of work.
 MOST_ENTRIES = 2**21
 
