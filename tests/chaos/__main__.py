@@ -53,14 +53,15 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     add_arguments(parser)
     arguments = parser.parse_args(words)
-    tallies: list[Tally] = []
+    # Now: it may take an hour, and the working tree may change meanwhile.
+    circumstances, tallies = _circumstances(), list[Tally]()
     for done in _all(arguments):
         for tally in done:
             print(f"{tally.kind}: {tally.survived} of {tally.tried} survived", flush=True)
             print(*(f"  {problem}" for problem in tally.failures), sep="\n", end="\n", flush=True)
         tallies += done
     text = TEXT.format(
-        **_circumstances(),
+        **circumstances,
         **{"seed": arguments.seed, "table": table(tallies), "share": arguments.inputs_share},
         **{"kills": arguments.kills, "mean": arguments.mean_seconds, "damages": arguments.damages},
     )
