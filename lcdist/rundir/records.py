@@ -1,12 +1,14 @@
 """Read and write metrics.jsonl: one JSON line for each training step.
 
 A number that is not finite is written as null, because NaN is not JSON (RFC 8259, section 6). It is
-read back as NaN.
+read back as NaN. A line ends with a CRC-32 of the rest: a digit with a flipped bit may be a digit.
 """
 
 import json
 import logging
 import math
+import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +18,9 @@ from lcdist.utils.atomic import write_file
 from lcdist.utils.json_file import check_types
 
 log = logging.getLogger(__name__)
+
+# How a line ends. Lines of earlier versions have no checksum.
+_CHECKSUM = re.compile(r', "crc32": "([0-9a-f]{8})"\}$')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +135,30 @@ class StepRecord:
         )
 
 
+def line_of(record: StepRecord) -> str:
+    """Return the record as a line with its checksum, without a newline."""
+    text = record.to_json()
+    return f'{text[:-1]}, "crc32": "{_checksum(text)}"}}'
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _without_checksum(line: str) -> str:
+    """Return what `to_json` gave; raise ValueError if it differs from the line's checksum."""
+    found = _CHECKSUM.search(line)
+    if found is None:
+        return line
+    text = line[: found.start()] + "}"
+    if _checksum(text) != found[1]:
+        raise ValueError(
+            f"it differs from its crc32 {found[1]}; restore the file, or delete the line and with "
+            "it what is known of the step"
+        )
+    return text
+
+
 def without_profiled(records: Sequence[StepRecord]) -> list[StepRecord]:
     """Return the records of steps that were not profiled; all of them if there are no others."""
     return [record for record in records if not record.profiled] or list(records)
@@ -182,7 +211,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, StepRecord]]:
     unterminated = lines.pop()
     for number, line in enumerate(lines, start=1):
         try:
-            record = StepRecord.from_json(line)
+            record = StepRecord.from_json(_without_checksum(line))
         except RecursionError as error:
             raise ValueError(f"{path}:{number}: not a record of a step: nested too deep") from error
         except ValueError as error:

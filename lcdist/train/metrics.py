@@ -17,7 +17,7 @@ from rich.console import Console
 
 from lcdist.config.schema import Config
 from lcdist.rundir.paths import METRICS_FILE
-from lcdist.rundir.records import StepRecord, cut_records
+from lcdist.rundir.records import StepRecord, cut_records, line_of
 from lcdist.train.progress import BarProgress, LineProgress
 from lcdist.utils.errors import naming
 
@@ -64,7 +64,7 @@ class JsonLines:
     def write(self, record: StepRecord) -> None:
         """Append the record."""
         with naming(self._path):
-            self._file.write(record.to_json() + "\n")
+            self._file.write(line_of(record) + "\n")
             self._file.flush()
 
     def close(self) -> None:

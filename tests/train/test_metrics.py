@@ -113,6 +113,24 @@ def test_steps_are_one_line_each_and_read_back_in_order(tmp_path):
     assert read_records(path) == [record(step) for step in range(1, 6)]
 
 
+def test_a_flipped_bit_is_named_or_changes_no_number(tmp_path):
+    write_steps(tmp_path, [1, 2])
+    path, refused = tmp_path / "metrics.jsonl", 0
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for place in range(first, len(whole) - 1):
+        content = bytearray(whole)
+        content[place] ^= 1
+        path.write_bytes(content)
+        try:
+            assert read_records(path) == [record(1), record(2)], place
+        except ValueError as error:
+            assert f"{path}:2: not " in str(error) or f"{path}:3: not " in str(error), place
+            refused += 1
+    # What is not refused is the checksum's own name.
+    assert len(whole) - 1 - first - refused < 20
+
+
 def test_a_line_is_with_the_system_before_the_next_step(tmp_path):
     console = Console(file=io.StringIO())
     with open_metrics(config(tmp_path), rank=0, step=0, run_id="a", console=console) as sinks:
