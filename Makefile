@@ -49,7 +49,7 @@ test-all: test
 	$(MAKE) --no-print-directory --jobs 2 exhaustive exhaustive-slurm
 
 exhaustive: $(VENV)/.dev
-	$(PYTEST) -m exhaustive
+	$(PYTEST) -m exhaustive --durations=40 --durations-min=8
 
 exhaustive-slurm: $(VENV)/.dev
 	$(ONE) -m exhaustive tests/slurm
