@@ -219,7 +219,7 @@ case("no room, pieces", TRAIN, lambda h, p: full_disk(p, ".distcp"), "step_0+3.*
 case("no room, status", TRAIN, lambda h, p: full_disk(p, ".status.json.part"), "status.json: No sp")
 case("no room, header", TRAIN, lambda h, p: full_disk(p, ".run.json.part"), "run.json: No space")
 # --- JSON that is read back -----------------------------------------------------------------------
-for text in ("[]", "3", "null", '"x"', "{}", DEEP, "\0\0", "\xff", '{"step": 1}'):
+for text in ("[]", "null", "{}", DEEP, "\0\0", "\xff"):
     shown = text[:8].encode().hex()
     for name in ("status.json", "run.json"):
         case(
@@ -228,6 +228,8 @@ for text in ("[]", "3", "null", '"x"', "{}", DEEP, "\0\0", "\xff", '{"step": 1}'
             lambda h, p, name=name, text=text: put(h / "run" / name, text.encode("latin-1")),
             f"run/{name}",
         )
+    if text not in ("[]", DEEP):
+        continue
     case(
         f"manifest {shown}",
         EVALUATE,
@@ -266,7 +268,7 @@ for name, starts in {
     "seconds": [{"step": 0, "time": "now", "lost_seconds": "x", "lost_steps": 3}],
     "huge": [{"step": 0, "time": "now", "lost_seconds": 1e400, "lost_steps": 3}],
 }.items():
-    for command in (STATUS, REPORT):
+    for command in (STATUS, REPORT) if name == "a time" else (STATUS,):
         case(
             f"{command[:6]} starts {name}",
             command,
@@ -298,7 +300,7 @@ for name, changes in {
     "memory": {"memory_bytes": -HUGE},
     "loss": {"loss": "x"},
 }.items():
-    for command in (STATUS, REPORT):
+    for command in (REPORT,) if name in ("tokens", "memory") else (STATUS,):
         case(
             f"{command[:6]} line {name}",
             command,
@@ -358,7 +360,7 @@ case(
     lambda h, p: edited(step(h) / "lcdist.json", config="a = ["),
     "lcdist.json",
 )
-for key, value in {"tokens": 3, "documents": None, "files": [], "vocab_size": "x"}.items():
+for key, value in {"tokens": 3, "files": [], "vocab_size": "x"}.items():
     case(
         f"meta {key}",
         TRAIN,
@@ -366,7 +368,7 @@ for key, value in {"tokens": 3, "documents": None, "files": [], "vocab_size": "x
         f"meta.json: {key} = ",
     )
 # --- checkpoints ----------------------------------------------------------------------------------
-for name in (".metadata", "common.pt", "metadata.json", "__0_0.distcp"):
+for name in (".metadata", "common.pt", "__0_0.distcp"):
     for command in (EVALUATE, TRAIN):
         case(
             f"{command[:6]} zeros in {name}",
