@@ -57,7 +57,8 @@ def main(words: Sequence[str] | None = None) -> int:
     circumstances, tallies = _circumstances(), list[Tally]()
     for done in _all(arguments):
         for tally in done:
-            print(f"{tally.kind}: {tally.survived} of {tally.tried} survived", flush=True)
+            print(f"{tally.kind}: {tally.survived} of {tally.tried} survived", end="")
+            print(f", {tally.refused} of them refused", flush=True)
             print(*(f"  {problem}" for problem in tally.failures), sep="\n", end="\n", flush=True)
         tallies += done
     text = TEXT.format(

@@ -9,7 +9,7 @@ from pathlib import Path
 from lcdist.commands.main import main
 from lcdist.rundir.paths import METRICS_FILE
 from tests.chaos.stdio import output_to
-from tests.chaos.tally import Tally
+from tests.chaos.tally import REFUSED, Tally, told
 from tests.chaos.tiny_run import OTHER_LOSSES, STEPS, Start, difference, write_data, write_settings
 
 MEANING = (
@@ -137,7 +137,7 @@ def try_damages(
     assert {what for what, _, _ in jobs} == set(FILES), "every kind of file is there"
     for what, file, damage in jobs if most is None else chance.sample(jobs, most):
         problem = _try_damage(scene, file, damage, chance)
-        tallies[what].add(problem and f"{file}, {damage}: {problem}")
+        tallies[what].add(told(problem, f"{file}, {damage}"))
     return [tally for tally in tallies.values() if tally.tried]
 
 
@@ -169,4 +169,4 @@ def _try_damage(scene: Scene, file: Path, damage: str, chance: random.Random) ->
         return f"exit status {status}: {' '.join(text.split())[-300:]}"
     if not any(name in line for line in lines for name in names):
         return f"the file is not named: {lines}"
-    return None
+    return REFUSED

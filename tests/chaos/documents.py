@@ -20,6 +20,7 @@ from lcdist.data.prepare.indexed import check_index
 from lcdist.data.tokenizers.byte_tokenizer import ByteTokenizer
 from tests.chaos.inputs import BYTE_CHANGES, Kind, changed
 from tests.chaos.stdio import output_to
+from tests.chaos.tally import REFUSED
 
 MEANING = (
     "the account adds up (files seen = read + left out; tokens and documents of `meta.json` are "
@@ -32,6 +33,7 @@ TEXTS = st.lists(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
         st.sampled_from(["", " ", "\n", "\r\n\n\n", "\x00", "\u2028", "</s>", "\ufeff", "a" * 300]),
     ),
+    min_size=1,
     max_size=6,
 )
 NAMES = st.sampled_from(["a", "b c", "é", "[red]x[/red]", "-x", "n" * 200, ".hidden", "in/d"])
@@ -43,14 +45,15 @@ def folders(draw: st.DrawFn) -> dict[str, Any]:
     files = {}
     for _ in range(draw(st.integers(1, 3))):
         suffix = draw(st.sampled_from([*FORMATS, *FORMATS, ".png"]))
-        content = {"texts": draw(TEXTS), "changes": draw(BYTE_CHANGES)}
+        damaged = draw(st.sampled_from([False, False, True]))
+        content = {"texts": draw(TEXTS), "changes": draw(BYTE_CHANGES) if damaged else []}
         if draw(st.integers(0, 5)) == 0:
             content = {"bytes": draw(st.binary(max_size=60)).decode("latin-1"), "changes": []}
         files[draw(NAMES) + suffix] = content
     settings = {
-        "--on-error": draw(st.sampled_from(["refuse", "skip"])),
-        "--valid-fraction": str(draw(st.sampled_from([0, 0.3, 0.5]))),
-        "--field": draw(st.sampled_from(["text", "text", "other"])),
+        "--on-error": draw(st.sampled_from(["skip", "skip", "refuse"])),
+        "--valid-fraction": str(draw(st.sampled_from([0, 0, 0, 0.4]))),
+        "--field": draw(st.sampled_from(["text"] * 5 + ["other"])),
     }
     return {"files": files, "settings": settings}
 
@@ -92,7 +95,7 @@ def attempt(value: Any, folder: Path) -> str | None:
         return "an error, and a folder of tokens nevertheless"
     names = [Path(name).name for name in value["files"]]
     named = any(name in text for name in (*names, str(source), "split has no document"))
-    return None if errors and named else f"exit status {status}: {' '.join(text.split())[-300:]}"
+    return REFUSED if errors and named else f"exit status {status}: {' '.join(text.split())[-300:]}"
 
 
 def _account(value: Any, source: Path, meta: Meta, out: Path) -> str | None:

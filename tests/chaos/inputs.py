@@ -16,7 +16,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.chaos.tally import Tally
+from tests.chaos.tally import REFUSED, Tally, told
 
 CORPUS = Path(__file__).parent / "corpus"
 # One attempt may take this long and this much more memory; work on absurd numbers is bounded.
@@ -33,7 +33,8 @@ class Kind:
         meaning: what "survived" means.
         count: how many are tried in full.
         inputs: generates inputs, which are values that JSON can write (bytes as Latin-1 text).
-        attempt: tries one in an empty folder; returns what went wrong, None for nothing.
+        attempt: tries one in an empty folder; returns what went wrong, None if it was accepted and
+            REFUSED if it was refused in order.
     """
 
     name: str
@@ -63,7 +64,7 @@ def try_inputs(
     tally = Tally(kind.name, kind.meaning)
     for file in sorted((CORPUS / kind.folder).glob("*.json")) if replay else []:
         problem = _attempt(kind, json.loads(file.read_text(encoding="utf-8")))
-        tally.add(problem and f"corpus/{kind.folder}/{file.name}: {problem}")
+        tally.add(told(problem, f"corpus/{kind.folder}/{file.name}"))
 
     @seed(with_seed)
     @settings(
@@ -75,8 +76,8 @@ def try_inputs(
     @given(kind.inputs)
     def each(value: Any) -> None:
         problem = _attempt(kind, value)
-        tally.add(problem and f"{_shown(value)}: {problem}")
-        if problem and keep is not None:
+        tally.add(told(problem, _shown(value)))
+        if problem not in (None, REFUSED) and keep is not None:
             keep_input(keep / kind.folder, value)
 
     if count:

@@ -16,6 +16,7 @@ from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.huggingface.names import hf_shapes
 from lcdist.distributed.mesh import end_world
 from tests.chaos.inputs import ABSURD, BYTE_CHANGES, Kind, changed
+from tests.chaos.tally import REFUSED
 
 MEANING = (
     "the import ends and its checkpoint gives the logits of the source, or ValueError and nothing "
@@ -156,7 +157,7 @@ def attempt(value: Any, folder: Path) -> str | None:
     except ValueError as error:
         if out.exists():
             return "an error, and a folder nevertheless"
-        return None if str(error).strip() else "an error without a text"
+        return REFUSED if str(error).strip() else "an error without a text"
     finally:
         end_world()
     difference: LogitDifference = result.difference

@@ -9,7 +9,7 @@ from tests.chaos.__main__ import KINDS, main
 from tests.chaos.damages import try_damages
 from tests.chaos.inputs import CORPUS, Kind, keep_input, try_inputs
 from tests.chaos.kills import WAYS, try_kills
-from tests.chaos.tally import Tally, failures, table
+from tests.chaos.tally import REFUSED, Tally, failures, table
 
 BY_NAME = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
@@ -63,13 +63,14 @@ def test_an_input_that_fails_is_counted_kept_and_tried_again(tmp_path: Path) -> 
     kind = KINDS[0]
 
     def attempt(value: dict, folder: Path) -> str | None:
-        return "odd" if value["world"] == 3 else None
+        return {3: "odd", 4: REFUSED}.get(value["world"])
 
     odd = Kind("odd", "", 0, kind.inputs, attempt)
     tally = try_inputs(odd, 60, with_seed=0, keep=tmp_path)
     kept = list((tmp_path / "odd").iterdir())
     assert tally.tried >= 60 and 0 < len(kept) <= len(tally.failures) < tally.tried
-    assert table([tally]).splitlines()[-1] == f"| odd | {tally.tried} | {tally.survived} |  |"
+    row = f"| odd | {tally.tried} | {tally.tried - len(tally.failures)} | {tally.refused} | 1 |"
+    assert tally.refused > 0 and row in table([tally]).splitlines()
     assert keep_input(tmp_path / "odd", {"world": 3}).is_file()
 
 

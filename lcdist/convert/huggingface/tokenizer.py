@@ -80,7 +80,8 @@ def _count_sentencepiece_tokens(file: Path) -> int:
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(file.read_bytes())
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:
+        # The second is the library's: its own message quotes the damaged bytes.
         raise ValueError(f"{file} is no sentencepiece model: {error}") from error
     return model.get_piece_size()
 

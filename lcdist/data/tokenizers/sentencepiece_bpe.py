@@ -108,7 +108,8 @@ class SentencePieceTokenizer:
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(model)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:
+            # The second is the library's: its own message quotes the damaged bytes.
             raise ValueError(f"tokenizer {path}: not a sentencepiece model ({error})") from error
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._model.get_piece_size()
