@@ -35,7 +35,7 @@ from lcdist.utils.digests import HashingWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs/debug/full.toml"
-# 102 million parameters: 1.2 GB of weights and moments in fp32.
+# 125 million parameters: 1.5 GB of weights and moments in fp32.
 SIZES = {
     "whole": ["model.num_layers=12", "model.hidden_size=768", "model.ffn_hidden_size=2048"],
     "quick": ["model.num_layers=2", "model.hidden_size=256", "model.ffn_hidden_size=512"],
