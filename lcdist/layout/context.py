@@ -71,21 +71,9 @@ class ContextLayout:
         """
         if not 0 <= rank < self.cp_size:
             raise ValueError(f"rank {rank}: must be in 0..{self.cp_size - 1}")
-        cp, local = self.cp_size, self.local_seqlen
-        if cp == 1:
-            return torch.arange(self.seqlen)
         if self.kind == "striped":
-            return torch.arange(rank, self.seqlen, cp)
-        if self.kind == "contiguous":
-            return torch.arange(rank * local, (rank + 1) * local)
-        piece = local // 2
-        mirror = 2 * cp - 1 - rank
-        return torch.cat(
-            [
-                torch.arange(rank * piece, (rank + 1) * piece),
-                torch.arange(mirror * piece, (mirror + 1) * piece),
-            ]
-        )
+            return torch.arange(rank, self.seqlen, self.cp_size)
+        return torch.cat([torch.arange(*span) for span in self.spans(rank)])
 
     def spans(self, rank: int) -> list[tuple[int, int]]:
         """Return the positions of `rank` as increasing intervals [start, stop); not for striped."""
