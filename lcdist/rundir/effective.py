@@ -1,4 +1,4 @@
-"""How much of a run's wall time trained, over all its starts."""
+"""Work out which share of a run's wall time trained, over all its starts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

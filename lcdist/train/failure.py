@@ -1,4 +1,4 @@
-"""How a run that failed is recorded, and where it goes on."""
+"""Record that a run failed, why, and where it goes on."""
 
 import contextlib
 import traceback

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a start of a run begins.
+    """Describe the checkpoint that a start of a run begins from.
 
     Attributes:
         checkpoint: the run's own checkpoint, compared with its digests; None for a new run.

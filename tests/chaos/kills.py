@@ -22,20 +22,20 @@ MOMENTS = ("before the first step", "among steps", "within a save")
 
 @dataclass(frozen=True)
 class Way:
-    """How a run trains: ranks, and whether it goes on training while a checkpoint is written."""
+    """Describe how a run trains: its ranks, and whether saves are asynchronous."""
 
     ranks: int
     asynchronous: bool
 
     @property
     def kind(self) -> str:
-        """What the table calls it."""
+        """Return the name in the table."""
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
         return f"SIGKILL, {ranks}, {'asynchronous' if self.asynchronous else 'synchronous'} saves"
 
     @property
     def words(self) -> list[str]:
-        """Overrides of the configuration."""
+        """Return overrides of the configuration."""
         asynchronous = str(self.asynchronous).lower()
         return [f"parallel.cp_size={self.ranks}", f"checkpoint.asynchronous={asynchronous}"]
 

@@ -95,7 +95,7 @@ def hash_fraction(seed: int, name: str) -> float:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source has.
+    """List the files of a source, and count what is not read.
 
     Attributes:
         files: those to read, sorted by name.
