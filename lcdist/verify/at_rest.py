@@ -44,7 +44,10 @@ def check_at_rest(folder: Path) -> Iterator[Checked]:
         ValueError: there is nothing with digests.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+        raise ValueError(
+            f"{folder}: no such folder; give a run, a checkpoint, or a folder made by "
+            "'lcdist tokenize' or 'lcdist convert'"
+        )
     checked = 0
     for found in _checkpoints(folder):
         checked += 1

@@ -1,4 +1,4 @@
-"""What changes on disk is noticed, by name, and a run goes on from the newest whole checkpoint."""
+"""Test that a changed file is named, and that a run goes on from the newest whole checkpoint."""
 
 import json
 import os
@@ -204,6 +204,8 @@ def test_check_names_what_is_damaged(damaged: Any, capsys: pytest.CaptureFixture
     assert printed.err.splitlines()[-1].startswith("error: 1 damaged folder, named above: ")
     assert main(["check", str(folder)]) == 2
     assert "has no lcdist.json, meta.json or SHA256SUMS" in capsys.readouterr().err
+    assert main(["check", str(folder / "nowhere")]) == 2
+    assert "nowhere: no such folder; give a run, a checkpoint" in capsys.readouterr().err
 
 
 def test_sums_are_those_of_coreutils(tmp_path: Path) -> None:
