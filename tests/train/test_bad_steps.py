@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ from lcdist.train.trainer import Trainer
 from tests.checkpoint.stored import assert_same_tensors
 from tests.distributed import run_ranks
 from tests.model.small import small
-from tests.train.test_resume import STEPS, config_in, killed_after, launched, unmeasured
+from tests.train.test_resume import (
+    STEPS,
+    before_step,
+    config_in,
+    killed_after,
+    launched,
+    unmeasured,
+)
 
 NORM = "decoder.final_layernorm.weight"
 
@@ -73,23 +81,6 @@ def diverged_after(step: int) -> Iterator[None]:
         Trainer._one_step = real  # type: ignore[method-assign]
 
 
-@contextmanager
-def removed_at(step: int, folder: Path) -> Iterator[None]:
-    """Within, somebody removes the run folder while `step` is taken."""
-    real = Trainer._one_step
-
-    def one_step(self: Trainer, *more: Any) -> Any:
-        if self.step == step - 1 and torch.distributed.get_rank() == 0:
-            shutil.rmtree(folder)
-        return real(self, *more)
-
-    Trainer._one_step = one_step  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Trainer._one_step = real  # type: ignore[method-assign]
-
-
 def refused(config: Config) -> str:
     with pytest.raises((FloatingPointError, FileNotFoundError)) as caught:
         run(config)
@@ -119,7 +110,7 @@ def bad_runs(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     run(config_in(folder / "stops", *back))
     with diverged_after(4):
         said["diverged"] = refused(config_in(folder / "diverges"))
-    with removed_at(3, folder / "gone"):
+    with before_step(3, 0, partial(shutil.rmtree, folder / "gone")):
         said["gone"] = refused(config_in(folder / "gone"))
     return said
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +64,27 @@ def killed_after(config: Config, step: int, saved: bool) -> None:
         Trainer.save = real  # type: ignore[method-assign]
 
 
-def signalled_at(config: Config, step: int, number: int, rank: int) -> Any:
-    """Run, and signal one rank to stop while it takes `step`."""
+@contextlib.contextmanager
+def before_step(step: int, rank: int, act: Callable[[], Any]) -> Iterator[None]:
+    """Within, call `act` on one rank when it begins to take `step`."""
     real = Trainer._one_step
 
     def one_step(self: Trainer, *more: Any) -> Any:
         if self.step == step - 1 and self.mesh.rank == rank:
-            os.kill(os.getpid(), number)
+            act()
         return real(self, *more)
 
     Trainer._one_step = one_step  # type: ignore[method-assign]
     try:
-        return run(config)
+        yield
     finally:
         Trainer._one_step = real  # type: ignore[method-assign]
+
+
+def signalled_at(config: Config, step: int, number: int, rank: int) -> Any:
+    """Run, and signal one rank to stop while it takes `step`."""
+    with before_step(step, rank, lambda: os.kill(os.getpid(), number)):
+        return run(config)
 
 
 def stop_and_go(rank: int, world_size: int, folder: Path) -> list[Any]:

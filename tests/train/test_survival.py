@@ -24,7 +24,14 @@ from lcdist.verify.preflight import check_start
 from tests.checkpoint.stored import assert_same_tensors
 from tests.distributed import run_ranks
 from tests.model.small import Meshes, small, take_steps
-from tests.train.test_resume import STEPS, config_in, killed_after, launched, unmeasured
+from tests.train.test_resume import (
+    STEPS,
+    before_step,
+    config_in,
+    killed_after,
+    launched,
+    unmeasured,
+)
 
 # --- the file `stop`, and what a batch script reads -----------------------------------------------
 
@@ -32,18 +39,8 @@ from tests.train.test_resume import STEPS, config_in, killed_after, launched, un
 @contextmanager
 def asked_at(step: int, file: Path) -> Iterator[None]:
     """Within, somebody makes the file while `step` is taken."""
-    real = Trainer._one_step
-
-    def one_step(self: Trainer, *more: Any) -> Any:
-        if self.step == step - 1 and self.mesh.rank == 1:
-            file.touch()
-        return real(self, *more)
-
-    Trainer._one_step = one_step  # type: ignore[method-assign]
-    try:
+    with before_step(step, 1, file.touch):
         yield
-    finally:
-        Trainer._one_step = real  # type: ignore[method-assign]
 
 
 def stop_by_file(rank: int, world_size: int, folder: Path) -> list[Any]:
