@@ -209,7 +209,10 @@ def _targets(sample: Sample, document_layout: DocumentLayout, pack: bool) -> tup
     # For each position, the index into text_positions of the next text token.
     following = torch.searchsorted(text_positions, torch.arange(seqlen), right=True)
     mask = is_text[:-1] & (following < len(text_positions))
-    label_positions = text_positions[following.clamp(max=len(text_positions) - 1)]
+    following = following.clamp(max=len(text_positions) - 1)
+    label_positions = text_positions[following]
+    if sample.is_target is not None:
+        mask &= sample.is_target[following]
     if pack:
         ends = sample.cu_seqlens[1:] if sample.ends_document else sample.cu_seqlens[1:-1]
         document = torch.searchsorted(ends.long(), torch.arange(seqlen + 1), right=True)

@@ -1,8 +1,9 @@
 """Perplexity by length: score the same held-out text in windows of several lengths.
 
 At each length the text is split into windows without overlap. Every token is scored given all
-tokens before it in its window. The text is the same at all lengths, so longer windows improve the
-score only of a model that uses its context. Most models fail beyond their training length.
+tokens before it in its window, but for the first token of a document: no text before it says what
+it is. The text is the same at all lengths, so longer windows improve the score only of a model that
+uses its context. Most models fail beyond their training length.
 """
 
 import math
@@ -26,10 +27,12 @@ class Text:
     """Text to score.
 
     tokens: int64 `[n + 1]`; the last one is a label only.
+    begins: bool `[n + 1]`, whether a token does not continue the document of the one before it.
     joined: whether documents were concatenated to fill the windows.
     """
 
     tokens: Tensor
+    begins: Tensor
     joined: bool
 
 
@@ -68,9 +71,9 @@ class Windows:
     def sample(self, index: int) -> Sample:
         """Return window number `index` as one document."""
         start = index * self.seqlen
-        tokens = self.text.tokens[start : start + self.seqlen + 1]
+        window = slice(start, start + self.seqlen + 1)
         borders = torch.tensor([0, self.seqlen], dtype=torch.int32)
-        return Sample(tokens, borders, ends_document=False)
+        return Sample(self.text.tokens[window], borders, False, ~self.text.begins[window])
 
 
 def held_out_text(split: TokenSplit, length: int, tokens: int) -> Text:
@@ -82,21 +85,26 @@ def held_out_text(split: TokenSplit, length: int, tokens: int) -> Text:
     """
     count = -(-tokens // length)
     pieces: list[Tensor] = []
+    begins = torch.zeros(count * length + 1, dtype=torch.bool)
     for number in split.longest_documents(length + 1):
         document = split.document(number)
         room = min((len(document) - 1) // length, count - len(pieces))
+        begins[len(pieces) * length] = True
         pieces += [document[i * length : (i + 1) * length] for i in range(room)]
         if len(pieces) == count:
             # Label of the last token; a window's last label is otherwise the next window's start.
             last = document[room * length : room * length + 1]
-            return Text(torch.cat([*pieces, last]), joined=False)
+            return Text(torch.cat([*pieces, last]), begins, joined=False)
     if split.num_tokens < count * length + 1:
         raise ValueError(
             f"the {split.split} split has {split.num_tokens} tokens; evaluate.tokens = {tokens} in "
             f"windows of {length} needs {count * length + 1}: lower evaluate.tokens or "
             "evaluate.lengths, or tokenize with a larger --valid-fraction"
         )
-    return Text(split.window(0, count * length + 1), joined=True)
+    begins = torch.zeros_like(begins)
+    starts = torch.from_numpy(split.document_starts)
+    begins[starts[starts < len(begins)]] = True
+    return Text(split.window(0, count * length + 1), begins, joined=True)
 
 
 def perplexity_by_length(

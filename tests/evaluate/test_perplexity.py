@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from lcdist.checkpoint.save import Checkpointer
+from lcdist.data.datasets.aligned import AlignedDataset
 from lcdist.data.datasets.split import TokenSplit
+from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.meta import Meta, write_meta
 from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.engines.optimizer import ShardedAdamW
 from lcdist.evaluate.loaded_model import evaluate_checkpoint, load_model
 from lcdist.evaluate.perplexity import Score, Windows, held_out_text, perplexity_by_length
 from lcdist.layout import ContextLayout
+from lcdist.layout.documents import DocumentLayout
 from lcdist.model.build import CausalLM
 from lcdist.model.sequence import SequenceParams
 from megatron.core.distributed import DistributedDataParallel
@@ -96,6 +99,31 @@ def test_windows_tile_the_text(split: TokenSplit) -> None:
     assert windows.count == 2
     assert windows.sample(1).tokens.tolist() == [*range(25, 31)]
     assert windows.sample(1).cu_seqlens.tolist() == [0, 5] and not windows.sample(1).ends_document
+
+
+@pytest.mark.parametrize("slots", [DocumentLayout(), DocumentLayout(block_size=4, landmark=249)])
+@pytest.mark.parametrize("length", [4, 8, 24])
+def test_no_label_lies_across_the_end_of_a_document(
+    split: TokenSplit, slots: DocumentLayout, length: int
+) -> None:
+    texts = [held_out_text(split, 8, 16), held_out_text(split, 24, 24)]
+    assert [text.joined for text in texts] == [False, True]
+    for text in texts:
+        windows = Windows(text, length, VOCAB)
+        row = slots.num_slots(length)
+        spec = LoaderSpec(ContextLayout("contiguous", row, 1), 0, 1, 0, 1, 1, document_layout=slots)
+        loader = Loader(AlignedDataset(windows, slots, row), spec)
+        scored = 0
+        for _ in range(windows.count):
+            [batch] = loader.next_step()
+            pairs = zip(batch.tokens[0], batch.labels[0], batch.loss_mask[0], strict=True)
+            # A token's first digits tell its document, but for the landmark's.
+            labels = [int(label) for token, label, mask in pairs if mask]
+            assert not {0, 20, 40, 60} & {*labels}
+            scored += len(labels)
+        inside = text.tokens[1 : windows.count * length + 1]
+        skipped = sum(bool(begins) for begins in text.begins[1 : len(inside) + 1])
+        assert scored == len(inside) - skipped
 
 
 def test_perplexity_is_exp_of_the_loss() -> None:

@@ -25,10 +25,11 @@ class AlignedDataset:
 
     def sample(self, index: int) -> Sample:
         """Return sample number `index`."""
-        text = self.inner.sample(index).tokens
+        sample = self.inner.sample(index)
+        text = sample.tokens
         row = self.document_layout.place(text[:-1], 0, self.seqlen, self.inner.seqlen)
         cu_seqlens = torch.tensor([0, self.seqlen], dtype=torch.int32)
-        return Sample(torch.cat([row, text[-1:]]), cu_seqlens, ends_document=False)
+        return Sample(torch.cat([row, text[-1:]]), cu_seqlens, False, sample.is_target)
 
 
 class PackedSyntheticDataset:

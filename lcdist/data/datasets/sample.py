@@ -16,11 +16,14 @@ class Sample:
         cu_seqlens: int32 `[n + 1]`, borders of the documents in the first seqlen tokens.
         ends_document: whether a document ends at token seqlen - 1. Then the label of that token
             (the last entry of `tokens`) belongs to another document.
+        is_target: bool, one for each text token in `tokens`, in order: whether the model is asked
+            to predict it. None: all of them.
     """
 
     tokens: Tensor
     cu_seqlens: Tensor
     ends_document: bool
+    is_target: Tensor | None = None
 
 
 class Dataset(Protocol):

@@ -66,6 +66,11 @@ class TokenSplit:
         """Number of documents."""
         return len(self.document_lengths)
 
+    @property
+    def document_starts(self) -> np.ndarray:
+        """Return the place of each document's first token in stored order, int64."""
+        return np.cumsum(self.document_lengths) - self.document_lengths
+
     def document(self, number: int) -> Tensor:
         """Return the tokens of a document, its eos included: int64 `[n]`."""
         return self._read(number, 0, int(self.document_lengths[number]))
