@@ -151,7 +151,7 @@ model.rope.scaling = ["pi"]
 model.rope = "pi"
     model.rope = 'pi': expected a table of keys, got str
 model.rope.factor = 2
-    unknown key 'model.rope.factor'; known keys: scaling, base
+    unknown key 'model.rope.factor'; known keys: scaling, base, extend
 model.rope = {scaling = "pi", factr = 2}
     unknown key 'model.rope.factr'; did you mean 'model.rope.factor'?
 model.rope = {scaling = "ntk", factor = 0.5}

@@ -18,9 +18,9 @@ from lcdist.commands.main import parse_words
 from lcdist.config import load
 from lcdist.config.rope import RopePlain
 from lcdist.config.schema import Config, ModelConfig
-from lcdist.config.stages import load_stages
 from lcdist.hardware.gpu_specs import GPU_SPECS
 from lcdist.plan import Plan, make_plan, smallest_world
+from lcdist.rundir.source import load_run
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
@@ -80,7 +80,7 @@ def begins_with(path: Path) -> str:
     return OWN.get(name(path)) or next(
         word
         for word in sorted(PUBLISHED, key=len, reverse=True)
-        if load_stages(path)[0].config.checkpoint.load in (f"runs/{word}", f"runs/{word}-landmark")
+        if load_run(path)[0].config.checkpoint.load in (f"runs/{word}", f"runs/{word}-landmark")
     )
 
 
@@ -88,7 +88,7 @@ def begins_with(path: Path) -> str:
 def plans(path: Path) -> dict[str, Plan]:
     """Plan each stage for H100 GPUs."""
     world = gpus(path)
-    return {stage.name: make_plan(stage.config, world, H100) for stage in load_stages(path)}
+    return {stage.name: make_plan(stage.config, world, H100) for stage in load_run(path)}
 
 
 def tokens_a_step(config: Config) -> int:
@@ -124,7 +124,7 @@ def table() -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_it_loads_and_plans_on_its_smallest_world(path: Path) -> None:
-    for stage in load_stages(path):
+    for stage in load_run(path):
         plan = make_plan(stage.config, smallest_world(stage.config))
         assert plan.shape.seqlen >= stage.config.train.seqlen and plan.dp_size == 1
 
@@ -217,7 +217,7 @@ def test_what_it_starts_from_is_made_as_it_says(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     found = re.findall(r"^# Start from the result of: (.*)$", text, re.M)
     assert bool(found) == (name(path) not in OWN)
-    config = load_stages(path)[0].config
+    config = load_run(path)[0].config
     known = PUBLISHED[begins_with(path)].model.vocab_size
     more = [f"model.vocab_size={config.model.vocab_size}"]
     for command in found:
@@ -232,7 +232,7 @@ def test_the_readmes_commands_can_be_given() -> None:
     for command in commands:
         arguments = parse_words(shlex.split(command))
         if hasattr(arguments, "config"):
-            for stage in load_stages(ROOT / arguments.config, arguments.overrides):
+            for stage in load_run(ROOT / arguments.config, arguments.overrides):
                 make_plan(stage.config, arguments.world_size)
 
 

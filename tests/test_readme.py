@@ -10,8 +10,8 @@ from lcdist.attention import METHODS
 from lcdist.attention.registry import BUILT_IN
 from lcdist.attention.table import method_table
 from lcdist.commands.main import parse_words
-from lcdist.config.stages import load_stages
 from lcdist.plan import make_plan, smallest_world
+from lcdist.rundir.source import load_run
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "LOG.md", "CHANGELOG.md", "docs/architecture.md")
@@ -47,7 +47,7 @@ def check_lcdist(words: list[str]) -> None:
     arguments = parse_words(words)
     if hasattr(arguments, "config"):
         asked = getattr(arguments, "world_size", None)
-        for stage in load_stages(ROOT / arguments.config, arguments.overrides):
+        for stage in load_run(ROOT / arguments.config, arguments.overrides):
             make_plan(stage.config, smallest_world(stage.config) if asked is None else asked)
 
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcdist.rundir.paths import LATEST, CheckpointError, DamagedCheckpointError
+from lcdist.rundir.paths import LATEST, MANIFEST, CheckpointError, DamagedCheckpointError
 from lcdist.utils.atomic import sync_file, sync_folder, write_file
 from lcdist.utils.digests import sha256_of_all
 from lcdist.utils.json_file import check_types, read_object
 
 FORMAT = 1
-MANIFEST = "lcdist.json"
 OWN_DIGEST = "sha256_of_manifest"
 _TYPES = {
     **{"step": int, "config": str, "dtype": str, "world_size": int},

@@ -10,12 +10,13 @@ from typing import Any
 import torch.distributed as dist
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.checkpoint.manifest import MANIFEST, Checkpoint, read_manifest
+from lcdist.checkpoint.manifest import Checkpoint, read_manifest
 from lcdist.config import parse
 from lcdist.config.schema import Config
 from lcdist.model.init import LORA_PARAMS, METHOD_PARAMS
 from lcdist.rundir.paths import (
     CHECKPOINTS,
+    MANIFEST,
     STEP_PREFIX,
     CheckpointError,
     DamagedCheckpointError,

@@ -6,9 +6,9 @@ from rich.table import Table
 
 from lcdist.commands.arguments import add_config
 from lcdist.commands.console import plain_console
-from lcdist.config.stages import load_stages
 from lcdist.hardware.gpu_specs import GPU_SPECS
 from lcdist.plan import make_plan, plan_rows, smallest_world
+from lcdist.rundir.source import load_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print one table of plan rows for each stage of the configuration."""
-    for stage in load_stages(arguments.config, arguments.overrides):
+    for stage in load_run(arguments.config, arguments.overrides):
         world_size, title = arguments.world_size, arguments.config
         if world_size is None:
             world_size = smallest_world(stage.config)

@@ -12,8 +12,8 @@ from lcdist.commands.arguments import add_config
 from lcdist.config.fields import RANKS
 from lcdist.config.load import ConfigError
 from lcdist.config.schema import Config
-from lcdist.config.stages import load_stages
 from lcdist.config.values import shown
+from lcdist.rundir.source import load_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the folder, without a newline; stages lie in the folder of the whole run."""
-    stages = load_stages(arguments.config, arguments.overrides)
+    stages = load_run(arguments.config, arguments.overrides)
     for stage in stages:
         check_mesh(stage.config, arguments.nodes, arguments.procs)
     folder = Path(stages[0].config.log.folder)

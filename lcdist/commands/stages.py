@@ -17,12 +17,13 @@ from rich.console import Console
 from lcdist.commands import train
 from lcdist.commands.arguments import add_config
 from lcdist.config import ConfigError
-from lcdist.config.stages import Stage, load_stages
+from lcdist.config.stages import Stage
 from lcdist.distributed.mesh import end_mesh, end_world, start_world, world_size
 from lcdist.distributed.rank_zero import run_on_rank_zero
 from lcdist.plan import make_plan
 from lcdist.rundir.paths import CHECKPOINTS, latest_in
 from lcdist.rundir.signals import STOP, clear_signals, steps_done, write_done, write_stopped
+from lcdist.rundir.source import load_run
 from lcdist.train.trainer import Outcome
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train all stages, and log how the run ended."""
     try:
-        outcome = run_stages(load_stages(arguments.config, arguments.overrides))
+        outcome = run_stages(load_run(arguments.config, arguments.overrides))
     finally:
         end_world()
     log.info("%s: %s", outcome.status, outcome.reason)

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from lcdist.config.schema import OPTIONS, Config, RawOptions
 from lcdist.config.values import MOST_ENTRIES, MOST_KEYS, folder_problem, shown, text_problem
 
+# Keys that `lcdist.config.source` replaces by others before the dataclasses are built.
+REPLACED = {"model": ("from",), "model.rope": ("extend",)}
 _TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
@@ -70,7 +72,7 @@ def build(cls: type, table: Any, where: str, errors: list[str]) -> Any:
         values["others"], unknown = _other_options(values.get("layers", ""), unknown, where, errors)
         method = values.get("method", fields["method"].default)
         values["options"], unknown = _method_options(method, unknown, where, known, errors), {}
-    errors.extend(_unknown_keys(list(unknown), known, where))
+    errors.extend(_unknown_keys(list(unknown), [*known, *REPLACED.get(where, ())], where))
     return None if len(errors) > errors_before else cls(**values)
 
 
@@ -129,6 +131,8 @@ def _unknown_keys(unknown: Sequence[str], known: Sequence[str], where: str) -> I
 
 
 def _unknown_key(key: str, known: Sequence[str], where: str) -> str:
+    if key in REPLACED.get(where, ()):
+        return f"key '{_join(where, key)}': it belongs to the start of a run, by a file or a word"
     hint = section_hint(key)
     close = difflib.get_close_matches(key[:100], known, n=1)
     if not hint and close:

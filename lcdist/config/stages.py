@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lcdist.config.build import ConfigError
+from lcdist.config.build import ConfigError, build
 from lcdist.config.load import parse, read_table
+from lcdist.config.overrides import merge_overrides
 from lcdist.config.schema import Config
+from lcdist.config.source import FindSource, Source, fill_model, find_in_table
 from lcdist.config.values import shown
 
 KEY = "stages"
@@ -32,12 +34,16 @@ class Stage:
     config: Config
 
 
-def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Stage, ...]:
+def load_stages(
+    path: str | Path, overrides: Sequence[str] = (), find: FindSource | None = None
+) -> tuple[Stage, ...]:
     """Load the stages of the TOML file `path`; a file without stages is one stage.
 
     Args:
         path: The file.
         overrides: `section.key=value` for every stage, `stages.NAME.section.key=value` for one.
+        find: Opens the checkpoint that the first stage starts from, to take settings of the model
+            from it. None: what is written holds.
 
     Raises:
         ConfigError: With every mistake, and the name of its stage.
@@ -48,7 +54,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Stage,
     if tables is None:
         if own:
             raise ConfigError([f"override {shown(own[0][1])}: {path} has no stages"])
-        return (Stage("", parse(table, overrides)),)
+        return (Stage("", _Chain(find).parse(table, overrides)),)
     names = _names(tables)
     unknown = [text for name, text, _ in own if name not in names]
     if unknown:
@@ -57,6 +63,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Stage,
         )
     stages: list[Stage] = []
     errors: list[str] = []
+    chain = _Chain(find)
     for name, stage_table in zip(names, tables, strict=True):
         sections = {key: value for key, value in stage_table.items() if key != "name"}
         errors_before = len(errors)
@@ -68,7 +75,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Stage,
         ]
         words = [*common, *(word for stage, _, word in own if stage == name)]
         try:
-            config = parse(_merge(table, sections), words)
+            config = chain.parse(_merge(table, sections), words, name)
         except ConfigError as error:
             errors += [f"stage '{name}': {line}" for line in error.errors]
         if len(errors) == errors_before:
@@ -77,6 +84,41 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Stage,
         # A mistake outside the stages is found once in each.
         raise ConfigError(dict.fromkeys(errors))
     return _chain(stages)
+
+
+class _Chain:
+    """Parse one stage after another: each takes settings of the model from the one before."""
+
+    def __init__(self, find: FindSource | None) -> None:
+        self._find = find
+        self._root: Source | None = None
+        self._before: Source | None = None
+
+    def parse(self, table: Mapping[str, Any], overrides: Sequence[str], name: str = "") -> Config:
+        """Return the configuration of a stage; raise ConfigError with every mistake."""
+        if self._find is None:
+            return parse(table, overrides)
+        errors: list[str] = []
+        merged = merge_overrides(table, overrides, errors)
+        source = find_in_table(merged, self._first_only(self._find, name))
+        if self._before is None:
+            self._root = source
+        fill_model(merged, self._before or source, self._root, errors)
+        config = build(Config, merged, "", errors)
+        if errors:
+            raise ConfigError(errors)
+        self._before = Source(f"stage {name!r}", config.model, config.train.seqlen)
+        return config
+
+    def _first_only(self, find: FindSource, name: str) -> FindSource:
+        """Return `find` for the first stage, with its folder; others start from the one before."""
+
+        def found(folder: str, run_folder: str) -> Source | None:
+            if self._before is not None:
+                return self._before
+            return find(folder, f"{run_folder}/1-{name}" if name and run_folder else run_folder)
+
+        return found
 
 
 def _chain(stages: Sequence[Stage]) -> tuple[Stage, ...]:

@@ -9,6 +9,8 @@ STATUS_FILE = "status.json"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = "lock"
 CHECKPOINTS = "checkpoints"
+# In the folder of a checkpoint: everything that is not a tensor.
+MANIFEST = "lcdist.json"
 # In the folder of checkpoints: a text file that holds the name of the newest.
 LATEST = "latest"
 STEP_PREFIX = "step_"

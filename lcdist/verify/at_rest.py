@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcdist.checkpoint.manifest import MANIFEST, read_manifest
+from lcdist.checkpoint.manifest import read_manifest
 from lcdist.data.meta import META, read_meta
 from lcdist.rundir.paths import (
     CHECKPOINTS,
     DAMAGED_PREFIX,
     LEFT_PREFIX,
+    MANIFEST,
     STEP_PREFIX,
     DamagedCheckpointError,
 )

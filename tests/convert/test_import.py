@@ -5,6 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lcdist.checkpoint.read import saved_config
+from lcdist.config import ConfigError
+from lcdist.rundir.source import load_run
+from lcdist.train.resume import open_fitting
 from tests.convert.hf import FAMILIES, import_all, logits_of, make_model, save, tokens
 from tests.convert.ours import logits_on
 from tests.distributed import run_ranks
@@ -76,3 +80,29 @@ def test_logits_match_transformers(world_size: int, every: bool, imported: dict)
             assert_matches(ours, imported[family][1], 1e-5)
         except AssertionError as error:
             raise AssertionError(f"{family} on {mesh}") from error
+
+
+def test_a_run_takes_its_settings_from_the_import(imported: dict, tmp_path: Path) -> None:
+    for family in FAMILIES:
+        folder = imported[family][0]
+        file = tmp_path / "run.toml"
+        file.write_text(
+            f'[model]\nfrom = "{folder}"\n[train]\nseqlen = 64\nsteps = 2\n'
+            f'[data]\nsource = "synthetic"\n[log]\nfolder = "{tmp_path / family}"\n',
+            encoding="utf-8",
+        )
+        [stage] = load_run(file)
+        checkpoint = open_fitting(folder, stage.config)
+        assert stage.config.model == saved_config(checkpoint).model
+        assert stage.config.checkpoint.load == str(folder)
+        if stage.config.model.rope.base != 10000.0:
+            with pytest.raises(ConfigError, match=r"model\.rope\.base = 10000\.0: .* has "):
+                load_run(file, ["model.rope.base=10000.0"])
+
+
+def test_a_hugging_face_folder_has_to_be_imported_first(imported: dict, tmp_path: Path) -> None:
+    source = imported["llama2"][0].parent / "hf-llama2"
+    file = tmp_path / "run.toml"
+    file.write_text(f'[model]\nfrom = "{source}"\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="import it first, with 'lcdist convert import"):
+        load_run(file)

@@ -48,8 +48,8 @@ def memory_options(tiled: tuple[str, ...]) -> list[tuple[str, ...]]:
     ]
 
 
-# DeepSpeed allocates a whole bucket at each step: the default one, of half a gigabyte, would hold all
-# gradients of this model, and tests/unwritten.py fills it. This one holds those of part of a layer.
+# DeepSpeed allocates a whole bucket at each step, and tests/unwritten.py fills it: the default one
+# has half a gigabyte. This one holds the gradients of a part of a layer.
 DEEPSPEED = "train.engine=deepspeed"
 BUCKET = "deepspeed.reduce_bucket_elements=20000"
 
