@@ -229,6 +229,16 @@ def test_another_rule_than_the_sources_is_refused(tmp_path: Path) -> None:
     assert load(tmp_path, FILLED, *words, model=long).model.rope == RopePI(base=1e5, factor=4)
 
 
+def test_an_attention_factor_follows_a_written_factor_only_if_it_is_the_formulas(
+    tmp_path: Path,
+) -> None:
+    words = ("model.rope.scaling=yarn", "model.rope.factor=8.0")
+    for stored, expected in ((1.1386294361119891, None), (1.5, 1.5)):
+        rope = RopeYarn(base=1e5, factor=4.0, original_seqlen=16, attention_factor=stored)
+        found = load(tmp_path, FILLED, *words, model=replace(SMOL, rope=rope)).model.rope
+        assert found == replace(rope, factor=8.0, attention_factor=expected)
+
+
 STAGES = """
 [[stages]]
 name = "short"
@@ -253,6 +263,15 @@ def test_a_stage_takes_what_is_not_written_from_the_one_before(tmp_path: Path) -
     assert long.model.rope == replace(four, factor=16.0)
     loads = [config.checkpoint.load for config in (short, middle, long)]
     assert loads == ["models/smol", "runs/new/1-short", "runs/new/2-middle"]
+
+
+def test_stages_from_random_weights_follow_each_other_too(tmp_path: Path) -> None:
+    scratch = FILLED.replace("models/smol", "")
+    pi = 'model.rope = { scaling = "pi", factor = 4.0 }'
+    stages = STAGES.replace('model.rope.extend = "yarn:4"', pi)
+    text = scratch + REST + stages.replace('model.rope.extend = "yarn:16"\n', "")
+    configs = [stage.config for stage in load_stages(_written(tmp_path, text), (), finder())]
+    assert [config.model.rope for config in configs] == [RopePI(factor=4.0)] * 3
 
 
 def test_a_run_that_began_needs_its_source_no_more(tmp_path: Path) -> None:

@@ -132,7 +132,8 @@ def _unknown_keys(unknown: Sequence[str], known: Sequence[str], where: str) -> I
 
 def _unknown_key(key: str, known: Sequence[str], where: str) -> str:
     if key in REPLACED.get(where, ()):
-        return f"key '{_join(where, key)}': it belongs to the start of a run, by a file or a word"
+        name = _join(where, key)
+        return f"key '{name}': only 'lcdist plan' and 'lcdist train' read it; leave it out"
     hint = section_hint(key)
     close = difflib.get_close_matches(key[:100], known, n=1)
     if not hint and close:

@@ -10,8 +10,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from lcdist.config.build import REPLACED, ConfigError
-from lcdist.config.rope import RopePlain
-from lcdist.config.rope_extend import base_of, extend_rope
+from lcdist.config.rope import RopePlain, RopeYarn
+from lcdist.config.rope_extend import base_of, extend_rope, with_factor
 from lcdist.config.schema import ModelConfig
 from lcdist.config.values import shown
 
@@ -22,7 +22,7 @@ _SCALE = {"factor", "short_factors", "long_factors", "attention_factor"}
 
 @dataclass(frozen=True)
 class Source:
-    """What a run takes from the checkpoint that it starts from.
+    """Hold the settings of a checkpoint that a run starts from.
 
     Attributes:
         name: The checkpoint, for messages.
@@ -65,7 +65,7 @@ def find_in_table(table: dict[str, Any], find: FindSource) -> Source | None:
             raise ConfigError(
                 [f"{key} = {named!r} and checkpoint.load = {shown(folder)}: leave one of them out"]
             )
-        folder = checkpoint.setdefault("load", named)
+        checkpoint.setdefault("load", named)
         folder = named
     if not isinstance(folder, str) or not folder:
         return None
@@ -160,7 +160,9 @@ def _extended(
 
 def _filled_rope(rope: dict[str, Any], source: Source, errors: list[str]) -> dict[str, Any]:
     """Return the written rotation with the source's values of what is not written."""
-    theirs = _table(source.model.rope)
+    model = source.model.rope
+    # An attention factor by formula follows the factor that is written.
+    theirs = _table(with_factor(model, model.factor) if isinstance(model, RopeYarn) else model)
     kind = rope.get("scaling", theirs["scaling"])
     if source.is_own:
         return {**theirs, **rope} if kind == theirs["scaling"] else rope
@@ -168,16 +170,15 @@ def _filled_rope(rope: dict[str, Any], source: Source, errors: list[str]) -> dic
         if theirs["scaling"] not in ("none", "longrope"):
             errors.append(_differs("model.rope.scaling", kind, theirs["scaling"], source))
             return rope
-        known = {"base": theirs["base"]}
-        if kind in ("yarn", "llama3", "dynamic", "longrope"):
-            known["original_seqlen"] = source.seqlen
         theirs = {"base": theirs["base"]}
-        filled = {**known, **rope}
+        filled = {**theirs, **rope}
+        if kind in ("yarn", "llama3", "dynamic", "longrope"):
+            filled.setdefault("original_seqlen", source.seqlen)
     else:
-        factors = {key for key in _SCALE & rope.keys() if rope[key] != theirs.get(key)}
-        # A written factor comes with its own attention factor.
-        without = {"attention_factor"} if factors else set()
-        filled = {**{k: v for k, v in theirs.items() if k not in without}, **rope}
+        rescaled = any(rope[key] != theirs.get(key) for key in _SCALE & rope.keys())
+        if kind == "longrope" and rescaled:
+            theirs.pop("attention_factor", None)
+        filled = {**theirs, **rope}
     for key in (rope.keys() & theirs.keys()) - _SCALE - {"scaling"}:
         if rope[key] != theirs[key]:
             error = _differs(f"model.rope.{key}", rope[key], theirs[key], source)

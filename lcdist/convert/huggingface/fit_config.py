@@ -4,7 +4,6 @@ The rotary embedding is scaled by target length over model length: with position
 (arXiv:2306.15595) if the model has no scaling, with its own rule otherwise.
 """
 
-import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from lcdist.config import dump, parse
 from lcdist.config.rope import Rope, RopeDynamic, RopeLong, RopePI, RopePlain, RopeYarn
+from lcdist.config.rope_extend import with_factor
 from lcdist.config.schema import AttentionConfig, Config, ModelConfig
 from lcdist.convert.huggingface.config import HFModel
 from lcdist.convert.huggingface.custom_attention import has_landmarks, inference_layers
@@ -107,11 +107,8 @@ def scaled_rope(rope: Rope, seqlen: int, target: int) -> Rope:
             f"model.rope.scaling=pi model.rope.factor={ratio:g}"
         )
     if isinstance(rope, RopeYarn):
-        written, formula = rope.attention_factor, 0.1 * math.log(rope.factor) + 1
-        by_formula = written is None or math.isclose(written, formula, rel_tol=1e-6)
-        factor = max(rope.factor, target / rope.original_seqlen)
-        return replace(rope, factor=factor, attention_factor=None if by_formula else written)
-    return replace(rope, factor=rope.factor * ratio)
+        return with_factor(rope, max(rope.factor, target / rope.original_seqlen))
+    return with_factor(rope, rope.factor * ratio)
 
 
 def _check_method(ours: AttentionConfig, theirs: AttentionConfig) -> None:
