@@ -56,7 +56,8 @@ BUCKET = "deepspeed.reduce_bucket_elements=20000"
 
 def small(*overrides: str) -> Config:
     """Return the small model's configuration with `section.key=value` overrides."""
-    return parse(TABLE, (BUCKET, *overrides) if DEEPSPEED in overrides else overrides)
+    engines = [word for word in overrides if word.startswith("train.engine=")]
+    return parse(TABLE, (BUCKET, *overrides) if engines[-1:] == [DEEPSPEED] else overrides)
 
 
 class ShortSamples:
