@@ -157,8 +157,8 @@ def test_merged_weights_keep_the_logits(runs: Any, tmp_path: Path, kind: str) ->
     exact = w + scale * b @ a
     assert_matches(there[f"{down}weight"], exact, 1e-2 if kind == "bf16" else 1e-6)
     if kind == "bf16":
-        # Summed in fp32 and rounded once: no farther from the sum than half of bf16's spacing at it,
-        # and rounding errors of fp32. How many numbers lie that near a tie depends on the CPU.
+        # Summed in fp32 and rounded once: at most half of bf16's spacing from the exact sum, beside
+        # rounding errors of fp32. How many numbers lie that near a tie depends on the CPU.
         half_spacing = torch.exp2(exact.abs().log2().floor() - 8)
         fp32_error = 2.0**-23 * (w.abs() + scale * b.abs() @ a.abs())
         excess = (there[f"{down}weight"].double() - exact).abs() - half_spacing
