@@ -101,6 +101,8 @@ requeue() {
   # Requeueing a job that is being cancelled would bring it back.
   [[ $(job_field JobState) == RUNNING ]] || exit "$1"
   say "requeueing"
+  # Slurm may signal this shell before scontrol returns: not a preemption.
+  trap '' TERM
   if scontrol requeue "$SLURM_JOB_ID"; then
     # Exit at once: Slurm kills a batch script that still runs.
     exit 0
