@@ -12,8 +12,9 @@ The order of calls is the key, so both runs must make the same ones.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 Results = tuple[Any, ...]
@@ -120,3 +121,34 @@ def kept(compute: Callable[[], Iterable[Any]]) -> Results:
     if results is None:
         raise RuntimeError("the second run of a layer made more calls of attention than the first")
     return results
+
+
+class AttentionPass(Protocol):
+    """Attention whose gradients are written by hand."""
+
+    def fwd(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """Return out, then what else of the pass the gradients need."""
+        ...
+
+    def bwd(
+        self, dout: Tensor, inputs: Sequence[Tensor], results: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Return the gradient of each input. results: what `fwd` returned."""
+        ...
+
+
+class KeptPass(torch.autograd.Function):
+    """An `AttentionPass`, then its inputs, to out; saves the inputs and all results of the pass."""
+
+    @staticmethod
+    def forward(node: Any, attention: AttentionPass, *inputs: Tensor) -> Tensor:
+        results = kept(lambda: attention.fwd(*inputs))
+        node.save_for_backward(*inputs, *results)
+        node.attention, node.num_inputs = attention, len(inputs)
+        return results[0]
+
+    @staticmethod
+    def backward(node: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Read once: each reading may copy or compute the tensors again.
+        saved, count = node.saved_tensors, node.num_inputs
+        return None, *node.attention.bwd(dout, saved[:count], saved[count:])

@@ -1,6 +1,6 @@
 """Shifted cross chunk attention and related patterns: chunk windows and dilated keys."""
 
-from lcdist_kernels.scca.op import IMPLS, BandedFunction, scca_attention, scca_cached
+from lcdist_kernels.scca.op import IMPLS, scca_attention, scca_cached
 from lcdist_kernels.scca.part import Part
 from lcdist_kernels.scca.part_work import Parts
 from lcdist_kernels.scca.reference import scca_reference
@@ -9,7 +9,6 @@ from lcdist_kernels.scca.tiled import banded_bwd, banded_fwd, self_parts, window
 
 __all__ = [
     "IMPLS",
-    "BandedFunction",
     "HeadGroup",
     "Part",
     "Parts",

@@ -6,7 +6,7 @@ on a CPU.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,34 +26,33 @@ from lcdist_kernels.scca.pieces import PiecesFunction
 from lcdist_kernels.scca.reference import check_rules, scca_reference
 from lcdist_kernels.scca.rules import Rule, head_groups
 from lcdist_kernels.scca.tiled import Part, banded_bwd, banded_fwd, self_parts
-from lcdist_kernels.tape import kept
+from lcdist_kernels.tape import KeptPass
 from lcdist_kernels.tile_ranges import device_stream
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
 
-class BandedFunction(torch.autograd.Function):
-    """Attention by parts over q `[b, s, h_kv, h / h_kv, d]`; saves q, k, v, out and lse."""
+@dataclass(frozen=True)
+class BandedPass:
+    """Attention by parts over q `[b, s, h_kv, h / h_kv, d]`, as `KeptPass` takes it."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, q, k, v, parts: Sequence[Part], scale: float, impl: AttentionImpl
-    ) -> Tensor:
-        def attend() -> tuple[Tensor, Tensor]:
-            out, lse = banded_fwd(q, k, v, parts, scale, impl=impl)
-            return out.to(q.dtype), lse
+    parts: Sequence[Part]
+    scale: float
+    impl: AttentionImpl
 
-        out, lse = kept(attend)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.parts, ctx.scale, ctx.impl = parts, scale, impl
-        return out
+    def fwd(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (out, lse), out in q's dtype."""
+        out, lse = banded_fwd(q, k, v, self.parts, self.scale, impl=self.impl)
+        return out.to(q.dtype), lse
 
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, *row = ctx.saved_tensors
-        dq = torch.zeros(q.shape, dtype=row[1].dtype, device=q.device)
-        dk, dv = banded_bwd(dout, q, k, v, tuple(row), ctx.parts, dq, ctx.scale, impl=ctx.impl)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+    def bwd(
+        self, dout: Tensor, inputs: Sequence[Tensor], results: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v."""
+        (q, k, v), (out, lse) = inputs, results
+        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+        dk, dv = banded_bwd(dout, q, k, v, (out, lse), self.parts, dq, self.scale, impl=self.impl)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def scca_attention(
@@ -89,7 +88,7 @@ def scca_attention(
         return PiecesFunction.apply(q, k, v, plan, scale)
     parts = self_parts(head_groups(rules, k.shape[2]), starts, implementation)
     grouped = q.unflatten(2, (k.shape[2], -1))
-    return BandedFunction.apply(grouped, k, v, parts, scale, implementation).flatten(2, 3)
+    return KeptPass.apply(BandedPass(parts, scale, implementation), grouped, k, v).flatten(2, 3)
 
 
 @torch.no_grad()

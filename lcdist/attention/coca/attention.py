@@ -42,6 +42,7 @@ from lcdist_kernels.coca import (
 )
 from lcdist_kernels.coca.transform import Angles
 from lcdist_kernels.full import full_fwd
+from lcdist_kernels.tape import KeptPass
 
 
 class CocaRingKernel:
@@ -109,7 +110,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
         block = torch.cat((coca_tau(k), v), -1)
         return reference_ring(rotated, block, kernel.dense_keys, ctx).to(q.dtype)
     impl = select_coca_impl(ctx.impl, q, "coca attention under context parallelism")
-    return RingSoftmax.apply(q, _PackBlock.apply(k, v), CocaRingKernel(ctx, impl), ctx)
+    return KeptPass.apply(RingSoftmax(CocaRingKernel(ctx, impl), ctx), q, _PackBlock.apply(k, v))
 
 
 def attend_local(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:

@@ -18,6 +18,7 @@ from lcdist.config.schema import FullOptions
 from lcdist.layout import KINDS, ContextLayout
 from lcdist_kernels import full_attention, full_reference
 from lcdist_kernels.full import IMPLS, TORCH_IMPL, AttentionImpl, full_fwd, select_block_impl
+from lcdist_kernels.tape import KeptPass
 
 
 class FullRingKernel:
@@ -45,7 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     if ctx.impl == "reference":
         return reference_ring(q, kv, FullRingKernel(TORCH_IMPL).keys, ctx).to(q.dtype)
     block_impl = select_block_impl(ctx.impl, q, "full attention under context parallelism")
-    return RingSoftmax.apply(q, kv, FullRingKernel(block_impl), ctx)
+    return KeptPass.apply(RingSoftmax(FullRingKernel(block_impl), ctx), q, kv)
 
 
 def attend_local(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:

@@ -39,6 +39,7 @@ from lcdist.attention.shared.checks import decode_rows
 from lcdist.config.schema import LandmarkOptions
 from lcdist_kernels import landmark_attention, landmark_reference
 from lcdist_kernels.landmark import IMPLS, landmark_cached, select_landmark_impl
+from lcdist_kernels.tape import KeptPass
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
@@ -57,7 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     impl = select_landmark_impl(ctx.impl, q, "landmark attention under context parallelism")
     if selects:
         return attend_selected(rotated_q, rotated_k, v, impl, ctx)
-    return RingLandmark.apply(rotated_q, torch.stack((rotated_k, v)), impl, ctx)
+    return KeptPass.apply(RingLandmark(impl, ctx), rotated_q, torch.stack((rotated_k, v)))
 
 
 def attend_local(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:

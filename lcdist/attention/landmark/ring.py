@@ -4,7 +4,8 @@ A past block is one entry of the gate's softmax, whose logit is its landmark's s
 the sequence that consists of whole blocks gives a partial (out, lse) like any other.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from lcdist_kernels.common import TensorNotes
 from lcdist_kernels.landmark import TORCH_IMPL, LandmarkImpl, QueryRows, landmark_partial, sees_any
 from lcdist_kernels.merge_kernel import merge_visit
 from lcdist_kernels.partial import merge
-from lcdist_kernels.tape import kept
 
 
 def query_rows(ctx: AttentionContext) -> QueryRows:
@@ -32,25 +32,33 @@ def block_starts(ctx: AttentionContext, owner: int) -> Tensor:
 _BLOCK_STARTS = TensorNotes()
 
 
-class RingLandmark(torch.autograd.Function):
-    """One lap forward, one lap backward; saves q, own keys and values, out and lse.
+@dataclass(frozen=True)
+class RingLandmark:
+    """One lap forward, one lap backward, as `KeptPass` takes it.
 
     q `[b, s, h, d]`, kv `[2, b, s, h_kv, d]`, rotated; out is like q.
     """
 
-    @staticmethod
-    def forward(
-        node: Any, q: Tensor, kv: Tensor, impl: LandmarkImpl, ctx: AttentionContext
-    ) -> Tensor:
-        out, lse = kept(lambda: _lap(q, kv, impl, ctx))
-        node.save_for_backward(q, kv, out, lse)
-        node.impl, node.attention = impl, ctx
-        return out
+    impl: LandmarkImpl
+    ctx: AttentionContext
 
-    @staticmethod
-    def backward(node: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, kv, out, lse = node.saved_tensors
-        ctx = node.attention
+    def fwd(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (out, lse) over all ranks' blocks, out in q's dtype."""
+        rows, partial = query_rows(self.ctx), None
+        for owner, (k_blk, v_blk) in ring(kv, self.ctx.group):
+            k_start = block_starts(self.ctx, owner)
+            if not sees_any(rows, k_start):
+                continue
+            part = self.impl.fwd(q, k_blk, v_blk, rows, k_start, self.ctx.softmax_scale)
+            partial = merge_visit(partial, part, by_kernel=self.impl is not TORCH_IMPL)
+        assert partial is not None, "a token sees at least its own block"
+        return partial[0].to(q.dtype), partial[1]
+
+    def bwd(
+        self, dout: Tensor, inputs: Sequence[Tensor], results: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of q and of own keys and values."""
+        (q, kv), (out, lse), ctx = inputs, results, self.ctx
         rows, dq = query_rows(ctx), torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         lap = ring_with_gradients(kv, ctx.group)
         for visit in lap:
@@ -58,25 +66,12 @@ class RingLandmark(torch.autograd.Function):
             if not sees_any(rows, k_start):
                 continue
             k_blk, v_blk = visit.block
-            dq_blk, dk, dv = node.impl.bwd(
+            dq_blk, dk, dv = self.impl.bwd(
                 dout, q, k_blk, v_blk, out, lse, rows, k_start, ctx.softmax_scale
             )
             visit.add_gradient(torch.stack((dk, dv)))
             dq += dq_blk
-        return dq.to(q.dtype), lap.result().to(kv.dtype), None, None
-
-
-def _lap(q: Tensor, kv: Tensor, impl: LandmarkImpl, ctx: AttentionContext) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) over all ranks' blocks, out in q's dtype."""
-    rows, partial = query_rows(ctx), None
-    for owner, (k_blk, v_blk) in ring(kv, ctx.group):
-        k_start = block_starts(ctx, owner)
-        if not sees_any(rows, k_start):
-            continue
-        part = impl.fwd(q, k_blk, v_blk, rows, k_start, ctx.softmax_scale)
-        partial = merge_visit(partial, part, by_kernel=impl is not TORCH_IMPL)
-    assert partial is not None, "a token sees at least its own block"
-    return partial[0].to(q.dtype), partial[1]
+        return dq.to(q.dtype), lap.result().to(kv.dtype)
 
 
 def reference_ring(q: Tensor, kv: Tensor, ctx: AttentionContext) -> Tensor:

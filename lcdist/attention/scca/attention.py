@@ -46,7 +46,7 @@ from lcdist.layout import ContextLayout
 from lcdist_kernels import scca_attention, scca_reference
 from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, select_impl
 from lcdist_kernels.scca import IMPLS, Rule, scca_cached
-from lcdist_kernels.tape import replays
+from lcdist_kernels.tape import KeptPass, replays
 
 LAYOUTS = ("contiguous", "zigzag")
 
@@ -90,7 +90,7 @@ def _attend_keys(
     grouped = q.unflatten(2, (k.shape[2], -1))
     if ctx.impl == "reference":
         return reference_keys(grouped, k, v, plan, ctx).flatten(2, 3).to(q.dtype)
-    return RingKeys.apply(grouped, k, v, plan, block_impl, ctx).flatten(2, 3)
+    return KeptPass.apply(RingKeys(plan, block_impl, ctx), grouped, k, v).flatten(2, 3)
 
 
 def _attend_windows(
@@ -105,7 +105,7 @@ def _attend_windows(
     grouped = q.unflatten(2, (k.shape[2], -1))
     if ctx.impl == "reference":
         return reference_windows(grouped, k, v, plan, ctx).flatten(2, 3)
-    return ShiftedWindows.apply(grouped, k, v, plan, block_impl, ctx).flatten(2, 3)
+    return KeptPass.apply(ShiftedWindows(plan, block_impl, ctx), grouped, k, v).flatten(2, 3)
 
 
 def _post_units(

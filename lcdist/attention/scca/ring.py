@@ -7,7 +7,8 @@ query sees. Keys and values travel in their own dtype, gradients in the wider of
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ from lcdist.layout import ContextLayout
 from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.full import AttentionImpl, full_partial, merge, reaches, visible
 from lcdist_kernels.scca import Part, Parts, Rule, banded_bwd, banded_fwd, head_groups
-from lcdist_kernels.tape import kept
 
 ALL = slice(None)
 
@@ -138,38 +138,30 @@ def _rows_per_block(residues: Iterable[Tensor], shifts: Iterable[int], dilation:
     return max(int(count[shift]) for count in counts for shift in shifts)
 
 
-class RingKeys(torch.autograd.Function):
-    """One lap forward, one backward; saves q, k, v, out and lse. q `[b, s, h_kv, h / h_kv, d]`."""
+@dataclass(frozen=True)
+class RingKeys:
+    """One lap forward, one backward, as `KeptPass` takes it. q `[b, s, h_kv, h / h_kv, d]`."""
 
-    @staticmethod
-    def forward(
-        node: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: KeyRingPlan,
-        block_impl: AttentionImpl,
-        ctx: AttentionContext,
-    ) -> Tensor:
-        def lap() -> tuple[Tensor, Tensor]:
-            scale = ctx.softmax_scale
-            partial = banded_fwd(q, k, v, Parts(), scale)
-            for owner, (k_blk, v_blk) in ring(plan.block(k, v), ctx.group):
-                parts = plan.parts[owner]
-                partial = banded_fwd(q, k_blk, v_blk, parts, scale, partial, impl=block_impl)
-            return partial[0].to(q.dtype), partial[1]
+    plan: KeyRingPlan
+    block_impl: AttentionImpl
+    ctx: AttentionContext
 
-        out, lse = kept(lap)
-        node.save_for_backward(q, k, v, out, lse)
-        node.plan, node.block_impl, node.attention = plan, block_impl, ctx
-        return out
+    def fwd(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (out, lse) over all ranks' keys, out in q's dtype."""
+        scale = self.ctx.softmax_scale
+        partial = banded_fwd(q, k, v, Parts(), scale)
+        for owner, (k_blk, v_blk) in ring(self.plan.block(k, v), self.ctx.group):
+            parts = self.plan.parts[owner]
+            partial = banded_fwd(q, k_blk, v_blk, parts, scale, partial, impl=self.block_impl)
+        return partial[0].to(q.dtype), partial[1]
 
-    @staticmethod
-    def backward(node: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, out, lse = node.saved_tensors
-        plan, ctx = node.plan, node.attention
+    def bwd(
+        self, dout: Tensor, inputs: Sequence[Tensor], results: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v."""
+        (q, k, v), (out, lse), plan = inputs, results, self.plan
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        lap = ring_with_gradients(plan.block(k, v), ctx.group)
+        lap = ring_with_gradients(plan.block(k, v), self.ctx.group)
         for visit in lap:
             k_blk, v_blk = visit.block
             grads = banded_bwd(
@@ -180,11 +172,11 @@ class RingKeys(torch.autograd.Function):
                 (out, lse),
                 plan.parts[visit.owner],
                 dq,
-                ctx.softmax_scale,
-                impl=node.block_impl,
+                self.ctx.softmax_scale,
+                impl=self.block_impl,
             )
             visit.add_gradient(torch.stack(grads))
-        return dq.to(q.dtype), *plan.block_bwd(lap.result(), k), None, None, None
+        return dq.to(q.dtype), *plan.block_bwd(lap.result(), k)
 
 
 def reference_keys(

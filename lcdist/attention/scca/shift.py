@@ -8,7 +8,8 @@ and their dtype, because a key may have several readers.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,6 @@ from lcdist_kernels.scca import (
     head_groups,
     window_parts,
 )
-from lcdist_kernels.tape import kept
 
 ALL = slice(None)
 
@@ -128,41 +128,34 @@ def _post_keys(
     ]
 
 
-class ShiftedWindows(torch.autograd.Function):
-    """Window rules over shifted keys; saves q, k, v, received keys and values, out and lse.
+@dataclass(frozen=True)
+class ShiftedWindows:
+    """Window rules over shifted keys, as `KeptPass` takes them; keeps what was received too.
 
     q `[b, s, h_kv, h / h_kv, d]`, rotated as k is. out is like q, 0 for heads without windows.
     """
 
-    @staticmethod
-    def forward(
-        node: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: WindowPlan,
-        block_impl: AttentionImpl,
-        ctx: AttentionContext,
-    ) -> Tensor:
-        def attend() -> list[Tensor]:
-            pending, scale = _post_keys(k, v, plan, ctx.group), ctx.softmax_scale
-            partial = banded_fwd(q, k, v, plan.local_parts, scale, impl=block_impl)
-            received: list[Tensor] = []
-            for part, pending_k, pending_v in pending:
-                kv = pending_k.wait(), pending_v.wait()
-                partial = banded_fwd(q, *kv, part.parts, scale, partial, impl=block_impl)
-                received += kv
-            return [partial[0].to(q.dtype), partial[1], *received]
+    plan: WindowPlan
+    block_impl: AttentionImpl
+    ctx: AttentionContext
 
-        out, lse, *received = kept(attend)
-        node.save_for_backward(q, k, v, out, lse, *received)
-        node.plan, node.block_impl, node.attention = plan, block_impl, ctx
-        return out
+    def fwd(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Return out, lse, then the received keys and values."""
+        pending, scale = _post_keys(k, v, self.plan, self.ctx.group), self.ctx.softmax_scale
+        partial = banded_fwd(q, k, v, self.plan.local_parts, scale, impl=self.block_impl)
+        received: list[Tensor] = []
+        for part, pending_k, pending_v in pending:
+            kv = pending_k.wait(), pending_v.wait()
+            partial = banded_fwd(q, *kv, part.parts, scale, partial, impl=self.block_impl)
+            received += kv
+        return [partial[0].to(q.dtype), partial[1], *received]
 
-    @staticmethod
-    def backward(node: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, out, lse, *received = node.saved_tensors
-        plan, ctx = node.plan, node.attention
+    def bwd(
+        self, dout: Tensor, inputs: Sequence[Tensor], results: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v."""
+        (q, k, v), (out, lse, *received) = inputs, results
+        plan, ctx = self.plan, self.ctx
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
 
         def gradients(k: Tensor, v: Tensor, parts: list[Part]) -> tuple[Tensor, Tensor]:
@@ -176,7 +169,7 @@ class ShiftedWindows(torch.autograd.Function):
                 parts,
                 dq,
                 ctx.softmax_scale,
-                impl=node.block_impl,
+                impl=self.block_impl,
             )
 
         pending = []
@@ -191,7 +184,7 @@ class ShiftedWindows(torch.autograd.Function):
         for part, pair in pending:
             for grad, returned in zip((dk, dv), pair, strict=True):
                 _add_returned(grad, returned.wait(), part)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _add_returned(grad: Tensor, returned: Tensor, part: GroupPlan) -> None:

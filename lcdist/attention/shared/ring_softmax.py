@@ -6,10 +6,10 @@ mask follows from global token numbers alone, so a zigzag or striped layout need
 own. A method supplies a `RingKernel`: the block to send, and its queries and keys.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from lcdist.attention.context import AttentionContext
@@ -18,7 +18,6 @@ from lcdist.exchange import ring, ring_with_gradients
 from lcdist.layout import ContextLayout
 from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, full_partial, merge, reaches, visible
 from lcdist_kernels.merge_kernel import merge_visit
-from lcdist_kernels.tape import kept
 
 
 class RingKernel(Protocol):
@@ -49,22 +48,36 @@ class RingKernel(Protocol):
         ...
 
 
-class RingSoftmax(torch.autograd.Function):
-    """One ring pass forward, one backward; saves q, the own block, out and lse alone."""
+@dataclass(frozen=True)
+class RingSoftmax:
+    """One ring pass forward, one backward, of q and the own block, as `KeptPass` takes it."""
 
-    @staticmethod
-    def forward(
-        node: Any, q: Tensor, block: Tensor, kernel: RingKernel, ctx: AttentionContext
-    ) -> Tensor:
-        out, lse = kept(lambda: _lap(q, block, kernel, ctx))
-        node.save_for_backward(q, block, out, lse)
-        node.kernel, node.attention = kernel, ctx
-        return out
+    kernel: RingKernel
+    ctx: AttentionContext
 
-    @staticmethod
-    def backward(node: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, block, out, lse = node.saved_tensors
-        kernel, ctx = node.kernel, node.attention
+    def fwd(self, q: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (out, lse) over all ranks' blocks, out in q's dtype."""
+        kernel, ctx = self.kernel, self.ctx
+        token_ids, starts = ctx.token_ids(), ctx.starts()
+        queries = kernel.queries(q)
+        partial, by_kernel = None, kernel.block_impl is not TORCH_IMPL
+        for owner, blk in ring(block, ctx.group):
+            k_ids = ctx.token_ids(owner)
+            if not reaches(token_ids, starts, k_ids):
+                continue
+            k_blk, v_blk = kernel.keys(blk, owner)
+            band = (token_ids, starts, k_ids)
+            visit = kernel.block_impl.fwd(queries, k_blk, v_blk, *band, ctx.softmax_scale)
+            partial = merge_visit(partial, visit, by_kernel=by_kernel)
+        assert partial is not None, "a token sees at least itself"
+        return partial[0].to(q.dtype), partial[1]
+
+    def bwd(
+        self, dout: Tensor, inputs: Sequence[Tensor], results: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of q and of the own block."""
+        (q, block), (out, lse) = inputs, results
+        kernel, ctx = self.kernel, self.ctx
         token_ids, starts = ctx.token_ids(), ctx.starts()
         queries = kernel.queries(q)
         dqueries = None
@@ -82,27 +95,7 @@ class RingSoftmax(torch.autograd.Function):
             visit.add_gradient(kernel.keys_bwd(dk, dv, visit.owner))
             dqueries = dqueries.to(lse.dtype)
         assert dqueries is not None, "a token sees at least itself"
-        dq = kernel.queries_bwd(dqueries, q)
-        return dq.to(q.dtype), visits.result().to(block.dtype), None, None
-
-
-def _lap(
-    q: Tensor, block: Tensor, kernel: RingKernel, ctx: AttentionContext
-) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) over all ranks' blocks, out in q's dtype."""
-    token_ids, starts = ctx.token_ids(), ctx.starts()
-    queries = kernel.queries(q)
-    partial, by_kernel = None, kernel.block_impl is not TORCH_IMPL
-    for owner, blk in ring(block, ctx.group):
-        k_ids = ctx.token_ids(owner)
-        if not reaches(token_ids, starts, k_ids):
-            continue
-        k_blk, v_blk = kernel.keys(blk, owner)
-        band = (token_ids, starts, k_ids)
-        visit = kernel.block_impl.fwd(queries, k_blk, v_blk, *band, ctx.softmax_scale)
-        partial = merge_visit(partial, visit, by_kernel=by_kernel)
-    assert partial is not None, "a token sees at least itself"
-    return partial[0].to(q.dtype), partial[1]
+        return kernel.queries_bwd(dqueries, q).to(q.dtype), visits.result().to(block.dtype)
 
 
 def reference_ring(
