@@ -104,22 +104,17 @@ class AttentionContext:
     @property
     def kernel_arguments(self) -> dict[str, Any]:
         """Keyword arguments that are the same for every method's kernel function."""
-        return {
-            "rotary": self.rotary,
-            "cu_seqlens": self.cu_seqlens,
-            "softmax_scale": self.softmax_scale,
-            "impl": self.impl,
-        }
+        return self._shared_arguments | {"impl": self.impl}
 
     @property
     def reference_arguments(self) -> dict[str, Any]:
         """Keyword arguments that are the same for every method's dense reference."""
-        return {
-            "rotary": self.rotary,
-            "positions": self.position_ids,
-            "cu_seqlens": self.cu_seqlens,
-            "softmax_scale": self.softmax_scale,
-        }
+        return self._shared_arguments | {"positions": self.position_ids}
+
+    @property
+    def _shared_arguments(self) -> dict[str, Any]:
+        scale = self.softmax_scale
+        return {"rotary": self.rotary, "cu_seqlens": self.cu_seqlens, "softmax_scale": scale}
 
     def token_ids(self, rank: int | None = None, device: torch.device = CPU) -> Tensor:
         """Return the global positions of a rank's tokens, increasing: int64 `[local_seqlen]`.

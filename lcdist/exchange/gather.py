@@ -5,7 +5,7 @@ gradient to the block's owner. The owner adds them in rank order, so that two ru
 bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 
 import torch
 from torch import Tensor
@@ -177,11 +177,7 @@ class _BlockRequests:
         outgoing = {
             rank: local[blocks].contiguous() for rank, blocks in self.send_blocks_by_rank.items()
         }
-        incoming = {
-            owner: (len(blocks), self.row_size) for owner, blocks in self.recv_blocks.items()
-        }
-        label = _label("forward", self.shape, x.dtype)
-        receive_rows = exchange_by_peer(self.group, label, outgoing, incoming, local)
+        receive_rows = self._post("forward", outgoing, self.recv_blocks, local)
 
         def receive() -> Tensor:
             by_owner = receive_rows()
@@ -202,11 +198,7 @@ class _BlockRequests:
         unique = _sum_rows(rows, self.output_rows, self.num_unique)
         sizes = [len(blocks) for blocks in self.recv_blocks.values()]
         outgoing = dict(zip(self.recv_blocks, unique.split(sizes), strict=True)) if sizes else {}
-        incoming = {
-            rank: (len(blocks), self.row_size) for rank, blocks in self.send_blocks_by_rank.items()
-        }
-        label = _label("backward", self.shape, dout.dtype)
-        receive_rows = exchange_by_peer(self.group, label, outgoing, incoming, unique)
+        receive_rows = self._post("backward", outgoing, self.send_blocks_by_rank, unique)
 
         def receive() -> Tensor:
             by_rank = receive_rows()
@@ -218,6 +210,14 @@ class _BlockRequests:
             return dx.movedim(0, self.dim)
 
         return receive
+
+    def _post(
+        self, step: str, outgoing: Mapping[int, Tensor], expected: Mapping[int, Sized], like: Tensor
+    ) -> Callable[[], Mapping[int, Tensor]]:
+        """Post rows to ranks; the function waits for those of the blocks `expected` by rank."""
+        incoming = {rank: (len(blocks), self.row_size) for rank, blocks in expected.items()}
+        label = _label(step, self.shape, like.dtype)
+        return exchange_by_peer(self.group, label, outgoing, incoming, like)
 
     def _other_sizes(self) -> list[int]:
         return [size for d, size in enumerate(self.shape) if d != self.dim]

@@ -104,24 +104,22 @@ def check_rope(config: Config, errors: list[str]) -> None:
 
 def check_loss(config: Config, errors: list[str]) -> None:
     """Check that `train.loss_chunk` is set for a chunked loss only."""
-    train = config.train
-    if train.loss == "whole" and train.loss_chunk:
-        errors.append(_without_meaning("loss", train.loss_chunk, "chunked"))
+    _check_chunk("loss", config.train.loss, config.train.loss_chunk, "chunked", errors)
 
 
-def _without_meaning(part: str, tokens: int, other: str) -> str:
-    """Return the error for a chunk length of a part that is computed whole."""
-    return (
-        f"train.{part}_chunk = {tokens} has no meaning with train.{part} = 'whole'; "
-        f"set it to 0 or use '{other}'"
-    )
+def _check_chunk(part: str, how: str, tokens: int, other: str, errors: list[str]) -> None:
+    """Check that a part that is computed whole has no chunk length."""
+    if how == "whole" and tokens:
+        errors.append(
+            f"train.{part}_chunk = {tokens} has no meaning with train.{part} = 'whole'; "
+            f"set it to 0 or use '{other}'"
+        )
 
 
 def check_memory(config: Config, errors: list[str]) -> None:
     """Check that offload and MLP tiling fit the recomputation."""
     train = config.train
-    if train.mlp == "whole" and train.mlp_chunk:
-        errors.append(_without_meaning("mlp", train.mlp_chunk, "tiled"))
+    _check_chunk("mlp", train.mlp, train.mlp_chunk, "tiled", errors)
     if train.offload == "host" and train.recompute in ("none", "selective"):
         errors.append(
             "train.offload = 'host' moves the layer inputs that recomputed layers save, but "

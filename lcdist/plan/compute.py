@@ -4,19 +4,15 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from lcdist.plan.parameters import ParameterCounts
-from lcdist.plan.shape import RunShape
+from lcdist.plan.estimate import Estimate
 
 # Training runs every matrix product once forward and twice backward.
 TRAIN_FLOPS_FACTOR = 3
 
 
 @dataclass(frozen=True)
-class ComputeEstimate:
+class ComputeEstimate(Estimate):
     """Operations a token; a multiply-add is two."""
-
-    shape: RunShape
-    parameters: ParameterCounts
 
     @property
     def flops_per_token(self) -> float:

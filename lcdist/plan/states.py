@@ -2,22 +2,13 @@
 
 from dataclasses import dataclass
 
-from lcdist.plan.parameters import ParameterCounts
-from lcdist.plan.shape import RunShape
+from lcdist.plan.estimate import Estimate
 from lcdist.plan.zero import FP32_BYTES, ZeroStates
 
 
 @dataclass(frozen=True)
-class StateEstimate:
-    """Bytes that do not depend on the length of samples.
-
-    Attributes:
-        shape: The run.
-        parameters: Numbers of parameters.
-    """
-
-    shape: RunShape
-    parameters: ParameterCounts
+class StateEstimate(Estimate):
+    """Bytes that do not depend on the length of samples."""
 
     @property
     def state_bytes(self) -> int:

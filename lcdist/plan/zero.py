@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from lcdist.config.deepspeed import DeepSpeedConfig
 from lcdist.config.lora_sizes import adapter_tensors
-from lcdist.plan.parameters import ParameterCounts
-from lcdist.plan.shape import RunShape
+from lcdist.plan.estimate import Estimate
 
 FP32_BYTES = 4
 MOMENT_BYTES = 2 * FP32_BYTES
@@ -26,16 +25,8 @@ STATE_BUFFERS, PARAMETER_BUFFERS, BUFFER_ELEMENTS = 4, 5, 100_000_000
 
 
 @dataclass(frozen=True)
-class ZeroStates:
-    """Bytes of a rank under the DeepSpeed engine.
-
-    Attributes:
-        shape: The run.
-        parameters: Numbers of parameters.
-    """
-
-    shape: RunShape
-    parameters: ParameterCounts
+class ZeroStates(Estimate):
+    """Bytes of a rank under the DeepSpeed engine."""
 
     @property
     def backward_bytes(self) -> int:

@@ -10,16 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from lcdist.config.rope import (
-    Rope,
-    RopeDynamic,
-    RopeLlama3,
-    RopeLong,
-    RopeNTK,
-    RopePI,
-    RopePlain,
-    RopeYarn,
-)
+from lcdist.config import rope as ropes
 
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 # Keys of each type besides type and base: (required, optional).
@@ -38,7 +29,7 @@ _KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 DEFAULT_BASE = 10000.0
 
 
-def rope_from_hf(table: Mapping[str, Any]) -> Rope:
+def rope_from_hf(table: Mapping[str, Any]) -> ropes.Rope:
     """Return the rotary embedding of a config.json.
 
     Raises:
@@ -143,14 +134,14 @@ def _factor(values: Mapping[str, Any], table: Mapping[str, Any]) -> float:
     return float(values.get("factor", max(1.0, ratio)))
 
 
-def _yarn(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> RopeYarn:
+def _yarn(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> ropes.RopeYarn:
     factor, attention_factor = _factor(values, table), values.get("attention_factor")
     if attention_factor is None and "mscale" in values and "mscale_all_dim" in values:
         numerator, denominator = (
             0.1 * values[key] * math.log(factor) + 1.0 for key in ("mscale", "mscale_all_dim")
         )
         attention_factor = numerator / denominator
-    return RopeYarn(
+    return ropes.RopeYarn(
         base=base,
         factor=factor,
         original_seqlen=_original_length(values, table),
@@ -161,7 +152,7 @@ def _yarn(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> R
     )
 
 
-def _long(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> RopeLong:
+def _long(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> ropes.RopeLong:
     factor, original = _factor(values, table), _original_length(values, table)
     ratio = table["max_position_embeddings"] / original
     if "attention_factor" not in values and "factor" in values and factor != ratio:
@@ -171,7 +162,7 @@ def _long(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> R
             "attention_factor"
         )
     attention_factor = values.get("attention_factor")
-    return RopeLong(
+    return ropes.RopeLong(
         base=base,
         factor=factor,
         original_seqlen=original,
@@ -181,8 +172,8 @@ def _long(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> R
     )
 
 
-def _llama3(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> RopeLlama3:
-    return RopeLlama3(
+def _llama3(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> ropes.RopeLlama3:
+    return ropes.RopeLlama3(
         base=base,
         factor=float(values["factor"]),
         low_freq_factor=float(values["low_freq_factor"]),
@@ -191,14 +182,14 @@ def _llama3(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) ->
     )
 
 
-def _dynamic(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> RopeDynamic:
+def _dynamic(values: Mapping[str, Any], base: float, table: Mapping[str, Any]) -> ropes.RopeDynamic:
     original = int(table["max_position_embeddings"])
-    return RopeDynamic(base=base, factor=float(values["factor"]), original_seqlen=original)
+    return ropes.RopeDynamic(base=base, factor=float(values["factor"]), original_seqlen=original)
 
 
 _READERS: Mapping[str, Any] = {
-    "default": lambda values, base, table: RopePlain(base=base),
-    "linear": lambda values, base, table: RopePI(base=base, factor=float(values["factor"])),
+    "default": lambda values, base, table: ropes.RopePlain(base=base),
+    "linear": lambda values, base, table: ropes.RopePI(base=base, factor=float(values["factor"])),
     "dynamic": _dynamic,
     "yarn": _yarn,
     "llama3": _llama3,
@@ -206,7 +197,7 @@ _READERS: Mapping[str, Any] = {
 }
 
 
-def rope_to_hf(rope: Rope, head_dim: int, seqlen: int) -> dict[str, Any]:
+def rope_to_hf(rope: ropes.Rope, head_dim: int, seqlen: int) -> dict[str, Any]:
     """Return the keys of config.json for `rope` and a model trained on `seqlen` tokens.
 
     max_position_embeddings is `seqlen`, except for two types whose formula uses it: the original
@@ -216,13 +207,13 @@ def rope_to_hf(rope: Rope, head_dim: int, seqlen: int) -> dict[str, Any]:
     theta, length = rope.base, seqlen
     top: dict[str, Any] = {}
     block: dict[str, Any] | None = None
-    if isinstance(rope, RopeNTK):
+    if isinstance(rope, ropes.RopeNTK):
         theta = rope.base * rope.factor ** (head_dim / (head_dim - 2))
-    elif isinstance(rope, RopePI):
+    elif isinstance(rope, ropes.RopePI):
         block = {"rope_type": "linear", "factor": rope.factor}
-    elif isinstance(rope, RopeDynamic):
+    elif isinstance(rope, ropes.RopeDynamic):
         block, length = {"rope_type": "dynamic", "factor": rope.factor}, rope.original_seqlen
-    elif isinstance(rope, RopeLlama3):
+    elif isinstance(rope, ropes.RopeLlama3):
         block = {
             "rope_type": "llama3",
             "factor": rope.factor,
@@ -230,9 +221,9 @@ def rope_to_hf(rope: Rope, head_dim: int, seqlen: int) -> dict[str, Any]:
             "high_freq_factor": rope.high_freq_factor,
             ORIGINAL_LENGTH: rope.original_seqlen,
         }
-    elif isinstance(rope, RopeYarn):
+    elif isinstance(rope, ropes.RopeYarn):
         block, length = _yarn_block(rope), round(rope.factor * rope.original_seqlen)
-    elif isinstance(rope, RopeLong):
+    elif isinstance(rope, ropes.RopeLong):
         block = _long_block(rope)
         # transformers 4 looks for it at the top level.
         top[ORIGINAL_LENGTH] = rope.original_seqlen
@@ -241,7 +232,7 @@ def rope_to_hf(rope: Rope, head_dim: int, seqlen: int) -> dict[str, Any]:
     return {"max_position_embeddings": length, "rope_theta": theta, "rope_scaling": block, **top}
 
 
-def _yarn_block(rope: RopeYarn) -> dict[str, Any]:
+def _yarn_block(rope: ropes.RopeYarn) -> dict[str, Any]:
     factor = rope.attention_factor
     # Only False is written: transformers 4 ignores the key and truncates.
     truncation = {} if rope.truncate else {"truncate": False}
@@ -256,7 +247,7 @@ def _yarn_block(rope: RopeYarn) -> dict[str, Any]:
     }
 
 
-def _long_block(rope: RopeLong) -> dict[str, Any]:
+def _long_block(rope: ropes.RopeLong) -> dict[str, Any]:
     default = math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_seqlen))
     factor = rope.attention_factor
     return {
