@@ -61,6 +61,11 @@ def resolve_scale(softmax_scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if softmax_scale is None else softmax_scale
 
 
+def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
+    """Return q and a scale of the same scores, at least 0: kernels keep the maximum before it."""
+    return (-q, -softmax_scale) if softmax_scale < 0 else (q, softmax_scale)
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of sums over tokens: the wider of fp32 and `dtype`."""
     return torch.promote_types(dtype, torch.float32)

@@ -70,6 +70,15 @@ def cosines(b_p, b_step):
 
 
 @triton.jit
+def token_program(seqlen, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Return a program's row of the batch, its tokens and features, and which of them exist."""
+    i_b = tl.program_id(1).to(tl.int64)
+    o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    o_f = tl.arange(0, BLOCK_H)
+    return i_b, o_s, o_f, o_s < seqlen, o_f < HALF
+
+
+@triton.jit
 def _rotate_kernel(
     x, y,
     positions,
@@ -79,10 +88,7 @@ def _rotate_kernel(
     HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Rotate a tile of tokens, all heads; sign = -1 gives the adjoint."""
-    i_b = tl.program_id(1).to(tl.int64)
-    o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    o_f = tl.arange(0, BLOCK_H)
-    m_s, m_f = o_s < seqlen, o_f < HALF
+    i_b, o_s, o_f, m_s, m_f = token_program(seqlen, HALF, BLOCK_H, BLOCK_S)
     m = m_s[:, None] & m_f[None, :]
     b_p = tl.load(positions + i_b * stride_pb + o_s, mask=m_s, other=0)
     b_cos, b_sin = cosines(b_p, tl.load(steps + o_f, mask=m_f, other=0))

@@ -191,6 +191,25 @@ def load_lse(p_lse, p_lse2, o_m, m_m):
 
 
 @triton.jit
+def load_pair(
+    x, y, at, start, seqlen, stride_xs, stride_ys,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, EVEN: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Return the same tile of two tensors, 0 past the end; EVEN: nothing is past the end.
+
+    x, y, at: as `loop_sources` returns them.
+    """
+    if DESCRIBED:
+        b_x = load_box(x, at, start, BLOCK_S, BLOCK_D)
+        b_y = load_box(y, at, start, BLOCK_S, BLOCK_D)
+    else:
+        b_x = load_tile(x, start, seqlen, stride_xs, BLOCK_S, HEAD_DIM, BLOCK_D, EVEN)
+        b_y = load_tile(y, start, seqlen, stride_ys, BLOCK_S, HEAD_DIM, BLOCK_D, EVEN)
+    return b_x, b_y
+
+
+@triton.jit
 def load_query_tile(
     q, dout, at, p_lse, p_delta, start, seqlen_q, stride_qs, stride_dout_s,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_M: tl.constexpr,
@@ -201,12 +220,10 @@ def load_query_tile(
     q, dout, at: as `loop_sources` returns them. Rows past the end have lse = inf, so that their
     weights are 0. EVEN_M: there are none.
     """
-    if DESCRIBED:
-        b_q = load_box(q, at, start, BLOCK_M, BLOCK_D)
-        b_dout = load_box(dout, at, start, BLOCK_M, BLOCK_D)
-    else:
-        b_q = load_tile(q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
-        b_dout = load_tile(dout, start, seqlen_q, stride_dout_s, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
+    b_q, b_dout = load_pair(
+        q, dout, at, start, seqlen_q, stride_qs, stride_dout_s, HEAD_DIM, BLOCK_D, BLOCK_M, EVEN_M,
+        DESCRIBED,
+    )  # fmt: skip
     o_m = start + tl.arange(0, BLOCK_M)
     if EVEN_M:
         # First the scalar, so that a thread's offsets are loop invariant.
@@ -238,21 +255,6 @@ def weigh(b_s, b_max, b_sum, qk_scale):
     b_p = tl.exp2(b_s * qk_scale - b_new[:, None])
     b_rescale = tl.exp2(b_max - b_new)
     return b_p, b_rescale, b_new, b_sum * b_rescale + tl.sum(b_p, 1)
-
-
-@triton.jit
-def load_keys(
-    k, v, at, start, seqlen_k, stride_ks, stride_vs,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
-):  # fmt: skip
-    """Return a tile of keys and of values, 0 past the end. k, v, at: as of `loop_sources`."""
-    if DESCRIBED:
-        b_k = load_box(k, at, start, BLOCK_N, BLOCK_D)
-        b_v = load_box(v, at, start, BLOCK_N, BLOCK_D)
-    else:
-        b_k = load_tile(k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, False)
-        b_v = load_tile(v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, False)
-    return b_k, b_v
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from lcdist_kernels.common import log_choice
+from lcdist_kernels.common import check_qkv, log_choice, positive_scale
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -165,6 +165,20 @@ def use_kernels(impl: str, x: Tensor, what: str) -> bool:
     else:
         log_choice(f"{what}: tiled torch, as {reason}")
     return reason is None
+
+
+def take_inputs(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return q, k, v as a forward kernel takes them, with a scale of at least 0.
+
+    Raises:
+        ValueError: as `check_qkv` and `check_kernel`.
+    """
+    check_qkv(q, k, v)
+    check_kernel(q)
+    q, softmax_scale = positive_scale(q, softmax_scale)
+    return last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v), softmax_scale
 
 
 def last_dim_contiguous(x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """The sentencepiece tokenizer is lossless, silent and reproducible."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -35,20 +37,20 @@ def test_decoding_returns_the_text(tokenizer: SentencePieceTokenizer) -> None:
         check_round_trip(tokenizer, first + second + first)
 
 
-@given(pieces=TEXT_PIECES)
-@settings(max_examples=40, deadline=None, suppress_health_check=LENIENT)
-def test_decoding_returns_random_texts(
-    tokenizer: SentencePieceTokenizer, pieces: list[str]
-) -> None:
+def random_texts(examples: int) -> Callable[..., Any]:
+    """Return the decorator that gives a test `examples` lists of pieces."""
+    lenient = settings(max_examples=examples, deadline=None, suppress_health_check=LENIENT)
+    return lambda test: given(pieces=TEXT_PIECES)(lenient(test))
+
+
+@random_texts(40)
+def test_decoding_returns_random_texts(tokenizer: SentencePieceTokenizer, pieces: list[str]):
     check_round_trip(tokenizer, "".join(pieces))
 
 
 @pytest.mark.exhaustive
-@given(pieces=TEXT_PIECES)
-@settings(max_examples=1000, deadline=None, suppress_health_check=LENIENT)
-def test_decoding_returns_many_random_texts(
-    tokenizer: SentencePieceTokenizer, pieces: list[str]
-) -> None:
+@random_texts(1000)
+def test_decoding_returns_many_random_texts(tokenizer: SentencePieceTokenizer, pieces: list[str]):
     check_round_trip(tokenizer, "".join(pieces))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lcdist_kernels import Rotary
 from lcdist_kernels.triton_common import Launch
-from tests.attention.body import Problem, make, on_virtual_ranks
+from tests.attention.body import Problem, make, on_virtual_ranks, whole
 from tests.kernels.test_full import borders, inputs, with_grads
 from tests.kernels.test_rotary import frequencies
 from tests.tolerance import assert_matches
@@ -17,6 +17,10 @@ from tests.tolerance import assert_matches
 FP32 = 1e-4
 # The device that runs the kernels: a GPU, or the CPU with Triton's interpreter.
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Sequence, heads, head_dim.
+SHAPES = [(n, (4, 2), 16) for n in (1, 63, 100, 257, 128)]
+SHAPES += [(100, heads, 16) for heads in ((8, 8), (8, 4), (8, 1))]
+SHAPES += [(70, (2, 1), head_dim) for head_dim in (18, 48, 80, 128, 256)]
 SMALL = [Launch(16, 16, 4, 1), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1)]
 
 
@@ -40,6 +44,16 @@ def first_row(*shape: Any) -> list[Tensor]:
 def wide(qkv: list[Tensor]) -> list[Tensor]:
     """Return tensors as float64 leaves on the CPU."""
     return [x.detach().cpu().double().requires_grad_() for x in qkv]
+
+
+def truth_by(reference: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    """Return the function of (leaves, dout, **words) -> a reference's out and gradients, wide."""
+
+    def truth_of(leaves: list[Tensor], dout: Tensor, **words: Any) -> list[Tensor]:
+        doubles = wide(leaves)
+        return with_grads(reference(*doubles, **words), doubles, dout.cpu().double())
+
+    return truth_of
 
 
 def rotated_and_packed(seqlen: int, head_dim: int, packed: bool) -> dict[str, Any]:
@@ -73,6 +87,17 @@ def assert_kernels_are_right(
     got = with_grads(attend(*leaves, **more, impl="triton"), leaves, dout)
     assert all(x.dtype == torch.float32 for x in got)
     assert_close(got, truth_of(leaves, dout, **more))
+
+
+def assert_ranks_of_kernels_are_right(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Assert that ranks with kernels give the truth, and send the bytes that torch sends."""
+    on_its_device(problem)
+    sent_by_torch = on_virtual_ranks(problem, "torch")[1]
+    # Tiled torch cannot stand in unseen.
+    monkeypatch.setattr("lcdist_kernels.full.tiled.tiles_of_band", None)
+    got, sent = on_virtual_ranks(problem, "triton")
+    assert_close(got, whole(problem))
+    assert sent == sent_by_torch
 
 
 def assert_close_partial(out: Tensor, lse: Tensor, dense: tuple[Tensor, Tensor]) -> None:

@@ -20,19 +20,20 @@ from lcdist_kernels.coca import (
     rotary_angles,
     select_coca_impl,
 )
-from tests.attention.body import make, on_virtual_ranks, whole
+from tests.attention.body import make, on_virtual_ranks
 from tests.kernels.helpers import (
     HERE,
     REFUSED,
     assert_close,
     assert_kernels_are_right,
+    assert_ranks_of_kernels_are_right,
     assert_refused,
     first_row,
     in_nan,
     on_device,
     on_its_device,
     rotated_and_packed,
-    wide,
+    truth_by,
 )
 from tests.kernels.repeat import assert_right_behind_2_to_the_31, assert_same_bits
 from tests.kernels.test_full import with_grads
@@ -46,9 +47,7 @@ SHAPES += [(70, heads, 16) for heads in ((8, 8), (8, 4), (8, 1))]
 SHAPES += [(70, (2, 1), 48)]
 
 
-def truth_of(qtv: list[Tensor], dout: Tensor, **more) -> list[Tensor]:
-    doubles = wide(qtv)
-    return with_grads(coca_reference(*doubles, **more), doubles, dout.cpu().double())
+truth_of = truth_by(coca_reference)
 
 
 @pytest.mark.parametrize(
@@ -135,13 +134,7 @@ def test_a_ring_of_kernels_equals_one_of_torch(
 ) -> None:
     problem = make("coca", kind, cp_size, packed=packed, at_least=48, dtype=torch.float32)
     problem = dataclasses.replace(problem, options=CocaOptions(variant=variant))  # pyright: ignore[reportArgumentType]
-    on_its_device(problem)
-    sent_by_torch = on_virtual_ranks(problem, "torch")[1]
-    # Tiled torch cannot stand in unseen.
-    monkeypatch.setattr("lcdist_kernels.full.tiled.tiles_of_band", None)
-    got, sent = on_virtual_ranks(problem, "triton")
-    assert_close(got, whole(problem))
-    assert sent == sent_by_torch
+    assert_ranks_of_kernels_are_right(problem, monkeypatch)
 
 
 @pytest.mark.parametrize("cp_size", [1, 2])

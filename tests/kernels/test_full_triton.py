@@ -3,8 +3,6 @@
 Without a GPU they run in Triton's interpreter; tests marked `gpu` need one.
 """
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +21,7 @@ from tests.attention.body import make, on_virtual_ranks
 from tests.kernels.helpers import (
     FP32,
     HERE,
+    SHAPES,
     SMALL,
     assert_close,
     assert_close_partial,
@@ -31,7 +30,7 @@ from tests.kernels.helpers import (
     on_device,
     on_its_device,
     rotated_and_packed,
-    wide,
+    truth_by,
 )
 from tests.kernels.repeat import assert_right_behind_2_to_the_31, assert_same_bits
 from tests.kernels.test_full import borders, inputs, tiled_starts, with_grads
@@ -39,15 +38,8 @@ from tests.kernels.tiers import one, tiered
 from tests.saved import saved_bytes
 from tests.tolerance import assert_as_good_as_eager
 
+truth_of = truth_by(full_reference)
 
-def truth_of(qkv: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
-    doubles = wide(qkv)
-    return with_grads(full_reference(*doubles, **more), doubles, dout.cpu().double())
-
-
-SHAPES = [(n, (4, 2), 16) for n in (1, 63, 100, 257, 128)]
-SHAPES += [(100, heads, 16) for heads in ((8, 8), (8, 4), (8, 1))]
-SHAPES += [(70, (2, 1), head_dim) for head_dim in (18, 48, 80, 128, 256)]
 
 PACKED_SHAPES = [(packed, *shape) for shape in SHAPES for packed in (False, True)]
 

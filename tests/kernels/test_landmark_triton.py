@@ -38,6 +38,7 @@ from tests.kernels.helpers import (
     in_nan,
     on_device,
     on_its_device,
+    truth_by,
     wide,
 )
 from tests.kernels.repeat import assert_right_behind_2_to_the_31, assert_same_bits
@@ -71,9 +72,7 @@ SHAPES: list[tuple[int, tuple[int, int], int, int, dict[str, Any]]] = [
 ]
 
 
-def truth_of(qkv: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
-    doubles = wide(qkv)
-    return with_grads(landmark_reference(*doubles, **more), doubles, dout.cpu().double())
+truth_of = truth_by(landmark_reference)
 
 
 def by_kernel(qkv: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:

@@ -34,8 +34,17 @@ from lcdist_kernels.lssar.rows import RowResults, kernel_logit_scales
 from lcdist_kernels.lssar.tiled import RowStats, Sums
 from lcdist_kernels.triton_common import Launch
 from tests.attention.body import make, on_virtual_ranks
-from tests.kernels.helpers import FP32, HERE, SMALL, assert_close, in_nan, on_device, on_its_device
-from tests.kernels.helpers import wide as in_double
+from tests.kernels.helpers import (
+    FP32,
+    HERE,
+    SHAPES,
+    SMALL,
+    assert_close,
+    in_nan,
+    on_device,
+    on_its_device,
+    truth_by,
+)
 from tests.kernels.repeat import assert_same_bits, large_tensor
 from tests.kernels.test_compiles import compiles
 from tests.kernels.test_full import borders, tiled_starts, with_grads
@@ -84,14 +93,7 @@ def torch_in_base_2() -> LssarImpl:
 BASE_2 = torch_in_base_2()
 
 
-def truth_of(qkv: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
-    doubles = in_double(qkv)
-    return with_grads(lssar_reference(*doubles, **more), doubles, dout.cpu().double())
-
-
-SHAPES = [(n, (4, 2), 16) for n in (1, 63, 100, 257, 128)]
-SHAPES += [(100, heads, 16) for heads in ((8, 8), (8, 4), (8, 1))]
-SHAPES += [(70, (2, 1), head_dim) for head_dim in (18, 48, 80, 128, 256)]
+truth_of = truth_by(lssar_reference)
 
 
 @pytest.mark.parametrize(

@@ -14,17 +14,17 @@ from lcdist_kernels import scca_attention, scca_reference
 from lcdist_kernels.common import document_starts
 from lcdist_kernels.full import TRITON_IMPL
 from lcdist_kernels.scca import Rule, dense_mask, head_groups, self_parts
-from tests.attention.body import Variant, make, on_virtual_ranks, whole
+from tests.attention.body import Variant, make, on_virtual_ranks
 from tests.kernels.helpers import (
     HERE,
-    assert_close,
     assert_kernels_are_right,
+    assert_ranks_of_kernels_are_right,
     first_row,
     in_nan,
     on_device,
     on_its_device,
     rotated_and_packed,
-    wide,
+    truth_by,
 )
 from tests.kernels.repeat import assert_same_bits
 from tests.kernels.test_full import with_grads
@@ -45,9 +45,7 @@ SHAPES: list[tuple[int, tuple[int, int], tuple[Rule, ...], int]] = [
 ]
 
 
-def truth_of(qkv: list[Tensor], dout: Tensor, **more: Any) -> list[Tensor]:
-    doubles = wide(qkv)
-    return with_grads(scca_reference(*doubles, **more), doubles, dout.cpu().double())
+truth_of = truth_by(scca_reference)
 
 
 @pytest.mark.parametrize(
@@ -151,13 +149,7 @@ def test_exchanges_with_kernels_equal_those_with_torch(
     heads = (8, 4) if words.get("dilation") == 2 else (4, 2)
     more = {"packed": packed, "heads": heads, "dtype": torch.float32}
     problem = make(variant, kind, cp_size, at_least=48, **more)
-    on_its_device(problem)
-    sent_by_torch = on_virtual_ranks(problem, "torch")[1]
-    # Tiled torch cannot stand in unseen.
-    monkeypatch.setattr("lcdist_kernels.full.tiled.tiles_of_band", None)
-    got, sent = on_virtual_ranks(problem, "triton")
-    assert_close(got, whole(problem))
-    assert sent == sent_by_torch
+    assert_ranks_of_kernels_are_right(problem, monkeypatch)
 
 
 def test_what_no_kernel_takes_is_refused() -> None:

@@ -49,11 +49,20 @@ def _store_halves(p, o, b_one, b_two, m, HALF: tl.constexpr):
 
 
 @triton.jit
-def _load_angles(cos, sin, o, m):
-    """Return the cosines and sines of a tile of tokens, in fp32."""
+def _program(
+    cos, sin, seqlen, stride_ab, stride_as,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Return a program's (row of the batch, tokens, features, mask, cosines, sines)."""
+    i_b = tl.program_id(1).to(tl.int64)
+    o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    o_f = tl.arange(0, BLOCK_H)[None, :]
+    m = (o_s < seqlen)[:, None] & (o_f < HALF)
+    o_row = o_s.to(tl.int64)[:, None]
+    o = _offsets(i_b, o_row, o_f, stride_ab, stride_as)
     b_cos = tl.load(cos + o, mask=m, other=0.0)
     b_sin = tl.load(sin + o, mask=m, other=0.0)
-    return b_cos, b_sin
+    return i_b, o_row, o_f, m, b_cos, b_sin
 
 
 @triton.jit
@@ -81,12 +90,9 @@ def _coca_fwd_kernel(
 
     RECTIFY: t is the output of the key projection, and tau is written too. Otherwise t is tau.
     """
-    i_b = tl.program_id(1).to(tl.int64)
-    o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    o_f = tl.arange(0, BLOCK_H)[None, :]
-    m = (o_s < seqlen)[:, None] & (o_f < HALF)
-    o_row = o_s.to(tl.int64)[:, None]
-    b_cos, b_sin = _load_angles(cos, sin, _offsets(i_b, o_row, o_f, stride_ab, stride_as), m)
+    i_b, o_row, o_f, m, b_cos, b_sin = _program(
+        cos, sin, seqlen, stride_ab, stride_as, HALF, BLOCK_H, BLOCK_S
+    )
     o_q = _offsets(i_b, o_row, o_f, stride_qb, stride_qs)
     o_queries = _offsets(i_b, o_row, o_f, stride_queries_b, stride_queries_s)
     for _ in range(0, nheads):
@@ -134,12 +140,9 @@ def _coca_bwd_kernel(
 
     RECTIFY: through the rectifier. Otherwise dt is the gradient of tau, and tau is not read.
     """
-    i_b = tl.program_id(1).to(tl.int64)
-    o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    o_f = tl.arange(0, BLOCK_H)[None, :]
-    m = (o_s < seqlen)[:, None] & (o_f < HALF)
-    o_row = o_s.to(tl.int64)[:, None]
-    b_cos, b_sin = _load_angles(cos, sin, _offsets(i_b, o_row, o_f, stride_ab, stride_as), m)
+    i_b, o_row, o_f, m, b_cos, b_sin = _program(
+        cos, sin, seqlen, stride_ab, stride_as, HALF, BLOCK_H, BLOCK_S
+    )
     o_dqueries = _offsets(i_b, o_row, o_f, stride_dqueries_b, stride_dqueries_s)
     o_q = _offsets(i_b, o_row, o_f, stride_qb, stride_qs)
     o_dq = _offsets(i_b, o_row, o_f, stride_dqb, stride_dqs)

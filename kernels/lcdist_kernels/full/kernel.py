@@ -77,6 +77,7 @@ from lcdist_kernels.triton_common import (
     load_tile,
     store_tile,
     strides,
+    take_inputs,
 )
 
 
@@ -286,11 +287,7 @@ def full_fwd(
     Raises:
         ValueError: as `check_kernel`.
     """
-    check_qkv(q, k, v)
-    check_kernel(q)
-    if softmax_scale < 0:
-        q, softmax_scale = -q, -softmax_scale
-    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
+    q, k, v, softmax_scale = take_inputs(q, k, v, softmax_scale)
     batch, seqlen, nheads, _ = q.shape
     if out is None:
         out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)

@@ -20,6 +20,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from lcdist_kernels.common import positive_scale
 from lcdist_kernels.full.library import Library
 from lcdist_kernels.tile_ranges import TABLES_KEPT, Band, band_of, bounded_below
 
@@ -83,9 +84,7 @@ class LibraryBlock(NamedTuple):
             band = (q_idx, q_lo, k_idx)
             return self.other_fwd(q, k, v, *band, softmax_scale, out_dtype=out_dtype)
         first, keys, causal = cut
-        if softmax_scale < 0:
-            # The running maximum is kept before the scale.
-            q, softmax_scale = -q, -softmax_scale
+        q, softmax_scale = positive_scale(q, softmax_scale)
         out, lse = self.library.fwd(q[:, first:], k[:, :keys], v[:, :keys], causal, softmax_scale)
         dtype = out_dtype or out.dtype
         if not first:

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lcdist_kernels.common import positive_scale
 from lcdist_kernels.descriptors import make_descriptors, use_descriptors
 from lcdist_kernels.full.kernel import dkv_loop
 from lcdist_kernels.full.pieces import KeyProgram, Launches, RowProgram, Run, TileSum, WorkTables
@@ -398,8 +399,7 @@ def _fwd(
     q: Tensor, k: Tensor, v: Tensor, tables: WorkTables, softmax_scale: float, out: Tensor,
     lse: Tensor | None, lse2: Tensor | None, *, merge: bool = False,
 ) -> None:  # fmt: skip
-    if softmax_scale < 0:
-        q, softmax_scale = -q, -softmax_scale
+    q, softmax_scale = positive_scale(q, softmax_scale)
     queries = Queries.of(q)
     q, k, v = queries.x, last_dim_contiguous(k), last_dim_contiguous(v)
     step, keys = _sources(tables.key_step, tables.launches.fwd.block_n, k, v)

@@ -99,10 +99,32 @@ def full_bwd(
     lse = lse.reshape(delta.shape)
     # `out` is no longer needed: its buffer takes dq.
     dq, dk, dv = out.zero_(), torch.zeros_like(k), torch.zeros_like(v)
+    band = (q_idx, q_lo, k_idx)
+    add_grads((dout, q, lse, delta), (k, v), (dq, dk, dv), band, softmax_scale)
+    folded = zip((dq, dk[:, None], dv[:, None]), (shapes[0], *shapes[1:] * 2), strict=True)
+    dq, dk, dv = (unfold(x, shape).to(grad_dtype or x.dtype) for x, shape in folded)
+    return dq if dq_sum is None else dq_sum.add_(dq), dk, dv
+
+
+def add_grads(
+    queries: tuple[Tensor, Tensor, Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor],
+    band: tuple[Tensor, Tensor, Tensor],
+    softmax_scale: float,
+    dlogits: Tensor | None = None,
+) -> None:
+    """Add the gradients of folded tensors to `grads` (dq, dk, dv); dq is zeros before.
+
+    Args:
+        queries: dout, q, lse, delta. keys: k, v. band: q_idx, q_lo, k_idx.
+        dlogits: like lse; receives the sum of each row's gradients of scores.
+    """
+    (dout, q, lse, delta), (k, v), (dq, dk, dv) = queries, keys, grads
     block_q, block_k, units = tile_sides(q, k)
     scratch = q.new_empty(2, units * q.shape[1] * block_q * block_k)
-    for start, stop, tiles in tiles_of_band(q_idx, q_lo, k_idx, block_q, block_k, q.device):
-        for unit in range(0, len(q), units):
+    for start, stop, tiles in tiles_of_band(*band, block_q, block_k, q.device):
+        for unit in range(0, len(q) if tiles else 0, units):
             rows = (slice(unit, unit + units), slice(None), slice(start, stop))
             own = rows[0]
             _bwd_rows(
@@ -111,11 +133,9 @@ def full_bwd(
                 (dq[rows], dk[own], dv[own]),
                 tiles,
                 scratch,
+                None if dlogits is None else dlogits[rows],
             )
     dq.mul_(softmax_scale)
-    folded = zip((dq, dk[:, None], dv[:, None]), (shapes[0], *shapes[1:] * 2), strict=True)
-    dq, dk, dv = (unfold(x, shape).to(grad_dtype or x.dtype) for x, shape in folded)
-    return dq if dq_sum is None else dq_sum.add_(dq), dk, dv
 
 
 def _bwd_rows(
@@ -124,8 +144,9 @@ def _bwd_rows(
     grads: tuple[Tensor, Tensor, Tensor],
     tiles: list[Tile],
     scratch: Tensor,
+    dlogits: Tensor | None,
 ) -> None:
-    """Add the gradients of some rows to `grads` (dq, dk, dv).
+    """Add the gradients of some rows to `grads` (dq, dk, dv); dlogits: as in `add_grads`.
 
     queries: dout, scaled q, lse, delta. keys: k, v. scratch: two buffers of scores.
     """
@@ -146,6 +167,8 @@ def _bwd_rows(
         dv[:, own].baddbmm_(weights.transpose(1, 2), dout)
         torch.bmm(dout, v[:, own].transpose(1, 2), out=dscores)
         dscores.sub_(delta).mul_(weights)
+        if dlogits is not None:
+            dlogits.add_(dscores.sum(-1).view(dlogits.shape))
         # q already includes softmax_scale.
         dk[:, own].baddbmm_(dscores.transpose(1, 2), q)
         dq_rows.baddbmm_(dscores, k[:, own])

@@ -49,9 +49,9 @@ from lcdist_kernels.softmax_steps import (
     is_visible,
     key_program,
     load_key_numbers,
-    load_keys,
     load_limits,
     load_lse,
+    load_pair,
     load_query_tile,
     load_range,
     loop_sources,
@@ -224,9 +224,10 @@ def _landmark_fwd_kernel(
     lo, _, _, hi = load_range(own_ranges, i_m)
     for i in range(lo, hi):
         o_n = i * BLOCK_N
-        b_k, b_v = load_keys(
-            k, v, at, o_n, seqlen_k, stride_ks, stride_vs, HEAD_DIM, BLOCK_D, BLOCK_N, DESCRIBED
-        )
+        b_k, b_v = load_pair(
+            k, v, at, o_n, seqlen_k, stride_ks, stride_vs, HEAD_DIM, BLOCK_D, BLOCK_N, False,
+            DESCRIBED,
+        )  # fmt: skip
         b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         b_s = hide_keys(b_s, o_n, seqlen_k, b_own_last, b_own_lo, k_idx, BLOCK_N, True)
         b_p, b_rescale, b_max, b_sum = weigh(b_s, b_max, b_sum, qk_scale)
@@ -356,9 +357,10 @@ def _landmark_bwd_dq_kernel(
     lo, _, _, hi = load_range(own_ranges, i_m)
     for i in range(lo, hi):
         o_n = i * BLOCK_N
-        b_k, b_v = load_keys(
-            k, v, at, o_n, seqlen_k, stride_ks, stride_vs, HEAD_DIM, BLOCK_D, BLOCK_N, DESCRIBED
-        )
+        b_k, b_v = load_pair(
+            k, v, at, o_n, seqlen_k, stride_ks, stride_vs, HEAD_DIM, BLOCK_D, BLOCK_N, False,
+            DESCRIBED,
+        )  # fmt: skip
         b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         b_k_idx = load_key_numbers(k_idx, o_n + tl.arange(0, BLOCK_N), seqlen_k)
         m_s = is_visible(b_own_last[:, None], b_own_lo[:, None], b_k_idx[None, :], True)

@@ -45,6 +45,7 @@ from lcdist_kernels.triton_common import (
     last_dim_contiguous,
     launch_context,
     strides,
+    take_inputs,
 )
 
 
@@ -105,11 +106,7 @@ def landmark_fwd(
     Raises:
         ValueError: as `check_kernel`.
     """
-    check_qkv(q, k, v)
-    check_kernel(q)
-    if softmax_scale < 0:
-        q, softmax_scale = -q, -softmax_scale
-    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
+    q, k, v, softmax_scale = take_inputs(q, k, v, softmax_scale)
     batch, seqlen, nheads, _ = q.shape
     out = torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device)
     lse = torch.empty((batch, nheads, seqlen), dtype=torch.float32, device=q.device)

@@ -5,6 +5,7 @@
 import torch
 from torch import Tensor
 
+from lcdist_kernels.common import positive_scale
 from lcdist_kernels.landmark.blocks import QueryRows
 from lcdist_kernels.landmark.inner_loop import launch_for
 from lcdist_kernels.landmark.sparse import BlockLists
@@ -113,8 +114,7 @@ def _forward(
     launch: Launch | None,
 ) -> Tensor:  # fmt: skip
     """Fill out and return lse."""
-    if softmax_scale < 0:
-        q, softmax_scale = -q, -softmax_scale
+    q, softmax_scale = positive_scale(q, softmax_scale)
     q, lse = last_dim_contiguous(q), _new_lse(q)
     launch = launch or launch_for(FWD_TABLES, q, work.rows.block_size)
     for part in work.united(q, k):

@@ -6,6 +6,8 @@ band over blocks. Both partials merge like any two. So a block of the sequence, 
 tokens, gives its exact share of (out, lse), and with these of the whole row, of the gradients.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,13 +17,7 @@ from lcdist_kernels.landmark.block_gates import GateAccumulator, GateGrads
 from lcdist_kernels.landmark.blocks import QueryRows, slots_of
 from lcdist_kernels.partial import merge, reaches
 from lcdist_kernels.tile_ranges import indices_of
-from lcdist_kernels.tiles import (
-    SCORES_AT_ONCE,
-    fold,
-    tile_sides,
-    tiles_of_band,
-    unfold,
-)
+from lcdist_kernels.tiles import SCORES_AT_ONCE, Tile, fold, tile_sides, tiles_of_band, unfold
 
 
 def sees_any(rows: QueryRows, k_start: Tensor) -> bool:
@@ -108,18 +104,13 @@ def past_fwd(
     q, k, v = (fold(x, nheads_kv) for x in (q, k, v))
     k, v = k.squeeze(1), v.squeeze(1)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
-    block_q, blocks, units = sides(q, k, size)
-    scratch = q.new_empty(2, units * q.shape[1] * block_q * blocks * size)
-    band = tiles_of_band(*rows.past, k_start, block_q, blocks, q.device)
-    for start, stop, tiles in band:
-        for unit in range(0, len(q), units):
-            part = (slice(unit, unit + units), slice(None), slice(start, stop))
-            gates = GateAccumulator(q[part].flatten(1, 2) * softmax_scale)
-            for first, last, hidden in tiles:
-                own = slice(first * size, last * size)
-                gates.add(k[part[0], own], v[part[0], own], hidden, size, scratch)
-            for whole, rows_result in zip((out, lse), gates.result(), strict=True):
-                whole[part] = rows_result.view(whole[part].shape)
+    for part, tiles, scratch in _past_parts(q, k, rows, k_start, buffers=2):
+        gates = GateAccumulator(q[part].flatten(1, 2) * softmax_scale)
+        for first, last, hidden in tiles:
+            own = slice(first * size, last * size)
+            gates.add(k[part[0], own], v[part[0], own], hidden, size, scratch)
+        for whole, rows_result in zip((out, lse), gates.result(), strict=True):
+            whole[part] = rows_result.view(whole[part].shape)
     return unfold(out, shape), lse.view(shape[0], shape[2], shape[1])
 
 
@@ -135,24 +126,30 @@ def past_bwd(
     lse = lse.reshape(delta.shape)
     # `out` is no longer needed: its buffer takes dq.
     dq, dk, dv = out.zero_(), torch.zeros_like(k), torch.zeros_like(v)
-    block_q, blocks, units = sides(q, k, size)
-    scratch = q.new_empty(3, units * q.shape[1] * block_q * blocks * size)
-    band = tiles_of_band(*rows.past, k_start, block_q, blocks, q.device)
-    for start, stop, tiles in band:
-        for unit in range(0, len(q), units):
-            part = (slice(unit, unit + units), slice(None), slice(start, stop))
-            grads = GateGrads(
-                dout[part].flatten(1, 2),
-                q[part].flatten(1, 2) * softmax_scale,
-                lse[part].flatten(1)[..., None],
-                delta[part].flatten(1)[..., None],
-            )
-            for first, last, hidden in tiles:
-                own = (part[0], slice(first * size, last * size))
-                grads.add((k[own], v[own]), (dk[own], dv[own]), hidden, size, scratch)
-            dq[part] = grads.dq.view(dq[part].shape)
+    for part, tiles, scratch in _past_parts(q, k, rows, k_start, buffers=3):
+        grads = GateGrads(
+            dout[part].flatten(1, 2),
+            q[part].flatten(1, 2) * softmax_scale,
+            lse[part].flatten(1)[..., None],
+            delta[part].flatten(1)[..., None],
+        )
+        for first, last, hidden in tiles:
+            own = (part[0], slice(first * size, last * size))
+            grads.add((k[own], v[own]), (dk[own], dv[own]), hidden, size, scratch)
+        dq[part] = grads.dq.view(dq[part].shape)
     dq.mul_(softmax_scale)
     return unfold(dq, shapes[0]), unfold(dk[:, None], shapes[1]), unfold(dv[:, None], shapes[1])
+
+
+def _past_parts(
+    q: Tensor, k: Tensor, rows: QueryRows, k_start: Tensor, buffers: int
+) -> Iterator[tuple[tuple[slice, slice, slice], list[Tile], Tensor]]:
+    """Yield the parts of folded q, the tiles of past blocks of each, and buffers of scores."""
+    block_q, blocks, units = sides(q, k, rows.block_size)
+    scratch = q.new_empty(buffers, units * q.shape[1] * block_q * blocks * rows.block_size)
+    for start, stop, tiles in tiles_of_band(*rows.past, k_start, block_q, blocks, q.device):
+        for unit in range(0, len(q), units):
+            yield (slice(unit, unit + units), slice(None), slice(start, stop)), tiles, scratch
 
 
 def sides(q: Tensor, k: Tensor, size: int) -> tuple[int, int, int]:

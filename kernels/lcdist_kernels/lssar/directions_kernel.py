@@ -34,19 +34,26 @@ LEAST = tl.constexpr(LEAST_SQUARE)
 
 
 @triton.jit
-def _load_angles(
-    angles, turns, factor, unused, i_b, stride_ab, o_s, m_s,
-    ROTATED: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+def _program(
+    scales, angles, turns, factor, stride_ab, seqlen,
+    ROTATED: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Return the cosines and sines of tokens o_s times `factor`; where not ROTATED, `unused`."""
+    """Return a program's (row of the batch, tokens, which exist, scales, cosines, sines).
+
+    Cosines and sines are times `factor`; where not ROTATED they are not used.
+    """
+    i_b = tl.program_id(1).to(tl.int64)
+    o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    m_s = o_s < seqlen
+    b_scale = tl.load(scales + o_s, mask=m_s, other=0.0)
     if ROTATED:
         o_f = tl.arange(0, BLOCK_H)
         b_p = tl.load(angles + i_b * stride_ab + o_s, mask=m_s, other=0)
         b_cos, b_sin = cosines(b_p, tl.load(turns + o_f, mask=o_f < HALF, other=0))
         b_cos, b_sin = b_cos * factor, b_sin * factor
     else:
-        b_cos, b_sin = unused, unused
-    return b_cos, b_sin
+        b_cos, b_sin = b_scale, b_scale
+    return i_b, o_s, m_s, b_scale, b_cos, b_sin
 
 
 @triton.jit
@@ -93,12 +100,8 @@ def _lssar_directions_kernel(
 
     angles, turns, factor: of a `Rotation`, where ROTATED.
     """
-    i_b = tl.program_id(1).to(tl.int64)
-    o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    m_s = o_s < seqlen
-    b_scale = tl.load(scales + o_s, mask=m_s, other=0.0)
-    b_cos, b_sin = _load_angles(
-        angles, turns, factor, b_scale, i_b, stride_ab, o_s, m_s, ROTATED, HALF, BLOCK_H
+    i_b, o_s, m_s, b_scale, b_cos, b_sin = _program(
+        scales, angles, turns, factor, stride_ab, seqlen, ROTATED, HALF, BLOCK_H, BLOCK_S
     )
     _normalise_heads(
         q, queries, q_norms, b_scale, b_cos, b_sin, nheads, i_b, o_s, m_s, seqlen,
@@ -164,12 +167,8 @@ def _lssar_directions_bwd_kernel(
     ROTATED: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of q and k from those of their directions, which are fp32."""
-    i_b = tl.program_id(1).to(tl.int64)
-    o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    m_s = o_s < seqlen
-    b_scale = tl.load(scales + o_s, mask=m_s, other=0.0)
-    b_cos, b_sin = _load_angles(
-        angles, turns, factor, b_scale, i_b, stride_ab, o_s, m_s, ROTATED, HALF, BLOCK_H
+    i_b, o_s, m_s, b_scale, b_cos, b_sin = _program(
+        scales, angles, turns, factor, stride_ab, seqlen, ROTATED, HALF, BLOCK_H, BLOCK_S
     )
     _adjoint_heads(
         dqueries, queries, q_norms, dq, b_scale, b_cos, b_sin, factor, nheads, i_b, o_s, m_s,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lcdist_kernels.qkv.shape import QkvShape
 from lcdist_kernels.rotary import Rotary
-from lcdist_kernels.rotary_kernel import BLOCK_S, cosines
+from lcdist_kernels.rotary_kernel import BLOCK_S, cosines, token_program
 from lcdist_kernels.triton_common import last_dim_contiguous, launch_context, strides
 
 
@@ -48,10 +48,7 @@ def _qkv_kernel(
     TURN: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     """Split a tile of tokens; JOIN: put q, k and v back. sign = -1 rotates back."""
-    i_b = tl.program_id(1).to(tl.int64)
-    o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    o_f = tl.arange(0, BLOCK_H)
-    m_s, m_f = o_s < seqlen, o_f < HALF
+    i_b, o_s, o_f, m_s, m_f = token_program(seqlen, HALF, BLOCK_H, BLOCK_S)
     m = m_s[:, None] & m_f[None, :]
     b_cos, b_sin = 1.0, 0.0
     if TURN:

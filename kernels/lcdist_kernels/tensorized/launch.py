@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lcdist_kernels.common import positive_scale
 from lcdist_kernels.rotary_kernel import Rotation, rotate
 from lcdist_kernels.tensorized.bwd_kernel import (
     _tensorized_bwd_dkv_kernel,
@@ -340,8 +341,7 @@ def _fwd(
     assert sweep is not None, "the coarsest mode has no hop"
     q, k, u = (last_dim_contiguous(x) for x in qku)
     check_kernel(q)
-    if softmax_scale < 0:
-        q, softmax_scale = -q, -softmax_scale
+    q, softmax_scale = positive_scale(q, softmax_scale)
     batch, seqlen, nheads, head_dim = q.shape
     nheads //= mean
     shape, rows = (batch, seqlen, nheads, head_dim), (batch, nheads, seqlen)

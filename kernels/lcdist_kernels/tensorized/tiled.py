@@ -21,10 +21,11 @@ from torch import Tensor
 
 from lcdist_kernels.common import TensorNotes, wide_dtype
 from lcdist_kernels.full import full_fwd
+from lcdist_kernels.full.tiled import add_grads
 from lcdist_kernels.partial import merge
 from lcdist_kernels.rotary import Rotary
 from lcdist_kernels.tensorized.grid import ModeGrid
-from lcdist_kernels.tiles import Tile, fold, tile_sides, tiles_of_band, unfold, view_of
+from lcdist_kernels.tiles import fold, unfold
 
 
 class Band(NamedTuple):
@@ -165,60 +166,11 @@ def softmax_bwd(
     lse, delta = (x.reshape(q.shape[:3]) for x in (lse, delta))
     dq, dk, du = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(u)
     dlogits = torch.zeros_like(delta)
-    block_q, block_k, units = tile_sides(q, k)
-    scratch = q.new_empty(2, units * q.shape[1] * block_q * block_k)
-    for start, stop, tiles in tiles_of_band(*band, block_q, block_k, q.device):
-        for unit in range(0, len(q) if tiles else 0, units):
-            rows = (slice(unit, unit + units), slice(None), slice(start, stop))
-            own = rows[0]
-            _bwd_rows(
-                (dout[rows], q[rows] * softmax_scale, lse[rows], delta[rows]),
-                (k[own], u[own]),
-                (dq[rows], dk[own], du[own], dlogits[rows]),
-                tiles,
-                scratch,
-            )
-    dq.mul_(softmax_scale)
+    add_grads((dout, q, lse, delta), (k, u), (dq, dk, du), band, softmax_scale, dlogits)
     dk_shape = (*shapes[1][:2], shapes[2][2], shapes[1][3])
     dk = unfold(dk[:, None], dk_shape).unflatten(2, (-1, repeats)).sum(3)
     dlogits = dlogits.reshape(shapes[0][0], shapes[0][2], shapes[0][1])
     return Grads(unfold(dq, shapes[0]), dk, unfold(du[:, None], shapes[2]), dlogits)
-
-
-def _bwd_rows(
-    queries: tuple[Tensor, Tensor, Tensor, Tensor],
-    keys: tuple[Tensor, Tensor],
-    grads: tuple[Tensor, Tensor, Tensor, Tensor],
-    tiles: list[Tile],
-    scratch: Tensor,
-) -> None:
-    """Add the gradients of some rows to `grads` (dq, dk, du, dlogits).
-
-    queries: dout, scaled q, lse, delta. keys: k, u. scratch: two buffers of scores.
-    """
-    units, group, rows, head_dim = queries[0].shape
-    dout, q = (x.reshape(units, group * rows, head_dim) for x in queries[:2])
-    lse, delta = (x.reshape(units, group * rows, 1) for x in queries[2:])
-    (k, u), (dq, dk, du, dlogits) = keys, grads
-    dq_rows, dlogits_rows = torch.zeros_like(q), torch.zeros_like(lse)
-    for k_start, k_stop, hidden in tiles:
-        own = slice(k_start, k_stop)
-        shape = (units, group * rows, k_stop - k_start)
-        weights, dscores = view_of(scratch[0], shape), view_of(scratch[1], shape)
-        torch.bmm(q, k[:, own].transpose(1, 2), out=weights)
-        weights.sub_(lse)
-        if hidden is not None:
-            weights.view(units, group, rows, -1).masked_fill_(hidden, -torch.inf)
-        weights.exp_()
-        du[:, own].baddbmm_(weights.transpose(1, 2), dout)
-        torch.bmm(dout, u[:, own].transpose(1, 2), out=dscores)
-        dscores.sub_(delta).mul_(weights)
-        dlogits_rows.add_(dscores.sum(-1, keepdim=True))
-        # q already includes softmax_scale.
-        dk[:, own].baddbmm_(dscores.transpose(1, 2), q)
-        dq_rows.baddbmm_(dscores, k[:, own])
-    dq.add_(dq_rows.view(units, group, rows, head_dim))
-    dlogits.add_(dlogits_rows.view(units, group, rows))
 
 
 def whole_band(size: int) -> Band:
