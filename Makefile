@@ -21,7 +21,7 @@ EXTRAS ?=
 .PHONY: extend test default-slurm test-fast test-all exhaustive exhaustive-slurm slurm-test checks chaos bench gpu-check install clean
 
 extend: install
-	$(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
+	LCDIST_STARTER=make $(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
 		--model "$(MODEL)" --lora "$(LORA)" $(WITH)
 
 # All Slurm tests share one cluster, so they run in one process, after the others.

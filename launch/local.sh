@@ -11,8 +11,5 @@ if [[ ! ${1:-} =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
 fi
 python=${LCDIST_PYTHON:-$root/.venv/bin/python}
 [[ -x $python ]] || python=python3
-# The processes share the cores of the machine.
-cores=$(nproc)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$1" \
+exec "$python" "$root/launch/run.py" --standalone --nproc-per-node="$1" \
   "$root/launch/train.py" "${@:2}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start torchrun on one node of a Slurm job, with one rank for each GPU. srun starts it once per node:
+# Start torch's launcher on one node of a Slurm job, with one rank for each GPU. srun starts it once per node:
 #
 #   srun --ntasks-per-node=1 launch/node.sh PROGRAM [ARGUMENT ...]
 #
@@ -15,7 +15,7 @@ procs=${LCDIST_PROCS_PER_NODE:-${SLURM_GPUS_ON_NODE:?no GPUs here, and LCDIST_PR
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > procs ? SLURM_CPUS_ON_NODE / procs : 1))}
 
 words=(--nnodes="$SLURM_STEP_NUM_NODES" --nproc-per-node="$procs" --max-restarts=0)
-# torchrun finds the host of the rendezvous by comparing names, which fails if a node's name has more
+# The launcher finds the host of the rendezvous by comparing names, which fails if a node's name has more
 # than one address, so it is set here. The id differs for each start of a requeued job.
 words+=(--rdzv-backend=c10d --rdzv-endpoint="$LCDIST_HEAD:$LCDIST_PORT")
 words+=(--rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}")
@@ -24,5 +24,6 @@ if [[ ${LCDIST_RANK_LOGS:-} ]]; then
   mkdir -p "$LCDIST_RANK_LOGS/$(hostname -s)"
   words+=(--log-dir="$LCDIST_RANK_LOGS/$(hostname -s)" --redirects=3 --tee=0:3)
 fi
-# No process may stand between srun and torchrun: it would receive the signals instead of torchrun.
-exec "$LCDIST_PYTHON" -m torch.distributed.run "${words[@]}" "$@"
+# No process may stand between srun and the launcher: it would receive the signals instead. run.py calls
+# torch's launcher in its own process.
+exec "$LCDIST_PYTHON" launch/run.py "${words[@]}" "$@"

@@ -1,8 +1,8 @@
 """Start a training run.
 
-    torchrun --nproc-per-node N launch/train.py CONFIG [section.key=value ...]
+    python launch/run.py --nproc-per-node N launch/train.py CONFIG [section.key=value ...]
 
-Without torchrun it runs in a world of one process. The same as `lcdist train`.
+Alone it runs in a world of one process. The same as `lcdist train`.
 """
 
 import sys

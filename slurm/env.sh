@@ -24,6 +24,9 @@ if [[ ${SLURM_CPUS_PER_TASK:-} ]]; then
   export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi
 
+# Errors name a remedy in the words of this command.
+export LCDIST_STARTER=sbatch
+
 # Use the clone's own environment, unless slurm/site.sh names another one.
 if [[ ! ${LCDIST_PYTHON:-} ]]; then
   if [[ -x .venv/bin/python ]]; then LCDIST_PYTHON=$PWD/.venv/bin/python; else LCDIST_PYTHON=python3; fi

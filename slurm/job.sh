@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Functions of the job scripts, which source this file on the first node of their job.
 #
-# Signal files in the run folder say how a training job ended; a launcher's exit status does not:
+# Signal files in the run folder say how a training job ended, also after the launcher of a node was killed:
 #   DONE                    all steps are finished: exit 0
 #   STOPPED                 saved on request. Requeued, unless this shell got SIGTERM (then Slurm is
 #                           requeueing the job, or the user cancelled it) or the user created `stop`

@@ -51,9 +51,10 @@ READS_MEGATRON = "lcdist.data.datasets.split"
 # The shim itself: it imports Megatron with torch.compile put aside, which takes a function.
 SHIM = "lcdist.hardware.megatron_on_cpu"
 WAITS_FOR_DEVICE = "lcdist.hardware.device"
-# May read the environment: the launcher's ranks at the door, one debugging switch.
+# May read the environment: the launcher and its ranks at the door, one debugging switch.
 READS_ENVIRONMENT = {
     *("lcdist.commands.main", "lcdist.distributed.mesh", "lcdist.exchange.debug"),
+    "lcdist.commands.launcher",
     "lcdist.hardware.deepspeed_on_cpu",
     "lcdist.hardware.determinism",  # sets what cuBLAS reads
 }

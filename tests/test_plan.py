@@ -598,8 +598,7 @@ def test_plan_command_uses_the_given_hardware(capsys: pytest.CaptureFixture[str]
     assert main(["plan", str(DEBUG), "--hardware", "h200"]) == 0
     shown = capsys.readouterr().out
     assert "in bf16" in shown and "of 141.0 GiB on each NVIDIA H200" in shown
-    with pytest.raises(SystemExit, match="2"):
-        main(["plan", str(DEBUG), "--hardware", "h300"])
+    assert main(["plan", str(DEBUG), "--hardware", "h300"]) == 2
     error = capsys.readouterr().err
     assert "h300" in error and all(name in error for name in GPU_SPECS)
 
@@ -632,5 +631,4 @@ def test_plan_command_exits_with_status_2_on_a_mistake(
 
 @pytest.mark.parametrize("late", [["--wrld-size", "2"], ["train.steps=2", "-x"]])
 def test_misspelt_option_is_not_an_override(late: list[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["plan", str(DEBUG), *late])
+    assert main(["plan", str(DEBUG), *late]) == 2

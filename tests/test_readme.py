@@ -58,9 +58,9 @@ def test_a_command_can_be_given(command: str) -> None:
     if name == "make":
         targets = re.findall(r"^([\w-]+):", read("Makefile"), re.MULTILINE)
         assert words and [word for word in words if "=" not in word and word not in targets] == []
-    elif name == "torchrun":
+    elif name == "python":
         script = words.index("launch/train.py")
-        assert words[:script] == ["--nproc-per-node", words[script - 1]]
+        assert words[:script] == ["launch/run.py", "--nproc-per-node", words[script - 1]]
         check_lcdist(["train", *words[script + 1 :]])
     elif name == "cp":
         copied, _, *then = words

@@ -4,6 +4,31 @@ import argparse
 import errno
 import os
 from pathlib import Path
+from typing import NoReturn
+
+DEBUG = "--debug"
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UsageError instead of ending the process: every rank has one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as an error of one line."""
+        raise UsageError(f"{message}; see '{self.prog} --help'")
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """Add the option that brings the traceback of a user's mistake; the caller looks for it."""
+    parser.add_argument(
+        DEBUG,
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print the traceback of an error, also of a mistake in the command",
+    )
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 
 from lcdist.attention import METHODS
+from lcdist.commands.endings import USER_ERROR
 from lcdist.commands.extend_own_model import OwnModelJob
 from lcdist.commands.extend_steps import ROOT, ExtendJob, console
 from lcdist.config import dump, load
 from lcdist.plan import make_plan
 from lcdist.report.sections import report_facts
 
-# Exit status of `lcdist` after a user's mistake.
-USER_ERROR = 2
+AGAIN = "Run the same command again to continue."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,14 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         job, fresh = _run_job(folder, arguments)
     except subprocess.CalledProcessError as error:
-        status = f"stopped: exit status {error.returncode}; see the lines above."
-        console.print(status, style="red")
+        # The stage has printed what the user did wrong.
         if error.returncode != USER_ERROR:
-            console.print("Run the same command again to continue from the last checkpoint.")
-        return error.returncode or 1
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"error: {error}", style="red", soft_wrap=True)
-        return USER_ERROR
+            console.print(AGAIN)
+        return error.returncode
     _print_summary(job, fresh, time.monotonic() - start)
     return 0
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from lcdist.rundir.status import read_status
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def parse_header(line):\n"
 console = plain_console(highlight=False)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class ExtendJob:
@@ -42,7 +44,7 @@ class ExtendJob:
         if file.exists() and json.loads(file.read_text(encoding="utf-8")) != job:
             raise ValueError(
                 f"{self.folder} holds a job with other settings, data or number of ranks; "
-                "choose another name (make extend NAME=...) or remove the folder"
+                "choose another --name or remove the folder"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
@@ -80,7 +82,7 @@ class ExtendJob:
         if status and status["status"] == "finished" and status["step"] >= config.train.steps:
             return False
         self.print_title(title, f" at {config.train.seqlen} tokens, {self.ranks} ranks")
-        self.start([*torchrun(self.ranks), str(ROOT / "launch/train.py"), *words])
+        self.start([*launcher(self.ranks), str(ROOT / "launch/train.py"), *words])
         status = read_status(folder)
         if status is None or status["status"] != "finished":
             raise ValueError(f"{name} was told to stop; run the same command again to continue")
@@ -104,7 +106,7 @@ class ExtendJob:
         results_file = self.folder / "perplexity.json"
         words = ["evaluate", str(self.folder / "extend"), "--before", str(self.folder / before)]
         words += ["--output", str(results_file), *settings, *more]
-        self.start([*torchrun(self.ranks), "-m", "lcdist", *words])
+        self.start([*launcher(self.ranks), "-m", "lcdist", *words])
         results = json.loads(results_file.read_text(encoding="utf-8"))
         attention = [results[key]["attention"] for key in ("before", "after")]
         if attention[0] != attention[1]:
@@ -151,12 +153,27 @@ class ExtendJob:
 LCDIST = (sys.executable, "-m", "lcdist")
 
 
-def torchrun(ranks: int) -> list[str]:
+def launcher(ranks: int) -> list[str]:
     """Return the first words of a command that runs a program on `ranks` processes."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [sys.executable, "-m", *launcher]
+    run = str(ROOT / "launch/run.py")
+    return [sys.executable, run, "--standalone", "--nproc-per-node", str(ranks)]
 
 
 def run_program(words: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run a program; raise CalledProcessError if it fails."""
-    subprocess.run(words, check=True, env=environment)
+    """Run a program; raise CalledProcessError if it fails.
+
+    It is in a process group of its own and gets the signals of this process, so that it can save
+    before both end.
+    """
+    with subprocess.Popen(words, env=environment, process_group=0) as program:
+        before = {
+            number: signal.signal(number, lambda number, _: program.send_signal(number))
+            for number in FORWARDED
+        }
+        try:
+            status = program.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if status:
+        raise subprocess.CalledProcessError(status if status > 0 else 128 - status, words)

@@ -1,7 +1,7 @@
 """The command line: parse `lcdist COMMAND ...` and run one command.
 
-Commands that need several processes (train, evaluate, generate, smoke) are started by torchrun.
-Without it they run alone, as a world of one process.
+Commands that need several processes (train, evaluate, generate, smoke) are started by
+`launch/run.py` or torchrun. Without it they run alone, as a world of one process.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from importlib import import_module
 from types import ModuleType
 
 from lcdist import __version__
-from lcdist.config.load import ConfigError
-from lcdist.utils.errors import RankError, is_of_rank_zero, os_error_text
+from lcdist.commands.arguments import DEBUG, Parser, add_debug
+from lcdist.commands.endings import end_with
 
 
 @dataclass(frozen=True)
@@ -44,50 +44,38 @@ COMMANDS = (
     Command("smoke", "lcdist.commands.smoke", "check that a cluster trains and communicates"),
     Command("run-folder", "lcdist.commands.run_folder", "print a run's folder, for a batch script"),
 )
-USER_ERROR = 2
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; 2 if the user made a mistake."""
-    arguments, module = _parse(words)
-    arguments.environment = dict(os.environ)
-    arguments.is_first_rank = os.environ.get("RANK", "0") == "0"
-    set_up_logging(arguments.is_first_rank)
+    words = sys.argv[1:] if words is None else words
+    environment, debug = dict(os.environ), DEBUG in words
     try:
-        return module.run(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        rank = arguments.environment.get("RANK", "0")
-        for line in error_lines(error, int(rank) if rank.isdecimal() else 0):
-            print(line, file=sys.stderr)
-        return USER_ERROR
-
-
-def error_lines(error: Exception, rank: int) -> list[str]:
-    """Return what a rank prints of an error; nothing if rank 0 prints the same.
-
-    All ranks find the same mistakes of a user, but files and disks may differ between machines.
-    """
-    prefix = "configuration error" if isinstance(error, ConfigError) else "error"
-    if rank:
-        if not isinstance(error, RankError | OSError) or is_of_rank_zero(error):
-            return []
-        prefix = f"rank {rank}: {prefix}"
-    text = os_error_text(error) if isinstance(error, OSError) else str(error)
-    return [f"{prefix}: {line}" for line in text.splitlines() or [type(error).__name__]]
+        arguments, module = _parse([word for word in words if word != DEBUG])
+        arguments.environment = environment
+        arguments.is_first_rank = environment.get("RANK", "0") == "0"
+        set_up_logging(arguments.is_first_rank)
+        status = module.run(arguments)
+        sys.stdout.flush()
+        return status
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):
+            return end_with(error, environment, debug)
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        return end_with(error, environment, debug)
 
 
 def parse_words(words: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments of one command line; exit with status 2 if argparse rejects it."""
-    return _parse(words)[0]
+    """Return the arguments of one command line; raise UsageError if argparse rejects it."""
+    return _parse(sys.argv[1:] if words is None else words)[0]
 
 
-def _parse(words: Sequence[str] | None) -> tuple[argparse.Namespace, ModuleType]:
+def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, ModuleType]:
     """Return the arguments and the module of the command."""
-    words = sys.argv[1:] if words is None else words
-    parser = argparse.ArgumentParser(
-        prog="lcdist", description="Train language models on long sequences."
-    )
+    parser = Parser(prog="lcdist", description="Train language models on long sequences.")
     parser.add_argument("--version", action="version", version=f"lcdist {__version__}")
+    add_debug(parser)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     # No option before the command takes a value, so the command is the first plain word.
     chosen = next((word for word in words if not word.startswith("-")), None)
@@ -97,6 +85,7 @@ def _parse(words: Sequence[str] | None) -> tuple[argparse.Namespace, ModuleType]
         if command.word == chosen:
             module = import_module(command.module)
             module.add_arguments(subparser)
+            add_debug(subparser)
     arguments, late = parser.parse_known_args(words)
     # Before Python 3.12 argparse leaves over the overrides that follow an option.
     if late and ("overrides" not in arguments or any(word.startswith("-") for word in late)):

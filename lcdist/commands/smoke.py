@@ -1,6 +1,6 @@
 """`lcdist smoke`: ten training steps over all ranks, then bytes sent and bandwidth.
 
-    torchrun -m lcdist smoke FOLDER [section.key=value ...]
+    python launch/run.py -m lcdist smoke FOLDER [section.key=value ...]
 
 `slurm/smoke.sh` starts it on a cluster. All ranks are context parallel.
 """

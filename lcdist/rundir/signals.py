@@ -1,6 +1,6 @@
 """Signal files in the run folder, between a run and batch scripts.
 
-A launcher's exit status is 1 whatever its ranks returned, so scripts read these files. `DONE`: all
+A launcher may fail after its ranks have ended well, so scripts read these files. `DONE`: all
 steps are finished. `STOPPED`: the run stopped on request and saved; JSON with step, reason and
 checkpoint. Neither file: the start failed. `stop` works the other way: a script or user creates it
 to make the run save and end.

@@ -10,6 +10,7 @@ from typing import Any
 
 from lcdist.rundir.effective import describe_effective, effective_time, last_end
 from lcdist.rundir.header import REMOVE, read_header
+from lcdist.rundir.lock import SILENCE, read_owner, silence_of
 from lcdist.rundir.paths import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -28,8 +29,6 @@ from lcdist.utils.json_file import read_object
 
 # Rates are medians over this many of the last steps.
 RATE_STEPS = 20
-# A run with status "running" may be dead if it has recorded no step for as long as this many steps.
-SILENT_STEPS = 20
 _TYPES = {"status": str, "step": int, "reason": str}
 
 
@@ -67,14 +66,15 @@ def describe(folder: Path, now: float | None = None) -> list[tuple[str, str]]:
     starts = read_header(header)["starts"] if header.exists() else []
     status = read_status(folder) or {"status": "never started", "step": 0, "reason": ""}
     now = time.time() if now is None else now
-    rows = [("state", _state(status, records, now))]
+    death = _death(folder, now) if status["status"] == "running" else ""
+    running = status["status"] == "running" and not death
+    rows = [("state", f"{death}. {way_back(folder)}" if death else _state(status))]
     if (folder / STOP).exists():
-        rows.append(("asked to stop", f"by the file {STOP}, still running"))
+        rows.append(("asked to stop", f"by the file {STOP}{', still running' if running else ''}"))
     rows.append(("progress", _progress(status, records, config.train.steps)))
     if records:
-        rows += _rates(records, config.train.steps, status["status"] == "running", now)
+        rows += _rates(records, config.train.steps, running, now)
     rows.append(("last checkpoint", _checkpoint(folder, records, now)))
-    running = status["status"] == "running"
     effective = effective_time(starts, records, now if running else last_end(starts, records))
     if effective is not None:
         rows.append(("effective time", describe_effective(effective)))
@@ -89,14 +89,39 @@ def stage_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda stage: (len(stage.name.partition("-")[0]), stage.name))
 
 
-def _state(status: Mapping[str, Any], records: Sequence[StepRecord], now: float) -> str:
-    text = f"{status['status']}: {status['reason']}" if status["reason"] else status["status"]
-    if status["status"] != "running" or not records:
-        return text
-    silent = now - records[-1].wall
-    if silent > SILENT_STEPS * max(1.0, _median([r.time.step for r in records[-RATE_STEPS:]])):
-        text += f"; but its last step was {duration(silent)} ago: the process may have died"
+def way_back(folder: Path) -> str:
+    """Return which checkpoint the run in `folder` goes on from, and how to go further back."""
+    try:
+        newest = latest_in(folder / CHECKPOINTS)
+    except CheckpointError as error:
+        return str(error)
+    if newest is None:
+        return "The run has no checkpoint yet: it begins again"
+    steps = sorted(step_of(path) for path in newest.parent.glob("step_*"))
+    older = [step for step in steps if step < step_of(newest)]
+    text = f"The run goes on from step {step_of(newest)}"
+    if older:
+        text += f", or with checkpoint.resume_from={older[-1]} from step {older[-1]}"
     return text
+
+
+def _state(status: Mapping[str, Any]) -> str:
+    return f"{status['status']}: {status['reason']}" if status["reason"] else status["status"]
+
+
+def _death(folder: Path, now: float) -> str:
+    """Return how a run ended that could not say so itself; empty if it lives."""
+    owner = read_owner(folder)
+    if owner is None:
+        return "died: nothing says which process it was"
+    gone, silence = owner.is_gone, silence_of(folder, now)
+    if gone:
+        text = f"died: {owner} was killed, or its machine was restarted"
+    elif silence <= SILENCE:
+        return ""
+    else:
+        text = f"frozen: {owner}" if gone is False else f"died: {owner} or its machine"
+    return f"{text}; last sign of life {duration(silence)} ago"
 
 
 def _progress(status: Mapping[str, Any], records: Sequence[StepRecord], steps: int) -> str:

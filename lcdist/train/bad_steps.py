@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lcdist.config.schema import TrainConfig
 from lcdist.engines.engine import RefusedStepError, TrainEngine
-from lcdist.train.failure import way_back
+from lcdist.rundir.status import way_back
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lcdist.checkpoint.save import sweep_leftovers
-from lcdist.rundir.paths import CHECKPOINTS, CheckpointError, latest_in, step_of
-from lcdist.rundir.status import read_status, write_status
+from lcdist.rundir.paths import CHECKPOINTS, CheckpointError
+from lcdist.rundir.status import read_status, way_back, write_status
 
 
 @contextlib.contextmanager
@@ -46,19 +46,3 @@ def _reason(error: BaseException, folder: Path) -> str:
     else:
         text = " ".join("".join(traceback.format_exception_only(error)).split())
     return f"{text}. {way_back(folder)}"
-
-
-def way_back(folder: Path) -> str:
-    """Return which checkpoint the run in `folder` goes on from, and how to go further back."""
-    try:
-        newest = latest_in(folder / CHECKPOINTS)
-    except CheckpointError as error:
-        return str(error)
-    if newest is None:
-        return "The run has no checkpoint yet: it begins again"
-    steps = sorted(step_of(path) for path in newest.parent.glob("step_*"))
-    older = [step for step in steps if step < step_of(newest)]
-    text = f"The run goes on from step {step_of(newest)}"
-    if older:
-        text += f", or with checkpoint.resume_from={older[-1]} from step {older[-1]}"
-    return text

@@ -97,7 +97,8 @@ class Trainer:
         steps, every = self.plan.config.train.steps, self.plan.config.checkpoint.every
         asynchronous = self.plan.config.checkpoint.asynchronous
         reason, is_first = "", True
-        with StopRequests(self._stop_files()) as requests, self.profiler as profiler:
+        stops = StopRequests(self._stop_files(), alone=self.mesh.world_size == 1)
+        with stops as requests, self.profiler as profiler:
             while self.step < steps and not reason:
                 with profiler.step(self.step + 1):
                     record, stop_requested = self._one_step(requests, watchdog)

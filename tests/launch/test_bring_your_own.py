@@ -143,7 +143,7 @@ def test_extend_runs_each_stage_once_and_resumes_an_interrupted_one(
     assert "all was done before" in capsys.readouterr().out
     assert (job / "report.html").read_text() == shown
     assert start("train.seqlen=128") == 2
-    assert "holds a job with other settings" in capsys.readouterr().out
+    assert "holds a job with other settings" in capsys.readouterr().err
 
 
 def test_convert_adapter_merge_and_unmerge(

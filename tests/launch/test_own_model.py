@@ -93,7 +93,7 @@ def test_too_little_text_is_refused_before_the_training(
     start: Start, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start("evaluate.tokens=1000000", model=source) == 2
-    assert "lower evaluate.tokens or evaluate.lengths" in capsys.readouterr().out
+    assert "lower evaluate.tokens or evaluate.lengths" in capsys.readouterr().err
     assert (tmp_path / "runs/job/data").exists() and not (tmp_path / "runs/job/extend").exists()
 
 
@@ -177,5 +177,6 @@ def test_mistakes_are_named_before_anything_is_spent(
     own = shutil.copytree(source, tmp_path / "own")
     spoil(own)
     assert start(*words, model=own) == 2
-    assert named in capsys.readouterr().out
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and named in lines[0]
     assert not (tmp_path / "runs").exists()

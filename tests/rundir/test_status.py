@@ -1,12 +1,19 @@
 """`lcdist status`: how a run stands, from its folder alone."""
 
 import json
+import os
+import socket
+import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from lcdist.commands.main import main
 from lcdist.rundir.effective import EffectiveTime, effective_time
+from lcdist.rundir.lock import lock_run_folder
 from lcdist.rundir.records import RankTimes, StepRecord, StepTime, read_records
 from lcdist.rundir.run_config import write_config
 from lcdist.rundir.signals import write_done, write_stopped
@@ -35,10 +42,19 @@ def record(step: int, ago: float, slowest: int = 2) -> str:
     ).to_json()
 
 
+def own(folder: Path, **other: Any) -> None:
+    """Let this process be the owner, with what is different about it."""
+    process = {"process": os.getpid(), "started": psutil.Process().create_time()}
+    table = {"host": socket.gethostname(), **process, **other}
+    (folder / "lock").write_text(json.dumps(table))
+    os.utime(folder / "lock", (NOW - 2, NOW - 2))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write_config(tmp_path, small(f"log.folder={tmp_path}", "train.steps=100"))
     write_status(tmp_path, "running", 0, "resumed")
+    own(tmp_path)
     lines = [record(step, 2.0 * (40 - step)) for step in range(1, 41)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "checkpoints" / "step_00000030").mkdir(parents=True)
@@ -93,11 +109,44 @@ def test_effective_time_over_restarts(folder: Path) -> None:
     assert alone == EffectiveTime(9, 0, 9, 0, 0, 0, 0)
 
 
-def test_status_of_a_silent_run_says_it_may_have_died(folder: Path) -> None:
-    state = dict(describe(folder, NOW + 7200))["state"]
-    assert state == (
-        "running: resumed; but its last step was 2 h 0 min ago: the process may have died"
-    )
+def test_a_dead_run_is_never_called_running(folder: Path) -> None:
+    """It looks at the owner's process, and on another machine at its last sign of life."""
+    gone = subprocess.Popen(["true"])
+    again = ". The run goes on from step 30"
+    # It has ended, and nobody has asked for its exit status yet.
+    while psutil.Process(gone.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    for number in (gone.pid, gone.pid):
+        own(folder, process=number, started=psutil.Process().create_time())
+        rows = dict(describe(folder, NOW))
+        here = f"process {number} on {socket.gethostname()}"
+        killed = f"died: {here} was killed, or its machine was restarted"
+        assert rows["state"] == f"{killed}; last sign of life 2 s ago{again}"
+        assert "time left" not in rows
+        gone.wait()
+    # Its number belongs to another process now.
+    own(folder, started=1.0)
+    assert dict(describe(folder, NOW))["state"].startswith("died: ")
+    own(folder)
+    assert dict(describe(folder, NOW + 7200))["state"].startswith("frozen: process ")
+    own(folder, host="node7")
+    assert dict(describe(folder, NOW + 60))["state"] == "running: resumed"
+    lost = "died: process 1 on node7 or its machine; last sign of life 2 h 0 min ago"
+    own(folder, host="node7", process=1)
+    assert dict(describe(folder, NOW + 7198))["state"] == lost + again
+    (folder / "lock").write_text("")
+    assert dict(describe(folder, NOW))["state"].startswith("died: nothing says")
+
+
+def test_the_owner_of_a_lock_shows_that_it_lives(folder: Path) -> None:
+    with lock_run_folder(folder, beat=0.01):
+        os.utime(folder / "lock", (0, 0))
+        while not (folder / "lock").stat().st_mtime:
+            time.sleep(0.01)
+        assert dict(describe(folder))["state"] == "running: resumed"
+    os.utime(folder / "lock", (0, 0))
+    time.sleep(0.05)
+    assert not (folder / "lock").stat().st_mtime
 
 
 def test_status_follows_a_stop_request(folder: Path) -> None:

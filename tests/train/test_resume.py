@@ -166,14 +166,17 @@ def claim(rank: int, world_size: int, folder: Path) -> str:
     return str(caught.value)
 
 
+OWNER = '{"process": 4711, "host": "another-host", "started": 1.0}\n'
+
+
 def test_a_folder_in_use_is_refused_on_every_rank(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("w") as handle:
-        handle.write("process 4711 on another-host\n")
+        handle.write(OWNER)
         handle.flush()
         fcntl.flock(handle, fcntl.LOCK_EX)
         for message in run_ranks(claim, 2, tmp_path):
             assert f"'{tmp_path}' is in use by process 4711 on another-host; wait" in message
-    assert (tmp_path / "lock").read_text() == "process 4711 on another-host\n"
+    assert (tmp_path / "lock").read_text() == OWNER
 
 
 def claim_and_leave(rank: int, world_size: int, folder: Path) -> str:
@@ -184,7 +187,7 @@ def claim_and_leave(rank: int, world_size: int, folder: Path) -> str:
 
 
 def test_a_folder_is_free_again_after_a_run(tmp_path: Path) -> None:
-    assert run_ranks(claim_and_leave, 1, tmp_path / "new")[0].startswith("process ")
+    assert run_ranks(claim_and_leave, 1, tmp_path / "new")[0].startswith('{"process": ')
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:

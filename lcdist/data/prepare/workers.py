@@ -8,7 +8,6 @@ script that lacks a guard.
 import contextlib
 import json
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -118,7 +117,9 @@ class _WorkerPool:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         processes: list[subprocess.Popen[str]] = []
         try:
-            processes += [subprocess.Popen(command, **pipes) for _ in range(workers)]
+            # In a process group of their own, which a terminal's Ctrl-C does not reach.
+            options = {**pipes, "process_group": 0}
+            processes += [subprocess.Popen(command, **options) for _ in range(workers)]
             yield processes
         finally:
             for process in processes:
@@ -162,8 +163,6 @@ class _WorkerPool:
 
 def work() -> None:
     """Run a worker: read shards from standard input and write answers until the input ends."""
-    # Ctrl-C reaches every process of the terminal; the parent ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     job = job_from_json(sys.argv[2])
     tokenizer = _open_tokenizer(job, Path(sys.argv[3]))
 

@@ -1,0 +1,30 @@
+"""Say remedies in the words of the command that was typed."""
+
+import re
+
+MAKE, SBATCH = "make", "sbatch"
+# Options of `lcdist extend`, and the variables of the Makefile that stand for them.
+_VARIABLES = {
+    "--data": "DATA",
+    "--name": "NAME",
+    "--method": "METHOD",
+    "--model": "MODEL",
+    "--lora": "LORA",
+    "--length": "LENGTH",
+}
+_OPTION = re.compile(rf"({'|'.join(_VARIABLES)})(?:[ =](\S+))?(?=[\s:;,.)']|$)")
+_OVERRIDE_HELP = "configuration error: "
+
+
+def in_words_of(starter: str, text: str) -> str:
+    """Return a message with the words of a starter: `make` has NAME=x for `--name x`."""
+    if starter != MAKE:
+        return text
+    text = _OPTION.sub(_variable, text)
+    if text.startswith(_OVERRIDE_HELP):
+        text += ' (with make: WITH="section.key=value")'
+    return text
+
+
+def _variable(match: re.Match[str]) -> str:
+    return f"{_VARIABLES[match[1]]}={match[2] or ''}"
