@@ -30,6 +30,7 @@ class Command:
 # Modules by name: only the module of the command that runs is imported, so that `lcdist --help` and
 # `lcdist status` need no torch. `tests/test_floors.py` treats each entry as an import.
 COMMANDS = (
+    Command("init", "lcdist.commands.init", "write a configuration for a model and your GPUs"),
     Command("plan", "lcdist.commands.plan", "show what a run would be, without running it"),
     Command("methods", "lcdist.commands.methods", "list the attention methods"),
     Command("tokenize", "lcdist.commands.tokenize", "convert text to a folder of tokens"),

@@ -86,6 +86,19 @@ def load_stages(
     return _chain(stages)
 
 
+def parse_with_source(table: Mapping[str, Any], source: Source) -> Config:
+    """Return the configuration of one run that starts from a known model.
+
+    Args:
+        table: The configuration.
+        source: What its `model.from` names, which need not exist.
+
+    Raises:
+        ConfigError: With every mistake.
+    """
+    return _Chain(lambda folder, run_folder: source).parse(table, ())
+
+
 class _Chain:
     """Parse one stage after another: each takes settings of the model from the one before."""
 
