@@ -8,10 +8,13 @@ METHOD ?= full
 NAME   ?=
 # Number of test processes. Each runs whole files, with one torch thread.
 WORKERS ?= 2
-# MODEL: a Hugging Face folder to extend instead of the model trained here. LORA: the rank of LoRA
-# adapters, 0 for none. WITH: overrides of configs/quickstart/extend.toml, such as
-# WITH="optim.lr=2e-5 train.steps=500".
+# MODEL: a Hugging Face folder to extend instead of the model trained here. LENGTH: tokens to extend it
+# to; empty: four times its own, or two times where memory or time do not allow it. MINUTES: for its
+# training and evaluation; empty: 10 on a CPU, 60 on a GPU. LORA: the rank of LoRA adapters, 0 for none. WITH:
+# overrides of configs/quickstart/extend.toml, such as WITH="optim.lr=2e-5 train.steps=500".
 MODEL  ?=
+LENGTH ?=
+MINUTES ?=
 LORA   ?= 0
 WITH   ?=
 
@@ -22,7 +25,7 @@ EXTRAS ?=
 
 extend: install
 	LCDIST_STARTER=make $(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
-		--model "$(MODEL)" --lora "$(LORA)" $(WITH)
+		--model "$(MODEL)" --length "$(LENGTH)" --minutes "$(MINUTES)" --lora "$(LORA)" $(WITH)
 
 # All Slurm tests share one cluster, so they run in one process, after the others.
 ONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest

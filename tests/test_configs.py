@@ -219,11 +219,11 @@ def test_what_it_starts_from_is_made_as_it_says(path: Path) -> None:
     assert bool(found) == (name(path) not in OWN)
     config = load_run(path)[0].config
     known = PUBLISHED[begins_with(path)].model.vocab_size
-    more = [f"model.vocab_size={config.model.vocab_size}"]
     for command in found:
         arguments = parse_words(shlex.split(command)[1:])
         assert arguments.out.as_posix() == config.checkpoint.load
-        assert arguments.overrides == ([] if config.model.vocab_size == known else more)
+        assert arguments.extra_tokens == config.model.vocab_size - known
+        assert not arguments.overrides
 
 
 def test_the_readmes_commands_can_be_given() -> None:

@@ -1,34 +1,46 @@
 """`lcdist extend`: extend a model's context, from text to a report.
 
     lcdist extend [--data DIR_OR_FILE] [--name NAME] [--method METHOD] [--lora RANK]
-        [--configs DIR] [--model HF_FOLDER [section.key=value ...]]
+        [--configs DIR]
+        [--model HF_FOLDER [--length TOKENS] [--minutes MINUTES] [section.key=value ...]]
 
 Without --model, a small model is trained at 512 tokens first and extended to 4096. With --model, a
-Hugging Face folder that contains its tokenizer is imported, and the extended model is exported. All
-output is in runs/NAME: data/, pretrain/ or model/, extend/, exported/, evaluation.json, sample.txt,
+Hugging Face folder that contains its tokenizer is imported, and the extended model is exported. Its
+length is four times the model's own, or two times where four do not fit, and as many steps are
+trained as fit the minutes; a job of which nothing would fit is refused before it begins. All output
+is in runs/NAME: data/, pretrain/ or model/, extend/, exported/, evaluation.json, sample.txt,
 report.html. A finished stage is skipped and an interrupted one is resumed, so the same command can
 always be repeated.
 """
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from lcdist.attention import METHODS
-from lcdist.commands.endings import USER_ERROR
+from lcdist.commands.endings import STARTER, USER_ERROR
+from lcdist.commands.extend_choice import Asked
 from lcdist.commands.extend_own_model import OwnModelJob
 from lcdist.commands.extend_steps import ROOT, ExtendJob, console
+from lcdist.commands.wording import MAKE
 from lcdist.config import dump, load
+from lcdist.hardware.device import has_cuda
 from lcdist.plan import make_plan
 from lcdist.report.sections import report_facts
 
 AGAIN = "Run the same command again to continue."
+MINUTES_ON_CPU, MINUTES_ON_GPU = 10.0, 60.0
+MOST = {int: 2**40, float: 1e6}
+Number = TypeVar("Number", int, float)
+SEQLEN = "train.seqlen="
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora", type=int, default=0, help="rank of LoRA adapters; 0: train all weights"
     )
     parser.add_argument(
+        "--length", default="", help="tokens to extend --model to (default: 4 or 2 times its own)"
+    )
+    parser.add_argument(
+        "--minutes",
+        default="",
+        help="for training and evaluation of --model (default: 10; 60 on GPUs)",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
@@ -61,6 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.overrides and not arguments.model:
         raise ValueError("section.key=value goes with --model; else edit a copy of --configs")
+    if (arguments.length or arguments.minutes) and not arguments.model:
+        raise ValueError(
+            "these go with --model: --length, --minutes; else edit a copy of --configs"
+        )
     if arguments.lora < 0:
         raise ValueError(f"--lora {arguments.lora}: must be 0 or more")
     start = time.monotonic()
@@ -88,14 +112,65 @@ def _default_name(arguments: argparse.Namespace) -> str:
 def _run_job(folder: Path, arguments: argparse.Namespace) -> tuple[ExtendJob, bool]:
     """Run the job; return it and whether any stage had to run."""
     ranks, configs = _ranks(), Path(arguments.configs)
-    settings = [*_method_settings(arguments), *_lora_settings(arguments.lora)]
     if arguments.model:
-        own_model = OwnModelJob(folder, ranks, arguments.environment)
+        own_model, asked = OwnModelJob(folder, ranks, arguments.environment), _asked(arguments)
         own_model.open(Path(arguments.model), arguments.data)
-        settings += arguments.overrides
-        return own_model, own_model.run(configs / "extend.toml", settings)
+        fresh = own_model.run(
+            configs / "extend.toml",
+            lambda length: _settings(arguments, length),
+            arguments.overrides,
+            asked,
+            _typed(arguments),
+        )
+        return own_model, fresh
+    settings = _settings(arguments, load(configs / "extend.toml").train.seqlen)
     quickstart = QuickstartJob(folder, ranks, arguments.environment)
     return quickstart, quickstart.run(configs, settings, arguments.data)
+
+
+def _asked(arguments: argparse.Namespace) -> Asked:
+    """Return length and minutes as the user gave them."""
+    given = dict(word.partition("=")[::2] for word in arguments.overrides)
+    if arguments.length and "train.seqlen" in given:
+        raise ValueError(
+            f"--length {arguments.length} and train.seqlen={given['train.seqlen']} both set the "
+            "length: leave one out"
+        )
+    length = _number(arguments.length or given.get("train.seqlen", ""), int, "--length")
+    minutes = _number(arguments.minutes, float, "--minutes")
+    default = MINUTES_ON_GPU if has_cuda() else MINUTES_ON_CPU
+    return Asked(length, default if minutes is None else minutes, frozenset(given))
+
+
+def _number(text: str, kind: type[Number], name: str) -> Number | None:
+    """Return the number that `text` gives, None if it is empty; raise ValueError if it is wrong."""
+    if not text:
+        return None
+    try:
+        number = kind(text)
+    except ValueError:
+        number = kind(0)
+    if not 0 < number < MOST[kind]:
+        what = "a whole number of tokens, such as 32768" if kind is int else "a number, such as 30"
+        raise ValueError(f"{name} {text!r}: must be {what}")
+    return number
+
+
+def _typed(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Return the command to repeat on another machine, and the word that gives it a length."""
+    words = {
+        "MODEL": arguments.model,
+        "DATA": arguments.data if arguments.data != "stdlib" else "",
+        "METHOD": arguments.method if arguments.method != "full" else "",
+        "LORA": str(arguments.lora or ""),
+    }
+    given = {key: shlex.quote(value) for key, value in words.items() if value}
+    overrides = [word for word in arguments.overrides if not word.startswith(SEQLEN)]
+    if arguments.environment.get(STARTER) == MAKE:
+        more = {"WITH": shlex.quote(" ".join(overrides))} if overrides else {}
+        return " ".join(["make extend", *map("=".join, {**given, **more}.items())]), "LENGTH="
+    options = [f"--{key.lower()} {value}" for key, value in given.items()]
+    return " ".join(["lcdist extend", *options, *map(shlex.quote, overrides)]), "--length "
 
 
 class QuickstartJob(ExtendJob):
@@ -154,21 +229,19 @@ def _landmark_vocabulary(file: str, settings: list[str]) -> list[str]:
     return [f"model.vocab_size={config.model.vocab_size + 1}"]
 
 
-def _method_settings(arguments: argparse.Namespace) -> list[str]:
-    """Return the method and its sizes for the long length: four chunks, sixteen blocks."""
-    overrides = [word for word in arguments.overrides if word.startswith("train.seqlen=")]
-    seqlen = load(Path(arguments.configs) / "extend.toml", overrides).train.seqlen
+def _settings(arguments: argparse.Namespace, length: int) -> list[str]:
+    """Return method, its sizes for a length (four chunks, sixteen blocks), and LoRA.
+
+    LoRA has LongLoRA's settings (arXiv:2309.12307): embeddings and norms are trained in full.
+    """
     sizes: Mapping[str, list[str]] = {
-        "scca": [f"attention.chunk_size={seqlen // 4}"],
-        "tensorized": [f"attention.modes=[{seqlen // 16}]"],
+        "scca": [f"attention.chunk_size={length // 4}"],
+        "tensorized": [f"attention.modes=[{length // 16}]"],
     }
-    return [f"attention.method={arguments.method}", *sizes.get(arguments.method, [])]
-
-
-def _lora_settings(rank: int) -> list[str]:
-    """Return LongLoRA's settings (arXiv:2309.12307): embeddings and norms are trained in full."""
+    method, rank = arguments.method, arguments.lora
+    settings = [f"attention.method={method}", *sizes.get(method, [])]
     in_full = ["lora.embeddings=true", "lora.norms=true"]
-    return [f"lora.rank={rank}", f"lora.alpha={2 * rank}", *in_full] if rank else []
+    return settings + ([f"lora.rank={rank}", f"lora.alpha={2 * rank}", *in_full] if rank else [])
 
 
 def _ranks() -> int:

@@ -2,12 +2,22 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lcdist.commands.extend_steps import ExtendJob, console
+from lcdist.commands.extend_choice import Asked, Choice, Chooser, Speed, duration
+from lcdist.commands.extend_probe import probe_speed
+from lcdist.commands.extend_steps import ExtendJob, console, launcher
+from lcdist.commands.extend_times import (
+    commands_elsewhere,
+    errors_table,
+    length_rows,
+    lengths_table,
+    refusal,
+)
 from lcdist.config import dump, load
 from lcdist.config.rope import Rope
 from lcdist.config.schema import Config
@@ -16,7 +26,8 @@ from lcdist.convert.huggingface.fit_config import fit_config, open_user_model
 from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.lora.merge import merge
 from lcdist.distributed.mesh import end_world
-from lcdist.plan import make_plan
+from lcdist.rundir.paths import METRICS_FILE
+from lcdist.rundir.records import read_records
 from lcdist.utils.atomic import write_file
 
 MODEL_SECTION = "model."
@@ -40,21 +51,32 @@ class OwnModelJob(ExtendJob):
         self.hf = open_user_model(source)
         self.name = source.resolve().name
 
-    def run(self, file: Path, settings: Sequence[str]) -> bool:
+    def run(
+        self,
+        file: Path,
+        settings_at: Callable[[int], list[str]],
+        overrides: Sequence[str],
+        asked: Asked,
+        command: tuple[str, str],
+    ) -> bool:
         """Run all stages in order; raise at the first failure.
 
         Args:
             file: a configuration, written for another model.
-            settings: `section.key=value` overrides.
+            settings_at: returns `section.key=value` for a length: of the method and of LoRA.
+            overrides: the user's `section.key=value`.
+            asked: length and minutes.
+            command: what the user typed, and what gives the length to it, for another machine.
 
         Returns:
             Whether any stage had to run.
         """
-        config = self._fit_config(file, settings)
-        # Report conflicting settings now instead of in the middle of the job.
-        make_plan(config, self.ranks)
+        self.file, self.settings_at, self.overrides = file, settings_at, overrides
         source = str(self.source.resolve())
-        self.claim_folder({"extend": dump(config), "text": self.text, "model": source})
+        job = {"text": self.text, "model": source, "asked": asked.to_table()}
+        choice = self._chosen_before(job) or self._choose(asked, command)
+        config = self._config_at(choice.length, choice.settings)
+        self.claim_folder({"extend": dump(config), **job, "choice": asdict(choice)})
         config_file = self.folder / "extend.toml"
         write_file(config_file, dump(config))
         labels = {
@@ -67,23 +89,92 @@ class OwnModelJob(ExtendJob):
             fresh.append(self._import("grown", config.model.vocab_size))
         fresh.append(self.tokenize(self.text, "--tokenizer", str(self.source)))
         self.check_held_out_text(config)
+        fresh.append(self.train("extend", "extending", [str(config_file)], config))
+        if fresh[-1]:
+            self._print_time(choice)
         fresh += [
-            self.train("extend", "extending", [str(config_file)], config),
             self.evaluate(config, "model", [f"data.path={self.folder / 'data'}"], labels),
             self.sample(),
             self._export(config),
         ]
         return self.report(any(fresh))
 
-    def _fit_config(self, file: Path, settings: Sequence[str]) -> Config:
-        """Return the configuration in `file` with the shape and paths of this model."""
-        model_settings = [word for word in settings if word.startswith(MODEL_SECTION)]
+    # --- length and steps -------------------------------------------------------------------------
+
+    def _chosen_before(self, job: Mapping[str, Any]) -> Choice | None:
+        """Return the choice of an interrupted or finished job; None for a new one."""
+        before = self.read_job()
+        if "choice" not in before:
+            return None
+        if any(before[key] != value for key, value in job.items()):
+            self.refuse_folder()
+        return Choice(**before["choice"])
+
+    def _choose(self, asked: Asked, command: tuple[str, str]) -> Choice:
+        """Choose length and steps, and say so; raise ValueError, with a table, if nothing fits."""
+        chooser = Chooser(self._config_at, self.ranks, self.hf.seqlen, asked, self._probe)
+        choice = chooser.choose()
+        if choice is not None:
+            for line in choice.said:
+                console.print(line, soft_wrap=True)
+            return choice
+        lengths = {factor * self.hf.seqlen for factor in (2, 4, 8)} | {asked.length or 0}
+        lengths = sorted(length for length in lengths if length > self.hf.seqlen)
+        rows = length_rows(lengths, chooser)
+        for line in chooser.reasons:
+            console.print(line, soft_wrap=True)
+        console.print(lengths_table(rows))
+        console.print(errors_table())
+        for line in commands_elsewhere(rows, *command):
+            console.print(line, soft_wrap=True)
+        raise ValueError(refusal(chooser.reasons, rows))
+
+    def _probe(self, length: int, more: Sequence[str]) -> Speed:
+        """Time training steps at short lengths, on all ranks, with more `section.key=value`."""
+        console.print("Timing short steps of this model on this machine.")
+
+        def config_at(short: int) -> Config:
+            words = self._words_at(short, more)
+            attention = load(self.file, words).attention
+            return replace(whole, attention=attention, train=replace(whole.train, seqlen=short))
+
+        def start(words: Sequence[str]) -> None:
+            self.start([*launcher(self.ranks), "-m", "lcdist", *words])
+
+        whole = self._config_at(length, more)
+        return probe_speed(length, config_at, self.ranks, start)
+
+    def _print_time(self, choice: Choice) -> None:
+        """Print how long the training took, beside what was expected."""
+        records = read_records(self.folder / "extend" / METRICS_FILE)
+        seconds = [record.time.step for record in records]
+        console.print(
+            f"{len(seconds)} steps took {duration(sum(seconds))}, a step "
+            f"{duration(statistics.median(seconds))}; expected were "
+            f"{duration(choice.steps * choice.step_seconds)}, a step "
+            f"{duration(choice.step_seconds)}",
+            soft_wrap=True,
+        )
+
+    def _words_at(self, length: int, more: Sequence[str]) -> list[str]:
+        """Return all `section.key=value` of a training at `length` tokens, the user's last."""
+        lengths = [self.hf.seqlen]
+        while 2 * lengths[-1] < length:
+            lengths.append(2 * lengths[-1])
+        evaluated = [f"train.seqlen={length}", f"evaluate.lengths={[*lengths, length]}"]
         paths = [f"log.folder={self.folder / 'extend'}", f"data.path={self.folder / 'data'}"]
-        others = [word for word in settings if word not in model_settings]
-        config = load(file, [*paths, f"parallel.cp_size={self.ranks}", *others])
-        config = fit_config(config, self.hf, model_settings, self.ranks)
+        words = [*paths, f"parallel.cp_size={self.ranks}", *evaluated, *self.settings_at(length)]
+        overrides = [word for word in self.overrides if not word.startswith(MODEL_SECTION)]
+        return [*words, *more, *overrides, f"train.seqlen={length}"]
+
+    def _config_at(self, length: int, more: Sequence[str] = ()) -> Config:
+        """Return the configuration of a training at `length`, with the shape of this model."""
+        config = load(self.file, self._words_at(length, more))
+        config = fit_config(config, self.hf, self.overrides, self.ranks)
         start = self.folder / ("grown" if self._needs_landmark_row(config) else "model")
         return replace(config, checkpoint=replace(config.checkpoint, load=str(start)))
+
+    # --- stages -----------------------------------------------------------------------------------
 
     def _needs_landmark_row(self, config: Config) -> bool:
         """Return whether landmarks need an embedding row that the model does not have.

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lcdist.commands.console import plain_console
 from lcdist.config.schema import Config
@@ -40,14 +40,24 @@ class ExtendJob:
 
     def claim_folder(self, job: Mapping[str, Any]) -> None:
         """Write job.json; raise ValueError if the folder holds a different job."""
-        file = self.folder / "job.json"
-        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != job:
-            raise ValueError(
-                f"{self.folder} holds a job with other settings, data or number of ranks; "
-                "choose another --name or remove the folder"
-            )
+        before = self.read_job()
+        if before and before != job:
+            self.refuse_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(job, indent=1) + "\n"
+        (self.folder / "job.json").write_text(text, encoding="utf-8")
+
+    def read_job(self) -> dict[str, Any]:
+        """Return the content of job.json; an empty table for a new job."""
+        file = self.folder / "job.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def refuse_folder(self) -> NoReturn:
+        """Raise ValueError: the folder holds a different job."""
+        raise ValueError(
+            f"{self.folder} holds a job with other settings, data or number of ranks; "
+            "choose another --name or remove the folder"
+        )
 
     def print_title(self, name: str, more: str = "") -> None:
         """Print the number and the title of the stage that begins."""

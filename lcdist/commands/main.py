@@ -42,6 +42,7 @@ COMMANDS = (
     Command("status", "lcdist.commands.status", "show a run's progress, speed and restarts"),
     Command("report", "lcdist.commands.report", "write the report.html of a run folder"),
     Command("extend", "lcdist.commands.extend", "extend a model's context, from text to report"),
+    Command("probe", "lcdist.commands.probe", "time training steps at short lengths"),
     Command("smoke", "lcdist.commands.smoke", "check that a cluster trains and communicates"),
     Command("run-folder", "lcdist.commands.run_folder", "print a run's folder, for a batch script"),
 )

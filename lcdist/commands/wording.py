@@ -11,6 +11,7 @@ _VARIABLES = {
     "--model": "MODEL",
     "--lora": "LORA",
     "--length": "LENGTH",
+    "--minutes": "MINUTES",
 }
 _OPTION = re.compile(rf"({'|'.join(_VARIABLES)})(?:[ =](\S+))?(?=[\s:;,.)']|$)")
 _OVERRIDE_HELP = "configuration error: "

@@ -121,7 +121,10 @@ def _fill(model: dict[str, Any], source: Source, errors: list[str]) -> None:
         if key not in model:
             model[key] = value
         elif not source.is_own and (model[key] or same.get(key)) != (value or same.get(key)):
-            errors.append(_differs(f"model.{key}", model[key], value, source))
+            error = _differs(f"model.{key}", model[key], value, source)
+            if key == "vocab_size" and isinstance(model[key], int) and model[key] > value:
+                error += f", or import the model again with --extra-tokens {model[key] - value}"
+            errors.append(error)
 
 
 def _differs(key: str, written: Any, theirs: Any, source: Source) -> str:
@@ -141,13 +144,13 @@ def _extended(
         return {}
     try:
         if source is not None and source.is_own:
-            return _table(source.model.rope)
+            return rope_table(source.model.rope)
         root = root or source
         if root is not None:
-            return _table(extend_rope(root.model.rope, root.seqlen, word))
+            return rope_table(extend_rope(root.model.rope, root.seqlen, word))
         base = base_of(word)
         if base is not None:
-            return _table(RopePlain(base=base))
+            return rope_table(RopePlain(base=base))
     except ValueError as error:
         errors.append(f"{begin}: {error}")
         return {}
@@ -162,7 +165,7 @@ def _filled_rope(rope: dict[str, Any], source: Source, errors: list[str]) -> dic
     """Return the written rotation with the source's values of what is not written."""
     model = source.model.rope
     # An attention factor by formula follows the factor that is written.
-    theirs = _table(with_factor(model, model.factor) if isinstance(model, RopeYarn) else model)
+    theirs = rope_table(with_factor(model, model.factor) if isinstance(model, RopeYarn) else model)
     kind = rope.get("scaling", theirs["scaling"])
     if source.is_own:
         return {**theirs, **rope} if kind == theirs["scaling"] else rope
@@ -188,7 +191,7 @@ def _filled_rope(rope: dict[str, Any], source: Source, errors: list[str]) -> dic
     return filled
 
 
-def _table(rope: Any) -> dict[str, Any]:
+def rope_table(rope: Any) -> dict[str, Any]:
     """Return a rotation as a table of TOML."""
     values = {key: value for key, value in asdict(rope).items() if value is not None}
     return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}

@@ -111,7 +111,13 @@ def check_vocabulary(meta: Meta, vocab_size: int, reserved: int = 0) -> None:
     required = meta.vocab_size + reserved
     padded = meta.kind == "huggingface" and required < vocab_size
     if required != vocab_size and not padded:
-        landmarks = f" and {reserved} for landmarks" if reserved else ""
+        landmarks = f" and {reserved:d} for landmarks" if reserved else ""
+        if reserved and vocab_size == meta.vocab_size:
+            raise ValueError(
+                f"model.vocab_size = {vocab_size}, and the data was made with a tokenizer of as "
+                "many pieces: landmark attention wants one more token; set model.vocab_size = "
+                f"{required}, and import a model to start from with --extra-tokens {reserved:d}"
+            )
         alternative = (
             f", or tokenize again with vocab_size = {vocab_size - reserved}"
             if meta.kind == "sentencepiece"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lcdist.commands.main import main
 from lcdist.convert.huggingface.export_model import export_model
 from lcdist.convert.huggingface.import_model import import_model
 from tests.convert.hf import make_model, save
@@ -65,6 +66,31 @@ def merge_shards(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
     (folder / INDEX).unlink()
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+def test_gguf_is_named_with_the_way_to_safetensors(
+    good: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file by its name or its first bytes, and a folder that has no other weights."""
+    folder = tmp_path / "quantized"
+    folder.mkdir()
+    shutil.copy(good / "config.json", folder)
+    file = folder / "model-Q4_K_M.gguf"
+    file.write_bytes(b"GGUF\x03\x00\x00\x00")
+    unnamed = Path(shutil.copy(file, tmp_path / "blob"))
+    for given, name in ((folder, file.name), (file, file.name), (unnamed, "blob")):
+        assert main(["extend", "--model", str(given)]) == 2
+        said = capsys.readouterr()
+        [line] = (said.out + said.err).splitlines()
+        assert str(given) in line and "GGUF" in line and "hf download" in line
+        assert f"gguf_file={name!r}" in line and "save_pretrained" in line
+        with pytest.raises(ValueError, match="GGUF"):
+            import_model(given, tmp_path / "out")
+    with pytest.raises(ValueError, match="model.safetensors.index.json: a file, not a folder"):
+        import_model(source / INDEX, tmp_path / "out")
+    # Beside safetensors it is a copy of them.
+    shutil.copy(file, source)
+    assert import_model(source, tmp_path / "out").num_parameters
 
 
 def truncate(folder: Path) -> None:

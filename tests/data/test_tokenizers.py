@@ -164,3 +164,5 @@ def test_published_models_may_have_a_larger_vocabulary() -> None:
     ):
         with pytest.raises(ValueError, match=f"set model.vocab_size = {300 + reserved}"):
             check_vocabulary(meta(kind), vocab_size, reserved)
+    with pytest.raises(ValueError, match="one more token; .* = 301, .* with --extra-tokens 1$"):
+        check_vocabulary(meta("sentencepiece"), 300, reserved=True)

@@ -16,18 +16,22 @@ TINY = ROOT / "tests" / "launch" / "tiny"
 Start = Callable[..., int]
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a hundred kilobytes of text in which names repeat at long distances."""
+def write_documents(file: Path, count: int) -> Path:
+    """Write documents of four kilobytes in which names repeat at long distances."""
     words = random.Random(0)
     names = ["".join(words.choices("abcdefghij", k=5)) for _ in range(60)]
-    file = tmp_path_factory.mktemp("text") / "part.jsonl"
     rows = []
-    for number in range(24):
+    for number in range(count):
         lines = [f"{a} = {words.choice(names)}({number})" for a in words.choices(names, k=220)]
         rows.append(json.dumps({"text": "\n".join(lines)}))
     file.write_text("\n".join(rows))
     return file
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a hundred kilobytes of text."""
+    return write_documents(tmp_path_factory.mktemp("text") / "part.jsonl", 24)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from lcdist.convert.huggingface.fit_config import fit_config, open_user_model
 from lcdist.report.sections import report_facts
 from tests.convert.lora_runs import TEXT, logits, weights_at
 from tests.distributed import run_ranks
-from tests.launch.conftest import ROOT, TINY, Start, run_here
+from tests.launch.conftest import ROOT, TINY, Start, run_here, write_documents
 from tests.tolerance import assert_matches
 
 
@@ -86,6 +86,38 @@ def test_extend_on_two_ranks_lowers_perplexity_and_exports(
     assert perplexity_of_export(job) == pytest.approx(facts["evaluation"]["after"], rel=1e-5)
 
 
+@pytest.mark.exhaustive
+def test_extend_chooses_length_and_steps_for_a_model_of_512_tokens(tmp_path: Path) -> None:
+    """The quickstart's model in small: four times its length, and better at it, within minutes."""
+    data, run, model = (tmp_path / name for name in ("data", "run", "model"))
+    text = write_documents(tmp_path / "text.jsonl", 120)
+    long = ["train.seqlen=512", "train.steps=150", "train.global_batch_size=2", "log.peak_tflops=1"]
+    for words in (
+        ["tokenize", str(text), str(data), "--vocab-size", "400", "--workers", "1"],
+        ["train", str(TINY / "pretrain.toml"), f"data.path={data}", f"log.folder={run}", *long],
+        ["convert", "export", str(run), str(model)],
+    ):
+        assert main(words) == 0
+    words = ["--model", str(model), "--data", str(text), "--name", "job", "--minutes", "0.4"]
+    words += ["--configs", str(TINY), "evaluate.tokens=4096", "train.global_batch_size=1"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "extend.py"), *words],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2,048 tokens, 4 times the model's own 512" in done.stdout
+    job = tmp_path / "runs/job"
+    headline = report_facts(job)["headline"]
+    assert headline["length"] == 2048 and headline["after"] < headline["before"]
+    choice = json.loads((job / "job.json").read_text())["choice"]
+    assert 5 <= choice["steps"] == load(job / "extend.toml").train.steps
+    assert choice["steps"] * choice["step_seconds"] + choice["evaluation_seconds"] <= 24
+
+
 # `landmark` is the only method that adds a row to the vocabulary.
 OTHERS = [pytest.param(m, marks=pytest.mark.exhaustive) for m in ("coca", "lssar", "tensorized")]
 
@@ -121,25 +153,25 @@ def test_extend_runs_each_stage_once_and_resumes_an_interrupted_one(
     job, seen = tmp_path / "runs/job", list[str]()
 
     def call(words: Sequence[str], broken: str) -> None:
-        kind = next((w for w in ("tokenize", "evaluate") if w in words), "train")
+        kind = next((w for w in ("tokenize", "evaluate", "probe") if w in words), "train")
         if kind == broken:
             raise subprocess.CalledProcessError(1, list(words))
         seen.append(kind)
         run_here(words, {})
 
     monkeypatch.setattr(extend_steps, "run_program", lambda words, _: call(words, "evaluate"))
-    assert start() == 1 and seen == ["tokenize", "train"]
+    assert start() == 1 and seen == ["probe", "tokenize", "train"]
     assert not (job / "report.html").exists()
     # State after a kill between the rename of the import's folder and its entry in the table.
     told = json.loads((job / "conversion.json").read_text())
     (job / "conversion.json").unlink()
     monkeypatch.setattr(extend_steps, "run_program", lambda words, _: call(words, ""))
-    assert start() == 0 and seen == ["tokenize", "train", "evaluate"]
+    assert start() == 0 and seen == ["probe", "tokenize", "train", "evaluate"]
     assert json.loads((job / "conversion.json").read_text())["model"] == told["model"]
     shown = (job / "report.html").read_text()
     assert told["model"] in shown and "Where it came from and went to" in shown
     capsys.readouterr()
-    assert start() == 0 and len(seen) == 3
+    assert start() == 0 and len(seen) == 4
     assert "all was done before" in capsys.readouterr().out
     assert (job / "report.html").read_text() == shown
     assert start("train.seqlen=128") == 2

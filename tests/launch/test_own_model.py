@@ -73,11 +73,15 @@ def test_the_configuration_gets_the_model(source: Path) -> None:
     config = load(TINY / "extend.toml")
     found = fit_config(config, hf, [], 2)
     assert found.model == replace(hf.model, rope=RopePI(base=5e5, factor=256 / 40))
-    # 48 wide, and the configuration was written for 32.
-    assert found.optim.lr == pytest.approx(5e-3 * 32 / 48)
+    # 48 wide, and the configuration was written for 32; LoRA takes greater rates.
+    assert found.optim.lr == pytest.approx(5e-3 / 4 * 32 / 48)
+    adapted = load(TINY / "extend.toml", ["lora.rank=2", "optim.lr=1e-6"])
+    assert fit_config(adapted, hf, [], 2).optim.lr == pytest.approx(1e-6 * 32 / 48)
+    kept = fit_config(adapted, hf, ["optim.lr=1e-6"], 2).optim
+    assert kept.lr == 1e-6 and kept.min_lr == min(1e-6, adapted.optim.min_lr)
     assert found.train == config.train and found.evaluate == config.evaluate
     wide = replace(config, model=replace(config.model, hidden_size=96))
-    assert fit_config(wide, hf, [], 2).optim.lr == 5e-3
+    assert fit_config(wide, hf, [], 2).optim.lr == 5e-3 / 4
     yarn = ["model.rope.scaling=yarn", "model.rope.factor=7", "model.rope.original_seqlen=40"]
     asked = fit_config(config, hf, yarn, 2).model.rope
     assert asked == RopeYarn(base=5e5, factor=7.0, original_seqlen=40)
@@ -151,7 +155,7 @@ def nothing(folder: Path) -> None: ...
         (another_tokenizer, (), "its tokenizer has 310 tokens and the model 320"),
         (
             long_already,
-            (),
+            ("--length", "256"),
             "already has a context of 256 tokens, and the run extends it to 256",
         ),
         (two_heads, ("--method", "scca", "attention.pattern=longmixed"), "at least 4 query heads"),

@@ -28,6 +28,7 @@ from lcdist.convert.huggingface.custom_attention import (
     inference_layers,
     method_parameters,
 )
+from lcdist.convert.huggingface.gguf import refuse_gguf
 from lcdist.convert.huggingface.import_tensors import tensor_sources
 from lcdist.convert.huggingface.names import (
     HF_EMBEDDING,
@@ -129,8 +130,11 @@ def open_model(folder: Path) -> tuple[HFModel, Weights]:
 
 def _open_source(folder: Path, deepspeed: Path | None) -> tuple[HFModel, Weights, str]:
     """Open as `open_model`, with the weights from `deepspeed` if given; return a note on them."""
+    if deepspeed is None:
+        refuse_gguf(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; give one with {CONFIG} and .safetensors files")
+        what = "a file, not a folder" if folder.exists() else "no such folder"
+        raise ValueError(f"{folder}: {what}; give one with {CONFIG} and .safetensors files")
     hf, note = read_config(folder), ""
     expected = hf_shapes(hf.model, _method_parameters(hf))
     if deepspeed is None:

@@ -1,0 +1,103 @@
+"""`lcdist probe`: time training steps at short lengths, with random weights and made-up text.
+
+    python launch/run.py -m lcdist probe OUT.json CONFIG.toml CONFIG.toml ...
+
+`lcdist extend` starts it, to say how long a training will take on this machine. The configurations
+are of one model at growing lengths. Nothing but OUT.json is written.
+"""
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lcdist.config import load
+from lcdist.config.schema import Config
+from lcdist.distributed.mesh import build_mesh, end_world, start_world, world_size
+from lcdist.hardware.device import wait_for_device
+from lcdist.hardware.peak import Peak
+from lcdist.plan import make_plan
+from lcdist.train.build import build_trainer, open_dataset
+
+# Seconds that all steps may be expected to take when the second length begins, and a further one.
+SECOND_WITHIN, FURTHER_WITHIN = 60.0, 4.0
+# A first step of so many seconds is not repeated: what only a first step does is little of it.
+LONG_STEP = 5.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the file to write and the configurations."""
+    parser.add_argument("output", type=Path, help="JSON file to write: (tokens, seconds) of steps")
+    parser.add_argument("configs", nargs="+", help="one model at growing lengths")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Time the configurations in order; rank 0 writes what was timed."""
+    configs = [load(path) for path in arguments.configs]
+    try:
+        start_world(configs[0].parallel.timeout)
+        rows = time_steps(configs, _seconds_of_a_step)
+    finally:
+        end_world()
+    if arguments.is_first_rank:
+        arguments.output.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    return 0
+
+
+def time_steps(
+    configs: Sequence[Config], seconds_of: Callable[[Config], float]
+) -> list[tuple[int, float]]:
+    """Return (tokens of a sample, seconds of a step), the same on all ranks.
+
+    The last configurations are left out where they would take long.
+
+    Args:
+        configs: one model at growing lengths.
+        seconds_of: times a step; all ranks get the same answer.
+    """
+    rows: list[tuple[int, float]] = []
+    for config in configs:
+        if rows:
+            tokens, seconds = rows[-1]
+            # Two steps; attention takes the square of the length.
+            expected = 2 * (config.train.seqlen / tokens) ** 2 * seconds
+            spent = 2 * sum(seconds for _, seconds in rows)
+            if spent + expected > (SECOND_WITHIN if len(rows) == 1 else FURTHER_WITHIN):
+                break
+        rows.append((config.train.seqlen, seconds_of(config)))
+    return rows
+
+
+def _seconds_of_a_step(config: Config) -> float:
+    """Time the second step: the first one also allocates memory, and on a GPU compiles."""
+    plan = make_plan(config, world_size())
+    mesh = build_mesh(config.parallel, config.train.seed)
+    trainer = build_trainer(plan, mesh, open_dataset(plan), Peak(1e12, "config"))
+    seconds = 0.0
+    for _ in range(2):
+        batches = trainer.loader.next_step(mesh.device)
+        wait_for_device(mesh.device)
+        dist.barrier()
+        start = time.perf_counter()
+        trainer.engine.forward_backward(batches)
+        trainer.engine.step(0.0)
+        wait_for_device(mesh.device)
+        seconds = _common_time(time.perf_counter() - start)
+        if seconds > LONG_STEP:
+            break
+    del trainer, batches
+    # Models have cycles, and two of them may not fit the memory.
+    gc.collect()
+    return seconds
+
+
+def _common_time(seconds: float) -> float:
+    """Return the largest of all ranks' numbers."""
+    number = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return float(number)
