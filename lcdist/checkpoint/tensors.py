@@ -43,6 +43,7 @@ from torch.futures import Future
 
 from lcdist.checkpoint.manifest import Checkpoint
 from lcdist.checkpoint.writer import write_format, write_rest
+from lcdist.utils.progress import Progress, counter, silent
 
 # Size of a piece: a reader of any part of it reads all of it.
 PIECE_BYTES = 2**23
@@ -57,6 +58,11 @@ class TensorSource:
     dtype: torch.dtype
     rows: Callable[[int, int], Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Yield (first, stop) rows of each piece, of at most PIECE_BYTES or one row."""
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
@@ -65,7 +71,9 @@ class TensorSource:
             yield first, min(first + step, self.shape[0])
 
 
-def write_tensors(folder: Path, tensors: Sequence[TensorSource]) -> None:
+def write_tensors(
+    folder: Path, tensors: Sequence[TensorSource], progress: Progress = silent
+) -> None:
     """Write `tensors` into the empty `folder` as a checkpoint without a manifest.
 
     A world of one process must have been started. One piece is held at a time; each tensor has its
@@ -77,7 +85,7 @@ def write_tensors(folder: Path, tensors: Sequence[TensorSource]) -> None:
     write_rest({}, folder)
     writer = _FilePerTensorWriter(folder, single_file_per_rank=True, thread_count=1)
     try:
-        save({}, storage_writer=writer, planner=_StreamingPlanner(tensors))
+        save({}, storage_writer=writer, planner=_StreamingPlanner(tensors, progress))
     except CheckpointException as error:
         causes = {f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}
         raise ValueError(f"{folder} could not be written: {'; '.join(sorted(causes))}") from error
@@ -110,8 +118,9 @@ class _FilePerTensorWriter(FileSystemWriter):
 class _StreamingPlanner(SavePlanner):
     """Plans all pieces, and reads each one when torch writes it."""
 
-    def __init__(self, tensors: Sequence[TensorSource]) -> None:
+    def __init__(self, tensors: Sequence[TensorSource], progress: Progress) -> None:
         self._tensors = {tensor.key: tensor for tensor in tensors}
+        self._count = counter("writing", sum(t.nbytes for t in tensors), progress)
         self._plan: SavePlan | None = None
 
     def set_up_planner(
@@ -140,6 +149,7 @@ class _StreamingPlanner(SavePlanner):
         first, size = write_item.index.offset[0], write_item.tensor_data.chunk.sizes
         piece = source.rows(first, first + size[0])
         assert piece.shape == size and piece.dtype == source.dtype, (source.key, piece.shape, size)
+        self._count(piece.nbytes)
         return piece
 
 

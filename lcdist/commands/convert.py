@@ -1,6 +1,7 @@
 """`lcdist convert`: import, export, and LoRA adapters."""
 
 import argparse
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lcdist.convert.huggingface.import_model import import_model
 from lcdist.convert.lora.adapter import export_adapter
 from lcdist.convert.lora.merge import merge, unmerge
 from lcdist.distributed.mesh import end_world
+from lcdist.utils.progress import BYTES, Progress, progress_console, show_progress
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -95,14 +97,20 @@ def _print(text: str) -> None:
     plain_console(highlight=False).print(text, soft_wrap=True)
 
 
+def _progress() -> AbstractContextManager[Progress]:
+    return show_progress(BYTES, progress_console())
+
+
 def _import(arguments: argparse.Namespace) -> None:
-    result = import_model(
-        arguments.source,
-        arguments.out,
-        arguments.overrides,
-        arguments.extra_tokens,
-        arguments.deepspeed,
-    )
+    with _progress() as progress:
+        result = import_model(
+            arguments.source,
+            arguments.out,
+            arguments.overrides,
+            arguments.extra_tokens,
+            arguments.deepspeed,
+            progress,
+        )
     new = result.num_new_tokens
     growth = f"vocabulary extended by {new}, new rows are the mean of the others; " if new else ""
     _print(f"wrote {result.out}: {result.num_parameters:,} parameters; {growth}{result.difference}")
@@ -111,7 +119,8 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    result = export_model(arguments.checkpoint, arguments.out, arguments.shard_size)
+    with _progress() as progress:
+        result = export_model(arguments.checkpoint, arguments.out, arguments.shard_size, progress)
     files = f"{len(result.shards)} file{'s' * (len(result.shards) > 1)}"
     _print(f"wrote {result.out}: weights in {files}; {result.difference}")
 
@@ -125,10 +134,12 @@ def _adapter(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    merge(arguments.adapted, arguments.out)
+    with _progress() as progress:
+        merge(arguments.adapted, arguments.out, progress)
     _print(f"wrote {arguments.out}: a checkpoint without adapters, for 'lcdist convert export'")
 
 
 def _unmerge(arguments: argparse.Namespace) -> None:
-    unmerge(arguments.merged, arguments.adapted, arguments.out)
+    with _progress() as progress:
+        unmerge(arguments.merged, arguments.adapted, arguments.out, progress)
     _print(f"wrote {arguments.out}: the weights before the adapters were merged, up to rounding")

@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -11,6 +12,7 @@ from lcdist.commands.console import plain_console
 from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.loaded_model import evaluate_checkpoint
 from lcdist.utils.errors import naming
+from lcdist.utils.progress import TOKENS, progress_console, show_progress
 
 COMPARED = ("before", "after")
 
@@ -30,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.before:
         paths.insert(0, arguments.before)
     try:
-        results = [evaluate_checkpoint(path, arguments.overrides) for path in paths]
+        results = [_evaluate(path, arguments) for path in paths]
     finally:
         end_world()
     if not arguments.is_first_rank:
@@ -46,3 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
             table.add_row(str(row[0]), f"{row[1]:.3f}", f"{row[2]:,}")
         plain_console().print(table)
     return 0
+
+
+def _evaluate(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    with show_progress(TOKENS, progress_console(), arguments.is_first_rank) as progress:
+        return evaluate_checkpoint(path, arguments.overrides, progress)

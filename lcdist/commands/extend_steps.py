@@ -15,6 +15,7 @@ from lcdist.data.datasets.split import TokenSplit
 from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.loaded_model import generate_text
 from lcdist.evaluate.perplexity import held_out_text
+from lcdist.inference.sampling import Sampling
 from lcdist.report.sections import write_report
 from lcdist.rundir.status import read_status
 
@@ -139,7 +140,7 @@ class ExtendJob:
             return False
         self.print_title("a sample")
         text = generate_text(
-            self.folder / "extend", PROMPT, [], max_new_tokens=128, temperature=0.8, seed=0
+            self.folder / "extend", PROMPT, [], max_new_tokens=128, sampling=Sampling(0.8)
         )
         end_world()
         output.write_text(text + "\n", encoding="utf-8")

@@ -9,7 +9,10 @@ from lcdist.config.fields import SEED
 from lcdist.config.values import shown, text_problem
 from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.loaded_model import generate_text
+from lcdist.inference.sampling import Sampling
+from lcdist.inference.text_stream import TextWatch
 from lcdist.utils.errors import naming
+from lcdist.utils.progress import TOKENS, progress_console, show_progress
 
 MOST_TOKENS = 2**20
 
@@ -30,25 +33,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Generate the text; rank 0 writes and prints it."""
     _check(arguments)
-    prompt = arguments.prompt or _standard_input()
+    sampling = Sampling(arguments.temperature, arguments.seed)
+    prompt, is_first = arguments.prompt or _standard_input(), arguments.is_first_rank
     try:
-        text = generate_text(
-            arguments.checkpoint,
-            prompt,
-            arguments.overrides,
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            seed=arguments.seed,
-        )
+        with show_progress(TOKENS, progress_console(), is_first) as progress:
+            text = generate_text(
+                arguments.checkpoint,
+                prompt,
+                arguments.overrides,
+                max_new_tokens=arguments.max_new_tokens,
+                sampling=sampling,
+                watch=TextWatch(progress, _print_piece if is_first else None),
+            )
     finally:
         end_world()
-    if not arguments.is_first_rank:
+    if not is_first:
         return 0
+    print(flush=True)
+    print(f"sampling: {sampling}", file=sys.stderr)
     if arguments.output:
         with naming(arguments.output):
             arguments.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
     return 0
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _check(arguments: argparse.Namespace) -> None:

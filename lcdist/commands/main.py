@@ -100,12 +100,20 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, ModuleType]:
 
 def set_up_logging(is_first_rank: bool) -> None:
     """Log to standard error: messages from rank 0, errors from the other ranks."""
-    # Not at the top: `lcdist --help` does without rich.
-    from rich.console import Console
-    from rich.logging import RichHandler
+    if sys.stderr.isatty():
+        # Not at the top: `lcdist --help` does without rich.
+        from rich.console import Console
+        from rich.logging import RichHandler
 
-    handler = RichHandler(
-        console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S"
-    )
+        handler: logging.Handler = RichHandler(
+            console=Console(stderr=True),
+            show_path=False,
+            show_level=False,
+            log_time_format="%H:%M:%S",
+        )
+    else:
+        # rich would cut lines of a file at 80 columns.
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("lcdist").setLevel(logging.INFO if is_first_rank else logging.ERROR)

@@ -4,20 +4,12 @@ import argparse
 import os
 from pathlib import Path
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from lcdist.data.prepare.corpus import SUFFIXES, Source, standard_library
 from lcdist.data.prepare.prepare import prepare
 from lcdist.data.prepare.settings import TokenizeSettings
 from lcdist.data.prepare.summary import summary_lines
 from lcdist.data.tokenizers.huggingface import SpecialTokens
+from lcdist.utils.progress import BYTES, progress_console, show_progress
 
 # Pieces of the tokenizer that is trained if the user names neither a size nor a tokenizer.
 VOCAB_SIZE = 4096
@@ -67,24 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Tokenize with a progress bar, and print what was written."""
     source, settings = _source(arguments), _settings(arguments)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        DownloadColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    ) as bar:
-        task = bar.add_task("reading", total=None)
+    with show_progress(BYTES, progress_console()) as progress:
         prepared = prepare(
             source,
             arguments.folder,
             settings,
             tokenizer=arguments.tokenizer,
             overwrite=arguments.overwrite,
-            progress=lambda what, completed, total: bar.update(
-                task, description=what, completed=completed, total=total
-            ),
+            progress=progress,
         )
     for line in summary_lines(prepared):
         print(line)

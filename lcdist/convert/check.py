@@ -19,6 +19,7 @@ from lcdist.convert.reference_forward import hf_frequencies, hf_logits
 from lcdist.convert.streamed_forward import streamed_logits
 from lcdist.model.rotary import attention_factor, inverse_frequencies
 from lcdist.plan.resolve import document_layout_for
+from lcdist.utils.progress import Progress, counter, silent
 
 # Both sides compute in float64 from the same numbers, so only rounding remains.
 TOLERANCE = 1e-8
@@ -45,7 +46,11 @@ class ConversionError(ValueError):
 
 
 def compare(
-    hf: HFModel, weights: Weights, config: Config, tensors: CheckpointTensors
+    hf: HFModel,
+    weights: Weights,
+    config: Config,
+    tensors: CheckpointTensors,
+    progress: Progress = silent,
 ) -> LogitDifference:
     """Compare the logits of a Hugging Face folder with those of a checkpoint.
 
@@ -62,8 +67,11 @@ def compare(
     layers = with_short_blocks(inference_layers(hf.model, hf.attention))
     slots = document_layout_for(layers, vocab_size)
     tokens = slots.place(text, 0, slots.num_slots(NUM_TOKENS), NUM_TOKENS)
+    count = counter("comparing", 2 * weights.nbytes, progress)
     theirs = hf_logits(hf.table, weights, tokens, layer_tables(layers))[:, :vocab_size]
+    count(weights.nbytes)
     ours = streamed_logits(config, tensors, tokens, layers)[:, :vocab_size]
+    count(weights.nbytes)
     difference = LogitDifference(_max_abs(theirs - ours), _max_abs(theirs), NUM_TOKENS)
     # Written as "not less or equal" so that NaN fails.
     if not difference.max_difference <= TOLERANCE * max(1.0, difference.max_logit):

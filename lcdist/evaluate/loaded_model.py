@@ -22,12 +22,15 @@ from lcdist.distributed.verify import refuse_damaged
 from lcdist.engines.engine import ForwardEngine
 from lcdist.engines.forward import MegatronForward
 from lcdist.evaluate.perplexity import held_out_text, perplexity_by_length
-from lcdist.inference.generate import generate
+from lcdist.inference.generate import Watch, generate
+from lcdist.inference.sampling import Sampling
+from lcdist.inference.text_stream import TextStream, TextWatch
 from lcdist.model.build import CausalLM, build_model
 from lcdist.plan import Plan, make_plan
 from lcdist.plan.deepspeed import without_deepspeed
 from lcdist.plan.resolve import evaluation_layers
 from lcdist.rundir.paths import CheckpointError
+from lcdist.utils.progress import Progress, silent
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +104,9 @@ def _load_newest(path: Path, config: Config, engine: MegatronForward) -> Checkpo
         return checkpoint
 
 
-def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def evaluate_checkpoint(
+    path: Path, overrides: Sequence[str], progress: Progress = silent
+) -> dict[str, Any]:
     """Measure a checkpoint's perplexity by length on the valid split of its data.
 
     Without overrides the whole world is context parallel. Raises ValueError for an imported model
@@ -129,7 +134,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     )
     lengths = tuple(sorted(config.evaluate.lengths))
     text = held_out_text(split, lengths[-1] * mesh.dp_size, config.evaluate.tokens)
-    scores = perplexity_by_length(loaded.engine, loaded.plan, mesh, text, lengths)
+    scores = perplexity_by_length(loaded.engine, loaded.plan, mesh, text, lengths, progress)
     return {
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
@@ -148,12 +153,24 @@ def generate_text(
     overrides: Sequence[str],
     *,
     max_new_tokens: int,
-    temperature: float,
-    seed: int,
+    sampling: Sampling,
+    watch: TextWatch | None = None,
 ) -> str:
     """Continue the prompt with the checkpoint's model; the whole world is tensor parallel.
 
-    Raises ValueError if an attention method of the model cannot decode.
+    Args:
+        path: a checkpoint, or a run folder for its latest.
+        prompt: the text.
+        overrides: `section.key=value`, over the checkpoint's own configuration.
+        max_new_tokens: upper limit of the continuation.
+        sampling: how tokens are chosen.
+        watch: what is called with the text as it grows.
+
+    Returns:
+        Prompt and continuation.
+
+    Raises:
+        ValueError: an attention method of the model cannot decode.
     """
     loaded = load_model(path, overrides, [f"parallel.tp_size={world_size()}"])
     for layer in loaded.plan.layers:
@@ -162,10 +179,13 @@ def generate_text(
     tokenizer = open_tokenizer(held_out_folder(loaded.plan.config.data))
     prompt_ids = [*bos_prefix(tokenizer), *tokenizer.encode(prompt)]
     tokens = torch.tensor(prompt_ids, dtype=torch.int64, device=loaded.mesh.device)
-    out = generate(
-        loaded.chunks[0], tokens, max_new_tokens, temperature, seed, stop=tokenizer.eos_id
-    )
-    return tokenizer.decode([t for t in out.tolist() if t != tokenizer.eos_id])
+    watch, stop = watch or TextWatch(), tokenizer.eos_id
+    stream = None if watch.on_text is None else TextStream(tokenizer, prompt_ids, watch.on_text)
+    counts = Watch(watch.progress, int if stream is None else stream.add)
+    out = generate(loaded.chunks[0], tokens, max_new_tokens, sampling, stop, counts)
+    if stream is not None:
+        stream.end()
+    return tokenizer.decode([t for t in out.tolist() if t != stop])
 
 
 def _one_sample_a_rank(config: Config) -> Config:

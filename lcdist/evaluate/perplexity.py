@@ -20,6 +20,7 @@ from lcdist.distributed.mesh import Mesh
 from lcdist.engines.engine import ForwardEngine
 from lcdist.layout import ContextLayout
 from lcdist.plan import Plan
+from lcdist.utils.progress import Progress, counter, silent
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,18 @@ def held_out_text(split: TokenSplit, length: int, tokens: int) -> Text:
 
 
 def perplexity_by_length(
-    engine: ForwardEngine, plan: Plan, mesh: Mesh, text: Text, lengths: tuple[int, ...]
+    engine: ForwardEngine,
+    plan: Plan,
+    mesh: Mesh,
+    text: Text,
+    lengths: tuple[int, ...],
+    progress: Progress = silent,
 ) -> list[Score]:
-    """Score `text` at each length over all ranks; every rank returns the same numbers."""
+    """Score `text` at each length over all ranks; every rank returns the same numbers.
+
+    `progress` is called with the tokens that are read, of all lengths.
+    """
+    count = counter("perplexity", len(lengths) * (len(text.tokens) - 1), progress)
     slots = plan.shape.document_layout
     scores = []
     for length in lengths:
@@ -127,6 +137,7 @@ def perplexity_by_length(
             batches = [batch.to(mesh.device) for batch in loader.next_step()]
             loss = engine.evaluate(batches, layout, row)
             total, tokens = total + loss.mean * loss.tokens, tokens + loss.tokens
+            count(length * mesh.dp_size)
         scores.append(Score(length, tokens, total / max(1, tokens)))
     return scores
 

@@ -5,21 +5,40 @@ on the length (dynamic NTK; LongRoPE when it changes its factors), a change of r
 runs the prefill again over the whole text.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from lcdist.inference.cache import KVCache
+from lcdist.inference.sampling import GREEDY, Sampling
 from lcdist.model.build import CausalLM
 from lcdist.model.sequence import SequenceParams
+from lcdist.utils.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is called while a text is generated.
+
+    Attributes:
+        progress: With the tokens of the prompt that are read, averaged over the layers.
+        on_token: With each new token.
+    """
+
+    progress: Progress = silent
+    on_token: Callable[[int], object] = int
 
 
 def generate(
     model: CausalLM,
     prompt: Tensor,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
     stop: int | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Return the prompt and its continuation, int64 `[n + new]` on the prompt's device.
 
@@ -29,9 +48,9 @@ def generate(
         model: the whole model, or its tensor-parallel shard.
         prompt: int64 `[n]`.
         max_new_tokens: upper limit of the continuation.
-        temperature: divides the logits before sampling; 0 takes the most likely token.
-        seed: of the sampling generator, equal on all tensor-parallel ranks.
+        sampling: how tokens are chosen.
         stop: token that ends the continuation; None: continue to max_new_tokens.
+        watch: what is told of the progress.
 
     Raises:
         ValueError: the prompt is empty, or the mesh has pipeline, context or sequence parallelism.
@@ -39,17 +58,19 @@ def generate(
     _check(model, prompt)
     layout = model.document_layout
     cache = KVCache(layout.num_slots(len(prompt) + max_new_tokens))
-    generator = torch.Generator().manual_seed(seed)
+    generator, watch = sampling.generator(), watch or Watch()
     tokens = prompt
     new = layout.place(prompt.cpu(), 0, layout.num_slots(len(prompt)), len(prompt))
     model.eval()
     with torch.no_grad():
         for count in range(len(prompt), len(prompt) + max_new_tokens):
-            logits = _last_logits(model, new.to(prompt.device), cache)
+            with _layers_counted(model, count, watch.progress if count == len(prompt) else silent):
+                logits = _last_logits(model, new.to(prompt.device), cache)
             if layout.landmark is not None:
                 logits[layout.landmark] = -torch.inf  # inserted by position, never predicted
-            token = _sample(logits, temperature, generator)
+            token = sampling.choose(logits, generator)
             tokens = torch.cat([tokens, token.to(prompt.device)])
+            watch.on_token(int(token))
             if stop is not None and int(token) == stop:
                 break
             # A landmark before the new token is read in the same step.
@@ -61,6 +82,26 @@ def generate(
                 cache = KVCache(cache.max_seqlen)
                 new = layout.place(tokens.cpu(), 0, next_length, count + 1)
     return tokens
+
+
+@contextlib.contextmanager
+def _layers_counted(model: CausalLM, tokens: int, progress: Progress) -> Iterator[None]:
+    """Call `progress` after each layer of a forward pass over so many tokens."""
+    layers = [] if progress is silent else list(model.decoder.layers)
+    done = [0]
+
+    def after_layer(*_: object) -> None:
+        done[0] += 1
+        progress("reading the prompt", tokens * done[0] // len(layers), tokens)
+
+    if layers:
+        progress("reading the prompt", 0, tokens)
+    hooks = [layer.register_forward_hook(after_layer) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check(model: CausalLM, prompt: Tensor) -> None:
@@ -85,10 +126,3 @@ def _last_logits(model: CausalLM, new: Tensor, cache: KVCache) -> Tensor:
     """Return the logits of the token after `new`, fp32 `[vocab]` on the CPU."""
     logits = model(new[None], None, None, packed_seq_params=SequenceParams(cache=cache))
     return model.gather_logits(logits[:, -1])[0].float().cpu()
-
-
-def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Return one token, int64 `[1]`."""
-    if temperature == 0:
-        return logits.argmax()[None]
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

@@ -23,7 +23,8 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("layout", f"{layout.kind}, {layout.local_seqlen} tokens a rank"),
         ("seqlen", f"{shape.seqlen}" + (f" ({padding} of padding)" if padding else "")),
         *_landmark_rows(plan),
-        ("batch", f"{train.global_batch_size} samples, {shape.num_micro_batches} micro-batches"),
+        ("batch", f"{_counted(train.global_batch_size, 'sample')}, "
+         f"{_counted(shape.num_micro_batches, 'micro-batch')}"),
         ("tokens a step", f"{train.global_batch_size * train.seqlen:,}"),
         ("parameters", f"{plan.parameters.total:,} in {plan.dtype}"),
         *_lora_rows(plan),
@@ -39,6 +40,11 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("activations", f"about {_gib(memory.activation_bytes)} a rank"),
         *_device_rows(plan),
     ]  # fmt: skip
+
+
+def _counted(count: int, word: str) -> str:
+    """Return a number with its noun: "1 sample", "2 micro-batches"."""
+    return f"{count} {word}" + ("" if count == 1 else "es" if word.endswith("ch") else "s")
 
 
 def _gib(count: int) -> str:

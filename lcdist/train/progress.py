@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lcdist.rundir.records import StepRecord
+from lcdist.utils.progress import LINE_SECONDS, clock, short_number
 
 
 class BarProgress:
@@ -37,7 +38,7 @@ class BarProgress:
 class LineProgress:
     """Prints lines at the first and last step and every `seconds` between, for files and pipes."""
 
-    def __init__(self, console: Console, name: str, steps: int, seconds: float = 1.0):
+    def __init__(self, console: Console, name: str, steps: int, seconds: float = LINE_SECONDS):
         self._console = console
         self._name = name
         self._steps = steps
@@ -50,7 +51,7 @@ class LineProgress:
         if now < self._next and record.step != self._steps:
             return
         self._next = now + self._seconds
-        left = _clock((self._steps - record.step) * record.time.step)
+        left = clock((self._steps - record.step) * record.time.step)
         self._console.print(
             f"{self._name}  step {record.step}/{self._steps}  {_numbers(record)}  {left} left",
             markup=False,
@@ -64,14 +65,4 @@ class LineProgress:
 
 
 def _numbers(record: StepRecord) -> str:
-    rate = record.tokens_per_second
-    shown = f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.1f}k"
-    return f"loss {record.loss:.4f}  {shown} tokens/s"
-
-
-def _clock(seconds: float) -> str:
-    if not 0 <= seconds < 1e8:
-        return "-:--"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+    return f"loss {record.loss:.4f}  {short_number(record.tokens_per_second)} tokens/s"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lcdist.inference.cache import KVCache
 from lcdist.inference.generate import generate
+from lcdist.inference.sampling import Sampling
 from lcdist.layout import ContextLayout
 from lcdist.model.build import CausalLM
 from lcdist.model.sequence import SequenceParams
@@ -88,9 +89,9 @@ def generated(rank: int, world_size: int) -> list[dict[str, Tensor]]:
             {
                 "greedy": generate(model, PROMPT, NEW),
                 "passes": greedy_by_full_passes(model, PROMPT, NEW),
-                "sampled": generate(model, PROMPT, NEW, temperature=8.0, seed=1),
-                "sampled again": generate(model, PROMPT, NEW, temperature=8.0, seed=1),
-                "another seed": generate(model, PROMPT, NEW, temperature=8.0, seed=2),
+                "sampled": generate(model, PROMPT, NEW, Sampling(8.0, 1)),
+                "sampled again": generate(model, PROMPT, NEW, Sampling(8.0, 1)),
+                "another seed": generate(model, PROMPT, NEW, Sampling(8.0, 2)),
                 "one token": generate(model, PROMPT[:1], 3),
                 "nothing new": generate(model, PROMPT, 0),
             }

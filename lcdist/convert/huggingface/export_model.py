@@ -45,6 +45,7 @@ from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA_PARAMS
 from lcdist.utils.atomic import atomic_folder, check_free, write_file
 from lcdist.utils.digests import write_sums
+from lcdist.utils.progress import Progress, counter, silent
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +69,16 @@ class ExportResult:
     difference: LogitDifference
 
 
-def export_model(path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> ExportResult:
+def export_model(
+    path: Path, out: Path, shard_bytes: int = SHARD_BYTES, progress: Progress = silent
+) -> ExportResult:
     """Write a checkpoint as the new Hugging Face folder `out`.
 
     Args:
         path: checkpoint, or run folder, which stands for its latest checkpoint.
         out: folder to create.
         shard_bytes: maximum bytes of tensors per file; a larger tensor gets a file of its own.
+        progress: called with the bytes that are written.
 
     Raises:
         CheckpointError, ValueError: the checkpoint or an argument is wrong; nothing is written.
@@ -96,7 +100,7 @@ def export_model(path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Expor
     check_free(out, sum(stream.nbytes for stream in streams))
     start_world(config.parallel.timeout)
     with atomic_folder(out) as partial:
-        names = _write_shards(partial, streams, shard_bytes)
+        names = _write_shards(partial, streams, shard_bytes, progress)
         write_file(partial / CONFIG, json.dumps(table, indent=2) + "\n")
         for name, text in code.items():
             write_file(partial / name, text)
@@ -104,7 +108,7 @@ def export_model(path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Expor
             log.warning("no tokenizer was found: %s has none", out)
         write_sums(partial)
         hf, weights = open_model(partial)
-        difference = compare(hf, weights, config, tensors)
+        difference = compare(hf, weights, config, tensors, progress)
     return ExportResult(out, names, difference)
 
 
@@ -184,7 +188,9 @@ class _TensorCache:
         return self._tensor[first:stop]
 
 
-def _write_shards(folder: Path, streams: Sequence[TensorStream], shard_bytes: int) -> list[str]:
+def _write_shards(
+    folder: Path, streams: Sequence[TensorStream], shard_bytes: int, progress: Progress
+) -> list[str]:
     """Write the tensors in order, with an index if there are several files; return the names."""
     shards: list[list[TensorStream]] = [[]]
     filled = 0
@@ -194,13 +200,14 @@ def _write_shards(folder: Path, streams: Sequence[TensorStream], shard_bytes: in
             filled = 0
         shards[-1].append(stream)
         filled += stream.nbytes
-    count = len(shards)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    names = names if count > 1 else [SINGLE]
+    files = len(shards)
+    names = [f"model-{i:05d}-of-{files:05d}.safetensors" for i in range(1, files + 1)]
+    names = names if files > 1 else [SINGLE]
+    count = counter("writing", sum(stream.nbytes for stream in streams), progress)
     for name, shard in zip(names, shards, strict=True):
         with (folder / name).open("wb") as file:
-            stream_tensors(file, shard)
-    if count > 1:
+            stream_tensors(file, shard, count)
+    if files > 1:
         file_of = {
             stream.name: name for name, shard in zip(names, shards, strict=True) for stream in shard
         }

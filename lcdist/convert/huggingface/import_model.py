@@ -47,6 +47,7 @@ from lcdist.rundir.header import versions
 from lcdist.rundir.paths import CHECKPOINTS, checkpoint_name
 from lcdist.utils.atomic import atomic_folder, check_free
 from lcdist.utils.digests import refuse_damaged_sums, write_sums
+from lcdist.utils.progress import Progress, silent
 
 # Rotary frequencies, which older folders store; the config determines them.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
@@ -77,6 +78,7 @@ def import_model(
     overrides: Sequence[str] = (),
     extra_tokens: int = 0,
     deepspeed: Path | None = None,
+    progress: Progress = silent,
 ) -> ImportResult:
     """Write the Hugging Face model in `source` as a checkpoint into the new folder `out`.
 
@@ -88,6 +90,7 @@ def import_model(
         extra_tokens: tokens to add to the vocabulary (landmark attention needs one). Their rows
             come last and are the mean of the others.
         deepspeed: checkpoint of DeepSpeed to read the weights from; `source` needs none then.
+        progress: called with the bytes that are written.
 
     Raises:
         ValueError: the source or an override is wrong; nothing has been written.
@@ -104,14 +107,14 @@ def import_model(
         folder = partial / CHECKPOINTS / checkpoint_name(0)
         folder.mkdir(parents=True)
         fused = [*fused_tensors(hf.model), *_method_parameters(hf)]
-        write_tensors(folder, tensor_sources(fused, weights, plan))
+        write_tensors(folder, tensor_sources(fused, weights, plan), progress)
         _write_manifest(folder, plan, source)
         copy_tokenizer([source], partial)
         # An export of a run that starts here takes the ids of special tokens from it.
         shutil.copyfile(source / CONFIG, partial / CONFIG)
         write_sums(partial)
         tensors = CheckpointTensors(open_checkpoint(partial))
-        difference = compare(hf, weights, config, tensors)
+        difference = compare(hf, weights, config, tensors, progress)
     shapes = hf_shapes(config.model, _method_parameters(hf)).values()
     num_new_tokens = config.model.vocab_size - hf.model.vocab_size
     num_parameters = sum(math.prod(shape) for shape in shapes)

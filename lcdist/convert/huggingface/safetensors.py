@@ -104,8 +104,16 @@ def header_of(tensors: Iterable[TensorStream]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def stream_tensors(file: BinaryIO, tensors: Sequence[TensorStream]) -> None:
-    """Write header and tensors to `file`, with one piece in memory at a time."""
+def stream_tensors(
+    file: BinaryIO, tensors: Sequence[TensorStream], count: Callable[[int], object] = int
+) -> None:
+    """Write header and tensors to `file`, with one piece in memory at a time.
+
+    Args:
+        file: open for writing.
+        tensors: in the order of the file.
+        count: called with the bytes of each piece.
+    """
     file.write(header_of(tensors))
     for tensor in tensors:
         written = 0
@@ -114,4 +122,5 @@ def stream_tensors(file: BinaryIO, tensors: Sequence[TensorStream]) -> None:
             assert rows.dtype == tensor.dtype, (tensor.name, rows.dtype)
             file.write(rows.view(torch.uint8).numpy().data)
             written += rows.nbytes
+            count(rows.nbytes)
         assert written == tensor.nbytes, f"{tensor.name}: {written} of {tensor.nbytes} bytes"

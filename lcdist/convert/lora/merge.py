@@ -26,11 +26,12 @@ from lcdist.distributed.mesh import start_world
 from lcdist.model.init import LORA_PARAMS
 from lcdist.rundir.paths import CHECKPOINTS, checkpoint_name
 from lcdist.utils.atomic import atomic_folder, check_free
+from lcdist.utils.progress import Progress, silent
 
 _TARGETS: Mapping[str, Target] = {theirs: target for target, (_, theirs) in MODULES.items()}
 
 
-def merge(path: Path, out: Path) -> None:
+def merge(path: Path, out: Path, progress: Progress = silent) -> None:
     """Write the checkpoint at `path` with its adapters merged into the new folder `out`.
 
     Raises:
@@ -40,10 +41,11 @@ def merge(path: Path, out: Path) -> None:
     check_single_process()
     checkpoint, config = open_lora_checkpoint(path)
     tensors = CheckpointTensors(checkpoint)
-    _write_checkpoint(out, checkpoint, config, _summed_tensors(tensors, tensors, config, 1))
+    sources = _summed_tensors(tensors, tensors, config, 1)
+    _write_checkpoint(out, checkpoint, config, sources, progress)
 
 
-def unmerge(merged: Path, adapted: Path, out: Path) -> None:
+def unmerge(merged: Path, adapted: Path, out: Path, progress: Progress = silent) -> None:
     """Write the checkpoint at `merged` without the adapters of `adapted` into the new folder `out`.
 
     The result is the base weights up to rounding. Merging rounded each weight once: the error is up
@@ -54,6 +56,7 @@ def unmerge(merged: Path, adapted: Path, out: Path) -> None:
         merged: checkpoint with merged weights, or a run that started from one.
         adapted: checkpoint with the adapters that were merged.
         out: folder to create.
+        progress: called with the bytes that are written.
 
     Raises:
         CheckpointError: `adapted` also trained modules whole, which merging replaced, or is of
@@ -77,7 +80,7 @@ def unmerge(merged: Path, adapted: Path, out: Path) -> None:
         )
     base, adapters = CheckpointTensors(merged_checkpoint), CheckpointTensors(checkpoint)
     sources = _summed_tensors(base, adapters, config, -1)
-    _write_checkpoint(out, merged_checkpoint, merged_config, sources)
+    _write_checkpoint(out, merged_checkpoint, merged_config, sources, progress)
 
 
 def _summed_tensors(
@@ -131,7 +134,11 @@ def _target(name: str) -> Target:
 
 
 def _write_checkpoint(
-    out: Path, source: Checkpoint, config: Config, tensors: list[TensorSource]
+    out: Path,
+    source: Checkpoint,
+    config: Config,
+    tensors: list[TensorSource],
+    progress: Progress,
 ) -> None:
     """Write a folder like a run's with one checkpoint of the source's step, without [lora]."""
     start_world(config.parallel.timeout)
@@ -146,6 +153,6 @@ def _write_checkpoint(
     with atomic_folder(out) as partial:
         folder = partial / CHECKPOINTS / checkpoint_name(source.step)
         folder.mkdir(parents=True)
-        write_tensors(folder, tensors)
+        write_tensors(folder, tensors, progress)
         write_manifest(folder, source.step, content)
         write_latest(folder)

@@ -8,7 +8,7 @@ or the number of processes.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +35,7 @@ from lcdist.data.prepare.shards import (
 from lcdist.data.prepare.workers import tokenize_shards
 from lcdist.data.tokenizers.files import TextTokenizer, open_tokenizer
 from lcdist.data.tokenizers.sentencepiece_bpe import MODEL_FILE, train_tokenizer
-
-# Called with the stage, the input bytes processed so far and the total.
-Progress = Callable[[str, int, int], None]
+from lcdist.utils.progress import Progress
 
 
 @dataclass(frozen=True)
