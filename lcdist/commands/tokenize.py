@@ -4,10 +4,11 @@ import argparse
 import os
 from pathlib import Path
 
-from lcdist.data.prepare.corpus import SUFFIXES, Source, standard_library
+from lcdist.data.prepare.corpus import CONVERSATIONS, SUFFIXES, Source, standard_library
 from lcdist.data.prepare.prepare import prepare
 from lcdist.data.prepare.settings import TokenizeSettings
 from lcdist.data.prepare.summary import summary_lines
+from lcdist.data.tokenizers.chat import read_chat_template
 from lcdist.data.tokenizers.huggingface import SpecialTokens
 from lcdist.utils.progress import BYTES, progress_console, show_progress
 
@@ -46,6 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--field", default="text", help="field of a JSON record, or column of a parquet file"
     )
     parser.add_argument(
+        "--conversations",
+        action="store_true",
+        help="records of .jsonl are conversations: a run is trained on their answers alone",
+    )
+    parser.add_argument(
+        "--chat-template", help="file with the chat template, for a tokenizer without one"
+    )
+    parser.add_argument(
         "--document-bytes", type=int, help="cut plain text into documents of this size (1 MiB)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the held-out split")
@@ -76,7 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _source(arguments: argparse.Namespace) -> Source:
     if arguments.source == "stdlib":
         return standard_library()
-    suffixes = tuple(arguments.suffix) if arguments.suffix else SUFFIXES
+    default = CONVERSATIONS if arguments.conversations else SUFFIXES
+    suffixes = tuple(arguments.suffix) if arguments.suffix else default
     return Source(
         Path(arguments.source),
         suffixes,
@@ -89,6 +99,16 @@ def _settings(arguments: argparse.Namespace) -> TokenizeSettings:
     vocab_size = arguments.vocab_size
     if vocab_size is None and arguments.tokenizer is None:
         vocab_size = VOCAB_SIZE
+    template = None
+    if arguments.conversations:
+        if arguments.tokenizer is None:
+            raise ValueError(
+                "--conversations needs a tokenizer with tokens for turns: name a model's folder "
+                "with --tokenizer"
+            )
+        template = read_chat_template(arguments.tokenizer, arguments.chat_template)
+    elif arguments.chat_template is not None:
+        raise ValueError("--chat-template renders conversations: add --conversations")
     return TokenizeSettings(
         vocab_size=vocab_size,
         valid_fraction=arguments.valid_fraction,
@@ -97,5 +117,6 @@ def _settings(arguments: argparse.Namespace) -> TokenizeSettings:
         field=arguments.field,
         document_bytes=arguments.document_bytes,
         special_tokens=SpecialTokens(arguments.bos_token, arguments.eos_token, arguments.add_bos),
+        chat_template=template,
         workers=arguments.workers,
     )

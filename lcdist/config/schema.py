@@ -113,6 +113,9 @@ class DataConfig:
     # whole to the row where it fits best, with padding (arXiv:2404.10830); only documents longer
     # than a row are cut.
     packing: Literal["cut", "best_fit"] = "cut"
+    # What is predicted of conversations, which `lcdist tokenize --conversations` writes: their
+    # answers alone, or all of them. Of other text every token is.
+    targets: Literal["answers", "all"] = "answers"
     # Distribute a step's packed samples over data-parallel ranks by the FLOPs of their attention.
     balance: bool = False
 

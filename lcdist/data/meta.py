@@ -36,6 +36,7 @@ class Meta:
         files: sizes in bytes of the folder's other files.
         kind: kind of the tokenizer; older folders do not record it and use sentencepiece.
         sha256: digests of the folder's other files; None for older folders.
+        targets: number of tokens to predict by split, the answers of conversations; None: all.
     """
 
     format: int
@@ -52,6 +53,7 @@ class Meta:
     files: dict[str, int]
     kind: str = "sentencepiece"
     sha256: dict[str, str] | None = None
+    targets: dict[str, int] | None = None
 
 
 def write_meta(folder: str | Path, meta: Meta) -> None:

@@ -42,6 +42,13 @@ class RefusedStepError(FloatingPointError):
         return "; ".join(parts)
 
 
+class NoTargetError(RefusedStepError):
+    """No token of a step is to be predicted, so there is nothing to learn from it."""
+
+    def __init__(self) -> None:
+        super().__init__("no token of this step has a loss")
+
+
 def _some(items: Sequence[object], count: int) -> str:
     """Return the first items as text, and how many more there are."""
     text = ", ".join(str(item) for item in items[:count])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.schema import OptimConfig
-from lcdist.engines.engine import RefusedStepError
+from lcdist.engines.engine import NoTargetError, RefusedStepError
 from lcdist.engines.moments import assign_owners, entries_by_parameter, sharded_moments
 from lcdist.engines.parameters import TrainedParameter, trained_parameters
 from lcdist_kernels.adamw import Hyper, Tensors, adamw_
@@ -118,7 +118,7 @@ class ShardedAdamW:
         if not math.isfinite(loss):
             raise RefusedStepError(f"loss is {loss}, and no gradient shows it")
         if not tokens:
-            raise RefusedStepError("no token of this step has a loss")
+            raise NoTargetError
         self.steps += 1
         return math.sqrt(squares) / tokens
 

@@ -133,7 +133,9 @@ def evaluate_checkpoint(
         split.meta, vocab_size, reserved=vocab_size - loaded.plan.shape.text_vocab_size
     )
     lengths = tuple(sorted(config.evaluate.lengths))
-    text = held_out_text(split, lengths[-1] * mesh.dp_size, config.evaluate.tokens)
+    answers_only = config.data.targets == "answers"
+    length, tokens = lengths[-1] * mesh.dp_size, config.evaluate.tokens
+    text = held_out_text(split, length, tokens, answers_only)
     scores = perplexity_by_length(loaded.engine, loaded.plan, mesh, text, lengths, progress)
     return {
         "checkpoint": str(checkpoint.path),

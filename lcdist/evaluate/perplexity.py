@@ -2,8 +2,9 @@
 
 At each length the text is split into windows without overlap. Every token is scored given all
 tokens before it in its window, but for the first token of a document: no text before it says what
-it is. The text is the same at all lengths, so longer windows improve the score only of a model that
-uses its context. Most models fail beyond their training length.
+it is. Of conversations only the answers are scored. The text is the same at all lengths, so longer
+windows improve the score only of a model that uses its context. Most models fail beyond their
+training length.
 """
 
 import math
@@ -28,12 +29,12 @@ class Text:
     """Text to score.
 
     tokens: int64 `[n + 1]`; the last one is a label only.
-    begins: bool `[n + 1]`, whether a token does not continue the document of the one before it.
+    unscored: bool `[n + 1]`, whether a token begins a document, or is part of no answer.
     joined: whether documents were concatenated to fill the windows.
     """
 
     tokens: Tensor
-    begins: Tensor
+    unscored: Tensor
     joined: bool
 
 
@@ -74,38 +75,68 @@ class Windows:
         start = index * self.seqlen
         window = slice(start, start + self.seqlen + 1)
         borders = torch.tensor([0, self.seqlen], dtype=torch.int32)
-        return Sample(self.text.tokens[window], borders, False, ~self.text.begins[window])
+        return Sample(self.text.tokens[window], borders, False, ~self.text.unscored[window])
 
 
-def held_out_text(split: TokenSplit, length: int, tokens: int) -> Text:
+def held_out_text(split: TokenSplit, length: int, tokens: int, answers_only: bool = True) -> Text:
     """Return at least `tokens` tokens of text, in complete windows of `length` tokens.
 
     Takes windows from documents that are long enough, longest first, so that each window is part of
-    one document. If these do not suffice, concatenates all documents in their stored order. Raises
-    ValueError if the split is too small.
+    one document. If these do not suffice, concatenates all documents in their stored order.
+
+    Args:
+        split: what is held out.
+        length: of a window.
+        tokens: at least so many.
+        answers_only: whether of conversations only the answers are scored.
+
+    Raises:
+        ValueError: the split is too small, or there is nothing to score.
     """
     count = -(-tokens // length)
-    pieces: list[Tensor] = []
-    begins = torch.zeros(count * length + 1, dtype=torch.bool)
+    pieces, unscored = list[Tensor](), list[Tensor]()
     for number in split.longest_documents(length + 1):
-        document = split.document(number)
+        document, skipped = split.document(number), ~_scored(split, number, answers_only)
+        skipped[0] = True
         room = min((len(document) - 1) // length, count - len(pieces))
-        begins[len(pieces) * length] = True
-        pieces += [document[i * length : (i + 1) * length] for i in range(room)]
+        # Label of the last token; a window's last label is otherwise the next window's start.
+        end = room * length + (len(pieces) + room == count)
+        pieces += document[:end].split(length)[:room]
+        unscored.append(skipped[:end])
         if len(pieces) == count:
-            # Label of the last token; a window's last label is otherwise the next window's start.
-            last = document[room * length : room * length + 1]
-            return Text(torch.cat([*pieces, last]), begins, joined=False)
+            text = torch.cat([*pieces, document[room * length : end]])
+            return _checked(Text(text, torch.cat(unscored), joined=False), split, tokens)
     if split.num_tokens < count * length + 1:
         raise ValueError(
             f"the {split.split} split has {split.num_tokens} tokens; evaluate.tokens = {tokens} in "
             f"windows of {length} needs {count * length + 1}: lower evaluate.tokens or "
             "evaluate.lengths, or tokenize with a larger --valid-fraction"
         )
-    begins = torch.zeros_like(begins)
-    starts = torch.from_numpy(split.document_starts)
-    begins[starts[starts < len(begins)]] = True
-    return Text(split.window(0, count * length + 1), begins, joined=True)
+    size, number, unscored = 0, 0, []
+    while size < count * length + 1:
+        skipped = ~_scored(split, number, answers_only)
+        skipped[0] = True
+        unscored.append(skipped)
+        size, number = size + len(skipped), number + 1
+    skipped = torch.cat(unscored)[: count * length + 1]
+    return _checked(Text(split.window(0, len(skipped)), skipped, joined=True), split, tokens)
+
+
+def _scored(split: TokenSplit, number: int, answers_only: bool) -> Tensor:
+    """Return which tokens of a document are scored, but for its first: bool `[n]`."""
+    if split.targets is not None and answers_only:
+        return split.document_targets(number)
+    return torch.ones(int(split.document_lengths[number]), dtype=torch.bool)
+
+
+def _checked(text: Text, split: TokenSplit, tokens: int) -> Text:
+    """Return a text; raise ValueError if none of it is scored."""
+    if text.unscored[1:].all():
+        raise ValueError(
+            f"{split.folder}: none of the {split.split} split's first {tokens} tokens is part of "
+            "an answer: raise evaluate.tokens, or set data.targets=all"
+        )
+    return text
 
 
 def perplexity_by_length(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lcdist.config.schema import TrainConfig
-from lcdist.engines.engine import RefusedStepError, TrainEngine
+from lcdist.engines.engine import NoTargetError, RefusedStepError, TrainEngine
 from lcdist.rundir.status import way_back
 
 log = logging.getLogger(__name__)
@@ -22,12 +22,15 @@ _SHOWN = 6
 class BadSteps:
     """Skips steps that an engine refused, up to a limit.
 
+    A step without a target, as of prompts alone, is always passed over: it is no fault.
+
     Args:
         train: `on_bad_step` and `bad_step_limit` hold.
         folder: of the run.
 
     Attributes:
-        skipped: steps of the run that were skipped.
+        skipped: steps of the run that changed nothing.
+        empty: those of them without a target.
     """
 
     def __init__(self, train: TrainConfig, folder: Path) -> None:
@@ -36,7 +39,16 @@ class BadSteps:
             train.bad_step_limit,
             folder,
         )
-        self.skipped = 0
+        self.skipped = self.empty = 0
+
+    def counts(self) -> dict[str, int]:
+        """Return what a checkpoint keeps."""
+        return {"skipped_steps": self.skipped, "steps_without_target": self.empty}
+
+    def restore(self, manifest: Mapping[str, Any]) -> None:
+        """Take over the counts of a checkpoint; older ones have none."""
+        self.skipped = manifest.get("skipped_steps", 0)
+        self.empty = manifest.get("steps_without_target", 0)
 
     def update(self, engine: TrainEngine, lr: float, step: int, samples: range) -> float | None:
         """Let the engine update the weights; return the gradient norm, or None for a skipped step.
@@ -68,18 +80,23 @@ class BadSteps:
             FloatingPointError: the run stops, by its setting or because the limit is reached.
         """
         told = f"step {step} (samples {samples.start} to {samples.stop - 1}): {error}"
+        if isinstance(error, NoTargetError):
+            self.skipped, self.empty = self.skipped + 1, self.empty + 1
+            log.warning("passed over %s", told)
+            return
         if not self._skips:
             raise FloatingPointError(
                 f"{told}. No weight was changed. {way_back(self._folder)}; "
                 "train.on_bad_step=skip passes over such samples"
             )
         self.skipped += 1
-        if self.skipped > self._limit:
+        if self.skipped - self.empty > self._limit:
             raise FloatingPointError(
                 f"{told}. {self._limit} steps were skipped before, as many as "
                 f"train.bad_step_limit allows. {way_back(self._folder)}"
             )
-        log.warning("skipped %s (%d of at most %d)", told, self.skipped, self._limit)
+        bad = self.skipped - self.empty
+        log.warning("skipped %s (%d of at most %d)", told, bad, self._limit)
 
 
 @torch.no_grad()

@@ -194,7 +194,7 @@ class Trainer:
             "dtype": self.plan.dtype,
             "world_size": self.mesh.world_size,
             "loader": self.loader.state_dict(),
-            "skipped_steps": self.bad_steps.skipped,
+            **self.bad_steps.counts(),
             "random_states": sorted(state["rng"]),
             "versions": versions(),
         }
@@ -231,7 +231,7 @@ class Trainer:
         if same_world and manifest["random_states"] == names:
             state["rng"] = sharded_random_states(self.mesh.rank, self.mesh.world_size)
         loaded = load_state(checkpoint, state)
-        self.bad_steps.skipped = manifest.get("skipped_steps", 0)
+        self.bad_steps.restore(manifest)
         self.engine.load_state(loaded, checkpoint.step - self.bad_steps.skipped)
         self.loader.load_state_dict(manifest["loader"])
         if "rng" in state:

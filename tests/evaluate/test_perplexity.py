@@ -122,7 +122,7 @@ def test_no_label_lies_across_the_end_of_a_document(
             assert not {0, 20, 40, 60} & {*labels}
             scored += len(labels)
         inside = text.tokens[1 : windows.count * length + 1]
-        skipped = sum(bool(begins) for begins in text.begins[1 : len(inside) + 1])
+        skipped = sum(bool(begins) for begins in text.unscored[1 : len(inside) + 1])
         assert scored == len(inside) - skipped
 
 

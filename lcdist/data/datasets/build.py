@@ -28,15 +28,16 @@ def build_dataset(
             tokenizers.
     """
     dataset_class = PackedDataset if data.packing == "best_fit" else TokenDataset
-    long_documents = LongDocuments(data.long_from, data.long_factor)
+    shared = {
+        "document_layout": document_layout,
+        "long_documents": LongDocuments(data.long_from, data.long_factor),
+        "answers_only": data.targets == "answers",
+    }
     if not data.mixture:
-        return dataset_class(data.path, "train", seqlen, seed, document_layout, long_documents)
+        return dataset_class(data.path, "train", seqlen, seed, **shared)
     sources: dict[str, FolderDataset] = {}
     for name, source in data.mixture.items():
-        own_seed = source_seed(seed, name)
-        dataset = dataset_class(
-            source.path, "train", seqlen, own_seed, document_layout, long_documents
-        )
+        dataset = dataset_class(source.path, "train", seqlen, source_seed(seed, name), **shared)
         sources[name] = dataset
         first_name, first = next(iter(sources.items()))
         if dataset.meta.fingerprint != first.meta.fingerprint:

@@ -68,17 +68,15 @@ class PackedDataset(SampledSplit):
     def sample(self, index: int) -> Sample:
         """Return sample number `index` >= 0, a function of (seed, index) alone."""
         spans = self._row_spans(index)
-        pieces = [self._read_span(span, self.document_layout) for span in spans]
-        filled = sum(map(len, pieces))
-        document, _, stop = spans[-1]
-        if filled == self.seqlen and stop < self._slot_lengths[document]:
-            # The label of a full row's last token comes from the next row of the document.
-            label_span = Span(document, stop, stop + 1)
-            pieces.append(self._read_span(label_span, self.document_layout))
-            filled += 1
-        pieces.append(torch.full((self.seqlen + 1 - filled,), PADDING, dtype=torch.int64))
+        read, (document, _, stop) = list(spans), spans[-1]
         ends_document = stop == self._slot_lengths[document]
-        return Sample(torch.cat(pieces), self._cu_seqlens(spans), ends_document)
+        if not ends_document and sum(span.stop - span.start for span in spans) == self.seqlen:
+            # The label of a full row's last token comes from the next row of the document.
+            read.append(Span(document, stop, stop + 1))
+        pieces = [self._read_span(span, self.document_layout) for span in read]
+        missing = self.seqlen + 1 - sum(map(len, pieces))
+        tokens = torch.cat([*pieces, torch.full((missing,), PADDING, dtype=torch.int64)])
+        return Sample(tokens, self._cu_seqlens(spans), ends_document, self._is_target(read))
 
     def cu_seqlens(self, index: int) -> Tensor:
         """Return `cu_seqlens` of sample number `index` without reading its tokens."""

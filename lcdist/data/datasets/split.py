@@ -1,5 +1,6 @@
 """One split of a token folder: its documents, read whole, in windows or in spans."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.data.datasets.long_documents import LongDocuments
 from lcdist.data.datasets.sample import check_seed, random_uint64
 from lcdist.data.meta import REMAKE, read_meta
-from lcdist.data.prepare.indexed import check_index
+from lcdist.data.prepare.indexed import TARGETS, check_index
 from lcdist.layout.documents import DocumentLayout
 from lcdist.utils.errors import RankError
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -34,6 +35,8 @@ class TokenSplit:
         meta: contents of meta.json.
         document_lengths: int64 `[num_documents]`, in tokens.
         num_tokens: total number of tokens.
+        targets: bool `[num_tokens]`, on disk, whether a token is part of an answer; None: the
+            folder holds no conversations.
 
     Raises:
         ValueError: the folder is missing, incomplete or damaged, or does not have this split.
@@ -60,13 +63,24 @@ class TokenSplit:
                 f"{prefix}.bin has {size} bytes, but {prefix}.idx lists {self.num_tokens} tokens "
                 f"in {bytes_needed} bytes and meta.json {self.meta.tokens[split]} tokens; {REMAKE}"
             )
+        self.targets = None if self.meta.targets is None else self._open_targets(prefix)
+
+    def _open_targets(self, prefix: str) -> np.ndarray:
+        path = Path(f"{prefix}{TARGETS}")
+        size = path.stat().st_size if path.is_file() else 0
+        if size != self.num_tokens:
+            raise ValueError(
+                f"{path} has {size} bytes, one for each of {self.num_tokens} tokens is needed; "
+                f"{REMAKE}"
+            )
+        return np.memmap(path, np.uint8, "r")
 
     @property
     def num_documents(self) -> int:
         """Number of documents."""
         return len(self.document_lengths)
 
-    @property
+    @cached_property
     def document_starts(self) -> np.ndarray:
         """Return the place of each document's first token in stored order, int64."""
         return np.cumsum(self.document_lengths) - self.document_lengths
@@ -74,6 +88,11 @@ class TokenSplit:
     def document(self, number: int) -> Tensor:
         """Return the tokens of a document, its eos included: int64 `[n]`."""
         return self._read(number, 0, int(self.document_lengths[number]))
+
+    def document_targets(self, number: int) -> Tensor:
+        """Return which tokens of a conversation are part of an answer: bool `[n]`."""
+        span = Span(number, 0, int(self.document_lengths[number]))
+        return self._read_targets(span, DocumentLayout())
 
     def longest_documents(self, min_tokens: int = 1) -> list[int]:
         """Return the numbers of all documents of at least `min_tokens` tokens, longest first."""
@@ -141,11 +160,30 @@ class TokenSplit:
             position, index = span_end, index + 1
         return spans, borders
 
+    def _text_range(self, span: Span, document_layout: DocumentLayout) -> tuple[int, int]:
+        """Return the tokens [first, last) of a document that a span of its slots holds."""
+        length = int(self.document_lengths[span.document])
+        first = min(document_layout.num_text_slots(span.start), length)
+        return first, min(document_layout.num_text_slots(span.stop), length)
+
+    def _read_targets(self, span: Span, document_layout: DocumentLayout) -> Tensor:
+        """Return which text tokens of a span are part of an answer: bool, one for each."""
+        assert self.targets is not None
+        first, last = self._text_range(span, document_layout)
+        start = int(self.document_starts[span.document])
+        found = np.array(self.targets[start + first : start + last])
+        if found.max(initial=0) > 1:
+            place = start + first + int(np.argmax(found > 1))
+            raise RankError(
+                f"{self.folder}/{self.split}{TARGETS}: byte {place} is {found.max()}, and may be 0 "
+                f"or 1; {REMAKE}"
+            )
+        return torch.from_numpy(found.astype(bool))
+
     def _read_span(self, span: Span, document_layout: DocumentLayout) -> Tensor:
         """Return the slots of a span: int64 `[span.stop - span.start]`."""
         length = int(self.document_lengths[span.document])
-        first = min(document_layout.num_text_slots(span.start), length)
-        last = min(document_layout.num_text_slots(span.stop), length)
+        first, last = self._text_range(span, document_layout)
         if last > first:
             text = self._read(span.document, first, last - first)
         else:
@@ -173,6 +211,7 @@ class SampledSplit(TokenSplit):
         seed: seed of all orders.
         document_layout: layout of the documents; by default every slot is a token.
         long_documents: upsampling of long documents.
+        answers_only: whether of conversations only the answers are to be predicted.
 
     Raises:
         ValueError: as `TokenSplit`; seqlen is below 1; or seqlen is not a
@@ -187,8 +226,10 @@ class SampledSplit(TokenSplit):
         seed: int,
         document_layout: DocumentLayout | None = None,
         long_documents: LongDocuments | None = None,
+        answers_only: bool = True,
     ) -> None:
         super().__init__(folder, split)
+        self._answers_only = answers_only and self.targets is not None
         check_seed(seed)
         if seqlen < 1:
             raise ValueError(f"train.seqlen = {seqlen}: must be at least 1")
@@ -200,6 +241,12 @@ class SampledSplit(TokenSplit):
         _check_seqlen(seqlen, self.document_layout)
         self.seqlen, self.seed = seqlen, seed
         self._make_rows()
+
+    def _is_target(self, spans: Sequence[Span]) -> Tensor | None:
+        """Return which text tokens of a sample's spans are to be predicted; None: all."""
+        if not self._answers_only:
+            return None
+        return torch.cat([self._read_targets(span, self.document_layout) for span in spans])
 
     def _make_rows(self) -> None:
         """Prepare what maps sample numbers to documents."""

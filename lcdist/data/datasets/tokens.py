@@ -52,6 +52,7 @@ class TokenDataset(SampledSplit):
             tokens=torch.cat([self._read_span(span, self.document_layout) for span in spans]),
             cu_seqlens=self._cu_seqlens(borders),
             ends_document=self.seqlen in borders,
+            is_target=self._is_target(spans),
         )
 
     def cu_seqlens(self, index: int) -> Tensor:

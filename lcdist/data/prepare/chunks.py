@@ -6,10 +6,11 @@ listed, and is never dropped silently.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from lcdist.data.prepare.conversations import ChatTemplate
 from lcdist.data.prepare.corpus import (
     OnBytes,
     SourceFile,
@@ -18,12 +19,14 @@ from lcdist.data.prepare.corpus import (
     ignore_bytes,
 )
 from lcdist.data.prepare.readers import (
-    Text,
+    Document,
+    TakeText,
     Unreadable,
     compressed_json_lines,
     json_lines,
     parquet_row_groups,
     parquet_rows,
+    text_under,
 )
 
 CHUNK_BYTES = 2**20
@@ -49,25 +52,13 @@ class FileChunk:
 
 
 @dataclass(frozen=True)
-class Document:
-    """A document.
-
-    Attributes:
-        name: is the same on every machine.
-        text: what is tokenized.
-    """
-
-    name: str
-    text: str
-
-
-@dataclass(frozen=True)
 class ReadOptions:
     """Options for reading documents.
 
     Attributes:
         on_error: "refuse" raises at an unreadable document, "skip" lists it and continues.
         field: key or column that holds the text of a record.
+        chat: reads conversations; None: records hold text.
 
     Raises:
         ValueError: `on_error` is unknown.
@@ -75,6 +66,12 @@ class ReadOptions:
 
     on_error: OnError
     field: str = "text"
+    chat: ChatTemplate | None = None
+
+    @property
+    def take(self) -> TakeText:
+        """Return what takes the text of a record."""
+        return text_under(self.field) if self.chat is None else self.chat.read
 
     def __post_init__(self) -> None:
         if self.on_error not in ("refuse", "skip"):
@@ -158,9 +155,9 @@ def read_documents(
         ValueError: a document is unreadable and options.on_error is "refuse". The message names
             file, line and byte offset. Or the file changed after it was listed.
     """
-    for record in _read_records(chunk, options.field, skip_counts, on_bytes):
-        if isinstance(record, Text):
-            yield Document(chunk.file.name + record.name_suffix, record.text)
+    for record in _read_records(chunk, options, skip_counts, on_bytes):
+        if isinstance(record, Document):
+            yield replace(record, name=chunk.file.name + record.name)
             continue
         # A file that changes under the reader is not an unreadable document.
         check_unchanged(chunk.file)
@@ -177,16 +174,16 @@ def read_documents(
 
 
 def _read_records(
-    chunk: FileChunk, field_name: str, skip_counts: SkipCounts, on_bytes: OnBytes
-) -> Iterator[Text | Unreadable]:
+    chunk: FileChunk, options: ReadOptions, skip_counts: SkipCounts, on_bytes: OnBytes
+) -> Iterator[Document | Unreadable]:
     kind = chunk.file.kind
     if kind == ".parquet":
         rows = (chunk.start, chunk.stop)
-        yield from parquet_rows(chunk.file.path, rows, chunk.group, field_name)
+        yield from parquet_rows(chunk.file.path, rows, chunk.group, options.field)
         check_unchanged(chunk.file)
         on_bytes(chunk.size)
     elif kind in (".jsonl.gz", ".jsonl.zst"):
-        yield from compressed_json_lines(chunk.file.path, kind, field_name, on_bytes)
+        yield from compressed_json_lines(chunk.file.path, kind, options.take, on_bytes)
         check_unchanged(chunk.file)
     else:
         with open(chunk.file.path, "rb") as stream:
@@ -196,15 +193,15 @@ def _read_records(
         if kind:
             skip_counts.lines += data.count(b"\n")
             # Not splitlines: it also splits at a bare carriage return, which is a space in JSON.
-            yield from json_lines(data.split(b"\n"), chunk.start, field_name)
+            yield from json_lines(data.split(b"\n"), chunk.start, options.take)
         else:
             yield _decode_text(data, chunk.start)
         on_bytes(chunk.size)
 
 
-def _decode_text(data: bytes, start: int) -> Text | Unreadable:
+def _decode_text(data: bytes, start: int) -> Document | Unreadable:
     try:
-        return Text(f"@{start}" if start else "", data.decode())
+        return Document(f"@{start}" if start else "", data.decode())
     except UnicodeDecodeError as error:
         return Unreadable(f"not UTF-8 ({error.reason})", start + error.start)
 

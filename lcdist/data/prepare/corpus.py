@@ -10,6 +10,8 @@ from pathlib import Path
 
 # Suffixes of files that hold records, one document each.
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+# Those that may hold conversations.
+CONVERSATIONS = RECORDS[:-1]
 SUFFIXES = (".txt", ".md", ".rst", ".py", *RECORDS)
 # Suffixes of compressed files, which are never plain text.
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z")

@@ -16,6 +16,8 @@ import numpy as np
 from lcdist.data.meta import REMAKE
 from lcdist.utils.errors import naming
 
+# Ending of the file that says which tokens of a split are to be predicted.
+TARGETS = ".targets"
 _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPE_CODES = {np.uint16: 8, np.int32: 4}
 # Bytes of a token by code.
@@ -30,24 +32,32 @@ class IndexedWriter:
     Args:
         prefix: path without suffix.
         vocab_size: determines the width of a token, as in Megatron: 2 bytes below 65,500, else 4.
+        with_targets: whether documents say which tokens to predict: `prefix`.targets has a byte
+            for each token, 1 or 0.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int) -> None:
+    def __init__(self, prefix: str | Path, vocab_size: int, with_targets: bool = False) -> None:
         self._dtype = np.uint16 if vocab_size < 65500 else np.int32
         self._index_path = Path(f"{prefix}.idx")
         self._bin = open(f"{prefix}.bin", "wb")  # noqa: SIM115
+        self._targets = open(f"{prefix}{TARGETS}", "wb") if with_targets else None  # noqa: SIM115
         self._lengths = array("i")
-        self.tokens = 0
+        self.tokens = self.targets = 0
 
     @property
     def documents(self) -> int:
         """Number of documents written so far."""
         return len(self._lengths)
 
-    def add(self, tokens: Sequence[int]) -> None:
-        """Append one document of token numbers."""
+    def add(self, tokens: Sequence[int], targets: Sequence[bool] | None = None) -> None:
+        """Append one document of token numbers; targets: which of them to predict."""
         with naming(self._bin.name):
             self._bin.write(np.asarray(tokens, self._dtype).tobytes())
+        if self._targets is not None:
+            assert targets is not None and len(targets) == len(tokens)
+            with naming(self._targets.name):
+                self._targets.write(bytes(targets))
+            self.targets += sum(targets)
         self._lengths.append(len(tokens))
         self.tokens += len(tokens)
 
@@ -55,6 +65,11 @@ class IndexedWriter:
         """Append the documents of another pair of files, written for the same vocab_size."""
         with open(f"{prefix}.bin", "rb") as tokens, naming(self._bin.name):
             shutil.copyfileobj(tokens, self._bin, 2**22)
+        if self._targets is not None:
+            targets = Path(f"{prefix}{TARGETS}").read_bytes()
+            with naming(self._targets.name):
+                self._targets.write(targets)
+            self.targets += targets.count(1)
         with open(f"{prefix}.idx", "rb") as index:
             _, _, _, count, _ = _HEADER.unpack(index.read(_HEADER.size))
             lengths = np.frombuffer(index.read(4 * count), np.int32)
@@ -67,6 +82,9 @@ class IndexedWriter:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         with naming(self._bin.name):
             self._bin.close()
+        if self._targets is not None:
+            with naming(self._targets.name):
+                self._targets.close()
         if kind is not None:
             return
         lengths = np.asarray(self._lengths, np.int32)

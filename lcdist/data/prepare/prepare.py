@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lcdist.data.meta import FORMAT, META, Meta, read_meta, write_meta
 from lcdist.data.prepare.chunks import CHUNK_BYTES, FileChunk, ReadOptions, SkipCounts, split_file
+from lcdist.data.prepare.conversations import check_files
 from lcdist.data.prepare.corpus import (
     OnBytes,
     Source,
@@ -33,6 +34,7 @@ from lcdist.data.prepare.shards import (
     read_chunk,
 )
 from lcdist.data.prepare.workers import tokenize_shards
+from lcdist.data.tokenizers.chat import TEMPLATE_FILE
 from lcdist.data.tokenizers.files import TextTokenizer, open_tokenizer
 from lcdist.data.tokenizers.sentencepiece_bpe import MODEL_FILE, train_tokenizer
 from lcdist.utils.progress import Progress
@@ -63,7 +65,8 @@ def prepare(
 ) -> Prepared:
     """Tokenize `source` into `out_folder`: {train,valid}.{bin,idx}, the tokenizer, meta.json.
 
-    Every document ends with eos. If the folder already has the same text with the same settings,
+    Every document of text ends with eos; conversations end as their template says, or with eos, and
+    have {train,valid}.targets too. If the folder already has the same text with the same settings,
     nothing is done. If an earlier call was interrupted, this one continues.
 
     Args:
@@ -83,6 +86,8 @@ def prepare(
     check_settings(settings, given, tokenizer)
     listing = scan_source(source)
     files = listing.files
+    if settings.chat_template is not None:
+        check_files(files)
     total = sum(file.size for file in files)
     source_record = {
         "path": str(source.path),
@@ -193,10 +198,12 @@ def _provide_tokenizer(
     if given is not None:
         for name, content in given.files.items():
             (build.folder / name).write_bytes(content)
+        if settings.chat_template is not None:
+            (build.folder / TEMPLATE_FILE).write_text(settings.chat_template, "utf-8")
         return given
     file = build.folder / MODEL_FILE
     if not file.is_file():
-        job = _shard_job(build, settings, add_bos=False)
+        job = _shard_job(build, settings, None)
         partial = file.with_suffix(".partial")
         texts = _training_texts(job, chunks, settings.seed + 1)
         partial.write_bytes(train_tokenizer(texts, settings.vocab_size or 0))
@@ -216,14 +223,16 @@ def _chunk_name(chunk: FileChunk) -> str:
     return f"{chunk.file.name}@{chunk.start}"
 
 
-def _shard_job(build: FolderBuild, settings: TokenizeSettings, add_bos: bool) -> ShardJob:
+def _shard_job(
+    build: FolderBuild, settings: TokenizeSettings, tokenizer: TextTokenizer | None
+) -> ShardJob:
     return ShardJob(
         folder=str(build.shards),
         splits=("train", "valid") if settings.valid_fraction else ("train",),
         valid_fraction=settings.valid_fraction,
         seed=settings.seed,
-        add_bos=add_bos,
-        reading=ReadOptions(settings.on_error, settings.field),
+        add_bos=tokenizer is not None and tokenizer.add_bos,
+        reading=ReadOptions(settings.on_error, settings.field, settings.chat(tokenizer)),
     )
 
 
@@ -235,7 +244,7 @@ def _tokenize(
     progress: Progress | None,
 ) -> Meta:
     """Tokenize and merge all shards. Returns the meta data without digest, source and settings."""
-    job, shards = _shard_job(build, settings, tokenizer.add_bos), group_into_shards(chunks)
+    job, shards = _shard_job(build, settings, tokenizer), group_into_shards(chunks)
     total = sum(shard.size for shard in shards)
     count_tokenized = _byte_counter("tokenizing", total, progress)
     tokenize_shards(job, shards, build.folder, settings.workers, count_tokenized)
@@ -267,4 +276,5 @@ def _tokenize(
         files=build.sizes(),
         sha256=build.digests(),
         kind=tokenizer.kind,
+        targets=totals.targets,
     )

@@ -7,7 +7,7 @@ long as the file allows.
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,27 @@ _BATCH_ROWS = 64
 _PROGRESS_BYTES = 2**20
 
 
-@dataclass(frozen=True)
-class Text:
-    """The text of a document. `name_suffix` follows the file's name in the document's name."""
+# Places [start, stop) of a conversation's answers in its text, in characters.
+Answers = tuple[tuple[int, int], ...]
+# Takes the text of a record, and the places of its answers if it is a conversation; raises
+# `RecordError`.
+TakeText = Callable[[Mapping[str, Any]], tuple[str, Answers | None]]
 
-    name_suffix: str
+
+@dataclass(frozen=True)
+class Document:
+    """A document.
+
+    Attributes:
+        name: its place in its file; `read_documents` puts the file's name before it. It is the same
+            on every machine.
+        text: what is tokenized.
+        answers: places of a conversation's answers in its text; None: not a conversation.
+    """
+
+    name: str
     text: str
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Unreadable:
     number: int = 0
 
 
-class _RecordError(ValueError):
+class RecordError(ValueError):
     """A record has no text; `offset` counts bytes from the record's start."""
 
     def __init__(self, reason: str, offset: int = 0) -> None:
@@ -54,59 +69,68 @@ class _RecordError(ValueError):
 
 
 def json_lines(
-    lines: Iterable[bytes], start: int, field_name: str, newline: int = 1
-) -> Iterator[Text | Unreadable]:
-    """Yield the string under `field_name` of each line; skip lines of white space.
+    lines: Iterable[bytes], start: int, take: TakeText, newline: int = 1
+) -> Iterator[Document | Unreadable]:
+    """Yield the text of each line; skip lines of white space.
 
     Args:
         lines: the lines in order.
         start: byte offset of the first line.
-        field_name: key of the text.
+        take: takes the text of a record.
         newline: bytes between two lines that are not part of them.
     """
     for number, line in enumerate(lines, 1):
         try:
-            text = _json_text(line, field_name)
-        except _RecordError as error:
+            if line.strip():
+                text, answers = take(_json_object(line))
+                yield Document(f"@{start}", _check_surrogates(text), answers)
+        except RecordError as error:
             yield Unreadable(str(error), start + error.offset, "line", number)
         except UnicodeDecodeError as error:
             reason = f"not UTF-8 ({error.reason})"
             yield Unreadable(reason, start + error.start, "line", number)
-        else:
-            if text is not None:
-                yield Text(f"@{start}", text)
         start += len(line) + newline
 
 
-def _json_text(line: bytes, field_name: str) -> str | None:
-    if not line.strip():
-        return None
+def text_under(field_name: str) -> TakeText:
+    """Return the function that takes the string under a key of a record."""
+
+    def take(record: Mapping[str, Any]) -> tuple[str, None]:
+        if not isinstance(record.get(field_name), str):
+            keys = f"; it has {', '.join(list(record)[:8])}" if record else ""
+            hint = "; conversations need --conversations" if "messages" in record else ""
+            raise RecordError(f'not an object with a string under "{field_name}"{keys}{hint}')
+        return record[field_name], None
+
+    return take
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
     decoded = line.decode()
     try:
         record = json.loads(decoded)
     except json.JSONDecodeError as error:
         offset = len(decoded[: error.pos].encode())
-        raise _RecordError(f"not JSON ({error.msg})", offset) from error
+        raise RecordError(f"not JSON ({error.msg})", offset) from error
     except (ValueError, RecursionError) as error:
-        raise _RecordError(f"JSON that cannot be read ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get(field_name), str):
-        keys = f"; it has {', '.join(list(record)[:8])}" if isinstance(record, dict) else ""
-        raise _RecordError(f'not an object with a string under "{field_name}"{keys}')
-    return _check_surrogates(record[field_name])
+        raise RecordError(f"JSON that cannot be read ({error})") from error
+    if not isinstance(record, dict):
+        raise RecordError("not an object")
+    return record
 
 
 def _check_surrogates(text: str) -> str:
-    """Return `text`; raise _RecordError if it contains a lone surrogate."""
+    """Return `text`; raise RecordError if it contains a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _RecordError(f"its text contains a lone surrogate ({error.reason})") from error
+        raise RecordError(f"its text contains a lone surrogate ({error.reason})") from error
     return text
 
 
 def compressed_json_lines(
-    path: Path, kind: str, field_name: str, on_bytes: OnBytes
-) -> Iterator[Text | Unreadable]:
+    path: Path, kind: str, take: TakeText, on_bytes: OnBytes
+) -> Iterator[Document | Unreadable]:
     """Yield the texts of a .jsonl.gz or .jsonl.zst file.
 
     Offsets and lines are those of the decompressed text. A truncated or damaged file ends with an
@@ -115,7 +139,7 @@ def compressed_json_lines(
     Args:
         path: the file.
         kind: ".jsonl.gz" or ".jsonl.zst".
-        field_name: key of the text.
+        take: takes the text of a record.
         on_bytes: called with the number of compressed bytes after about each mebibyte.
     """
     offset = reported = 0
@@ -132,7 +156,7 @@ def compressed_json_lines(
             if not line:
                 break
             number += 1
-            for record in json_lines([line], offset, field_name, newline=0):
+            for record in json_lines([line], offset, take, newline=0):
                 if isinstance(record, Unreadable):
                     record = Unreadable(record.reason, record.offset, "line", number)
                 yield record
@@ -195,7 +219,7 @@ def parquet_row_groups(file: SourceFile) -> list[tuple[int, int, int, int]]:
 
 def parquet_rows(
     path: Path, rows: tuple[int, int], group: int, field_name: str
-) -> Iterator[Text | Unreadable]:
+) -> Iterator[Document | Unreadable]:
     """Yield the strings of one column in a row group, decoding a few rows at a time.
 
     Args:
@@ -239,12 +263,14 @@ def _column_problem(arrow: Any, schema: Any, field_name: str) -> str:
     return ""
 
 
-def _cell_text(value: Any, row: int) -> Text | Unreadable:
+def _cell_text(value: Any, row: int) -> Document | Unreadable:
     try:
         text = value.as_py()
     except UnicodeDecodeError as error:
         return Unreadable(f"not UTF-8 ({error.reason})", 0, "row", row)
-    return Unreadable("no text (null)", 0, "row", row) if text is None else Text(f"@{row}", text)
+    if text is None:
+        return Unreadable("no text (null)", 0, "row", row)
+    return Document(f"@{row}", text)
 
 
 def _import_pyarrow(path: Path) -> Any:

@@ -1,13 +1,19 @@
 """Settings of tokenization, and their checks."""
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from lcdist.config.values import shown
 from lcdist.data.prepare.chunks import OnError, ReadOptions
+from lcdist.data.prepare.conversations import ChatTemplate, compile_template
+from lcdist.data.tokenizers.chat import chat_tokenizer
 from lcdist.data.tokenizers.files import TextTokenizer
 from lcdist.data.tokenizers.huggingface import SpecialTokens
+
+TEXT_FIELD = "text"
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,8 @@ class TokenizeSettings:
         document_bytes: approximate upper bound on the length of a text document. None:
             `CHUNK_BYTES`.
         special_tokens: tokens at the ends of documents.
+        chat_template: what records, which then are conversations, are rendered with; None: records
+            hold text.
         workers: number of processes; does not change the result.
     """
 
@@ -30,10 +38,19 @@ class TokenizeSettings:
     valid_fraction: float
     seed: int
     on_error: OnError
-    field: str = "text"
+    field: str = TEXT_FIELD
     document_bytes: int | None = None
     special_tokens: SpecialTokens = dataclasses.field(default_factory=SpecialTokens)
+    chat_template: str | None = None
     workers: int = 1
+
+    def chat(self, tokenizer: TextTokenizer | None) -> ChatTemplate | None:
+        """Return what reads conversations; None: records hold text."""
+        if self.chat_template is None or tokenizer is None:
+            return None
+        chat = chat_tokenizer(tokenizer)
+        field = "" if self.field == TEXT_FIELD else self.field
+        return ChatTemplate(self.chat_template, chat.names, chat.specials, field)
 
     def recorded(self, tokenizer: TextTokenizer | None) -> dict:
         """Return the settings that determine the tokens, for meta.json.
@@ -51,12 +68,16 @@ class TokenizeSettings:
             "on_error": self.on_error,
             "tokenizer": tokenizer and tokenizer.fingerprint,
         }
-        if self.field != "text":
+        if self.field != TEXT_FIELD:
             recorded["field"] = self.field
         if self.document_bytes is not None:
             recorded["document_bytes"] = self.document_bytes
         if tokenizer is not None and tokenizer.add_bos:
             recorded["add_bos"] = True
+        chat = self.chat(tokenizer)
+        if chat is not None:
+            inputs = json.dumps([chat.source, chat.tokens], sort_keys=True)
+            recorded["chat_template"] = hashlib.sha256(inputs.encode()).hexdigest()
         return recorded
 
 
@@ -77,6 +98,8 @@ def check_settings(
             "--bos-token, --eos-token and --add-bos need a given tokenizer: name one with "
             "--tokenizer, or leave them out"
         )
+    if settings.chat_template is not None:
+        _check_chat(settings, tokenizer)
     if tokenizer is not None and settings.vocab_size not in (None, tokenizer.vocab_size):
         raise ValueError(
             f"vocab_size = {settings.vocab_size}, but the tokenizer {tokenizer_name} has "
@@ -92,3 +115,18 @@ def check_settings(
         if value is not None and value > most:
             raise ValueError(f"{name} = {shown(value)}: must be at most {most:,}")
     ReadOptions(settings.on_error, settings.field)
+
+
+def _check_chat(settings: TokenizeSettings, tokenizer: TextTokenizer | None) -> None:
+    """Raise ValueError if conversations cannot be rendered or tokenized."""
+    if tokenizer is None:
+        raise ValueError("--conversations needs a tokenizer with a chat template: name --tokenizer")
+    if settings.special_tokens.add_bos:
+        raise ValueError(
+            "--add-bos: the chat template says where bos stands in a conversation; leave it out"
+        )
+    chat_tokenizer(tokenizer)
+    try:
+        compile_template(settings.chat_template or "")
+    except ValueError as error:
+        raise ValueError(f"the chat template is not Jinja: {error}; correct it") from error

@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcdist.data.prepare.chunks import (
-    Document,
     FileChunk,
     ReadOptions,
     SkipCounts,
     read_documents,
     shift_lines,
 )
+from lcdist.data.prepare.conversations import ChatTemplate
 from lcdist.data.prepare.corpus import OnBytes, SourceFile, hash_fraction, ignore_bytes
 from lcdist.data.prepare.indexed import IndexedWriter
+from lcdist.data.prepare.readers import Document
+from lcdist.data.tokenizers.chat import chat_tokenizer
 from lcdist.data.tokenizers.files import TextTokenizer, bos_prefix
 from lcdist.utils.errors import naming
 from lcdist.utils.json_file import read_object
@@ -54,6 +56,11 @@ class ShardJob:
     seed: int
     add_bos: bool
     reading: ReadOptions
+
+    @property
+    def has_targets(self) -> bool:
+        """Return whether documents say which of their tokens to predict."""
+        return self.reading.chat is not None
 
     def split_of(self, document_name: str) -> str:
         """Return the split of the document with this name."""
@@ -108,15 +115,21 @@ def tokenize_shard(
     name = {"prefix": f"{shard.number:06}.", "suffix": ".partial"}
     partial = Path(tempfile.mkdtemp(dir=job.folder, **name))
     prefix, num_empty, chunk_records = bos_prefix(tokenizer), 0, []
+    chat = chat_tokenizer(tokenizer) if job.has_targets else None
     with contextlib.ExitStack() as stack:
         writers = {
-            split: stack.enter_context(IndexedWriter(partial / split, tokenizer.vocab_size))
+            split: stack.enter_context(
+                IndexedWriter(partial / split, tokenizer.vocab_size, job.has_targets)
+            )
             for split in job.splits
         }
         for planned in shard.chunks:
             skip_counts = SkipCounts()
             for split, document in read_chunk(job, planned, skip_counts, on_bytes):
-                if document.text:
+                if document.answers is not None:
+                    assert chat is not None
+                    writers[split].add(*chat.encode(document.text, document.answers))
+                elif document.text:
                     tokens = tokenizer.encode(document.text)
                     writers[split].add([*prefix, *tokens, tokenizer.eos_id])
                 else:
@@ -158,12 +171,14 @@ class ShardTotals:
     Attributes:
         documents: number of documents by split.
         tokens: number of tokens by split.
+        targets: number of tokens to predict by split; None: all.
         empty: number of empty documents.
         skipped: entries of `SkipCounts.skipped`, with lines counted from the start of each file.
     """
 
     documents: dict[str, int]
     tokens: dict[str, int]
+    targets: dict[str, int] | None
     empty: int
     skipped: list[dict]
 
@@ -187,7 +202,7 @@ def merge_shards(
     num_empty, skipped, lines_before = 0, list[dict](), dict[str, int]()
     with contextlib.ExitStack() as stack:
         writers = {
-            split: stack.enter_context(IndexedWriter(folder / split, vocab_size))
+            split: stack.enter_context(IndexedWriter(folder / split, vocab_size, job.has_targets))
             for split in job.splits
         }
         for shard in shards:
@@ -203,6 +218,9 @@ def merge_shards(
     return ShardTotals(
         documents={split: writer.documents for split, writer in writers.items()},
         tokens={split: writer.tokens for split, writer in writers.items()},
+        targets={split: writer.targets for split, writer in writers.items()}
+        if job.has_targets
+        else None,
         empty=num_empty,
         skipped=skipped,
     )
@@ -217,7 +235,9 @@ def to_json(value: ShardJob | Shard) -> str:
 def job_from_json(text: str) -> ShardJob:
     """Inverse of `to_json` for a `ShardJob`."""
     table = json.loads(text)
-    reading = ReadOptions(**table.pop("reading"))
+    reading = table.pop("reading")
+    chat = reading.pop("chat")
+    reading = ReadOptions(**reading, chat=chat and ChatTemplate(**chat))
     return ShardJob(**table | {"reading": reading, "splits": tuple(table["splits"])})
 
 

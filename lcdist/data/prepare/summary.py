@@ -16,6 +16,9 @@ def summary_lines(prepared: Prepared) -> list[str]:
     counts = ", ".join(f"{n:,} tokens for {split}" for split, n in meta.tokens.items())
     state = "wrote" if prepared.fresh else "already complete:"
     lines = [f"{state} {prepared.folder}: {counts}, vocabulary of {meta.vocab_size}"]
+    if meta.targets is not None:
+        shares = [f"{n:,} for {split}" for split, n in meta.targets.items()]
+        lines.append(f"tokens of answers: {', '.join(shares)}")
     lines += _account_lines(meta.source)
     if meta.empty:
         lines.append(f"left out {meta.empty} documents without a character")

@@ -21,6 +21,9 @@ SPECIAL_TOKENS_FILE = "tokenizer_specials.json"
 # Files that may name a special token, in order of priority.
 _CONFIG_FILES = (SPECIAL_TOKENS_FILE, "tokenizer_config.json", "special_tokens_map.json")
 
+# Tokens beside bos and eos that a chat template may name.
+_NAMED = ("unk", "pad", "sep", "cls", "mask")
+
 
 @dataclass(frozen=True)
 class SpecialTokens:
@@ -65,6 +68,7 @@ class HuggingFaceTokenizer:
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         requested = special_tokens or SpecialTokens()
         configs = [_read_json(self._path.with_name(name)) for name in _CONFIG_FILES]
+        self._configs = configs
         self._bos = requested.bos or _first_token(configs, "bos_token")
         self._eos = requested.eos or _first_token(configs, "eos_token")
         self.eos_id: int = self._require_eos(vocabulary)
@@ -86,6 +90,13 @@ class HuggingFaceTokenizer:
             HF_FILE: self._content,
             SPECIAL_TOKENS_FILE: (json.dumps(table, sort_keys=True) + "\n").encode(),
         }
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """Texts of the tokens that have a name, such as "eos_token", by it."""
+        named = {f"{name}_token": _first_token(self._configs, f"{name}_token") for name in _NAMED}
+        named |= {"bos_token": self._bos, "eos_token": self._eos}
+        return {name: text for name, text in named.items() if text is not None}
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of `text` without bos and eos.

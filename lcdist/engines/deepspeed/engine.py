@@ -13,7 +13,7 @@ from lcdist.data.loader import Batch
 from lcdist.distributed.mesh import Mesh
 from lcdist.engines.deepspeed.setup import start
 from lcdist.engines.deepspeed.state import WholeTensors, local_shape
-from lcdist.engines.engine import PendingLoss, RefusedStepError
+from lcdist.engines.engine import NoTargetError, PendingLoss, RefusedStepError
 from lcdist.engines.forward import MegatronForward
 from lcdist.engines.loss import loss_sum
 from lcdist.engines.moments import assign_owners, entries_by_parameter, owned, sharded_moments
@@ -92,7 +92,7 @@ class DeepSpeedEngine(MegatronForward):
         """Update the weights; return the gradient norm before clipping; as `TrainEngine` says."""
         loss = self._loss.value
         if not loss.tokens:
-            raise RefusedStepError("no token of this step has a loss")
+            raise NoTargetError
         for group in self.engine.basic_optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         if not math.isfinite(loss.mean):

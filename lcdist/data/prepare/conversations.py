@@ -1,0 +1,221 @@
+"""Conversations as text by a chat template, with the places of the assistant's answers in it.
+
+A template that marks answers with `{% generation %}` says itself where they are. Otherwise each
+conversation is rendered up to every answer, with the prompt for one, and with that answer: what the
+second adds to the first is the answer with the token that ends it. A template that renders the
+beginning of a conversation in another way once more follows is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lcdist.data.prepare.corpus import CONVERSATIONS, SourceFile
+from lcdist.data.prepare.readers import Answers, RecordError
+from lcdist.utils.errors import shortened
+
+# Keys of a record that may hold a conversation, in order of priority.
+FIELDS = ("messages", "conversations")
+# Roles of the second spelling, {"from": .., "value": ..}.
+ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
+# Unicode reserves these for use inside a program: no text has them.
+_BEGIN, _END = "\ufdd0", "\ufdd1"
+_REMEDY = (
+    "mark the answers in the template with {% generation %} and {% endgeneration %}, and give it "
+    "with --chat-template FILE"
+)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Read conversations and render them.
+
+    Attributes:
+        source: the template, in Jinja.
+        tokens: texts of the tokens that the template may name, such as "eos_token".
+        specials: texts of the tokens that no message may contain.
+        field: key of the messages; "": the first of `FIELDS` that a record has.
+    """
+
+    source: str
+    tokens: Mapping[str, str]
+    specials: Sequence[str]
+    field: str = ""
+
+    def read(self, record: Mapping[str, Any]) -> tuple[str, Answers]:
+        """Return the text of a conversation and the places of its answers.
+
+        Raises:
+            RecordError: the record is not a conversation with an answer, or the template refuses
+                it.
+        """
+        messages, tools = messages_of(record, self.field), record.get("tools")
+        for number, message in enumerate(messages, 1):
+            _check_text(number, message, self.specials)
+        if not any(message["role"] == "assistant" for message in messages):
+            raise RecordError("a conversation without a message of the assistant")
+        text = self._render(messages, tools)
+        if _marks_answers(self.source):
+            text, answers = _without_marks(text)
+        else:
+            answers = self._answers(text, messages, tools)
+        if not any(start < stop for start, stop in answers):
+            raise RecordError("a conversation in which the chat template marks no answer")
+        return text, answers
+
+    def _render(self, messages: Sequence[Any], tools: Any, prompt: bool = False) -> str:
+        """Render messages; prompt: and the prompt for an answer."""
+        words = {"messages": messages, "tools": tools, "add_generation_prompt": prompt}
+        try:
+            return compile_template(self.source).render(**self.tokens, **words)
+        except Exception as error:  # a template is a program, which may raise anything
+            raise RecordError(f"the chat template refuses it ({shortened(str(error))})") from error
+
+    def _answers(self, whole: str, messages: Sequence[Any], tools: Any) -> Answers:
+        """Return the places of the answers in the `whole` text of a template without marks."""
+        answers = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:number], tools, prompt=True)
+            through = self._render(messages[: number + 1], tools)
+            if not (whole.startswith(through) and through.startswith(before)):
+                raise RecordError(
+                    f"message {number + 1}: the chat template renders what comes before it in "
+                    f"another way than in the whole conversation; {_REMEDY}"
+                )
+            answer, content = through[len(before) :], (message.get("content") or "").strip()
+            has_prompt = before != self._render(messages[:number], tools)
+            if not (has_prompt or answer.lstrip().startswith(content)):
+                raise RecordError(
+                    f"message {number + 1}: the chat template writes more than the answer and has "
+                    f"no prompt for one (add_generation_prompt); {_REMEDY}"
+                )
+            answers.append((len(before), len(before) + _length_of_turn(answer, self.specials)))
+        return tuple(answers)
+
+
+def check_files(files: Sequence[SourceFile]) -> None:
+    """Raise ValueError if a file is of a kind that holds no conversations."""
+    other = next((file for file in files if file.kind not in CONVERSATIONS), None)
+    if other is not None:
+        raise ValueError(
+            f"{other.path}: --conversations reads {', '.join(CONVERSATIONS)}; convert it to one of "
+            "them, or leave it out"
+        )
+
+
+def _length_of_turn(answer: str, specials: Sequence[str]) -> int:
+    """Return the length of an answer without white space after the token that ends it."""
+    text = answer.rstrip()
+    return len(text) if text.endswith(tuple(specials)) else len(answer)
+
+
+def messages_of(record: Mapping[str, Any], field: str = "") -> list[dict[str, Any]]:
+    """Return the messages of a record, each with a role; raise RecordError if there are none."""
+    names = (field,) if field else FIELDS
+    found = next((record[name] for name in names if isinstance(record.get(name), list)), None)
+    if not found:
+        keys = f"; it has {', '.join(list(record)[:8])}" if record else ""
+        listed = " or ".join(f'"{name}"' for name in names)
+        raise RecordError(f"no list of messages under {listed}{keys}")
+    return [_message(number, message) for number, message in enumerate(found, 1)]
+
+
+def _message(number: int, message: Any) -> dict[str, Any]:
+    """Return a message with its role and content, in the first spelling."""
+    if not isinstance(message, dict):
+        raise RecordError(f"message {number}: not an object with a role and its content")
+    if "role" not in message and isinstance(message.get("from"), str):
+        origin = message["from"]
+        role = ROLES.get(origin, origin if origin in ROLES.values() else None)
+        if role is None:
+            raise RecordError(
+                f'message {number}: "from" is {shortened(origin)!r}; it may be {", ".join(ROLES)}'
+            )
+        message = {"role": role, "content": message.get("value")}
+    if not isinstance(message.get("role"), str):
+        raise RecordError(f"message {number}: its role is not text")
+    if not isinstance(message.get("content"), str) and not (
+        message.get("content") is None and message.get("tool_calls")
+    ):
+        raise RecordError(f"message {number}: its content is not text")
+    return message
+
+
+def _check_text(number: int, message: Mapping[str, Any], specials: Sequence[str]) -> None:
+    """Raise RecordError if a message has the text of a special token, which would become one."""
+    text = message.get("content") or ""
+    found = next((special for special in (*specials, _BEGIN, _END) if special in text), None)
+    if found is not None:
+        raise RecordError(f"message {number}: its content has the text of the token {found!r}")
+
+
+class _Generation(Extension):
+    """The tag `{% generation %}`: what is inside is an answer."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Return a call that puts marks around what is inside."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = nodes.CallBlock(self.call_method("mark"), [], [], body)
+        return call.set_lineno(line)
+
+    def mark(self, caller: Any) -> str:
+        """Return the text inside between marks."""
+        return f"{_BEGIN}{caller()}{_END}"
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+@lru_cache(maxsize=8)
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Return the environment of Hugging Face's templates.
+
+    It has no `strftime_now`: with the date in it, no two days would give the same tokens.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    environment.globals["raise_exception"] = _raise_exception
+    return environment
+
+
+@lru_cache(maxsize=8)
+def compile_template(source: str) -> Template:
+    """Return a template; raise ValueError, with the line, if it is not Jinja."""
+    try:
+        return _environment().from_string(source)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno}: {error.message}") from error
+
+
+@lru_cache(maxsize=8)
+def _marks_answers(source: str) -> bool:
+    """Return whether a template has the tag `{% generation %}`."""
+    names = [(kind, value) for _, kind, value in _environment().lex(source) if kind != "whitespace"]
+    pairs = zip(names, names[1:], strict=False)
+    return any(a == "block_begin" and b == ("name", "generation") for (a, _), b in pairs)
+
+
+def _without_marks(text: str) -> tuple[str, Answers]:
+    """Return a rendered text without marks, and the places of what was between them."""
+    pieces, answers, length = [], [], 0
+    for number, piece in enumerate(text.split(_BEGIN)):
+        answer, _, rest = piece.partition(_END) if number else ("", "", piece)
+        if number:
+            answers.append((length, length + len(answer)))
+        pieces += [answer, rest]
+        length += len(answer) + len(rest)
+    return "".join(pieces), tuple(answers)
