@@ -108,34 +108,35 @@ def _kept(compute: Callable[..., Any], key: Callable[..., Any]) -> Callable[...,
 
 def _share_attributes_of_types(block_type: Any) -> None:
     """Make types of blocks from the attributes of an equal one."""
-    make, known = block_type.__init__, {}
-
-    @wraps(make)
-    def init(self: Any, element_ty: Any, shape: Any) -> None:
-        key = (element_ty.name, *shape)
-        if key not in known:
-            make(self, element_ty, shape)
-            known[key] = vars(self).copy()
-        else:
-            self.__dict__.update(known[key])
-            self.element_ty = element_ty
-
-    block_type.__init__ = init
+    _share_attributes(
+        block_type,
+        key=lambda element_ty, shape: (element_ty.name, *shape),
+        own=lambda element_ty, shape: {"element_ty": element_ty},
+    )
 
 
 def _share_attributes_of_tensors(tensor: Any) -> None:
     """Make tensors from the attributes of one of the same type, but for handle and type."""
-    make, known = tensor.__init__, {}
+    _share_attributes(
+        tensor,
+        key=lambda handle, type: type.name,
+        own=lambda handle, type: {"handle": handle, "type": type},
+    )
+
+
+def _share_attributes(
+    kind: Any, key: Callable[..., Any], own: Callable[..., dict[str, Any]]
+) -> None:
+    """Make objects from the attributes of an earlier one with the same key, but for their own."""
+    make, known = kind.__init__, {}
 
     @wraps(make)
-    def init(self: Any, handle: Any, type: Any) -> None:
-        name = type.name
-        if name not in known:
-            make(self, handle, type)
-            known[name] = vars(self).copy()
+    def init(self: Any, *arguments: Any) -> None:
+        this = key(*arguments)
+        if this not in known:
+            make(self, *arguments)
+            known[this] = vars(self).copy()
         else:
-            self.__dict__.update(known[name])
-            self.handle = handle
-            self.type = type
+            self.__dict__.update(known[this] | own(*arguments))
 
-    tensor.__init__ = init
+    kind.__init__ = init
