@@ -4,7 +4,7 @@ import argparse
 import errno
 import os
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 DEBUG = "--debug"
 
@@ -13,8 +13,22 @@ class UsageError(ValueError):
     """A command line that cannot be understood."""
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds the default of every option that has one and does not name it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        is_plain = isinstance(default, str | int | float) and not isinstance(default, bool)
+        if not text or not action.option_strings or not is_plain or "default" in text:
+            return text
+        return text if default in ("", argparse.SUPPRESS) else f"{text} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that raises UsageError instead of ending the process: every rank has one."""
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **{"formatter_class": HelpFormatter, **options})
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as an error of one line."""
@@ -33,7 +47,12 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add the overrides of a configuration: any number of `section.key=value`."""
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="override a setting; lcdist/config/schema.py has all keys",
+    )
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from lcdist.commands.arguments import add_overrides
 from lcdist.commands.console import plain_console
 from lcdist.convert.huggingface.export_model import SHARD_BYTES, export_model
 from lcdist.convert.huggingface.import_model import import_model
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     importing = directions.add_parser("import", help="a Hugging Face folder to a checkpoint")
     importing.add_argument("source", type=Path, metavar="HF_FOLDER", help="with safetensors files")
     importing.add_argument("out", type=Path, metavar="OUT", help="folder to create, like a run's")
-    importing.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_overrides(importing)
     importing.add_argument(
         "--extra-tokens",
         type=int,

@@ -21,11 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the checkpoint, the prompt, the sampling settings and the output file."""
     add_checkpoint(parser)
     parser.add_argument("--prompt", default="", help="text to continue (default: standard input)")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, help="limit of the continuation, in tokens"
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0: always the most likely token"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--output", type=Path, help="text file to write")
     add_overrides(parser)
 

@@ -27,16 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=int, help="tokens of a sample (default: four times the model's own)"
     )
-    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default: 8)")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
     parser.add_argument(
         "--hardware",
         choices=sorted(GPU_SPECS),
         default="h100",
         metavar="GPU",
-        help=f"one of {', '.join(sorted(GPU_SPECS))} (default: h100)",
+        help=f"one of {', '.join(sorted(GPU_SPECS))}",
     )
-    parser.add_argument("--method", default="full", help="attention method (default: full)")
-    parser.add_argument("--data", default="data/long", help="token folder (default: data/long)")
+    parser.add_argument("--method", default="full", help="attention method")
+    parser.add_argument("--data", default="data/long", help="token folder")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -44,6 +44,7 @@ COMMANDS = (
     Command("extend", "lcdist.commands.extend", "extend a model's context, from text to report"),
     Command("probe", "lcdist.commands.probe", "time training steps at short lengths"),
     Command("smoke", "lcdist.commands.smoke", "check that a cluster trains and communicates"),
+    Command("completion", "lcdist.commands.completion", "print a script that completes commands"),
     Command("run-folder", "lcdist.commands.run_folder", "print a run's folder, for a batch script"),
 )
 
@@ -55,6 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         arguments, module = _parse([word for word in words if word != DEBUG])
         arguments.environment = environment
+        arguments.load_parsers = load_parsers
         arguments.is_first_rank = environment.get("RANK", "0") == "0"
         set_up_logging(arguments.is_first_rank)
         status = module.run(arguments)
@@ -66,6 +68,16 @@ def main(words: Sequence[str] | None = None) -> int:
         raise
     except (Exception, KeyboardInterrupt) as error:
         return end_with(error, environment, debug)
+
+
+def load_parsers() -> list[tuple[Parser, str]]:
+    """Return the parser of every command, with its help; imports all of them."""
+    found = []
+    for command in COMMANDS:
+        parser = Parser(prog=command.word)
+        import_module(command.module).add_arguments(parser)
+        found.append((parser, command.help))
+    return found
 
 
 def parse_words(words: Sequence[str] | None) -> argparse.Namespace:

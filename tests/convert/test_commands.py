@@ -1,7 +1,9 @@
 """`lcdist convert` from the command line, then generate, train and export."""
 
 import json
+import shutil
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ from lcdist.checkpoint.read import open_checkpoint, saved_config
 from lcdist.commands.convert import parse_size
 from lcdist.commands.main import main
 from lcdist.config import dump
+from lcdist.config.rope import RopePI
+from lcdist.config.schema import CocaOptions
+from lcdist.convert.ancestors import base_model
 from lcdist.data.tokenizers.sentencepiece_bpe import train_tokenizer
 from tests.convert.hf import logits_of, make_model, save, tokens
 from tests.model.small import small
@@ -66,6 +71,21 @@ def test_import_generate_train_export(
     assert main(["convert", "import", str(back), str(tmp_path / "again")]) == 0
     again = saved_config(open_checkpoint(tmp_path / "again"))
     assert again.train.seqlen == 80 and again.model.rope.scaling == "pi"
+
+
+def test_an_adapter_names_the_model_that_it_belongs_on(source: Path, tmp_path: Path) -> None:
+    hf, ours = shutil.copytree(source, tmp_path / "hf"), tmp_path / "ours"
+    assert main(["convert", "import", str(hf), str(ours)]) == 0
+    imported = saved_config(open_checkpoint(ours))
+    started = replace(imported, checkpoint=replace(imported.checkpoint, load=str(ours)))
+    assert base_model(started) == str(hf.resolve()) and base_model(imported) is None
+    # On the source an adapter for another rotation or method would read text in another way.
+    scaled = replace(started.model, rope=RopePI(base=started.model.rope.base, factor=2.0))
+    assert base_model(replace(started, model=scaled)) is None
+    coca = replace(started.attention, method="coca", options=CocaOptions())
+    assert base_model(replace(started, attention=coca)) is None
+    shutil.rmtree(hf)
+    assert base_model(started) is None
 
 
 def test_user_errors_exit_with_status_2(

@@ -20,6 +20,7 @@ from lcdist.checkpoint.read import open_checkpoint, saved_config
 from lcdist.checkpoint.tensors import CheckpointTensors
 from lcdist.checkpoint.verify import verify_checkpoint
 from lcdist.config.schema import Config, ModelConfig
+from lcdist.convert.ancestors import ancestors
 from lcdist.convert.check import LogitDifference, compare
 from lcdist.convert.huggingface.config import CONFIG, config_table
 from lcdist.convert.huggingface.custom_attention import (
@@ -219,15 +220,8 @@ def _write_shards(
 
 def _tokenizer_folders(checkpoint: Checkpoint, config: Config) -> list[Path]:
     """Return folders that may hold the tokenizer: the run's, its ancestors', the data's."""
-    folders, ancestor = [checkpoint.path.parent.parent], config.checkpoint.load
-    while ancestor:
-        try:
-            loaded = open_checkpoint(Path(ancestor))
-        except CheckpointError:  # deleted since
-            break
-        folder = loaded.path.parent.parent
-        ancestor = "" if folder in folders else saved_config(loaded).checkpoint.load
-        folders.append(folder)
+    found = [checkpoint, *ancestors(config)]
+    folders = [each.path.parent.parent for each in found]
     has_text = config.data.source == "tokens" and (config.data.path or config.data.mixture)
     return folders + ([held_out_folder(config.data)] if has_text else [])
 

@@ -20,6 +20,7 @@ from lcdist.checkpoint.read import open_checkpoint
 from lcdist.checkpoint.tensors import CheckpointTensors, write_tensors
 from lcdist.config import dump, parse
 from lcdist.config.schema import AttentionConfig, Config, DataConfig, LogConfig, TrainConfig
+from lcdist.convert.ancestors import IMPORTED_FROM
 from lcdist.convert.check import LogitDifference, compare
 from lcdist.convert.deepspeed.weights import open_deepspeed
 from lcdist.convert.huggingface.config import CONFIG, HFModel, read_config
@@ -243,6 +244,7 @@ def _write_manifest(folder: Path, plan: Plan, source: Path) -> None:
         "loader": {},
         "random_states": [],
         "imported": source.resolve().name,
+        IMPORTED_FROM: str(source.resolve()),
         "versions": versions(),
     }
     write_manifest(folder, 0, content)

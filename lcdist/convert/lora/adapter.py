@@ -22,6 +22,7 @@ from lcdist.checkpoint.read import open_checkpoint, saved_config
 from lcdist.checkpoint.tensors import CheckpointTensors
 from lcdist.checkpoint.verify import verify_checkpoint
 from lcdist.config.schema import Config
+from lcdist.convert.ancestors import base_model
 from lcdist.convert.huggingface.names import HF_EMBEDDING, HF_OUTPUT
 from lcdist.convert.huggingface.safetensors import (
     TensorEntry,
@@ -113,7 +114,7 @@ def _peft_config(config: Config) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base_model(config),
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
