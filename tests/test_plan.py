@@ -348,10 +348,12 @@ ODD = ("model.head_dim=24", "train.seqlen=120", "model.vocab_size=300", "model.n
 TIED = "model.tied_embeddings=true"
 TP, PP, CP = "parallel.tp_size=2", "parallel.pp_size=2", "parallel.cp_size=2"
 SEQUENCE, TWO = "parallel.sequence_parallel=true", "train.micro_batch_size=2"
+NORMS = "model.qk_norm=true"
 MODELS = {
-    1: [(), (TIED,), ("train.dtype=bf16",)],
+    1: [(), (TIED,), ("train.dtype=bf16",), (NORMS,)],
     2: [
         *[(TP,), (TP, "model.nheads_kv=1"), (PP,), (PP, TIED), (PP, "parallel.vp_size=2"), (CP,)],
+        (TP, NORMS),
         # One tensor that is more than half of all.
         (TIED, "model.vocab_size=8000"),
     ],
@@ -414,7 +416,10 @@ def saved_activations(rank: int, world_size: int, cases: list[tuple[str, ...]]) 
     return results
 
 
-MESHES = {1: [(), (TWO,)], 2: [(CP,), (CP, TWO), (TP,), (TP, SEQUENCE), (TP, TWO)]}
+MESHES = {
+    1: [(), (TWO,), (NORMS,)],
+    2: [(CP,), (CP, TWO), (TP,), (TP, SEQUENCE), (TP, TWO), (TP, NORMS), (CP, NORMS)],
+}
 
 
 @pytest.mark.parametrize("world_size", MESHES)

@@ -40,6 +40,7 @@ class ModelConfig:
     norm_eps: float = above(0, 1e-5, limits.SMALL)
     tied_embeddings: bool = False
     qkv_bias: bool = False  # biases of the query, key and value projections, as in Qwen2
+    qk_norm: bool = False  # RMSNorm of each query and key head before rotation, as in Qwen3
     init_std: float = above(0, 0.02, limits.SMALL)
     rope: Rope = field(default_factory=RopePlain)
 

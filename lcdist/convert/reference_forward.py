@@ -27,7 +27,6 @@ from lcdist.convert.remote_files import load_remote_attention, load_remote_rotar
 
 # Elements of one weight that are read at a time.
 CHUNK_ELEMENTS = 2**20
-_Linear = Callable[[str, Tensor], Tensor]
 
 
 def hf_logits(
@@ -57,15 +56,21 @@ def hf_logits(
         scale = weights.rows(name).double()
         return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * scale
 
+    def heads(name: str, x: Tensor) -> Tensor:
+        out = linear(f"{name}_proj", x).unflatten(-1, (-1, width))  # [s, heads, d]
+        return norm(f"{name}_norm.weight", out) if f"{name}_norm.weight" in weights.entries else out
+
     for layer in range(table["num_hidden_layers"]):
         prefix = hf_prefix(layer)
         normed = norm(f"{prefix}input_layernorm.weight", x)
         names = f"{prefix}self_attn."
+        q, k, v = (heads(f"{names}{one}", normed) for one in "qkv")
         if layers and layers[layer]["method"] != "full":
             bias = weights.rows(f"{names}branch_bias") if layers[layer].get("modes") else None
-            x = x + _custom_attention(table, linear, names, normed, (layers[layer], bias))
+            out = _custom_attention(table, (q, k, v), layers[layer], bias)
         else:
-            x = x + _full_attention(table, linear, names, normed, (cos, sin))
+            out = _full_attention(q, k, v, (cos, sin))
+        x = x + linear(f"{names}o_proj", out)
         normed = norm(f"{prefix}post_attention_layernorm.weight", x)
         gate = F.silu(linear(f"{prefix}mlp.gate_proj", normed))
         x = x + linear(f"{prefix}mlp.down_proj", gate * linear(f"{prefix}mlp.up_proj", normed))
@@ -88,42 +93,37 @@ def matmul_by_rows(x: Tensor, rows: Callable[[int, int], Tensor], count: int) ->
     return out
 
 
-def _full_attention(
-    table: Mapping[str, Any],
-    linear: _Linear,
-    names: str,
-    x: Tensor,
-    rotation: tuple[Tensor, Tensor],
-) -> Tensor:
-    """Compute causal attention of x `[s, hidden]`; a key head serves neighbouring query heads."""
-    width, nheads = _width(table), table["num_attention_heads"]
-    group = nheads // (table.get("num_key_value_heads") or nheads)
-    q, k, v = (
-        linear(f"{names}{one}_proj", x).unflatten(-1, (-1, width)).transpose(0, 1) for one in "qkv"
-    )  # [heads, s, d]
+def _full_attention(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Compute causal attention of q, k and v `[s, heads, d]`; neighbouring queries share a key."""
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [heads, s, d]
     q, k = _rotate(q, *rotation), _rotate(k, *rotation)
+    group, seqlen, width = len(q) // len(k), q.shape[1], q.shape[2]
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     scores = q @ k.transpose(1, 2) / math.sqrt(width)
-    future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+    future = torch.ones(seqlen, seqlen, dtype=torch.bool).triu(1)
     out = scores.masked_fill(future, -math.inf).softmax(-1) @ v
-    return linear(f"{names}o_proj", out.transpose(0, 1).flatten(1))
+    return out.transpose(0, 1).flatten(1)
 
 
 def _custom_attention(
     table: Mapping[str, Any],
-    linear: _Linear,
-    names: str,
-    x: Tensor,
-    layer: tuple[Mapping[str, Any], Tensor | None],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    layer: Mapping[str, Any],
+    bias: Tensor | None,
 ) -> Tensor:
-    """Compute attention with the exported file. layer: (method and options, learned bias)."""
-    width = _width(table)
-    q, k, v = (linear(f"{names}{one}_proj", x).unflatten(-1, (-1, width))[None] for one in "qkv")
+    """Compute attention of q, k and v `[s, heads, d]` with the exported file.
+
+    Args:
+        table: content of config.json.
+        qkv: queries, keys and values.
+        layer: method and options.
+        bias: that the method has learned.
+    """
+    q, k, v = (x[None] for x in qkv)
     rotate = load_remote_rotary().rotation(
-        rope_block(table)[0], width, table["max_position_embeddings"], len(x)
+        rope_block(table)[0], _width(table), table["max_position_embeddings"], q.shape[1]
     )
-    out = load_remote_attention().attend(layer[0], (q, k, v), rotate, layer[1])
-    return linear(f"{names}o_proj", out[0].flatten(1))
+    return load_remote_attention().attend(layer, (q, k, v), rotate, bias)[0].flatten(1)
 
 
 def _width(table: Mapping[str, Any]) -> int:

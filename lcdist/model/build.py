@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
-from lcdist.config.lora import LoraConfig
+from lcdist.config.schema import Config
 from lcdist.layout.documents import DocumentLayout
 from lcdist.model.core_attention import LongContextAttention
 from lcdist.model.embedding import Embedding
@@ -17,7 +17,7 @@ from lcdist.model.linear import Column, Row
 from lcdist.model.lora import freeze, with_adapters
 from lcdist.model.memory.layer import Layer, MemoryPolicy
 from lcdist.model.memory.offload import CpuOffload
-from lcdist.model.norm import RMSNorm
+from lcdist.model.norm import HeadNorm, RMSNorm
 from lcdist.model.output_loss import VocabShard, output_losses
 from lcdist.model.rotary import rotary_by_length
 from lcdist.model.self_attention import LongContextSelfAttention
@@ -155,7 +155,7 @@ def _chunk(
     store = CpuOffload() if plan.memory.offloads else None
     policy = MemoryPolicy(plan.memory.recompute, plan.memory.mlp_chunk, store)
     spec = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(core, policy, plan.config.lora)] * num_layers,
+        layer_specs=[_layer_spec(core, policy, plan.config)] * num_layers,
         layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
     )
     stage: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
@@ -180,7 +180,9 @@ def _chunk(
     return model
 
 
-def _layer_spec(core: ModuleSpec, policy: MemoryPolicy, lora: LoraConfig) -> ModuleSpec:
+def _layer_spec(core: ModuleSpec, policy: MemoryPolicy, config: Config) -> ModuleSpec:
+    lora = config.lora
+    head_norm = HeadNorm if config.model.qk_norm else IdentityOp
     attention = ModuleSpec(
         module=LongContextSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -188,8 +190,8 @@ def _layer_spec(core: ModuleSpec, policy: MemoryPolicy, lora: LoraConfig) -> Mod
             linear_qkv=with_adapters(Column, lora, "q", "k", "v"),
             core_attention=core,
             linear_proj=with_adapters(Row, lora, "o"),
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     mlp = ModuleSpec(

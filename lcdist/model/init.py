@@ -23,6 +23,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 METHOD_PARAMS = ".core_attention.extras."
 # Part of the name of every LoRA factor, before its target: `.lora.q.A`.
 LORA_PARAMS = ".lora."
+# Part of the names of the norms of queries and keys, and of no other norm's.
+HEAD_NORMS = ".self_attention."
 # Names of the two vocabulary tables by key of `[lora]`; tied embeddings have the first one alone.
 VOCAB_TABLES = {"embeddings": "embedding.word_embeddings.weight", "head": "output_layer.weight"}
 

@@ -18,6 +18,7 @@ from lcdist.attention.context import rank_positions
 from lcdist.distributed.mesh import Mesh
 from lcdist.exchange.absent import LoneRank
 from lcdist.model.build import DTYPES, vocab_rows
+from lcdist.model.init import HEAD_NORMS
 from lcdist.model.lora import is_trained
 from lcdist.model.rotary import rotary_by_length
 from lcdist.plan import Plan
@@ -103,11 +104,17 @@ def _call_attention(
     rotation: tuple[Rotary | None, Tensor | None] = (None, None)
     # Where ranks share key heads, Megatron splits the projection, and the method rotates.
     splits = plan.shape.nheads_kv >= config.parallel.tp_size
-    if splits and "rotated" in method.supports:
+    # The method rotates, too, what has been normalized.
+    if splits and "rotated" in method.supports and not config.model.qk_norm:
         rows = None if borders is None else (borders,) * shape.batch
         rotation = rotary, rank_positions(layout, cp_rank, rows, options["device"])
         rotary = None
     q, k, v, leaves = _queries_keys_values(shape, layout.local_seqlen, splits, rotation, options)
+    if config.model.qk_norm:
+        weight = torch.ones(shape.head_dim, **options)
+        weight.requires_grad_(is_trained(f"{HEAD_NORMS}q_layernorm.weight", config.lora))
+        leaves += [weight] if weight.requires_grad else []
+        q, k = (add_norm(x, None, weight, config.model.norm_eps)[1] for x in (q, k))
     heads: Any = shape.heads
     params = {
         name: whole[..., heads.first : heads.first + shape.nheads].to(**options).requires_grad_()

@@ -28,7 +28,13 @@ from torch import Tensor, nn
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.lora import LoraConfig
 from lcdist.model.gradient import summed_over_tp
-from lcdist.model.init import LORA_PARAMS, METHOD_PARAMS, VOCAB_TABLES, whole_model_names
+from lcdist.model.init import (
+    HEAD_NORMS,
+    LORA_PARAMS,
+    METHOD_PARAMS,
+    VOCAB_TABLES,
+    whole_model_names,
+)
 from lcdist.model.linear import Column, Row
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -60,7 +66,8 @@ def is_trained(name: str, lora: LoraConfig) -> bool:
     return (
         (lora.embeddings and name == VOCAB_TABLES["embeddings"])
         or (lora.head and name == VOCAB_TABLES["head"])
-        or (lora.norms and name.endswith("layernorm.weight"))
+        # PEFT's format has the layers' norms; those of heads stay as they are.
+        or (lora.norms and name.endswith("layernorm.weight") and HEAD_NORMS not in name)
     )
 
 

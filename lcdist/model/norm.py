@@ -41,3 +41,17 @@ class RMSNorm(nn.Module):
     def scale(self, x: Tensor, rstd: Tensor) -> Tensor:
         """Return the norm of x again, given 1 / rms of each token; not differentiable."""
         return scale_rows(x, rstd, self.weight, self.eps)
+
+
+class HeadNorm(RMSNorm):
+    """Normalizes each head of queries or keys `[.., heads, head_dim]` alone, as Qwen3 does.
+
+    Every tensor-parallel rank has the whole weight and some of the heads, so backward sums its
+    gradient over the ranks, with and without sequence parallelism.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
+    ) -> None:
+        super().__init__(config, hidden_size, eps)
+        vars(self.weight).update(sequence_parallel=False, sums_over_tp=True)

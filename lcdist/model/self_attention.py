@@ -6,6 +6,7 @@ from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.model.core_attention import LongContextAttention
+from lcdist.model.norm import HeadNorm
 from lcdist.model.sequence import SequenceParams
 from lcdist_kernels.qkv import QkvShape, split_qkv
 from megatron.core.transformer.attention import SelfAttention
@@ -19,6 +20,8 @@ class LongContextSelfAttention(SelfAttention):
 
     core_attention: LongContextAttention
     linear_qkv: Any
+    q_layernorm: Any
+    k_layernorm: Any
 
     def forward(  # type: ignore[override]
         self,
@@ -45,8 +48,11 @@ class LongContextSelfAttention(SelfAttention):
             nheads_kv = self.num_query_groups_per_partition
             group = self.num_attention_heads_per_partition // nheads_kv
             shape = QkvShape(nheads_kv, group, self.hidden_size_per_attention_head)
-            rotation = core.rotation(sequence, mixed)
+            # Norms come before the rotation, which is the method's own then.
+            has_norms = isinstance(self.q_layernorm, HeadNorm)
+            rotation = (None, None) if has_norms else core.rotation(sequence, mixed)
             q, k, v = split_qkv(mixed, shape, *rotation, impl=core.split_impl)
             del mixed
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
             out = core(q, k, v, sequence, rotated=rotation[0] is not None)
         return self.linear_proj(out)

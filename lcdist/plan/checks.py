@@ -9,7 +9,7 @@ from dataclasses import fields
 from lcdist.attention import HeadSlice
 from lcdist.config.lora import LoraConfig
 from lcdist.config.rope import RopeLlama3, RopeYarn
-from lcdist.config.schema import Config
+from lcdist.config.schema import Config, ModelConfig
 from lcdist.layout import ContextLayout
 from lcdist.plan.data_checks import data_errors
 from lcdist.plan.resolve import LayerAttention, document_layout_for
@@ -46,6 +46,7 @@ def check_model(config: Config, errors: list[str]) -> None:
             f"model.nheads_kv = {nheads_kv} and parallel.tp_size = {tp_size}: "
             "one must be a multiple of the other"
         )
+    _check_family(model, errors)
     stages = parallel.pp_size * parallel.vp_size
     if model.num_layers % stages:
         errors.append(
@@ -60,6 +61,14 @@ def check_model(config: Config, errors: list[str]) -> None:
     if parallel.sequence_parallel and tp_size == 1:
         errors.append(
             "parallel.sequence_parallel = true needs parallel.tp_size > 1; set it to false"
+        )
+
+
+def _check_family(model: ModelConfig, errors: list[str]) -> None:
+    if model.qkv_bias and model.qk_norm:
+        errors.append(
+            "model.qkv_bias = true and model.qk_norm = true: no published model has both, and an "
+            "export could not be loaded; set one of them to false"
         )
 
 

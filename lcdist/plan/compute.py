@@ -32,7 +32,7 @@ class ComputeEstimate(Estimate):
     def product_flops_per_token(self) -> int:
         """Forward operations of all products with weights: layers and output."""
         model, counts = self.shape.config.model, self.parameters
-        norms_and_biases = 2 * model.hidden_size + counts.layer_biases
+        norms_and_biases = counts.layer_norms + counts.layer_biases
         layer = counts.layer - norms_and_biases + counts.layer_adapters(1)
         output = self.shape.padded_vocab_size * model.hidden_size
         return 2 * (model.num_layers * layer + output)

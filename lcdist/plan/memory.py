@@ -236,6 +236,11 @@ class MemoryEstimate(StateEstimate):
         # each token, an fp32 number.
         hidden = 2 if selective else 2 + norms
         scales = norms * FP32_BYTES * (shape.local_tokens // self._hidden_parts)
+        if model.qk_norm:
+            # Norms of heads save what they read, and an fp32 number for each head.
+            heads = model.nheads + shape.nheads_kv
+            width += heads * shape.head_dim
+            scales += FP32_BYTES * shape.local_tokens * heads // self._tp_size
         saved = shape.local_tokens * (width * shape.itemsize // self._tp_size)
         return saved + hidden * self._hidden_bytes + scales + self._kept_bytes
 

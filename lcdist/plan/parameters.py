@@ -40,7 +40,14 @@ class ParameterCounts:
         """Parameters of one layer, without adapters and its attention method's own parameters."""
         model, shape = self.shape.config.model, self.shape
         width = shape.head_dim * (2 * model.nheads + 2 * shape.nheads_kv)
-        return model.hidden_size * (width + 3 * model.ffn_hidden_size + 2) + self.layer_biases
+        whole = self.layer_norms + self.layer_biases
+        return model.hidden_size * (width + 3 * model.ffn_hidden_size) + whole
+
+    @property
+    def layer_norms(self) -> int:
+        """Elements of one layer's norms, which every tensor-parallel rank has."""
+        model = self.shape.config.model
+        return 2 * model.hidden_size + (2 * self.shape.head_dim if model.qk_norm else 0)
 
     @property
     def layer_biases(self) -> int:
@@ -61,8 +68,8 @@ class ParameterCounts:
     @property
     def stages(self) -> tuple[int, int]:
         """Parameters of one rank on the (first, last) pipeline stage; a single stage is both."""
-        model, tp_size = self.shape.config.model, self.shape.config.parallel.tp_size
-        norms = 2 * model.hidden_size
+        tp_size = self.shape.config.parallel.tp_size
+        norms = self.layer_norms
         layer = (self.layer - norms) // tp_size + norms + self.layer_adapters(tp_size)
         return self._on_stages(layer, embeddings=True, head=True, norms=True)
 

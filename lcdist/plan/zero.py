@@ -161,6 +161,7 @@ class ZeroStates(Estimate):
         return [
             *(model.hidden_size * count // tp_size for count in rows),
             *(model.hidden_size, model.hidden_size, self.parameters.layer_biases // tp_size),
+            *(2 * [head_dim] if model.qk_norm else []),
             *adapter_tensors(config, tp_size).values(),
             self.parameters.layer_extras(layer) // tp_size,
         ]

@@ -48,13 +48,15 @@ CASES: dict[str, tuple[str, ...]] = {
     "lssar": words("lssar", rope="llama3"),
     "lssar-2": words("lssar", *options(power=2.5, exempt_rows=0), rope="pi"),
     "lssa": words("lssar", *options(reweight=False), "model.tied_embeddings=true"),
-    "fold": words("tensorized", *options(modes=[4]), rope="longrope"),
+    "fold": words("tensorized", *options(modes=[4]), "model.qk_norm=true", rope="longrope"),
     "fold-2": words("tensorized", *options(modes=[3, 4], local_blocks=1, hop_heads="kv")),
     "fold-global": words("tensorized", *options(modes=[5], pe="global"), rope="ntk"),
     "fold-none": words("tensorized", *options(modes=[])),
     "fold-wide": words("tensorized", *options(modes=[4]), "model.nheads=8", "model.qkv_bias=true"),
     "marks": words("landmark", *options(block_size=5), rope="dynamic"),
-    "marks-units": words("landmark", *options(block_size=4, top_k=2, select_tokens=7)),
+    "marks-units": words(
+        "landmark", *options(block_size=4, top_k=2, select_tokens=7), "model.qk_norm=true"
+    ),
     "marks-tokens": words(
         "landmark", *options(block_size=4, top_k=2, select_tokens=1), rope="longrope"
     ),

@@ -48,6 +48,7 @@ CASES: dict[str, tuple[str, ...]] = {
     **{name: (f"model.rope={rope}",) for name, rope in ROPES.items()},
     "tied": (PLAIN, "model.tied_embeddings=true", "model.nheads_kv=4"),
     "bias": (PLAIN, "model.qkv_bias=true", "model.head_dim=20"),
+    "heads": (PLAIN, "model.qk_norm=true", "model.head_dim=20"),
     "scca": (PLAIN, "attention.method=scca", "attention.chunk_size=8"),
 }
 MESH = ("parallel.tp_size=2", "parallel.sequence_parallel=true")
@@ -126,6 +127,7 @@ ROUND = [
     ("llama2", "float32"),
     ("mistral", "float32"),
     ("qwen2", "bfloat16"),
+    ("qwen3", "bfloat16"),
 ]
 FOLDERS = ("hf", "ours", "back")
 SPECIAL = {"bos_token_id": 7, "eos_token_id": 9}

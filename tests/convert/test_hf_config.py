@@ -86,12 +86,32 @@ QWEN25 = {
     "use_sliding_window": False,
     "vocab_size": 152064,
 }
+QWEN3 = {
+    **COMMON,
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 # Parameters in millions, from the model cards.
 PUBLISHED = {
     "Llama 2 7B": (LLAMA2, 6738.4),
     "Llama 3.1 8B": (LLAMA31, 8030.3),
     "Mistral 7B 0.3": (MISTRAL, 7248.0),
     "Qwen 2.5 7B": (QWEN25, 7615.6),
+    "Qwen 3 8B": (QWEN3, 8190.7),
 }
 
 
@@ -108,6 +128,7 @@ def test_published_model_has_its_parameter_count(name: str, tmp_path: Path) -> N
     assert total / 1e6 == pytest.approx(millions, abs=0.1)
     assert hf.seqlen == table["max_position_embeddings"]
     assert hf.model.qkv_bias == (name == "Qwen 2.5 7B")
+    assert hf.model.qk_norm == (name == "Qwen 3 8B")
     expected = RopeLlama3(factor=8.0, original_seqlen=8192, base=500000.0)
     plain = RopePlain(base=table.get("rope_theta", 10000.0))
     assert hf.model.rope == (expected if name == "Llama 3.1 8B" else plain)

@@ -24,6 +24,8 @@ VARIANTS = ("model.init_std=0.3", "model.nheads_kv=1"), ("model.init_std=0.3",)
 # Prompt and answer cross the borders of blocks; sizes are small enough to have some.
 METHOD_PROMPT, METHOD_NEW = torch.tensor([17, 4, 248, 0, 17, 4, 99, 5, 6]), 14
 METHOD_WORDS = [
+    ("attention.method=full", "model.qk_norm=true"),
+    ("attention.method=coca", "model.qk_norm=true"),
     ("attention.method=coca",),
     ("attention.method=lssar",),
     ("attention.method=scca", "attention.chunk_size=7"),

@@ -54,6 +54,7 @@ MORE = tuple(
     f"{SHORT} {words}"
     for words in (
         "parallel.tp_size=2 lora.rank=4",
+        "parallel.tp_size=2 model.qk_norm=true",
         TILED,
         f"{TILED} lora.rank=4",
         f"{TWO} {KEEP} parallel.cp_size=2 parallel.tp_size=2",
@@ -138,6 +139,7 @@ def assert_trains(library: Path, rank: int, cases: list[str]) -> None:
             layers = 2 if SHORT in line["of"] else 4
             # Norms of each layer and the last one; factors of a layer's adapters.
             most = 2 * layers + 1 + (14 * layers if "lora" in line["of"] else 0)
+            most += 2 * layers if "qk_norm" in line["of"] else 0
             assert_nothing_old(line, most * 4)
 
 

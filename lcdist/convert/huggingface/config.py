@@ -1,8 +1,8 @@
 """Convert a Hugging Face config.json to our model configuration and back.
 
 Supported architectures: LlamaForCausalLM, MistralForCausalLM with a window no shorter than the
-context, Qwen2ForCausalLM, and LcdistForCausalLM (our exports with custom attention). A key that
-changes the computation and is not supported is refused by name.
+context, Qwen2ForCausalLM, Qwen3ForCausalLM, and LcdistForCausalLM (our exports with custom
+attention). A key that changes the computation and is not supported is refused by name.
 """
 
 from collections.abc import Mapping
@@ -26,8 +26,10 @@ from lcdist.utils.json_file import read_json
 CONFIG = "config.json"
 # Key of the table that our exports add.
 LCDIST_KEY = "lcdist"
-LLAMA, MISTRAL, QWEN2 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
-_ARCHITECTURES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, MODEL_TYPE: ARCHITECTURE}
+LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
+QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+_ARCHITECTURES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
+_ARCHITECTURES |= {MODEL_TYPE: ARCHITECTURE}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _SIZES += ("num_attention_heads", "max_position_embeddings")
 _LIMITS = {
@@ -116,6 +118,9 @@ def read_config(folder: Path) -> HFModel:
         tied_embeddings=bool(table.get("tie_word_embeddings", False)),
         qkv_bias=_architecture(table) == QWEN2
         or (_is_custom(table) and table[LCDIST_KEY]["qkv_bias"]),
+        # Older exports have no such key.
+        qk_norm=_architecture(table) == QWEN3
+        or (_is_custom(table) and table[LCDIST_KEY].get("qk_norm", False)),
         rope=rope,
     )
     seqlen = table.get(LCDIST_KEY, {}).get("seqlen", table["max_position_embeddings"])
@@ -211,7 +216,7 @@ def _window_errors(table: Mapping[str, Any]) -> list[str]:
     # Mistral's default for a missing key; null means no window.
     default = 4096 if _architecture(table) == MISTRAL else None
     window, context = table.get("sliding_window", default), table.get("max_position_embeddings")
-    used = table.get("use_sliding_window", _architecture(table) != QWEN2)
+    used = table.get("use_sliding_window", _architecture(table) not in (QWEN2, QWEN3))
     if window is None or not used or type(context) is not int:
         return []
     if type(window) is not int or window < context:
@@ -227,8 +232,9 @@ def _lcdist_errors(table: Mapping[str, Any]) -> list[str]:
     if not isinstance(block, Mapping):
         return [f"{LCDIST_KEY} = {block!r}: expected a table"]
     if _is_custom(table):
-        if type(block.get("qkv_bias")) is not bool:
-            return [f"{LCDIST_KEY}.qkv_bias = {block.get('qkv_bias')!r}: expected true or false"]
+        for key, value in (("qkv_bias", None), ("qk_norm", False)):
+            if type(block.get(key, value)) is not bool:
+                return [f"{LCDIST_KEY}.{key} = {block.get(key)!r}: expected true or false"]
     elif "attention" in block or block.get("method", "full") not in ("full", "scca"):
         return [
             f"{LCDIST_KEY}.method = {block.get('method')!r}: a plain {_architecture(table)} has "
@@ -251,10 +257,13 @@ def config_table(
         dtype: "float32" or "bfloat16".
         lcdist_table: value of the key "lcdist".
     """
-    architecture = QWEN2 if model.qkv_bias else LLAMA
+    architecture = QWEN3 if model.qk_norm else QWEN2 if model.qkv_bias else LLAMA
     [kind] = [kind for kind, name in _ARCHITECTURES.items() if name == architecture]
-    family_keys = {"use_sliding_window": False} if model.qkv_bias else {"attention_bias": False}
-    family_keys |= {} if model.qkv_bias else {"mlp_bias": False, "pretraining_tp": 1}
+    family_keys: Mapping[str, Any] = {
+        LLAMA: {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+        QWEN2: {"use_sliding_window": False},
+        QWEN3: {"attention_bias": False, "use_sliding_window": False},
+    }[architecture]
     return {
         "architectures": [architecture],
         "model_type": kind,

@@ -121,6 +121,7 @@ def training_table(config: Config, step: int) -> dict[str, Any]:
         **mixed,
         **custom,
         "qkv_bias": config.model.qkv_bias,
+        "qk_norm": config.model.qk_norm,
         "rope": _option_table(config.model.rope),
         "seqlen": config.train.seqlen,
         "step": step,

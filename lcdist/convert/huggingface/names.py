@@ -109,10 +109,16 @@ def _layer_tensors(model: ModelConfig, layer: int) -> list[FusedTensor]:
         SourceRows(theirs + "mlp.up_proj.weight", 0, ffn),
     )
     biases = [_fused_qkv(model, layer, "bias", ())] if model.qkv_bias else []
+    head_norms = [
+        unfused(f"self_attention.{one}_layernorm.weight", f"self_attn.{one}_norm.weight", rows)
+        for one, rows in (("q", head_dim(model)), ("k", head_dim(model)))
+        if model.qk_norm
+    ]
     return [
         unfused("input_layernorm.weight", "input_layernorm.weight", hidden),
         _fused_qkv(model, layer, "weight", (hidden,)),
         *biases,
+        *head_norms,
         unfused("self_attention.linear_proj.weight", "self_attn.o_proj.weight", hidden, width),
         unfused("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", hidden),
         FusedTensor(f"{ours}mlp.linear_fc1.weight", gate_and_up, (hidden,)),

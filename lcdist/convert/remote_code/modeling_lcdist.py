@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import logging
 
 from .attention_lcdist import METHODS, Rotate, attend
@@ -28,7 +29,7 @@ IGNORED = -100
 
 
 class LcdistConfig(LlamaConfig):
-    """LLaMA's configuration plus a table `lcdist`: attention per layer, qkv_bias, training."""
+    """LLaMA's configuration plus a table `lcdist`: attention per layer, qkv_bias, qk_norm."""
 
     model_type = "lcdist"
 
@@ -46,6 +47,9 @@ class LcdistAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, nheads_kv * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, nheads_kv * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(nheads * self.head_dim, hidden, bias=False)
+        normalizes, eps = table.get("qk_norm", False), config.rms_norm_eps
+        self.q_norm = LlamaRMSNorm(self.head_dim, eps) if normalizes else nn.Identity()
+        self.k_norm = LlamaRMSNorm(self.head_dim, eps) if normalizes else nn.Identity()
         modes = self.options.get("modes")
         self.branch_bias = nn.Parameter(torch.zeros(len(modes), nheads)) if modes else None
 
@@ -56,6 +60,7 @@ class LcdistAttention(nn.Module):
         """
         qkv = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
+        q, k = self.q_norm(q), self.k_norm(k)
         options = self.options
         if select_tokens is not None:
             options = options | {"select_tokens": select_tokens}
