@@ -45,6 +45,7 @@ TALK = [
 ]
 # Templates without marks; what their authors would mark.
 TRIMMED = PLAIN.replace("{{ m.content }}", "{{ m.content | trim }}\n")
+BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 LLAMA_2 = (
     "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}<|end|>"
     "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
@@ -106,6 +107,22 @@ def test_what_ends_a_conversation(tmp_path: Path) -> None:
     assert tokens[-1] == END and not inside[-1]
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        PLAIN + "{% if not add_generation_prompt %}<|pad|>{% endif %}",
+        PLAIN.replace("{% if add_generation_prompt %}", "{% if 1 %}"),
+    ],
+    ids=["closed", "always with a prompt"],
+)
+@pytest.mark.parametrize("count", [3, 5])
+def test_what_follows_a_turn_is_no_part_of_it(template: str, count: int) -> None:
+    chat = ChatTemplate(template, {}, ["<|begin|>", "<|end|>", "<|pad|>"])
+    text, answers = chat.read({"messages": TALK[:count]})
+    wanted = [" answer one\n<|end|>", "😀 two<|end|>"]
+    assert [text[start:stop] for start, stop in answers] == wanted[: count // 2]
+
+
 def test_both_spellings_and_tools(tmp_path: Path) -> None:
     chat = ChatTemplate(PLAIN, {}, ["<|end|>"])
     spelled = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "a"}]
@@ -115,6 +132,11 @@ def test_both_spellings_and_tools(tmp_path: Path) -> None:
         ChatTemplate(PLAIN, {}, [], "talk").read({"talk": plain})[0]
         == chat.read({"messages": plain})[0]
     )
+    # Where a conversation is closed, a token inside a call could pass for the end of the turn.
+    with pytest.raises(RecordError, match="or does not end it"):
+        ChatTemplate(
+            PLAIN + "{% if not add_generation_prompt %}x{% endif %}", {}, ["<|end|>"]
+        ).read({"messages": [plain[0], {**plain[1], "tool_calls": [1]}]})
     tools = ChatTemplate("{{ tools | tojson }}" + MARKED, {}, [])
     called = [plain[0], {"role": "assistant", "content": None, "tool_calls": [{"é": 1}]}]
     text, [(start, stop)] = tools.read({"messages": called, "tools": [{"é": 2}]})
@@ -149,6 +171,9 @@ def test_what_is_no_conversation_is_named(case: str) -> None:
     [
         # The last user message changes how earlier ones are written.
         ("{{ messages | length }}" + PLAIN, "message 3: the chat template renders what comes"),
+        # It drops the beginning of an answer once a question follows.
+        (PLAIN.replace("m.content }}", "m.content if loop.last else 'short' }}"), "in another way"),
+        (BARE + "{% if not add_generation_prompt %} bye{% endif %}", "or does not end it"),
         (PLAIN.replace("{% if add_generation_prompt %}", "{% if 0 %}"), "writes more than the an"),
         ("{{ raise_exception('roles must alternate') }}", "refuses it (roles must alternate)"),
         ("{{ strftime_now('%Y') }}" + PLAIN, "refuses it ('strftime_now' is undefined)"),

@@ -2,13 +2,15 @@
 
 A template that marks answers with `{% generation %}` says itself where they are. Otherwise each
 conversation is rendered up to every answer, with the prompt for one, and with that answer: what the
-second adds to the first is the answer with the token that ends it. A template that renders the
-beginning of a conversation in another way once more follows is refused.
+second adds to the first is the answer with the token that ends it, as far as it stays the same when
+another message follows. A template that renders the beginning of a conversation in another way once
+more follows is refused.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from os.path import commonprefix
 from typing import Any
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
@@ -85,20 +87,51 @@ class ChatTemplate:
                 continue
             before = self._render(messages[:number], tools, prompt=True)
             through = self._render(messages[: number + 1], tools)
-            if not (whole.startswith(through) and through.startswith(before)):
-                raise RecordError(
-                    f"message {number + 1}: the chat template renders what comes before it in "
-                    f"another way than in the whole conversation; {_REMEDY}"
-                )
-            answer, content = through[len(before) :], (message.get("content") or "").strip()
+            # What follows a turn is no part of it: another message, or how a conversation ends.
+            following = messages[number + 1 : number + 2] or [_QUESTION]
+            after = self._render([*messages[: number + 1], *following], tools)
+            turn = through.removeprefix(before)
+            if not (through.startswith(before) and after.startswith(before)):
+                raise _unclear(number, "renders what comes before it in another way later")
+            content = (message.get("content") or "").strip()
             has_prompt = before != self._render(messages[:number], tools)
-            if not (has_prompt or answer.lstrip().startswith(content)):
-                raise RecordError(
-                    f"message {number + 1}: the chat template writes more than the answer and has "
-                    f"no prompt for one (add_generation_prompt); {_REMEDY}"
+            if not (has_prompt or turn.lstrip().startswith(content)):
+                raise _unclear(number, "writes more than the answer and has no prompt for it")
+            text = "" if message.get("tool_calls") else content
+            length = self._length_of_turn(turn, after.removeprefix(before), text)
+            if not (length and whole.startswith(before + turn[:length])):
+                raise _unclear(
+                    number, "writes it in another way when more follows, or does not end it"
                 )
-            answers.append((len(before), len(before) + _length_of_turn(answer, self.specials)))
+            answers.append((len(before), len(before) + length))
         return tuple(answers)
+
+    def _length_of_turn(self, turn: str, after: str, content: str) -> int:
+        """Return the length of a turn with the token that ends it, 0 if it cannot be told.
+
+        Args:
+            turn: all that an answer adds to the text.
+            after: the same where another message follows.
+            content: of the answer, which ends with the next token for that; "": more may follow it.
+        """
+        if after.startswith(turn):
+            text = turn.rstrip()
+            return len(text) if text.endswith(tuple(self.specials)) else len(turn)
+        shared = commonprefix([turn, after])
+        if not content or content not in shared:
+            return 0
+        start = shared.index(content) + len(content)
+        places = {special: shared.find(special, start) for special in self.specials}
+        return min((at + len(special) for special, at in places.items() if at >= 0), default=0)
+
+
+# Stands for what a user says next.
+_QUESTION = {"role": "user", "content": "?"}
+
+
+def _unclear(number: int, what: str) -> RecordError:
+    """Return the error of an answer whose place a template does not tell."""
+    return RecordError(f"message {number + 1}: the chat template {what}; {_REMEDY}")
 
 
 def check_files(files: Sequence[SourceFile]) -> None:
@@ -109,12 +142,6 @@ def check_files(files: Sequence[SourceFile]) -> None:
             f"{other.path}: --conversations reads {', '.join(CONVERSATIONS)}; convert it to one of "
             "them, or leave it out"
         )
-
-
-def _length_of_turn(answer: str, specials: Sequence[str]) -> int:
-    """Return the length of an answer without white space after the token that ends it."""
-    text = answer.rstrip()
-    return len(text) if text.endswith(tuple(specials)) else len(answer)
 
 
 def messages_of(record: Mapping[str, Any], field: str = "") -> list[dict[str, Any]]:
