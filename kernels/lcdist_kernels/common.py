@@ -48,7 +48,11 @@ def check_self(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_impl(impl: str, method: str, built: tuple[str, ...]) -> None:
-    """Raise ValueError unless `impl` is one of `built`, the implementations of `method`."""
+    """Raise ValueError unless `impl` is one of `built`, the implementations of `method`.
+
+    "triton": the kernels. "torch": the tiled implementation. "reference": the dense one. "auto",
+    unless the method says otherwise: the kernels on CUDA, tiled torch on a CPU.
+    """
     if impl not in built:
         known = "is not available for this method" if impl in IMPLS else "is unknown"
         raise ValueError(

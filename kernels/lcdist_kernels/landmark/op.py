@@ -1,8 +1,4 @@
-"""Landmark attention as a differentiable torch function with a choice of implementation.
-
-"triton": the kernels. "torch": the tiled implementation. "reference": the dense one. "auto": the
-kernels on CUDA, tiled torch on a CPU.
-"""
+"""Landmark attention as a differentiable torch function; see `common.check_impl`."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple

@@ -1,8 +1,4 @@
-"""LSSA and LSSAR as a differentiable torch function with a choice of implementation.
-
-"triton": the kernels. "torch": the tiled implementation. "reference": the dense one. "auto": the
-kernels on CUDA, tiled torch on a CPU.
-"""
+"""LSSA and LSSAR as a differentiable torch function; see `common.check_impl`."""
 
 from typing import Any
 
