@@ -6,7 +6,8 @@ set -euo pipefail
 root=$(dirname "$(dirname "$(readlink -f "$0")")")
 
 if [[ ! ${1:-} =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
-  sed -n '2,4s/^# \{0,1\}//p' "$0" >&2
+  echo "error: launch/local.sh $*: expected launch/local.sh N CONFIG [section.key=value ...], with" \
+    "N the number of processes, such as launch/local.sh 2 configs/debug/full.toml" >&2
   exit 2
 fi
 python=${LCDIST_PYTHON:-$root/.venv/bin/python}

@@ -78,27 +78,27 @@ attention.options = {}
     unknown key 'attention.options'; known keys: method, layers, impl
 
 train.seqlen = "128k"
-    train.seqlen = '128k': expected int, got str
+    train.seqlen = '128k': expected a whole number, got text
 train.seqlen = true
-    train.seqlen = True: expected int, got bool
+    train.seqlen = True: expected a whole number, got true or false
 train.seqlen = 8.0
-    train.seqlen = 8.0: expected int, got float
+    train.seqlen = 8.0: expected a whole number, got a number
 train.seqlen = {a = 1}
-    train.seqlen = {'a': 1}: expected int, got table
+    train.seqlen = {'a': 1}: expected a whole number, got a table
 model.tied_embeddings = 1
-    model.tied_embeddings = 1: expected bool, got int
+    model.tied_embeddings = 1: expected true or false, got a whole number
 optim.lr = true
-    optim.lr = True: expected float, got bool
+    optim.lr = True: expected a number, got true or false
 optim.lr = "3e-4"
-    optim.lr = '3e-4': expected float, got str
+    optim.lr = '3e-4': expected a number, got text
 data.path = 2026-01-02
-    data.path = datetime.date(2026, 1, 2): expected str, got date
+    data.path = datetime.date(2026, 1, 2): expected text, got date
 evaluate.lengths = 512
-    evaluate.lengths = 512: expected a list, got int
+    evaluate.lengths = 512: expected a list, got a whole number
 data.mixture = ["a", "b"]
-    data.mixture = ['a', 'b']: expected a table of tables, got list
+    data.mixture = ['a', 'b']: expected a table of tables, got a list
 data.mixture.code = "a"
-    data.mixture.code = 'a': expected a table of keys, got str
+    data.mixture.code = 'a': expected a table of keys, got text
 data.mixture.code.weight = 2.0
     missing key 'data.mixture.code.path': it has no default
 data.mixture.code = {path = "a", weigth = 1.0}
@@ -108,13 +108,13 @@ data.mixture.code = {path = "a", weight = 0}
 data.long_factor = [2.0, 0.0]
     data.long_factor[1] = 0.0: must be greater than 0
 evaluate.lengths = [512, "1k"]
-    evaluate.lengths[1] = '1k': expected int, got str
+    evaluate.lengths[1] = '1k': expected a whole number, got text
 attention.method = ["full"]
-    attention.method = ['full']: expected str, got list
+    attention.method = ['full']: expected text, got a list
 train = 3
-    train = 3: expected a table of keys, got int
+    train = 3: expected a table of keys, got a whole number
 train = [{}]
-    train = [{}]: expected a table of keys, got list
+    train = [{}]: expected a table of keys, got a list
 
 train.dtype = "fp16"
     train.dtype = 'fp16': must be one of auto, fp32, bf16
@@ -142,14 +142,14 @@ attention = {method = "lssar", coca = 3}
 attention = {method = "lssar", power = 0.9}
     attention.power = 0.9: must be at least 1
 attention = {layers = 3}
-    attention.layers = 3: expected str, got int
+    attention.layers = 3: expected text, got a whole number
 
 model.rope.scaling = "spiral"
     model.rope.scaling = 'spiral': must be one of none, pi, ntk, yarn, llama3, dynamic, longrope
 model.rope.scaling = ["pi"]
     model.rope.scaling = ['pi']: must be one of none, pi, ntk, yarn, llama3, dynamic, longrope
 model.rope = "pi"
-    model.rope = 'pi': expected a table of keys, got str
+    model.rope = 'pi': expected a table of keys, got text
 model.rope.factor = 2
     unknown key 'model.rope.factor'; known keys: scaling, base, extend
 model.rope = {scaling = "pi", factr = 2}
@@ -180,10 +180,10 @@ def test_all_mistakes_are_reported_together() -> None:
         "override 'steps=3': expected section.key=value; did you mean 'train.steps'?",
         "model.rope.scaling = 'spiral': must be one of none, pi, ntk, yarn, llama3, dynamic, "
         "longrope",
-        "train.seqlen = 'x': expected int, got str",
+        "train.seqlen = 'x': expected a whole number, got text",
         "train.steps = 0: must be at least 1",
         "missing key 'log.folder': it has no default",
-        "evaluate.lengths = 'no': expected a list, got str",
+        "evaluate.lengths = 'no': expected a list, got text",
         "unknown key 'optm'; did you mean 'optim'?",
     ]
 

@@ -92,7 +92,7 @@ def test_the_number_of_gpus_that_it_names_is_the_least(
     ("words", "told"),
     [
         (["extend", "nowhere"], "nowhere: neither a checkpoint nor a Hugging Face folder"),
-        (["pretrain", "HF"], "choose from"),
+        (["pretrain", "HF"], "is none of extend, lora"),
         (["extend", "HF", "--method", "coco"], "--method coco: must be one of coca, full"),
         (["extend", "HF", "--gpus", "0"], "--gpus 0: must be at least 1"),
         (["extend", "HF", "--length", "-5"], "--length -5: must be at least 1"),

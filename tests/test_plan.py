@@ -60,14 +60,16 @@ CONFLICTS = {
     "model.nheads_kv=3":
         "model.nheads = 4 is not a multiple of model.nheads_kv = 3",
     "model.ffn_hidden_size=177 parallel.tp_size=2":
-        "model.ffn_hidden_size = 177 is not a multiple of parallel.tp_size = 2",
+        "model.ffn_hidden_size = 177 is not a multiple of parallel.tp_size = 2; set it to one of "
+        "1, 3, 59",
     "model.nheads=6 model.nheads_kv=2 model.head_dim=8 parallel.tp_size=4":
-        "model.nheads = 6 is not a multiple of parallel.tp_size = 4",
+        "model.nheads = 6 is not a multiple of parallel.tp_size = 4; set it to one of 1, 2, 3, 6",
     "model.nheads=12 model.nheads_kv=6 model.head_dim=8 parallel.tp_size=4":
         "model.nheads_kv = 6 and parallel.tp_size = 4: one must be a multiple of the "
         "other",
     "parallel.pp_size=3":
-        "model.num_layers = 4 is not a multiple of parallel.pp_size x vp_size = 3 x 1 = 3",
+        "model.num_layers = 4 is not a multiple of parallel.pp_size x vp_size = 3 x 1 = 3; "
+        "choose a product of 1, 2, 4",
     "parallel.vp_size=2":
         "parallel.vp_size = 2 interleaves pipeline stages and needs parallel.pp_size > 1; "
         "set vp_size = 1",
@@ -78,7 +80,8 @@ CONFLICTS = {
         "parallel.sequence_parallel = true needs parallel.tp_size > 1; set it to false",
     "train.micro_batch_size=3":
         "train.global_batch_size = 4 is not a multiple of train.micro_batch_size x "
-        "data-parallel size = 3 x 1 = 3",
+        "data-parallel size = 3 x 1 = 3; set it "
+        "to 3 or 6",
     "model.rope.scaling=llama3 model.rope.low_freq_factor=4":
         "model.rope.low_freq_factor = 4.0 must be less than model.rope.high_freq_factor = 4.0",
     "model.rope.scaling=yarn model.rope.original_seqlen=9 model.rope.beta_slow=40":
@@ -105,9 +108,11 @@ CONFLICTS = {
     "optim.beta2=1":
         "optim.beta1 = 0.9, optim.beta2 = 1.0: must be less than 1",
     "optim.warmup_steps=21":
-        "optim.warmup_steps + decay_steps = 21 + 0 is more than train.steps = 20",
+        "optim.warmup_steps + decay_steps = 21 + 0 is more than train.steps = 20; lower them, "
+        "or raise train.steps",
     "optim.schedule=wsd optim.decay_steps=17":
-        "optim.warmup_steps + decay_steps = 4 + 17 is more than train.steps = 20",
+        "optim.warmup_steps + decay_steps = 4 + 17 is more than train.steps = 20; lower them, "
+        "or raise train.steps",
     "optim.schedule=wsd":
         "optim.schedule = 'wsd' needs optim.decay_steps > 0",
     "optim.decay_steps=2":
@@ -168,13 +173,16 @@ def test_conflict_is_reported(overrides: str) -> None:
 def test_world_size_that_is_no_multiple_of_the_mesh_is_rejected(world_size: int) -> None:
     mesh = "parallel.tp_size x pp_size x cp_size = 1 x 1 x 2 = 2"
     assert errors_of("parallel.cp_size=2", world_size=world_size) == [
-        f"world size {world_size} is not a multiple of {mesh}; start 2 processes or a multiple"
+        f"world size {world_size} is not a multiple of {mesh}; start 2 processes or a multiple "
+        "(launch/run.py --nproc-per-node)"
     ]
 
 
 def test_data_parallel_size_must_divide_the_batch() -> None:
     (error,) = errors_of(world_size=3)
-    assert error.endswith("train.micro_batch_size x data-parallel size = 1 x 3 = 3")
+    assert error.endswith(
+        "train.micro_batch_size x data-parallel size = 1 x 3 = 3; set it to 3 or 6"
+    )
 
 
 def test_all_conflicts_are_reported_together() -> None:

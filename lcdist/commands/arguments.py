@@ -1,6 +1,7 @@
 """Arguments that several commands have in common."""
 
 import argparse
+import difflib
 import errno
 import os
 from pathlib import Path
@@ -29,6 +30,16 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *words: Any, **options: Any) -> None:
         super().__init__(*words, **{"formatter_class": HelpFormatter, **options})
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Raise ArgumentError with the legal values, in the same words on every Python."""
+        if action.choices is None or value in action.choices:
+            return
+        legal = [str(choice) for choice in action.choices]
+        close = difflib.get_close_matches(str(value), legal, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        text = f"{value!r} is none of {', '.join(legal)}{hint}"
+        raise argparse.ArgumentError(action, text)
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as an error of one line."""

@@ -80,7 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
         0 if all stages are finished, else the exit status of the stage that failed.
     """
     if arguments.overrides and not arguments.model:
-        raise ValueError("section.key=value goes with --model; else edit a copy of --configs")
+        raise ValueError(
+            f"{arguments.overrides[0]}: settings go with --model; without it, edit a copy of "
+            "configs/quickstart and name it with --configs"
+        )
     if (arguments.length or arguments.minutes) and not arguments.model:
         raise ValueError(
             "these go with --model: --length, --minutes; else edit a copy of --configs"

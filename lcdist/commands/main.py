@@ -14,7 +14,7 @@ from importlib import import_module
 from types import ModuleType
 
 from lcdist import __version__
-from lcdist.commands.arguments import DEBUG, Parser, add_debug
+from lcdist.commands.arguments import DEBUG, Parser, UsageError, add_debug
 from lcdist.commands.endings import end_with
 
 
@@ -103,7 +103,8 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, ModuleType]:
     arguments, late = parser.parse_known_args(words)
     # Before Python 3.12 argparse leaves over the overrides that follow an option.
     if late and ("overrides" not in arguments or any(word.startswith("-") for word in late)):
-        parser.error(f"unrecognized arguments: {' '.join(late)}")
+        told = f"unrecognized arguments: {' '.join(late)}"
+        raise UsageError(f"{told}; see 'lcdist {chosen} --help'")
     if late:
         arguments.overrides += late
     assert module is not None, "argparse requires a command"

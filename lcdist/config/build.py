@@ -17,7 +17,7 @@ from lcdist.config.values import MOST_ENTRIES, MOST_KEYS, folder_problem, shown,
 
 # Keys that `lcdist.config.source` replaces by others before the dataclasses are built.
 REPLACED = {"model": ("from",), "model.rope": ("extend",)}
-_TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str"}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 class ConfigError(ValueError):
@@ -160,7 +160,9 @@ def _has_default(field: Any) -> bool:
 
 
 def _type_name(value: Any) -> str:
-    return "table" if isinstance(value, Mapping) else type(value).__name__
+    if isinstance(value, Mapping | list):
+        return "a table" if isinstance(value, Mapping) else "a list"
+    return _TYPE_NAMES.get(type(value), type(value).__name__)
 
 
 def _convert(hint: Any, value: Any, path: str, errors: list[str]) -> Any:

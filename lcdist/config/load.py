@@ -42,7 +42,7 @@ def read_table(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError([f"{begin}: not UTF-8 ({error.reason}, byte {error.start})"]) from error
     except ValueError as error:
-        raise ConfigError([f"{begin}: not TOML ({error})"]) from error
+        raise ConfigError([f"{begin}: not TOML ({error}); correct that line"]) from error
 
 
 def _toml_files_near(path: str | Path) -> str:

@@ -71,7 +71,10 @@ def read_meta(folder: str | Path) -> Meta:
             another format or types, or a file is missing or has another size.
     """
     if not Path(folder).is_dir():
-        raise ValueError(f"data folder {folder}: no such folder; make it with `lcdist tokenize`")
+        raise ValueError(
+            f"data.path = '{folder}': no such folder; make it with 'lcdist tokenize TEXT {folder} "
+            "--tokenizer MODEL', or name another one"
+        )
     path = Path(folder, META)
     if not path.is_file():
         raise ValueError(
@@ -121,7 +124,7 @@ def check_vocabulary(meta: Meta, vocab_size: int, reserved: int = 0) -> None:
                 f"{required}, and import a model to start from with --extra-tokens {reserved:d}"
             )
         alternative = (
-            f", or tokenize again with vocab_size = {vocab_size - reserved}"
+            f", or tokenize again with --vocab-size {vocab_size - reserved}"
             if meta.kind == "sentencepiece"
             else ", or tokenize again with the model's own tokenizer"
         )

@@ -39,7 +39,8 @@ def check_model(config: Config, errors: list[str]) -> None:
     for key, value in (("nheads", model.nheads), ("ffn_hidden_size", model.ffn_hidden_size)):
         if value % tp_size:
             errors.append(
-                f"model.{key} = {value} is not a multiple of parallel.tp_size = {tp_size}"
+                f"model.{key} = {value} is not a multiple of parallel.tp_size = {tp_size}; set it "
+                f"to one of {_divisors(value)}"
             )
     if nheads_kv % tp_size and tp_size % nheads_kv:
         errors.append(
@@ -51,7 +52,8 @@ def check_model(config: Config, errors: list[str]) -> None:
     if model.num_layers % stages:
         errors.append(
             f"model.num_layers = {model.num_layers} is not a multiple of parallel.pp_size x "
-            f"vp_size = {parallel.pp_size} x {parallel.vp_size} = {stages}"
+            f"vp_size = {parallel.pp_size} x {parallel.vp_size} = {stages}; choose a product of "
+            f"{_divisors(model.num_layers)}"
         )
     if parallel.vp_size > 1 and parallel.pp_size == 1:
         errors.append(
@@ -72,6 +74,17 @@ def _check_family(model: ModelConfig, errors: list[str]) -> None:
         )
 
 
+def _divisors(number: int) -> str:
+    """Return the sizes up to 64 that divide a number, for a message."""
+    return ", ".join(str(size) for size in range(1, 65) if number % size == 0)
+
+
+def _near(number: int, step: int) -> list[int]:
+    """Return the multiples of `step` around a number, from one on."""
+    below = number // step * step
+    return [each for each in (below, below + step) if each]
+
+
 def check_batch(config: Config, dp_size: int, errors: list[str]) -> None:
     """Check that the batch divides over data-parallel ranks and the pipeline."""
     train, parallel = config.train, config.parallel
@@ -80,7 +93,7 @@ def check_batch(config: Config, dp_size: int, errors: list[str]) -> None:
         errors.append(
             f"train.global_batch_size = {train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size x data-parallel size = {train.micro_batch_size} x {dp_size} = "
-            f"{step}"
+            f"{step}; set it to {' or '.join(map(str, _near(train.global_batch_size, step)))}"
         )
     elif parallel.vp_size > 1 and (train.global_batch_size // step) % parallel.pp_size:
         errors.append(
@@ -179,7 +192,7 @@ def check_schedule(config: Config, errors: list[str]) -> None:
     if optim.warmup_steps + decay > steps:
         errors.append(
             f"optim.warmup_steps + decay_steps = {optim.warmup_steps} + {decay} is more than "
-            f"train.steps = {steps}"
+            f"train.steps = {steps}; lower them, or raise train.steps"
         )
     if optim.schedule == "wsd" and not optim.decay_steps:
         errors.append("optim.schedule = 'wsd' needs optim.decay_steps > 0")

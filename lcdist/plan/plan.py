@@ -152,7 +152,7 @@ def _data_parallel_size(config: Config, world_size: int, errors: list[str]) -> i
         errors.append(
             f"world size {world_size} is not a multiple of parallel.tp_size x pp_size x cp_size = "
             f"{sizes.tp_size} x {sizes.pp_size} x {sizes.cp_size} = {mesh}; "
-            f"start {mesh} processes or a multiple"
+            f"start {mesh} processes or a multiple (launch/run.py --nproc-per-node)"
         )
         return 1
     return world_size // mesh

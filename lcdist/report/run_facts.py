@@ -84,7 +84,7 @@ def read_run_folder(folder: Path) -> RunFolder:
     if not stages:
         raise FileNotFoundError(
             f"{folder}: no metrics.jsonl in it or in {' or '.join(FIRST_STAGES)}; "
-            f"is this the folder of a run?"
+            f"give the folder of a run (log.folder), or of a job of 'lcdist extend'"
         )
     evaluation = folder / "evaluation.json"
     sample, conversion = folder / "sample.txt", folder / "conversion.json"

@@ -59,7 +59,9 @@ def describe(folder: Path, now: float | None = None) -> list[tuple[str, str]]:
         ValueError: a file in it is damaged.
     """
     if not (folder / CONFIG_FILE).exists():
-        raise FileNotFoundError(f"{folder} is not the folder of a run: no {CONFIG_FILE}")
+        raise FileNotFoundError(
+            f"{folder} is not the folder of a run: no {CONFIG_FILE}; give its log.folder"
+        )
     config = read_config(folder)
     file, header = folder / METRICS_FILE, folder / HEADER_FILE
     records = read_records(file) if file.exists() else []

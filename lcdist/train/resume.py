@@ -183,9 +183,9 @@ def _chosen(folder: Path, step: int) -> Path | None:
     if chosen.is_dir():
         return chosen
     steps = sorted(step_of(path) for path in chosen.parent.glob(f"{STEP_PREFIX}*"))
-    listed = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
+    listed = f"one of {', '.join(map(str, steps))}" if steps else "another run: it has none at all"
     raise CheckpointError(
-        f"checkpoint.resume_from = {step}: {chosen.parent} has no checkpoint of that step, but "
+        f"checkpoint.resume_from = {step}: {chosen.parent} has no checkpoint of that step; choose "
         f"{listed}"
     )
 

@@ -54,6 +54,6 @@ def test_biases_start_at_zero_without_decay() -> None:
 
 
 def test_default_has_no_bias() -> None:
-    with pytest.raises(ValueError, match=r"model.qkv_bias = 'yes': expected bool"):
+    with pytest.raises(ValueError, match=r"model.qkv_bias = 'yes': expected true or false"):
         small("model.qkv_bias=yes")
     assert not small().model.qkv_bias

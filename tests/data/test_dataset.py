@@ -138,7 +138,7 @@ def test_a_corpus_smaller_than_a_sample_raises(counted: Path) -> None:
 
 
 def test_missing_and_incomplete_folders_raise(counted: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere: no such folder"):
+    with pytest.raises(ValueError, match="nowhere': no such folder"):
         TokenSplit(counted / "nowhere", "train")
     with pytest.raises(ValueError, match="no split 'test', only train, valid"):
         TokenSplit(counted, "test")

@@ -195,7 +195,7 @@ def test_invalid_settings_raise(corpus: Path, prepared: Prepared, tmp_path: Path
         (change(valid_fraction=1.0), None, r"valid_fraction = 1.0: must be in \[0, 1\)"),
         (change(workers=0), None, "workers = 0"),
         (change(vocab_size=None), None, "give a vocab_size"),
-        (change(vocab_size=512), model, "vocab_size = 512, but .* has 320 pieces"),
+        (change(vocab_size=512), model, "--vocab-size 512: .* has 320 pieces"),
         (change(on_error="ignore"), None, "on_error = 'ignore'"),
     ]
     for settings, tokenizer, message in cases:

@@ -158,7 +158,7 @@ def _is_up_to_date(out: Path, digest: str, overwrite: bool) -> bool:
         return False
     raise ValueError(
         f"{out}: already has tokens of other text or other settings; give another folder, or "
-        "overwrite it"
+        "replace them with --overwrite"
     )
 
 

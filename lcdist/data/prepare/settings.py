@@ -102,8 +102,8 @@ def check_settings(
         _check_chat(settings, tokenizer)
     if tokenizer is not None and settings.vocab_size not in (None, tokenizer.vocab_size):
         raise ValueError(
-            f"vocab_size = {settings.vocab_size}, but the tokenizer {tokenizer_name} has "
-            f"{tokenizer.vocab_size} pieces: leave vocab_size out, or leave the tokenizer out to "
+            f"--vocab-size {settings.vocab_size}: the tokenizer {tokenizer_name} has "
+            f"{tokenizer.vocab_size} pieces; leave --vocab-size out, or leave --tokenizer out to "
             "train one"
         )
     if not 0 <= settings.valid_fraction < 1:

@@ -5,6 +5,7 @@ Byte-pair encoding as in arXiv:1508.07909, implemented by sentencepiece (arXiv:1
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -77,9 +78,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
+        most = re.search(r"a value <= (\d+)", reason)
+        if most:
+            reason = f"it has {most[1]} at most"
         raise ValueError(
-            f"no tokenizer of {vocab_size} pieces can be trained on this text ({reason}): "
-            "give more text, another vocab_size, or a trained tokenizer"
+            f"--vocab-size {vocab_size}: so many pieces cannot be trained on this text ({reason}); "
+            "give more text, another size, or a trained tokenizer with --tokenizer"
         ) from error
     return model.getvalue()
 

@@ -1,0 +1,1 @@
+"""What commands say of a user's mistakes, and the page that lists it (docs/messages.md)."""
