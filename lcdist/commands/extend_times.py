@@ -159,7 +159,7 @@ def refusal(reasons: Sequence[str], rows: Sequence[LengthRow]) -> str:
         rows: of all lengths.
     """
     timed = [row for row in rows if row.step_here is not None]
-    remedy = "use another machine, a smaller model or --lora 8"
+    remedy = "use a machine with more memory, or a smaller model"
     if timed:
         # The estimate is no promise.
         minutes = math.ceil(1.2 * timed[0].minutes_here)

@@ -15,9 +15,12 @@ from lcdist.commands.main import main
 from lcdist.commands.probe import time_steps
 from lcdist.config import load
 from lcdist.config.schema import Config
+from lcdist.data.tokenizers.sentencepiece_bpe import train_tokenizer
 from lcdist.plan import make_plan
 from lcdist.plan.time import step_work
+from tests.convert.hf import FAMILIES, make_model, save
 from tests.launch.conftest import TINY
+from tests.launch.test_own_model import SENTENCE
 
 GIB = 2**30
 OWN = 64
@@ -154,7 +157,7 @@ def test_less_memory_is_tried_before_a_shorter_length(monkeypatch: pytest.Monkey
     assert all("GiB are needed here" in reason for reason in refused.reasons)
     [row] = extend_times.length_rows([128], refused)
     assert row.step_here is None and row.lack
-    assert "a smaller model or --lora 8" in extend_times.refusal(refused.reasons, [row])
+    assert extend_times.refusal(refused.reasons, [row]).endswith("memory, or a smaller model")
 
 
 def test_ways_to_need_less_memory() -> None:
@@ -248,6 +251,29 @@ def test_a_job_that_would_take_too_long_spends_nothing(
     assert last.startswith("error: nothing was done, as nothing fits: 128 tokens: a step takes")
     assert last.endswith("give it longer, --length 128 --minutes 9, or another machine")
     assert not (tmp_path / "runs").exists()
+
+
+LONG = "max_position_embeddings"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("start")
+def test_models_of_every_family_may_be_long_already(
+    family: str,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever length a model declares, more is planned: here where no step fits."""
+    model = make_model(family, num_hidden_layers=2, vocab_size=320, **{LONG: 8192})
+    source = save(model, tmp_path / family)
+    (source / "tokenizer.model").write_bytes(train_tokenizer([SENTENCE * 40], 320))
+    assert extend_at(Speed(1e6, 1e12), source, text, monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert "32,768 tokens: a step takes" in out and "65,536" in out
+    assert f"--model {source} --data {text} log.peak_tflops=1 --length 16384" in out
+    assert "nothing fits: 16,384 tokens" in err
 
 
 @pytest.mark.usefixtures("start")
