@@ -52,30 +52,22 @@ class Asked:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast this machine trains.
+    """How fast this machine trains: operations a second."""
 
-    Attributes:
-        overhead: Seconds of a step, whatever its length.
-        flops: Operations a second in the rest of it.
-    """
-
-    overhead: float
     flops: float
 
     @classmethod
     def of_steps(cls, rows: Sequence[tuple[float, float]]) -> "Speed":
-        """Return the speed that the last two (operations, seconds) of growing steps give."""
-        (less, short), (more, long) = rows[0] if len(rows) == 1 else rows[-2], rows[-1]
-        # Another program may have held up the shorter one.
-        if long <= short or len(rows) == 1:
-            return cls(0.0, more / long)
-        flops = (more - less) / (long - short)
-        overhead = short - less / flops
-        return cls(overhead, flops) if overhead > 0 else cls(0.0, more / long)
+        """Return the greatest speed that (operations, seconds) of steps show.
+
+        Longer steps are faster for their operations, as long as no other program holds one up. A
+        line through two of them would find a part that does not grow, and doubles the noise.
+        """
+        return cls(max(flops / seconds for flops, seconds in rows))
 
     def step(self, plan: Plan) -> float:
         """Return the seconds of a training step."""
-        return self.overhead + step_work(plan).flops / self.flops
+        return step_work(plan).flops / self.flops
 
     def evaluated_token(self, plan: Plan) -> float:
         """Return the seconds to score a token at all lengths, before and after."""

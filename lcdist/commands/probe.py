@@ -25,8 +25,11 @@ from lcdist.plan import make_plan
 from lcdist.train.build import build_trainer, open_dataset
 
 # Seconds that all steps may be expected to take when the second length begins, and a further one.
-SECOND_WITHIN, FURTHER_WITHIN = 60.0, 4.0
-# A first step of so many seconds is not repeated: what only a first step does is little of it.
+SECOND_WITHIN, FURTHER_WITHIN = 60.0, 20.0
+# Steps of a length: the first also allocates memory, and on a GPU compiles. Of the others the
+# fastest counts: other programs may have held up the rest.
+STEPS = 3
+# A step of so many seconds is not repeated: both are little of it.
 LONG_STEP = 5.0
 
 
@@ -64,9 +67,9 @@ def time_steps(
     for config in configs:
         if rows:
             tokens, seconds = rows[-1]
-            # Two steps; attention takes the square of the length.
-            expected = 2 * (config.train.seqlen / tokens) ** 2 * seconds
-            spent = 2 * sum(seconds for _, seconds in rows)
+            # At short lengths products, which grow with the tokens, are most of a step.
+            expected = 1.5 * STEPS * config.train.seqlen / tokens * seconds
+            spent = STEPS * sum(seconds for _, seconds in rows)
             if spent + expected > (SECOND_WITHIN if len(rows) == 1 else FURTHER_WITHIN):
                 break
         rows.append((config.train.seqlen, seconds_of(config)))
@@ -74,12 +77,12 @@ def time_steps(
 
 
 def _seconds_of_a_step(config: Config) -> float:
-    """Time the second step: the first one also allocates memory, and on a GPU compiles."""
+    """Return the seconds of a step, the same on all ranks."""
     plan = make_plan(config, world_size())
     mesh = build_mesh(config.parallel, config.train.seed)
     trainer = build_trainer(plan, mesh, open_dataset(plan), Peak(1e12, "config"))
-    seconds = 0.0
-    for _ in range(2):
+    times: list[float] = []
+    while len(times) < STEPS and (not times or times[-1] < LONG_STEP):
         batches = trainer.loader.next_step(mesh.device)
         wait_for_device(mesh.device)
         dist.barrier()
@@ -87,13 +90,11 @@ def _seconds_of_a_step(config: Config) -> float:
         trainer.engine.forward_backward(batches)
         trainer.engine.step(0.0)
         wait_for_device(mesh.device)
-        seconds = _common_time(time.perf_counter() - start)
-        if seconds > LONG_STEP:
-            break
-    del trainer, batches
+        times.append(_common_time(time.perf_counter() - start))
+    del trainer
     # Models have cycles, and two of them may not fit the memory.
     gc.collect()
-    return seconds
+    return min(times[1:] or times)
 
 
 def _common_time(seconds: float) -> float:
