@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--conversations",
         action="store_true",
-        help="records of .jsonl are conversations: a run is trained on their answers alone",
+        help="records of .jsonl are conversations, under messages, conversations or --field; a run "
+        "is trained on their answers alone",
     )
     parser.add_argument(
         "--chat-template", help="file with the chat template, for a tokenizer without one"
