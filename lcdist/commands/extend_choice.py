@@ -52,22 +52,29 @@ class Asked:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast this machine trains: operations a second."""
+    """How fast this machine trains.
+
+    Attributes:
+        flops: Operations a second in the passes forward and backward.
+        update: Seconds of the optimizer's update, whatever the length.
+    """
 
     flops: float
+    update: float = 0.0
 
     @classmethod
-    def of_steps(cls, rows: Sequence[tuple[float, float]]) -> "Speed":
-        """Return the greatest speed that (operations, seconds) of steps show.
+    def of_steps(cls, rows: Sequence[tuple[float, float, float]]) -> "Speed":
+        """Return the speed that steps show, of (operations, seconds of passes, of the update).
 
-        Longer steps are faster for their operations, as long as no other program holds one up. A
-        line through two of them would find a part that does not grow, and doubles the noise.
+        The greatest: longer steps are faster for their operations, and other programs may hold one
+        up. A line through two steps would take twice their noise for a part that does not grow.
         """
-        return cls(max(flops / seconds for flops, seconds in rows))
+        flops = max(flops / passes for flops, passes, _ in rows)
+        return cls(flops, min(update for _, _, update in rows))
 
     def step(self, plan: Plan) -> float:
         """Return the seconds of a training step."""
-        return step_work(plan).flops / self.flops
+        return self.update + step_work(plan).flops / self.flops
 
     def evaluated_token(self, plan: Plan) -> float:
         """Return the seconds to score a token at all lengths, before and after."""

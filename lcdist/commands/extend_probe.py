@@ -37,7 +37,7 @@ def probe_speed(
             Path(files[-1]).write_text(dump(plan.config), encoding="utf-8")
         start(["probe", str(output), *files])
         rows = json.loads(output.read_text(encoding="utf-8"))
-    return Speed.of_steps([(step_work(plans[short]).flops, seconds) for short, seconds in rows])
+    return Speed.of_steps([(step_work(plans[short]).flops, *seconds) for short, *seconds in rows])
 
 
 def probed_plans(

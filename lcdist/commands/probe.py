@@ -25,17 +25,17 @@ from lcdist.plan import make_plan
 from lcdist.train.build import build_trainer, open_dataset
 
 # Seconds that all steps may be expected to take when the second length begins, and a further one.
-SECOND_WITHIN, FURTHER_WITHIN = 60.0, 20.0
+SECOND_WITHIN, FURTHER_WITHIN = 90.0, 20.0
 # Steps of a length: the first also allocates memory, and on a GPU compiles. Of the others the
 # fastest counts: other programs may have held up the rest.
 STEPS = 3
 # A step of so many seconds is not repeated: both are little of it.
-LONG_STEP = 5.0
+LONG_STEP = 15.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the file to write and the configurations."""
-    parser.add_argument("output", type=Path, help="JSON file to write: (tokens, seconds) of steps")
+    parser.add_argument("output", type=Path, help="JSON file to write: tokens and seconds of steps")
     parser.add_argument("configs", nargs="+", help="one model at growing lengths")
 
 
@@ -53,48 +53,52 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def time_steps(
-    configs: Sequence[Config], seconds_of: Callable[[Config], float]
-) -> list[tuple[int, float]]:
-    """Return (tokens of a sample, seconds of a step), the same on all ranks.
+    configs: Sequence[Config], seconds_of: Callable[[Config], tuple[float, float]]
+) -> list[tuple[int, float, float]]:
+    """Return (tokens of a sample, seconds of both passes, of the update), the same on all ranks.
 
     The last configurations are left out where they would take long.
 
     Args:
         configs: one model at growing lengths.
-        seconds_of: times a step; all ranks get the same answer.
+        seconds_of: times both parts of a step; all ranks get the same answer.
     """
-    rows: list[tuple[int, float]] = []
+    rows: list[tuple[int, float, float]] = []
     for config in configs:
         if rows:
-            tokens, seconds = rows[-1]
+            tokens, passes, update = rows[-1]
             # At short lengths products, which grow with the tokens, are most of a step.
-            expected = 1.5 * STEPS * config.train.seqlen / tokens * seconds
-            spent = STEPS * sum(seconds for _, seconds in rows)
+            expected = STEPS * (1.5 * config.train.seqlen / tokens * passes + update)
+            spent = STEPS * sum(passes + update for _, passes, update in rows)
             if spent + expected > (SECOND_WITHIN if len(rows) == 1 else FURTHER_WITHIN):
                 break
-        rows.append((config.train.seqlen, seconds_of(config)))
+        rows.append((config.train.seqlen, *seconds_of(config)))
     return rows
 
 
-def _seconds_of_a_step(config: Config) -> float:
-    """Return the seconds of a step, the same on all ranks."""
+def _seconds_of_a_step(config: Config) -> tuple[float, float]:
+    """Return the seconds of both passes and of the update, the same on all ranks."""
     plan = make_plan(config, world_size())
     mesh = build_mesh(config.parallel, config.train.seed)
     trainer = build_trainer(plan, mesh, open_dataset(plan), Peak(1e12, "config"))
-    times: list[float] = []
-    while len(times) < STEPS and (not times or times[-1] < LONG_STEP):
+    times: list[tuple[float, float]] = []
+    while len(times) < STEPS and (not times or sum(times[-1]) < LONG_STEP):
         batches = trainer.loader.next_step(mesh.device)
         wait_for_device(mesh.device)
         dist.barrier()
         start = time.perf_counter()
         trainer.engine.forward_backward(batches)
+        wait_for_device(mesh.device)
+        passed = time.perf_counter()
         trainer.engine.step(0.0)
         wait_for_device(mesh.device)
-        times.append(_common_time(time.perf_counter() - start))
+        update = time.perf_counter() - passed
+        times.append((_common_time(passed - start), _common_time(update)))
     del trainer
     # Models have cycles, and two of them may not fit the memory.
     gc.collect()
-    return min(times[1:] or times)
+    passes, updates = zip(*(times[1:] or times), strict=True)
+    return min(passes), min(updates)
 
 
 def _common_time(seconds: float) -> float:

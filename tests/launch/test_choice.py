@@ -56,7 +56,7 @@ class Steady(Speed):
 
 
 def steady(seconds: float) -> Speed:
-    return Steady(1e12, seconds)
+    return Steady(1e12, seconds=seconds)
 
 
 @pytest.fixture
@@ -69,10 +69,13 @@ def settings_of(choice: Choice) -> dict[str, str]:
 
 
 def test_a_speed_follows_from_the_step_that_shows_most() -> None:
-    assert Speed.of_steps([(1e9, 1.5), (2e9, 2.0), (4e9, 3.0)]) == Speed(4e9 / 3)
+    rows = [(1e9, 1.5, 0.5), (2e9, 2.0, 0.25), (4e9, 3.0, 0.5)]
+    assert Speed.of_steps(rows) == Speed(4e9 / 3, 0.25)
     # Something else held up the longer one, or there is only one.
-    assert Speed.of_steps([(1e9, 1.0), (2e9, 4.0)]) == Speed(1e9)
-    assert Speed.of_steps([(2e9, 2.0)]) == Speed(1e9)
+    assert Speed.of_steps([(1e9, 1.0, 0.1), (2e9, 4.0, 0.1)]) == Speed(1e9, 0.1)
+    assert Speed.of_steps([(2e9, 2.0, 0.1)]) == Speed(1e9, 0.1)
+    plan = make_plan(config_at(256), 2)
+    assert Speed(1e9, 3.0).step(plan) == 3.0 + Speed(1e9).step(plan)
 
 
 @pytest.mark.usefixtures("memory")
@@ -186,18 +189,19 @@ def test_probes_end_when_they_would_take_long() -> None:
     configs = [config_at(length) for length in (128, 256, 512, 1024)]
     tried = list[int]()
 
-    def seconds_of(factor: float) -> list[tuple[int, float]]:
+    def seconds_of(factor: float, update: float = 0.0) -> list[tuple[int, float, float]]:
         tried.clear()
 
-        def timed(config: Config) -> float:
+        def timed(config: Config) -> tuple[float, float]:
             tried.append(config.train.seqlen)
-            return factor * config.train.seqlen
+            return factor * config.train.seqlen, update
 
         return time_steps(configs, timed)
 
-    assert [tokens for tokens, _ in seconds_of(1e-6)] == tried == [128, 256, 512, 1024]
-    assert [tokens for tokens, _ in seconds_of(1e-2)] == tried == [128, 256]
-    assert seconds_of(1.0) == [(128, 128.0)] and tried == [128]
+    assert [row[0] for row in seconds_of(1e-6)] == tried == [128, 256, 512, 1024]
+    assert [row[0] for row in seconds_of(1e-2)] == tried == [128, 256]
+    assert [row[0] for row in seconds_of(1e-6, update=3.0)] == tried == [128, 256]
+    assert seconds_of(1.0, 0.5) == [(128, 128.0, 0.5)] and tried == [128]
 
 
 def test_probes_are_short_and_of_made_up_text(tmp_path: Path) -> None:
