@@ -43,7 +43,13 @@ _READ |= {ORIGINAL_LENGTH}
 _READ |= {LCDIST_KEY, "sliding_window", "use_sliding_window", "layer_types"}
 # Keys that change neither weights nor logits of LLaMA-like models at inference.
 _HARMLESS = {
-    *("_name_or_path", "_attn_implementation_autoset", "transformers_version", "torch_dtype"),
+    *(
+        "_name_or_path",
+        "_model_name_or_path",
+        "_attn_implementation_autoset",
+        "transformers_version",
+        "torch_dtype",
+    ),
     *("dtype", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "max_window_layers", "output_attentions"),
     *("output_hidden_states", "return_dict", "is_decoder", "problem_type", "id2label", "label2id"),

@@ -23,9 +23,10 @@ def refuse_gguf(source: Path) -> None:
     raise ValueError(
         f"{what}, and lcdist reads a folder of safetensors: download the model that it was made "
         "from (hf download OWNER/NAME --local-dir FOLDER), or let transformers restore what "
-        "quantization left of it (pip install gguf, then in Python AutoModelForCausalLM and "
-        f"AutoTokenizer.from_pretrained({str(first.parent)!r}, gguf_file={first.name!r}), each "
-        "with .save_pretrained(FOLDER))"
+        "quantization left of it (pip install gguf accelerate, then in Python AutoTokenizer and "
+        f"AutoModelForCausalLM.from_pretrained({str(first.parent)!r}, gguf_file={first.name!r}), "
+        "each with .save_pretrained(FOLDER); since transformers 5.20 or so the model with "
+        "quantization_config=GgufConfig(dequantize=True), too)"
     )
 
 
