@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.logging import RichHandler
 
 from lcdist.commands.main import set_up_logging
 from lcdist.data.tokenizers.byte_tokenizer import ByteTokenizer
@@ -15,6 +16,7 @@ from lcdist.inference.text_stream import TextStream
 from lcdist.utils.progress import (
     BYTES,
     TOKENS,
+    console_of_log,
     count_text,
     counter,
     progress_console,
@@ -55,6 +57,21 @@ def test_a_terminal_gets_a_bar() -> None:
         counter("comparing", 10, progress)(10)
     shown = file.getvalue()
     assert "\x1b" in shown and "comparing" in shown and "100 %  10 B of 10 B" in shown
+
+
+def test_a_bar_and_messages_share_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message stands in a line of its own, above the bar."""
+    file, root = io.StringIO(), logging.getLogger()
+    handler = RichHandler(console=console(file, True), show_path=False, show_level=False)
+    monkeypatch.setattr(root, "handlers", [handler])
+    assert console_of_log(Console()) is handler.console
+    with show_progress(TOKENS, progress_console()) as progress:
+        progress("reading", 1, 10)
+        logging.getLogger("lcdist").warning("a message")
+        progress("reading", 10, 10)
+    lines = file.getvalue().split("\n")
+    (line,) = (line for line in lines if "a message" in line)
+    assert "tokens" not in line.rpartition("\x1b[2K")[2]
 
 
 def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,15 @@ _OPTION = re.compile(rf"({'|'.join(_VARIABLES)})(?:[ =](\S+))?(?=[\s:;,.)']|$)")
 _OVERRIDE_HELP = "configuration error: "
 
 
+# What decides the number of ranks, in the words of `sbatch`.
+_RANKS = {"launch/run.py --nproc-per-node": "sbatch --nodes and --gpus-per-node"}
+
+
 def in_words_of(starter: str, text: str) -> str:
     """Return a message with the words of a starter: `make` has NAME=x for `--name x`."""
+    if starter == SBATCH:
+        for ours, theirs in _RANKS.items():
+            text = text.replace(ours, theirs)
     if starter != MAKE:
         return text
     text = _OPTION.sub(_variable, text)

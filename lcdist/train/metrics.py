@@ -20,6 +20,7 @@ from lcdist.rundir.paths import METRICS_FILE
 from lcdist.rundir.records import StepRecord, cut_records, line_of
 from lcdist.train.progress import BarProgress, LineProgress
 from lcdist.utils.errors import naming
+from lcdist.utils.progress import console_of_log
 
 
 class Sink(Protocol):
@@ -173,7 +174,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
 
 def _progress(console: Console, name: str, steps: int, steps_taken: int) -> Sink:
     if console.is_terminal:
-        return BarProgress(console, name, steps, steps_taken)
+        return BarProgress(console_of_log(console), name, steps, steps_taken)
     return LineProgress(console, name, steps)
 
 

@@ -1,12 +1,14 @@
 """Show how far a command is: a bar on terminals, occasional lines in files and pipes."""
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
@@ -62,7 +64,19 @@ def show_progress(
 
 def progress_console() -> Console:
     """Return the console for progress: standard error, as standard output has the result."""
-    return Console(file=sys.stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    plain = Console(file=sys.stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    return console_of_log(plain)
+
+
+def console_of_log(default: Console) -> Console:
+    """Return the console that log messages go to on a terminal, else `default`.
+
+    A bar has to share it: otherwise a message would be written behind the bar, in its line.
+    """
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, RichHandler):
+            return handler.console
+    return default
 
 
 @dataclass

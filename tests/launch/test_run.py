@@ -189,6 +189,12 @@ def test_make_gets_its_own_words() -> None:
     assert config is not None and config.lines[0].endswith('(with make: WITH="section.key=value")')
 
 
+def test_sbatch_gets_its_own_words() -> None:
+    text = "start 2 processes or a multiple (launch/run.py --nproc-per-node)"
+    found = report_of(endings.ConfigError([text]), 0, "sbatch")
+    assert found is not None and found.lines[0].endswith("(sbatch --nodes and --gpus-per-node)")
+
+
 def test_a_crash_of_a_single_process_is_pythons_to_tell() -> None:
     with pytest.raises(KeyError):
         end_with(KeyError("boom"), {}, False)

@@ -64,21 +64,26 @@ def answer_here(command: str) -> Answer:
 
 
 def answer_of_process(command: str, folder: Path) -> Answer:
-    """Run a command as a process, from a folder that links what a clone has."""
-    for name in ("launch", "slurm", "configs", "lcdist", "kernels", "Makefile", "pyproject.toml"):
-        if not (folder / name).exists():
-            (folder / name).symlink_to(ROOT / name)
-    if not (folder / ".venv").exists():
-        (folder / ".venv").symlink_to(sys.prefix)
+    """Run a command as a process."""
+    link_clone(folder)
     words = shlex.split(command.replace("PYTHON", ".venv/bin/python"))
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "LOGLEVEL": ""}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     for name in ("LOGLEVEL", "SLURM_JOB_ID", "MAKEFLAGS"):
         environment.pop(name, None)
     done = subprocess.run(
         words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
     )
     return Answer(done.returncode, clean(done.stderr))
+
+
+def link_clone(folder: Path) -> None:
+    """Link what a clone has into a folder."""
+    for name in ("launch", "slurm", "configs", "lcdist", "kernels", "Makefile", "pyproject.toml"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    if not (folder / ".venv").exists():
+        (folder / ".venv").symlink_to(sys.prefix)
 
 
 def clean(text: str) -> list[str]:
