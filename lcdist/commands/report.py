@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from lcdist.report.sections import write_report
+from lcdist.utils.progress import BYTES, progress_console, show_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,5 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the report and print its path."""
-    print(write_report(arguments.folder))
+    with show_progress(BYTES, progress_console()) as progress:
+        written = write_report(arguments.folder, progress=progress)
+    print(written)
     return 0

@@ -17,6 +17,7 @@ from lcdist.rundir.header import REMOVE, read_header
 from lcdist.rundir.profile import Profile, read_profiles
 from lcdist.rundir.records import StepRecord, read_records
 from lcdist.utils.json_file import check_types, read_json, read_object
+from lcdist.utils.progress import Progress, silent
 
 FIRST_STAGES = ("pretrain", "extend")
 MAKE_AGAIN = "remove the file, or write it again by the command that made it"
@@ -63,8 +64,12 @@ class RunFolder:
     conversion: Mapping[str, Any] | None = None
 
 
-def read_run_folder(folder: Path) -> RunFolder:
+def read_run_folder(folder: Path, progress: Progress = silent) -> RunFolder:
     """Read the files of a run that a report uses.
+
+    Args:
+        folder: of the run.
+        progress: called with the bytes that are read of each file of metrics.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -73,14 +78,14 @@ def read_run_folder(folder: Path) -> RunFolder:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     if (folder / "metrics.jsonl").exists():
-        stages = [_read_stage(folder, "train")]
+        stages = [_read_stage(folder, "train", progress)]
     else:
         order = {name: index for index, name in enumerate(FIRST_STAGES)}
         names = sorted(
             (path.parent.name for path in folder.glob("*/metrics.jsonl")),
             key=lambda name: (order.get(name, len(order)), name),
         )
-        stages = [_read_stage(folder / name, name) for name in names]
+        stages = [_read_stage(folder / name, name, progress) for name in names]
     if not stages:
         raise FileNotFoundError(
             f"{folder}: no metrics.jsonl in it or in {' or '.join(FIRST_STAGES)}; "
@@ -161,8 +166,8 @@ def _headline(run: RunFolder) -> dict[str, Any] | None:
     return {"length": length, "before": before, "after": after}
 
 
-def _read_stage(folder: Path, name: str) -> Stage:
-    records = read_records(folder / "metrics.jsonl")
+def _read_stage(folder: Path, name: str, progress: Progress) -> Stage:
+    records = read_records(folder / "metrics.jsonl", progress)
     if not records:
         raise ValueError(f"{folder / 'metrics.jsonl'}:1: no step is recorded yet")
     header = read_header(folder / "run.json")

@@ -18,24 +18,26 @@ from lcdist.report.run_facts import RunFolder, Stage, facts_of, read_run_folder,
 from lcdist.report.svg import Curve, FigureOptions, plot_over_tokens, plot_perplexity
 from lcdist.rundir.records import StepRecord, without_profiled
 from lcdist.utils.atomic import write_file
+from lcdist.utils.progress import Progress, silent
 
 __all__ = ["report_facts", "write_report"]
 
 TIME_PARTS = ("data", "forward_backward", "optimizer", "other")
 
 
-def write_report(folder: Path, output: Path | None = None) -> Path:
+def write_report(folder: Path, output: Path | None = None, progress: Progress = silent) -> Path:
     """Write the report of a run, or of a run of several stages, and return its path.
 
     Args:
         folder: folder of the run.
         output: path of the report; None for `folder`/report.html.
+        progress: called with the bytes that are read.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file has invalid contents; the message names file and line.
     """
-    run = read_run_folder(folder)
+    run = read_run_folder(folder, progress)
     facts = facts_of(run)
     page = render_report(
         summary=_summary(run, facts),

@@ -16,6 +16,7 @@ from typing import Any
 
 from lcdist.utils.atomic import write_file
 from lcdist.utils.json_file import check_types
+from lcdist.utils.progress import Progress, counter, silent
 
 log = logging.getLogger(__name__)
 
@@ -164,17 +165,23 @@ def without_profiled(records: Sequence[StepRecord]) -> list[StepRecord]:
     return [record for record in records if not record.profiled] or list(records)
 
 
-def read_records(path: Path) -> list[StepRecord]:
+def read_records(path: Path, progress: Progress = silent) -> list[StepRecord]:
     """Return the records of a metrics file, in order.
 
     A last line that a kill cut short is skipped with a warning.
+
+    Args:
+        path: the file.
+        progress: called with the bytes that are read.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: a line is not a record, or steps do not increase; names file and line.
     """
     records: list[StepRecord] = []
-    for number, _, record in _lines(path):
+    count = counter(f"reading {path.name}", path.stat().st_size, progress)
+    for number, line, record in _lines(path):
+        count(len(line) + 1)
         if records and record.step <= records[-1].step:
             raise ValueError(
                 f"{path}:{number}: step {record.step} comes after step {records[-1].step}; "
