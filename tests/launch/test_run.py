@@ -73,7 +73,8 @@ def test_a_mistake_is_printed_once_and_its_exit_status_is_the_launchers(launch: 
     # Found before the command runs, by each rank's parser.
     status, printed = launch("return 0", "--wrong")
     assert (
-        status == 2 and printed == "error: unrecognized arguments: --wrong; see 'lcdist --help'\n"
+        status == 2
+        and printed == "error: unrecognized arguments: --wrong; see 'lcdist run-folder --help'\n"
     )
 
 
