@@ -183,7 +183,7 @@ def generate_text(
     tokens = torch.tensor(prompt_ids, dtype=torch.int64, device=loaded.mesh.device)
     watch, stop = watch or TextWatch(), tokenizer.eos_id
     stream = None if watch.on_text is None else TextStream(tokenizer, prompt_ids, watch.on_text)
-    counts = Watch(watch.progress, int if stream is None else stream.add)
+    counts = Watch(watch.progress, None if stream is None else stream.add)
     out = generate(loaded.chunks[0], tokens, max_new_tokens, sampling, stop, counts)
     if stream is not None:
         stream.end()

@@ -25,11 +25,11 @@ class Watch:
 
     Attributes:
         progress: With the tokens of the prompt that are read, averaged over the layers.
-        on_token: With each new token.
+        on_token: With each new token; None: nobody.
     """
 
     progress: Progress = silent
-    on_token: Callable[[int], object] = int
+    on_token: Callable[[int], None] | None = None
 
 
 def generate(
@@ -70,7 +70,8 @@ def generate(
                 logits[layout.landmark] = -torch.inf  # inserted by position, never predicted
             token = sampling.choose(logits, generator)
             tokens = torch.cat([tokens, token.to(prompt.device)])
-            watch.on_token(int(token))
+            if watch.on_token is not None:
+                watch.on_token(int(token))
             if stop is not None and int(token) == stop:
                 break
             # A landmark before the new token is read in the same step.

@@ -69,7 +69,8 @@ def answer_of_process(command: str, folder: Path) -> Answer:
     words = shlex.split(command.replace("PYTHON", ".venv/bin/python"))
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    for name in ("LOGLEVEL", "SLURM_JOB_ID", "MAKEFLAGS"):
+    # make says its level in its messages.
+    for name in ("LOGLEVEL", "SLURM_JOB_ID", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
         environment.pop(name, None)
     done = subprocess.run(
         words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
