@@ -20,7 +20,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 @dataclass(frozen=True)
 class Words:
-    """What can follow a command.
+    """List the words that can follow a command.
 
     Attributes:
         command: Words of the command, such as "convert import".

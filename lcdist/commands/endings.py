@@ -32,7 +32,7 @@ MEMORY_REMEDY = (
 
 @dataclass(frozen=True)
 class Report:
-    """How one rank ended.
+    """Record how one rank ended.
 
     Attributes:
         rank: number of the rank.

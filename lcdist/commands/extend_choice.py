@@ -29,7 +29,7 @@ MESH = {"parallel.tp_size", "parallel.pp_size", "parallel.cp_size"}
 
 @dataclass(frozen=True)
 class Asked:
-    """What the user asks of a job.
+    """Hold what the user asks of a job.
 
     Attributes:
         length: Tokens; None: some times the model's own.
@@ -52,7 +52,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast this machine trains.
+    """Hold the speed at which this machine trains.
 
     Attributes:
         flops: Operations a second in the passes forward and backward.
@@ -86,7 +86,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a job does, and how long it is expected to take.
+    """Hold the settings of a job and its expected time.
 
     Attributes:
         length: Of the training, in tokens.

@@ -29,7 +29,7 @@ UNKNOWN = "?"
 
 @dataclass(frozen=True)
 class LengthRow:
-    """What a job of one length takes.
+    """Hold the time and memory that a job of one length takes.
 
     Attributes:
         length: In tokens.

@@ -21,7 +21,7 @@ from lcdist.utils.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Watch:
-    """What is called while a text is generated.
+    """Name the functions to call while a text is generated.
 
     Attributes:
         progress: With the tokens of the prompt that are read, averaged over the layers.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """Choose the next token by a temperature and a seed.
 
     Attributes:
         temperature: Divides the logits; 0 takes the most likely token.

@@ -17,7 +17,7 @@ CONTEXT = 8
 
 @dataclass(frozen=True)
 class TextWatch:
-    """What is called while a text is continued.
+    """Name the functions to call while a text is continued.
 
     Attributes:
         progress: With the tokens of the prompt that are read.

@@ -39,7 +39,7 @@ H100 = Rates(
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A training step that was measured.
+    """Hold a training step that was measured.
 
     Attributes:
         what: In words.

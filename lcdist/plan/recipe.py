@@ -48,7 +48,7 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a configuration is for.
+    """Write the configuration of one model, length and number of GPUs.
 
     Attributes:
         kind: A key of RECIPES.

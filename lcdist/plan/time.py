@@ -58,7 +58,7 @@ class AttentionRow:
 
 @dataclass(frozen=True)
 class Rates:
-    """What one device was measured to do.
+    """Hold the rates measured on one device.
 
     Attributes:
         products: FLOP/s of products with weights.
@@ -75,7 +75,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What all ranks together do in one step.
+    """Count the work of all ranks together in one step.
 
     Attributes:
         products: Operations of products with weights, recomputation included.
