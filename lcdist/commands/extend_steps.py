@@ -57,7 +57,7 @@ class ExtendJob:
         """Raise ValueError: the folder holds a different job."""
         raise ValueError(
             f"{self.folder} holds a job with other settings, data or number of ranks; "
-            "choose another --name or remove the folder"
+            "choose another --name, or remove the folder"
         )
 
     def print_title(self, name: str, more: str = "") -> None:

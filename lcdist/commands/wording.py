@@ -30,7 +30,8 @@ def in_words_of(starter: str, text: str) -> str:
         return text
     text = _OPTION.sub(_variable, text)
     if text.startswith(_OVERRIDE_HELP):
-        text += ' (with make: WITH="section.key=value")'
+        word = "METHOD=..." if "attention.method =" in text else 'WITH="section.key=value"'
+        text += f" (with make: {word})"
     return text
 
 

@@ -39,7 +39,7 @@ UNSCALED = {"tensorized"}
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of a mesh, in ranks; `data` is the data-parallel size."""
+    """Hold the sizes of a mesh, in ranks; `data` is the data-parallel size."""
 
     tensor: int
     context: int

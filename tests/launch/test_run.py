@@ -186,6 +186,10 @@ def test_make_gets_its_own_words() -> None:
     found = report_of(ValueError("--lora -1: must be 0 or more; choose another --name"), 0, "make")
     assert found is not None
     assert found.lines == ["error: LORA=-1: must be 0 or more; choose another NAME="]
+    held = report_of(ValueError("choose another --name, or remove the folder"), 0, "make")
+    assert held is not None and held.lines == ["error: choose another NAME=, or remove the folder"]
+    method = report_of(endings.ConfigError(["attention.method = 'x': must be"]), 0, "make")
+    assert method is not None and method.lines[0].endswith("(with make: METHOD=...)")
     config = report_of(endings.ConfigError(["unknown key 'x.y'"]), 0, "make")
     assert config is not None and config.lines[0].endswith('(with make: WITH="section.key=value")')
 
