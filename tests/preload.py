@@ -22,7 +22,7 @@ if find_spec("lcdist.hardware.megatron_on_cpu") is not None:
     for module in (
         "torch._dynamo",
         "lcdist.commands.train",
-        "lcdist.evaluate.loaded_model",
+        "lcdist.evaluate.evaluation",
         "pytest",
         "hypothesis.strategies",
     ):

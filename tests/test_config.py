@@ -69,7 +69,7 @@ paralel.cp_size = 2
 model.seqlen = 8
     unknown key 'model.seqlen'; did you mean 'train.seqlen'?
 evaluate.zzz = 1
-    unknown key 'evaluate.zzz'; known keys: attention, lengths, tokens
+    unknown key 'evaluate.zzz'; known keys: attention, lengths, tokens, measure, samples, seed
 attention.chunk = 1
     unknown key 'attention.chunk'; known keys: method, layers, impl
 attention.metod = "full"

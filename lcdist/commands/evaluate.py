@@ -10,7 +10,8 @@ from rich.table import Table
 from lcdist.commands.arguments import add_checkpoint, add_overrides, check_output
 from lcdist.commands.console import plain_console
 from lcdist.distributed.mesh import end_world
-from lcdist.evaluate.loaded_model import evaluate_checkpoint
+from lcdist.evaluate.evaluation import evaluate_checkpoint
+from lcdist.report.evaluation_sections import printed_tables
 from lcdist.utils.errors import naming
 from lcdist.utils.progress import TOKENS, progress_console, show_progress
 
@@ -43,10 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for path, result in zip(paths, results, strict=True):
         title = f"{path} (attention: {result['attention']})"
-        table = Table("length", "perplexity", "tokens", title=title)
-        for row in zip(result["lengths"], result["perplexity"], result["scored"], strict=True):
-            table.add_row(str(row[0]), f"{row[1]:.3f}", f"{row[2]:,}")
-        plain_console().print(table)
+        for found in printed_tables(result["measured"]):
+            table = Table(*found.head, title=title)
+            for row in found.rows:
+                table.add_row(*row)
+            plain_console().print(table)
     return 0
 
 

@@ -14,7 +14,7 @@ from lcdist.config.schema import Config
 from lcdist.data.datasets.split import TokenSplit
 from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.loaded_model import generate_text
-from lcdist.evaluate.perplexity import held_out_text
+from lcdist.evaluate.text import held_out_text
 from lcdist.inference.sampling import Sampling
 from lcdist.report.sections import write_report
 from lcdist.rundir.status import read_status

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lcdist.config import fields as limits
 from lcdist.config.checkpoint import CheckpointConfig
 from lcdist.config.deepspeed import DeepSpeedConfig
+from lcdist.config.evaluate import EvaluateConfig
 from lcdist.config.fields import above, at_least, required
 from lcdist.config.lora import LoraConfig
 
@@ -194,21 +195,6 @@ class LogConfig:
     wandb_project: str = "lcdist"
     # of one device, for MFU; 0: data sheet, else measured
     peak_tflops: float = at_least(0, 0.0, limits.TFLOPS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Perplexity by length.
-
-    Attributes:
-        attention: Attention of evaluation and generation. `method`: as trained. `dense`: full
-            attention in place of a sparse pattern. auto: dense if the pattern is for training only
-            (scca), else method.
-    """
-
-    attention: Literal["auto", "dense", "method"] = "auto"
-    lengths: tuple[int, ...] = at_least(2, (512, 1024, 2048, 4096, 8192), limits.SEQLEN)
-    tokens: int = at_least(1, 65536, limits.TOKENS)  # scored tokens per length
 
 
 @dataclass(frozen=True, kw_only=True)

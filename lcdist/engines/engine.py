@@ -116,6 +116,18 @@ class ForwardEngine(Protocol):
         """
         ...
 
+    def token_losses(self, batches: Sequence[Batch], layout: ContextLayout, seqlen: int) -> Tensor:
+        """Return the loss of every token of all ranks' batches, without gradients.
+
+        Args: as of `evaluate`.
+
+        Returns:
+            Nats, float64 `[batches, b dp_size, layout.seqlen]` on the CPU, the same on every rank:
+            rows in the order of data-parallel ranks, tokens in their order in the text. Tokens
+            that the loss mask leaves out have a loss as well.
+        """
+        ...
+
     def state_dict(self, weights_only: bool = False) -> dict[str, Any]:
         """Return this rank's state as Megatron's sharded tensors, to save or to load into.
 

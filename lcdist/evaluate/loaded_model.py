@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -13,15 +13,13 @@ from lcdist.checkpoint.read import Checkpoint, load_weights, open_checkpoint, sa
 from lcdist.checkpoint.verify import verify_checkpoint
 from lcdist.config.schema import Config
 from lcdist.data.datasets.build import held_out_folder
-from lcdist.data.datasets.split import TokenSplit
-from lcdist.data.meta import REMAKE, check_vocabulary
+from lcdist.data.meta import check_vocabulary
 from lcdist.data.tokenizers.files import bos_prefix, open_tokenizer
 from lcdist.distributed.mesh import Mesh, build_mesh, least_of_ranks, start_world, world_size
 from lcdist.distributed.rank_zero import run_on_rank_zero
-from lcdist.distributed.verify import refuse_damaged
 from lcdist.engines.engine import ForwardEngine
 from lcdist.engines.forward import MegatronForward
-from lcdist.evaluate.perplexity import held_out_text, perplexity_by_length
+from lcdist.evaluate.text import Text, open_text
 from lcdist.inference.generate import Watch, generate
 from lcdist.inference.sampling import Sampling
 from lcdist.inference.text_stream import TextStream, TextWatch
@@ -30,7 +28,6 @@ from lcdist.plan import Plan, make_plan
 from lcdist.plan.deepspeed import without_deepspeed
 from lcdist.plan.resolve import evaluation_layers
 from lcdist.rundir.paths import CheckpointError
-from lcdist.utils.progress import Progress, silent
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +47,18 @@ class LoadedModel:
     checkpoint: Checkpoint
     engine: ForwardEngine
     chunks: list[CausalLM]
+
+    @cached_property
+    def text(self) -> Text:
+        """The held-out text that `[evaluate]` asks for; read when it is first asked for.
+
+        Raises:
+            ValueError: as `open_text`; or the text's vocabulary is not the model's.
+        """
+        text, meta = open_text(self.plan.config, self.checkpoint)
+        vocab_size = self.plan.config.model.vocab_size
+        check_vocabulary(meta, vocab_size, reserved=vocab_size - self.plan.shape.text_vocab_size)
+        return text
 
 
 def load_model(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[str]) -> LoadedModel:
@@ -102,51 +111,6 @@ def _load_newest(path: Path, config: Config, engine: MegatronForward) -> Checkpo
             continue
         engine.load_state({"model": weights})
         return checkpoint
-
-
-def evaluate_checkpoint(
-    path: Path, overrides: Sequence[str], progress: Progress = silent
-) -> dict[str, Any]:
-    """Measure a checkpoint's perplexity by length on the valid split of its data.
-
-    Without overrides the whole world is context parallel. Raises ValueError for an imported model
-    without data of its own.
-
-    Returns:
-        checkpoint, step, lengths, perplexity (None if it overflows), scored (tokens at each
-        length), tokens (asked for), attention (method that read the text), joined (whether
-        documents were joined to fill the windows).
-    """
-    loaded = load_model(path, overrides, [f"parallel.cp_size={world_size()}"])
-    config, mesh = loaded.plan.config, loaded.mesh
-    checkpoint = loaded.checkpoint
-    if "imported" in checkpoint.manifest and config.data == saved_config(checkpoint).data:
-        raise ValueError(
-            f"{path} is an imported model, which has no text of its own: say what to read with "
-            "data.path=FOLDER, a folder made by 'lcdist tokenize'"
-        )
-    split = TokenSplit(held_out_folder(config.data), "valid")
-    if config.checkpoint.verify == "full":
-        refuse_damaged(Path(split.folder), split.meta.sha256 or {}, split.meta.files, REMAKE)
-    vocab_size = config.model.vocab_size
-    check_vocabulary(
-        split.meta, vocab_size, reserved=vocab_size - loaded.plan.shape.text_vocab_size
-    )
-    lengths = tuple(sorted(config.evaluate.lengths))
-    answers_only = config.data.targets == "answers"
-    length, tokens = lengths[-1] * mesh.dp_size, config.evaluate.tokens
-    text = held_out_text(split, length, tokens, answers_only)
-    scores = perplexity_by_length(loaded.engine, loaded.plan, mesh, text, lengths, progress)
-    return {
-        "checkpoint": str(checkpoint.path),
-        "step": checkpoint.step,
-        "lengths": list(lengths),
-        "perplexity": [score.perplexity for score in scores],
-        "scored": [score.tokens for score in scores],
-        "tokens": config.evaluate.tokens,
-        "attention": loaded.attention,
-        "joined": text.joined,
-    }
 
 
 def generate_text(

@@ -1,41 +1,22 @@
 """Perplexity by length: score the same held-out text in windows of several lengths.
 
-At each length the text is split into windows without overlap. Every token is scored given all
-tokens before it in its window, but for the first token of a document: no text before it says what
-it is. Of conversations only the answers are scored. The text is the same at all lengths, so longer
-windows improve the score only of a model that uses its context. Most models fail beyond their
-training length.
+The text is the same at all lengths, so longer windows improve the score only of a model that uses
+its context. Most models fail beyond their training length.
+
+The interval of a perplexity is exp of the 95 % interval of the mean loss, from the standard error
+of a ratio: nats over tokens, summed over stretches of text as long as the longest window
+(`lcdist.evaluate.intervals`). Nothing is drawn at random.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from lcdist.data.datasets.aligned import AlignedDataset
-from lcdist.data.datasets.sample import Sample
-from lcdist.data.datasets.split import TokenSplit
-from lcdist.data.loader import Loader, LoaderSpec
-from lcdist.distributed.mesh import Mesh
-from lcdist.engines.engine import ForwardEngine
-from lcdist.layout import ContextLayout
-from lcdist.plan import Plan
-from lcdist.utils.progress import Progress, counter, silent
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text to score.
-
-    tokens: int64 `[n + 1]`; the last one is a label only.
-    unscored: bool `[n + 1]`, whether a token begins a document, or is part of no answer.
-    joined: whether documents were concatenated to fill the windows.
-    """
-
-    tokens: Tensor
-    unscored: Tensor
-    joined: bool
+from lcdist.evaluate.intervals import finite, mean_interval
+from lcdist.evaluate.loaded_model import LoadedModel
+from lcdist.evaluate.parts import Count, PartKind, Unit
+from lcdist.evaluate.text import Windows, text_losses
 
 
 @dataclass(frozen=True)
@@ -57,124 +38,70 @@ class Score:
         return math.exp(min(self.loss, 700.0))
 
 
-class Windows:
-    """Dataset of the windows of `length` tokens of a text."""
+class Perplexity:
+    """The part "perplexity". A unit is the windows of one length in a stretch of the text.
 
-    seed = 0
-
-    def __init__(self, text: Text, length: int, vocab_size: int) -> None:
-        self.text, self.seqlen, self.vocab_size = text, length, vocab_size
-
-    @property
-    def count(self) -> int:
-        """Number of complete windows in the text."""
-        return (len(self.text.tokens) - 1) // self.seqlen
-
-    def sample(self, index: int) -> Sample:
-        """Return window number `index` as one document."""
-        start = index * self.seqlen
-        window = slice(start, start + self.seqlen + 1)
-        borders = torch.tensor([0, self.seqlen], dtype=torch.int32)
-        return Sample(self.text.tokens[window], borders, False, ~self.text.unscored[window])
-
-
-def held_out_text(split: TokenSplit, length: int, tokens: int, answers_only: bool = True) -> Text:
-    """Return at least `tokens` tokens of text, in complete windows of `length` tokens.
-
-    Takes windows from documents that are long enough, longest first, so that each window is part of
-    one document. If these do not suffice, concatenates all documents in their stored order.
-
-    Args:
-        split: what is held out.
-        length: of a window.
-        tokens: at least so many.
-        answers_only: whether of conversations only the answers are scored.
-
-    Raises:
-        ValueError: the split is too small, or there is nothing to score.
+    Measured: "windows", a list of [scored tokens, their nats].
     """
-    count = -(-tokens // length)
-    pieces, unscored = list[Tensor](), list[Tensor]()
-    for number in split.longest_documents(length + 1):
-        document, skipped = split.document(number), ~_scored(split, number, answers_only)
-        skipped[0] = True
-        room = min((len(document) - 1) // length, count - len(pieces))
-        # Label of the last token; a window's last label is otherwise the next window's start.
-        end = room * length + (len(pieces) + room == count)
-        pieces += document[:end].split(length)[:room]
-        unscored.append(skipped[:end])
-        if len(pieces) == count:
-            text = torch.cat([*pieces, document[room * length : end]])
-            return _checked(Text(text, torch.cat(unscored), joined=False), split, tokens)
-    if split.num_tokens < count * length + 1:
-        raise ValueError(
-            f"the {split.split} split has {split.num_tokens} tokens; evaluate.tokens = {tokens} in "
-            f"windows of {length} needs {count * length + 1}: lower evaluate.tokens or "
-            "evaluate.lengths, or tokenize with a larger --valid-fraction"
-        )
-    size, number, unscored = 0, 0, []
-    while size < count * length + 1:
-        skipped = ~_scored(split, number, answers_only)
-        skipped[0] = True
-        unscored.append(skipped)
-        size, number = size + len(skipped), number + 1
-    skipped = torch.cat(unscored)[: count * length + 1]
-    return _checked(Text(split.window(0, len(skipped)), skipped, joined=True), split, tokens)
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.lengths = sorted(loaded.plan.config.evaluate.lengths)
+        # All data-parallel ranks have a window of the longest length in every unit.
+        stretch = self.lengths[-1] * loaded.mesh.dp_size
+        self._starts: dict[str, tuple[int, list[int]]] = {}
+        for length in self.lengths:
+            by_stretch: dict[int, list[int]] = {}
+            for start in Windows(loaded.text, length, 0).starts:
+                by_stretch.setdefault(start // stretch, []).append(start)
+            for number, starts in by_stretch.items():
+                self._starts[f"length {length}, stretch {number}"] = length, starts
+
+    def units(self) -> list[Unit]:
+        """Return one unit for each length and stretch."""
+        return [Unit(k, length * len(starts)) for k, (length, starts) in self._starts.items()]
+
+    def measure(self, key: str, count: Count) -> dict[str, Any]:
+        """Return the scored tokens and nats of each window of a unit."""
+        length, starts = self._starts[key]
+        loaded = self.loaded
+        windows = Windows(loaded.text, length, loaded.plan.config.model.vocab_size, starts)
+        losses = text_losses(loaded.engine, loaded.plan, loaded.mesh, windows, count)
+        scored = windows.scored()
+        # Not a product: a loss that is not finite counts only where it is scored.
+        nats = losses.masked_fill(~scored, 0.0).sum(1)
+        return {
+            "windows": [[n, x] for n, x in zip(scored.sum(1).tolist(), nats.tolist(), strict=True)]
+        }
+
+    def summary(self, measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return the perplexity at each length with its interval."""
+        found: dict[str, list[Any]] = {"perplexity": [], "interval": [], "scored": [], "loss": []}
+        for length in self.lengths:
+            tokens, nats = self._by_stretch(length, measured)
+            mean, interval = mean_interval(tokens, nats)
+            score = Score(length, sum(tokens), mean)
+            found["perplexity"].append(finite(score.perplexity))
+            found["interval"].append(interval and [math.exp(min(end, 700.0)) for end in interval])
+            found["scored"].append(score.tokens)
+            found["loss"].append(finite(mean))
+        return {"lengths": self.lengths, **found, "joined": self.loaded.text.joined}
+
+    def _by_stretch(
+        self, length: int, measured: Mapping[str, dict[str, Any]]
+    ) -> tuple[list[int], list[float]]:
+        """Return scored tokens and nats of each stretch as long as the longest window."""
+        tokens, nats = dict[int, int](), dict[int, float]()
+        for key, (of_length, starts) in self._starts.items():
+            if of_length != length:
+                continue
+            for start, (scored, sum_of_window) in zip(
+                starts, measured[key]["windows"], strict=True
+            ):
+                stretch = start // self.lengths[-1]
+                tokens[stretch] = tokens.get(stretch, 0) + scored
+                nats[stretch] = nats.get(stretch, 0.0) + sum_of_window
+        return list(tokens.values()), list(nats.values())
 
 
-def _scored(split: TokenSplit, number: int, answers_only: bool) -> Tensor:
-    """Return which tokens of a document are scored, but for its first: bool `[n]`."""
-    if split.targets is not None and answers_only:
-        return split.document_targets(number)
-    return torch.ones(int(split.document_lengths[number]), dtype=torch.bool)
-
-
-def _checked(text: Text, split: TokenSplit, tokens: int) -> Text:
-    """Return a text; raise ValueError if none of it is scored."""
-    if text.unscored[1:].all():
-        raise ValueError(
-            f"{split.folder}: none of the {split.split} split's first {tokens} tokens is part of "
-            "an answer: raise evaluate.tokens, or set data.targets=all"
-        )
-    return text
-
-
-def perplexity_by_length(
-    engine: ForwardEngine,
-    plan: Plan,
-    mesh: Mesh,
-    text: Text,
-    lengths: tuple[int, ...],
-    progress: Progress = silent,
-) -> list[Score]:
-    """Score `text` at each length over all ranks; every rank returns the same numbers.
-
-    `progress` is called with the tokens that are read, of all lengths.
-    """
-    count = counter("perplexity", len(lengths) * (len(text.tokens) - 1), progress)
-    slots = plan.shape.document_layout
-    scores = []
-    for length in lengths:
-        windows = Windows(text, length, plan.config.model.vocab_size)
-        # Lengths count text only. Landmarks are extra, so that all methods score the same windows.
-        row = slots.num_slots(length)
-        layout = layout_for(plan, row)
-        spec = LoaderSpec(
-            layout, mesh.dp_rank, mesh.dp_size, mesh.cp_rank, 1, mesh.dp_size, document_layout=slots
-        )
-        loader = Loader(windows if row == length else AlignedDataset(windows, slots, row), spec)
-        total, tokens = 0.0, 0
-        for _ in range(windows.count // mesh.dp_size):
-            batches = [batch.to(mesh.device) for batch in loader.next_step()]
-            loss = engine.evaluate(batches, layout, row)
-            total, tokens = total + loss.mean * loss.tokens, tokens + loss.tokens
-            count(length * mesh.dp_size)
-        scores.append(Score(length, tokens, total / max(1, tokens)))
-    return scores
-
-
-def layout_for(plan: Plan, length: int) -> ContextLayout:
-    """Return the run's kind of layout for `length` tokens, padded to the multiple it needs."""
-    step = plan.layout.multiple_of
-    padded = -(-length // step) * step
-    return ContextLayout(plan.layout.kind, padded, plan.layout.cp_size, step)
+PERPLEXITY = PartKind("perplexity", lambda loaded: Perplexity(loaded))

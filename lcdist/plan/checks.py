@@ -202,8 +202,17 @@ def check_schedule(config: Config, errors: list[str]) -> None:
             f"'{optim.schedule}'; set it to 0 or use 'wsd'"
         )
     errors.extend(data_errors(data))
-    if not config.evaluate.lengths:
+    _check_evaluation(config, errors)
+
+
+def _check_evaluation(config: Config, errors: list[str]) -> None:
+    asked = config.evaluate
+    if not asked.lengths:
         errors.append("evaluate.lengths = []: name at least one length, such as [4096]")
+    if not asked.measure:
+        errors.append("evaluate.measure = []: name at least one part, such as [perplexity]")
+    twice = [name for name in dict.fromkeys(asked.measure) if asked.measure.count(name) > 1]
+    errors.extend(f"evaluate.measure names '{name}' twice: name it once" for name in twice)
 
 
 UNORDERED = (

@@ -15,7 +15,7 @@ from lcdist.checkpoint.verify import verify_checkpoint
 from lcdist.commands.main import main
 from lcdist.commands.train import run
 from lcdist.distributed.verify import share_out
-from lcdist.evaluate.loaded_model import evaluate_checkpoint
+from lcdist.evaluate.evaluation import evaluate_checkpoint
 from lcdist.rundir.paths import CheckpointError, DamagedCheckpointError
 from lcdist.utils import digests
 from lcdist.utils.digests import damaged_files, read_sums, refuse_damaged_sums, write_sums

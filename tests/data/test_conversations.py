@@ -23,7 +23,7 @@ from lcdist.data.prepare.conversations import ChatTemplate
 from lcdist.data.prepare.readers import RecordError
 from lcdist.data.tokenizers.chat import ChatTokenizer, read_chat_template
 from lcdist.data.tokenizers.huggingface import HuggingFaceTokenizer
-from lcdist.evaluate.perplexity import held_out_text
+from lcdist.evaluate.text import held_out_text
 from lcdist.layout import ContextLayout
 from lcdist.layout.documents import DocumentLayout
 from tests.data.conversations import (

@@ -17,8 +17,10 @@ from lcdist.data.loader import Loader, LoaderSpec
 from lcdist.data.meta import Meta, write_meta
 from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.engines.optimizer import ShardedAdamW
-from lcdist.evaluate.loaded_model import evaluate_checkpoint, load_model
-from lcdist.evaluate.perplexity import Score, Windows, held_out_text, perplexity_by_length
+from lcdist.evaluate.evaluation import evaluate_checkpoint
+from lcdist.evaluate.loaded_model import load_model
+from lcdist.evaluate.perplexity import Perplexity, Score
+from lcdist.evaluate.text import Windows, held_out_text
 from lcdist.layout import ContextLayout
 from lcdist.layout.documents import DocumentLayout
 from lcdist.model.build import CausalLM
@@ -200,7 +202,7 @@ def test_equals_plain_passes_on_one_rank_and_on_two(trained: Any) -> None:
             assert (result["step"], result["tokens"]) == (3, TOKENS)
 
 
-def test_other_meshes_score_whole_rounds_of_windows(trained: Any) -> None:
+def test_other_meshes_score_the_same_windows(trained: Any) -> None:
     folder, expected = trained
     meshes = [
         ["parallel.cp_size=1"],
@@ -209,11 +211,11 @@ def test_other_meshes_score_whole_rounds_of_windows(trained: Any) -> None:
     ]
     for of_rank in run_ranks(evaluated, 2, folder, meshes):
         for result in of_rank:
-            assert result["perplexity"][1:] == pytest.approx(
-                [expected[length][0] for length in LENGTHS[1:]], rel=1e-5
+            assert result["perplexity"] == pytest.approx(
+                [expected[length][0] for length in LENGTHS], rel=1e-5
             )
-        # Two data-parallel ranks take 13 windows each of the 27.
-        assert [result["scored"][0] for result in of_rank] == [182, 189, 189]
+            # Two data-parallel ranks share 27 windows of 7 tokens: one reads its last one twice.
+            assert result["scored"] == [expected[length][1] for length in LENGTHS]
 
 
 @pytest.mark.parametrize(
@@ -274,10 +276,12 @@ def held_by_evaluation(rank: int, world_size: int, folder: Path) -> dict[str, An
     os.environ["WORLD_SIZE"] = str(world_size)
     gc.collect()
     before = {id(x) for x in gc.get_objects()}
-    loaded = load_model(folder / "checkpoints", [], [f"parallel.cp_size={world_size}"])
-    text = held_out_text(TokenSplit(folder / "data", "valid"), 96, 96)
+    words = [f"parallel.cp_size={world_size}", "evaluate.lengths=[96]", "evaluate.tokens=96"]
+    loaded = load_model(folder / "checkpoints", [], words)
+    part = Perplexity(loaded)
     with LiveTensors() as live:
-        perplexity_by_length(loaded.engine, loaded.plan, loaded.mesh, text, (96,))
+        [unit] = part.units()
+        part.measure(unit.key, lambda tokens: None)
     gc.collect()
     new = [x for x in gc.get_objects() if id(x) not in before]
     weights = [p for chunk in loaded.chunks for p in chunk.parameters()]

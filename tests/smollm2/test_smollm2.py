@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lcdist.commands.main import main
 from lcdist.data.datasets.split import TokenSplit
-from lcdist.evaluate.perplexity import Windows, held_out_text
+from lcdist.evaluate.text import Windows, held_out_text
 from tests.smollm2.conftest import from_index
 from tests.tolerance import assert_matches
 

@@ -11,7 +11,7 @@ from lcdist.commands.train import run
 from lcdist.config.schema import Config
 from lcdist.data.meta import Meta, write_meta
 from lcdist.data.prepare.indexed import IndexedWriter
-from lcdist.evaluate.loaded_model import evaluate_checkpoint
+from lcdist.evaluate.evaluation import evaluate_checkpoint
 from lcdist.rundir.records import read_records
 from tests.distributed import run_ranks
 from tests.train.test_resume import config_in, launched, signalled_at
