@@ -3,8 +3,8 @@
 #
 #   sbatch slurm/evaluate.sh RUN [section.key=value ...]
 #
-# All GPUs of the job are context parallel, unless parallel.* says otherwise. A requeued job starts
-# again from the beginning.
+# All GPUs of the job are context parallel, unless parallel.* says otherwise. A requeued job goes on
+# with what is not measured yet. After more training add --overwrite: it is another checkpoint.
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

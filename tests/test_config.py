@@ -107,6 +107,8 @@ data.mixture.code = {path = "a", weight = 0}
     data.mixture.code.weight = 0.0: must be greater than 0
 data.long_factor = [2.0, 0.0]
     data.long_factor[1] = 0.0: must be greater than 0
+evaluate.measure = ["perplexitie"]
+    evaluate.measure[0] = 'perplexitie': must be one of perplexity
 evaluate.lengths = [512, "1k"]
     evaluate.lengths[1] = '1k': expected a whole number, got text
 attention.method = ["full"]
@@ -268,6 +270,7 @@ def test_raw_options_are_checked_as_strictly() -> None:
         ("optim.lr=1e-3", "optim.lr", 1e-3),
         ("log.wandb=true", "log.wandb", True),
         ("evaluate.lengths=[8, 9]", "evaluate.lengths", (8, 9)),
+        ("evaluate.measure=[ perplexity ]", "evaluate.measure", ("perplexity",)),
         ("data.path='a b'", "data.path", "a b"),
         ("data.path=a b", "data.path", "a b"),
         ("data.path=/x=y#z", "data.path", "/x=y#z"),
@@ -307,6 +310,8 @@ train.stepz=7
     unknown key 'train.stepz'; did you mean 'train.steps'?
 evaluate.lengths=[8
     override 'evaluate.lengths=[8': the value is not TOML
+evaluate.measure=[perplexity, 3]
+    override 'evaluate.measure=[perplexity, 3]': the value is not TOML
 data.path="x
     override 'data.path="x': the value is not TOML
 """

@@ -38,6 +38,11 @@ class Checkpoint:
         """Number of training steps before it was written."""
         return self.manifest["step"]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which has those of all files: equal only for equal weights."""
+        return self.manifest.get(OWN_DIGEST, _digest_of(self.manifest))
+
 
 def write_manifest(
     folder: Path, step: int, content: Mapping[str, Any], digests: Mapping[str, str] | None = None

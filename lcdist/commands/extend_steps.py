@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lcdist.commands.console import plain_console
+from lcdist.commands.evaluate import unit_files
 from lcdist.config.schema import Config
 from lcdist.data.datasets.split import TokenSplit
 from lcdist.distributed.mesh import end_world
@@ -131,6 +132,8 @@ class ExtendJob:
             **labels,
         }
         output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        for file in unit_files(results_file, 2):
+            file.unlink(missing_ok=True)
         return True
 
     def sample(self) -> bool:

@@ -1,6 +1,7 @@
 """Apply `section.key=value` words to the table of a configuration."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, get_args
@@ -12,6 +13,8 @@ from lcdist.config.toml_text import parse_toml
 from lcdist.config.values import MOST_LEVELS, shown
 
 log = logging.getLogger(__name__)
+
+_WORDS = re.compile(r"\[ *[A-Za-z_][\w-]*( *, *[A-Za-z_][\w-]*)* *\]")
 
 
 class _Choice(NamedTuple):
@@ -112,11 +115,14 @@ def _apply_override(table: dict[str, Any], override: str, errors: list[str]) -> 
     try:
         parsed = parse_toml(f"value = {text}")
     except ValueError as error:
-        if text.startswith(("'", '"', "[", "{")):
+        if _WORDS.fullmatch(text):
+            parsed = {"value": [word.strip() for word in text[1:-1].split(",")]}
+        elif text.startswith(("'", '"', "[", "{")):
             errors.append(f"override {shown(override)}: the value is not TOML ({error})")
             return ()
-        parsed = {}
-    # A shell strips quotes: a word that is not a TOML value is a string.
+        else:
+            parsed = {}
+    # A shell strips quotes: a word that is not a TOML value is a string, also in a list of words.
     value = parsed["value"] if len(parsed) == 1 else text
     for depth, key in enumerate(keys[:-1]):
         table = table.setdefault(key, {})

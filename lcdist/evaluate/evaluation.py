@@ -1,20 +1,47 @@
 """Evaluate a checkpoint: measure every unit of every part that is asked for."""
 
-from collections.abc import Sequence
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcdist.distributed.mesh import world_size
-from lcdist.evaluate.loaded_model import load_model
+from lcdist import __version__
+from lcdist.checkpoint.manifest import Checkpoint
+from lcdist.config.schema import Config
+from lcdist.data.datasets.build import held_out_folder
+from lcdist.data.meta import read_meta
+from lcdist.distributed.mesh import start_world, world_size
+from lcdist.distributed.rank_zero import run_on_rank_zero
+from lcdist.evaluate.loaded_model import configure, load_model
+from lcdist.evaluate.parts import Part
 from lcdist.evaluate.registry import PART_KINDS
+from lcdist.evaluate.unit_file import UnitFile
+from lcdist.rundir.run_config import flat_settings
 from lcdist.utils.progress import Progress, counter, silent
 
 # Keys that the results have had from the beginning, when perplexity was all that was measured.
 _FIRST_KEYS = ("lengths", "perplexity", "scored", "joined")
+# Settings that change nothing in what a unit measures.
+_OF_NO_UNIT = (
+    *("evaluate.measure", "log.", "optim.", "checkpoint."),
+    *("parallel.timeout", "parallel.stall"),
+)
+# What all units measured, by part and key.
+Measured = dict[str, dict[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where finished units are kept. overwrite: whether to measure again what is kept there."""
+
+    file: Path
+    overwrite: bool = False
 
 
 def evaluate_checkpoint(
-    path: Path, overrides: Sequence[str], progress: Progress = silent
+    path: Path, overrides: Sequence[str], progress: Progress = silent, kept: Kept | None = None
 ) -> dict[str, Any]:
     """Measure the parts `evaluate.measure` of a checkpoint; all ranks call it.
 
@@ -24,6 +51,7 @@ def evaluate_checkpoint(
         path: a checkpoint, or a run folder for its latest.
         overrides: `section.key=value`, over the checkpoint's own configuration.
         progress: called with the tokens of all units.
+        kept: where finished units are kept; those that are there already are not measured again.
 
     Returns:
         checkpoint, step, tokens (asked for), seed, attention (method that read the text), and
@@ -31,15 +59,22 @@ def evaluate_checkpoint(
         perplexity (None if it is not finite), scored (tokens at each length) and joined (whether
         documents were joined to fill the windows).
     """
-    loaded = load_model(path, overrides, [f"parallel.cp_size={world_size()}"])
-    asked = loaded.plan.config.evaluate
-    parts = {name: PART_KINDS[name].open(loaded) for name in asked.measure}
-    units = {name: part.units() for name, part in parts.items()}
-    count = counter("evaluating", sum(u.work for each in units.values() for u in each), progress)
-    measured = {
-        name: {unit.key: part.measure(unit.key, count) for unit in units[name]}
-        for name, part in parts.items()
-    }
+    mesh = [f"parallel.cp_size={world_size()}"]
+    checkpoint, config = configure(path, overrides, mesh)
+    with contextlib.ExitStack() as stack:
+        file = None
+        if kept is not None:
+            start_world(config.parallel.timeout)
+            file = _open(kept, _question(checkpoint, config), stack)
+        loaded = load_model(path, overrides, mesh)
+        if file is not None and loaded.checkpoint.digest != checkpoint.digest:
+            raise ValueError(
+                f"{path} was replaced by {loaded.checkpoint.path} while it was opened: run the "
+                "command again"
+            )
+        asked = loaded.plan.config.evaluate
+        parts = {name: PART_KINDS[name].open(loaded) for name in asked.measure}
+        measured = _measure(parts, file or _Units({}, None), progress)
     summaries = {name: part.summary(measured[name]) for name, part in parts.items()}
     first = summaries.get("perplexity", {})
     return {
@@ -50,4 +85,63 @@ def evaluate_checkpoint(
         "seed": asked.seed,
         "attention": loaded.attention,
         "measured": summaries,
+    }
+
+
+@dataclass(frozen=True)
+class _Units:
+    """Units that are finished, the same on every rank, and how rank 0 keeps another one."""
+
+    finished: Mapping[tuple[str, str], dict[str, Any]]
+    keep: Callable[[str, str, Mapping[str, Any]], None] | None
+
+
+def _open(kept: Kept, question: Mapping[str, Any], stack: contextlib.ExitStack) -> _Units:
+    """Open the file of finished units on rank 0; it is closed with the stack."""
+    files: list[UnitFile] = []
+
+    def read() -> Mapping[tuple[str, str], dict[str, Any]]:
+        files.append(stack.enter_context(UnitFile(kept.file, question, kept.overwrite)))
+        return files[0].measured
+
+    finished = run_on_rank_zero(read)
+    return _Units(finished, lambda *unit: run_on_rank_zero(lambda: files[0].add(*unit)))
+
+
+def _measure(parts: Mapping[str, Part], units: _Units, progress: Progress) -> Measured:
+    """Measure the units that are not finished; return what all of them measured."""
+    wanted = [(name, unit) for name, part in parts.items() for unit in part.units()]
+    done = sum(unit.work for name, unit in wanted if (_kept_as(name), unit.key) in units.finished)
+    count = counter("evaluating", sum(unit.work for _, unit in wanted), progress, done)
+    measured: Measured = {name: {} for name in parts}
+    for name, unit in wanted:
+        found = units.finished.get((_kept_as(name), unit.key))
+        if found is None:
+            # As it is read back from a file, so that a resumed evaluation has the same types.
+            found = json.loads(json.dumps(parts[name].measure(unit.key, count)))
+            if units.keep is not None:
+                units.keep(_kept_as(name), unit.key, found)
+        measured[name][unit.key] = found
+    return measured
+
+
+def _kept_as(name: str) -> str:
+    """Return a part's name with its version: what another version measured is not taken over."""
+    return f"{name} {PART_KINDS[name].version}"
+
+
+def _question(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
+    """Return all that decides what a unit measures."""
+    settings = flat_settings(config)
+    folder = None
+    # Without a folder of tokens a part that needs one says so.
+    with contextlib.suppress(ValueError):
+        folder = read_meta(held_out_folder(config.data))
+    return {
+        "lcdist": __version__,
+        "checkpoint": checkpoint.digest,
+        "step": checkpoint.step,
+        "text": folder and folder.digest,
+        "ranks": world_size(),
+        **{key: value for key, value in settings.items() if not key.startswith(_OF_NO_UNIT)},
     }

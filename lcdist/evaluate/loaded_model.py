@@ -74,10 +74,7 @@ def load_model(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[st
         ConfigError, CheckpointError: the checkpoint or the overrides do not fit.
     """
     # The configuration decides the mesh and so the world: it is read before there is a world.
-    checkpoint = open_checkpoint(path)
-    alone = ["parallel.tp_size=1", "parallel.pp_size=1", "parallel.cp_size=1"]
-    alone += ["parallel.vp_size=1", "parallel.sequence_parallel=false"]
-    config = saved_config(checkpoint, [*alone, *mesh_overrides, *overrides])
+    _, config = configure(path, overrides, mesh_overrides)
     trained = make_plan(_one_sample_a_rank(without_deepspeed(config)), world_size())
     plan = replace(trained, layers=evaluation_layers(trained.layers, config.evaluate.attention))
     attention = plan.shape.attention_name
@@ -90,6 +87,16 @@ def load_model(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[st
     engine = MegatronForward(mesh, chunks)
     checkpoint = _load_newest(path, config, engine)
     return LoadedModel(plan, attention, mesh, checkpoint, engine, chunks)
+
+
+def configure(
+    path: Path, overrides: Sequence[str], mesh_overrides: Sequence[str]
+) -> tuple[Checkpoint, Config]:
+    """Return the checkpoint at `path` and its configuration with overrides; see `load_model`."""
+    checkpoint = open_checkpoint(path)
+    alone = ["parallel.tp_size=1", "parallel.pp_size=1", "parallel.cp_size=1"]
+    alone += ["parallel.vp_size=1", "parallel.sequence_parallel=false"]
+    return checkpoint, saved_config(checkpoint, [*alone, *mesh_overrides, *overrides])
 
 
 def _load_newest(path: Path, config: Config, engine: MegatronForward) -> Checkpoint:

@@ -7,21 +7,17 @@ read back as NaN. A line ends with a CRC-32 of the rest: a digit with a flipped 
 import json
 import logging
 import math
-import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lcdist.utils.atomic import write_file
+from lcdist.utils.checked_lines import ChecksumError, with_checksum, without_checksum
 from lcdist.utils.json_file import check_types
 from lcdist.utils.progress import Progress, counter, silent
 
 log = logging.getLogger(__name__)
-
-# How a line ends. Lines of earlier versions have no checksum.
-_CHECKSUM = re.compile(r', "crc32": "([0-9a-f]{8})"\}$')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,26 +134,21 @@ class StepRecord:
 
 def line_of(record: StepRecord) -> str:
     """Return the record as a line with its checksum, without a newline."""
-    text = record.to_json()
-    return f'{text[:-1]}, "crc32": "{_checksum(text)}"}}'
-
-
-def _checksum(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):08x}"
+    return with_checksum(record.to_json())
 
 
 def _without_checksum(line: str) -> str:
-    """Return what `to_json` gave; raise ValueError if it differs from the line's checksum."""
-    found = _CHECKSUM.search(line)
-    if found is None:
-        return line
-    text = line[: found.start()] + "}"
-    if _checksum(text) != found[1]:
+    """Return what `to_json` gave; raise ValueError if it differs from the line's checksum.
+
+    Lines of earlier versions have no checksum.
+    """
+    try:
+        return without_checksum(line)[0]
+    except ChecksumError as error:
         raise ValueError(
-            f"it differs from its crc32 {found[1]}; restore the file, or delete the line and with "
+            f"it differs from its crc32 {error}; restore the file, or delete the line and with "
             "it what is known of the step"
-        )
-    return text
+        ) from error
 
 
 def without_profiled(records: Sequence[StepRecord]) -> list[StepRecord]:

@@ -51,7 +51,7 @@ def check_same_run(folder: Path, config: Config) -> list[str]:
     file = folder / CONFIG_FILE
     if not file.exists():
         return []
-    before, now = _flat(read_config(folder)), _flat(config)
+    before, now = flat_settings(read_config(folder)), flat_settings(config)
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     forbidden = [key for key in changed if not key.startswith(MAY_CHANGE)]
     if forbidden:
@@ -80,12 +80,13 @@ def write_config(folder: Path, config: Config) -> None:
     write_file(folder / CONFIG_FILE, dump(config))
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def flat_settings(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of a configuration by `section.key`."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(node):
         value, key = getattr(node, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
-            values |= _flat(value, f"{key}.")
+            values |= flat_settings(value, f"{key}.")
         else:
             values[key] = value
     return values

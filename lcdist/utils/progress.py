@@ -23,10 +23,9 @@ def silent(what: str, completed: int, total: int) -> None:
     """Show nothing."""
 
 
-def counter(what: str, total: int, progress: Progress) -> Callable[[int], None]:
-    """Return a function that sums what it is called with, and shows the sum."""
-    completed = 0
-    progress(what, 0, total)
+def counter(what: str, total: int, progress: Progress, completed: int = 0) -> Callable[[int], None]:
+    """Return a function that adds what it is called with to `completed`, and shows the sum."""
+    progress(what, completed, total)
 
     def count(more: int) -> None:
         nonlocal completed

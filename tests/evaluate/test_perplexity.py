@@ -10,12 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcdist.checkpoint.save import Checkpointer
 from lcdist.data.datasets.aligned import AlignedDataset
 from lcdist.data.datasets.split import TokenSplit
 from lcdist.data.loader import Loader, LoaderSpec
-from lcdist.data.meta import Meta, write_meta
-from lcdist.data.prepare.indexed import IndexedWriter
 from lcdist.engines.optimizer import ShardedAdamW
 from lcdist.evaluate.evaluation import evaluate_checkpoint
 from lcdist.evaluate.loaded_model import load_model
@@ -23,31 +20,20 @@ from lcdist.evaluate.perplexity import Perplexity, Score
 from lcdist.evaluate.text import Windows, held_out_text
 from lcdist.layout import ContextLayout
 from lcdist.layout.documents import DocumentLayout
-from lcdist.model.build import CausalLM
-from lcdist.model.sequence import SequenceParams
 from megatron.core.distributed import DistributedDataParallel
 from tests.distributed import run_ranks
-from tests.engines.internals import chunks_of
+from tests.evaluate.worlds import (
+    VOCAB,
+    document,
+    plain_losses,
+    trained_model,
+    with_data,
+    write_tokens,
+)
 from tests.live import LiveTensors, id_of
-from tests.model.small import Meshes, small, take_steps
 
-VOCAB = 250
 LENGTHS = (7, 24, 96)
 TOKENS = 192
-
-
-def write_tokens(folder: Path, documents: dict[str, list[list[int]]]) -> Path:
-    """Write a token folder of the given documents by split."""
-    folder.mkdir(parents=True)
-    for split, of_split in documents.items():
-        with IndexedWriter(folder / split, VOCAB) as writer:
-            for document in of_split:
-                writer.add(document)
-    counts = {split: len(of_split) for split, of_split in documents.items()}
-    tokens = {split: sum(map(len, of_split)) for split, of_split in documents.items()}
-    files = {file.name: file.stat().st_size for file in folder.iterdir()}
-    write_meta(folder, Meta(1, "", VOCAB, 0, "", counts, tokens, {}, {}, 0, [], files))
-    return folder
 
 
 @pytest.fixture
@@ -137,48 +123,20 @@ def train_and_score(
     rank: int, world_size: int, folder: Path, *words: str
 ) -> dict[int, list[float]]:
     """Save a model; [perplexity, tokens] by length, from plain forward passes and float64."""
-    config = small("data.source=tokens", f"data.path={folder / 'data'}", *words)
-    trainer = Meshes().trainer(config)
-    take_steps(trainer, 3)
-    trainer.checkpointer = Checkpointer(folder / "checkpoints", keep_last=1)
-    trainer.save()
-    [model] = chunks_of(trainer)
-    stored: Tensor = TokenSplit(folder / "data", "valid").document(1)
+    model, stored = trained_model(folder, *words), document(folder)
     found = {}
     for length in LENGTHS:
         total, count = 0.0, TOKENS // length
         for start in range(0, count * length, length):
-            tokens, labels = (stored[start + i : start + i + length] for i in (0, 1))
-            with torch.no_grad():
-                logits = text_logits(model, tokens)
-            total += torch.nn.functional.cross_entropy(
-                logits.double(), labels, reduction="sum"
-            ).item()
+            total += plain_losses(model, stored[start : start + length + 1]).sum().item()
         found[length] = [math.exp(total / (count * length)), count * length]
     return found
-
-
-def text_logits(model: CausalLM, text: Tensor) -> Tensor:
-    """`[len(text), vocab]` after each token of the text, laid out as the model wants it."""
-    slots = model.document_layout
-    padded = -(-slots.num_slots(len(text)) // slots.step) * slots.step
-    laid = slots.place(text, 0, padded, len(text))
-    how = SequenceParams(layout=ContextLayout("contiguous", padded, 1))
-    logits = model(laid.clamp(min=0)[None], None, None, packed_seq_params=how)[0]
-    return logits[slots.is_text(laid), : model.true_vocab_size]
 
 
 def evaluated(rank: int, world_size: int, folder: Path, meshes: list[list[str]]) -> list[Any]:
     os.environ["WORLD_SIZE"] = str(world_size)
     asked = [f"evaluate.lengths={list(LENGTHS)}", f"evaluate.tokens={TOKENS}"]
     return [evaluate_checkpoint(folder / "checkpoints", [*asked, *mesh]) for mesh in meshes]
-
-
-def with_data(folder: Path) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(1, VOCAB, (n,), generator=generator).tolist() for n in (50, 400, 90)]
-    write_tokens(folder / "data", {"train": texts, "valid": texts})
-    return folder
 
 
 @pytest.fixture(scope="module")
