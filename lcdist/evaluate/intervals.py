@@ -40,8 +40,12 @@ def mean_interval(
     return ratio, [ratio - half, ratio + half]
 
 
-def fraction_interval(successes: int, count: int) -> list[float] | None:
-    """Return the interval of a fraction after Wilson (1927); None without cases."""
+def fraction_interval(successes: float, count: int) -> list[float] | None:
+    """Return the interval of a fraction after Wilson (1927); None without cases.
+
+    Cases that are half right and the like count as much. Then the interval is wider than need be:
+    at the same mean, shares vary less than right and wrong.
+    """
     if not count:
         return None
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)

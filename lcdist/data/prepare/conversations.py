@@ -71,6 +71,22 @@ class ChatTemplate:
             raise RecordError("a conversation in which the chat template marks no answer")
         return text, answers
 
+    def prompt(self, content: str) -> str:
+        """Return a message of the user and the prompt for an answer; RecordError if refused."""
+        return self._without_generation_marks([_user(content)], prompt=True)
+
+    def end_of_turn(self) -> str | None:
+        """Return the text of the token that ends an answer; None if no token does."""
+        messages = [_user("?"), {"role": "assistant", "content": _END_OF_CONTENT}]
+        rest = self._without_generation_marks(messages).partition(_END_OF_CONTENT)[2]
+        places = {special: rest.find(special) for special in self.specials}
+        return min(
+            (s for s, at in places.items() if at >= 0), key=lambda s: places[s], default=None
+        )
+
+    def _without_generation_marks(self, messages: Sequence[Any], prompt: bool = False) -> str:
+        return _without_marks(self._render(messages, None, prompt))[0]
+
     def _render(self, messages: Sequence[Any], tools: Any, prompt: bool = False) -> str:
         """Render messages; prompt: and the prompt for an answer."""
         words = {"messages": messages, "tools": tools, "add_generation_prompt": prompt}
@@ -123,6 +139,14 @@ class ChatTemplate:
         start = shared.index(content) + len(content)
         places = {special: shared.find(special, start) for special in self.specials}
         return min((at + len(special) for special, at in places.items() if at >= 0), default=0)
+
+
+# No template writes it: what follows it in the text is not part of an answer.
+_END_OF_CONTENT = "\ufdd2"
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
 
 
 # Stands for what a user says next.

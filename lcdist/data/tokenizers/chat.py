@@ -86,6 +86,10 @@ class ChatTokenizer:
         added = self._model.get_added_tokens_decoder().values()
         self.specials = sorted({*(one.content for one in added if one.special), self._eos})
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the tokens of a conversation that the model goes on with."""
+        return self._model.encode(text, add_special_tokens=False).ids
+
     def encode(self, text: str, answers: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         """Return the tokens of a rendered conversation, and which of them belong to an answer.
 
