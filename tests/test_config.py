@@ -68,8 +68,8 @@ paralel.cp_size = 2
     unknown key 'paralel'; did you mean 'parallel'?
 model.seqlen = 8
     unknown key 'model.seqlen'; did you mean 'train.seqlen'?
-evaluate.zzz = 1
-    unknown key 'evaluate.zzz'; known keys: attention, lengths, tokens, measure, samples, seed
+log.zzz = 1
+    unknown key 'log.zzz'; known keys: folder, tensorboard, wandb, wandb_project, peak_tflops
 attention.chunk = 1
     unknown key 'attention.chunk'; known keys: method, layers, impl
 attention.metod = "full"
@@ -108,7 +108,7 @@ data.mixture.code = {path = "a", weight = 0}
 data.long_factor = [2.0, 0.0]
     data.long_factor[1] = 0.0: must be greater than 0
 evaluate.measure = ["perplexitie"]
-    evaluate.measure[0] = 'perplexitie': must be one of perplexity
+    evaluate.measure[0] = 'perplexitie': must be one of perplexity, passkey, needle, ruler
 evaluate.lengths = [512, "1k"]
     evaluate.lengths[1] = '1k': expected a whole number, got text
 attention.method = ["full"]

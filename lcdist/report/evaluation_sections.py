@@ -12,6 +12,17 @@ from typing import Any
 from lcdist.report.formatting import flatten, number
 from lcdist.report.html import Figure, Table
 from lcdist.report.svg import Curve, FigureOptions, plot_perplexity
+from lcdist.report.task_sections import (
+    needle_figures,
+    needle_printed,
+    needle_tables,
+    passkey_figures,
+    passkey_printed,
+    passkey_tables,
+    ruler_figures,
+    ruler_printed,
+    ruler_tables,
+)
 
 # The summary of one part, as `lcdist evaluate` writes it.
 Summary = Mapping[str, Any]
@@ -137,5 +148,30 @@ SECTIONS: Mapping[str, SectionKind] = {
         _printed_perplexity,
         _perplexity_tables,
         _perplexity_figures,
+    ),
+    "passkey": SectionKind(
+        "Passkey retrieval by length",
+        "A number of five digits in a text that repeats itself, at any depth. In brackets: the "
+        "95 % interval.",
+        passkey_printed,
+        passkey_tables,
+        passkey_figures,
+    ),
+    "needle": SectionKind(
+        "Needle map",
+        "A number of seven digits in a text, by length and depth. The table has the average of all "
+        "depths, with its 95 % interval in brackets.",
+        needle_printed,
+        needle_tables,
+        needle_figures,
+    ),
+    "ruler": SectionKind(
+        "RULER",
+        "Scores of the synthetic tasks of RULER (arXiv:2404.06654), in percent, with 95 % "
+        "intervals in brackets. The effective length is the longest whose average reaches the "
+        "threshold.",
+        ruler_printed,
+        ruler_tables,
+        ruler_figures,
     ),
 }

@@ -7,8 +7,8 @@ Here they are shares from 0 to 1; there they are percentages.
 import re
 from collections.abc import Mapping, Sequence
 
-# Average in percent that RULER asks for: Llama-2-7B's at 4,096 tokens.
-EFFECTIVE = 85.6
+from lcdist.config.evaluate import EFFECTIVE_SCORE
+
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _NUMBER = re.compile(r"\d+")
 
@@ -36,7 +36,9 @@ def first_number_matches(prediction: str, references: Sequence[str]) -> float:
     return float(found is not None and found.group() == references[0])
 
 
-def effective_length(averages: Mapping[int, float], threshold: float = EFFECTIVE) -> int | None:
+def effective_length(
+    averages: Mapping[int, float], threshold: float = EFFECTIVE_SCORE
+) -> int | None:
     """Return the longest length whose average is at least `threshold`, as RULER counts; or None.
 
     Args:
@@ -44,11 +46,3 @@ def effective_length(averages: Mapping[int, float], threshold: float = EFFECTIVE
         threshold: in percent.
     """
     return max((n for n, average in averages.items() if average >= threshold), default=None)
-
-
-def effective_length_text(averages: Mapping[int, float], threshold: float = EFFECTIVE) -> str:
-    """Return the effective length in words: "4,096", or "less than 512"; "none" without lengths."""
-    found = effective_length(averages, threshold)
-    if found is not None:
-        return f"{found:,}"
-    return f"less than {min(averages):,}" if averages else "none"

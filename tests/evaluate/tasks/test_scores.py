@@ -7,7 +7,6 @@ import pytest
 
 from lcdist.evaluate.tasks.scores import (
     effective_length,
-    effective_length_text,
     first_number_matches,
     string_match_all,
     string_match_part,
@@ -51,6 +50,3 @@ def test_effective_length_is_the_longest_that_reaches_the_threshold() -> None:
     assert effective_length(averages) == 32768
     assert effective_length(averages, threshold=84.7) == 65536
     assert effective_length({4096: 85.6}) == 4096 and effective_length({4096: 85.59}) is None
-    assert effective_length_text(averages) == "32,768"
-    assert effective_length_text({8192: 12.0, 4096: 80.0}) == "less than 4,096"
-    assert effective_length_text({}) == "none"
