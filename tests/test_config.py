@@ -107,8 +107,8 @@ data.mixture.code = {path = "a", weight = 0}
     data.mixture.code.weight = 0.0: must be greater than 0
 data.long_factor = [2.0, 0.0]
     data.long_factor[1] = 0.0: must be greater than 0
-evaluate.measure = ["perplexitie"]
-    evaluate.measure[0] = 'perplexitie': must be one of perplexity, passkey, needle, ruler
+evaluate.measure = ["x"]
+    evaluate.measure[0] = 'x': must be one of perplexity, position, longppl, passkey, needle, ruler
 evaluate.lengths = [512, "1k"]
     evaluate.lengths[1] = '1k': expected a whole number, got text
 attention.method = ["full"]

@@ -3,10 +3,21 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lcdist.config.fields import DEPTHS, PERCENT, SAMPLES, SEED, SEQLEN, TOKENS, above, at_least
+from lcdist.config.fields import (
+    BINS,
+    DEPTHS,
+    NATS,
+    PERCENT,
+    SAMPLES,
+    SEED,
+    SEQLEN,
+    TOKENS,
+    above,
+    at_least,
+)
 
 # The parts of an evaluation; lcdist/evaluate/registry.py has the code of each.
-Measure = Literal["perplexity", "passkey", "needle", "ruler"]
+Measure = Literal["perplexity", "position", "longppl", "passkey", "needle", "ruler"]
 # RULER's tasks; lcdist/evaluate/tasks/ruler.py has the code of each.
 RulerTask = Literal[
     "niah_single_1",
@@ -35,12 +46,22 @@ class EvaluateConfig:
             (scca), else method.
         lengths: Lengths in tokens at which the model is read.
         tokens: Tokens of held-out text that are scored at each length.
-        measure: The parts, in the order in which they are measured. perplexity: by length. passkey:
-            a number in a repeated text, by length. needle: one in held-out text, by length and
-            depth. ruler: the synthetic tasks of RULER (arXiv:2404.06654).
+        measure: The parts, in the order in which they are measured. perplexity: by length.
+            position: loss by the number of tokens before, in windows of the longest length.
+            longppl: perplexity of the tokens that long context helps to predict
+            (arXiv:2410.23771), in windows of the longest length. passkey: a number in a repeated
+            text, by length. needle: one in held-out text, by length and depth. ruler: the synthetic
+            tasks of RULER (arXiv:2404.06654).
         samples: Questions of each synthetic task at each length. The needle map divides them among
             its depths.
         seed: Of all that is drawn at random; nothing of a text's perplexity is.
+        bins: Of positions, equally wide.
+        marker: Checkpoint that says which tokens longppl scores; empty: the model itself. It needs
+            the same tokenizer.
+        short_context: Least number of tokens that the short context of longppl has.
+        short_step: Tokens that share the beginning of a short context, which grows meanwhile.
+        key_gain: Longppl scores a token if long context lowers its loss by more, in nats,
+        key_loss: and if its loss with long context is lower, in nats.
     """
 
     attention: Literal["auto", "dense", "method"] = "auto"
@@ -49,6 +70,12 @@ class EvaluateConfig:
     measure: tuple[Measure, ...] = ("perplexity",)
     samples: int = at_least(1, 50, SAMPLES)
     seed: int = at_least(0, 0, SEED)
+    bins: int = at_least(1, 32, BINS)
+    marker: str = ""
+    short_context: int = at_least(1, 4096, SEQLEN)
+    short_step: int = at_least(1, 1024, SEQLEN)
+    key_gain: float = at_least(0, 2.0, NATS)
+    key_loss: float = above(0, 2.0, NATS)
     depths: int = at_least(1, 11, DEPTHS)  # of the needle map, evenly spaced from 0 to 100 %
     # How questions are put. text: as a text that ends where the answer begins. chat: as a turn of
     # the user, by the tokenizer's chat template, with the beginning of the answer.

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lcdist.data.meta import read_meta
 from lcdist.distributed.mesh import start_world, world_size
 from lcdist.distributed.rank_zero import run_on_rank_zero
 from lcdist.evaluate.loaded_model import configure, load_model
+from lcdist.evaluate.marker import MARKS, has_marker, load_marker, open_marker
 from lcdist.evaluate.parts import Part
 from lcdist.evaluate.registry import PART_KINDS
 from lcdist.evaluate.unit_file import UnitFile
@@ -62,19 +63,30 @@ def evaluate_checkpoint(
     mesh = [f"parallel.cp_size={world_size()}"]
     checkpoint, config = configure(path, overrides, mesh)
     with contextlib.ExitStack() as stack:
-        file = None
-        if kept is not None:
+        units, marks = _Units({}, None), None
+        if kept is not None or has_marker(config):
             start_world(config.parallel.timeout)
-            file = _open(kept, _question(checkpoint, config), stack)
-        loaded = load_model(path, overrides, mesh)
-        if file is not None and loaded.checkpoint.digest != checkpoint.digest:
+        if kept is not None:
+            units = _open(kept, _question(checkpoint, config), stack)
+        if has_marker(config):
+            part = load_marker(checkpoint, config, overrides, mesh)
+            marks = _measure({MARKS: part}, units, "marking", progress)[MARKS]
+            # Only one of the two models is in memory.
+            del part
+        loaded = replace(load_model(path, overrides, mesh), marks=marks)
+        if kept is not None and loaded.checkpoint.digest != checkpoint.digest:
             raise ValueError(
                 f"{path} was replaced by {loaded.checkpoint.path} while it was opened: run the "
                 "command again"
             )
         asked = loaded.plan.config.evaluate
         parts = {name: PART_KINDS[name].open(loaded) for name in asked.measure}
-        measured = _measure(parts, file or _Units({}, None), progress)
+        # What another version of a part measured is not taken over.
+        versions = {name: f"{name} {PART_KINDS[name].version}" for name in parts}
+        found = _measure(
+            {versions[n]: part for n, part in parts.items()}, units, "evaluating", progress
+        )
+        measured = {name: found[versions[name]] for name in parts}
     summaries = {name: part.summary(measured[name]) for name, part in parts.items()}
     first = summaries.get("perplexity", {})
     return {
@@ -108,26 +120,21 @@ def _open(kept: Kept, question: Mapping[str, Any], stack: contextlib.ExitStack) 
     return _Units(finished, lambda *unit: run_on_rank_zero(lambda: files[0].add(*unit)))
 
 
-def _measure(parts: Mapping[str, Part], units: _Units, progress: Progress) -> Measured:
+def _measure(parts: Mapping[str, Part], units: _Units, title: str, progress: Progress) -> Measured:
     """Measure the units that are not finished; return what all of them measured."""
     wanted = [(name, unit) for name, part in parts.items() for unit in part.units()]
-    done = sum(unit.work for name, unit in wanted if (_kept_as(name), unit.key) in units.finished)
-    count = counter("evaluating", sum(unit.work for _, unit in wanted), progress, done)
+    done = sum(unit.work for name, unit in wanted if (name, unit.key) in units.finished)
+    count = counter(title, sum(unit.work for _, unit in wanted), progress, done)
     measured: Measured = {name: {} for name in parts}
     for name, unit in wanted:
-        found = units.finished.get((_kept_as(name), unit.key))
+        found = units.finished.get((name, unit.key))
         if found is None:
             # As it is read back from a file, so that a resumed evaluation has the same types.
             found = json.loads(json.dumps(parts[name].measure(unit.key, count)))
             if units.keep is not None:
-                units.keep(_kept_as(name), unit.key, found)
+                units.keep(name, unit.key, found)
         measured[name][unit.key] = found
     return measured
-
-
-def _kept_as(name: str) -> str:
-    """Return a part's name with its version: what another version measured is not taken over."""
-    return f"{name} {PART_KINDS[name].version}"
 
 
 def _question(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
@@ -142,6 +149,7 @@ def _question(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
         "checkpoint": checkpoint.digest,
         "step": checkpoint.step,
         "text": folder and folder.digest,
+        "marker": open_marker(config).digest if has_marker(config) else None,
         "ranks": world_size(),
         **{key: value for key, value in settings.items() if not key.startswith(_OF_NO_UNIT)},
     }

@@ -12,6 +12,19 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def perplexity_of(loss: float) -> float:
+    """Return exp(loss), with the loss limited to 700 so that it does not overflow.
+
+    NaN for a loss that is not finite.
+    """
+    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.nan
+
+
+def exp_interval(interval: Sequence[float] | None) -> list[float] | None:
+    """Return the interval of a perplexity from that of the loss."""
+    return None if interval is None else [perplexity_of(end) for end in interval]
+
+
 def mean_interval(
     weights: Sequence[float], totals: Sequence[float]
 ) -> tuple[float, list[float] | None]:

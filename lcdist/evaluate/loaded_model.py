@@ -1,25 +1,27 @@
 """Open a checkpoint to evaluate it or to generate text, on any mesh, without training state."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lcdist.checkpoint.read import Checkpoint, load_weights, open_checkpoint, saved_config
 from lcdist.checkpoint.verify import verify_checkpoint
 from lcdist.config.schema import Config
 from lcdist.data.datasets.build import held_out_folder
-from lcdist.data.meta import check_vocabulary
+from lcdist.data.meta import Meta, check_vocabulary
 from lcdist.data.tokenizers.files import bos_prefix, open_tokenizer
 from lcdist.distributed.mesh import Mesh, build_mesh, least_of_ranks, start_world, world_size
 from lcdist.distributed.rank_zero import run_on_rank_zero
 from lcdist.engines.engine import ForwardEngine
 from lcdist.engines.forward import MegatronForward
-from lcdist.evaluate.text import Text, open_text
+from lcdist.evaluate.text import Text, Windows, open_text, text_losses
 from lcdist.inference.generate import Watch, generate
 from lcdist.inference.sampling import Sampling
 from lcdist.inference.text_stream import TextStream, TextWatch
@@ -39,6 +41,7 @@ class LoadedModel:
     attention: the method that reads the text, and the trained one where they differ.
     engine: evaluates the model.
     chunks: this rank's part of the model, for generation.
+    marks: what another checkpoint, `evaluate.marker`, marked in the text, by unit; None without.
     """
 
     plan: Plan
@@ -47,6 +50,11 @@ class LoadedModel:
     checkpoint: Checkpoint
     engine: ForwardEngine
     chunks: list[CausalLM]
+    marks: Mapping[str, Mapping[str, Any]] | None = None
+
+    def losses(self, windows: Windows, count: Callable[[int], None]) -> Tensor:
+        """Return the loss of the token after each token of the windows; as `text_losses`."""
+        return text_losses(self.engine, self.plan, self.mesh, windows, count)
 
     @cached_property
     def text(self) -> Text:
@@ -56,9 +64,13 @@ class LoadedModel:
             ValueError: as `open_text`; or the text's vocabulary is not the model's.
         """
         text, meta = open_text(self.plan.config, self.checkpoint)
+        self.check_vocabulary(meta)
+        return text
+
+    def check_vocabulary(self, meta: Meta) -> None:
+        """Raise ValueError unless the tokens of a folder match the model's vocabulary."""
         vocab_size = self.plan.config.model.vocab_size
         check_vocabulary(meta, vocab_size, reserved=vocab_size - self.plan.shape.text_vocab_size)
-        return text
 
 
 def load_model(path: Path, overrides: Sequence[str], mesh_overrides: Sequence[str]) -> LoadedModel:

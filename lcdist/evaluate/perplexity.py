@@ -8,15 +8,14 @@ of a ratio: nats over tokens, summed over stretches of text as long as the longe
 (`lcdist.evaluate.intervals`). Nothing is drawn at random.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lcdist.evaluate.intervals import finite, mean_interval
+from lcdist.evaluate.intervals import exp_interval, finite, mean_interval, perplexity_of
 from lcdist.evaluate.loaded_model import LoadedModel
 from lcdist.evaluate.parts import Count, PartKind, Unit
-from lcdist.evaluate.text import Windows, text_losses
+from lcdist.evaluate.text import Windows, stretches
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp(loss), with the loss limited to 700 so that it does not overflow."""
-        return math.exp(min(self.loss, 700.0))
+        return perplexity_of(self.loss)
 
 
 class Perplexity:
@@ -51,11 +50,8 @@ class Perplexity:
         stretch = self.lengths[-1] * loaded.mesh.dp_size
         self._starts: dict[str, tuple[int, list[int]]] = {}
         for length in self.lengths:
-            by_stretch: dict[int, list[int]] = {}
-            for start in Windows(loaded.text, length, 0).starts:
-                by_stretch.setdefault(start // stretch, []).append(start)
-            for number, starts in by_stretch.items():
-                self._starts[f"length {length}, stretch {number}"] = length, starts
+            for name, starts in stretches(loaded.text, length, stretch).items():
+                self._starts[f"length {length}, {name}"] = length, starts
 
     def units(self) -> list[Unit]:
         """Return one unit for each length and stretch."""
@@ -66,8 +62,7 @@ class Perplexity:
         length, starts = self._starts[key]
         loaded = self.loaded
         windows = Windows(loaded.text, length, loaded.plan.config.model.vocab_size, starts)
-        losses = text_losses(loaded.engine, loaded.plan, loaded.mesh, windows, count)
-        scored = windows.scored()
+        losses, scored = loaded.losses(windows, count), windows.scored()
         # Not a product: a loss that is not finite counts only where it is scored.
         nats = losses.masked_fill(~scored, 0.0).sum(1)
         return {
@@ -82,7 +77,7 @@ class Perplexity:
             mean, interval = mean_interval(tokens, nats)
             score = Score(length, sum(tokens), mean)
             found["perplexity"].append(finite(score.perplexity))
-            found["interval"].append(interval and [math.exp(min(end, 700.0)) for end in interval])
+            found["interval"].append(exp_interval(interval))
             found["scored"].append(score.tokens)
             found["loss"].append(finite(mean))
         return {"lengths": self.lengths, **found, "joined": self.loaded.text.joined}
@@ -104,4 +99,4 @@ class Perplexity:
         return list(tokens.values()), list(nats.values())
 
 
-PERPLEXITY = PartKind("perplexity", lambda loaded: Perplexity(loaded))
+PERPLEXITY = PartKind("perplexity", Perplexity)

@@ -159,6 +159,23 @@ def _checked(text: Text, split: TokenSplit, tokens: int) -> Text:
     return text
 
 
+def stretches(text: Text, length: int, stretch: int) -> dict[str, list[int]]:
+    """Return the first tokens of the windows that tile the text, by the stretch they begin in.
+
+    Args:
+        text: the text.
+        length: of the windows.
+        stretch: tokens of each stretch.
+
+    Returns:
+        Lists by names of the stretches, in the order of the text.
+    """
+    found: dict[str, list[int]] = {}
+    for start in Windows(text, length, 0).starts:
+        found.setdefault(f"stretch {start // stretch}", []).append(start)
+    return found
+
+
 def text_losses(
     engine: ForwardEngine, plan: Plan, mesh: Mesh, windows: Windows, count: Callable[[int], None]
 ) -> Tensor:

@@ -213,6 +213,12 @@ def _check_evaluation(config: Config, errors: list[str]) -> None:
         errors.append("evaluate.measure = []: name at least one part, such as [perplexity]")
     twice = [name for name in dict.fromkeys(asked.measure) if asked.measure.count(name) > 1]
     errors.extend(f"evaluate.measure names '{name}' twice: name it once" for name in twice)
+    longest = max(asked.lengths, default=0)
+    if "longppl" in asked.measure and asked.short_context >= longest:
+        errors.append(
+            f"evaluate.short_context = {asked.short_context}: must be less than the longest of "
+            f"evaluate.lengths, {longest}; lower it, or add a longer length"
+        )
 
 
 UNORDERED = (

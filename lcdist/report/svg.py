@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
-SERIES = ("#040404", "#050505")
+SERIES = ("#040404", "#050505", "#060606", "#070707")
 PLACEHOLDERS = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
     GRID: "var(--grid)",
     SERIES[0]: "var(--first)",
     SERIES[1]: "var(--second)",
+    SERIES[2]: "var(--third)",
+    SERIES[3]: "var(--fourth)",
 }
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -107,7 +109,7 @@ def plot_over_tokens(
             ax.set_xlabel("tokens trained on")
         if not options.small and len(curves) > 1:
             ax.legend(frameon=False, loc="upper right")
-        return _to_svg(figure, options)
+        return to_svg(figure, options)
 
 
 def _scale_y_axis(ax: "Axes", log: bool) -> None:
@@ -154,12 +156,12 @@ def plot_perplexity(
         ax.set_xlabel("length in tokens")
         ax.set_ylabel("perplexity")
         low, high = ax.get_ylim()
-        ticks = _round_ticks(low, high)
+        ticks = round_ticks(low, high)
         ax.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set_ylim(low, high)
-        return _to_svg(figure, options)
+        return to_svg(figure, options)
 
 
 def _tick_label(value: float, _: float) -> str:
@@ -170,7 +172,7 @@ def _tick_label(value: float, _: float) -> str:
     return f"{value:g}"
 
 
-def _round_ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """Return ticks in [low, high]: 1, 2, 5 times the powers of ten, or the powers alone.
 
     If these are fewer than three, return evenly spaced numbers.
@@ -206,7 +208,7 @@ def _local_mean(values: Sequence[float], index: int, radius: int) -> float:
     return sum(window) / len(window)
 
 
-def _to_svg(figure: "Figure", options: FigureOptions) -> Markup:
+def to_svg(figure: "Figure", options: FigureOptions) -> Markup:
     """Return an `<svg>` element without external resources, with ids unique on the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

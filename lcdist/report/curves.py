@@ -1,0 +1,91 @@
+"""Draw curves of several evaluations with their intervals, in the style of the report's figures."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from lcdist.report.svg import SERIES, STYLE, FigureOptions, round_ticks, to_svg
+
+MARKERS, LINES = ("o", "s", "^", "D"), ("-", "--", ":", "-.")
+# A curve with more points has no marker at each of them.
+MOST_MARKERS = 20
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: `y` over `x`, and where the intervals of y begin and end; NaN where unknown."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a figure.
+
+    Attributes:
+        x, y: titles.
+        x_ticks: labelled positions on a logarithmic axis; None: a linear axis.
+        log_y: whether the y axis is logarithmic.
+    """
+
+    x: str
+    y: str
+    x_ticks: Sequence[int] | None = None
+    log_y: bool = False
+
+
+def interval_ends(
+    intervals: Sequence[Sequence[float] | None],
+) -> tuple[list[float], list[float]]:
+    """Return the lower and the upper ends of intervals, NaN for None."""
+    ends = [(math.nan, math.nan) if each is None else (each[0], each[1]) for each in intervals]
+    return [low for low, _ in ends], [high for _, high in ends]
+
+
+def plot_lines(lines: Sequence[Line], axes: Axes, options: FigureOptions) -> Markup:
+    """Plot curves with a band for their intervals; each has its own colour, marker and dashes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": options.name}):
+        figure = Figure(figsize=(6.8, 3.2), layout="constrained")
+        ax = figure.subplots()
+        for index, line in enumerate(lines):
+            turn, colour = divmod(index, len(SERIES))
+            ax.fill_between(
+                line.x, line.low, line.high, color=SERIES[colour], alpha=0.15, linewidth=0
+            )
+            ax.plot(
+                line.x,
+                line.y,
+                color=SERIES[colour],
+                marker=MARKERS[colour] if len(line.x) <= MOST_MARKERS else None,
+                markersize=5,
+                linewidth=1.8,
+                linestyle=LINES[(index if len(lines) > 1 else turn) % len(LINES)],
+                label=line.label,
+            )
+        if len(lines) > 1:
+            ax.legend(frameon=False)
+        if axes.x_ticks is not None:
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(list(axes.x_ticks), [f"{tick:,}" for tick in axes.x_ticks])
+            ax.xaxis.set_minor_locator(NullLocator())
+        if axes.log_y:
+            ax.set_yscale("log")
+            low, high = ax.get_ylim()
+            ticks = round_ticks(low, high)
+            ax.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+            ax.yaxis.set_minor_formatter(NullFormatter())
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.set_ylim(low, high)
+        ax.set_xlabel(axes.x)
+        ax.set_ylabel(axes.y)
+        return to_svg(figure, options)
