@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         for checked in check_at_rest(folder):
             damaged += bool(checked.damage)
             console.print(line_of(checked), soft_wrap=True, highlight=False, markup=False)
-            for text in checked.damage:
+            for text in (*checked.damage, *filter(None, [checked.note])):
                 console.print(f"  {text}", soft_wrap=True, highlight=False, markup=False)
     if damaged:
         raise ValueError(

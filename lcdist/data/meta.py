@@ -37,6 +37,8 @@ class Meta:
         kind: kind of the tokenizer; older folders do not record it and use sentencepiece.
         sha256: digests of the folder's other files; None for older folders.
         targets: number of tokens to predict by split, the answers of conversations; None: all.
+        lengths: by split, its longest document ("longest"), and a list ("at_least") of [n,
+            documents of at least n tokens, their tokens]; None for older folders.
     """
 
     format: int
@@ -54,6 +56,7 @@ class Meta:
     kind: str = "sentencepiece"
     sha256: dict[str, str] | None = None
     targets: dict[str, int] | None = None
+    lengths: dict[str, dict] | None = None
 
 
 def write_meta(folder: str | Path, meta: Meta) -> None:

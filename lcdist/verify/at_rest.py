@@ -1,11 +1,12 @@
 """Check what lcdist has written against its digests: checkpoints, token folders, exports."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lcdist.checkpoint.manifest import read_manifest
 from lcdist.data.meta import META, read_meta
+from lcdist.data.prepare.retention import retention_line
 from lcdist.rundir.paths import (
     CHECKPOINTS,
     DAMAGED_PREFIX,
@@ -27,6 +28,7 @@ class Checked:
         files: number of files with a digest.
         nbytes: their bytes.
         damage: what is wrong, one text for each file; empty if all is as written.
+        note: what else there is to know about a whole folder; may be empty.
     """
 
     folder: Path
@@ -34,6 +36,7 @@ class Checked:
     files: int
     nbytes: int
     damage: list[str]
+    note: str = ""
 
 
 def check_at_rest(folder: Path) -> Iterator[Checked]:
@@ -84,7 +87,9 @@ def _check_checkpoint(folder: Path) -> Checked:
 
 
 def _check_tokens(folder: Path) -> Checked:
-    return _check_files(folder, "token folder", read_meta(folder).sha256 or {})
+    meta = read_meta(folder)
+    checked = _check_files(folder, "token folder", meta.sha256 or {})
+    return checked if checked.damage else replace(checked, note=retention_line(folder, meta))
 
 
 def _check_files(folder: Path, kind: str, digests: dict[str, str]) -> Checked:

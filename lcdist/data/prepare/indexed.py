@@ -97,6 +97,15 @@ class IndexedWriter:
                 index.write(table.tobytes())
 
 
+def document_lengths(prefix: str | Path) -> np.ndarray:
+    """Return the tokens of every document of `prefix`.idx, int32 on disk."""
+    path = Path(f"{prefix}.idx")
+    _, _, _, count, _ = _read_header(path)
+    return (
+        np.memmap(path, np.int32, "r", _HEADER.size, (count,)) if count else np.zeros(0, np.int32)
+    )
+
+
 # Documents checked at once: bounds the memory, and a block costs about as much as reading it.
 _CHECKED_DOCUMENTS = 2**20
 

@@ -24,6 +24,8 @@ from lcdist.data.prepare.corpus import (
     scan_source,
 )
 from lcdist.data.prepare.folder_build import FolderBuild, folder_build, is_complete
+from lcdist.data.prepare.indexed import document_lengths
+from lcdist.data.prepare.retention import retention
 from lcdist.data.prepare.settings import TokenizeSettings, check_settings
 from lcdist.data.prepare.shards import (
     SHARD_BYTES,
@@ -277,4 +279,5 @@ def _tokenize(
         sha256=build.digests(),
         kind=tokenizer.kind,
         targets=totals.targets,
+        lengths={s: retention(document_lengths(build.folder / s)) for s in totals.tokens},
     )

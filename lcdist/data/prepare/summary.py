@@ -5,6 +5,7 @@ from typing import Any
 
 from lcdist.data.meta import META
 from lcdist.data.prepare.prepare import Prepared
+from lcdist.data.prepare.retention import retention_table
 
 # The options that read what is otherwise left out.
 _OPTIONS = {"hidden folder": "--hidden", "linked folder": "--follow-links"}
@@ -28,7 +29,7 @@ def summary_lines(prepared: Prepared) -> list[str]:
     for entry in meta.skipped[:3]:
         unit = next((f", {u} {entry[u]}" for u in ("line", "row") if entry.get(u)), "")
         lines.append(f"  {entry['file']}{unit}: {entry['reason']}")
-    return lines
+    return [*lines, *retention_table(prepared.folder, meta)]
 
 
 def _account_lines(source: Mapping[str, Any]) -> Iterator[str]:
