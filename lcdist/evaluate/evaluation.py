@@ -27,6 +27,8 @@ _FIRST_KEYS = ("lengths", "perplexity", "scored", "joined")
 # Settings that change nothing in what a unit measures.
 _OF_NO_UNIT = (
     *("evaluate.measure", "log.", "optim.", "checkpoint."),
+    # Units of tasks have the task, the depth and the numbers of their cases in their keys.
+    *("evaluate.samples", "evaluate.depths", "evaluate.ruler_tasks", "evaluate.effective_score"),
     *("parallel.timeout", "parallel.stall"),
 )
 # What all units measured, by part and key.

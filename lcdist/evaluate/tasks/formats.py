@@ -56,29 +56,33 @@ class ChatFormat(PlainFormat):
 
 
 def open_format(
-    tokenizer: TextTokenizer, folder: Path, how: Literal["text", "chat"]
+    tokenizer: TextTokenizer, how: Literal["text", "chat"], folders: Sequence[Path]
 ) -> PlainFormat:
     """Return the format that `evaluate.prompt` names.
 
     Args:
         tokenizer: of the model.
-        folder: where it comes from, with a chat template beside it.
         how: the format.
+        folders: where a chat template may be: that of the tokenizer first.
 
     Raises:
         ValueError: there is no chat template, or no token for turns.
     """
     if how == "text":
         return PlainFormat(tokenizer)
-    remedy = f"put the model's chat_template.jinja into {folder}, or leave evaluate.prompt = 'text'"
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise ValueError(
-            f"evaluate.prompt = 'chat': the {tokenizer.kind} tokenizer in {folder} has no tokens "
-            "for turns; leave evaluate.prompt = 'text'"
+            f"evaluate.prompt = 'chat': the {tokenizer.kind} tokenizer in {folders[0]} has no "
+            "tokens for turns; leave evaluate.prompt = 'text'"
         )
-    try:
-        return ChatFormat(tokenizer, read_chat_template(folder))
-    except ValueError as error:
-        # What else the message advises is for `lcdist tokenize`.
-        reason = str(error).partition("; ")[0]
-        raise ValueError(f"evaluate.prompt = 'chat': {reason}; {remedy}") from error
+    reasons = []
+    for folder in folders:
+        try:
+            return ChatFormat(tokenizer, read_chat_template(folder))
+        except ValueError as error:
+            # What else the message advises is for `lcdist tokenize`.
+            reasons.append(str(error).partition("; ")[0])
+    raise ValueError(
+        f"evaluate.prompt = 'chat': {reasons[0]}; put the model's chat_template.jinja into "
+        f"{folders[0]}, or leave evaluate.prompt = 'text'"
+    )

@@ -44,7 +44,7 @@ def task_inputs(loaded: LoadedModel, with_text: bool) -> TaskInputs:
     config = loaded.plan.config
     folder = held_out_folder(config.data)
     tokenizer = open_tokenizer(folder)
-    form = open_format(tokenizer, folder, config.evaluate.prompt)
+    form = open_format(tokenizer, config.evaluate.prompt, [folder, loaded.checkpoint.path])
     text = None
     if (folder / META).is_file():
         meta, vocab_size = read_meta(folder), config.model.vocab_size

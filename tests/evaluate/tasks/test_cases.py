@@ -272,7 +272,7 @@ def test_the_fullest_haystack_is_found_where_units_differ() -> None:
 def test_a_chat_prompt_is_a_turn_and_the_beginning_of_an_answer(tmp_path: Path) -> None:
     chat_folder(tmp_path, TEMPLATE)
     tokenizer = open_tokenizer(tmp_path)
-    form = open_format(tokenizer, tmp_path, "chat")
+    form = open_format(tokenizer, "chat", [tmp_path / "nowhere", tmp_path])
     question = Question("What?", " The", ("x",))
     expected = "<|begin|>user\nWhat?<|end|>\n<|begin|>assistant\n The"
     begin, end = 256, 257
@@ -281,7 +281,7 @@ def test_a_chat_prompt_is_a_turn_and_the_beginning_of_an_answer(tmp_path: Path) 
     assert form.decode(tokens) == expected.replace("<|begin|>", "").replace("<|end|>", "")
     assert set(form.stops) == {end}
     assert form.decode([*tokenizer.encode("ok"), 10**6]) == "ok"
-    plain = open_format(tokenizer, tmp_path, "text")
+    plain = open_format(tokenizer, "text", [tmp_path])
     assert plain.tokens(question) == tokenizer.encode("What? The")
 
 
@@ -290,4 +290,4 @@ def test_a_chat_prompt_needs_a_template(tmp_path: Path, kind: str) -> None:
     chat_folder(tmp_path, {"not a template": "{% for %}"}.get(kind))
     tokenizer: Any = ByteTokenizer() if kind == "bytes" else open_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="evaluate.prompt = 'chat': .*evaluate.prompt = 'text'"):
-        open_format(tokenizer, tmp_path, "chat")
+        open_format(tokenizer, "chat", [tmp_path / "nowhere", tmp_path])

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 
 from lcdist.commands.main import main
+from lcdist.data.tokenizers.files import open_tokenizer
+from lcdist.evaluate.tasks import cells
 from lcdist.evaluate.tasks.haystack import essay
 from lcdist.evaluate.tasks.inputs import held_out_essay
 from lcdist.evaluate.tasks.needle import depths, needle_case
 from lcdist.evaluate.tasks.passkey import passkey_case
+from lcdist.evaluate.tasks.predict import continuations
 from lcdist.evaluate.tasks.ruler import RULER
 from lcdist.report.evaluation_sections import printed_tables, sections
 from tests.evaluate.tasks.copier import Listening, words_of, write_model
@@ -116,8 +119,6 @@ def test_needles_are_hidden_in_held_out_text(models: Path) -> None:
 
 
 def test_documents_are_joined_without_their_ends(models: Path) -> None:
-    from lcdist.data.tokenizers.files import open_tokenizer
-
     tokenizer = open_tokenizer(models / "tokens")
     text = held_out_essay(models / "tokens", tokenizer, 2000)
     assert text is not None
@@ -163,3 +164,37 @@ def test_left_out_tasks_are_named(models: Path) -> None:
     assert {*found["tasks"]} == {*RULER} - {*found["left_out"]}
     rows = [row for table in printed_tables({"ruler": found}) for row in table.rows]
     assert ("niah_multivalue", "no text") in rows and ("not measured",) in rows
+
+
+def test_more_cases_are_measured_beside_those_that_are_kept(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = list[int]()
+
+    def counted(loaded: Any, cases: Any, *rest: Any) -> list[list[int]]:
+        prompts.append(len(cases))
+        return continuations(loaded, cases, *rest)
+
+    monkeypatch.setattr(cells, "continuations", counted)
+    monkeypatch.setattr(cells, "_TOKENS_OF_A_UNIT", 600)
+    asked = ["evaluate.measure=[passkey]", "evaluate.lengths=[300]", "--output"]
+    words = ["evaluate", str(models / "copies"), *asked, str(models / "more.json")]
+    assert main([*words, "evaluate.samples=4"]) == 0 and prompts == [2, 2]
+    assert main([*words, "evaluate.samples=6", "evaluate.depths=2"]) == 0 and prompts == [2, 2, 2]
+    found = json.loads((models / "more.json").read_text())["measured"]["passkey"]
+    assert found["cases"] == [6] and found["accuracy"] == [1.0]
+
+
+def test_questions_are_turns_of_a_chat(models: Path) -> None:
+    template = (
+        "{% for m in messages %}roof {{ m.content }}"
+        "{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %} house{% endif %}"
+    )
+    (models / "tokens" / "chat_template.jinja").write_text(template)
+    asked = ["evaluate.measure=[passkey]", f"data.path={models / 'tokens'}"]
+    found = measured(models / "copies", *asked, "evaluate.prompt=chat")["passkey"]
+    plain = measured(models / "copies", *asked)["passkey"]
+    assert found["accuracy"] == plain["accuracy"] == [1.0, 1.0]
+    # Two tokens are the template's.
+    assert found["lengths"] == plain["lengths"] and found["tokens"] != plain["tokens"]
