@@ -36,7 +36,7 @@ FLOORS = (
 )
 # Within attention/, lowest first; the folders of methods stand between these and the registry.
 ATTENTION_LOW = (
-    *("shape", "context", "facts", "shared", "interface", "table"),
+    *("shape", "context", "cache", "facts", "shared", "interface", "table"),
     *("common", "method"),  # deprecated import paths
 )
 ATTENTION_HIGH = ("registry", "__init__")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from lcdist.attention.cache import CacheSpec, LayerCache
 from lcdist.attention.context import AttentionContext, DecodeCache
 from lcdist.attention.shape import HeadSlice, Shape, Traffic
 from lcdist.layout import ContextLayout, pieces_needed
@@ -109,6 +110,8 @@ class MethodFacts:
     default_scale(head_dim): the softmax scale of a call that gives none.
     plan_entries(options, layout, heads, tp_size): entries of the tables that a plan makes to count
         the bytes of one layer on all ranks; default: one a rank. The plan refuses too many.
+    make_cache(spec): the decoding cache of a layer; None: keys and values without rotation, read by
+        `decode`, on one context-parallel rank.
     impls: legal values of `impl`.
     """
 
@@ -130,6 +133,7 @@ class MethodFacts:
     check: Callable[[Any, ContextLayout, HeadSlice, int], None] = _accept_all
     default_scale: Callable[[int], float] = _dot_product_scale
     plan_entries: Callable[[Any, ContextLayout, HeadSlice, int], int] = _entry_a_rank
+    make_cache: Callable[[CacheSpec], LayerCache] | None = None
     impls: tuple[str, ...] = ("auto", "torch", "reference")
     functions: ContextFunctions | KeywordFunctions
 

@@ -14,9 +14,10 @@ from lcdist.commands.evaluate import unit_files
 from lcdist.config.schema import Config
 from lcdist.data.datasets.split import TokenSplit
 from lcdist.distributed.mesh import end_world
-from lcdist.evaluate.loaded_model import generate_text
+from lcdist.evaluate.continuation import generate_text
 from lcdist.evaluate.text import held_out_text
 from lcdist.inference.sampling import Sampling
+from lcdist.inference.settings import Generation
 from lcdist.report.sections import write_report
 from lcdist.rundir.status import read_status
 
@@ -142,9 +143,8 @@ class ExtendJob:
         if output.exists():
             return False
         self.print_title("a sample")
-        text = generate_text(
-            self.folder / "extend", PROMPT, [], max_new_tokens=128, sampling=Sampling(0.8)
-        )
+        how = Generation(128, Sampling(0.8))
+        [text] = generate_text(self.folder / "extend", [PROMPT], [], how).texts
         end_world()
         output.write_text(text + "\n", encoding="utf-8")
         console.print(text)

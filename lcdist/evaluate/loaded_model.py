@@ -7,24 +7,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lcdist.checkpoint.read import Checkpoint, load_weights, open_checkpoint, saved_config
 from lcdist.checkpoint.verify import verify_checkpoint
 from lcdist.config.schema import Config
-from lcdist.data.datasets.build import held_out_folder
 from lcdist.data.meta import Meta, check_vocabulary
-from lcdist.data.tokenizers.files import bos_prefix, open_tokenizer
 from lcdist.distributed.mesh import Mesh, build_mesh, least_of_ranks, start_world, world_size
 from lcdist.distributed.rank_zero import run_on_rank_zero
 from lcdist.engines.engine import ForwardEngine
 from lcdist.engines.forward import MegatronForward
 from lcdist.evaluate.text import Text, Windows, open_text, text_losses
-from lcdist.inference.generate import Watch, generate
-from lcdist.inference.sampling import Sampling
-from lcdist.inference.text_stream import TextStream, TextWatch
 from lcdist.model.build import CausalLM, build_model
 from lcdist.plan import Plan, make_plan
 from lcdist.plan.deepspeed import without_deepspeed
@@ -130,47 +124,6 @@ def _load_newest(path: Path, config: Config, engine: MegatronForward) -> Checkpo
             continue
         engine.load_state({"model": weights})
         return checkpoint
-
-
-def generate_text(
-    path: Path,
-    prompt: str,
-    overrides: Sequence[str],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    watch: TextWatch | None = None,
-) -> str:
-    """Continue the prompt with the checkpoint's model; the whole world is tensor parallel.
-
-    Args:
-        path: a checkpoint, or a run folder for its latest.
-        prompt: the text.
-        overrides: `section.key=value`, over the checkpoint's own configuration.
-        max_new_tokens: upper limit of the continuation.
-        sampling: how tokens are chosen.
-        watch: what is called with the text as it grows.
-
-    Returns:
-        Prompt and continuation.
-
-    Raises:
-        ValueError: an attention method of the model cannot decode.
-    """
-    loaded = load_model(path, overrides, [f"parallel.tp_size={world_size()}"])
-    for layer in loaded.plan.layers:
-        if "decode" not in layer.method.supports:
-            raise ValueError(f"attention method '{layer.method.name}' cannot generate text")
-    tokenizer = open_tokenizer(held_out_folder(loaded.plan.config.data))
-    prompt_ids = [*bos_prefix(tokenizer), *tokenizer.encode(prompt)]
-    tokens = torch.tensor(prompt_ids, dtype=torch.int64, device=loaded.mesh.device)
-    watch, stop = watch or TextWatch(), tokenizer.eos_id
-    stream = None if watch.on_text is None else TextStream(tokenizer, prompt_ids, watch.on_text)
-    counts = Watch(watch.progress, None if stream is None else stream.add)
-    out = generate(loaded.chunks[0], tokens, max_new_tokens, sampling, stop, counts)
-    if stream is not None:
-        stream.end()
-    return tokenizer.decode([t for t in out.tolist() if t != stop])
 
 
 def _one_sample_a_rank(config: Config) -> Config:

@@ -1,40 +1,95 @@
-"""KV cache for decoding token by token."""
+"""Decoding cache of a whole model: a `LayerCache` for each layer of this rank."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import lcm
 
 from torch import Tensor
 
+from lcdist.attention import AttentionMethod
+from lcdist.attention.cache import CacheSpec, LayerCache, NewTokens, SwapCount
+from lcdist.attention.shared.plain_cache import PlainCache
+from lcdist.model.core_attention import LongContextAttention
 
-class KVCache:
-    """Keys and values without rotation, by layer number; each step appends to them.
 
-    A layer's buffers are allocated at its first append, with the dtype and device of its keys.
+@dataclass(frozen=True)
+class CacheSize:
+    """Say what a decoding cache holds.
 
-    max_seqlen: capacity in tokens.
+    Attributes:
+        rows: Texts that are continued at once.
+        capacity: Greatest number of tokens of a text.
+        length: Length that the rotation is made for, where it depends on the length.
+        device_blocks: As in `CacheSpec`.
     """
 
-    def __init__(self, max_seqlen: int) -> None:
-        self.max_seqlen = max_seqlen
-        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._lengths: dict[int, int] = {}
-        self._states: dict[int, dict[str, Tensor]] = {}
+    rows: int
+    capacity: int
+    length: int
+    device_blocks: int | None = None
 
-    def state(self, layer_number: int) -> dict[str, Tensor]:
-        """Return further state of the layer's method: a dict, empty at first, that it may fill."""
-        return self._states.setdefault(layer_number, {})
 
-    def append(self, layer_number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v `[b, s, nheads_kv, head_dim]`; return all keys and values of the layer.
+class ModelCache:
+    """Caches of a rank's layers, for texts with one rotation.
 
-        Raises ValueError if max_seqlen is exceeded.
-        """
-        length = self._lengths.get(layer_number, 0)
-        end = length + k.shape[1]
-        if end > self.max_seqlen:
-            raise ValueError(f"{end} tokens do not fit a cache of max_seqlen = {self.max_seqlen}")
-        if layer_number not in self._buffers:
-            shape = (k.shape[0], self.max_seqlen, *k.shape[2:])
-            self._buffers[layer_number] = (k.new_zeros(shape), v.new_zeros(shape))
-        for buffer, new in zip(self._buffers[layer_number], (k, v), strict=True):
-            buffer[:, length:end] = new
-        self._lengths[layer_number] = end
-        keys, values = self._buffers[layer_number]
-        return keys[:, :end], values[:, :end]
+    Args:
+        layers: attention of every layer on this rank.
+        size: how many texts and tokens it holds.
+
+    Raises:
+        ValueError: a method's options do not fit decoding on this mesh.
+    """
+
+    def __init__(self, layers: Iterable[LongContextAttention], size: CacheSize) -> None:
+        self._layers = {
+            layer.layer_number: cache_of(layer.method, spec_of(layer, size)) for layer in layers
+        }
+        # Tokens of the forward pass that runs; all layers read them.
+        self.new = NewTokens((), (), 0)
+
+    @property
+    def page(self) -> int:
+        """Tokens that stay together on a context-parallel rank in every layer."""
+        return lcm(*(cache.page for cache in self._layers.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on this rank's device."""
+        return sum(cache.nbytes for cache in self._layers.values())
+
+    @property
+    def swaps(self) -> SwapCount | None:
+        """What all layers copied from host memory; None if every cache is on the device."""
+        return SwapCount.total(*(cache.swaps for cache in self._layers.values()))
+
+    def attend(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep the new tokens of a layer and return their attention; as `LayerCache.attend`."""
+        return self._layers[layer_number].attend(q, k, v, self.new)
+
+
+def cache_of(method: AttentionMethod, spec: CacheSpec) -> LayerCache:
+    """Return an empty cache of a layer.
+
+    Raises ValueError if the options do not fit each other or the group.
+    """
+    if method.make_cache is not None:
+        return method.make_cache(spec)
+    return PlainCache(method.decode, method.name, "state" in method.supports, spec)
+
+
+def spec_of(layer: LongContextAttention, size: CacheSize) -> CacheSpec:
+    """Return the description of a layer's attention."""
+    head_dim, scale = layer.config.kv_channels, layer.softmax_scale
+    assert head_dim is not None
+    return CacheSpec(
+        options=layer.options,
+        rotary=layer.rotary(size.length),
+        softmax_scale=layer.method.default_scale(head_dim) if scale is None else scale,
+        params=dict(layer.extras) or None,
+        heads=layer.heads,
+        group=layer.cp_group,
+        impl=layer.impl,
+        rows=size.rows,
+        capacity=size.capacity,
+        device_blocks=size.device_blocks,
+    )

@@ -102,7 +102,7 @@ class LongContextAttention(MegatronModule):
             rotated: whether q and k are rotated already, as `rotation` said.
         """
         if sequence.cache is not None:
-            out = self._decode(q, k, v, sequence.cache)
+            out = sequence.cache.attend(self.layer_number, q, k, v)
         elif sequence.cu_seqlens is None:
             out = self._attend(q, k, v, sequence, None, rotated)
         else:
@@ -158,23 +158,4 @@ class LongContextAttention(MegatronModule):
             params=dict(self.extras) or None,
             heads=self.heads,
             impl=self.impl,
-        )
-
-    def _decode(self, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
-        k_full, v_full = cache.append(self.layer_number, k, v)
-        read = k_full.shape[1]
-        state = {}
-        if "state" in self.method.supports:
-            state["state"] = cache.state(self.layer_number)
-        return self.method.decode(
-            q,
-            k_full,
-            v_full,
-            options=self.options,
-            positions=torch.arange(read - q.shape[1], read),
-            rotary=self.rotary(read),
-            softmax_scale=self.softmax_scale,
-            params=dict(self.extras) or None,
-            heads=self.heads,
-            **state,
         )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcdist.attention.coca.cache import TauCache
 from lcdist.attention.context import AttentionContext, DecodeCache
 from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
@@ -158,5 +159,6 @@ METHOD = AttentionMethod(
     flops=flops,
     bytes=traffic,
     impls=IMPLS,
+    make_cache=TauCache,
     functions=ContextFunctions(attend, reference, decode, attend_local),
 )

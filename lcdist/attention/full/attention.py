@@ -13,6 +13,7 @@ from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.shape import Shape, Traffic
 from lcdist.attention.shared.checks import causal_flops, decode_rows
+from lcdist.attention.shared.key_value_cache import KeyValueCache
 from lcdist.attention.shared.ring_softmax import RingSoftmax, reference_ring, ring_bytes
 from lcdist.config.schema import FullOptions
 from lcdist.layout import KINDS, ContextLayout
@@ -91,5 +92,6 @@ METHOD = AttentionMethod(
     flops=flops,
     bytes=traffic,
     impls=IMPLS,
+    make_cache=KeyValueCache,
     functions=ContextFunctions(attend, reference, decode, attend_local),
 )

@@ -21,6 +21,7 @@ from torch import Tensor
 from lcdist.attention.context import AttentionContext, DecodeCache
 from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
+from lcdist.attention.landmark.cache import make_cache
 from lcdist.attention.landmark.gather import attend_selected, reference_selected
 from lcdist.attention.landmark.plan import (
     LAYOUTS,
@@ -132,6 +133,7 @@ METHOD = AttentionMethod(
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
+    make_cache=make_cache,
     functions=ContextFunctions(attend, reference, decode, attend_local),
     kept_bytes=kept_bytes,
     layouts_for=layouts_for,

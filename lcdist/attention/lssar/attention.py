@@ -19,6 +19,7 @@ from torch import Tensor
 from lcdist.attention.context import AttentionContext, DecodeCache
 from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
+from lcdist.attention.lssar.cache import DirectionCache
 from lcdist.attention.lssar.ring import (
     RingKernels,
     RingLssar,
@@ -43,7 +44,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     counts, impl = band_of(ctx, ctx.rank).counts, None
     if ctx.impl != "reference":
         what = "lssar attention under context parallelism"
-        impl = ops.select_lssar_impl(ctx.impl, q, what, reweight_of(ctx))
+        impl = ops.select_lssar_impl(ctx.impl, q, what, reweight_of(ctx.options))
     if impl is ops.TRITON_IMPL:
         tables = ops.direction_tables(
             q, counts, ctx.softmax_scale, ctx.rotary, ctx.positions(ctx.rank)
@@ -58,19 +59,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
 
 def attend_local(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return the output of a whole sequence on one rank."""
-    return ops.lssar_attention(q, k, v, reweight=reweight_of(ctx), **ctx.kernel_arguments)
+    return ops.lssar_attention(q, k, v, reweight=reweight_of(ctx.options), **ctx.kernel_arguments)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return dense attention of a whole sequence: see `lssar_reference`."""
-    return ops.lssar_reference(q, k, v, reweight=reweight_of(ctx), **ctx.reference_arguments)
+    return ops.lssar_reference(
+        q, k, v, reweight=reweight_of(ctx.options), **ctx.reference_arguments
+    )
 
 
 def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
     """Return attention of new tokens over the keys and values up to their positions."""
     decode_row = partial(
         ops.lssar_cached,
-        reweight=reweight_of(ctx),
+        reweight=reweight_of(ctx.options),
         rotary=ctx.rotary,
         softmax_scale=ctx.softmax_scale,
     )
@@ -118,5 +121,6 @@ METHOD = AttentionMethod(
     kept_bytes=kept_bytes,
     impls=ops.IMPLS,
     default_scale=math.log,
+    make_cache=DirectionCache,
     functions=ContextFunctions(attend, reference, decode, attend_local),
 )

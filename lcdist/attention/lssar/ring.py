@@ -17,9 +17,8 @@ from lcdist_kernels.lssar.rows import RowResults
 from lcdist_kernels.tape import kept, records
 
 
-def reweight_of(ctx: AttentionContext) -> Reweight | None:
+def reweight_of(options: LssarOptions) -> Reweight | None:
     """Return LSSAR's re-weighting; None for LSSA."""
-    options: LssarOptions = ctx.options
     if not options.reweight:
         return None
     return Reweight(power=options.power, exempt_rows=options.exempt_rows)
@@ -40,7 +39,7 @@ def reference_ring(queries: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext)
 
     `RingLssar` is tested against it.
     """
-    reweight = reweight_of(ctx)
+    reweight = reweight_of(ctx.options)
 
     def scores(owner: int, k_blk: Tensor) -> Tensor:
         mask = visible(*band_of(ctx, owner)).to(queries.device)
@@ -147,7 +146,7 @@ def _laps(
     with_slope: bool,
 ) -> RowResults:
     """Return the results of rows over all ranks' keys, out and slope in the dtype of values."""
-    reweight, sums = reweight_of(ctx), None
+    reweight, sums = reweight_of(ctx.options), None
     threshold = _mean_pass(queries, kv[0], to_keys, ctx, impl)
     for owner, (k_blk, v_blk) in ring(kv, ctx.group):
         band = band_of(ctx, owner)
@@ -173,7 +172,7 @@ def _backward_lap(
 
     row: the fields of `RowResults`.
     """
-    reweight, dqueries = reweight_of(ctx), None
+    reweight, dqueries = reweight_of(ctx.options), None
     stats = impl.rows(dout, *row, band_of(ctx, ctx.rank), reweight)
     visits = ring_with_gradients(kv, ctx.group)
     for visit in visits:
@@ -194,7 +193,7 @@ def _mean_pass(
     queries: Tensor, k: Tensor, to_keys: ToKeys, ctx: AttentionContext, impl: LssarImpl
 ) -> Threshold:
     """Return every row's threshold; LSSA has none, and sends nothing here."""
-    none, reweight = ops.no_threshold(queries), reweight_of(ctx)
+    none, reweight = ops.no_threshold(queries), reweight_of(ctx.options)
     if reweight is None:
         return none
     total, largest = torch.zeros_like(none.mean), torch.zeros_like(none.mean)

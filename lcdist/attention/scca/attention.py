@@ -17,6 +17,7 @@ from torch import Tensor
 from lcdist.attention.context import AttentionContext, DecodeCache
 from lcdist.attention.facts import ContextFunctions, out_and_lse
 from lcdist.attention.interface import AttentionMethod
+from lcdist.attention.scca.cache import PatternCache
 from lcdist.attention.scca.pattern import check_documents, for_layer, held_rules, model_rules
 from lcdist.attention.scca.ring import (
     RingKeys,
@@ -250,6 +251,7 @@ METHOD = AttentionMethod(
     bytes=traffic,
     kept_bytes=kept_bytes,
     impls=IMPLS,
+    make_cache=PatternCache,
     functions=ContextFunctions(attend, reference, decode, attend_local),
     exchange_for=exchange_for,
     for_layer=for_layer,

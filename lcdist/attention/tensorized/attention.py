@@ -19,6 +19,8 @@ from lcdist.attention.context import AttentionContext, DecodeCache
 from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.shape import HeadSlice, Shape
+from lcdist.attention.tensorized.branches import grid_and_bias
+from lcdist.attention.tensorized.cache import make_cache
 from lcdist.attention.tensorized.plan import kept_bytes, make_grid, make_shard_plan, traffic
 from lcdist.attention.tensorized.reference import reference_shard
 from lcdist.attention.tensorized.units import ShardedTensorized, ShardExchange
@@ -26,13 +28,12 @@ from lcdist.config.schema import TensorizedOptions
 from lcdist.layout import ContextLayout, pieces_needed
 from lcdist_kernels import tensorized as ops
 from lcdist_kernels import tensorized_attention, tensorized_reference
-from lcdist_kernels.common import wide_dtype
 from lcdist_kernels.tensorized import ModeGrid, ModeRotary
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return this rank's shard of the output, with the coarsest mode swapped over ranks."""
-    grid, bias = _grid_and_bias(q, k, ctx)
+    grid, bias = grid_and_bias(q, k, ctx)
     _check_layout(grid, ctx.layout)
     _check_documents(grid, ctx)
     plan = make_shard_plan(grid, k.shape[2], ctx.layout_key, ctx.documents)
@@ -49,21 +50,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
 
 def attend_local(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return the output of a whole sequence on one rank."""
-    grid, bias = _grid_and_bias(q, k, ctx)
+    grid, bias = grid_and_bias(q, k, ctx)
     _check_documents(grid, ctx)
     return tensorized_attention(q, k, v, grid=grid, branch_bias=bias, **ctx.kernel_arguments)
-
-
-def _grid_and_bias(q: Tensor, k: Tensor, ctx: AttentionContext) -> tuple[ModeGrid, Tensor]:
-    """Return the grid, and the bias of the tensor's own heads in the wider of fp32 and q.dtype."""
-    grid = make_grid(ctx.options, ctx.heads, (q.shape[2], k.shape[2]))
-    bias = (ctx.params or {}).get("branch_bias")
-    if bias is None:
-        bias = ops.initial_bias_for(q, grid.modes)
-    elif bias.shape[-1] == ctx.heads.nheads:
-        bias = bias[..., ctx.heads.first : ctx.heads.first + q.shape[2]]
-    ops.check_bias(bias, grid, q.shape[2])
-    return grid, bias.to(q.device, wide_dtype(q.dtype))
 
 
 def _check_layout(grid: ModeGrid, layout: ContextLayout) -> None:
@@ -88,7 +77,7 @@ def _check_documents(grid: ModeGrid, ctx: AttentionContext) -> None:
 
 def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return dense attention of a whole sequence: see `tensorized_reference`."""
-    grid, bias = _grid_and_bias(q, k, ctx)
+    grid, bias = grid_and_bias(q, k, ctx)
     return tensorized_reference(q, k, v, grid=grid, branch_bias=bias, **ctx.reference_arguments)
 
 
@@ -98,7 +87,7 @@ def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
     cache.state: U of closed blocks and the open block's queries, kept by this function; empty at
     the start, None for a single call from position 0.
     """
-    grid, bias = _grid_and_bias(q, cache.k, ctx)
+    grid, bias = grid_and_bias(q, cache.k, ctx)
     rotary = ModeRotary(grid, ctx.rotary, cache.positions, ctx.softmax_scale)
     state = {} if cache.state is None else cache.state
     return ops.decode_step(q, cache.k, cache.v, bias, rotary, state)
@@ -171,6 +160,7 @@ METHOD = AttentionMethod(
     flops=flops,
     bytes=traffic,
     kept_bytes=kept_bytes,
+    make_cache=make_cache,
     functions=ContextFunctions(attend, reference, decode, attend_local),
     parameters=parameters,
     exchange_for=exchange_for,
