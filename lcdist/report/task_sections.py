@@ -75,7 +75,7 @@ def needle_figures(results: Mapping[str, Summary]) -> list[Figure]:
 def ruler_printed(summary: Summary) -> list[Table]:
     """Return the scores of one evaluation, and its effective length."""
     head = ("RULER", *(f"{length:,}" for length in summary["lengths"]))
-    rows = [(task, *_scores(row)) for task, row in summary["tasks"].items()]
+    rows = [(task, *_scores(task, summary)) for task in summary["tasks"]]
     average = summary["average"]
     cells = zip(average["score"], average["interval"], strict=True)
     rows.append(("average", *(percent(score, interval, 100.0) for score, interval in cells)))
@@ -139,8 +139,15 @@ def percent(
     return f"{text} ({low} to {high})"
 
 
-def _scores(row: Summary) -> list[str]:
-    return [percent(score, None, 100.0) for score in row["score"]]
+def _scores(task: str, summary: Summary) -> list[str]:
+    """Return the scores of a task, or what its shortest case takes."""
+    needed = {
+        each["length"]: f"takes {each['needed']:,}"
+        for each in summary["too_short"]
+        if each["task"] == task
+    }
+    scores = zip(summary["lengths"], summary["tasks"][task]["score"], strict=True)
+    return [needed.get(length) or percent(score, None, 100.0) for length, score in scores]
 
 
 def _tasks(label: str, summary: Summary) -> Table:

@@ -11,8 +11,9 @@ from lcdist.evaluate.tasks.case import Case, TooShortError
 from lcdist.evaluate.tasks.inputs import TaskInputs
 from lcdist.evaluate.tasks.predict import continuations
 
-# A unit has so many tokens, or one case.
+# A unit has at most so many tokens and cases, or is one case.
 _TOKENS_OF_A_UNIT = 2**16
+_CASES_OF_A_UNIT = 16
 # Up to this length it is tried whether a case fits; beyond it, what fits a shorter length fits.
 _ALWAYS_TRIED = 8192
 Score = Callable[[str, Sequence[str]], float]
@@ -81,7 +82,7 @@ class Cells:
         self._loaded, self._inputs = loaded, inputs
         self._units: dict[str, tuple[Cell, range]] = {}
         for cell in cells:
-            step = max(1, _TOKENS_OF_A_UNIT // cell.length)
+            step = max(1, min(_CASES_OF_A_UNIT, _TOKENS_OF_A_UNIT // cell.length))
             for first in range(0, cell.count, step):
                 numbers = range(first, min(first + step, cell.count))
                 self._units[f"{cell.name}, cases {first} to {numbers[-1]}"] = cell, numbers
