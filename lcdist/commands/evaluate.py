@@ -1,4 +1,4 @@
-"""`lcdist evaluate`: measure a checkpoint's perplexity by length."""
+"""`lcdist evaluate`: measure what a checkpoint does with long context."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ from lcdist.commands.console import plain_console
 from lcdist.distributed.mesh import end_world
 from lcdist.evaluate.evaluation import Kept, evaluate_checkpoint
 from lcdist.evaluate.unit_file import SUFFIX
+from lcdist.report.comparison import write_evaluation
 from lcdist.report.evaluation_sections import printed_tables
 from lcdist.utils.errors import naming
 from lcdist.utils.progress import TOKENS, progress_console, show_progress
@@ -32,12 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="measure again what finished units measured"
     )
+    parser.add_argument("--html", type=Path, help="page to write, with tables and figures")
     add_overrides(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate one or two checkpoints; rank 0 writes and prints the results."""
     check_output(arguments.output)
+    check_output(arguments.html)
     if arguments.overwrite and not arguments.output:
         raise ValueError("--overwrite has no meaning without --output; leave it out")
     paths = [arguments.checkpoint]
@@ -51,12 +54,16 @@ def run(arguments: argparse.Namespace) -> int:
         end_world()
     if not arguments.is_first_rank:
         return 0
+    content = results[0]
+    if len(results) > 1:
+        content = {str(word): each for word, each in zip(COMPARED, results, strict=True)}
     if arguments.output:
-        content = results[0] if len(results) == 1 else dict(zip(COMPARED, results, strict=True))
         with naming(arguments.output):
             arguments.output.write_text(
                 json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
             )
+    if arguments.html:
+        write_evaluation(content, str(arguments.checkpoint), arguments.html)
     for path, result in zip(paths, results, strict=True):
         title = f"{path} (attention: {result['attention']})"
         for found in printed_tables(result["measured"]):

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,10 @@ def evaluate_checkpoint(
         kept: where finished units are kept; those that are there already are not measured again.
 
     Returns:
-        checkpoint, step, tokens (asked for), seed, attention (method that read the text), and
-        measured: the summary of each part by its name. If perplexity is measured, also lengths,
-        perplexity (None if it is not finite), scored (tokens at each length) and joined (whether
-        documents were joined to fill the windows).
+        checkpoint, step, tokens (asked for), seed, attention (method that read the text), version
+        (of lcdist), settings (`[evaluate]`), and measured: the summary of each part by its name. If
+        perplexity is measured, also lengths, perplexity (None if it is not finite), scored (tokens
+        at each length) and joined (whether documents were joined to fill the windows).
     """
     mesh = [f"parallel.cp_size={world_size()}"]
     checkpoint, config = configure(path, overrides, mesh)
@@ -98,6 +98,8 @@ def evaluate_checkpoint(
         "tokens": asked.tokens,
         "seed": asked.seed,
         "attention": loaded.attention,
+        "version": __version__,
+        "settings": asdict(asked),
         "measured": summaries,
     }
 

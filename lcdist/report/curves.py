@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from lcdist.report.svg import SERIES, STYLE, FigureOptions, round_ticks, to_svg
+from lcdist.report.svg import DASHES, SERIES, STYLE, FigureOptions, round_ticks, to_svg
 
-MARKERS, LINES = ("o", "s", "^", "D"), ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D")
 # A curve with more points has no marker at each of them.
 MOST_MARKERS = 20
 
@@ -69,7 +69,7 @@ def plot_lines(lines: Sequence[Line], axes: Axes, options: FigureOptions) -> Mar
                 marker=MARKERS[colour] if len(line.x) <= MOST_MARKERS else None,
                 markersize=5,
                 linewidth=1.8,
-                linestyle=LINES[(index if len(lines) > 1 else turn) % len(LINES)],
+                linestyle=DASHES[turn % len(DASHES)],
                 label=line.label,
             )
         if len(lines) > 1:
@@ -78,7 +78,7 @@ def plot_lines(lines: Sequence[Line], axes: Axes, options: FigureOptions) -> Mar
             ax.set_xscale("log", base=2)
             ax.set_xticks(list(axes.x_ticks), [f"{tick:,}" for tick in axes.x_ticks])
             ax.xaxis.set_minor_locator(NullLocator())
-        if axes.log_y:
+        if axes.log_y and any(y > 0 for line in lines for y in line.y):
             ax.set_yscale("log")
             low, high = ax.get_ylim()
             ticks = round_ticks(low, high)

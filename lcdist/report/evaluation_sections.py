@@ -76,6 +76,12 @@ def sections(evaluations: Mapping[str, Mapping[str, Summary]]) -> list[Section]:
     return found
 
 
+def check_shown(name: str, summary: Summary) -> None:
+    """Make the tables of a part; raises whatever goes wrong with a summary that is damaged."""
+    _kind(name).printed(summary)
+    _kind(name).tables({"": summary})
+
+
 def _kind(name: str) -> SectionKind:
     """Return the section of a part; a plain one for a part that this version does not know."""
     if name in SECTIONS:

@@ -14,6 +14,11 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.2e}"
 
 
+def finite(value: float | None) -> float | None:
+    """Return a number, or None if it is not finite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def amount(value: float) -> str:
     """Return a count with a decimal prefix: 4.19 M, 812 k."""
     for size, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):

@@ -58,4 +58,9 @@ class Shares:
 
 def render_report(**sections: Any) -> str:
     """Return the HTML document. `sections` are the variables of templates/report.html."""
-    return _environment.get_template("report.html").render(sections)
+    return render("report.html", **sections)
+
+
+def render(template: str, **variables: Any) -> str:
+    """Return the HTML document of a template with its variables."""
+    return _environment.get_template(template).render(variables)

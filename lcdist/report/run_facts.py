@@ -5,7 +5,6 @@ sequence. It may also have results over all stages (evaluation.json, sample.txt)
 exports of the model (conversion.json).
 """
 
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lcdist.config.load import read_table
+from lcdist.report.evaluation_file import AGAIN as MAKE_AGAIN
+from lcdist.report.evaluation_file import OF_JOB, Evaluation, evaluations_of, is_of_job
+from lcdist.report.formatting import finite
 from lcdist.rundir.header import REMOVE, read_header
 from lcdist.rundir.profile import Profile, read_profiles
 from lcdist.rundir.records import StepRecord, read_records
@@ -20,11 +22,6 @@ from lcdist.utils.json_file import check_types, read_json, read_object
 from lcdist.utils.progress import Progress, silent
 
 FIRST_STAGES = ("pretrain", "extend")
-MAKE_AGAIN = "remove the file, or write it again by the command that made it"
-_EVALUATION = {
-    **{"lengths": list[int], "before": list[float | None], "after": list[float | None]},
-    **{"attention": str, "tokens": int, "before_label": str, "after_label": str},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +52,18 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """Contents of a run folder: stages in order; evaluation, sample, conversion if present."""
+    """Contents of a run folder: stages in order; evaluation, sample, conversion if present.
+
+    evaluation: perplexity before and after, of `lcdist extend`.
+    evaluations: all that evaluation.json holds, whoever wrote it.
+    """
 
     name: str
     stages: tuple[Stage, ...]
     evaluation: Mapping[str, Any] | None
     sample: str | None
     conversion: Mapping[str, Any] | None = None
+    evaluations: tuple[Evaluation, ...] = ()
 
 
 def read_run_folder(folder: Path, progress: Progress = silent) -> RunFolder:
@@ -91,14 +93,15 @@ def read_run_folder(folder: Path, progress: Progress = silent) -> RunFolder:
             f"{folder}: no metrics.jsonl in it or in {' or '.join(FIRST_STAGES)}; "
             f"give the folder of a run (log.folder), or of a job of 'lcdist extend'"
         )
-    evaluation = folder / "evaluation.json"
+    evaluation, evaluations = _read_evaluation(folder / "evaluation.json")
     sample, conversion = folder / "sample.txt", folder / "conversion.json"
     return RunFolder(
         name=folder.resolve().name,
         stages=tuple(stages),
-        evaluation=_read_evaluation(evaluation) if evaluation.exists() else None,
+        evaluation=evaluation,
         sample=_read_text(sample) if sample.exists() else None,
         conversion=_read_conversion(conversion) if conversion.exists() else None,
+        evaluations=evaluations,
     )
 
 
@@ -138,12 +141,12 @@ def _stage_facts(stage: Stage) -> dict[str, Any]:
         "steps": last.step,
         "samples": last.samples,
         "tokens": stage.tokens,
-        "first_loss": _finite(records[0].loss),
-        "last_loss": _finite(statistics.fmean(last_losses)),
+        "first_loss": finite(records[0].loss),
+        "last_loss": finite(statistics.fmean(last_losses)),
         "step": [record.step for record in records],
-        "loss": [_finite(record.loss) for record in records],
-        "grad_norm": [_finite(record.grad_norm) for record in records],
-        "lr": [_finite(record.lr) for record in records],
+        "loss": [finite(record.loss) for record in records],
+        "grad_norm": [finite(record.grad_norm) for record in records],
+        "lr": [finite(record.lr) for record in records],
         "exchange_bytes": {
             verb: statistics.fmean(record.exchange_bytes.get(verb, 0) for record in records)
             for verb in verbs
@@ -212,19 +215,21 @@ def _read_conversion(path: Path) -> dict[str, Any]:
     return table
 
 
-def _read_evaluation(path: Path) -> dict[str, Any]:
-    """Read evaluation.json. Raises ValueError that names file and error."""
+def _read_evaluation(
+    path: Path,
+) -> tuple[dict[str, Any] | None, tuple[Evaluation, ...]]:
+    """Read evaluation.json: the one of `lcdist extend`, if it is, and all that the file holds.
+
+    Raises:
+        ValueError: the file is damaged; the message names it and the error.
+    """
+    if not path.exists():
+        return None, ()
     table = read_json(path, MAKE_AGAIN)
-    for key in ("before", "after"):
-        if isinstance(table, dict) and isinstance(table.get(key), list):
-            # Perplexity may overflow.
-            table[key] = [_finite(v) if isinstance(v, float) else v for v in table[key]]
-    check_types(table, _EVALUATION, str(path), MAKE_AGAIN)
-    count = len(table["lengths"])
-    for key in ("before", "after"):
-        if len(table[key]) != count or not count:
-            raise ValueError(f"{path}: {key} has {len(table[key])} entries for {count} lengths")
-    return {key: table[key] for key in _EVALUATION}
+    evaluations = tuple(evaluations_of(table, str(path)))
+    if not is_of_job(table):
+        return None, evaluations
+    return {key: table[key] for key in OF_JOB}, evaluations
 
 
 def _read_text(path: Path) -> str:
@@ -233,7 +238,3 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         number = path.read_bytes()[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{number}: not UTF-8 text ({error.reason})") from error
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -1,5 +1,6 @@
 """A section of a page about evaluations, and how a part of an evaluation becomes one."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,14 @@ class Section:
 
 
 def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
-    """Return a value with its interval, as a cell shows it: 12.3 (11.9 to 12.8)."""
+    """Return a value with its interval, as a cell shows it: 12.34 (11.90 to 12.80)."""
     if interval is None or value is None:
+        return _figure(value)
+    return f"{_figure(value)} ({_figure(interval[0])} to {_figure(interval[1])})"
+
+
+def _figure(value: float | None) -> str:
+    """Return a number with four significant digits, or as `number` does if it is large or tiny."""
+    if value is None or not 1e-3 <= abs(value) < 1e4:
         return number(value)
-    return f"{number(value)} ({number(interval[0])} to {number(interval[1])})"
+    return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"

@@ -11,10 +11,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from lcdist.report.evaluation_sections import sections
 from lcdist.report.formatting import amount, duration, flatten, number, percent, size
 from lcdist.report.html import Figure, Shares, Table, render_report
 from lcdist.report.profile_section import profile_sections
 from lcdist.report.run_facts import RunFolder, Stage, facts_of, read_run_folder, report_facts
+from lcdist.report.section import Section
 from lcdist.report.svg import Curve, FigureOptions, plot_over_tokens, plot_perplexity
 from lcdist.rundir.records import StepRecord, without_profiled
 from lcdist.utils.atomic import write_file
@@ -42,6 +44,7 @@ def write_report(folder: Path, output: Path | None = None, progress: Progress = 
     page = render_report(
         summary=_summary(run, facts),
         perplexity=_perplexity(facts) if facts["evaluation"] else None,
+        evaluations=_evaluations(run),
         learning=_learning(run, facts),
         conversion=_conversion(run.conversion) if run.conversion else None,
         cost=_cost(run, facts),
@@ -50,6 +53,13 @@ def write_report(folder: Path, output: Path | None = None, progress: Progress = 
     output = output or folder / "report.html"
     write_file(output, page)
     return output
+
+
+def _evaluations(run: RunFolder) -> list[Section]:
+    """Return what `lcdist evaluate` measured; of `lcdist extend` there is a section already."""
+    if run.evaluation is not None:
+        return []
+    return sections({each.label or run.name: each.measured for each in run.evaluations})
 
 
 def _summary(run: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:

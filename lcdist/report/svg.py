@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 SERIES = ("#040404", "#050505", "#060606", "#070707")
+DASHES = ("-", "--", ":", "-.")
 PLACEHOLDERS = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
@@ -52,7 +53,10 @@ MAX_POINTS = 600
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a figure: `y` over `x`, in the colour of series number `series` (0 or 1)."""
+    """A line of a figure: `y` over `x`, in the colour of series number `series`, from 0.
+
+    Beyond the fourth, colours come again with dashes.
+    """
 
     label: str
     x: Sequence[float]
@@ -194,12 +198,13 @@ def _draw_curve(ax: "Axes", curve: Curve, smooth: bool) -> None:
     """
     stride = max(1, len(curve.x) // MAX_POINTS)
     x, y = list(curve.x)[::stride], list(curve.y)[::stride]
-    colour = SERIES[curve.series]
+    turn, number = divmod(curve.series, len(SERIES))
+    colour, dashes = SERIES[number], DASHES[turn % len(DASHES)]
     if smooth and len(curve.y) > 20:
         ax.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
         radius = max(1, len(curve.y) // 80)
         y = [_local_mean(curve.y, index, radius) for index in range(0, len(curve.y), stride)]
-    ax.plot(x, y, color=colour, linewidth=1.6, label=curve.label)
+    ax.plot(x, y, color=colour, linewidth=1.6, linestyle=dashes, label=curve.label)
 
 
 def _local_mean(values: Sequence[float], index: int, radius: int) -> float:

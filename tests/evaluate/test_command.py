@@ -52,8 +52,12 @@ def test_the_same_command_goes_on_and_results_have_their_first_keys(
 
 def test_two_checkpoints_keep_their_units_apart(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "both.json"
-    assert main(["evaluate", str(run), "--before", str(run), "--output", str(output), *ASKED]) == 0
+    page = tmp_path / "both.html"
+    words = ["evaluate", str(run), "--before", str(run), "--output", str(output)]
+    assert main([*words, "--html", str(page), *ASKED]) == 0
     result = json.loads(output.read_text())
+    assert "Perplexity by length" in page.read_text()
+    page.unlink()
     assert result["before"] == result["after"]
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["both.json", "both.json.after.units.jsonl", "both.json.before.units.jsonl"]
