@@ -1,6 +1,7 @@
 """The parts passkey, needle and ruler, on a model that copies numbers and on one that guesses."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from lcdist.commands.main import main
 from lcdist.data.tokenizers.files import open_tokenizer
+from lcdist.evaluate.evaluation import Kept, evaluate_checkpoint
 from lcdist.evaluate.tasks import cells
 from lcdist.evaluate.tasks.haystack import essay
 from lcdist.evaluate.tasks.inputs import held_out_essay
@@ -16,6 +18,7 @@ from lcdist.evaluate.tasks.passkey import passkey_case
 from lcdist.evaluate.tasks.predict import continuations
 from lcdist.evaluate.tasks.ruler import RULER
 from lcdist.report.evaluation_sections import printed_tables, sections
+from tests.distributed import run_ranks
 from tests.evaluate.tasks.copier import Listening, words_of, write_model
 
 LENGTHS = (300, 900)
@@ -199,3 +202,23 @@ def test_questions_are_turns_of_a_chat(models: Path) -> None:
     assert found["accuracy"] == plain["accuracy"] == [1.0, 1.0]
     # Two tokens are the template's.
     assert found["lengths"] == plain["lengths"] and found["tokens"] != plain["tokens"]
+
+
+def answers(rank: int, world_size: int, model: Path, *words: str) -> list[dict[str, Any]]:
+    """Evaluate on a mesh; what each unit measured."""
+    os.environ["WORLD_SIZE"] = str(world_size)
+    file = model.parent / f"{model.name}-{'-'.join(words)}.jsonl"
+    asked = ["evaluate.measure=[passkey,needle]", "evaluate.samples=3", "evaluate.depths=2"]
+    asked += ["evaluate.lengths=[300,900]"]
+    evaluate_checkpoint(model, [*asked, *words], kept=Kept(file))
+    lines = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    return [{**line["measured"], "key": line["key"]} for line in lines]
+
+
+@pytest.mark.parametrize("model", ["copies", "guesses"])
+def test_answers_are_the_same_on_every_mesh(models: Path, model: str) -> None:
+    [alone] = run_ranks(answers, 1, models / model)
+    assert len(alone) == 6 and all(each["answers"] for each in alone)
+    for words in (["parallel.cp_size=2"], ["parallel.cp_size=1"]):
+        for found in run_ranks(answers, 2, models / model, *words):
+            assert found == alone
