@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-CELL_WIDTH, CELL_HEIGHT, LEFT, TOP, BOTTOM, GAP = 62, 26, 92, 22, 46, 2
+CELL_WIDTH, CELL_HEIGHT, TOP, BOTTOM, GAP = 62, 26, 22, 46, 2
+# Least width of the labels of rows, and what a character of them takes at most.
+LEFT, CHARACTER = 92, 6.8
 FONT = "font-family: var(--sans); font-size: 11px"
 KEY_STEPS = 24
 
@@ -45,20 +47,21 @@ def heat_map(
     """
     if len(values) != len(rows.labels) or any(len(v) != len(columns.labels) for v in values):
         raise ValueError("a heat map needs a value for each row and column")
-    width = LEFT + CELL_WIDTH * len(columns.labels) + GAP
+    left = max(LEFT, 10 + round(CHARACTER * max(map(len, rows.labels), default=0)))
+    width = left + CELL_WIDTH * len(columns.labels) + GAP
     height = TOP + CELL_HEIGHT * len(rows.labels) + BOTTOM
-    parts = [_text(LEFT, 13, columns.title, "start"), _text(LEFT - 8, 13, rows.title, "end")]
+    parts = [_text(left, 13, columns.title, "start"), _text(left - 8, 13, rows.title, "end")]
     for i, label in enumerate(rows.labels):
         y = TOP + CELL_HEIGHT * i
-        parts.append(_text(LEFT - 8, y + 17, label, "end", "var(--ink)"))
+        parts.append(_text(left - 8, y + 17, label, "end", "var(--ink)"))
         for j, value in enumerate(values[i]):
             text = texts[i][j] if texts is not None else None
-            parts.append(_cell(LEFT + CELL_WIDTH * j, y, value, scale, text))
+            parts.append(_cell(left + CELL_WIDTH * j, y, value, scale, text))
     below = TOP + CELL_HEIGHT * len(rows.labels) + 14
     for j, label in enumerate(columns.labels):
-        middle = LEFT + CELL_WIDTH * j + (CELL_WIDTH - GAP) / 2
+        middle = left + CELL_WIDTH * j + (CELL_WIDTH - GAP) / 2
         parts.append(_text(middle, below, label, "middle", "var(--ink)"))
-    parts.append(_key(below + 10, scale))
+    parts.append(_key(left, below + 10, scale))
     # Small maps are not blown up to the width of the page.
     head = Markup('<svg role="img" aria-label="{}" viewBox="0 0 {} {}" style="max-width: {}px">')
     return head.format(alt, width, height, width) + Markup("").join(parts) + Markup("</svg>")
@@ -97,20 +100,20 @@ def _colour(value: float, scale: tuple[float, float]) -> tuple[str, bool]:
     return to_hex((red, green, blue)), luminance > 0.179
 
 
-def _key(y: float, scale: tuple[float, float]) -> Markup:
+def _key(left: float, y: float, scale: tuple[float, float]) -> Markup:
     """Return a bar of the colours with the values at its ends."""
     low, high = scale
     width = 4
     cells = [
         Markup('<rect x="{}" y="{}" width="{}" height="8" fill="{}"/>').format(
-            LEFT + 34 + width * k, y, width + 0.5, _colour(k / (KEY_STEPS - 1), (0, 1))[0]
+            left + 34 + width * k, y, width + 0.5, _colour(k / (KEY_STEPS - 1), (0, 1))[0]
         )
         for k in range(KEY_STEPS)
     ]
     ends = (f"{low:.0%}", f"{high:.0%}") if scale == (0.0, 1.0) else (f"{low:g}", f"{high:g}")
     texts = [
-        _text(LEFT + 28, y + 8, ends[0], "end"),
-        _text(LEFT + 40 + width * KEY_STEPS, y + 8, ends[1], "start"),
+        _text(left + 28, y + 8, ends[0], "end"),
+        _text(left + 40 + width * KEY_STEPS, y + 8, ends[1], "start"),
     ]
     return Markup("").join([*cells, *texts])
 

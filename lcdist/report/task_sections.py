@@ -31,7 +31,7 @@ def passkey_figures(results: Mapping[str, Summary]) -> list[Figure]:
     lengths = _lengths(results)
     rows = [_at(each["lengths"], each["accuracy"], lengths) for each in results.values()]
     svg = heat_map(
-        Axis("", list(results)),
+        Axis("", [_named(label, each) for label, each in results.items()]),
         Axis("length in tokens", [f"{n:,}" for n in lengths]),
         rows,
         "Passkeys found by length; the table has its numbers.",
@@ -66,7 +66,8 @@ def needle_figures(results: Mapping[str, Summary]) -> list[Figure]:
                 each["accuracy"],
                 f"{label}: needles found by depth and length; the terminal prints its numbers.",
             ),
-            f"{label}: share of needles found in {each['text']}, {each['cases']} in each cell.",
+            f"{_named(label, each)}: share of needles found in {each['text']}, {each['cases']} in "
+            "each cell.",
         )
         for label, each in results.items()
     ]
@@ -93,8 +94,8 @@ def ruler_tables(results: Mapping[str, Summary]) -> list[Table]:
         scores = _at(each["lengths"], average["score"], lengths)
         intervals = _at(each["lengths"], average["interval"], lengths)
         cells = [percent(s, i, 100.0) for s, i in zip(scores, intervals, strict=True)]
-        rows.append((label, *cells, effective_text(each)))
-    head = ("average", *(f"{n:,}" for n in lengths), "effective length")
+        rows.append((_named(label, each), f"{len(each['tasks'])}", *cells, effective_text(each)))
+    head = ("average", "tasks", *(f"{n:,}" for n in lengths), "effective length")
     return [Table(head, rows), *(_tasks(label, each) for label, each in results.items())]
 
 
@@ -111,7 +112,7 @@ def ruler_figures(results: Mapping[str, Summary]) -> list[Figure]:
                 ],
                 f"{label}: scores by task and length; the table has its numbers.",
             ),
-            f"{label}: score of each task. A dash: no case is so short.",
+            f"{_named(label, each)}: score of each task. A dash: no case is so short.",
         )
         for label, each in results.items()
     ]
@@ -156,7 +157,7 @@ def _tasks(label: str, summary: Summary) -> Table:
     for task, row in summary["tasks"].items():
         cells = zip(row["score"], row["interval"], strict=True)
         rows.append((task, *(percent(score, interval, 100.0) for score, interval in cells)))
-    return Table((label, *(f"{n:,}" for n in summary["lengths"])), rows)
+    return Table((_named(label, summary), *(f"{n:,}" for n in summary["lengths"])), rows)
 
 
 def _by_length(results: Mapping[str, Summary], key: str, whole: float) -> Table:
@@ -168,7 +169,12 @@ def _by_length(results: Mapping[str, Summary], key: str, whole: float) -> Table:
         columns.append([percent(v, i, whole) for v, i in zip(values, intervals, strict=True)])
     cells = zip(*columns, strict=True)
     rows = [(f"{length:,}", *row) for length, row in zip(lengths, cells, strict=True)]
-    return Table(("length", *results), rows)
+    return Table(("length", *(_named(label, each) for label, each in results.items())), rows)
+
+
+def _named(label: str, summary: Summary) -> str:
+    """Return the name of an evaluation, and how questions were put if not as plain text."""
+    return f"{label} (chat)" if summary["prompt"] == "chat" else label
 
 
 def _lengths(results: Mapping[str, Summary]) -> list[int]:

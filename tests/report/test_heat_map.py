@@ -54,3 +54,15 @@ def test_values_beyond_the_scale_get_its_ends_and_nan_is_empty() -> None:
 def test_a_missing_value_is_refused() -> None:
     with pytest.raises(ValueError, match="a value for each row and column"):
         heat_map(Axis("", ["a", "b"]), Axis("", ["x"]), [[1.0]], "")
+
+
+def test_long_labels_have_the_room_that_they_take() -> None:
+    def first_cell(label: str) -> float:
+        grid = heat_map(Axis("", [label]), Axis("", ["x"]), [[1.0]], "")
+        found = re.search(r'<rect x="([\d.]+)"', str(grid))
+        assert found is not None
+        return float(found[1])
+
+    assert first_cell("a") == first_cell("a" * 9) > 80
+    # Of the font's 11 pixels a letter takes 6 or so.
+    assert first_cell("a" * 40) > 8 + 40 * 6.5

@@ -18,7 +18,7 @@ class Passkey:
 
     def __init__(self, loaded: LoadedModel) -> None:
         inputs = task_inputs(loaded, with_text=False)
-        asked, form = inputs.asked, inputs.form
+        asked, form, self.prompt = inputs.asked, inputs.form, inputs.asked.prompt
 
         def of_length(length: int) -> Callable[[int], Case]:
             return lambda number: passkey_case(form, length, asked.seed, number)
@@ -50,6 +50,7 @@ class Passkey:
             "interval": [each.interval for each in found],
             "cases": [len(each.scores) for each in found],
             "tokens": [each.mean_length for each in found],
+            "prompt": self.prompt,
             "too_short": self.too_short,
         }
 
@@ -60,7 +61,7 @@ class Needle:
     def __init__(self, loaded: LoadedModel) -> None:
         inputs = task_inputs(loaded, with_text=True)
         asked, form, self.text = inputs.asked, inputs.form, inputs.text
-        self.depths = depths(asked.depths)
+        self.prompt, self.depths = asked.prompt, depths(asked.depths)
         # The same number at each depth, at least one.
         self.count = -(-asked.samples // len(self.depths))
 
@@ -104,6 +105,7 @@ class Needle:
             "cases": self.count,
             "tokens": [each.mean_length for each in averages],
             "text": "a repeated paragraph" if self.text is None else "the held-out text",
+            "prompt": self.prompt,
             "too_short": self.too_short,
         }
 

@@ -24,7 +24,7 @@ class Ruler:
 
     def __init__(self, loaded: LoadedModel) -> None:
         inputs = task_inputs(loaded, with_text=True)
-        self.threshold = inputs.asked.effective_score
+        self.threshold, self.prompt = inputs.asked.effective_score, inputs.asked.prompt
         self.tasks, self.left_out = _chosen(inputs)
         self.lengths = sorted(set(inputs.asked.lengths))
         self.fits: dict[str, list[int]] = {}
@@ -79,6 +79,7 @@ class Ruler:
             "average": self._row([averages.get(length) for length in self.lengths]),
             "effective_length": effective_length(percent, self.threshold),
             "threshold": self.threshold,
+            "prompt": self.prompt,
             "left_out": self.left_out,
             "too_short": self.too_short,
         }

@@ -105,11 +105,14 @@ def test_tables_and_maps_show_all_of_it(results: dict[str, Any]) -> None:
     assert [len(found[name].figures) for name in ("passkey", "needle", "ruler")] == [1, 2, 2]
     assert all(figure.svg.count("<rect") > 5 for each in found.values() for figure in each.figures)
     assert found["passkey"].tables[0].rows[0] == ("300", "100% (61 to 100)", "0% (0 to 39)")
-    # An evaluation of other lengths beside it.
-    shorter = {"passkey": {**results["guesses"]["passkey"], "lengths": [900, 1200]}}
+    assert found["ruler"].tables[0].head == ("average", "tasks", "300", "900", "effective length")
+    assert found["ruler"].tables[0].rows[0][:3] == ("copies", "2", "–")
+    # An evaluation of other lengths beside it, and with other prompts.
+    other = {"lengths": [900, 1200], "prompt": "chat"}
+    shorter = {"passkey": {**results["guesses"]["passkey"], **other}}
     [section] = [s for s in sections({**results, "b": shorter}) if s.name == "passkey"]
     assert [row[0] for row in section.tables[0].rows] == ["300", "900", "1,200"]
-    assert section.tables[0].rows[0][3] == "–"
+    assert section.tables[0].rows[0][3] == "–" and section.tables[0].head[3] == "b (chat)"
 
 
 def test_needles_are_hidden_in_held_out_text(models: Path) -> None:
