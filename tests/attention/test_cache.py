@@ -1,5 +1,6 @@
 """Decoding caches: every call, on any number of ranks, gives the rows of the dense reference."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from lcdist.exchange import Group, VirtualGroup, group_size
 from lcdist.inference.cache import cache_of
 from tests.attention.body import Problem, Variant, make, whole
 from tests.attention.test_methods import DECODING
+from tests.kernels.helpers import FP32, HERE
 from tests.tolerance import assert_matches
 
 OTHERS = [
@@ -181,3 +183,41 @@ def test_more_tokens_than_the_capacity_are_refused() -> None:
     cache.attend(q, k, v, NewTokens((0,), (0,), count))
     with pytest.raises(ValueError, match=f"{count + 1} tokens do not fit a cache of {count}"):
         cache.attend(q[:, :1], k[:, :1], v[:, :1], NewTokens((0,), (count,), 1))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant("full", METHODS["full"].options()),
+        Variant("tensorized", TensorizedOptions(modes=(4,), local_blocks=2)),
+        Variant("landmark", LandmarkOptions(block_size=4, top_k=2, select_tokens=1)),
+    ],
+    ids=name_of,
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kernels_of_single_tokens_equal_torch(variant: Variant, ranks: int) -> None:
+    problem = make(variant, "contiguous", 1, at_least=48, dtype=torch.float32)
+    problem.qkv = [x.to(HERE) for x in problem.qkv]
+    if problem.params is not None:
+        problem.params = {name: x.to(HERE) for name, x in problem.params.items()}
+
+    def last_tokens(group: Group, impl: str) -> Tensor:
+        spec = dataclasses.replace(spec_of(problem, group), impl="torch")
+        cache = cache_of(problem.method, spec)
+        q, k, v = (x[:, :40] for x in problem.qkv)
+        for row in range(2):
+            new = NewTokens((row,), (0,), 40)
+            cache.attend(q[row : row + 1], k[row : row + 1], v[row : row + 1], new)
+        cache.spec = dataclasses.replace(spec, impl=impl)
+        out = []
+        for t in range(40, 47):
+            q, k, v = (x[:, t : t + 1] for x in problem.qkv)
+            out.append(cache.attend(q, k, v, NewTokens((0, 1), (t, t), 1)))
+        return torch.cat(out, 1)
+
+    for impl in ("torch", "triton"):
+        outs = VirtualGroup(ranks).run(lambda group, impl=impl: last_tokens(group, impl))
+        if impl == "torch":
+            truth = outs[0]
+        for out in outs:
+            assert_matches(out, truth, FP32)

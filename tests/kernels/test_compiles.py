@@ -208,8 +208,32 @@ for each in made:
 """
 
 
+DECODE = """
+import torch
+from lcdist_kernels.decode import decode_blocks, decode_fwd
+from tests.kernels.compiling import SHARED, compiled_for
+
+with compiled_for(CAPABILITY) as made:
+    for dtype, head_dim, heads in (
+        (torch.bfloat16, 128, (32, 8)), (torch.float16, 80, (4, 4)), (torch.float32, 64, (8, 1)),
+    ):
+        q, k = torch.zeros(2, heads[0], head_dim, dtype=dtype), torch.zeros(
+            2, 4096, heads[1], head_dim, dtype=dtype
+        )
+        decode_fwd(q, k, k, [(0, 0, 4096), (1, 3, 7)], 0.25)
+        table = torch.zeros(9, 2, 64, head_dim, dtype=dtype)
+        ids = torch.zeros(2, heads[1], 8, dtype=torch.int32)
+        decode_blocks(q, table, ids, 0.25)
+assert len(made) == 12
+for each in made:
+    assert each.metadata.shared <= SHARED[CAPABILITY], each.metadata
+    assert "st.local" not in each.asm["ptx"], each.metadata.name
+"""
+
+
 PROGRAMS = {
     "full": FULL,
+    "decode": DECODE,
     "scca": SCCA,
     "rotary": ROTARY,
     "normal": NORMAL,

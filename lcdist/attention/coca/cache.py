@@ -10,6 +10,8 @@ from lcdist_kernels.coca import check_variant, collinear, keys, queries, rotary_
 class TauCache(KeyValueCache):
     """Keeps tau and values; keys follow from tau and positions."""
 
+    keeps_keys = False
+
     def __init__(self, spec: CacheSpec) -> None:
         super().__init__(spec)
         self.variant = spec.options.variant

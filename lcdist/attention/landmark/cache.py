@@ -11,9 +11,15 @@ from torch import Tensor
 
 from lcdist.attention.cache import CacheSpec, LayerCache, NewTokens, SoftmaxCache, row_calls
 from lcdist.attention.landmark.block_table import BlockTable, HostBlocks
-from lcdist.attention.shared.key_value_cache import join_rows, nothing_seen, store_tokens
+from lcdist.attention.shared.key_value_cache import (
+    decodes_by_kernel,
+    join_rows,
+    nothing_seen,
+    store_tokens,
+)
 from lcdist.attention.shared.token_store import TokenStore
 from lcdist.exchange import gather
+from lcdist_kernels.decode import decode_blocks, decode_fwd
 from lcdist_kernels.full import merge
 from lcdist_kernels.landmark import TORCH_IMPL, LandmarkImpl, select_landmark_impl
 from lcdist_kernels.landmark.blocks import QueryRows, landmarks, slots_of
@@ -145,6 +151,12 @@ class ChosenBlocksCache(_LandmarkCache):
         k_ids = self.recent.positions(row)
         if not len(k_ids):
             return nothing_seen(q)
+        if q.shape[1] == 1 and decodes_by_kernel(self.spec.impl, q):
+            last, start = (int(x) for x in rows.content)
+            k, v = self.recent.read(row)
+            span = (0, start - int(k_ids[0]), last - start + 1)
+            out, lse = decode_fwd(q[:, 0], k, v, [span], self.spec.softmax_scale)
+            return out[:, None], lse[..., None]
         k_start = k_ids[:: self.block_size]
         missing = len(slots_of(k_start, self.block_size)) - len(k_ids)
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) for x in self.recent.read(row))
@@ -159,6 +171,9 @@ class ChosenBlocksCache(_LandmarkCache):
         chosen = impl.choose_blocks(q, keys, rows, lengths, self.spec.options.top_k, scale)
         parts = []
         for start, stop, table, numbers, ids in self.blocks.find(row, chosen):
+            if q.shape[1] == 1 and decodes_by_kernel(self.spec.impl, q):
+                out, lse = decode_blocks(q[:, 0], table, ids[:, :, 0], scale)
+                return out[:, None], lse[..., None]
             lists = BlockLists(numbers, ids, lengths[start:stop])
             part = rows.part(start, stop)
             parts.append(impl.sparse_fwd(q[:, start:stop], table, lists, part, scale))

@@ -5,11 +5,18 @@ from torch import Tensor
 
 from lcdist.attention.cache import CacheSpec, LayerCache, NewTokens, SoftmaxCache, row_calls
 from lcdist.attention.shared.token_store import TokenStore
+from lcdist_kernels.decode import decode_fwd
 from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, select_block_impl
+from lcdist_kernels.triton_common import use_kernels
 
 
 class KeyValueCache(SoftmaxCache):
-    """Keeps keys as they are multiplied, and values."""
+    """Keeps keys as they are multiplied, and values.
+
+    keeps_keys: whether the store has keys, and not what they are made from.
+    """
+
+    keeps_keys = True
 
     def __init__(self, spec: CacheSpec) -> None:
         super().__init__(spec)
@@ -27,6 +34,13 @@ class KeyValueCache(SoftmaxCache):
         return kept
 
     def partial(self, queries: Tensor, new: NewTokens) -> tuple[Tensor, Tensor]:
+        if new.count == 1 and self.keeps_keys and decodes_by_kernel(self.spec.impl, queries):
+            spans = [(row, 0, self.store.length(row)) for row in new.rows]
+            if not self.store.buffers:
+                return nothing_seen(queries)
+            k, v = self.store.buffers
+            out, lse = decode_fwd(queries[:, 0], k, v, spans, self.spec.softmax_scale)
+            return out[:, None], lse[..., None]
         impl = block_impl(self.spec.impl, queries)
         results = []
         for row, positions, q in row_calls(new, queries):
@@ -67,6 +81,13 @@ def block_impl(impl: str, like: Tensor) -> AttentionImpl:
     if impl in ("torch", "reference"):
         return TORCH_IMPL
     return select_block_impl(impl, like, "attention over a cache")
+
+
+def decodes_by_kernel(impl: str, like: Tensor) -> bool:
+    """Return whether `impl` means the decode kernels for single queries `[r, 1, h, d]`."""
+    if impl in ("torch", "reference"):
+        return False
+    return use_kernels("triton" if impl == "triton" else "auto", like, "attention of new tokens")
 
 
 def nothing_seen(q: Tensor) -> tuple[Tensor, Tensor]:

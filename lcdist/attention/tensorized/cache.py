@@ -18,12 +18,18 @@ from lcdist.attention.cache import (
     merge_ranks,
     row_calls,
 )
-from lcdist.attention.shared.key_value_cache import KeyValueCache, join_rows, nothing_seen
+from lcdist.attention.shared.key_value_cache import (
+    KeyValueCache,
+    decodes_by_kernel,
+    join_rows,
+    nothing_seen,
+)
 from lcdist.attention.shared.token_store import TokenStore
 from lcdist.attention.tensorized.branches import grid_and_bias
 from lcdist.attention.tensorized.tail import Layer, Tail
 from lcdist.exchange import gather, group_rank
 from lcdist_kernels import tensorized as ops
+from lcdist_kernels.decode import decode_fwd
 from lcdist_kernels.tensorized import ModeGrid, Partial
 from lcdist_kernels.tensorized.tiled import Band, softmax_fwd
 
@@ -119,6 +125,12 @@ class BlocksCache(LayerCache):
         if len(positions) == 1:
             place = int(positions[0]) % block
             own = positions // block
+            if decodes_by_kernel(self.spec.impl, q):
+                seen = int((numbers <= own - local).sum())
+                span = (row, place, seen)
+                k, u = self.closed.buffers
+                out, lse = decode_fwd(q[:, 0], k, u, [span], layer.scale, block)
+                return out[:, None], lse[..., None]
             band = Band(own - local, torch.zeros_like(own), numbers)
             return softmax_fwd((q, k[:, place::block], u[:, place::block]), band, layer.scale)
         before, nheads = int(positions[0]) % block, q.shape[2]
