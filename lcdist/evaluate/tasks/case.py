@@ -1,8 +1,13 @@
 """One case of a task: a question of at most so many tokens, and the answers that it expects."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+# A prompt is full when this part of its room is left.
+_ENOUGH = 5000
+# After so many sizes the range is halved.
+_STRAIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,10 @@ def fullest(
 ) -> tuple[int, Question, Case]:
     """Return the size, question and case that fill the room as far as whole units do.
 
-    Tokens grow nearly in proportion to units, so a line through two sizes finds the next one to
-    try; every third step halves the range instead, where that line keeps missing. A question whose
-    haystack is one unit larger would not fit, by the average size of a unit.
+    A line through the last two sizes finds the next one to try; where it keeps missing, every
+    second step halves the range instead. The haystack with one unit more would not fit, by the
+    average size of a unit; or all is full but for a part in 5,000, since long texts take seconds to
+    tokenize.
 
     Args:
         build: makes the question of a haystack of so many units; equal sizes, equal questions.
@@ -108,41 +114,32 @@ def fullest(
         question = build(size)
         return size, question, prompt_format.tokens(question)
 
-    best = measured(least)
-    if len(best[2]) > room.prompt:
+    best, above, target = measured(least), None, room.prompt
+    if len(best[2]) > target:
         raise TooShortError(room.length, len(best[2]) + room.max_new_tokens)
-    unit, above, tries = _tokens_of_a_unit(build, prompt_format, best, most), None, 0
-    while best[0] != most:
-        size, _, tokens = best
-        left = room.prompt - len(tokens)
-        if left < unit or (above is not None and above[0] - size < 2):
+    points, unit = [(least, len(best[2]))], 0.0
+    while target - len(best[2]) >= max(unit, target / _ENOUGH):
+        # The first step is a small one, for a line.
+        size = _next_size(points, target) if len(points) > 1 else 2 * least + 8
+        last = most if above is None else above - 1
+        if above is not None and len(points) > _STRAIGHT and len(points) % 2:
+            size = (best[0] + above) // 2
+        size = max(best[0] + 1, size if last is None else min(size, last))
+        if last is not None and size > last:
             break
-        guess, tries = size + int(left / unit), tries + 1
-        if above is not None:
-            slope = (above[1] - len(tokens)) / (above[0] - size)
-            guess = (
-                (size + above[0]) // 2 if tries % 3 == 0 else size + int(left / max(slope, 1e-9))
-            )
-            guess = min(guess, above[0] - 1)
-        found = measured(max(size + 1, guess if most is None else min(guess, most)))
-        if len(found[2]) <= room.prompt:
-            best = found
+        found = measured(size)
+        points.append((size, len(found[2])))
+        if len(found[2]) <= target:
+            best, unit = found, (len(found[2]) - points[0][1]) / (size - least)
         else:
-            above = (found[0], len(found[2]))
+            above = size
     case = Case(tuple(best[2]), best[1].references, room.max_new_tokens)
     return best[0], best[1], case
 
 
-def _tokens_of_a_unit(
-    build: Callable[[int], Question],
-    prompt_format: PromptFormat,
-    smallest: tuple[int, Question, list[int]],
-    most: int | None,
-) -> float:
-    """Return about how many tokens one more unit takes, at least a small part of one."""
-    size = 2 * smallest[0] + 8
-    size = size if most is None else min(size, most)
-    if size == smallest[0]:
-        return 1.0
-    more = len(prompt_format.tokens(build(size))) - len(smallest[2])
-    return max(more / (size - smallest[0]), 0.05)
+def _next_size(points: Sequence[tuple[int, int]], target: int) -> int:
+    """Return where the line through the last two sizes and their tokens reaches `target`."""
+    (first, fewer), (size, tokens) = points[-2:]
+    # Equal numbers of tokens make no line; then the range is searched in large steps.
+    slope = (tokens - fewer) / (size - first)
+    return size + int((target - tokens) / slope) if slope > 0 else 2 * size
