@@ -258,9 +258,13 @@ def _print_summary(job: ExtendJob, fresh: bool, seconds: float) -> None:
     folder, own_model = job.folder, isinstance(job, OwnModelJob)
     facts = report_facts(folder)["headline"]
     console.rule("done" if fresh else "all was done before", align="left")
+    before, after = (
+        "not finite" if value is None else f"{value:.2f}"
+        for value in (facts["before"], facts["after"])
+    )
     console.print(
-        f"perplexity at {facts['length']} tokens: {facts['before']:.2f} before, "
-        f"{facts['after']:.2f} after extension" + (f"; {seconds:.0f} s in all" if fresh else "")
+        f"perplexity at {facts['length']} tokens: {before} before, {after} after extension"
+        + (f"; {seconds:.0f} s in all" if fresh else "")
     )
     lcdist = os.path.relpath(Path(sys.executable).parent / "lcdist")
     runs = f"{{{','.join(job.runs)}}}" if len(job.runs) > 1 else job.runs[0]

@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: measure every unit of every part that is asked for."""
 
 import contextlib
+import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -73,8 +74,9 @@ def evaluate_checkpoint(
         if has_marker(config):
             part = load_marker(checkpoint, config, overrides, mesh)
             marks = _measure({MARKS: part}, units, "marking", progress)[MARKS]
-            # Only one of the two models is in memory.
+            # Only one of the two models is in memory; its objects refer to each other.
             del part
+            gc.collect()
         loaded = replace(load_model(path, overrides, mesh), marks=marks)
         if kept is not None and loaded.checkpoint.digest != checkpoint.digest:
             raise ValueError(

@@ -49,8 +49,8 @@ def interrupted_and_not(
     os.environ["WORLD_SIZE"] = str(world_size)
     whole = evaluate_checkpoint(folder / "checkpoints", ASKED)
     found = []
-    # Within the first unit of 96 tokens of 7-token windows, within others, after the last unit.
-    for limit in (0, 100, 192 + 50, 2 * 192, 3 * 192):
+    # In the second unit, in the third, and after the last one.
+    for limit in (100, 192 + 50, 3 * 192):
         kept = Kept(files / f"{limit}.units.jsonl")
         with contextlib.suppress(KeyboardInterrupt):
             evaluate_checkpoint(folder / "checkpoints", ASKED, Told(limit), kept)
@@ -59,14 +59,14 @@ def interrupted_and_not(
     return whole, found
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_resumed_at_any_unit_it_ends_with_the_same_bits(
     folder: Path, tmp_path: Path, ranks: int
 ) -> None:
     for whole, found in run_ranks(interrupted_and_not, ranks, folder, tmp_path):
         assert all(result == whole for result, _ in found)
         # Of windows of 7 tokens 14 begin in the first stretch and 13 in the second.
-        assert [first for _, first in found] == [0, 98, 189, 189 + 192, 189 + 2 * 192]
+        assert [first for _, first in found] == [98, 189, 189 + 2 * 192]
     for file in tmp_path.iterdir():
         assert len(file.read_text().splitlines()) == 1 + UNITS
 

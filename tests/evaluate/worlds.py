@@ -20,18 +20,23 @@ VOCAB = 250
 
 
 def write_tokens(
-    folder: Path, documents: dict[str, list[list[int]]], fingerprint: str = ""
+    folder: Path,
+    documents: dict[str, list[list[int]]],
+    fingerprint: str = "",
+    vocab_size: int = VOCAB,
 ) -> Path:
     """Write a token folder of the given documents by split."""
     folder.mkdir(parents=True)
     for split, of_split in documents.items():
-        with IndexedWriter(folder / split, VOCAB) as writer:
+        with IndexedWriter(folder / split, vocab_size) as writer:
             for document in of_split:
                 writer.add(document)
     counts = {split: len(of_split) for split, of_split in documents.items()}
     tokens = {split: sum(map(len, of_split)) for split, of_split in documents.items()}
     files = {file.name: file.stat().st_size for file in folder.iterdir()}
-    write_meta(folder, Meta(1, "", VOCAB, 0, fingerprint, counts, tokens, {}, {}, 0, [], files))
+    write_meta(
+        folder, Meta(1, "", vocab_size, 0, fingerprint, counts, tokens, {}, {}, 0, [], files)
+    )
     return folder
 
 
