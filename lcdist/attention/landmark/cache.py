@@ -12,6 +12,7 @@ from torch import Tensor
 from lcdist.attention.cache import CacheSpec, LayerCache, NewTokens, SoftmaxCache, row_calls
 from lcdist.attention.landmark.block_table import BlockTable, HostBlocks
 from lcdist.attention.shared.key_value_cache import (
+    decode_single,
     decodes_by_kernel,
     join_rows,
     nothing_seen,
@@ -19,7 +20,7 @@ from lcdist.attention.shared.key_value_cache import (
 )
 from lcdist.attention.shared.token_store import TokenStore
 from lcdist.exchange import gather
-from lcdist_kernels.decode import decode_blocks, decode_fwd
+from lcdist_kernels.decode import decode_blocks, decode_blocks_reference
 from lcdist_kernels.full import merge
 from lcdist_kernels.landmark import TORCH_IMPL, LandmarkImpl, select_landmark_impl
 from lcdist_kernels.landmark.blocks import QueryRows, landmarks, slots_of
@@ -151,12 +152,11 @@ class ChosenBlocksCache(_LandmarkCache):
         k_ids = self.recent.positions(row)
         if not len(k_ids):
             return nothing_seen(q)
-        if q.shape[1] == 1 and decodes_by_kernel(self.spec.impl, q):
+        if q.shape[1] == 1:
             last, start = (int(x) for x in rows.content)
             k, v = self.recent.read(row)
             span = (0, start - int(k_ids[0]), last - start + 1)
-            out, lse = decode_fwd(q[:, 0], k, v, [span], self.spec.softmax_scale)
-            return out[:, None], lse[..., None]
+            return decode_single(q, k, v, [span], self.spec.softmax_scale, self.spec.impl)
         k_start = k_ids[:: self.block_size]
         missing = len(slots_of(k_start, self.block_size)) - len(k_ids)
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) for x in self.recent.read(row))
@@ -171,8 +171,10 @@ class ChosenBlocksCache(_LandmarkCache):
         chosen = impl.choose_blocks(q, keys, rows, lengths, self.spec.options.top_k, scale)
         parts = []
         for start, stop, table, numbers, ids in self.blocks.find(row, chosen):
-            if q.shape[1] == 1 and decodes_by_kernel(self.spec.impl, q):
-                out, lse = decode_blocks(q[:, 0], table, ids[:, :, 0], scale)
+            if q.shape[1] == 1:
+                by_kernel = decodes_by_kernel(self.spec.impl, q)
+                decode = decode_blocks if by_kernel else decode_blocks_reference
+                out, lse = decode(q[:, 0], table, ids[:, :, 0], scale)
                 return out[:, None], lse[..., None]
             lists = BlockLists(numbers, ids, lengths[start:stop])
             part = rows.part(start, stop)

@@ -1,11 +1,13 @@
 """Decoding cache of keys and values, and what other methods' caches use of it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lcdist.attention.cache import CacheSpec, LayerCache, NewTokens, SoftmaxCache, row_calls
 from lcdist.attention.shared.token_store import TokenStore
-from lcdist_kernels.decode import decode_fwd
+from lcdist_kernels.decode import decode_fwd, decode_reference
 from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, select_block_impl
 from lcdist_kernels.triton_common import use_kernels
 
@@ -33,14 +35,25 @@ class KeyValueCache(SoftmaxCache):
         """Return the keys to multiply, `[1, n, h_kv, d]`, from what the store keeps."""
         return kept
 
-    def partial(self, queries: Tensor, new: NewTokens) -> tuple[Tensor, Tensor]:
-        if new.count == 1 and self.keeps_keys and decodes_by_kernel(self.spec.impl, queries):
+    def _single(self, queries: Tensor, new: NewTokens) -> tuple[Tensor, Tensor]:
+        """Return the partial of one query of each row, which sees all that is kept of the row."""
+        impl, scale = self.spec.impl, self.spec.softmax_scale
+        if self.keeps_keys:
             spans = [(row, 0, self.store.length(row)) for row in new.rows]
-            if not self.store.buffers:
-                return nothing_seen(queries)
             k, v = self.store.buffers
-            out, lse = decode_fwd(queries[:, 0], k, v, spans, self.spec.softmax_scale)
-            return out[:, None], lse[..., None]
+            return decode_single(queries, k, v, spans, scale, impl)
+        results = []
+        for row, _, q in row_calls(new, queries):
+            k_ids, (kept, v) = self.store.positions(row), self.store.read(row)
+            k = self.keys(kept, k_ids)
+            results.append(decode_single(q, k, v, [(0, 0, len(k_ids))], scale, impl))
+        return join_rows(results)
+
+    def partial(self, queries: Tensor, new: NewTokens) -> tuple[Tensor, Tensor]:
+        if not self.store.buffers:
+            return nothing_seen(queries)
+        if new.count == 1:
+            return self._single(queries, new)
         impl = block_impl(self.spec.impl, queries)
         results = []
         for row, positions, q in row_calls(new, queries):
@@ -81,6 +94,21 @@ def block_impl(impl: str, like: Tensor) -> AttentionImpl:
     if impl in ("torch", "reference"):
         return TORCH_IMPL
     return select_block_impl(impl, like, "attention over a cache")
+
+
+def decode_single(  # noqa: PLR0913
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Sequence[tuple[int, int, int]],
+    scale: float,
+    impl: str,
+    step: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Return the partial of single queries `[r, 1, h, d]`; other arguments as of `decode_fwd`."""
+    decode = decode_fwd if decodes_by_kernel(impl, q) else decode_reference
+    out, lse = decode(q[:, 0], k, v, spans, scale, step)
+    return out[:, None], lse[..., None]
 
 
 def decodes_by_kernel(impl: str, like: Tensor) -> bool:

@@ -20,7 +20,7 @@ from lcdist.attention.cache import (
 )
 from lcdist.attention.shared.key_value_cache import (
     KeyValueCache,
-    decodes_by_kernel,
+    decode_single,
     join_rows,
     nothing_seen,
 )
@@ -29,7 +29,6 @@ from lcdist.attention.tensorized.branches import grid_and_bias
 from lcdist.attention.tensorized.tail import Layer, Tail
 from lcdist.exchange import gather, group_rank
 from lcdist_kernels import tensorized as ops
-from lcdist_kernels.decode import decode_fwd
 from lcdist_kernels.tensorized import ModeGrid, Partial
 from lcdist_kernels.tensorized.tiled import Band, softmax_fwd
 
@@ -74,7 +73,9 @@ class BlocksCache(LayerCache):
         return ops.merge_branch(fine, part, layer.bias, last).out.to(q.dtype)
 
     def _layer(self, q: Tensor, k: Tensor) -> Layer:
-        return Layer(*grid_and_bias(q, k, self.spec), self.spec.rotary, self.spec.softmax_scale)
+        spec = self.spec
+        grid, bias = grid_and_bias(q, k, spec)
+        return Layer(grid, bias, spec.rotary, spec.softmax_scale, spec.impl)
 
     def _add_row(
         self, row: int, positions: Tensor, new: NewTokens, qkv: tuple[Tensor, Tensor, Tensor]
@@ -125,14 +126,8 @@ class BlocksCache(LayerCache):
         if len(positions) == 1:
             place = int(positions[0]) % block
             own = positions // block
-            if decodes_by_kernel(self.spec.impl, q):
-                seen = int((numbers <= own - local).sum())
-                span = (row, place, seen)
-                k, u = self.closed.buffers
-                out, lse = decode_fwd(q[:, 0], k, u, [span], layer.scale, block)
-                return out[:, None], lse[..., None]
-            band = Band(own - local, torch.zeros_like(own), numbers)
-            return softmax_fwd((q, k[:, place::block], u[:, place::block]), band, layer.scale)
+            span = (0, place, int((numbers <= own - local).sum()))
+            return decode_single(q, k, u, [span], layer.scale, self.spec.impl, block)
         before, nheads = int(positions[0]) % block, q.shape[2]
         after = -(before + len(positions)) % block
         padded = torch.nn.functional.pad(q, (0, 0, 0, 0, before, after))

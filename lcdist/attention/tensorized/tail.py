@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lcdist.attention.shared.key_value_cache import decode_single
 from lcdist_kernels import Rotary
 from lcdist_kernels import tensorized as ops
 from lcdist_kernels.tensorized import ModeGrid, ModeRotary, Partial
-from lcdist_kernels.tensorized.tiled import Band, branch_fwd, hop_fwd, softmax_fwd
+from lcdist_kernels.tensorized.tiled import branch_fwd, hop_fwd
 
 
 class Layer(NamedTuple):
@@ -23,6 +24,7 @@ class Layer(NamedTuple):
     bias: Tensor
     rotary: Rotary | None
     scale: float
+    impl: str
 
     def at(self, positions: Tensor) -> ModeRotary:
         """Return the rotation of tokens at `positions`."""
@@ -105,9 +107,8 @@ class Tail:
         k = self.k[:, layer.halo + place :: stride][:, :count]
         u = self.hops[:, place::stride] if mode else self.v[:, layer.halo + place :]
         q, k = layer.at(torch.tensor([t])).rotate(q, mode), layer.at(positions).rotate(k, mode)
-        last = torch.tensor([count - 1])
-        band = Band(last, torch.zeros_like(last), torch.arange(count))
-        return softmax_fwd((q, k, u[:, :count]), band, layer.scale)
+        span = (0, 0, count)
+        return Partial(*decode_single(q, k, u[:, :count], [span], layer.scale, layer.impl))
 
     def _close_fibres(self, mode: int, size: int) -> None:
         """Replace U of the last `size` tokens by that of the next mode."""
