@@ -39,13 +39,11 @@ class DecodeCache(NamedTuple):
     k, v: `[b, s_cache, h_kv, d]`, un-rotated; entry j belongs to position j. They hold the new
         tokens' own keys and values already.
     positions: integers on the CPU, `[n]`, or `[b, n]` if rows differ in length.
-    state: what a method with "state" in `supports` keeps between calls; None for other methods.
     """
 
     k: Tensor
     v: Tensor
     positions: Tensor
-    state: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)

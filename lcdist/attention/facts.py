@@ -20,7 +20,7 @@ class ContextFunctions(NamedTuple):
 
     attend: Attend
     reference: Attend
-    decode: Decode
+    decode: Decode | None = None
     attend_local: Attend | None = None
 
 
@@ -29,7 +29,7 @@ class KeywordFunctions(NamedTuple):
 
     attention: Callable[..., Tensor]
     reference: Callable[..., Tensor]
-    decode: Callable[..., Tensor]
+    decode: Callable[..., Tensor] | None = None
 
 
 def _all_of(options: Any) -> tuple[str, ...]:
@@ -83,7 +83,6 @@ class MethodFacts:
         "dense": its weights are those of a dense softmax model, so that evaluation and generation
             may be dense, and are by default;
         "landmarks": the last token of every block must be the landmark; the loader puts it there;
-        "state": `decode` needs more of the past than keys and values;
         "rotated": instead of a rotary, q and k may come rotated by the tokens' positions inside
             their documents.
     multiple_of(options, cp_size, kind="contiguous"): the divisor that seqlen must have; default:
@@ -110,8 +109,8 @@ class MethodFacts:
     default_scale(head_dim): the softmax scale of a call that gives none.
     plan_entries(options, layout, heads, tp_size): entries of the tables that a plan makes to count
         the bytes of one layer on all ranks; default: one a rank. The plan refuses too many.
-    make_cache(spec): the decoding cache of a layer; None: keys and values without rotation, read by
-        `decode`, on one context-parallel rank.
+    make_cache(spec): the decoding cache of a layer. None: a cache of keys and values without
+        rotation, which `decode` reads, on one context-parallel rank.
     impls: legal values of `impl`.
     """
 
@@ -138,6 +137,9 @@ class MethodFacts:
     functions: ContextFunctions | KeywordFunctions
 
     def __post_init__(self) -> None:
+        decodes = self.make_cache is not None or self.functions.decode is not None
+        if "decode" in self.supports and not decodes:
+            raise TypeError(f"{self.name}: supports decode, and has neither decode nor make_cache")
         if self.layouts_for is _all_of:
             object.__setattr__(self, "layouts_for", lambda options: self.layouts)
         if self.exchange_for is _all_of:

@@ -55,7 +55,8 @@ class AttentionMethod(MethodFacts):
             attend: (q, k, v, ctx) -> this rank's shard of the output, differentiable.
             reference: (q, k, v, ctx) -> the same on the whole sequence, dense, in one process, for
                 any float dtype.
-            decode: (q, cache, ctx) -> output of new tokens against a `DecodeCache`.
+            decode: (q, cache, ctx) -> output of new tokens against a `DecodeCache`; for a method
+                without `make_cache`.
             attend_local: called in place of `attend` if cp_size = 1; None: `attend` does both.
             attention: a function with the keywords of `AttentionMethod.attention`, in place of
                 `attend`. Then `reference` and `decode` take keywords as well, and the method does
@@ -65,8 +66,8 @@ class AttentionMethod(MethodFacts):
         """
         if functions is None:
             chosen = attention if attend is None else attend
-            if chosen is None or reference is None or decode is None:
-                raise TypeError("AttentionMethod needs reference, decode, and attend or attention")
+            if chosen is None or reference is None:
+                raise TypeError("AttentionMethod needs reference, and attend or attention")
             if attend is None:
                 functions = KeywordFunctions(chosen, reference, decode)
             else:
@@ -187,9 +188,10 @@ class AttentionMethod(MethodFacts):
         softmax_scale: float | None = None,
         params: Mapping[str, Tensor] | None = None,
         heads: HeadSlice | None = None,
-        state: dict[str, Any] | None = None,
     ) -> Tensor:
-        """Return attention of new tokens over a cache that holds their own keys and values already.
+        """Return attention of new tokens over keys and values, theirs included.
+
+        Only for a method that has `decode`; the others have a cache of their own (`make_cache`).
 
         No gradients; out is like q.
 
@@ -198,15 +200,13 @@ class AttentionMethod(MethodFacts):
             k_cache, v_cache: `[b, s_cache, h_kv, d]`, un-rotated; entry j belongs to position j.
                 Entries after the greatest position are not read.
             positions: integers on the CPU, `[n]`, or `[b, n]` if rows differ in length.
-            state: only with "state" in `supports`: a dict that the method keeps for this layer,
-                empty for an empty cache. Tokens then come in order, without gaps.
 
         Raises:
             ValueError: shapes do not fit, or a position lies outside the cache.
         """
         functions = self.functions
+        assert functions.decode is not None, f"{self.name} has a cache of its own"
         if isinstance(functions, KeywordFunctions):
-            more = {} if state is None else {"state": state}
             return functions.decode(
                 q,
                 k_cache,
@@ -217,14 +217,13 @@ class AttentionMethod(MethodFacts):
                 softmax_scale=softmax_scale,
                 params=params,
                 heads=heads,
-                **more,
             )
         check_qkv(q, k_cache, v_cache)
         heads = self._heads(q, k_cache, options, params, heads)
         scale, layout = self._scale(q, softmax_scale), _whole(k_cache)
         ctx = AttentionContext(options, layout, None, rotary, None, scale, params, heads, "auto")
         with torch.no_grad():
-            return functions.decode(q, DecodeCache(k_cache, v_cache, positions, state), ctx)
+            return functions.decode(q, DecodeCache(k_cache, v_cache, positions), ctx)
 
     def _scale(self, q: Tensor, softmax_scale: float | None) -> float:
         return self.default_scale(q.shape[3]) if softmax_scale is None else softmax_scale

@@ -74,7 +74,7 @@ def cache_of(method: AttentionMethod, spec: CacheSpec) -> LayerCache:
     """
     if method.make_cache is not None:
         return method.make_cache(spec)
-    return PlainCache(method.decode, method.name, "state" in method.supports, spec)
+    return PlainCache(method.decode, method.name, spec)
 
 
 def spec_of(layer: LongContextAttention, size: CacheSize) -> CacheSpec:

@@ -9,7 +9,7 @@ from lcdist.attention import METHODS, HeadSlice, Shape, Traffic
 from lcdist.config.schema import CocaOptions
 from lcdist.exchange import Group, VirtualGroup
 from lcdist.layout import KINDS, ContextLayout
-from tests.attention.body import Problem, assert_all_match, make, on_virtual_ranks, whole
+from tests.attention.body import Problem, assert_all_match, make, on_virtual_ranks
 from tests.attention.checks import (
     assert_documents_of_one_token_return_values,
     assert_ranks_equal_reference,
@@ -75,19 +75,6 @@ def test_documents_of_one_token_return_values(kind: str) -> None:
 def test_one_token_per_rank_equals_reference() -> None:
     for kind in ("contiguous", "striped"):
         assert_ranks_equal_reference(make("coca", kind, 8, at_least=1))
-
-
-@pytest.mark.parametrize("options", [CocaOptions(), STRICT])
-def test_decode_over_a_cache_of_t_equals_reference(options: CocaOptions) -> None:
-    problem = dataclasses.replace(make("coca", "contiguous", 1), options=options)
-    q, t, v = problem.qkv
-    keywords = {key: value for key, value in problem.keywords().items() if key != "cu_seqlens"}
-    n = q.shape[1]
-    # Entries after the greatest position are not read.
-    unread = torch.full_like(t[:, :5], torch.nan)
-    caches = [torch.cat((x, unread), 1) for x in (t, v)]
-    actual = METHOD.decode(q[:, n - 6 :], *caches, positions=torch.arange(n - 6, n), **keywords)
-    assert_all_match([actual], [whole(problem)[0][:, n - 6 :]])
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])

@@ -51,12 +51,13 @@ def run(environment: dict[str, str], *words: str, returncode: int = 0) -> str:
 
 @pytest.mark.exhaustive
 def test_shared_tests_pass(installed: dict[str, str]) -> None:
-    shared = "tests/attention/test_methods.py"
+    shared = ["tests/attention/test_methods.py", "tests/attention/test_cache.py"]
     chosen = "window or neighbours or test_processes_equal_reference and 2"
-    words = ["-vv", "-p", "no:cacheprovider", "-m", "not exhaustive", "-k", chosen, shared]
+    words = ["-vv", "-p", "no:cacheprovider", "-m", "not exhaustive", "-k", chosen, *shared]
     printed = run(installed, "-m", "pytest", *words)
     passed = re.findall(r"::(test_\w+)\S* PASSED", printed)
     assert "skipped" not in printed and "test_processes_equal_reference" in passed
+    assert "test_calls_of_any_size_equal_the_reference" in passed
     for name in OPTIONS:
         assert len(re.findall(rf"\[.*{name}.*\] PASSED", printed)) > 15, printed
 

@@ -23,7 +23,6 @@ from tests.attention.body import (
     whole,
 )
 from tests.attention.checks import assert_ranks_equal_reference, sent_and_planned
-from tests.attention.test_methods import decode_arguments
 
 METHOD = METHODS["landmark"]
 IMPLS = ["reference", "torch"]
@@ -216,19 +215,6 @@ def test_multiples_of_the_sequence_length() -> None:
     assert METHOD.multiple_of(units, 1) == 4 and METHOD.multiple_of(units, 3) == 36
     assert METHOD.layouts_for(BLOCKS) == ("contiguous", "zigzag")
     assert METHOD.layouts_for(units) == ("contiguous",)
-
-
-@pytest.mark.parametrize("step", [1, 7])
-@pytest.mark.parametrize("options", [BLOCKS, *UNITS], ids=words)
-def test_decoded_token_selects_for_itself(options: LandmarkOptions, step: int) -> None:
-    problem = problem_of(options, 1)
-    alone = dataclasses.replace(problem, options=dataclasses.replace(options, select_tokens=1))
-    q, k, v = problem.qkv
-    outputs = [
-        METHOD.decode(q[:, at], k, v, positions=at, **decode_arguments(problem))
-        for at in torch.arange(q.shape[1]).split(step)
-    ]
-    assert_all_match([torch.cat(outputs, 1)], [whole(alone)[0]])
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

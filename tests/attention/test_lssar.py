@@ -95,19 +95,6 @@ def test_blocks_in_the_future_are_skipped(
     assert len(visits) == passes * (1 + 2 + 3 + 4)
 
 
-@pytest.mark.parametrize("options", POWERS)
-@pytest.mark.parametrize("step", [1, 7])
-def test_decode_with_other_powers_equals_reference(step: int, options: LssarOptions) -> None:
-    problem = problem_of(options, "contiguous", 1)
-    q, k, v = problem.qkv
-    keywords = {key: value for key, value in problem.keywords().items() if key != "cu_seqlens"}
-    actual = [
-        METHOD.decode(q[:, positions], k, v, positions=positions, **keywords)
-        for positions in torch.arange(q.shape[1]).split(step)
-    ]
-    assert_all_match([torch.cat(actual, 1)], [whole(problem)[0]])
-
-
 def test_one_token_per_rank_equals_reference() -> None:
     for kind in ("contiguous", "striped"):
         for options in (LSSA, LssarOptions()):

@@ -5,7 +5,6 @@ The default tier covers every pair of layout and number of ranks; the full produ
 
 import dataclasses
 from math import lcm
-from typing import Any
 
 import pytest
 import torch
@@ -203,7 +202,7 @@ def test_facts_follow_the_contract(name: str) -> None:
     assert set(method.layouts_for(options)) <= set(method.layouts) <= set(KINDS)
     assert set(method.exchange) <= {"ring", "shift", "gather", "swap"} and method.exchange
     assert method.supports <= {
-        *("gqa", "varlen", "decode", "dense", "landmarks", "state", "rotated"),
+        *("gqa", "varlen", "decode", "dense", "landmarks", "rotated"),
     }
     for kind in method.layouts_for(options):
         for cp_size in (1, 2, 3):
@@ -231,48 +230,6 @@ def test_wrong_calls_raise_before_anything_is_sent(variant: Variant) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             method.attention(*shards, **(keywords | change))
-
-
-@pytest.mark.parametrize("variant", DECODING, ids=str)
-@pytest.mark.parametrize("step", [1, 7])
-def test_decode_token_by_token_equals_reference(variant: Variant, step: int) -> None:
-    problem = make(variant, variant.kinds[0], 1)
-    q, k, v = problem.qkv
-    out = whole(problem)[0]
-    keywords = decode_arguments(problem)
-    room = torch.full_like(k, torch.nan)
-    k_cache, v_cache = torch.cat([k, room], 1), torch.cat([v, room], 1)
-    actual = []
-    for positions in torch.arange(q.shape[1]).split(step):
-        actual.append(
-            problem.method.decode(
-                q[:, positions], k_cache, v_cache, positions=positions, **keywords
-            )
-        )
-    assert_all_match([torch.cat(actual, 1)], [out])
-
-
-def decode_arguments(problem: Problem) -> dict[str, Any]:
-    """Return the keywords of `decode` but positions."""
-    keywords = problem.keywords() | {"params": problem.params}
-    del keywords["cu_seqlens"]
-    return keywords | ({"state": {}} if "state" in problem.method.supports else {})
-
-
-@pytest.mark.parametrize(
-    "variant", [v for v in DECODING if "state" not in v.method.supports], ids=str
-)
-def test_decode_rows_of_different_lengths(variant: Variant) -> None:
-    problem = make(variant, variant.kinds[0], 1)
-    q, k, v = problem.qkv
-    keywords = decode_arguments(problem)
-    positions = torch.tensor([[9, 10], [30, 31]])
-    rows = torch.arange(2)[:, None]
-    actual = problem.method.decode(q[rows, positions], k, v, positions=positions, **keywords)
-    assert_all_match([actual], [whole(problem)[0][rows, positions]])
-    for wrong in (positions - 10, positions + q.shape[1], positions[:, :1]):
-        with pytest.raises(ValueError, match="positions"):
-            problem.method.decode(q[rows, positions], k, v, positions=wrong, **keywords)
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])

@@ -22,7 +22,6 @@ from lcdist_kernels.common import document_starts
 from lcdist_kernels.scca import Rule, dense_mask
 from tests.attention.body import Problem, Variant, assert_all_match, make, on_virtual_ranks, whole
 from tests.saved import saved_bytes
-from tests.tolerance import assert_matches
 
 METHOD = METHODS["scca"]
 IMPLS = ("reference", "torch")
@@ -143,7 +142,6 @@ def test_conflicting_options_are_refused_everywhere(words: dict[str, Any], says:
         lambda: METHOD.attention(
             *shards, options=wrong, layout=problem.layout, group=VirtualGroup(2)[0]
         ),
-        lambda: METHOD.decode(q[:, :1], k, v, options=wrong, positions=torch.tensor([3])),
         lambda: METHOD.check(wrong, problem.layout, HeadSlice(0, 4, 0, 2), 1),
         lambda: METHOD.flops(wrong, shape),
         lambda: METHOD.bytes(wrong, shape, problem.layout),
@@ -437,17 +435,6 @@ def test_flow_under_mask_equals_reference(kind: str) -> None:
             truth = whole(asked)
             for impl in IMPLS:
                 assert_all_match(on_virtual_ranks(asked, impl)[0], truth)
-
-
-def test_decode_under_mask_gives_the_empty_rows_too() -> None:
-    problem = problem_of({"pattern": "flow", "wrap": "mask", "chunk_size": 6}, "contiguous", 1)
-    q, k, v = problem.qkv
-    truth = whole(problem)[0]
-    assert not truth[:, :18, 3].any() and truth[:, 18:, 3].any()
-    asked = {key: value for key, value in problem.keywords().items() if key != "cu_seqlens"}
-    for positions in torch.arange(q.shape[1]).split(5):
-        out = METHOD.decode(q[:, positions], k, v, positions=positions, **asked)
-        assert_matches(out, truth[:, positions])
 
 
 @pytest.mark.parametrize(("heads", "dilation"), [((8, 1), 2), ((12, 3), 3), ((6, 6), 1)])

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from lcdist.attention import METHODS, HeadSlice, Shape, Traffic
 from lcdist.attention.tensorized import units as tensorized_units
@@ -318,72 +317,3 @@ def test_float16_gives_float16() -> None:
         problem = problem_of(options, 2, dtype=torch.float16)
         for impl in IMPLS:
             assert all(x.dtype == torch.float16 for x in on_virtual_ranks(problem, impl)[0])
-
-
-def decoded(problem: Problem, steps: list[int], state: dict[str, Any]) -> Tensor:
-    q, k, v = problem.qkv
-    asked = problem.keywords() | {"params": problem.params, "state": state}
-    del asked["cu_seqlens"]
-    out = []
-    for positions in torch.arange(sum(steps)).split(steps):
-        # What lies after the greatest position is not read; caches that grow are legal.
-        filled = int(positions[-1]) + 1
-        room = torch.full_like(k[:, :filled], torch.nan)
-        caches = [torch.cat((x[:, :filled], room), 1) for x in (k, v)]
-        out.append(METHOD.decode(q[:, positions], *caches, positions=positions, **asked))
-    return torch.cat(out, 1)
-
-
-@pytest.mark.parametrize("steps", [[47], [7] * 6 + [5], [20] + [1] * 27, [1] * 13 + [2, 12, 20]])
-@pytest.mark.parametrize("options", [*OTHERS, TensorizedOptions(modes=(100,))], ids=name)
-def test_decode_in_steps_of_any_size(options: TensorizedOptions, steps: list[int]) -> None:
-    problem = problem_of(options, 1, heads=(4, 1), at_least=47)
-    expected = whole(problem)[0][:, :47]
-    assert_matches(decoded(problem, steps, {}), expected)
-
-
-def test_decode_keeps_one_value_row_a_token_and_the_open_block() -> None:
-    options = TensorizedOptions(modes=(2, 3), local_blocks=1, hop_heads="kv")
-    problem, state = problem_of(options, 1), {}
-    decoded(problem, [1] * 11, state)
-    assert state["seen"] == 11 and state["queries"].shape == (2, 6, 4, 16)
-    assert torch.equal(state["queries"][:, :5], problem.qkv[0][:, 6:11])
-    assert state["hops"].shape[2:] == (2, 16)
-    assert state["hops"][:, :10].abs().amax((0, 2, 3)).min() > 0 and not state["hops"][:, 10:].any()
-    at_once = {}
-    decoded(problem, [11], at_once)
-    for kept, length in (("hops", 11), ("queries", 5)):
-        assert_matches(at_once[kept][:, :length], state[kept][:, :length])
-
-
-def test_positions_with_gaps_are_refused() -> None:
-    problem, state = problem_of(TensorizedOptions(modes=(4,)), 1), {}
-    decoded(problem, [3], state)
-    q, k, v = problem.qkv
-    for positions, says in [
-        (torch.tensor([4]), r"positions = \[4\]: the state has seen 3 tokens.* stand at 3 to 3"),
-        (torch.tensor([[3], [3]]), "the same in every row"),
-        (torch.tensor([0]), "the state has seen 3"),
-    ]:
-        with pytest.raises(ValueError, match=says):
-            METHOD.decode(q[:, :1], k, v, options=problem.options, positions=positions, state=state)
-    with pytest.raises(ValueError, match="entries 0 to 2"):
-        METHOD.decode(
-            q[:, :1],
-            k[:, :3],
-            v[:, :3],
-            options=problem.options,
-            positions=torch.tensor([3]),
-            state=state,
-        )
-    with pytest.raises(ValueError, match="1 rows, the state 2"):
-        METHOD.decode(
-            q[:1, :1],
-            k[:1],
-            v[:1],
-            options=problem.options,
-            positions=torch.tensor([3]),
-            state=state,
-        )
-    alone = METHOD.decode(q[:, :9], k, v, options=problem.options, positions=torch.arange(9))
-    assert_matches(alone, METHOD.reference(q, k, v, options=problem.options)[:, :9])

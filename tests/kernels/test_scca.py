@@ -16,7 +16,6 @@ from lcdist_kernels.scca import (
     dense_mask,
     head_groups,
     op,
-    scca_cached,
     self_parts,
     slices,
 )
@@ -320,39 +319,6 @@ def test_saves_inputs_out_and_lse_alone() -> None:
         scca_attention(q, k, v, rules=REPEATED, impl="torch")
     elements = 2 * q.numel() + 2 * k.numel() + 2 * 512 * 8
     assert sum(saved.values()) == 4 * elements
-
-
-@pytest.mark.parametrize("step", [1, 6])
-def test_a_cache_gives_the_same_rows(step: int) -> None:
-    q, k, v = (x.detach() for x in inputs(50, (8, 4)))
-    rotary = Rotary(frequencies(16))
-    for rules in (MIXED, REPEATED):
-        truth = scca_reference(q, k, v, rules=rules, rotary=rotary, softmax_scale=0.3)
-        for positions in torch.arange(50).split(step):
-            out = scca_cached(
-                q[:, positions],
-                k,
-                v,
-                positions,
-                rules=rules,
-                rotary=rotary,
-                softmax_scale=0.3,
-            )
-            assert_matches(out, truth[:, positions])
-
-
-def test_a_cache_is_read_only_where_the_rule_looks() -> None:
-    q, k, v = (x.detach() for x in inputs(64, (1, 1)))
-    for rule in MIXED:
-        for position in (0, 5, 20, 63):
-            place = torch.tensor([position])
-            seen = rule.mask(place, torch.arange(64))
-            poisoned = [x.masked_fill(~seen[:, None, None], torch.nan) for x in (k, v)]
-            asked = {"rules": [rule]}
-            out = scca_cached(q[:, place], *poisoned, place, **asked)
-            if rule.is_window:
-                assert torch.isfinite(out).all()
-                assert_matches(out, scca_reference(q, k, v, **asked)[:, place])
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -14,7 +14,6 @@ from lcdist_kernels.landmark.op import (
     SparseContext,
     SparseFunction,
     landmark_attention,
-    landmark_cached,
 )
 from lcdist_kernels.landmark.reference import landmark_partial, landmark_reference, sparse_partial
 from lcdist_kernels.landmark.sparse import (
@@ -43,7 +42,6 @@ __all__ = [
     "keys_of",
     "landmark_attention",
     "landmark_bwd",
-    "landmark_cached",
     "landmark_fwd",
     "select_landmark_impl",
     "landmark_partial",

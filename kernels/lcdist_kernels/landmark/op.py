@@ -108,29 +108,6 @@ def _make_plan(
     return _Plan(index - starts, grid, block_starts(grid.num_slots, block_size), lengths)
 
 
-@torch.no_grad()
-def landmark_cached(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *,
-    block_size: int, top_k: int | None = None, rotary: Rotary | None = None, softmax_scale: float,
-) -> Tensor:  # fmt: skip
-    """Return attention of new tokens over a cache, shaped like q; without gradients.
-
-    q `[b, n, h, d]` at `positions` `[n]`; k, v: entries of positions 0, 1, ... With top_k, every
-    token is a selection unit of its own, whatever training used.
-    """
-    grid = block_grid(None, k.shape[1], block_size)
-    if rotary is not None:
-        q, k = rotary.rotate(q, positions), rotary.rotate(k, torch.arange(k.shape[1]))
-    k, v = grid.to_slots(k), grid.to_slots(v)
-    rows = QueryRows(positions, torch.zeros_like(positions), block_size)
-    k_start = block_starts(grid.num_slots, block_size)
-    if top_k is None:
-        return TORCH_IMPL.fwd(q, k, v, rows, k_start, softmax_scale, out_dtype=q.dtype)[0]
-    lengths, keys = torch.ones_like(positions), landmarks(k, block_size)
-    chosen = TORCH_IMPL.choose_blocks(q, keys, rows, lengths, top_k, softmax_scale)
-    return TORCH_IMPL.local_fwd(q, k, v, chosen, lengths, rows, softmax_scale)[0]
-
-
 class LandmarkFunction(torch.autograd.Function):
     """Self-attention over one block of keys; saves q, k, v, out and lse."""
 

@@ -8,7 +8,7 @@ from lcdist_kernels.lssar.directions_kernel import (
 )
 from lcdist_kernels.lssar.epilogue import lssar_finish, lssar_rows, lssar_whole
 from lcdist_kernels.lssar.impl import TORCH_IMPL, TRITON_IMPL, LssarImpl, select_lssar_impl
-from lcdist_kernels.lssar.op import IMPLS, direction_tables, lssar_attention, lssar_cached
+from lcdist_kernels.lssar.op import IMPLS, direction_tables, lssar_attention
 from lcdist_kernels.lssar.reference import divisor, lssar_block, lssar_reference, softplus_scores
 from lcdist_kernels.lssar.rows import (
     Band,
@@ -42,7 +42,6 @@ __all__ = [
     "lssar_attention",
     "lssar_block",
     "lssar_bwd",
-    "lssar_cached",
     "lssar_finish",
     "lssar_fwd",
     "select_lssar_impl",

@@ -12,7 +12,6 @@ from lcdist_kernels.lssar.directions_kernel import (
     directions_bwd,
     directions_of,
 )
-from lcdist_kernels.lssar.epilogue import lssar_whole
 from lcdist_kernels.lssar.impl import TRITON_IMPL, LssarImpl, select_lssar_impl
 from lcdist_kernels.lssar.reference import SHARPENED, lssar_reference
 from lcdist_kernels.lssar.rows import (
@@ -74,20 +73,6 @@ def direction_tables(
     """
     scales = kernel_logit_scales(counts, softmax_scale, q)
     return DirectionTables(scales, None if rotary is None else rotary.rotation(positions, q))
-
-
-def lssar_cached(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *,
-    reweight: Reweight | None, rotary: Rotary | None = None, softmax_scale: float | None = None,
-) -> Tensor:  # fmt: skip
-    """Return attention of new tokens over a cache, shaped like q.
-
-    q `[b, n, h, d]` at `positions` `[n]`; k, v: entries of positions 0, 1, ...
-    """
-    band = Band(positions, torch.zeros_like(positions), torch.arange(k.shape[1]))
-    queries, keys = directions(q, rotary, positions), directions(k, rotary, band.k_idx)
-    queries = queries * logit_scales(band.counts, softmax_scale, queries)
-    return lssar_whole(queries, keys, v, band, reweight).out.to(q.dtype)
 
 
 class LssarFunction(torch.autograd.Function):

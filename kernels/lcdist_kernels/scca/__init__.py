@@ -1,6 +1,6 @@
 """Shifted cross chunk attention and related patterns: chunk windows and dilated keys."""
 
-from lcdist_kernels.scca.op import IMPLS, scca_attention, scca_cached
+from lcdist_kernels.scca.op import IMPLS, scca_attention
 from lcdist_kernels.scca.part import Part
 from lcdist_kernels.scca.part_work import Parts
 from lcdist_kernels.scca.reference import scca_reference
@@ -18,7 +18,6 @@ __all__ = [
     "dense_mask",
     "head_groups",
     "scca_attention",
-    "scca_cached",
     "scca_reference",
     "self_parts",
     "slices",

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from lcdist_kernels.common import (
     check_impl,
-    check_qkv,
     check_self,
     document_borders,
     resolve_scale,
 )
-from lcdist_kernels.full import AttentionImpl, full_fwd, select_impl
+from lcdist_kernels.full import AttentionImpl, select_impl
 from lcdist_kernels.full.impl import TRITON_IMPL
 from lcdist_kernels.full.piece_kernel import launches_for
 from lcdist_kernels.rotary import Rotary, rotate_self
@@ -89,57 +88,3 @@ def scca_attention(
     parts = self_parts(head_groups(rules, k.shape[2]), starts, implementation)
     grouped = q.unflatten(2, (k.shape[2], -1))
     return KeptPass.apply(BandedPass(parts, scale, implementation), grouped, k, v).flatten(2, 3)
-
-
-@torch.no_grad()
-def scca_cached(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *,
-    rules: Sequence[Rule], rotary: Rotary | None = None, softmax_scale: float | None = None,
-) -> Tensor:  # fmt: skip
-    """Return attention of new tokens over a cache, shaped like q; without gradients.
-
-    q `[b, n, h, d]` at `positions` `[n]`; k, v: entries of positions 0, 1, ... Only keys that a
-    rule shows are read.
-    """
-    check_qkv(q, k, v)
-    check_rules(rules, q.shape[2])
-    scale = resolve_scale(softmax_scale, q.shape[3])
-    index = torch.arange(k.shape[1])
-    queries = q if rotary is None else rotary.rotate(q, positions)
-    queries = queries.unflatten(2, (k.shape[2], -1))
-    out = torch.zeros_like(queries)
-    for group in head_groups(rules, k.shape[2]):
-        for members, rule in group.members:
-            first, last = rule.limits(positions)
-            for rows, keys in _cache_reads(rule, positions, first, last):
-                if not len(index[keys]) or not len(rows):
-                    continue
-                part_k = k[:, keys, group.kv]
-                if rotary is not None:
-                    part_k = rotary.rotate(part_k, index[keys])
-                part, _ = full_fwd(
-                    queries[:, rows, group.kv, members].flatten(2, 3), part_k, v[:, keys, group.kv],
-                    last[rows], first[rows], index[keys], scale,
-                )  # fmt: skip
-                heads = out[:, :, group.kv, members]
-                heads[:, rows] = part.to(q.dtype).view(heads[:, rows].shape)
-    return out.flatten(2, 3)
-
-
-def _cache_reads(
-    rule: Rule, positions: Tensor, first: Tensor, last: Tensor
-) -> list[tuple[Tensor, slice]]:
-    """Return (rows, keys): which new rows read which slice of the cache."""
-    all_rows = torch.arange(len(positions))
-    if rule.kind == "key":
-        return [(all_rows, slice(rule.shift, None, rule.size))]
-    if rule.kind == "pair":
-        residue = positions % rule.size
-        return [
-            (all_rows[residue == r], slice((r - rule.shift) % rule.size, None, rule.size))
-            for r in residue.unique().tolist()
-        ]
-    nonempty = first <= last
-    if not nonempty.any():
-        return []
-    return [(all_rows, slice(int(first[nonempty].min()), int(last[nonempty].max()) + 1))]

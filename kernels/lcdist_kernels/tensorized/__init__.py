@@ -1,6 +1,5 @@
 """Tensorized (lexicographic) attention: hops over the modes of a sequence, one branch per mode."""
 
-from lcdist_kernels.tensorized.decode import decode_step
 from lcdist_kernels.tensorized.grid import (
     ModeGrid,
     branch_pairs,
@@ -32,7 +31,6 @@ __all__ = [
     "check_bias",
     "check_documents",
     "coarsest_branch",
-    "decode_step",
     "dense_hop",
     "fine_branch",
     "initial_bias",

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.coca.cache import TauCache
-from lcdist.attention.context import AttentionContext, DecodeCache
+from lcdist.attention.context import AttentionContext
 from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.shape import Shape, Traffic
-from lcdist.attention.shared.checks import causal_flops, decode_rows
+from lcdist.attention.shared.checks import causal_flops
 from lcdist.attention.shared.ring_softmax import RingSoftmax, reference_ring, ring_bytes
 from lcdist.config.schema import CocaOptions
 from lcdist.layout import KINDS, ContextLayout
@@ -36,13 +36,10 @@ from lcdist_kernels.coca import (
     coca_tau,
     collinear,
     collinear_bwd,
-    keys,
-    queries,
     rotary_angles,
     select_coca_impl,
 )
 from lcdist_kernels.coca.transform import Angles
-from lcdist_kernels.full import full_fwd
 from lcdist_kernels.tape import KeptPass
 
 
@@ -124,21 +121,6 @@ def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     return coca_reference(q, k, v, variant=ctx.options.variant, **ctx.reference_arguments)
 
 
-def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
-    """Return attention of new tokens over a cache of t (before averaging and relu) and values."""
-    variant = ctx.options.variant
-    check_variant(variant, q.shape[3])
-
-    def decode_row(q: Tensor, t: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        token_ids, starts = torch.arange(t.shape[1]), torch.zeros_like(positions)
-        rotated = queries(q, rotary_angles(ctx.rotary, positions, q, q.shape[3]), variant)
-        k = keys(collinear(t), rotary_angles(ctx.rotary, token_ids, t, t.shape[3]), variant)
-        out, _ = full_fwd(rotated, k, v, positions, starts, token_ids, ctx.softmax_scale)
-        return out.to(q.dtype)
-
-    return decode_rows(q, cache.k, cache.v, cache.positions, decode_row)
-
-
 def flops(options: CocaOptions, shape: Shape) -> int:
     """Count forward operations of one layer: as in full attention, a score is one dot product."""
     return causal_flops(shape)
@@ -160,5 +142,5 @@ METHOD = AttentionMethod(
     bytes=traffic,
     impls=IMPLS,
     make_cache=TauCache,
-    functions=ContextFunctions(attend, reference, decode, attend_local),
+    functions=ContextFunctions(attend, reference, attend_local=attend_local),
 )

@@ -8,17 +8,17 @@ where lo_i is the first token of i's document. Rotated keys and values travel in
 import torch
 from torch import Tensor
 
-from lcdist.attention.context import AttentionContext, DecodeCache
+from lcdist.attention.context import AttentionContext
 from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.shape import Shape, Traffic
-from lcdist.attention.shared.checks import causal_flops, decode_rows
+from lcdist.attention.shared.checks import causal_flops
 from lcdist.attention.shared.key_value_cache import KeyValueCache
 from lcdist.attention.shared.ring_softmax import RingSoftmax, reference_ring, ring_bytes
 from lcdist.config.schema import FullOptions
 from lcdist.layout import KINDS, ContextLayout
 from lcdist_kernels import full_attention, full_reference
-from lcdist_kernels.full import IMPLS, TORCH_IMPL, AttentionImpl, full_fwd, select_block_impl
+from lcdist_kernels.full import IMPLS, TORCH_IMPL, AttentionImpl, select_block_impl
 from lcdist_kernels.tape import KeptPass
 
 
@@ -60,18 +60,6 @@ def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     return full_reference(q, k, v, **ctx.reference_arguments)
 
 
-def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
-    """Return attention of new tokens over the keys and values up to their positions."""
-
-    def decode_row(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        token_ids, starts = torch.arange(k.shape[1]), torch.zeros_like(positions)
-        q, k = ctx.rotate_to(q, positions), ctx.rotate_to(k, token_ids)
-        out, _ = full_fwd(q, k, v, positions, starts, token_ids, ctx.softmax_scale)
-        return out.to(q.dtype)
-
-    return decode_rows(q, cache.k, cache.v, cache.positions, decode_row)
-
-
 def flops(options: FullOptions, shape: Shape) -> int:
     """Count forward operations of one layer: 4 head_dim per visible pair, s (s + 1) / 2 pairs."""
     return causal_flops(shape)
@@ -93,5 +81,5 @@ METHOD = AttentionMethod(
     bytes=traffic,
     impls=IMPLS,
     make_cache=KeyValueCache,
-    functions=ContextFunctions(attend, reference, decode, attend_local),
+    functions=ContextFunctions(attend, reference, attend_local=attend_local),
 )

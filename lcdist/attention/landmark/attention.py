@@ -13,12 +13,10 @@ which past blocks earlier ones read, never the contents of these blocks. Outputs
 depend on no later token.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from lcdist.attention.context import AttentionContext, DecodeCache
+from lcdist.attention.context import AttentionContext
 from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.landmark.cache import make_cache
@@ -36,10 +34,9 @@ from lcdist.attention.landmark.plan import (
     traffic,
 )
 from lcdist.attention.landmark.ring import RingLandmark, reference_ring
-from lcdist.attention.shared.checks import decode_rows
 from lcdist.config.schema import LandmarkOptions
 from lcdist_kernels import landmark_attention, landmark_reference
-from lcdist_kernels.landmark import IMPLS, landmark_cached, select_landmark_impl
+from lcdist_kernels.landmark import IMPLS, select_landmark_impl
 from lcdist_kernels.tape import KeptPass
 
 
@@ -100,24 +97,6 @@ def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     )
 
 
-def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
-    """Return attention of new tokens over a cache that contains landmarks.
-
-    With top_k every new token selects for itself, as with select_tokens = 1: a larger unit is
-    known only when it is complete. So a decoded row equals the training row with select_tokens = 1,
-    and without top_k.
-    """
-    check_head_groups(ctx.options, ctx.heads, q.shape[2] // cache.k.shape[2])
-    decode_row = partial(
-        landmark_cached,
-        block_size=ctx.options.block_size,
-        top_k=ctx.options.top_k,
-        rotary=ctx.rotary,
-        softmax_scale=ctx.softmax_scale,
-    )
-    return decode_rows(q, cache.k, cache.v, cache.positions, decode_row)
-
-
 def exchange_for(options: LandmarkOptions) -> tuple[str, ...]:
     """Return the exchange: a ring without top_k, a gather of blocks with it."""
     return ("ring",) if options.top_k is None else ("gather",)
@@ -134,7 +113,7 @@ METHOD = AttentionMethod(
     flops=flops,
     bytes=traffic,
     make_cache=make_cache,
-    functions=ContextFunctions(attend, reference, decode, attend_local),
+    functions=ContextFunctions(attend, reference, attend_local=attend_local),
     kept_bytes=kept_bytes,
     layouts_for=layouts_for,
     exchange_for=exchange_for,

@@ -12,11 +12,10 @@ once. Torch multiplies wide ones, so keys travel as they are and each receiver m
 """
 
 import math
-from functools import partial
 
 from torch import Tensor
 
-from lcdist.attention.context import AttentionContext, DecodeCache
+from lcdist.attention.context import AttentionContext
 from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.lssar.cache import DirectionCache
@@ -29,7 +28,7 @@ from lcdist.attention.lssar.ring import (
     token_directions,
 )
 from lcdist.attention.shape import Shape, Traffic
-from lcdist.attention.shared.checks import causal_flops, decode_rows
+from lcdist.attention.shared.checks import causal_flops
 from lcdist.config.schema import LssarOptions
 from lcdist.layout import KINDS, ContextLayout
 from lcdist_kernels import lssar as ops
@@ -67,17 +66,6 @@ def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     return ops.lssar_reference(
         q, k, v, reweight=reweight_of(ctx.options), **ctx.reference_arguments
     )
-
-
-def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
-    """Return attention of new tokens over the keys and values up to their positions."""
-    decode_row = partial(
-        ops.lssar_cached,
-        reweight=reweight_of(ctx.options),
-        rotary=ctx.rotary,
-        softmax_scale=ctx.softmax_scale,
-    )
-    return decode_rows(q, cache.k, cache.v, cache.positions, decode_row)
 
 
 def flops(options: LssarOptions, shape: Shape) -> int:
@@ -122,5 +110,5 @@ METHOD = AttentionMethod(
     impls=ops.IMPLS,
     default_scale=math.log,
     make_cache=DirectionCache,
-    functions=ContextFunctions(attend, reference, decode, attend_local),
+    functions=ContextFunctions(attend, reference, attend_local=attend_local),
 )

@@ -8,13 +8,12 @@ the intervals they need, pairs of residues `swap` (head, residue) units, and res
 `ring` those keys.
 """
 
-from functools import partial
 from math import isqrt
 
 import torch
 from torch import Tensor
 
-from lcdist.attention.context import AttentionContext, DecodeCache
+from lcdist.attention.context import AttentionContext
 from lcdist.attention.facts import ContextFunctions, out_and_lse
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.scca.cache import PatternCache
@@ -40,13 +39,12 @@ from lcdist.attention.scca.swap import (
 )
 from lcdist.attention.scca.units import UnitLayout, dilated_heads
 from lcdist.attention.shape import HeadSlice, Shape, Traffic
-from lcdist.attention.shared.checks import decode_rows
 from lcdist.config.schema import SccaOptions
 from lcdist.exchange import Pending
 from lcdist.layout import ContextLayout
 from lcdist_kernels import scca_attention, scca_reference
 from lcdist_kernels.full import TORCH_IMPL, AttentionImpl, select_impl
-from lcdist_kernels.scca import IMPLS, Rule, scca_cached
+from lcdist_kernels.scca import IMPLS, Rule
 from lcdist_kernels.tape import KeptPass, replays
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -153,19 +151,6 @@ def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     return scca_reference(q, k, v, rules=_training_rules(q, ctx), **ctx.reference_arguments)
 
 
-def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
-    """Return attention of new tokens, by the pattern; only entries that it selects are read.
-
-    The document's final length is unknown here. So under flow with wrap = "mask", a head whose
-    shift leads before the document's start gives 0.
-    """
-    rules = held_rules(ctx.options, ctx.heads, q.shape[2])
-    decode_row = partial(
-        scca_cached, rules=rules, rotary=ctx.rotary, softmax_scale=ctx.softmax_scale
-    )
-    return decode_rows(q, cache.k, cache.v, cache.positions, decode_row)
-
-
 def _shape_heads(shape: Shape) -> HeadSlice:
     return shape.heads or HeadSlice(0, shape.nheads, 0, shape.nheads_kv)
 
@@ -252,7 +237,7 @@ METHOD = AttentionMethod(
     kept_bytes=kept_bytes,
     impls=IMPLS,
     make_cache=PatternCache,
-    functions=ContextFunctions(attend, reference, decode, attend_local),
+    functions=ContextFunctions(attend, reference, attend_local=attend_local),
     exchange_for=exchange_for,
     for_layer=for_layer,
     check=check,

@@ -16,16 +16,13 @@ class PlainCache(LayerCache):
     Args:
         decode: of the method.
         name: of the method, for messages.
-        has_state: whether `decode` keeps more of the past in a dict.
         spec: of the layer.
 
     Raises:
         ValueError: context parallelism.
     """
 
-    def __init__(
-        self, decode: Callable[..., Tensor], name: str, has_state: bool, spec: CacheSpec
-    ) -> None:
+    def __init__(self, decode: Callable[..., Tensor], name: str, spec: CacheSpec) -> None:
         super().__init__(spec)
         if group_size(spec.group) > 1:
             raise ValueError(
@@ -33,7 +30,6 @@ class PlainCache(LayerCache):
                 f"parallel.cp_size = 1, not {group_size(spec.group)}"
             )
         self._decode, self._store = decode, TokenStore(spec.rows, spec.capacity)
-        self._states: list[dict] = [{} for _ in range(spec.rows)] if has_state else []
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +39,6 @@ class PlainCache(LayerCache):
         spec, out = self.spec, []
         for row, positions, *one in row_calls(new, q, k, v):
             self._store.append(row, positions, *one[1:])
-            state = {"state": self._states[row]} if self._states else {}
             result = self._decode(
                 one[0],
                 *self._store.read(row),
@@ -53,7 +48,6 @@ class PlainCache(LayerCache):
                 softmax_scale=spec.softmax_scale,
                 params=spec.params,
                 heads=spec.heads,
-                **state,
             )
             out.append(result)
         return torch.cat(out)

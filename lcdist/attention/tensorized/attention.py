@@ -15,7 +15,7 @@ attention, swapped over key heads as in DeepSpeed-Ulysses (arXiv:2309.14509).
 import torch
 from torch import Tensor
 
-from lcdist.attention.context import AttentionContext, DecodeCache
+from lcdist.attention.context import AttentionContext
 from lcdist.attention.facts import ContextFunctions
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.shape import HeadSlice, Shape
@@ -81,18 +81,6 @@ def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     return tensorized_reference(q, k, v, grid=grid, branch_bias=bias, **ctx.reference_arguments)
 
 
-def decode(q: Tensor, cache: DecodeCache, ctx: AttentionContext) -> Tensor:
-    """Return attention of new tokens, whose positions continue where the last call ended.
-
-    cache.state: U of closed blocks and the open block's queries, kept by this function; empty at
-    the start, None for a single call from position 0.
-    """
-    grid, bias = grid_and_bias(q, cache.k, ctx)
-    rotary = ModeRotary(grid, ctx.rotary, cache.positions, ctx.softmax_scale)
-    state = {} if cache.state is None else cache.state
-    return ops.decode_step(q, cache.k, cache.v, bias, rotary, state)
-
-
 def flops(options: TensorizedOptions, shape: Shape) -> int:
     """Count forward operations of one layer: 4 head_dim per visible pair of a branch and of a hop.
 
@@ -155,13 +143,13 @@ METHOD = AttentionMethod(
     options=TensorizedOptions,
     layouts=("contiguous",),
     exchange=("swap", "shift"),
-    supports=frozenset({"gqa", "varlen", "decode", "state"}),
+    supports=frozenset({"gqa", "varlen", "decode"}),
     multiple_of=multiple_of,
     flops=flops,
     bytes=traffic,
     kept_bytes=kept_bytes,
     make_cache=make_cache,
-    functions=ContextFunctions(attend, reference, decode, attend_local),
+    functions=ContextFunctions(attend, reference, attend_local=attend_local),
     parameters=parameters,
     exchange_for=exchange_for,
     initial=initial,
