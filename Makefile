@@ -18,14 +18,24 @@ MINUTES ?=
 LORA   ?= 0
 WITH   ?=
 
+# Of `make claims`. PROFILE: cpu, gpu or quick; JOBS: jobs at a time; TEXT: real text instead of Python's standard
+# library; WITH: overrides of configs/claims/PROFILE.toml.
+PROFILE ?= cpu
+JOBS    ?= $(if $(filter cpu,$(PROFILE)),2,1)
+TEXT    ?= stdlib
+
 # Extras of the package: EXTRAS=deepspeed, or several, separated by commas.
 EXTRAS ?=
 
-.PHONY: extend test default-slurm test-fast test-all exhaustive exhaustive-slurm slurm-test checks chaos bench gpu-check install clean
+.PHONY: extend claims test default-slurm test-fast test-all exhaustive exhaustive-slurm slurm-test checks chaos bench gpu-check install clean
 
 extend: install
 	LCDIST_STARTER=make $(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
 		--model "$(MODEL)" --length "$(LENGTH)" --minutes "$(MINUTES)" --lora "$(LORA)" $(WITH)
+
+# Small models beside the papers' claims: about three hours on two cores. Run again, it goes on.
+claims: install
+	LCDIST_STARTER=make $(BIN)/lcdist claims --profile "$(PROFILE)" --workers "$(JOBS)" --text "$(TEXT)" $(WITH)
 
 # All Slurm tests share one cluster, so they run in one process, after the others.
 ONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -32,6 +32,7 @@ FLOORS = (
     {"lcdist.model"},
     {"lcdist.checkpoint", "lcdist.engines", "lcdist.inference"},
     {"lcdist.convert", "lcdist.evaluate", "lcdist.train", "lcdist.verify"},
+    {"lcdist.claims"},
     {"lcdist.commands"},
 )
 # Within attention/, lowest first; the folders of methods stand between these and the registry.

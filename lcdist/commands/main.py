@@ -42,6 +42,7 @@ COMMANDS = (
     Command("status", "lcdist.commands.status", "show a run's progress, speed and restarts"),
     Command("report", "lcdist.commands.report", "write a page about a run, or compare several"),
     Command("extend", "lcdist.commands.extend", "extend a model's context, from text to report"),
+    Command("claims", "lcdist.commands.claims", "lay papers' claims beside our own small models"),
     Command("probe", "lcdist.commands.probe", "time training steps at short lengths"),
     Command("smoke", "lcdist.commands.smoke", "check that a cluster trains and communicates"),
     Command("completion", "lcdist.commands.completion", "print a script that completes commands"),

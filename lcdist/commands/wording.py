@@ -12,6 +12,9 @@ _VARIABLES = {
     "--lora": "LORA",
     "--length": "LENGTH",
     "--minutes": "MINUTES",
+    "--profile": "PROFILE",
+    "--workers": "JOBS",
+    "--text": "TEXT",
 }
 _OPTION = re.compile(rf"({'|'.join(_VARIABLES)})(?:[ =](\S+))?(?=[\s:;,.)']|$)")
 _OVERRIDE_HELP = "configuration error: "

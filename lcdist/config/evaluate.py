@@ -62,6 +62,9 @@ class EvaluateConfig:
         short_step: Tokens that share the beginning of a short context, which grows meanwhile.
         key_gain: Longppl scores a token if long context lowers its loss by more, in nats,
         key_loss: and if its loss with long context is lower, in nats.
+        device_blocks: Blocks of a text and key head that landmark attention with top_k keeps on the
+            device while it answers questions, the rest being in host memory; 0: all of them. The
+            answers are the same.
     """
 
     attention: Literal["auto", "dense", "method"] = "auto"
@@ -76,6 +79,7 @@ class EvaluateConfig:
     short_step: int = at_least(1, 1024, SEQLEN)
     key_gain: float = at_least(0, 2.0, NATS)
     key_loss: float = above(0, 2.0, NATS)
+    device_blocks: int = at_least(0, 0, SEQLEN)
     depths: int = at_least(1, 11, DEPTHS)  # of the needle map, evenly spaced from 0 to 100 %
     # How questions are put. text: as a text that ends where the answer begins. chat: as a turn of
     # the user, by the tokenizer's chat template, with the beginning of the answer.

@@ -30,6 +30,7 @@ _OF_NO_UNIT = (
     *("evaluate.measure", "log.", "optim.", "checkpoint."),
     # Units of tasks have the task, the depth and the numbers of their cases in their keys.
     *("evaluate.samples", "evaluate.depths", "evaluate.ruler_tasks", "evaluate.effective_score"),
+    "evaluate.device_blocks",
     *("parallel.timeout", "parallel.stall"),
 )
 # What all units measured, by part and key.

@@ -75,6 +75,10 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert error_of("--overwrite") == (
         "error: --overwrite has no meaning without --output; leave it out"
     )
+    assert error_of("evaluate.measure=[passkey]", "evaluate.device_blocks=4") == (
+        "error: evaluate.device_blocks = 4: only landmark attention with attention.top_k reads "
+        "chosen blocks; set it to 0, or give attention.top_k=NUMBER"
+    )
     output = tmp_path / "x.json"
     assert main(["evaluate", str(run), "--output", str(output), *ASKED]) == 0
     capsys.readouterr()

@@ -37,11 +37,15 @@ def passkey_case(prompt_format: PromptFormat, length: int, seed: int, number: in
         return int(share * (size + 1))
 
     def build(size: int) -> Question:
-        filler = [NOISE_SENTENCES[n % len(NOISE_SENTENCES)] for n in range(size)]
-        line = _KEY.format(key=key)
-        before, after = filler[: place(size)], filler[place(size) :]
-        lines = [_INSTRUCTION, " ".join(before), line, " ".join(after), _QUESTION]
-        return Question("\n".join(text for text in lines if text), _PREFIX, (key,))
+        return passkey_question(key, place(size), size - place(size))
 
     size, _, case = fullest(build, prompt_format, Room(length, MAX_NEW_TOKENS), least=0)
     return dataclasses.replace(case, depth=place(size) / max(1, size))
+
+
+def passkey_question(key: str, before: int, after: int) -> Question:
+    """Return the question for a key with so many sentences of filler before and after it."""
+    filler = [NOISE_SENTENCES[n % len(NOISE_SENTENCES)] for n in range(before + after)]
+    line = _KEY.format(key=key)
+    lines = [_INSTRUCTION, " ".join(filler[:before]), line, " ".join(filler[before:]), _QUESTION]
+    return Question("\n".join(text for text in lines if text), _PREFIX, (key,))

@@ -1,0 +1,235 @@
+"""Rules of the claims: pure functions of what was measured.
+
+No rule answers "reproduced" unless every model that it compares has converged, and the intervals
+of what it compares do not overlap.
+"""
+
+import math
+from collections.abc import Sequence
+
+from lcdist.claims.claim import Figure, Measured, Rule, Verdict
+
+# A model has converged if its perplexity at its training length is at most this share of that of a
+# model which knows the frequencies of tokens alone,
+OF_UNIGRAM = 1 / 4
+# and at most this many times that of the best model of the profile, read as it was trained.
+OF_BEST = 1.25
+# For claims about passkeys it also finds this share of them at the training length.
+FINDS = 0.8
+# Perplexity beyond the training length, as a multiple of that at the training length.
+DIVERGES, STEADY = 10.0, 1.15
+
+
+def unconverged(measured: Measured, names: Sequence[str], finds: bool = False) -> list[str]:
+    """Return why models have not converged, one phrase for each that has not.
+
+    Args:
+        measured: all readings.
+        names: of the readings that are to be compared.
+        finds: whether passkeys have to be found at the training length.
+    """
+    length = measured.length
+    known = [
+        r.perplexity[length].value for r in measured.readings.values() if length in r.perplexity
+    ]
+    found = []
+    for name in names:
+        reading = measured.readings[name]
+        own = reading.perplexity.get(length)
+        if own is None:
+            found.append(f"{name} has no finite perplexity at {length} tokens")
+        elif own.value > OF_UNIGRAM * measured.unigram:
+            least = OF_UNIGRAM * measured.unigram
+            found.append(f"{name} has not converged: perplexity {own.value:.1f}, above {least:.1f}")
+        elif own.value > OF_BEST * min(known):
+            best = min(known)
+            found.append(f"{name} has not converged: perplexity {own.value:.1f}, best {best:.1f}")
+        elif finds and (at := reading.passkey.get(length)) is not None and at.value < FINDS:
+            found.append(f"{name} finds {at.value:.0%} of the passkeys at {length} tokens")
+        elif finds and length not in reading.passkey:
+            found.append(f"{name} was not asked for passkeys at {length} tokens")
+    return found
+
+
+def growth(measured: Measured, name: str, times: int) -> Figure:
+    """Return perplexity at `times` the training length over that at the training length.
+
+    The interval takes both ends from both intervals, and so is wider than it has to be. A
+    perplexity that is not finite counts as infinite.
+    """
+    perplexity = measured.readings[name].perplexity
+    base, far = perplexity[measured.length], perplexity.get(times * measured.length)
+    if far is None:
+        return Figure(math.inf, (math.inf, math.inf))
+    return Figure(far.value / base.value, (far.low / base.high, far.high / base.low))
+
+
+def steady_where_other_diverges(name: str, other: str, times: int, bound: float) -> Rule:
+    """Return the rule: `name` grows by at most `bound` where `other` diverges."""
+
+    def rule(measured: Measured) -> Verdict:
+        problems = unconverged(measured, [name, other])
+        if problems:
+            return Verdict("not decided", "; ".join(problems))
+        own, its = growth(measured, name, times), growth(measured, other, times)
+        why = f"perplexity at {times}x is {_times(own)} that at 1x; {other}: {_times(its)}"
+        if its.high < DIVERGES:
+            return Verdict("not decided", f"{why}; {other} does not diverge at this size")
+        if own.low > bound:
+            return Verdict("not reproduced", why)
+        if own.high <= bound and its.low >= DIVERGES:
+            return Verdict("reproduced", why)
+        return Verdict("not decided", f"{why}; the intervals include the bound")
+
+    return rule
+
+
+def steady(name: str, times: int, bound: float = STEADY) -> Rule:
+    """Return the rule: perplexity at `times` the training length grows by at most `bound`."""
+
+    def rule(measured: Measured) -> Verdict:
+        problems = unconverged(measured, [name])
+        if problems:
+            return Verdict("not decided", "; ".join(problems))
+        own = growth(measured, name, times)
+        why = f"perplexity at {times}x is {_times(own)} that at 1x (bound {bound:g})"
+        # Both perplexities are of the same text: the interval of their ratio would be narrower.
+        return Verdict("reproduced" if own.value <= bound else "not reproduced", why)
+
+    return rule
+
+
+def grows_less(name: str, other: str, times: int) -> Rule:
+    """Return the rule: perplexity of `name` grows less to `times` the length than of `other`."""
+
+    def rule(measured: Measured) -> Verdict:
+        problems = unconverged(measured, [name, other])
+        if problems:
+            return Verdict("not decided", "; ".join(problems))
+        own, its = growth(measured, name, times), growth(measured, other, times)
+        why = f"perplexity at {times}x over that at 1x: {name} {_times(own)}, {other} {_times(its)}"
+        return _compared(own, its, why)
+
+    return rule
+
+
+def lower(name: str, other: str, times: int, converge: Sequence[str] = ()) -> Rule:
+    """Return the rule: perplexity of `name` is lower at `times` the training length.
+
+    Args:
+        name: of the reading that the claim is about.
+        other: of the one that it is compared with.
+        times: multiple of the training length.
+        converge: readings that have to have converged at the training length; default: both.
+    """
+
+    def rule(measured: Measured) -> Verdict:
+        problems = unconverged(measured, converge or [name, other])
+        if problems:
+            return Verdict("not decided", "; ".join(problems))
+        length = times * measured.length
+        pair = [measured.readings[each].perplexity.get(length) for each in (name, other)]
+        if pair[0] is None or pair[1] is None:
+            return Verdict("not decided", f"a perplexity at {length} tokens is not finite")
+        why = (
+            f"perplexity at {length} tokens: {name} {_figure(pair[0])}, {other} {_figure(pair[1])}"
+        )
+        return _compared(pair[0], pair[1], why)
+
+    return rule
+
+
+def as_good(name: str, other: str, times: int, within: float) -> Rule:
+    """Return the rule: perplexity at `times` the length is at most `within` times the other's."""
+
+    def rule(measured: Measured) -> Verdict:
+        problems = unconverged(measured, [other])
+        if problems:
+            return Verdict("not decided", "; ".join(problems))
+        length = times * measured.length
+        pair = [measured.readings[each].perplexity.get(length) for each in (name, other)]
+        if pair[0] is None or pair[1] is None:
+            return Verdict("not decided", f"a perplexity at {length} tokens is not finite")
+        ratio = pair[0].value / pair[1].value
+        why = (
+            f"perplexity at {length} tokens is {ratio:.3f} times that of {other} (bound {within:g})"
+        )
+        return Verdict("reproduced" if ratio <= within else "not reproduced", why)
+
+    return rule
+
+
+def finds_more(name: str, other: str, lengths: Sequence[int]) -> Rule:
+    """Return the rule: `name` finds more passkeys than `other` beyond the training length.
+
+    At some multiple of the training length in `lengths` its interval lies above, at none below.
+    """
+
+    def rule(measured: Measured) -> Verdict:
+        problems = unconverged(measured, [name, other], finds=True)
+        if problems:
+            return Verdict("not decided", "; ".join(problems))
+        own, its = (measured.readings[each].passkey for each in (name, other))
+        asked = [t * measured.length for t in lengths if t * measured.length in own]
+        asked = [length for length in asked if length in its]
+        told = [
+            f"{length}: {own[length].value:.0%} and {its[length].value:.0%}" for length in asked
+        ]
+        why = f"passkeys found by {name} and {other} at {', '.join(told) or 'no length'}"
+        if any(own[length].high < its[length].low for length in asked):
+            return Verdict("not reproduced", why)
+        if any(own[length].low > its[length].high for length in asked):
+            return Verdict("reproduced", why)
+        return Verdict("not decided", f"{why}; the intervals overlap")
+
+    return rule
+
+
+def finds(name: str, times: int, share: float) -> Rule:
+    """Return the rule: at least `share` of the passkeys are found at `times` the length."""
+
+    def rule(measured: Measured) -> Verdict:
+        problems = unconverged(measured, [name], finds=True)
+        if problems:
+            return Verdict("not decided", "; ".join(problems))
+        length = times * measured.length
+        at = measured.readings[name].passkey.get(length)
+        if at is None:
+            return Verdict("not decided", f"no passkeys were asked for at {length} tokens")
+        why = f"{at.value:.0%} of the passkeys are found at {length} tokens (bound {share:.0%})"
+        if at.low >= share:
+            return Verdict("reproduced", why)
+        return Verdict("not reproduced" if at.high < share else "not decided", why)
+
+    return rule
+
+
+def both(first: Rule, second: Rule) -> Rule:
+    """Return the rule that is reproduced if both are, and not reproduced if either is not."""
+
+    def rule(measured: Measured) -> Verdict:
+        found = [each(measured) for each in (first, second)]
+        words = [verdict.word for verdict in found]
+        why = "; ".join(verdict.why for verdict in found)
+        if "not reproduced" in words:
+            return Verdict("not reproduced", why)
+        return Verdict("not decided" if "not decided" in words else "reproduced", why)
+
+    return rule
+
+
+def _compared(own: Figure, its: Figure, why: str) -> Verdict:
+    """Return the verdict on "own is lower": not decided where the intervals overlap."""
+    if own.high < its.low:
+        return Verdict("reproduced", why)
+    if own.low > its.high:
+        return Verdict("not reproduced", why)
+    return Verdict("not decided", f"{why}; the intervals overlap")
+
+
+def _times(figure: Figure) -> str:
+    return f"{figure.value:.2f} times"
+
+
+def _figure(figure: Figure) -> str:
+    return f"{figure.value:.2f} ({figure.low:.2f} to {figure.high:.2f})"

@@ -1,0 +1,144 @@
+"""Text that the models of the claims are trained on: half real, half made to teach retrieval.
+
+Real text alone, read for minutes, teaches no small model to look a number up. The other half is
+made by seed: passkeys as the evaluation hides them, of other numbers, and words to be copied.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lcdist.data.prepare.corpus import Source, scan_source, standard_library
+from lcdist.data.prepare.prepare import prepare
+from lcdist.data.prepare.settings import TokenizeSettings
+from lcdist.evaluate.tasks.draws import Draws
+from lcdist.evaluate.tasks.passkey import DIGITS, passkey_question
+from lcdist.utils.atomic import write_file
+
+STDLIB = "stdlib"
+DEBIAN = Path("/usr/share/doc")
+REAL, MADE = "real", "made"
+VALID_FRACTION = 0.1
+# A cut of a long file, so that a text of a few megabytes comes from many files.
+_DOCUMENT_CHARS = 30_000
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """What the text of a profile is.
+
+    Attributes:
+        source: "stdlib", with Debian's documentation where there is any, or a folder or file.
+        real_bytes: of real text, at most.
+        made: number of made samples.
+        filler: most sentences of filler of a made passkey.
+        words: most words of a made copy.
+        vocab_size: pieces of the tokenizer, which is trained on both halves.
+        seed: of all that is drawn.
+    """
+
+    source: str
+    real_bytes: int
+    made: int
+    filler: int
+    words: int
+    vocab_size: int
+    seed: int = 0
+
+
+def made_sample(settings: TextSettings, number: int) -> str:
+    """Return sample `number`: a passkey with its answer, or words and the same words again."""
+    draws = Draws(settings.seed, "claims", number)
+    if number % 2:
+        return _copy(draws, settings.words)
+    key = str(draws.part("key").between(10 ** (DIGITS - 1), 10**DIGITS - 1))
+    size = draws.part("size").between(0, settings.filler)
+    before = draws.part("place").between(0, size)
+    question = passkey_question(key, before, size - before)
+    return f"{question.text}{question.prefix} {key}."
+
+
+def _copy(draws: Draws, most: int) -> str:
+    """Return between two and `most` made-up words, and the same words again."""
+    count = draws.part("count").between(2, most)
+    letters = draws.part("letters")
+    words = [
+        "".join(letters.choice(_LETTERS) for _ in range(letters.between(2, 5)))
+        for _ in range(count)
+    ]
+    line = " ".join(words)
+    return f"copy: {line}\ncopy: {line}\n"
+
+
+def real_documents(source: str, limit: int) -> Iterator[str]:
+    """Yield real text in pieces of about equal size, at most `limit` bytes.
+
+    Files are taken in the order of a hash of their names, so that a limit leaves out any of them.
+    """
+    left = limit
+    for path in _files(source, limit):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for start in range(0, len(text), _DOCUMENT_CHARS):
+            piece = text[start : start + _DOCUMENT_CHARS]
+            left -= len(piece.encode())
+            if left < 0:
+                return
+            yield piece
+
+
+def _files(source: str, limit: int) -> Iterable[Path]:
+    if source != STDLIB:
+        return [file.path for file in scan_source(Source(source, max_bytes=limit)).files]
+    # Two thirds of the library, so that the documentation has a place.
+    of_library = standard_library(limit * 2 // 3 if DEBIAN.is_dir() else limit)
+    found = [file.path for file in scan_source(of_library).files]
+    if DEBIAN.is_dir():
+        documents = Source(DEBIAN, (".txt", ".md", ".rst"), max_bytes=limit // 3)
+        found += [file.path for file in scan_source(documents).files]
+    return found
+
+
+def write_text(folder: Path, settings: TextSettings) -> None:
+    """Write the token folders `real` and `made` with one tokenizer; nothing if they are there.
+
+    Args:
+        folder: that holds both; `all` beside them has the tokenizer.
+        settings: what the text is.
+
+    Raises:
+        ValueError: there is no text, or the folder holds another one.
+    """
+    asked = json.dumps(vars(settings), indent=1) + "\n"
+    done = folder / "text.json"
+    if done.exists():
+        if done.read_text(encoding="utf-8") != asked:
+            raise ValueError(
+                f"{folder} holds text of other settings: remove it, or name another --runs"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    real = list(real_documents(settings.source, settings.real_bytes))
+    if not real:
+        raise ValueError(f"--text {settings.source}: no text in it")
+    made = [made_sample(settings, number) for number in range(settings.made)]
+    everything = _tokenized(folder / "all", [*real, *made], settings, None)
+    for name, documents in ((REAL, real), (MADE, made)):
+        _tokenized(folder / name, documents, settings, everything)
+    write_file(done, asked)
+
+
+def _tokenized(
+    folder: Path, documents: Sequence[str], settings: TextSettings, tokenizer: Path | None
+) -> Path:
+    lines = folder.with_suffix(".jsonl")
+    write_file(lines, "".join(json.dumps({"text": text}) + "\n" for text in documents))
+    how = TokenizeSettings(
+        vocab_size=settings.vocab_size if tokenizer is None else None,
+        valid_fraction=VALID_FRACTION,
+        seed=settings.seed,
+        on_error="refuse",
+    )
+    prepare(Source(lines), folder, how, tokenizer=tokenizer, overwrite=True)
+    return folder
