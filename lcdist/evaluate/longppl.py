@@ -12,7 +12,7 @@ all of the window before the token. Short contexts slide, as in the authors' cod
 `short_context` tokens before it. The first `short_context` tokens of a window cannot be key tokens.
 
 LongPPL is exp of the mean loss of the key tokens, given long context. Its interval is that of a
-ratio over windows (`lcdist.evaluate.intervals`). Nothing is drawn at random.
+ratio over windows (`lcdist.utils.intervals`). Nothing is drawn at random.
 """
 
 import math
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from lcdist.config.evaluate import EvaluateConfig
-from lcdist.evaluate.intervals import exp_interval, finite, mean_interval, perplexity_of
 from lcdist.evaluate.loaded_model import LoadedModel
 from lcdist.evaluate.parts import Count, PartKind, Unit
 from lcdist.evaluate.text import Text, Windows, stretches
+from lcdist.utils.intervals import exp_interval, finite, mean_interval, perplexity_of
 
 
 class KeyTokens:

@@ -58,7 +58,7 @@ class Part(Protocol):
     def summary(self, measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """Return the figures, with confidence intervals, from what every unit measured, by key.
 
-        JSON without NaN and infinity: `lcdist.evaluate.intervals.finite` makes them None.
+        JSON without NaN and infinity: `lcdist.utils.intervals.finite` makes them None.
         """
         ...
 

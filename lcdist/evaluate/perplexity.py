@@ -5,17 +5,17 @@ its context. Most models fail beyond their training length.
 
 The interval of a perplexity is exp of the 95 % interval of the mean loss, from the standard error
 of a ratio: nats over tokens, summed over stretches of text as long as the longest window
-(`lcdist.evaluate.intervals`). Nothing is drawn at random.
+(`lcdist.utils.intervals`). Nothing is drawn at random.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lcdist.evaluate.intervals import exp_interval, finite, mean_interval, perplexity_of
 from lcdist.evaluate.loaded_model import LoadedModel
 from lcdist.evaluate.parts import Count, PartKind, Unit
 from lcdist.evaluate.text import Windows, stretches
+from lcdist.utils.intervals import exp_interval, finite, mean_interval, perplexity_of
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,13 @@ class Perplexity:
         }
 
     def summary(self, measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        """Return the perplexity at each length with its interval."""
-        found: dict[str, list[Any]] = {"perplexity": [], "interval": [], "scored": [], "loss": []}
+        """Return the perplexity at each length with its interval.
+
+        stretches: for each length and stretch [scored tokens, their nats], by which two evaluations
+        of the same text are compared. text: tells whether it is the same.
+        """
+        names = ("perplexity", "interval", "scored", "loss", "stretches")
+        found: dict[str, list[Any]] = {name: [] for name in names}
         for length in self.lengths:
             tokens, nats = self._by_stretch(length, measured)
             mean, interval = mean_interval(tokens, nats)
@@ -80,7 +85,10 @@ class Perplexity:
             found["interval"].append(exp_interval(interval))
             found["scored"].append(score.tokens)
             found["loss"].append(finite(mean))
-        return {"lengths": self.lengths, **found, "joined": self.loaded.text.joined}
+            pairs = zip(tokens, map(finite, nats), strict=True)
+            found["stretches"].append([list(pair) for pair in pairs])
+        text = self.loaded.text
+        return {"lengths": self.lengths, **found, "joined": text.joined, "text": text.digest}
 
     def _by_stretch(
         self, length: int, measured: Mapping[str, dict[str, Any]]

@@ -3,17 +3,17 @@
 Windows of the longest length are cut into bins of equally many positions. The mean loss of a bin
 falls with its position as long as the model uses what it reads; where the context ends that the
 model can use, it stays level or rises. The interval of a bin is that of a ratio over windows
-(`lcdist.evaluate.intervals`). Nothing is drawn at random.
+(`lcdist.utils.intervals`). Nothing is drawn at random.
 """
 
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from lcdist.evaluate.intervals import finite, mean_interval
 from lcdist.evaluate.loaded_model import LoadedModel
 from lcdist.evaluate.parts import Count, PartKind, Unit
 from lcdist.evaluate.text import Windows, stretches
+from lcdist.utils.intervals import finite, mean_interval
 
 
 class LossByPosition:

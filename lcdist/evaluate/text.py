@@ -5,6 +5,7 @@ for the first token of a document: no text before it says what it is. Of convers
 answers are scored.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,12 @@ class Text:
     tokens: Tensor
     unscored: Tensor
     joined: bool
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tokens and of which are scored."""
+        parts = self.tokens.numpy().tobytes(), self.unscored.numpy().tobytes()
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 class Windows:

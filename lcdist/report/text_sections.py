@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lcdist.report.curves import Axes, Line, interval_ends, plot_lines
 from lcdist.report.formatting import number, percent
 from lcdist.report.html import Figure, Table
 from lcdist.report.section import SectionKind, Summary, with_interval
 from lcdist.report.svg import FigureOptions
+from lcdist.utils.intervals import exp_interval, mean_interval, perplexity_of
 
 # Rows of a table of positions on a page; the figure has all bins.
 MOST_ROWS = 8
@@ -42,7 +44,42 @@ def _perplexity_tables(results: Mapping[str, Summary]) -> list[Table]:
                 NOT_FINITE if value is None else with_interval(value, each["interval"][index])
             )
         rows.append((f"{length:,}", *cells))
-    return [Table(("length", *results), rows)]
+    return [Table(("length", *results), rows), *_perplexity_ratios(results)]
+
+
+def _perplexity_ratios(results: Mapping[str, Summary]) -> list[Table]:
+    """Return how perplexities compare with the first evaluation's, where the text is the same.
+
+    Both meet the same easy and hard stretches of text, so that the interval of their ratio is far
+    narrower than each one's own.
+    """
+    labels = list(results)
+    first = results[labels[0]]
+    same = [
+        label
+        for label in labels[1:]
+        if first.get("text") and results[label].get("text") == first["text"]
+        and results[label]["lengths"] == first["lengths"]
+    ]  # fmt: skip
+    if not same:
+        return []
+    rows = []
+    for index, length in enumerate(first["lengths"]):
+        ratios = [
+            _ratio(first["stretches"][index], results[label]["stretches"][index]) for label in same
+        ]
+        rows.append((f"{length:,}", *ratios))
+    return [Table(("length", *(f"{label} / {labels[0]}" for label in same)), rows)]
+
+
+def _ratio(before: Sequence[Sequence[Any]], after: Sequence[Sequence[Any]]) -> str:
+    """Return the ratio of two perplexities with its interval, from the nats of their stretches."""
+    differences = [
+        math.nan if a[1] is None or b[1] is None else a[1] - b[1]
+        for b, a in zip(before, after, strict=True)
+    ]
+    mean, interval = mean_interval([each[0] for each in before], differences)
+    return with_interval(perplexity_of(mean), exp_interval(interval))
 
 
 def _perplexity_figures(results: Mapping[str, Summary]) -> list[Figure]:
@@ -156,7 +193,8 @@ def _longppl_tables(results: Mapping[str, Summary]) -> list[Table]:
 
 PERPLEXITY = SectionKind(
     "Perplexity by length",
-    "The same held-out text in windows of each length. In brackets: the 95 % interval.",
+    "The same held-out text in windows of each length. In brackets: the 95 % interval. The ratio "
+    "of two perplexities of the same text is more certain than each of them.",
     _printed_perplexity,
     _perplexity_tables,
     _perplexity_figures,

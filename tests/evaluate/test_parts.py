@@ -6,9 +6,9 @@ import typing
 import pytest
 
 from lcdist.config.evaluate import Measure
-from lcdist.evaluate.intervals import fraction_interval, mean_interval, student_t
 from lcdist.evaluate.registry import PART_KINDS
 from lcdist.report.evaluation_sections import SECTIONS, printed_tables, sections
+from lcdist.utils.intervals import fraction_interval, mean_interval, student_t
 
 
 def test_every_part_that_can_be_named_has_code_and_a_section() -> None:

@@ -66,6 +66,23 @@ def test_only_scored_tokens_count() -> None:
     assert longppl["longppl"] == pytest.approx(math.exp(key.mean())) and not longppl["not_finite"]
 
 
+def test_the_interval_of_a_perplexity_is_that_of_stretches_at_every_length() -> None:
+    losses, unscored = made()
+    found = part_of(Perplexity, losses, unscored)
+    scored = ~unscored[1:].view(COUNT, LENGTH)
+    tokens, nats = scored.sum(1), (losses.view(COUNT, LENGTH) * scored).sum(1)
+    mean = (nats.sum() / tokens.sum()).item()
+    squares = ((nats - mean * tokens) ** 2).sum().item()
+    half = 3.18245 * math.sqrt(COUNT / (COUNT - 1) * squares) / tokens.sum().item()
+    expected = [math.exp(mean - half), math.exp(mean + half)]
+    assert found["interval"] == [pytest.approx(expected, rel=1e-5)] * 2
+    for stretches in found["stretches"]:
+        assert [n for n, _ in stretches] == tokens.tolist()
+        assert [x for _, x in stretches] == pytest.approx(nats.tolist())
+    other = part_of(Perplexity, losses, ~unscored)
+    assert found["text"] != other["text"] and len(found["text"]) == 64
+
+
 def test_thresholds_are_strict() -> None:
     losses, scored = torch.full((LENGTH * COUNT,), 1.0), torch.zeros(LENGTH * COUNT + 1).bool()
     assert part_of(LongPpl, losses.double(), scored, short=3.0)["key_tokens"] == 0

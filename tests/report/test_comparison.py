@@ -96,6 +96,31 @@ def test_evaluations_and_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert re.search(r"<td>two</td><td>4,096, 512</td>|<td>two</td><td>512, 4,096</td>", text)
 
 
+def test_the_same_text_gives_a_ratio_with_a_narrow_interval(tmp_path: Path) -> None:
+    nats = ([20.0, 60.0, 40.0], [19.0, 58.0, 39.0], [10.0, None, 20.0])
+    weights = [10, 20, 10]
+
+    def of_text(text: str, values: list[float | None]) -> dict[str, Any]:
+        pairs = [[w, x] for w, x in zip(weights, values, strict=True)]
+        return single(perplexity={**perplexity(8.0), "text": text, "stretches": [pairs]})
+
+    files = [
+        written(tmp_path / f"{name}.json", of_text(text, values))
+        for name, text, values in (
+            ("a", "same", nats[0]),
+            ("b", "same", nats[1]),
+            ("c", "other", nats[1]),
+            ("d", "same", nats[2]),
+        )
+    ]
+    text = text_of(write_comparison(files, tmp_path / "x.html"))
+    head, row = re.findall(r"<thead>.*?</tbody>", text, re.DOTALL)[-1].split("<tbody>")
+    assert re.findall(r'<th scope="col">([^<]*)</th>', head) == ["length", "b / a", "d / a"]
+    # Differences of -1, -2, -1 nats for 10, 20, 10 tokens: their mean is exactly -0.1 everywhere.
+    assert re.findall(r"<td>([^<]*)</td>", row) == ["64", "0.9048 (0.9048 to 0.9048)", "–"]
+    assert "a / b" not in text_of(write_comparison([files[0], files[2]], tmp_path / "y.html"))
+
+
 def test_the_report_of_a_run_shows_what_was_evaluated(tmp_path: Path) -> None:
     make_stage(tmp_path / "one", 512, 30, random.Random(1))
     written(

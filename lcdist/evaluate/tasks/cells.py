@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcdist.evaluate.intervals import fraction_interval
 from lcdist.evaluate.loaded_model import LoadedModel
 from lcdist.evaluate.parts import Count, Unit
 from lcdist.evaluate.tasks.case import Case, TooShortError
 from lcdist.evaluate.tasks.inputs import TaskInputs
 from lcdist.evaluate.tasks.predict import continuations
+from lcdist.utils.intervals import fraction_interval
 
 # A unit has at most so many tokens and cases, or is one case.
 _TOKENS_OF_A_UNIT = 2**16
