@@ -14,7 +14,7 @@ from lcdist.utils.intervals import fraction_interval
 # A unit has at most so many tokens and cases, or is one case.
 _TOKENS_OF_A_UNIT = 2**16
 _CASES_OF_A_UNIT = 16
-# Up to this length it is tried whether a case fits; beyond it, what fits a shorter length fits.
+# Up to this length it is tried whether all cases fit; beyond it, what fits a shorter length fits.
 _ALWAYS_TRIED = 8192
 Score = Callable[[str, Sequence[str]], float]
 
@@ -119,28 +119,38 @@ class Cells:
 
 
 def lengths_that_fit(
-    lengths: Sequence[int], case: Callable[[int], Case]
+    lengths: Sequence[int], count: int, cases: Callable[[int], Callable[[int], Case]]
 ) -> tuple[list[int], list[dict[str, int]]]:
     """Return the lengths that a task fits, and those that are too short with what they would take.
 
     Args:
         lengths: in tokens.
-        case: makes the first case of a length.
+        count: number of cases of a length.
+        cases: returns what makes the cases of a length.
     """
     fit, too_short, tried_in_vain = list[int](), list[dict[str, int]](), False
     for length in sorted(set(lengths)):
         if length > _ALWAYS_TRIED and not tried_in_vain:
             fit.append(length)
             continue
-        try:
-            case(length)
-        except TooShortError as error:
-            too_short.append({"length": length, "needed": error.needed})
-            tried_in_vain = True
-        else:
+        # What others take is not exactly what the first one does.
+        needed = _needed(cases(length), range(count))
+        if needed is None:
             fit.append(length)
-            tried_in_vain = False
+        else:
+            too_short.append({"length": length, "needed": needed})
+        tried_in_vain = needed is not None
     return fit, too_short
+
+
+def _needed(case: Callable[[int], Case], numbers: Sequence[int]) -> int | None:
+    """Return what the first case that does not fit its length takes; None if all fit."""
+    try:
+        for number in numbers:
+            case(number)
+    except TooShortError as error:
+        return error.needed
+    return None
 
 
 def refuse_none_fits(

@@ -23,7 +23,7 @@ class Passkey:
         def of_length(length: int) -> Callable[[int], Case]:
             return lambda number: passkey_case(form, length, asked.seed, number)
 
-        self.lengths, self.too_short = lengths_that_fit(asked.lengths, lambda n: of_length(n)(0))
+        self.lengths, self.too_short = lengths_that_fit(asked.lengths, asked.samples, of_length)
         if not self.lengths:
             refuse_none_fits("passkey", asked.lengths, self.too_short)
         cells = [
@@ -68,7 +68,9 @@ class Needle:
         def of(length: int, depth: float) -> Callable[[int], Case]:
             return lambda n: needle_case(form, length, depth, asked.seed, n, inputs.text)
 
-        self.lengths, self.too_short = lengths_that_fit(asked.lengths, lambda n: of(n, 0.5)(0))
+        self.lengths, self.too_short = lengths_that_fit(
+            asked.lengths, self.count, lambda length: of(length, 0.5)
+        )
         if not self.lengths:
             refuse_none_fits("needle", asked.lengths, self.too_short)
         cells = [

@@ -32,7 +32,9 @@ class Ruler:
         cells = []
         for task in self.tasks:
             fits, too_short = lengths_that_fit(
-                self.lengths, lambda length, task=task: _cases(task, inputs, length)(0)
+                self.lengths,
+                inputs.asked.samples,
+                lambda length, task=task: _cases(task, inputs, length),
             )
             self.fits[task] = fits
             self.too_short += [{"task": task, **each} for each in too_short]

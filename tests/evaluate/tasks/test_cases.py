@@ -14,6 +14,7 @@ from lcdist.data.tokenizers.files import TextTokenizer, open_tokenizer
 from lcdist.data.tokenizers.sentencepiece_bpe import train_tokenizer
 from lcdist.evaluate.tasks import niah
 from lcdist.evaluate.tasks.case import Case, Question, Room, TooShortError, fullest
+from lcdist.evaluate.tasks.cells import lengths_that_fit
 from lcdist.evaluate.tasks.counting import counts_by_rank, zeta
 from lcdist.evaluate.tasks.draws import Draws
 from lcdist.evaluate.tasks.formats import PlainFormat, open_format
@@ -291,3 +292,22 @@ def test_a_chat_prompt_needs_a_template(tmp_path: Path, kind: str) -> None:
     tokenizer: Any = ByteTokenizer() if kind == "bytes" else open_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="evaluate.prompt = 'chat': .*evaluate.prompt = 'text'"):
         open_format(tokenizer, "chat", [tmp_path / "nowhere", tmp_path])
+
+
+@pytest.mark.parametrize("name", list(RULER))
+def test_where_a_length_fits_all_its_cases_do(name: str) -> None:
+    form = PlainFormat(ByteTokenizer())
+
+    def cases(length: int) -> Callable[[int], Case]:
+        return lambda number: RULER[name].case(form, length, 3, number, TEXT)
+
+    with pytest.raises(TooShortError) as caught:
+        cases(1)(0)
+    shortest = caught.value.needed
+    # Around what the first case takes, others take more.
+    asked = [*range(shortest - 4, shortest + 60, 4), *range(5900, 6200, 20), 8192]
+    fit, too_short = lengths_that_fit(asked, 25, cases)
+    assert fit and too_short and sorted([*fit, *(e["length"] for e in too_short)]) == asked
+    for length in fit:
+        for number in range(25):
+            assert cases(length)(number).length <= length
