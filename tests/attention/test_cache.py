@@ -104,7 +104,8 @@ def test_a_cache_over_ranks_equals_the_reference(variant: Variant, ranks: int) -
     # Tokens of a sharded call are computed on one rank, all others on all ranks, with equal bits.
     joined = torch.zeros_like(outs[0])
     for out in outs:
-        assert torch.equal(joined[out != 0][joined[out != 0] != 0], out[(joined != 0) & (out != 0)])
+        both = (joined != 0) & (out != 0)
+        assert torch.equal(joined[both], out[both])
         joined = torch.where(out == 0, joined, out)
     assert any((out == 0).all(2).all(2).sum() > 11 for out in outs), "no call was sharded"
     assert_matches(joined, expected(problem, ends))
