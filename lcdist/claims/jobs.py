@@ -12,6 +12,8 @@ from dataclasses import dataclass
 _BLOCKS = 8
 TOP_K = (1, 2, 4, 8)
 PATTERNS = ("fixed", "flow", "longmixed", "s2")
+# Begins the names of jobs that adapt a trained model.
+ADAPTED = "extend-"
 # How many times the length models of SCCA are extended to.
 EXTENDED = 4
 # Powers of a re-weighting that grows in training, at equal steps each.
@@ -131,7 +133,7 @@ def _extensions(length: int, lora: int) -> list[Job]:
     )
     found = []
     for pattern in (*PATTERNS, "full"):
-        name = f"extend-{pattern}"
+        name = f"{ADAPTED}{pattern}"
         method: tuple[str, ...] = ("attention.method=full",)
         if pattern != "full":
             # Four chunks, as LongLoRA (arXiv:2309.12307).

@@ -30,7 +30,7 @@ def _adapting(steps: int, rate: float) -> tuple[str, ...]:
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("cpu", TextSettings(STDLIB, 8_000_000, 12_000, 24, 30, 1024), _adapting(150, 1e-3)),
+        Profile("cpu", TextSettings(STDLIB, 8_000_000, 12_000, 24, 26, 1024), _adapting(150, 1e-3)),
         Profile(
             "gpu",
             # The standard library has some 30 MB: --text brings more.

@@ -2,14 +2,16 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from lcdist.claims.claim import Claim, Figure, Measured, Verdict, decide
+from lcdist.claims.claim import Claim, Figure, Measured, Training, Verdict, decide
+from lcdist.claims.jobs import ADAPTED
 from lcdist.claims.plots import write_plots
 from lcdist.utils.atomic import write_file
 
+_BUDGETS = (0.1, 0.25, 0.5, 0.75, 1.0)
 _MARKS = {"reproduced": "reproduced", "not reproduced": "**not reproduced**"}
 
 
@@ -70,6 +72,7 @@ def _markdown(
     lines += ["## Passkeys found, by length", "", *_passkeys(measured)]
     lines += ["## Landmark attention: blocks read", "", *_shares(measured)]
     lines += ["## Trainings", "", *_trainings(measured)]
+    lines += ["## Training loss by budget", "", *_budgets(measured)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -118,6 +121,43 @@ def _trainings(measured: Measured) -> list[str]:
         cells = (f"{tokens:,}", f"{training.flops / 1e12:.3g}", f"{training.seconds:.0f}")
         rows.append((f"`{name}`", *cells, f"{loss:.3f}"))
     return _table(("job", "tokens", "10¹² operations", "seconds", "last training loss"), rows)
+
+
+def _budgets(measured: Measured) -> list[str]:
+    """Return the training loss after parts of the tokens: which method learns as fast as softmax.
+
+    The last column is the budget after which a method has the loss that `full` ends with.
+    """
+    rows = []
+    base = measured.trainings.get("full")
+    for name, training in measured.trainings.items():
+        if name.startswith(ADAPTED):
+            continue
+        last = training.curve[-1][0]
+        cells = [f"{loss_at(training, share * last):.3f}" for share in _BUDGETS]
+        reached = "" if base is None else f"{reaches(training, loss_at(base, base.curve[-1][0]))}"
+        rows.append((f"`{name}`", *cells, reached))
+    heads = (f"{share:.0%} of the tokens" for share in _BUDGETS)
+    return _table(("job", *heads, "has the last loss of `full` after"), rows)
+
+
+def loss_at(training: Training, tokens: float) -> float:
+    """Return the mean training loss over the last tenth of so many tokens."""
+    found = [loss for at, loss in training.curve if 0.9 * tokens <= at <= tokens]
+    # Of a short training no average ends there.
+    return sum(found) / len(found) if found else min(training.curve, key=_far_from(tokens))[1]
+
+
+def _far_from(tokens: float) -> Callable[[tuple[int, float]], float]:
+    return lambda point: abs(point[0] - tokens)
+
+
+def reaches(training: Training, loss: float) -> str:
+    """Return the tokens after which the training loss is at most `loss`, in words."""
+    for tokens, _ in training.curve:
+        if loss_at(training, tokens) <= loss:
+            return f"{tokens:,} tokens"
+    return f"not within {training.curve[-1][0]:,} tokens"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,7 +1,7 @@
 """Text that the models of the claims are trained on: half real, half made to teach retrieval.
 
 Real text alone, read for minutes, teaches no small model to look a number up. The other half is
-made by seed: passkeys as the evaluation hides them, of other numbers, and words to be copied.
+made by seed: passkeys as the evaluation hides them, of other numbers, and lines to be copied.
 """
 
 import json
@@ -34,7 +34,7 @@ class TextSettings:
         real_bytes: of real text, at most.
         made: number of made samples.
         filler: most sentences of filler of a made passkey.
-        words: most words of a made copy.
+        items: most letters of a made copy.
         vocab_size: pieces of the tokenizer, which is trained on both halves.
         seed: of all that is drawn.
     """
@@ -43,33 +43,44 @@ class TextSettings:
     real_bytes: int
     made: int
     filler: int
-    words: int
+    items: int
     vocab_size: int
     seed: int = 0
 
 
 def made_sample(settings: TextSettings, number: int) -> str:
-    """Return sample `number`: a passkey with its answer, or words and the same words again."""
-    draws = Draws(settings.seed, "claims", number)
-    if number % 2:
-        return _copy(draws, settings.words)
-    key = str(draws.part("key").between(10 ** (DIGITS - 1), 10**DIGITS - 1))
-    size = draws.part("size").between(0, settings.filler)
-    before = draws.part("place").between(0, size)
-    question = passkey_question(key, before, size - before)
-    return f"{question.text}{question.prefix} {key}."
+    """Return sample `number`, one of four kinds in turn.
+
+    A passkey with its answer; its key alone, asked for several times; a line of letters, each once,
+    several times; a line of numbers, several times. In lines of letters, what follows a token is
+    what followed it before: the simplest thing to learn, from which the others follow.
+    """
+    draws, kind = Draws(settings.seed, "claims", number), number % 4
+    if kind == 0:
+        size = draws.part("size").between(0, settings.filler)
+        before = draws.part("place").between(0, size)
+        key = _number(draws.part("key"))
+        question = passkey_question(key, before, size - before)
+        return f"{question.text}{question.prefix} {key}."
+    times = draws.part("times").between(3, 5)
+    if kind == 1:
+        question = passkey_question(_number(draws.part("key")), 0, 0)
+        # Without the instruction, most of the tokens are those of the key.
+        told = question.text.partition("\n")[2]
+        return f"{told}{question.prefix} {question.references[0]}.\n" * times
+    return f"copy: {_line(draws, settings.items, are_numbers=kind == 3)}\n" * times
 
 
-def _copy(draws: Draws, most: int) -> str:
-    """Return between two and `most` made-up words, and the same words again."""
-    count = draws.part("count").between(2, most)
-    letters = draws.part("letters")
-    words = [
-        "".join(letters.choice(_LETTERS) for _ in range(letters.between(2, 5)))
-        for _ in range(count)
-    ]
-    line = " ".join(words)
-    return f"copy: {line}\ncopy: {line}\n"
+def _line(draws: Draws, most: int, are_numbers: bool) -> str:
+    """Return between two and `most` letters, each at most once, or a fifth as many numbers."""
+    count, items = draws.part("count").between(2, most), draws.part("items")
+    if are_numbers:
+        return " ".join(_number(items) for _ in range(max(1, count // DIGITS)))
+    return " ".join(_LETTERS[n] for n in items.sample(len(_LETTERS), min(count, len(_LETTERS))))
+
+
+def _number(draws: Draws) -> str:
+    return str(draws.between(10 ** (DIGITS - 1), 10**DIGITS - 1))
 
 
 def real_documents(source: str, limit: int) -> Iterator[str]:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 import pytest
 
 from lcdist.claims import rules
-from lcdist.claims.claim import Claim, Figure, Measured, Reading, decide
+from lcdist.claims.claim import Claim, Figure, Measured, Reading, Training, decide
 from lcdist.claims.jobs import all_jobs, jobs_named
 from lcdist.claims.registry import CLAIMS
+from lcdist.claims.tables import loss_at, reaches
 
 N = 100
 
@@ -149,3 +150,13 @@ def test_jobs_come_behind_what_they_start_from() -> None:
     assert [job.name for job in jobs_named(jobs, ["extend-flow"])] == ["full", "extend-flow"]
     with pytest.raises(ValueError, match="--only fully: there is no such job; jobs: full, "):
         jobs_named(jobs, ["fully"])
+
+
+def test_budgets_say_when_a_training_has_the_loss_of_another() -> None:
+    curve = tuple((100 * n, 5.0 - 0.04 * n) for n in range(1, 101))
+    training = Training(curve, 1.0, 1.0)
+    # Losses of the last tenth of 5,000 tokens, 4,500 to 5,000, are 3.2 to 3.0.
+    assert loss_at(training, 5000) == pytest.approx(3.1)
+    assert reaches(training, 3.1001) == "5,000 tokens"
+    assert reaches(training, 0.5) == "not within 10,000 tokens"
+    assert loss_at(Training(((4, 6.0), (8, 5.0)), 1.0, 1.0), 2) == 6.0
