@@ -80,8 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.is_list:
         _list(jobs)
         return 0
-    _claim_folder(place)
-    write_text(place.folder / TEXT, place.profile.text)
+    _open_folder(place)
     failed: list[str] = []
     if arguments.workers == 1:
         for job in jobs:
@@ -108,8 +107,11 @@ def _place(arguments: argparse.Namespace) -> Place:
     return Place(folder, file, overrides, profile, jobs)
 
 
-def _claim_folder(place: Place) -> None:
-    """Write job.json; raise ValueError if the folder holds models of other settings."""
+def _open_folder(place: Place) -> None:
+    """Write the text and job.json; raise ValueError if the folder holds models of other settings.
+
+    Text that cannot be read leaves no job behind: another one may be given for the same folder.
+    """
     file = place.folder / "job.json"
     job = {"config": dump(place.config), "text": vars(place.profile.text)}
     job |= {"adapting": list(place.profile.adapting)}
@@ -118,7 +120,7 @@ def _claim_folder(place: Place) -> None:
             f"{place.folder} holds models of other settings or text; name another --runs, or "
             "remove the folder"
         )
-    place.folder.mkdir(parents=True, exist_ok=True)
+    write_text(place.folder / TEXT, place.profile.text)
     write_file(file, json.dumps(job, indent=1) + "\n")
 
 

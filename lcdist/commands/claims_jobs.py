@@ -225,18 +225,25 @@ def run_side_by_side(
                     running[job.name] = _start(
                         job, words, place, {**env, "OMP_NUM_THREADS": threads}
                     )
-            for name, process in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[name]
-                (failed.append if process.returncode else done.add)(name)
-                told = f"failed: see {_log(place, name)}" if process.returncode else "done"
+            for name, status in _ended(running).items():
+                told = f"not finished: see {_log(place, name)}" if status else "done"
                 console.print(f"{name}: {told}, {time.monotonic() - began[name]:.0f} s")
+                failed += [name] if status else []
+                done |= set() if status else {name}
             time.sleep(_POLL_SECONDS)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return failed + [job.name for job in waiting]
+
+
+def _ended(running: dict[str, "subprocess.Popen[bytes]"]) -> dict[str, int]:
+    """Remove the processes that have ended; return their exit statuses by job."""
+    ended = {name: process.poll() for name, process in running.items()}
+    found = {name: status for name, status in ended.items() if status is not None}
+    for name in found:
+        del running[name]
+    return found
 
 
 def _start(

@@ -73,10 +73,14 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert line.startswith("error: --only ful: there is no such job; jobs: full, coca-slack, ")
     assert claims(tmp_path, "--workers", "0") == 2
     assert capsys.readouterr().err == "error: --workers 0: must be 1 or more\n"
+    assert claims(tmp_path, "--text", str(tmp_path / "none")) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/none: no such file or folder; give a folder of text or a file\n"
+    )
+    assert not (tmp_path / "runs" / "job.json").exists()
     assert claims(tmp_path, "--list") == 0
     printed = capsys.readouterr().out
     assert all(f"{claim.name}: " in printed for claim in CLAIMS)
-    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.exhaustive
