@@ -104,7 +104,10 @@ class _RowCall:
         return found.out, found.total.transpose(1, 2)[..., None]
 
     def _token_sums(self) -> tuple[Tensor, Tensor]:
-        """Return the sums of a single query, reading values with weight only."""
+        """Return the sums of a single query; on a CPU only values with weight are read.
+
+        On a GPU the host would have to wait for their numbers.
+        """
         keys, values = self.kept
         nheads_kv = keys.shape[2]
         by_head = self.queries[0, 0].unflatten(0, (nheads_kv, -1))  # [h_kv, g, d]
@@ -115,9 +118,12 @@ class _RowCall:
         power = exponent(self.reweight)
         # 0 ** p is 0 for every legal power.
         weights = weights.pow_(power)
+        total = weights.sum(-1).view(1, 1, -1, 1)
+        if weights.is_cuda:
+            out = weights @ values[0].transpose(0, 1).to(weights.dtype)
+            return out.flatten(0, 1)[None, None], total
         out = []
         for head in range(nheads_kv):
             read = weights[head].any(0).nonzero().flatten()
             out.append(weights[head][:, read] @ values[0, read, head].to(weights.dtype))
-        total = weights.sum(-1).view(1, 1, -1, 1)
         return torch.cat(out)[None, None], total
