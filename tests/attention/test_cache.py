@@ -178,6 +178,25 @@ def test_bytes_on_the_device_do_not_grow_with_the_text() -> None:
     assert blocks == more_blocks and more_landmarks == 4 * landmarks
 
 
+@pytest.mark.parametrize("variant", SHARDED, ids=name_of)
+def test_a_rank_without_tokens_of_one_row_reads_nothing(variant: Variant) -> None:
+    problem = make(variant, variant.kinds[0], 1, at_least=60)
+    ends = (40, 2)
+
+    def next_tokens(group: Group) -> Tensor:
+        cache = cache_of(problem.method, spec_of(problem, group))
+        for row, end in enumerate(ends):
+            q, k, v = (x[row : row + 1, :end] for x in problem.qkv)
+            cache.attend(q, k, v, NewTokens((row,), (0,), end))
+        rows, positions = torch.arange(2)[:, None], torch.tensor(ends)[:, None]
+        q, k, v = (x[rows, positions] for x in problem.qkv)
+        return cache.attend(q, k, v, NewTokens((0, 1), ends, 1))
+
+    truth = whole(problem)[0][[0, 1], ends][:, None]
+    for out in VirtualGroup(2).run(next_tokens):
+        assert_matches(out, truth)
+
+
 def test_more_tokens_than_the_capacity_are_refused() -> None:
     problem = make("full", "contiguous", 1)
     cache = cache_of(problem.method, spec_of(problem, None))

@@ -611,3 +611,8 @@ def test_flops_by_hand() -> None:
     )
     assert METHOD.flops(options(chunk_size=2), upper) == 4 * 3 * 16 * 4 * 8
     assert METHOD.flops(options(chunk_size=7), shape) == 4 * 3 * 16 * 4 * (15 + 14)
+
+
+def test_more_key_heads_than_heads_are_left_to_the_plan() -> None:
+    rules = model_rules(options(pattern="fixed", chunk_size=4), 1, 4)
+    assert rules == (Rule("chunk", 4),)

@@ -109,7 +109,8 @@ def model_rules(options: SccaOptions, nheads: int, nheads_kv: int) -> tuple[Rule
     else:
         kind = "pair" if options.pattern == "sda" else "key"
         by_unit = _dilated(kind, options.dilation, options.stagger, units)
-    heads_per_unit = nheads // units
+    # A plan that refuses fewer heads than key heads comes here first.
+    heads_per_unit = max(1, nheads // units)
     return tuple(by_unit[head // heads_per_unit] for head in range(nheads))
 
 

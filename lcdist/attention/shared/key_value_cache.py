@@ -44,6 +44,9 @@ class KeyValueCache(SoftmaxCache):
             return decode_single(queries, k, v, spans, scale, impl)
         results = []
         for row, _, q in row_calls(new, queries):
+            if not self.store.length(row):
+                results.append(nothing_seen(q))
+                continue
             k_ids, (kept, v) = self.store.positions(row), self.store.read(row)
             k = self.keys(kept, k_ids)
             results.append(decode_single(q, k, v, [(0, 0, len(k_ids))], scale, impl))
