@@ -1,4 +1,4 @@
-"""What decoding keeps of a layer: `LayerCache`, one kind for every attention method.
+"""Define `LayerCache`, the decoding cache of one layer; each attention method has its own.
 
 New tokens come in calls. A call either continues one row by many tokens (prefill) or several rows
 by one token each (decoding). Under context parallelism each rank keeps some of the tokens. In a
@@ -112,9 +112,9 @@ class SwapCount:
 
 
 class LayerCache(ABC):
-    """What decoding keeps of one layer's tokens.
+    """Keep one layer's tokens for decoding.
 
-    A class computes attention of new tokens over what it kept, and keeps the new tokens as well.
+    `attend` adds new tokens and returns their attention over all tokens so far.
 
     page: tokens that stay together on one rank. A sharded call gives every rank whole pages.
     swaps: what was copied from host memory; None for a cache that is on the device.

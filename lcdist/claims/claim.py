@@ -1,4 +1,4 @@
-"""What a claim is, what is measured for it, and the three answers that it can have."""
+"""Define a claim, the readings that it needs, and its three possible answers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model did with held-out text, read in one way.
+    """Hold the figures of a model that read held-out text in one way.
 
     Attributes:
         perplexity: of real text by length; a length whose perplexity is not finite is left out.

@@ -27,7 +27,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What the text of a profile is.
+    """Describe the text of a profile.
 
     Attributes:
         source: "stdlib", with Debian's documentation where there is any, or a folder or file.

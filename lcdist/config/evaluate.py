@@ -38,7 +38,7 @@ EFFECTIVE_SCORE = 85.6
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What `lcdist evaluate` measures, and on how much text.
+    """Set what `lcdist evaluate` measures, and on how much text.
 
     Attributes:
         attention: Attention of evaluation and generation. `method`: as trained. `dense`: full

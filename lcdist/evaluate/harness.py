@@ -73,7 +73,7 @@ class CheckpointLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells the harness's cache one tokenizer from another."""
+        """Name of the tokenizer, by which the harness's cache tells one from another."""
         return self._tokenizer.fingerprint
 
     @property
@@ -83,7 +83,7 @@ class CheckpointLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context begins with: bos if texts do, else the end of another."""
+        """Token that a text without context begins with: bos if texts have it, else eos."""
         return (bos_prefix(self._tokenizer) or [self.eot_token_id])[0]
 
     def tok_encode(

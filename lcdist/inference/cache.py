@@ -59,7 +59,7 @@ class ModelCache:
 
     @property
     def swaps(self) -> SwapCount | None:
-        """What all layers copied from host memory; None if every cache is on the device."""
+        """Sum of what the layers copied from host memory; None if all caches are on the device."""
         return SwapCount.total(*(cache.swaps for cache in self._layers.values()))
 
     def attend(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

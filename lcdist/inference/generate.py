@@ -108,7 +108,7 @@ class _Text:
 
 @dataclass
 class _Reading:
-    """What is told of the progress.
+    """Report the progress of reading prompts.
 
     Attributes:
         watch: The functions to call.

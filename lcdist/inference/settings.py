@@ -1,4 +1,4 @@
-"""What a caller of generation says, and what it is told."""
+"""Define the settings of generation, its callbacks and its figures."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Watch:
 
 @dataclass
 class Figures:
-    """What generation took on one rank.
+    """Record the time and memory of generation on one rank.
 
     Attributes:
         read: Tokens of prompts, landmarks included.

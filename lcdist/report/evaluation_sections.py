@@ -1,4 +1,4 @@
-"""What an evaluation measured, as tables and figures: one `SectionKind` for each part.
+"""Show evaluations as tables and figures: one `SectionKind` for each part.
 
 `lcdist evaluate` prints the tables of one evaluation; the HTML page shows those of several side by
 side, with figures.

@@ -17,7 +17,7 @@ from lcdist.attention.cache import SwapCount
 
 
 class Found(NamedTuple):
-    """Where to read what some queries chose.
+    """Say where some queries read the blocks that they chose.
 
     Attributes:
         start, stop: The queries.

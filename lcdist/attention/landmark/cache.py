@@ -33,7 +33,7 @@ def make_cache(spec: CacheSpec) -> LayerCache:
 
 
 class _LandmarkCache(SoftmaxCache):
-    """What both caches share: blocks stay together on a rank."""
+    """Base of both caches: all tokens of a block are on one rank."""
 
     def __init__(self, spec: CacheSpec) -> None:
         super().__init__(spec)

@@ -13,7 +13,7 @@ from lcdist_kernels.tensorized import ModeGrid
 
 
 class Call(Protocol):
-    """What an attention call and a decoding cache both say of a layer."""
+    """Describe a layer, as both `AttentionContext` and `CacheSpec` do."""
 
     @property
     def options(self) -> Any: ...

@@ -18,7 +18,7 @@ from lcdist_kernels.tensorized.tiled import branch_fwd, hop_fwd
 
 
 class Layer(NamedTuple):
-    """What all rows of a layer share. bias: `[len(modes), h]`; scale: factor of a score."""
+    """Hold what a layer needs for every row. bias: `[len(modes), h]`; scale: factor of a score."""
 
     grid: ModeGrid
     bias: Tensor

@@ -1,4 +1,4 @@
-"""What share of a text can teach a context of some length: how much stands in documents that long.
+"""Count how much of a text is in documents of at least some length.
 
 A context is taught by the documents that fill it. Shorter ones, joined, teach a model that what
 stands far back does not matter.

@@ -12,7 +12,7 @@ _STRAIGHT = 8
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked.
+    """Describe one question to a model.
 
     Attributes:
         text: the haystack and the question.

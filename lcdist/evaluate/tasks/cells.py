@@ -40,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class CellScores:
-    """What the cases of a cell were scored.
+    """Hold the scores of the cases of a cell.
 
     Attributes:
         scores: of each case, from 0 to 1.

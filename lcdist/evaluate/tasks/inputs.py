@@ -1,4 +1,4 @@
-"""What the cases of a model are made with: its tokenizer, a format of prompts, the user's text."""
+"""Open the tokenizer, the format of prompts and the text that cases are made with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _LENGTHS_OF_TEXT = 4
 
 @dataclass(frozen=True)
 class TaskInputs:
-    """What cases are made with.
+    """Hold the tokenizer, format and text that cases are made with.
 
     Attributes:
         asked: what to measure.
