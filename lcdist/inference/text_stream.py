@@ -44,10 +44,12 @@ class TextStream:
         self._tokenizer, self._on_text = tokenizer, on_text
         self._last = list(prompt[-CONTEXT:])
         self._told = self._decode(self._last)
-        self._on_text(self._decode(prompt))
+        # Handed over with the first token: until then, an error would stand behind it on its line.
+        self._prompt: str | None = self._decode(prompt)
 
     def add(self, token: int) -> None:
         """Hand over what a token adds to the text, as soon as its characters are whole."""
+        self._tell_prompt()
         self._last.append(token)
         text = self._decode(self._last)
         missing = len(text) - len(text.rstrip(INCOMPLETE))
@@ -56,7 +58,13 @@ class TextStream:
 
     def end(self) -> None:
         """Hand over the rest, whole or not."""
+        self._tell_prompt()
         self._tell(self._decode(self._last))
+
+    def _tell_prompt(self) -> None:
+        if self._prompt is not None:
+            self._on_text(self._prompt)
+            self._prompt = None
 
     def _tell(self, text: str) -> None:
         if len(text) > len(self._told):
