@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from lcdist.report.svg import DASHES, SERIES, STYLE, FigureOptions, round_ticks, to_svg
+from lcdist.report.svg import DASHES, SERIES, STYLE, FigureOptions, set_round_ticks, to_svg
 
 MARKERS = ("o", "s", "^", "D")
 # A curve with more points has no marker at each of them.
@@ -52,7 +52,7 @@ def plot_lines(lines: Sequence[Line], axes: Axes, options: FigureOptions) -> Mar
     """Plot curves with a band for their intervals; each has its own colour, marker and dashes."""
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, NullLocator
+    from matplotlib.ticker import NullLocator
 
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": options.name}):
         figure = Figure(figsize=(6.8, 3.2), layout="constrained")
@@ -80,12 +80,7 @@ def plot_lines(lines: Sequence[Line], axes: Axes, options: FigureOptions) -> Mar
             ax.xaxis.set_minor_locator(NullLocator())
         if axes.log_y and any(y > 0 for line in lines for y in line.y):
             ax.set_yscale("log")
-            low, high = ax.get_ylim()
-            ticks = round_ticks(low, high)
-            ax.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
-            ax.yaxis.set_minor_formatter(NullFormatter())
-            ax.yaxis.set_minor_locator(NullLocator())
-            ax.set_ylim(low, high)
+            set_round_ticks(ax)
         ax.set_xlabel(axes.x)
         ax.set_ylabel(axes.y)
         return to_svg(figure, options)

@@ -136,7 +136,7 @@ def plot_perplexity(
     """Plot perplexity by length, with logarithmic axes and a marker at every length."""
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, NullLocator
+    from matplotlib.ticker import NullLocator
 
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": options.name}):
         figure = Figure(figsize=(6.8, 3.2), layout="constrained")
@@ -159,12 +159,7 @@ def plot_perplexity(
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel("length in tokens")
         ax.set_ylabel("perplexity")
-        low, high = ax.get_ylim()
-        ticks = round_ticks(low, high)
-        ax.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
-        ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.set_ylim(low, high)
+        set_round_ticks(ax)
         return to_svg(figure, options)
 
 
@@ -174,6 +169,18 @@ def _tick_label(value: float, _: float) -> str:
         if abs(value) >= step:
             return f"{value / step:g}{prefix}"
     return f"{value:g}"
+
+
+def set_round_ticks(ax: Any) -> None:
+    """Label a logarithmic y axis at round numbers; its limits stay as they are."""
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    low, high = ax.get_ylim()
+    ticks = round_ticks(low, high)
+    ax.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_ylim(low, high)
 
 
 def round_ticks(low: float, high: float) -> list[float]:

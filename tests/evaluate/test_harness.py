@@ -70,7 +70,7 @@ generation_kwargs: {until: [never, UNTIL], do_sample: false, max_gen_toks: 9}
 metric_list: [{metric: exact_match}]
 """,
 }
-QUESTIONS = (
+QUESTIONS: tuple[dict[str, Any], ...] = (
     {"question": "Two plus two", "choices": [" is four", " is"], "answer": 0, "text": "a b c" * 30},
     {"question": "x" * 70, "choices": ["y", " purple"], "answer": 1, "text": "short"},
 )
@@ -86,7 +86,7 @@ def expected_answers(rank: int, world_size: int, folder: Path) -> dict[str, Any]
     for each in QUESTIONS:
         question = encoded(str(each["question"]))
         scores = []
-        for choice in each["choices"]:  # type: ignore[attr-defined]
+        for choice in each["choices"]:
             whole = torch.cat([question, encoded(choice)])[-49:]
             scores.append(-plain_losses(model, whole)[-len(choice) :].sum().item())
         found["choices"].append(scores)

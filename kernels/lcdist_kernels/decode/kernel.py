@@ -36,9 +36,14 @@ def _load_queries(
 
 
 @triton.jit
-def _softmax_step(b_q, b_k, b_v, b_out, b_max, b_sum, m_n, scale):
-    """Return (out, max, sum) after one more tile of keys, of which m_n are there."""
-    b_s = dot(b_q, tl.trans(b_k), tl.zeros([b_q.shape[0], b_k.shape[0]], tl.float32)) * scale
+def _scores(b_q, b_k, scale):
+    """Return the scores of a tile of keys, base 2."""
+    return dot(b_q, tl.trans(b_k), tl.zeros([b_q.shape[0], b_k.shape[0]], tl.float32)) * scale
+
+
+@triton.jit
+def _softmax_step(b_s, b_v, b_out, b_max, b_sum, m_n):
+    """Return (out, max, sum) after one more tile of scores, of which m_n count."""
     b_s = tl.where(m_n[None, :], b_s, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
     b_p = tl.exp2(b_s - b_new[:, None])
@@ -85,7 +90,8 @@ def _split_kernel(
         o_entry = first + o_n.to(tl.int64) * step
         b_k = load_rows(p_k, o_entry * stride_kn, m_n, HEAD_DIM, BLOCK_D)
         b_v = load_rows(p_u, o_entry * stride_un, m_n, HEAD_DIM, BLOCK_D)
-        b_out, b_max, b_sum = _softmax_step(b_q, b_k, b_v, b_out, b_max, b_sum, m_n, scale)
+        b_s = _scores(b_q, b_k, scale)
+        b_out, b_max, b_sum = _softmax_step(b_s, b_v, b_out, b_max, b_sum, m_n)
     b_out, b_lse = finish_softmax(b_out, b_max, b_sum)
     _store_part(
         part_out, part_lse, b_out, b_lse, i_r, i_split, tl.num_programs(0), o_h, m_g, nheads,
@@ -128,16 +134,11 @@ def _blocks_kernel(
                 o_at = o_n.to(tl.int64) * HEAD_DIM
                 b_k = load_rows(p_k, o_at, m_n, HEAD_DIM, BLOCK_D)
                 b_v = load_rows(p_v, o_at, m_n, HEAD_DIM, BLOCK_D)
-                zero = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
-                b_s = dot(b_q, tl.trans(b_k), zero) * scale
+                b_s = _scores(b_q, b_k, scale)
                 b_gate += tl.sum(tl.where((o_n == SIZE - 1)[None, :], b_s, 0.0), 1)
-                b_s = tl.where((o_n < SIZE - 1)[None, :], b_s, float("-inf"))
-                b_new = tl.maximum(b_top, tl.max(b_s, 1))
-                b_p = tl.exp2(b_s - b_new[:, None])
-                b_decay = tl.exp2(b_top - b_new)
-                b_total = b_total * b_decay + tl.sum(b_p, 1)
-                b_in = dot(b_p.to(b_v.dtype), b_v, b_in * b_decay[:, None])
-                b_top = b_new
+                b_in, b_top, b_total = _softmax_step(
+                    b_s, b_v, b_in, b_top, b_total, o_n < SIZE - 1
+                )  # fmt: skip
             b_new = tl.maximum(b_max, b_gate)
             b_weight, b_decay = tl.exp2(b_gate - b_new), tl.exp2(b_max - b_new)
             b_sum = b_sum * b_decay + b_weight

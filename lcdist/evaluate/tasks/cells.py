@@ -118,6 +118,20 @@ class Cells:
         return {name: CellScores(tuple(s), tuple(n)) for name, (s, n) in found.items()}
 
 
+class CellPart:
+    """Base of the parts that consist of cells."""
+
+    _cells: Cells
+
+    def units(self) -> list[Unit]:
+        """Return units of some cases of one cell."""
+        return self._cells.units()
+
+    def measure(self, key: str, count: Count) -> dict[str, Any]:
+        """Let the model answer the cases of a unit."""
+        return self._cells.measure(key, count)
+
+
 def lengths_that_fit(
     lengths: Sequence[int], count: int, cases: Callable[[int], Callable[[int], Case]]
 ) -> tuple[list[int], list[dict[str, int]]]:

@@ -4,16 +4,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lcdist.evaluate.loaded_model import LoadedModel
-from lcdist.evaluate.parts import Count, PartKind, Unit
+from lcdist.evaluate.parts import PartKind
 from lcdist.evaluate.tasks.case import Case
-from lcdist.evaluate.tasks.cells import Cell, Cells, lengths_that_fit, refuse_none_fits, together
+from lcdist.evaluate.tasks.cells import (
+    Cell,
+    CellPart,
+    Cells,
+    lengths_that_fit,
+    refuse_none_fits,
+    together,
+)
 from lcdist.evaluate.tasks.inputs import task_inputs
 from lcdist.evaluate.tasks.needle import depths, needle_case
 from lcdist.evaluate.tasks.passkey import passkey_case
 from lcdist.evaluate.tasks.scores import first_number_matches, string_match_all
 
 
-class Passkey:
+class Passkey(CellPart):
     """Passkey retrieval by length: `evaluate.samples` cases each, at any depth."""
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -32,14 +39,6 @@ class Passkey:
         ]
         self._cells = Cells(loaded, inputs, cells)
 
-    def units(self) -> list[Unit]:
-        """Return units of some cases of one length."""
-        return self._cells.units()
-
-    def measure(self, key: str, count: Count) -> dict[str, Any]:
-        """Let the model find the passkeys of a unit."""
-        return self._cells.measure(key, count)
-
     def summary(self, measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """Return accuracy, its interval, cases and their mean tokens by length."""
         by_name = self._cells.scores(measured)
@@ -55,7 +54,7 @@ class Passkey:
         }
 
 
-class Needle:
+class Needle(CellPart):
     """A map of lengths and depths; the cases of a length are spread over `evaluate.depths`."""
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -79,14 +78,6 @@ class Needle:
             for depth in self.depths
         ]
         self._cells = Cells(loaded, inputs, cells)
-
-    def units(self) -> list[Unit]:
-        """Return units of some cases of one length and depth."""
-        return self._cells.units()
-
-    def measure(self, key: str, count: Count) -> dict[str, Any]:
-        """Let the model find the needles of a unit."""
-        return self._cells.measure(key, count)
 
     def summary(self, measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """Return accuracy by depth and length, and the average of each length with its interval."""

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lcdist.evaluate.loaded_model import LoadedModel
-from lcdist.evaluate.parts import Count, PartKind, Unit
+from lcdist.evaluate.parts import PartKind
 from lcdist.evaluate.tasks.case import Case
 from lcdist.evaluate.tasks.cells import (
     Cell,
+    CellPart,
     Cells,
     CellScores,
     lengths_that_fit,
@@ -19,7 +20,7 @@ from lcdist.evaluate.tasks.ruler import RULER
 from lcdist.evaluate.tasks.scores import effective_length, string_match_all
 
 
-class Ruler:
+class Ruler(CellPart):
     """RULER's tasks, `evaluate.samples` cases of each at each length."""
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -51,14 +52,6 @@ class Ruler:
         if not cells:
             refuse_none_fits("RULER's tasks", self.lengths, self.too_short)
         self._cells = Cells(loaded, inputs, cells)
-
-    def units(self) -> list[Unit]:
-        """Return units of some cases of one task and length."""
-        return self._cells.units()
-
-    def measure(self, key: str, count: Count) -> dict[str, Any]:
-        """Let the model answer the cases of a unit."""
-        return self._cells.measure(key, count)
 
     def summary(self, measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """Return scores in percent by task and length, their averages, and the effective length.
