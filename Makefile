@@ -27,7 +27,7 @@ TEXT    ?= stdlib
 # Extras of the package: EXTRAS=deepspeed, or several, separated by commas.
 EXTRAS ?=
 
-.PHONY: extend claims test default-slurm test-fast test-all exhaustive exhaustive-slurm slurm-test checks chaos bench gpu-check install clean
+.PHONY: extend claims test default-slurm test-fast test-all exhaustive exhaustive-slurm slurm-test checks chaos bench gpu-check docs docs-serve install clean
 
 extend: install
 	LCDIST_STARTER=make $(BIN)/python launch/extend.py --data "$(DATA)" --method "$(METHOD)" --name "$(NAME)" \
@@ -89,6 +89,14 @@ bench: $(VENV)/.dev
 # Needs a GPU, torch, triton, numpy and pytest, and no network: nothing is installed.
 gpu-check:
 	$(PYTHON) kernels/bench/gpu_check.py --out gpu-check
+
+# The documentation site, in build/site. A warning is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs build --strict
+
+# The same at http://127.0.0.1:8000, built again when a page changes.
+docs-serve: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs serve
 
 install: $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
 

@@ -1,0 +1,36 @@
+"""Events of MkDocs: add pages of linked files, fill blocks of pages, and make links work."""
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+from docs.generate.blocks import fill
+from docs.generate.repository import DOCS, FOLDER, ROOT, linked_files, page_text, site_links
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add a page for each file outside docs/ that a page links to."""
+    pages = {
+        f"{DOCS}/{file.src_uri}": fill(file.content_string, f"{DOCS}/{file.src_uri}")
+        for file in files.documentation_pages()
+    }
+    for page in linked_files(pages):
+        if page.is_picture:
+            added = File.generated(config, page.uri, abs_src_path=str(ROOT / page.origin))
+        else:
+            text = page_text(page)
+            added = File.generated(
+                config, page.uri, content=text, inclusion=InclusionLevel.NOT_IN_NAV
+            )
+        files.append(added)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fill the blocks of a page and replace its links by those of the site."""
+    uri = page.file.src_uri
+    if uri.startswith(f"{FOLDER}/"):
+        origin = uri.removeprefix(f"{FOLDER}/")
+        return site_links(markdown, origin)
+    origin = f"{DOCS}/{uri}"
+    return site_links(fill(markdown, origin), origin)

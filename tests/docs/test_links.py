@@ -1,0 +1,81 @@
+"""Links of pages: what is found in Markdown, and where links lead in the site."""
+
+from pathlib import Path
+
+import pytest
+
+from docs.generate.blocks import fill
+from docs.generate.links import link_targets
+from docs.generate.repository import (
+    BrokenLinkError,
+    linked_files,
+    page_text,
+    site_links,
+    site_uri,
+)
+
+PAGE = "docs/guide/page.md"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    files = {
+        PAGE: "",
+        "docs/other.md": "",
+        "docs/generate/hook.py": "",
+        "lcdist/code.py": "x = '```'\n",
+        "kernels/bench/README.md": "[rows](rows.csv)",
+        "kernels/bench/rows.csv": "a,b\n",
+        "kernels/bench/full.png": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_links_in_code_and_comments_are_not_found() -> None:
+    text = "[a](b.md) `[c](d.md)` <!-- [e](f.md) -->\n```sh\n[g](h.md)\n```\n"
+    text += '![i](j.png "k")[l](m)'
+    assert list(link_targets(text)) == ["b.md", "j.png", "m"]
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("../other.md#part", "../other.md#part"),
+        ("../../lcdist/code.py", "../source/lcdist/code.py.md"),
+        ("../generate/hook.py", "../source/docs/generate/hook.py.md"),
+        ("../../kernels/bench", "../source/kernels/bench/README.md"),
+        ("../../kernels/bench/full.png", "../source/kernels/bench/full.png"),
+        ("https://arxiv.org/abs/1706.03762", "https://arxiv.org/abs/1706.03762"),
+        ("#part", "#part"),
+    ],
+)
+def test_a_link_leads_to_the_page_of_its_file(root: Path, link: str, expected: str) -> None:
+    assert site_links(f"see [it]({link})", PAGE, root) == f"see [it]({expected})"
+
+
+@pytest.mark.parametrize("link", ["none.md", "../../lcdist", "../../../outside.md"])
+def test_a_link_to_nothing_is_refused(root: Path, link: str) -> None:
+    (root.parent / "outside.md").write_text("")
+    with pytest.raises(BrokenLinkError, match=r"docs/guide/page.md: the link"):
+        site_links(f"[it]({link})", PAGE, root)
+
+
+def test_pages_of_linked_files_follow_their_own_links(root: Path) -> None:
+    pages = linked_files({PAGE: "[b](../../kernels/bench) [c](../../lcdist/code.py)"}, root)
+    assert [page.origin for page in pages] == [
+        "kernels/bench/README.md",
+        "kernels/bench/rows.csv",
+        "lcdist/code.py",
+    ]
+    assert all(page.uri == site_uri(page.origin) for page in pages)
+    shown = page_text(pages[-1], root)
+    assert "x = '```'\n" in shown and shown.count("~" * 12) == 2
+
+
+def test_a_block_that_nothing_makes_is_refused() -> None:
+    assert fill("a\n<!-- make: it -->\n", PAGE, {"it": lambda: "| b |"}) == "a\n| b |\n"
+    with pytest.raises(ValueError, match="nothing makes 'that'; there are it"):
+        fill("<!-- make: that -->", PAGE, {"it": str})
