@@ -71,11 +71,11 @@ model.seqlen = 8
 log.zzz = 1
     unknown key 'log.zzz'; known keys: folder, tensorboard, wandb, wandb_project, peak_tflops
 attention.chunk = 1
-    unknown key 'attention.chunk'; known keys: method, layers, impl
+    unknown key 'attention.chunk'; known keys: method, layers, impl, length_scale
 attention.metod = "full"
     unknown key 'attention.metod'; did you mean 'attention.method'?
 attention.options = {}
-    unknown key 'attention.options'; known keys: method, layers, impl
+    unknown key 'attention.options'; known keys: method, layers, impl, length_scale
 
 train.seqlen = "128k"
     train.seqlen = '128k': expected a whole number, got text

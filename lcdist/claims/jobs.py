@@ -95,6 +95,11 @@ def all_jobs(length: int, lora: int = 8) -> tuple[Job, ...]:
             )
             for variant in ("slack", "strict")
         ),
+        Job(
+            "length-scaled",
+            ("attention.method=full", f"attention.length_scale={length}"),
+            (Read("length-scaled"),),
+        ),
         lssar("lssa", "attention.reweight=false", later=True),
         lssar("lssar-p3", "attention.power=3.0", later=True),
         lssar("lssar-p15", "attention.power=15.0"),

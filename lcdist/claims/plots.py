@@ -13,15 +13,15 @@ from lcdist.utils.atomic import write_file
 GROUPS = {
     "coca": ("full", "full-ntk", "coca-slack", "coca-slack-ntk", "coca-strict", "coca-strict-ntk"),
     "lssar": (
-        *("full", "lssa", "lssa-read-p15", "lssar-p3", "lssar-p3-read-p15", "lssar-p15"),
-        "lssar-growing",
-        "lssar-staged",
+        *("full", "length-scaled", "lssa", "lssa-read-p15", "lssar-p3", "lssar-p3-read-p15"),
+        *("lssar-p15", "lssar-growing", "lssar-staged"),
     ),
     "scca": ("full", "extend-full", "extend-s2", "extend-fixed", "extend-flow", "extend-longmixed"),
     "tensorized": ("full", "tensorized-mode", "tensorized-global", "tensorized-layers"),
     "landmark": ("full", "landmark", "landmark-k1", "landmark-k2", "landmark-k4", "landmark-k8"),
 }
-TRAINED = ("full", "lssa", "lssar-p3", "lssar-p15", "lssar-growing", "lssar-staged")
+TRAINED = ("full", "length-scaled", "lssa", "lssar-p3")
+TRAINED += ("lssar-p15", "lssar-growing", "lssar-staged")
 # A file has no page whose colours it could use: these are legible on white and on dark grey.
 _COLOURS = {
     "ink": "#57606a",

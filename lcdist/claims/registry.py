@@ -98,6 +98,17 @@ CLAIMS = (
         rules.grows_less("lssar-p15", "lssar-p3", FAR),
     ),
     Claim(
+        "lssar-length-scaled",
+        LSSAR,
+        "LSSAR with p = 15 extrapolates better than length-scaled softmax: the scale with the "
+        "length is not what matters.",
+        _LSSAR_LOSS,
+        SECOND_HAND,
+        ("lssar-p15", "length-scaled"),
+        f"perplexity grows less to {FAR}x; intervals do not overlap",
+        rules.grows_less("lssar-p15", "length-scaled", FAR),
+    ),
+    Claim(
         "lssar-later",
         LSSAR,
         "Re-weighting can be added to a trained model: LSSA read with p = 15 extrapolates better "

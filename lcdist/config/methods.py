@@ -9,7 +9,15 @@ from lcdist.config.fields import DILATION, POWER, SEQLEN, SMALL, at_least
 
 @dataclass(frozen=True, kw_only=True)
 class FullOptions:
-    """Full causal attention has no options."""
+    """Full causal attention (arXiv:1706.03762).
+
+    Attributes:
+        length_scale: Length-scaled softmax (arXiv:2202.12172): scores of a query that sees n tokens
+            of its document are multiplied by ln(n) / ln(length_scale). A model trained at so many
+            tokens has the usual scores at its greatest length. None: not scaled.
+    """
+
+    length_scale: int | None = at_least(2, None, SEQLEN)
 
 
 @dataclass(frozen=True, kw_only=True)

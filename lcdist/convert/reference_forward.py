@@ -65,7 +65,7 @@ def hf_logits(
         normed = norm(f"{prefix}input_layernorm.weight", x)
         names = f"{prefix}self_attn."
         q, k, v = (heads(f"{names}{one}", normed) for one in "qkv")
-        if layers and layers[layer]["method"] != "full":
+        if layers and (layers[layer]["method"] != "full" or layers[layer]["length_scale"]):
             bias = weights.rows(f"{names}branch_bias") if layers[layer].get("modes") else None
             out = _custom_attention(table, (q, k, v), layers[layer], bias)
         else:

@@ -117,13 +117,16 @@ def evaluation_layers(
     Args:
         layers: The layers as trained.
         attention: `evaluate.attention`. "method" keeps the layers. "auto" and "dense" use full
-            attention for every method whose weights work with it; the plan rejects "dense" for
-            other methods.
+            attention for every other method whose weights work with it; the plan rejects "dense"
+            for methods whose weights do not.
     """
     if attention == "method":
         return tuple(layers)
     full = LayerAttention(METHODS["full"], OPTIONS["full"]())
-    return tuple(full if "dense" in layer.method.supports else layer for layer in layers)
+    return tuple(
+        full if "dense" in layer.method.supports and layer.method != full.method else layer
+        for layer in layers
+    )
 
 
 def document_layout_for(layers: Sequence[LayerAttention], vocab_size: int) -> DocumentLayout:

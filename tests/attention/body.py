@@ -17,6 +17,7 @@ from tests.tolerance import assert_matches
 
 # Small sizes, none a divisor of another, so that a short sequence has every kind of border.
 VARIANTS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "full": ({}, {"length_scale": 5}),
     "coca": ({}, {"variant": "strict"}),
     "lssar": ({}, {"reweight": False}),
     "scca": (

@@ -43,6 +43,7 @@ def options(**given: Any) -> tuple[str, ...]:
 MIXED = "attention.layers=coca@0 tensorized@1 scca@3"
 MARKED = "attention.layers=coca@0 full@2"
 CASES: dict[str, tuple[str, ...]] = {
+    "length": words("full", *options(length_scale=9), rope="yarn"),
     "slack": words("coca", rope="dynamic"),
     "strict": words("coca", "attention.variant=strict", rope="yarn"),
     "lssar": words("lssar", rope="llama3"),

@@ -29,7 +29,7 @@ attend = attention_lcdist.attend
 frequencies, rotation = rotary_lcdist.frequencies, rotary_lcdist.rotation
 
 OPTIONS = {
-    "full": [FullOptions()],
+    "full": [FullOptions(), FullOptions(length_scale=11)],
     "coca": [CocaOptions(), CocaOptions(variant="strict")],
     "lssar": [
         LssarOptions(power=power, reweight=reweight, exempt_rows=exempt)

@@ -2,18 +2,22 @@
 
     out_i = sum_j softmax_j(softmax_scale * q_i . k_j) v_j   over lo_i <= j <= i,
 
-where lo_i is the first token of i's document. Rotated keys and values travel in one tensor.
+where lo_i is the first token of i's document. Rotated keys and values travel in one tensor. With
+`length_scale` queries are multiplied by a factor of the tokens that they see (`length.py`).
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lcdist.attention.context import AttentionContext
 from lcdist.attention.facts import ContextFunctions
+from lcdist.attention.full.cache import FullCache
+from lcdist.attention.full.length import scaled_queries
 from lcdist.attention.interface import AttentionMethod
 from lcdist.attention.shape import Shape, Traffic
 from lcdist.attention.shared.checks import causal_flops
-from lcdist.attention.shared.key_value_cache import KeyValueCache
 from lcdist.attention.shared.ring_softmax import RingSoftmax, reference_ring, ring_bytes
 from lcdist.config.schema import FullOptions
 from lcdist.layout import KINDS, ContextLayout
@@ -43,7 +47,7 @@ class FullRingKernel:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return this rank's shard of the output, with keys and values on a ring."""
-    q, kv = ctx.rotate(q), torch.stack((ctx.rotate(k), v))
+    q, kv = _queries(ctx.rotate(q), ctx), torch.stack((ctx.rotate(k), v))
     if ctx.impl == "reference":
         return reference_ring(q, kv, FullRingKernel(TORCH_IMPL).keys, ctx).to(q.dtype)
     block_impl = select_block_impl(ctx.impl, q, "full attention under context parallelism")
@@ -52,12 +56,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
 
 def attend_local(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return the output of a whole sequence on one rank."""
-    return full_attention(q, k, v, **ctx.kernel_arguments)
+    return full_attention(_queries(q, ctx), k, v, **ctx.kernel_arguments)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
     """Return dense attention of a whole sequence: see `full_reference`."""
-    return full_reference(q, k, v, **ctx.reference_arguments)
+    return full_reference(_queries(q, ctx), k, v, **ctx.reference_arguments)
+
+
+def _queries(q: Tensor, ctx: AttentionContext) -> Tensor:
+    """Return q times the factors of `length_scale`; a rotation may come before or after."""
+    if ctx.options.length_scale is None:
+        return q
+    # Rotary positions may be given and say nothing of the length.
+    positions = replace(ctx, position_ids=None).positions(device=q.device)
+    return scaled_queries(q, positions, ctx.options.length_scale)
 
 
 def flops(options: FullOptions, shape: Shape) -> int:
@@ -80,6 +93,6 @@ METHOD = AttentionMethod(
     flops=flops,
     bytes=traffic,
     impls=IMPLS,
-    make_cache=KeyValueCache,
+    make_cache=FullCache,
     functions=ContextFunctions(attend, reference, attend_local=attend_local),
 )

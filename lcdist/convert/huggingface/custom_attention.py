@@ -1,7 +1,8 @@
 """Describe and export attention that a plain LLaMA does not have.
 
-Layers of `full` and `scca` use full attention at inference, so they export as a plain LLaMA. An
-export with another method carries the model code in `remote_code/` and an `auto_map` that names it.
+Layers of `scca`, and of `full` without options, use full attention at inference, so they export as
+a plain LLaMA. An export with another method carries the model code in `remote_code/` and an
+`auto_map` that names it.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from lcdist.config.schema import (
     OPTIONS,
     AttentionConfig,
     Config,
+    FullOptions,
     LogConfig,
     ModelConfig,
     RawOptions,
@@ -62,7 +64,7 @@ def has_landmarks(layers: Sequence[LayerAttention]) -> bool:
 
 def is_plain_llama(layers: Sequence[LayerAttention]) -> bool:
     """Return whether every layer computes a plain LLaMA's attention."""
-    return all(layer.method.name == "full" for layer in layers)
+    return all(layer.options == FullOptions() for layer in layers)
 
 
 def layer_tables(layers: Sequence[LayerAttention]) -> list[dict[str, Any]]:

@@ -119,6 +119,16 @@ def _check_method(ours: AttentionConfig, theirs: AttentionConfig) -> None:
             f"attention.method = '{ours.method}': the model was trained with {theirs.method}, and "
             f"its weights do not fit another method; extend it with {remedy}"
         )
+    scales = [getattr(one.options, "length_scale", None) for one in (ours, theirs)]
+    if theirs != AttentionConfig() and scales[0] != scales[1]:
+        told = "without length_scale" if scales[1] is None else f"with {scales[1]}"
+        remedy = (
+            "leave it out" if scales[1] is None else f'WITH="attention.length_scale={scales[1]}"'
+        )
+        raise ValueError(
+            f"attention.length_scale = {scales[0]}: the model was trained {told}; extend it in the "
+            f"same way: {remedy}"
+        )
 
 
 def _fitted_optim(config: Config, hf: HFModel, overrides: Sequence[str]) -> OptimConfig:

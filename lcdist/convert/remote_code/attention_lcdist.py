@@ -44,7 +44,13 @@ def attend(
 
 
 def _full(q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, options: Options) -> Tensor:
-    """Compute causal softmax attention."""
+    """Compute causal softmax attention.
+
+    length_scale: scores of a query that sees n tokens are multiplied by ln(n) / ln(length_scale).
+    """
+    if options["length_scale"] is not None:
+        seen = torch.arange(1, q.shape[1] + 1, device=q.device).double()
+        q = q * (seen.log() / math.log(options["length_scale"])).to(q)[:, None, None]
     return _softmax(rotate(q), rotate(k), v)
 
 
