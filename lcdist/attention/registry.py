@@ -4,7 +4,9 @@ A package adds a method with an entry point in the group `lcdist.attention_metho
 point has the method's name and the value `module:METHOD`.
 """
 
+from collections import UserDict
 from collections.abc import Iterable
+from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 
 from lcdist.attention import coca, full, landmark, lssar, scca, tensorized
@@ -46,4 +48,20 @@ def load_methods(points: Iterable[EntryPoint]) -> dict[str, AttentionMethod]:
     return methods
 
 
-METHODS: dict[str, AttentionMethod] = load_methods(entry_points(group=GROUP))
+class Methods(UserDict[str, AttentionMethod]):
+    """All methods by name. Entry points are loaded when the first method is looked up.
+
+    A package of a method imports lcdist. If this module loaded the package, a program that imports
+    the package first would find it half made.
+    """
+
+    def __init__(self) -> None:
+        """Load nothing; `UserDict` would make `data` here."""
+
+    @cached_property
+    def data(self) -> dict[str, AttentionMethod]:
+        """The methods, as `UserDict` keeps them."""
+        return load_methods(entry_points(group=GROUP))
+
+
+METHODS = Methods()

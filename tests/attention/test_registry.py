@@ -6,8 +6,8 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from lcdist.attention import METHODS
-from lcdist.attention.registry import GROUP, load_methods
+from lcdist.attention import METHODS, registry
+from lcdist.attention.registry import GROUP, Methods, load_methods
 
 MINE = dataclasses.replace(METHODS["full"], name="mine")
 NOT_A_METHOD = "full"
@@ -20,6 +20,19 @@ def point(name: str, attribute: str, module: str = __name__) -> EntryPoint:
 def test_method_of_a_package_joins_the_built_in_methods() -> None:
     methods = load_methods([point("mine", "MINE")])
     assert methods["mine"] is MINE and methods["full"] is METHODS["full"]
+
+
+def test_packages_are_loaded_when_a_method_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+
+    def find(group: str) -> list[EntryPoint]:
+        asked.append(group)
+        return [point("mine", "MINE")]
+
+    monkeypatch.setattr(registry, "entry_points", find)
+    methods = Methods()
+    assert asked == []
+    assert methods["mine"] is MINE and list(methods)[-1] == "mine" and asked == [GROUP]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """The tutorials do what they say: code is quoted as it is, pictures and programs are made again."""
 
+import json
 from pathlib import Path
 
-from docs.tutorials.tiles import draw_all
-from tests.docs.tutorial import ROOT, TUTORIALS, blocks, joined, run_python
+import pytest
 
-KERNEL = TUTORIALS / "read_a_kernel.md"
+from docs.tutorials.tiles import draw_all
+from tests.docs.tutorial import ROOT, TUTORIALS, Block, Reader, blocks
+
+KERNEL, METHOD = TUTORIALS / "read_a_kernel.md", TUTORIALS / "add_a_method.md"
 
 
 def test_code_quoted_from_a_kernel_is_the_kernels() -> None:
@@ -24,6 +27,41 @@ def test_pictures_of_tiles_are_those_that_the_kernels_tables_give() -> None:
 
 
 def test_experiments_with_the_kernel_print_what_the_page_shows(tmp_path: Path) -> None:
-    program = joined(blocks(KERNEL, "python", titled=False))
+    program = "\n".join(block.text for block in blocks(KERNEL, "python", titled=False))
     shown = "".join(block.text for block in blocks(KERNEL, "text"))
-    assert run_python(program, tmp_path) == shown
+    assert Reader(tmp_path).run(Block("python", "", program)) == shown
+
+
+def test_the_packages_own_tests_pass(tmp_path: Path) -> None:
+    reader = Reader(tmp_path, path=(tmp_path / "lcdist-sinks",))
+    for block in blocks(METHOD, "python", titled=True):
+        reader.write(block)
+    printed = reader.run(Block("sh", "", "pytest -q lcdist-sinks/tests"))
+    assert "3 passed" in printed
+
+
+@pytest.mark.exhaustive
+def test_the_method_of_the_page_passes_all_tests_trains_and_generates(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    # The package goes to a folder of its own instead of the environment, without the network.
+    alone = f"--no-deps --no-build-isolation --no-index --target '{site}'"
+    installs = {
+        "pip install -e": f"python -m pip install -q {alone}",
+    }
+    folder = tmp_path / "user"
+    folder.mkdir()
+    # The source comes first, as with `-e`, so that later changes take effect.
+    reader = Reader(folder, installs, (folder / "lcdist-sinks", site))
+    listed, own, shared, trained, own_again, *_ = reader.follow(METHOD)
+    assert "| `sink_window` |" in listed
+    for printed in (own, shared):
+        assert " passed" in printed and "failed" not in printed and "skipped" not in printed
+    assert "8,960 B forward, 8,960 B backward" in trained and "\ndef " in trained
+    assert " passed" in own_again
+
+    def losses(name: str) -> list[float]:
+        lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+        return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+    assert losses("again") == pytest.approx(losses("run"), rel=1e-5)
+    assert losses("run")[-1] < losses("run")[0] - 1

@@ -1,10 +1,11 @@
-"""Fenced blocks of a page of `docs/`, and programs made of them."""
+"""Fenced blocks of a page of `docs/`, and a user who follows the page in an empty folder."""
 
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,32 +22,68 @@ class Block(NamedTuple):
     text: str
 
 
+def read_blocks(page: Path) -> list[Block]:
+    """Return a page's blocks in order."""
+    return [Block(*groups) for groups in FENCE.findall(page.read_text(encoding="utf-8"))]
+
+
 def blocks(page: Path, language: str, titled: bool | None = None) -> list[Block]:
     """Return a page's blocks of a language in order; titled: only those with or without one."""
-    found = [Block(*groups) for groups in FENCE.findall(page.read_text(encoding="utf-8"))]
-    chosen = [block for block in found if block.language == language]
+    chosen = [block for block in read_blocks(page) if block.language == language]
     return [block for block in chosen if titled is None or bool(block.title) == titled]
 
 
-def joined(found: Sequence[Block]) -> str:
-    """Return the lines of blocks, one after another."""
-    return "\n".join(block.text for block in found)
+@dataclass
+class Reader:
+    """Someone who follows a page: writes its files and runs its commands in a folder.
 
+    Attributes:
+        folder: where everything happens; empty at first.
+        changes: what is written otherwise than on the page: parts of lines, and what replaces them.
+        path: folders on Python's path before this tree.
+        printed: what each block of commands printed, in order.
+    """
 
-def run_python(program: str, folder: Path, **environment: str) -> str:
-    """Run a program in a folder, with this tree on its path; return what it printed."""
-    return run([sys.executable, "-c", program], folder, environment)
+    folder: Path
+    changes: Mapping[str, str] = field(default_factory=dict)
+    path: tuple[Path, ...] = ()
+    printed: list[str] = field(default_factory=list)
 
+    def follow(self, page: Path) -> list[str]:
+        """Do what the page says, in order; return what its commands printed, by block."""
+        for block in read_blocks(page):
+            if block.title:
+                self.write(block)
+            elif block.language in ("sh", "python"):
+                self.printed.append(self.run(block))
+        return self.printed
 
-def run(words: Sequence[str], folder: Path, environment: Mapping[str, str]) -> str:
-    """Run a command in a folder, with this tree on its path; return its standard output."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        words,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    def write(self, block: Block) -> None:
+        """Write the file of a block with a title."""
+        file = self.folder / block.title
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(self._changed(block.text), encoding="utf-8")
+
+    def run(self, block: Block) -> str:
+        """Run a block of commands or a program; return what it printed."""
+        text = self._changed(block.text)
+        shell = ["bash", "-euo", "pipefail", "-c", text]
+        words = shell if block.language == "sh" else [sys.executable, "-c", text]
+        path = os.pathsep.join(map(str, (*self.path, ROOT, ROOT / "kernels")))
+        programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+        own = {"PYTHONPATH": path, "PATH": programs, "LCDIST": str(ROOT), "COLUMNS": "100"}
+        done = subprocess.run(
+            words,
+            cwd=self.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **own},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout}"
+        return done.stdout
+
+    def _changed(self, text: str) -> str:
+        for old, new in self.changes.items():
+            text = text.replace(old, new)
+        return text
