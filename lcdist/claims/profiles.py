@@ -30,11 +30,11 @@ def _adapting(steps: int, rate: float) -> tuple[str, ...]:
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("cpu", TextSettings(STDLIB, 8_000_000, 12_000, 24, 26, 1024), _adapting(150, 1e-3)),
+        Profile("cpu", TextSettings(STDLIB, 8_000_000, 12_000, 36, 16, 1024), _adapting(150, 1e-3)),
         Profile(
             "gpu",
             # The standard library has some 30 MB: --text brings more.
-            TextSettings(STDLIB, 200_000_000, 200_000, 60, 60, 8192),
+            TextSettings(STDLIB, 200_000_000, 200_000, 60, 40, 8192),
             _adapting(200, 5e-4),
         ),
         Profile(

@@ -93,9 +93,10 @@ def test_made_samples_can_be_answered_from_their_own_text() -> None:
         sample = made_sample(SETTINGS, number)
         assert sample == made_sample(SETTINGS, number)
         lines = sample.splitlines()
-        if number % 4 >= 2:
+        if number % 5 in (2, 4):
             [line] = set(lines)
-            assert line.startswith("copy: ") and 3 <= len(lines) <= 5
+            words = line.split()
+            assert len(set(words)) == len(words) and 3 <= len(lines) <= 6
         else:
             key = sample.rpartition("The pass key is ")[2].strip().removesuffix(".")
             assert len(key) == 5 and sample.count(key) == 3 * sample.count("What is the pass key?")
