@@ -1,6 +1,6 @@
 """Define a claim, the readings that it needs, and its three possible answers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,11 +34,14 @@ class Reading:
         perplexity: of real text by length; a length whose perplexity is not finite is left out.
         passkey: share of the passkeys that were found, by length; empty if it was not asked.
         shares: share of the past blocks that a token reads at each length, for landmark attention.
+        pieces: by length, scored tokens and their nats of each piece of the text, by which readings
+            of the same text are compared.
     """
 
     perplexity: Mapping[int, Figure]
     passkey: Mapping[int, Figure] = field(default_factory=dict)
     shares: Mapping[int, float] = field(default_factory=dict)
+    pieces: Mapping[int, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

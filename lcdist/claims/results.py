@@ -71,13 +71,15 @@ def reading_of(table: Mapping[str, Any], length: int) -> Reading:
     """
     found = table["measured"]
     perplexity = found["perplexity"]
-    rows = zip(perplexity["lengths"], perplexity["perplexity"], perplexity["interval"], strict=True)
+    columns = ("lengths", "perplexity", "interval", "stretches")
+    rows = [row for row in zip(*map(perplexity.get, columns), strict=True) if row[1] is not None]
     passkey = found.get("passkey", {"lengths": [], "accuracy": [], "interval": []})
     tasks = zip(passkey["lengths"], passkey["accuracy"], passkey["interval"], strict=True)
     return Reading(
-        {at: _figure(value, ends) for at, value, ends in rows if value is not None},
+        {at: _figure(value, ends) for at, value, ends, _ in rows},
         {at: _figure(value, ends) for at, value, ends in tasks},
         {int(at): share for at, share in table.get("shares", {}).items()},
+        {at: [(tokens, nats) for tokens, nats in pieces] for at, _, _, pieces in rows},
     )
 
 

@@ -1,13 +1,17 @@
 """Rules of the claims: pure functions of what was measured.
 
-No rule answers "reproduced" unless every model that it compares has converged, and the intervals
-of what it compares do not overlap.
+No rule answers "reproduced" unless every model that it compares has converged, and the interval of
+the ratio that it asks for lies on one side of the bound.
 """
 
 import math
 from collections.abc import Sequence
 
 from lcdist.claims.claim import Figure, Measured, Rule, Verdict
+from lcdist.utils.intervals import exp_interval, mean_interval
+
+# A reading, and a multiple of the training length.
+Where = tuple[str, int]
 
 # A model has converged if its perplexity at its training length is at most this share of that of a
 # model which knows the frequencies of tokens alone,
@@ -51,17 +55,40 @@ def unconverged(measured: Measured, names: Sequence[str], finds: bool = False) -
     return found
 
 
-def growth(measured: Measured, name: str, times: int) -> Figure:
-    """Return perplexity at `times` the training length over that at the training length.
+def ratio(measured: Measured, above: Sequence[Where], below: Sequence[Where]) -> Figure:
+    """Return a quotient of perplexities, with the interval of readings that share a text.
 
-    The interval takes both ends from both intervals, and so is wider than it has to be. A
-    perplexity that is not finite counts as infinite.
+    Both meet the same easy and hard pieces of it, so that a quotient is far more certain than each
+    perplexity.
+
+    Args:
+        measured: all readings.
+        above: readings whose perplexities are multiplied, each with a multiple of the training
+            length.
+        below: those that the product is divided by.
+
+    Returns:
+        The quotient; infinite if a perplexity above is not finite, NaN if one below is not.
     """
-    perplexity = measured.readings[name].perplexity
-    base, far = perplexity[measured.length], perplexity.get(times * measured.length)
-    if far is None:
-        return Figure(math.inf, (math.inf, math.inf))
-    return Figure(far.value / base.value, (far.low / base.high, far.high / base.low))
+    signed = [(1, *where) for where in above] + [(-1, *where) for where in below]
+    tokens, nats = list[int](), list[float]()
+    for sign, name, times in signed:
+        pieces = measured.readings[name].pieces.get(times * measured.length)
+        if pieces is None:
+            return Figure(math.inf if sign > 0 else math.nan)
+        tokens = tokens or [count for count, _ in pieces]
+        nats = nats or [0.0] * len(tokens)
+        if [count for count, _ in pieces] != tokens:
+            raise ValueError(f"{name} was read on other text than {signed[0][1]}")
+        nats = [total + sign * own for total, (_, own) in zip(nats, pieces, strict=True)]
+    mean, interval = mean_interval(tokens, nats)
+    ends = exp_interval(interval)
+    return Figure(math.exp(mean), (ends[0], ends[1]) if ends else None)
+
+
+def growth(measured: Measured, name: str, times: int) -> Figure:
+    """Return perplexity at `times` the training length over that at the training length."""
+    return ratio(measured, [(name, times)], [(name, 1)])
 
 
 def steady_where_other_diverges(name: str, other: str, times: int, bound: float) -> Rule:
@@ -93,8 +120,7 @@ def steady(name: str, times: int, bound: float = STEADY) -> Rule:
             return Verdict("not decided", "; ".join(problems))
         own = growth(measured, name, times)
         why = f"perplexity at {times}x is {_times(own)} that at 1x (bound {bound:g})"
-        # Both perplexities are of the same text: the interval of their ratio would be narrower.
-        return Verdict("reproduced" if own.value <= bound else "not reproduced", why)
+        return _bounded(own, bound, why)
 
     return rule
 
@@ -108,7 +134,8 @@ def grows_less(name: str, other: str, times: int) -> Rule:
             return Verdict("not decided", "; ".join(problems))
         own, its = growth(measured, name, times), growth(measured, other, times)
         why = f"perplexity at {times}x over that at 1x: {name} {_times(own)}, {other} {_times(its)}"
-        return _compared(own, its, why)
+        both_ends = [(name, times), (other, 1)], [(other, times), (name, 1)]
+        return _bounded(ratio(measured, *both_ends), 1.0, why)
 
     return rule
 
@@ -131,10 +158,10 @@ def lower(name: str, other: str, times: int, converge: Sequence[str] = ()) -> Ru
         pair = [measured.readings[each].perplexity.get(length) for each in (name, other)]
         if pair[0] is None or pair[1] is None:
             return Verdict("not decided", f"a perplexity at {length} tokens is not finite")
-        why = (
-            f"perplexity at {length} tokens: {name} {_figure(pair[0])}, {other} {_figure(pair[1])}"
-        )
-        return _compared(pair[0], pair[1], why)
+        own = ratio(measured, [(name, times)], [(other, times)])
+        why = f"perplexity at {length} tokens: {name} {pair[0].value:.2f}, {other} "
+        why += f"{pair[1].value:.2f}, {_times(own)}"
+        return _bounded(own, 1.0, why)
 
     return rule
 
@@ -150,11 +177,9 @@ def as_good(name: str, other: str, times: int, within: float) -> Rule:
         pair = [measured.readings[each].perplexity.get(length) for each in (name, other)]
         if pair[0] is None or pair[1] is None:
             return Verdict("not decided", f"a perplexity at {length} tokens is not finite")
-        ratio = pair[0].value / pair[1].value
-        why = (
-            f"perplexity at {length} tokens is {ratio:.3f} times that of {other} (bound {within:g})"
-        )
-        return Verdict("reproduced" if ratio <= within else "not reproduced", why)
+        own = ratio(measured, [(name, times)], [(other, times)])
+        why = f"perplexity at {length} tokens is {_times(own)} that of {other} (bound {within:g})"
+        return _bounded(own, within, why)
 
     return rule
 
@@ -218,18 +243,16 @@ def both(first: Rule, second: Rule) -> Rule:
     return rule
 
 
-def _compared(own: Figure, its: Figure, why: str) -> Verdict:
-    """Return the verdict on "own is lower": not decided where the intervals overlap."""
-    if own.high < its.low:
+def _bounded(own: Figure, bound: float, why: str) -> Verdict:
+    """Return the verdict on "own is at most the bound": not decided if its interval includes it."""
+    if own.high <= bound:
         return Verdict("reproduced", why)
-    if own.low > its.high:
+    if own.low > bound:
         return Verdict("not reproduced", why)
-    return Verdict("not decided", f"{why}; the intervals overlap")
+    return Verdict("not decided", f"{why}; the interval includes {bound:g}")
 
 
 def _times(figure: Figure) -> str:
-    return f"{figure.value:.2f} times"
-
-
-def _figure(figure: Figure) -> str:
-    return f"{figure.value:.2f} ({figure.low:.2f} to {figure.high:.2f})"
+    if figure.interval is None:
+        return f"{figure.value:.3f} times"
+    return f"{figure.value:.3f} ({figure.low:.3f} to {figure.high:.3f}) times"

@@ -14,8 +14,21 @@ from lcdist.claims.tables import loss_at, reaches
 N = 100
 
 
+# Pieces of the text, far easier and harder than its mean for every model.
+HARD = (-2.0, -1.5, -1.0, -0.5, 0.5, 1.0, 1.5, 2.0)
+
+
 def figure(value: float, half: float = 0.1) -> Figure:
     return Figure(value, (value - half, value + half))
+
+
+def pieces(value: float, own: float) -> list[tuple[int, float]]:
+    """Return pieces of a text of perplexity `value`; `own`: how a model differs on each, in %."""
+    signs = (1, -1, -1, 1, 1, -1, -1, 1)
+    return [
+        (N, N * (math.log(value) + hard + sign * own / 100))
+        for hard, sign in zip(HARD, signs, strict=True)
+    ]
 
 
 def reading(
@@ -25,6 +38,7 @@ def reading(
     return Reading(
         {times * N: figure(value, half) for times, value in perplexity.items()},
         {times * N: figure(value, 0.1) for times, value in (passkey or {}).items()},
+        pieces={times * N: pieces(value, half * times) for times, value in perplexity.items()},
     )
 
 
@@ -70,7 +84,7 @@ def test_steady_where_the_other_diverges(
     ],
 )
 def test_grows_less(new: dict[int, float], old: dict[int, float], word: str) -> None:
-    found = measured(new=reading(new), old=reading(old))
+    found = measured(new=reading(new), old=reading(old, half=2.0))
     assert rules.grows_less("new", "old", 16)(found).word == word
 
 
@@ -78,7 +92,9 @@ def test_lower_and_as_good_compare_the_same_length() -> None:
     found = measured(new=reading({1: 10, 4: 8}), old=reading({1: 10, 4: 9}))
     assert rules.lower("new", "old", 4)(found).word == "reproduced"
     assert rules.lower("old", "new", 4)(found).word == "not reproduced"
-    assert rules.lower("new", "old", 1)(found).word == "not decided"
+    close = measured(new=reading({1: 10, 4: 8}, half=3), old=reading({1: 10.1, 4: 9}, half=1))
+    assert rules.lower("new", "old", 1)(close).word == "not decided"
+    assert rules.as_good("new", "old", 1, 1.0)(close).word == "not decided"
     assert rules.as_good("old", "new", 4, 1.05)(found).word == "not reproduced"
     assert rules.as_good("old", "new", 1, 1.05)(found).word == "reproduced"
     # What the models were extended from has not converged.
@@ -136,6 +152,17 @@ def test_every_claim_can_be_reproduced_and_names_readings_that_jobs_make(claim: 
     assert decide(claim, found).word == "reproduced", decide(claim, found)
     assert decide(claim, measured(found.readings, decides=False)).word == "not decided"
     assert decide(claim, measured({own: best} if other else {})).word == "not decided"
+
+
+def test_a_ratio_is_that_of_the_pieces_that_both_read() -> None:
+    found = measured(new=reading({1: 10, 4: 20}), old=reading({1: 11, 4: 33}, half=1.0))
+    own = rules.ratio(found, [("new", 4), ("old", 1)], [("old", 4), ("new", 1)])
+    assert own.value == pytest.approx(20 * 11 / 33 / 10)
+    # Each perplexity alone is known to a factor of three; what both find hard cancels.
+    assert own.interval is not None and 1 < own.high / own.low < 1.1
+    other = Reading({N: figure(10)}, pieces={N: [(N + 1, 300.0)] * len(HARD)})
+    with pytest.raises(ValueError, match="new was read on other text than other"):
+        rules.ratio(measured(found.readings, other=other), [("other", 1)], [("new", 1)])
 
 
 def test_growth_counts_what_is_not_finite_as_infinite() -> None:
