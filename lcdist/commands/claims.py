@@ -20,6 +20,7 @@ from lcdist.claims.registry import CLAIMS
 from lcdist.claims.results import TEXT, facts, read_measured
 from lcdist.claims.tables import write_results
 from lcdist.claims.text import STDLIB, write_text
+from lcdist.claims.timings import tensorized_times
 from lcdist.commands.claims_jobs import Place, console, run_job, run_side_by_side
 from lcdist.commands.extend_steps import ROOT
 from lcdist.config import dump
@@ -145,7 +146,8 @@ def _write_tables(arguments: argparse.Namespace, place: Place) -> None:
     measured = read_measured(place.folder, place.profile, config, list(place.jobs.values()))
     command = shlex.join(["lcdist", *_words(arguments)])
     known = facts(command, config.train.seed, ROOT)
-    verdicts = write_results(folder, CLAIMS, measured, known)
+    timings = tensorized_times(ROOT / "kernels" / "bench" / "results")
+    verdicts = write_results(folder, CLAIMS, measured, known, timings)
     for claim in CLAIMS:
         verdict = verdicts[claim.name]
         console.print(f"{claim.name}: {verdict.word}: {verdict.why}", soft_wrap=True)
