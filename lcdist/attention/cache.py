@@ -96,12 +96,14 @@ class SwapCount:
 
     Attributes:
         chosen: Blocks that calls needed, each once a call and key head.
-        copied: Those that were not on the device.
-        bytes_copied: Their bytes.
+        copied: Those that were not on the device when they were needed.
+        posted: Blocks that were copied one layer ahead, because they were expected to be needed.
+        bytes_copied: Bytes of both.
     """
 
     chosen: int = 0
     copied: int = 0
+    posted: int = 0
     bytes_copied: int = 0
 
     @classmethod
@@ -138,6 +140,24 @@ class LayerCache(ABC):
         Raises:
             ValueError: more tokens than the cache's capacity.
         """
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it is to be told what comes next, by `expect` and `post`."""
+        return False
+
+    def expect(self, q: Tensor, new: NewTokens) -> None:
+        """Work out what tokens with about these queries will read, without waiting for the device.
+
+        Args:
+            q: `[rows, 1, h, d]`, not rotated.
+            new: the tokens, one of each row, which the next call of `attend` will get.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not look ahead")
+
+    def post(self) -> None:
+        """Begin to copy what is expected to be read to the device."""
+        raise NotImplementedError(f"{type(self).__name__} does not look ahead")
 
     @property
     @abstractmethod

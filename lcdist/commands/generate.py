@@ -117,9 +117,10 @@ def _figures(figures: Figures) -> list[str]:
     if swaps is not None and swaps.chosen:
         hits = 100 * (1 - swaps.copied / swaps.chosen)
         copied = swaps.bytes_copied / max(1, figures.read + figures.steps)
+        moved = max(1, swaps.copied + swaps.posted)
         lines.append(
             f"blocks: {hits:.1f} % of those read were on the device; {copied:,.0f} bytes a token "
-            "copied from host memory"
+            f"copied from host memory, {100 * swaps.posted / moved:.0f} % of them one layer ahead"
         )
     return lines
 

@@ -62,9 +62,21 @@ class ModelCache:
         """Sum of what the layers copied from host memory; None if all caches are on the device."""
         return SwapCount.total(*(cache.swaps for cache in self._layers.values()))
 
+    def looks_ahead(self, layer_number: int) -> bool:
+        """Return whether a layer's cache wants to know what the layer will read."""
+        return self._layers[layer_number].looks_ahead
+
+    def expect(self, layer_number: int, q: Tensor) -> None:
+        """Tell a layer's cache about which queries it will get; as `LayerCache.expect`."""
+        self._layers[layer_number].expect(q, self.new)
+
     def attend(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep the new tokens of a layer and return their attention; as `LayerCache.attend`."""
-        return self._layers[layer_number].attend(q, k, v, self.new)
+        out = self._layers[layer_number].attend(q, k, v, self.new)
+        following = self._layers.get(layer_number + 1)
+        if self.new.count == 1 and following is not None and following.looks_ahead:
+            following.post()
+        return out
 
 
 def cache_of(method: AttentionMethod, spec: CacheSpec) -> LayerCache:

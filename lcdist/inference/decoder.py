@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lcdist.attention.cache import NewTokens
 from lcdist.inference.cache import CacheSize, ModelCache
+from lcdist.inference.lookahead import looking_ahead
 from lcdist.model.build import CausalLM
 from lcdist.model.core_attention import LongContextAttention
 from lcdist.model.sequence import SequenceParams
@@ -100,7 +101,9 @@ class Decoder:
         self.cache.new = new
         if not model.pre_process:
             model.set_input_tensor(self._receive(tokens))
-        out = model(tokens, None, None, packed_seq_params=SequenceParams(cache=self.cache))
+        layers: Any = model.decoder.layers
+        with looking_ahead(list(layers), self.cache):
+            out = model(tokens, None, None, packed_seq_params=SequenceParams(cache=self.cache))
         for row in new.rows:
             self._lengths[row] += new.count
         if not model.post_process:

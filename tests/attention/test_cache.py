@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lcdist.attention import METHODS
 from lcdist.attention.cache import CacheSpec, LayerCache, NewTokens
+from lcdist.attention.landmark.block_table import HostBlocks
 from lcdist.config.schema import LandmarkOptions, LssarOptions, SccaOptions, TensorizedOptions
 from lcdist.exchange import Group, VirtualGroup, group_size
 from lcdist.inference.cache import cache_of
@@ -164,6 +165,39 @@ def test_blocks_in_host_memory_give_the_same_bits(ranks: int) -> None:
         assert count.bytes_copied == count.copied * 2 * 4 * 16 * 8
         assert host_cache.blocks.nbytes == 2 * 2 * 4 * 2 * 4 * 16 * 8
         assert host_cache.nbytes < cache.nbytes
+
+
+def test_blocks_that_are_expected_are_copied_ahead() -> None:
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 1, 8 * 4, 2, 3, generator=generator)
+    blocks = HostBlocks(1, 8, 4)
+    blocks.append(0, torch.arange(8), k, v)
+
+    def find(*numbers: int) -> Tensor:
+        """Return the keys that a query of each of two key heads reads in these blocks."""
+        [found] = blocks.find(0, of_both_heads(*numbers))
+        return found.table[found.ids[0, :, 0].long()][:, :, 0]
+
+    def of_both_heads(*numbers: int) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32).expand(1, 2, 1, -1)
+
+    def counts() -> tuple[int, int]:
+        return blocks.swaps.copied, blocks.swaps.posted
+
+    find(0, 1)
+    assert counts() == (4, 0)
+    blocks.expect(0, of_both_heads(1, 2, 3, 4))
+    blocks.post()
+    # Two places are left beside the blocks that the last call needed.
+    assert counts() == (4, 4)
+    keys = k[0].unflatten(0, (8, 4)).permute(2, 0, 1, 3)
+    assert torch.equal(find(2, 3), keys[:, [2, 3]]) and counts() == (4, 4)
+    # A wrong expectation takes no place of the last choice, and changes no result.
+    blocks.expect(0, of_both_heads(5, 6, 7))
+    blocks.post()
+    assert torch.equal(find(2, 3), keys[:, [2, 3]]) and counts() == (4, 8)
+    assert torch.equal(find(0, 4), keys[:, [0, 4]]) and counts() == (8, 8)
+    assert blocks.swaps.bytes_copied == 16 * 2 * 4 * 3 * 4
 
 
 def test_bytes_on_the_device_do_not_grow_with_the_text() -> None:

@@ -3,7 +3,8 @@
 A table's entry is a block of one key head: its keys and values, `[2, block size, d]`. `HostBlocks`
 keeps all entries in host memory, pinned where the model is on a GPU, and a fixed number a row and
 key head on the device. A block that is chosen and not there takes the place of the one that was
-chosen longest ago, so only the difference between two choices is copied.
+chosen longest ago, so only the difference between two choices is copied. Blocks that a layer is
+expected to choose can be copied while the layer before it runs, on a stream of their own.
 """
 
 from collections import OrderedDict
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lcdist.attention.cache import SwapCount
+from lcdist.attention.landmark.copies import CopyStream, copied_entries, on_device_of
 
 
 class Found(NamedTuple):
@@ -95,6 +97,13 @@ class BlockTable:
         yield Found(0, queries, self._table[row].flatten(0, 1), numbers.flatten(), ids)
 
 
+class _Moves(NamedTuple):
+    """Entries of the host's table to copy, and of the device's buffer to write."""
+
+    sources: list[int]
+    targets: list[int]
+
+
 class HostBlocks(BlockTable):
     """Blocks in host memory, of which some are on the device.
 
@@ -108,16 +117,51 @@ class HostBlocks(BlockTable):
         self._slots = slots
         self._buffer: Tensor | None = None
         self._recent: list[list[OrderedDict[int, int]]] = []
+        # Blocks that the last call needed, by row and key head.
+        self._needed: list[list[int]] = []
         self._count = self.swaps = SwapCount()
+        self._expected: list[tuple[int, Tensor]] = []
+        self._copies = CopyStream()
 
     @property
     def nbytes(self) -> int:
         return 0 if self._buffer is None else self._buffer.nbytes
 
+    def expect(self, row: int, chosen: Tensor) -> None:
+        """Take `chosen`, as of `find`, for what the next call will choose; does not wait."""
+        if self._buffer is not None and self._numbers[row]:
+            self._expected.append((row, self._copies.to_host(chosen[0])))
+
+    def post(self) -> None:
+        """Begin to copy blocks that are expected and not on the device.
+
+        They take no place of a block that the last call needed: an expectation may be wrong, and
+        the next choice often is the last one.
+        """
+        self._copies.wait_for_host()
+        for row, chosen in self._expected:
+            places, moves = _places(chosen, torch.tensor(self._numbers[row])), _Moves([], [])
+            for head, recent in enumerate(self._recent[row]):
+                expected = places[head].unique()
+                missing = list[int]()
+                for place in expected[expected >= 0].tolist():
+                    if place in recent:
+                        recent.move_to_end(place)
+                    else:
+                        missing.append(place)
+                room = self._slots - self._needed[row][head]
+                self._give_slots(row, head, missing[:room], moves)
+            if moves.sources:
+                with self._copies.ahead():
+                    self._copy(row, moves)
+                self._count.posted += len(moves.sources)
+        self._expected.clear()
+
     def _new_table(self, blocks: Tensor) -> Tensor:
         heads, _, *entry = blocks.shape
         self._buffer = blocks.new_zeros(self._rows, heads, self._slots, *entry)
         self._recent = [[OrderedDict() for _ in range(heads)] for _ in range(self._rows)]
+        self._needed = [[0] * heads for _ in range(self._rows)]
         size = (self._rows, heads, self._limit, *entry)
         return torch.zeros(size, dtype=blocks.dtype, pin_memory=blocks.is_cuda)
 
@@ -127,13 +171,14 @@ class HostBlocks(BlockTable):
         Queries that need more blocks than there are slots are read in several parts. Copies and
         later reads are on the same stream, so a slot is not overwritten while it is read.
         """
+        self._copies.join()
         if self._table is None or self._buffer is None or not self._numbers[row]:
             return
         held = torch.tensor(self._numbers[row])
         # The one wait for the device: the host must know what to copy.
         numbers = chosen[0].cpu()  # [h_kv, queries, K]
         places = _places(numbers, held)
-        device, heads = chosen.device, len(numbers)
+        heads = len(numbers)
         for start, stop in self._parts(places, 0, places.shape[1]):
             slots = self._fetch(row, places[:, start:stop])
             of_slot = torch.full((heads, self._slots), -1, dtype=torch.int64)
@@ -141,8 +186,8 @@ class HostBlocks(BlockTable):
                 used = torch.tensor(list(recent.items()), dtype=torch.int64).view(-1, 2)
                 of_slot[head, used[:, 1]] = held[used[:, 0]]
             table = self._buffer[row].flatten(0, 1)
-            ids = slots[None].to(device)
-            yield Found(start, stop, table, of_slot.flatten().to(device), ids)
+            ids = on_device_of(table, slots[None])
+            yield Found(start, stop, table, on_device_of(table, of_slot.flatten()), ids)
 
     def _parts(self, places: Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield ranges of queries that need no more blocks of a key head than there are slots."""
@@ -158,7 +203,7 @@ class HostBlocks(BlockTable):
         """Bring the blocks at `places` `[h_kv, queries, K]` to the device; return their entries."""
         assert self._table is not None and self._buffer is not None
         entries = torch.full_like(places, -1)
-        sources, targets = list[int](), list[int]()
+        moves = _Moves([], [])
         for head, recent in enumerate(self._recent[row]):
             needed = places[head].unique()
             needed = needed[needed >= 0].tolist()
@@ -166,41 +211,43 @@ class HostBlocks(BlockTable):
             for place in needed:
                 if place in recent:
                     recent.move_to_end(place)
-            for place in missing:
-                slot = len(recent)
-                if slot == self._slots:
-                    _, slot = recent.popitem(last=False)
-                recent[place] = slot
-                sources.append(head * self._limit + place)
-                targets.append(head * self._slots + slot)
+            self._give_slots(row, head, missing, moves)
+            self._needed[row][head] = len(needed)
             self._count.chosen += len(needed)
             if needed:
                 known = torch.tensor(needed)
                 slots = torch.tensor([head * self._slots + recent[place] for place in needed])
                 found = torch.searchsorted(known, places[head].long()).clamp_max(len(needed) - 1)
                 entries[head] = torch.where(places[head] >= 0, slots[found], -1).int()
-        if sources:
-            table, buffer = self._table[row].flatten(0, 1), self._buffer[row].flatten(0, 1)
-            moved = _copied(table, torch.tensor(sources), buffer)
-            buffer[torch.tensor(targets, device=buffer.device)] = moved
-            self._count.copied += len(sources)
-            self._count.bytes_copied += moved.nbytes
+        if moves.sources:
+            self._copy(row, moves)
+            self._count.copied += len(moves.sources)
         return entries
+
+    def _give_slots(self, row: int, head: int, places: list[int], moves: "_Moves") -> None:
+        """Give blocks that are not on the device the slots of those chosen longest ago."""
+        recent = self._recent[row][head]
+        for place in places:
+            slot = len(recent)
+            if slot == self._slots:
+                _, slot = recent.popitem(last=False)
+            recent[place] = slot
+            moves.sources.append(head * self._limit + place)
+            moves.targets.append(head * self._slots + slot)
+
+    def _copy(self, row: int, moves: "_Moves") -> None:
+        """Copy blocks of a row to the device."""
+        assert self._table is not None and self._buffer is not None
+        table, buffer = self._table[row].flatten(0, 1), self._buffer[row].flatten(0, 1)
+        moved = copied_entries(table, moves.sources, buffer)
+        buffer[on_device_of(buffer, moves.targets)] = moved
+        self._count.bytes_copied += moved.nbytes
 
 
 def _distinct(places: Tensor, start: int, stop: int) -> int:
     """Return how many blocks the queries start to stop need: places `[queries, K]`."""
     part = places[start:stop].unique()
     return int((part >= 0).sum())
-
-
-def _copied(table: Tensor, sources: Tensor, like: Tensor) -> Tensor:
-    """Return entries of a table in host memory on the device of `like`."""
-    if not like.is_cuda:
-        return table[sources]
-    staged = torch.empty(len(sources), *table.shape[1:], dtype=table.dtype, pin_memory=True)
-    torch.index_select(table, 0, sources, out=staged)
-    return staged.to(like.device, non_blocking=True)
 
 
 def _places(chosen: Tensor, held: Tensor) -> Tensor:

@@ -137,15 +137,31 @@ class ChosenBlocksCache(_LandmarkCache):
             self.blocks.append(row, numbers, k, v)
 
     def partial(self, queries: Tensor, new: NewTokens) -> tuple[Tensor, Tensor]:
-        impl, results = self.impl_for(queries), []
+        results = []
         for row, positions, q in row_calls(new, queries):
             rows = self.rows_at(positions)
             part = self._own_blocks(row, rows, q)
             if self.landmarks.length(row):
-                part = merge(*part, *self._past_blocks(row, rows, q, impl))
+                part = merge(*part, *self._past_blocks(row, rows, q))
             results.append(part)
             self._forget_closed(row, int(positions[-1]) + 1)
         return join_rows(results)
+
+    @property
+    def looks_ahead(self) -> bool:
+        return isinstance(self.blocks, HostBlocks)
+
+    def expect(self, q: Tensor, new: NewTokens) -> None:
+        if not isinstance(self.blocks, HostBlocks):
+            return
+        queries = self.queries(q, new.positions)
+        for row, positions, one in row_calls(new, queries):
+            if self.landmarks.length(row):
+                self.blocks.expect(row, self._chosen(row, self.rows_at(positions), one))
+
+    def post(self) -> None:
+        if isinstance(self.blocks, HostBlocks):
+            self.blocks.post()
 
     def _own_blocks(self, row: int, rows: QueryRows, q: Tensor) -> tuple[Tensor, Tensor]:
         """Return the partial over each query's own block."""
@@ -162,13 +178,16 @@ class ChosenBlocksCache(_LandmarkCache):
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) for x in self.recent.read(row))
         return self.impl_for(q).own_fwd(q, k, v, rows, k_start, self.spec.softmax_scale)
 
-    def _past_blocks(
-        self, row: int, rows: QueryRows, q: Tensor, impl: LandmarkImpl
-    ) -> tuple[Tensor, Tensor]:
-        """Return the partial over the past blocks that each query chooses."""
+    def _chosen(self, row: int, rows: QueryRows, q: Tensor) -> Tensor:
+        """Return the past blocks that each query chooses, int32 `[1, h_kv, queries, K]`."""
         (keys,), scale = self.landmarks.read(row), self.spec.softmax_scale
-        lengths = torch.ones_like(rows.idx)
-        chosen = impl.choose_blocks(q, keys, rows, lengths, self.spec.options.top_k, scale)
+        lengths, top_k = torch.ones_like(rows.idx), self.spec.options.top_k
+        return self.impl_for(q).choose_blocks(q, keys, rows, lengths, top_k, scale)
+
+    def _past_blocks(self, row: int, rows: QueryRows, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the partial over the past blocks that each query chooses."""
+        impl, scale, lengths = self.impl_for(q), self.spec.softmax_scale, torch.ones_like(rows.idx)
+        chosen = self._chosen(row, rows, q)
         parts = []
         for start, stop, table, numbers, ids in self.blocks.find(row, chosen):
             if q.shape[1] == 1:
