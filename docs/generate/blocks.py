@@ -3,9 +3,11 @@
 import re
 from collections.abc import Callable, Mapping
 
+from docs.generate.configuration import configuration_reference
+
 _LINE = re.compile(r"^<!-- make: ([\w-]+) -->$", re.MULTILINE)
 
-MAKERS: Mapping[str, Callable[[], str]] = {}
+MAKERS: Mapping[str, Callable[[], str]] = {"configuration": configuration_reference}
 
 
 def fill(markdown: str, origin: str, makers: Mapping[str, Callable[[], str]] = MAKERS) -> str:

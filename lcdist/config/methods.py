@@ -22,7 +22,11 @@ class FullOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CocaOptions:
-    """Collinear constrained attention (arXiv:2309.08646)."""
+    """Collinear constrained attention (arXiv:2309.08646).
+
+    Attributes:
+        variant: slack: equation 10 of the paper without its constraint on q. strict: equation 17.
+    """
 
     variant: Literal["slack", "strict"] = "slack"
 
@@ -32,10 +36,18 @@ class SccaOptions:
     """Shifted cross chunk attention and its relatives (arXiv:2312.07305); lengths in tokens.
 
     Attributes:
+        pattern: Which keys the heads see. fixed: their own chunk, and for half of the heads a chunk
+            shifted by `shift`. flow: a chunk that is shifted further from head to head. sda,
+            sda_key: every `dilation`-th distance, or key. longmixed: some heads as fixed, some as
+            sda of dilation 2, some of 4. s2: shifted chunks of LongLoRA (arXiv:2309.12307).
+        chunk_size: Tokens of a chunk.
         shift: Distance of the shifted units, for `fixed` and `longmixed` only; None: half a chunk.
         wrap: Keys of a shifted unit's first chunks: none (`mask`), or the chunk at a shorter
             distance (`fold`). None: `fold` for `flow`, else `mask`.
+        dilation: Of `sda` and `sda_key`.
         fractions: Fractions of the heads for each unit of `longmixed`.
+        stagger: Added to the number of a head that its shift or first key follows from, for `flow`,
+            `sda` and `sda_key`.
     """
 
     pattern: Literal["fixed", "flow", "sda", "sda_key", "longmixed", "s2"] = "fixed"
@@ -52,6 +64,14 @@ class TensorizedOptions:
     """Tensorized attention, lexicographic (arXiv:2410.20926); modes in tokens, finest first.
 
     The coarsest mode is not listed: it grows with the sequence. An empty list is full attention.
+
+    Attributes:
+        modes: Tokens of each mode but the coarsest.
+        local_blocks: Blocks of the finest mode that a token sees as in full attention.
+        pe: Positions that rotate a mode's queries and keys: their places in the mode, or in the
+            text (`global`).
+        hop_heads: Heads of the rows that stand for whole blocks: one for each query head, or the
+            mean of those that share a key head. auto: q for groups of at most two.
     """
 
     modes: tuple[int, ...] = at_least(1, (512,), SEQLEN)
@@ -65,7 +85,9 @@ class LandmarkOptions:
     """Landmark attention (arXiv:2305.16300); lengths in tokens, landmarks included.
 
     Attributes:
+        block_size: Tokens of a block; the last one is its landmark.
         top_k: Past blocks that a unit of select_tokens tokens attends to; None: all of them.
+        select_tokens: Tokens that choose their blocks together; 1: causal token by token.
     """
 
     block_size: int = at_least(2, 64, SEQLEN)
@@ -75,7 +97,13 @@ class LandmarkOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LssarOptions:
-    """Length-scaled softplus attention with re-weighting (LSSAR); without `reweight`, LSSA."""
+    """Length-scaled softplus attention with re-weighting (LSSAR); without `reweight`, LSSA.
+
+    Attributes:
+        power: Of a score above the mean of its row.
+        reweight: Whether scores are compared with the mean of their row.
+        exempt_rows: First rows of a document whose mean counts as 0.
+    """
 
     power: float = at_least(1, 15.0, POWER)  # below 1, gradients are unbounded at a row's mean
     reweight: bool = True

@@ -14,7 +14,7 @@ class RopePlain:
     """Unscaled rotary embedding: frequencies base^(-2i/d) (arXiv:2104.09864)."""
 
     scaling: Literal["none"] = "none"
-    base: float = above(1, 10000.0, ROPE_BASE)
+    base: float = above(1, 10000.0, ROPE_BASE)  # of the frequencies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,8 @@ class RopePI:
     """Position interpolation: every frequency divided by `factor` (arXiv:2306.15595)."""
 
     scaling: Literal["pi"] = "pi"
-    base: float = above(1, 10000.0, ROPE_BASE)
-    factor: float = at_least(1, 1.0, FACTOR)
+    base: float = above(1, 10000.0, ROPE_BASE)  # of the frequencies
+    factor: float = at_least(1, 1.0, FACTOR)  # times as long a context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class RopeNTK:
     """NTK-aware scaling: base multiplied by factor^(d/(d-2))."""
 
     scaling: Literal["ntk"] = "ntk"
-    base: float = above(1, 10000.0, ROPE_BASE)
-    factor: float = at_least(1, 1.0, FACTOR)
+    base: float = above(1, 10000.0, ROPE_BASE)  # of the frequencies
+    factor: float = at_least(1, 1.0, FACTOR)  # times as long a context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class RopeYarn:
     """
 
     scaling: Literal["yarn"] = "yarn"
-    base: float = above(1, 10000.0, ROPE_BASE)
+    base: float = above(1, 10000.0, ROPE_BASE)  # of the frequencies
     factor: float = at_least(1, 1.0, FACTOR)
     original_seqlen: int = required(1, SEQLEN)
     beta_fast: float = above(0, 32.0, FACTOR)
@@ -70,7 +70,7 @@ class RopeLlama3:
     """
 
     scaling: Literal["llama3"] = "llama3"
-    base: float = above(1, 500000.0, ROPE_BASE)
+    base: float = above(1, 500000.0, ROPE_BASE)  # of the frequencies
     factor: float = at_least(1, 8.0, FACTOR)
     low_freq_factor: float = above(0, 1.0, FACTOR)
     high_freq_factor: float = above(0, 4.0, FACTOR)
@@ -86,9 +86,9 @@ class RopeDynamic:
     """
 
     scaling: Literal["dynamic"] = "dynamic"
-    base: float = above(1, 10000.0, ROPE_BASE)
-    factor: float = at_least(1, 1.0, FACTOR)
-    original_seqlen: int = required(1, SEQLEN)
+    base: float = above(1, 10000.0, ROPE_BASE)  # of the frequencies
+    factor: float = at_least(1, 1.0, FACTOR)  # times as long a context
+    original_seqlen: int = required(1, SEQLEN)  # training length of the model, in tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class RopeLong:
     """
 
     scaling: Literal["longrope"] = "longrope"
-    base: float = above(1, 10000.0, ROPE_BASE)
+    base: float = above(1, 10000.0, ROPE_BASE)  # of the frequencies
     factor: float = at_least(1, 1.0, FACTOR)
     original_seqlen: int = required(2, SEQLEN)
     short_factors: tuple[float, ...] = field(metadata={"above": 0, "limit": FACTOR})

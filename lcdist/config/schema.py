@@ -31,18 +31,18 @@ from lcdist.config.rope import Rope, RopePlain
 class ModelConfig:
     """A LLaMA-shaped decoder: RMSNorm, rotary grouped-query attention, SwiGLU."""
 
-    vocab_size: int = required(2, limits.VOCABULARY)
-    num_layers: int = required(1, limits.LAYERS)
-    hidden_size: int = required(1, limits.FEATURES)
-    nheads: int = required(1, limits.HEADS)
-    nheads_kv: int = at_least(0, 0, limits.HEADS)  # 0: equal to nheads
-    head_dim: int = at_least(0, 0, limits.FEATURES)  # 0: hidden_size / nheads
-    ffn_hidden_size: int = required(1, limits.FEATURES)
-    norm_eps: float = above(0, 1e-5, limits.SMALL)
-    tied_embeddings: bool = False
+    vocab_size: int = required(2, limits.VOCABULARY)  # tokens, a landmark token included
+    num_layers: int = required(1, limits.LAYERS)  # of attention and MLP
+    hidden_size: int = required(1, limits.FEATURES)  # features of a token between layers
+    nheads: int = required(1, limits.HEADS)  # query heads
+    nheads_kv: int = at_least(0, 0, limits.HEADS)  # key and value heads; 0: equal to nheads
+    head_dim: int = at_least(0, 0, limits.FEATURES)  # features of a head; 0: hidden_size / nheads
+    ffn_hidden_size: int = required(1, limits.FEATURES)  # features of gate and up in the MLP
+    norm_eps: float = above(0, 1e-5, limits.SMALL)  # added to the mean square in RMSNorm
+    tied_embeddings: bool = False  # the output layer has the embedding's weights
     qkv_bias: bool = False  # biases of the query, key and value projections, as in Qwen2
     qk_norm: bool = False  # RMSNorm of each query and key head before rotation, as in Qwen3
-    init_std: float = above(0, 0.02, limits.SMALL)
+    init_std: float = above(0, 0.02, limits.SMALL)  # standard deviation of initial weights
     rope: Rope = field(default_factory=RopePlain)
 
 
@@ -51,6 +51,7 @@ class AttentionConfig:
     """The attention method and its options, which are keys of the same table.
 
     Attributes:
+        method: One of those that `lcdist methods` prints.
         layers: Layers with another method, as words `method@layers`: layer numbers from 0 or
             slices, separated by commas, such as "full@3::4 coca@0,-1".
         impl: What computes attention. auto: the fastest for the tensors. cudnn, fa3, fa4: cuDNN,
@@ -71,12 +72,16 @@ class AttentionConfig:
 class ParallelConfig:
     """The mesh. The data-parallel size is the world size over the other sizes; it has no key."""
 
-    tp_size: int = at_least(1, 1, limits.TP_RANKS)
-    pp_size: int = at_least(1, 1, limits.PP_RANKS)
-    cp_size: int = at_least(1, 1, limits.CP_RANKS)
+    tp_size: int = at_least(1, 1, limits.TP_RANKS)  # ranks that share every layer's weights
+    pp_size: int = at_least(1, 1, limits.PP_RANKS)  # pipeline stages, each with some layers
+    cp_size: int = at_least(1, 1, limits.CP_RANKS)  # ranks that share every sequence
     # model chunks a pipeline stage; 1: 1F1B, more: interleaved
     vp_size: int = at_least(1, 1, limits.LAYERS)
+    # tensor-parallel ranks share the tokens of norms and residuals; needs tp_size > 1
     sequence_parallel: bool = False
+    # Which tokens a context-parallel rank holds. contiguous: neighbours. zigzag: a piece from each
+    # end, so that causal work is equal. striped: every cp_size-th. auto: zigzag if all layers
+    # take it, else the first that they take.
     layout: Literal["auto", "contiguous", "zigzag", "striped"] = "auto"
     # longest wait of a collective for a rank, in seconds
     timeout: float = at_least(0.1, 600.0, limits.SECONDS)
@@ -90,7 +95,7 @@ class MixtureSource:
     """One folder of a mixture; its share of the tokens is its weight over the sum of weights."""
 
     path: str = required()  # folder written by `lcdist tokenize`
-    weight: float = above(0, 1.0, limits.WEIGHT)
+    weight: float = above(0, 1.0, limits.WEIGHT)  # over the sum of weights: its share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +110,7 @@ class DataConfig:
             long_factor[i] times as often as shorter ones (arXiv:2402.10171).
     """
 
-    source: Literal["tokens", "synthetic"] = "tokens"
+    source: Literal["tokens", "synthetic"] = "tokens"  # synthetic: random, to time a step
     path: str = ""  # folder written by `lcdist tokenize`
     mixture: Mapping[str, MixtureSource] = field(default_factory=dict)
     long_from: tuple[int, ...] = at_least(1, (), limits.TOKENS)
@@ -126,15 +131,18 @@ class DataConfig:
 class OptimConfig:
     """AdamW and its learning rate schedule."""
 
-    lr: float = above(0, 3e-4, limits.RATE)
-    min_lr: float = at_least(0, 0.0, limits.RATE)
-    beta1: float = at_least(0, 0.9, limits.SMALL)
-    beta2: float = at_least(0, 0.95, limits.SMALL)
-    eps: float = above(0, 1e-8, limits.SMALL)
+    lr: float = above(0, 3e-4, limits.RATE)  # the highest learning rate
+    min_lr: float = at_least(0, 0.0, limits.RATE)  # the rate at the last step of cosine and wsd
+    beta1: float = at_least(0, 0.9, limits.SMALL)  # decay of the mean of gradients
+    beta2: float = at_least(0, 0.95, limits.SMALL)  # decay of the mean of their squares
+    eps: float = above(0, 1e-8, limits.SMALL)  # added to the root of the latter
     weight_decay: float = at_least(0, 0.1, limits.RATE)  # not applied to norms and biases
-    clip_norm: float = at_least(0, 1.0, limits.NORM)  # 0: no clipping
+    clip_norm: float = at_least(
+        0, 1.0, limits.NORM
+    )  # most norm of all gradients together; 0: no clipping
+    # after the warmup. wsd: constant, then a linear decay (arXiv:2404.06395)
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = at_least(0, 0, limits.STEPS)
+    warmup_steps: int = at_least(0, 0, limits.STEPS)  # steps of a linear rise to lr
     decay_steps: int = at_least(0, 0, limits.STEPS)  # wsd: length of the final decay
 
 
@@ -142,12 +150,12 @@ class OptimConfig:
 class TrainConfig:
     """Steps, batch sizes, dtype and memory savings."""
 
-    seqlen: int = required(1, limits.SEQLEN)
-    steps: int = required(1, limits.STEPS)
+    seqlen: int = required(1, limits.SEQLEN)  # tokens a sample
+    steps: int = required(1, limits.STEPS)  # optimizer steps of the run
     # samples of one forward pass on a data-parallel rank
     micro_batch_size: int = at_least(1, 1, limits.SAMPLES)
     global_batch_size: int = at_least(1, 1, limits.SAMPLES)  # samples a step, over all ranks
-    seed: int = at_least(0, 0, limits.SEED)
+    seed: int = at_least(0, 0, limits.SEED)  # of initial weights and the order of samples
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     # Activation checkpointing. selective: backward recomputes norms and the MLP's activation. full:
     # it recomputes whole layers from their saved input. keep_attention: as full, but attention's
@@ -182,18 +190,18 @@ class TrainConfig:
     # A step whose loss or gradient is not finite changes nothing. stop: the run ends. skip: it goes
     # on with the next samples, until bad_step_limit steps of the run were skipped.
     on_bad_step: Literal["stop", "skip"] = "stop"
-    bad_step_limit: int = at_least(1, 10, limits.STEPS)
+    bad_step_limit: int = at_least(1, 10, limits.STEPS)  # of on_bad_step = "skip"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """The run folder and loggers."""
 
-    folder: str = limits.folder()
-    tensorboard: bool = True
-    wandb: bool = False
-    wandb_project: str = "lcdist"
-    # of one device, for MFU; 0: data sheet, else measured
+    folder: str = limits.folder()  # everything a run writes; the same folder again: it goes on
+    tensorboard: bool = True  # write the metrics for TensorBoard too
+    wandb: bool = False  # send them to Weights & Biases; needs `pip install 'lcdist[wandb]'`
+    wandb_project: str = "lcdist"  # project of Weights & Biases
+    # peak rate of one device, for MFU; 0: that of its data sheet, or a measured one
     peak_tflops: float = at_least(0, 0.0, limits.TFLOPS)
 
 
