@@ -1,11 +1,18 @@
 """Events of MkDocs: add pages of linked files, fill blocks of pages, and make links work."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 from docs.generate.blocks import fill
 from docs.generate.repository import DOCS, FOLDER, ROOT, linked_files, page_text, site_links
+
+# On a busy machine, more threads only wait for each other.
+torch.set_num_threads(1)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -14,7 +21,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         f"{DOCS}/{file.src_uri}": fill(file.content_string, f"{DOCS}/{file.src_uri}")
         for file in files.documentation_pages()
     }
-    for page in linked_files(pages):
+    for page in linked_files(pages | {DOCS + "/nav": navigated(config.nav)}):
         if page.is_picture:
             added = File.generated(config, page.uri, abs_src_path=str(ROOT / page.origin))
         else:
@@ -24,6 +31,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             )
         files.append(added)
     return files
+
+
+def navigated(nav: Any) -> str:
+    """Return links, from docs/, to the files outside it that the navigation names."""
+    if isinstance(nav, str):
+        origin = nav.removeprefix(f"{FOLDER}/")
+        return "" if origin == nav else f"[{origin}](../{origin})\n"
+    entries = nav.values() if isinstance(nav, Mapping) else nav or ()
+    return "".join(map(navigated, entries))
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

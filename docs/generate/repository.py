@@ -113,10 +113,10 @@ def _targets(markdown: str, origin: str, root: Path) -> Iterable[str]:
 def page_text(page: SourcePage, root: Path = ROOT) -> str:
     """Return the Markdown of a page: the file's own text, or its code with line numbers."""
     text = (root / page.origin).read_text(encoding="utf-8")
+    if page.is_markdown:
+        return text
     # Search is for the pages that people wrote.
     header = "---\nsearch:\n  exclude: true\n---\n\n"
-    if page.is_markdown:
-        return header + text
     language = LANGUAGES.get(PurePosixPath(page.origin).suffix, "text")
     fence = "~" * 12
     title = PurePosixPath(page.origin).name

@@ -17,7 +17,7 @@ from lcdist.inference.text_stream import TextStream, TextWatch
 
 # Tokens whose keys and values are kept at once: 16 GiB of a model of 8 billion parameters in bf16.
 CACHED_TOKENS = 2**17
-SHOWN_BLOCKS = "attention.top_k"
+DEFAULT = Generation()
 
 
 @dataclass
@@ -86,10 +86,10 @@ def _of_all_ranks(found: list[list[int]], count: int, mesh: Mesh) -> list[list[i
 
 
 def generate_text(
-    path: Path,
+    path: Path | str,
     prompts: Sequence[str],
-    overrides: Sequence[str],
-    how: Generation,
+    overrides: Sequence[str] = (),
+    how: Generation = DEFAULT,
     *,
     stop: Sequence[str] = (),
     watch: TextWatch | None = None,
@@ -100,14 +100,15 @@ def generate_text(
         path: a checkpoint, or a run folder for its latest.
         prompts: the texts.
         overrides: `section.key=value`, over the checkpoint's own configuration.
-        how: limits and sampling; the end of a text is added to what stops it.
+        how: limits and sampling, by default 128 tokens, each the most likely one; the end of a text
+            is added to what stops it.
         stop: texts of one token each that end a continuation.
         watch: what is called with a single text as it grows.
 
     Raises:
         ValueError: an attention method of the model cannot decode, or `how` does not fit it.
     """
-    loaded = load_model(path, overrides, [f"parallel.tp_size={world_size()}"])
+    loaded = load_model(Path(path), overrides, [f"parallel.tp_size={world_size()}"])
     check_decodes(loaded, how)
     tokenizer = open_tokenizer(held_out_folder(loaded.plan.config.data))
     ends = {_stop_token(text, tokenizer) for text in stop}

@@ -15,7 +15,7 @@ from lcdist.data.datasets.build import held_out_folder
 from lcdist.data.meta import read_meta
 from lcdist.distributed.mesh import start_world, world_size
 from lcdist.distributed.rank_zero import run_on_rank_zero
-from lcdist.evaluate.loaded_model import configure, load_model
+from lcdist.evaluate.loaded_model import LoadedModel, configure, load_model
 from lcdist.evaluate.marker import MARKS, has_marker, load_marker, open_marker
 from lcdist.evaluate.parts import Part
 from lcdist.evaluate.registry import PART_KINDS
@@ -46,7 +46,10 @@ class Kept:
 
 
 def evaluate_checkpoint(
-    path: Path, overrides: Sequence[str], progress: Progress = silent, kept: Kept | None = None
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    progress: Progress = silent,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """Measure the parts `evaluate.measure` of a checkpoint; all ranks call it.
 
@@ -64,7 +67,7 @@ def evaluate_checkpoint(
         perplexity is measured, also lengths, perplexity (None if it is not finite), scored (tokens
         at each length) and joined (whether documents were joined to fill the windows).
     """
-    mesh = [f"parallel.cp_size={world_size()}"]
+    path, mesh = Path(path), [f"parallel.cp_size={world_size()}"]
     checkpoint, config = configure(path, overrides, mesh)
     with contextlib.ExitStack() as stack:
         units, marks = _Units({}, None), None
@@ -93,7 +96,12 @@ def evaluate_checkpoint(
         )
         measured = {name: found[versions[name]] for name in parts}
     summaries = {name: part.summary(measured[name]) for name, part in parts.items()}
-    first = summaries.get("perplexity", {})
+    return _results(loaded, summaries)
+
+
+def _results(loaded: LoadedModel, summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what `evaluate_checkpoint` returns, from the summary of each part."""
+    asked, first = loaded.plan.config.evaluate, summaries.get("perplexity", {})
     return {
         "checkpoint": str(loaded.checkpoint.path),
         "step": loaded.checkpoint.step,

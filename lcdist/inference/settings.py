@@ -74,7 +74,7 @@ class Generation:
             the device, the rest being in host memory; None: all of them.
     """
 
-    max_new_tokens: int
+    max_new_tokens: int = 128
     sampling: Sampling = GREEDY
     stops: frozenset[int] = frozenset()
     piece: int = 4096
