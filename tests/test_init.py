@@ -8,6 +8,7 @@ import pytest
 
 from lcdist.attention import METHODS
 from lcdist.commands.main import main
+from lcdist.config import dump, load
 from lcdist.config.schema import Config
 from lcdist.config.source import Source
 from lcdist.config.stages import load_stages
@@ -15,6 +16,9 @@ from lcdist.convert.huggingface.config import read_config
 from lcdist.hardware.gpu_specs import GPU_SPECS
 from lcdist.plan import make_plan
 from lcdist.plan.recipe import RECIPES
+from lcdist.rundir.paths import CHECKPOINTS, MANIFEST
+
+ROOT = Path(__file__).parent.parent
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -71,6 +75,20 @@ def test_what_it_writes_fits(
     assert f"#   lcdist convert import {hf} models/llama{more}\n" in text
     assert f"#   lcdist tokenize TEXT data/long --tokenizer {hf}\n" in text
     assert all(len(line) <= 100 for line in text.splitlines() if str(hf) not in line)
+
+
+def test_an_import_needs_no_other_import(hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # An import keeps the original's config.json beside its checkpoint.
+    step = hf / CHECKPOINTS / "step_00000000"
+    step.mkdir(parents=True)
+    (hf / CHECKPOINTS / "latest").write_text("step_00000000\n")
+    config = load(ROOT / "configs" / "debug" / "full.toml")
+    (step / MANIFEST).write_text(json.dumps({"config": dump(config)}))
+    assert main(["init", "extend", str(hf), "--gpus", "1"]) == 0
+    text = capsys.readouterr().out
+    assert f'from = "{hf}"' in text and "made for 256 tokens, at 1,024" in text
+    assert "convert import" not in text
+    assert f"#   lcdist tokenize TEXT data/long --tokenizer {hf}\n" in text
 
 
 def test_the_number_of_gpus_that_it_names_is_the_least(

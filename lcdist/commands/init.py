@@ -14,6 +14,7 @@ from lcdist.config.source import Source
 from lcdist.convert.huggingface.config import CONFIG, read_config
 from lcdist.hardware.gpu_specs import GPU_SPECS
 from lcdist.plan.recipe import RECIPES, Recipe
+from lcdist.rundir.paths import CHECKPOINTS
 from lcdist.rundir.source import find_source
 
 
@@ -70,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _open(model: Path, has_landmarks: bool) -> tuple[Source, str, tuple[str, ...]]:
     """Return the model, the import to start from, and the command that makes it, if needed."""
-    if (model / CONFIG).is_file():
+    # An import has a copy of the original's config.json, too.
+    if (model / CONFIG).is_file() and not (model / CHECKPOINTS).is_dir():
         hf = read_config(model)
         name = model.resolve().name
         source = Source(name, hf.model, hf.seqlen)
