@@ -14,7 +14,14 @@ from lcdist.plan import make_plan, smallest_world
 from lcdist.rundir.source import load_run
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "LOG.md", "CHANGELOG.md", "docs/architecture.md")
+# Tutorials have tests of their own, which run what they say.
+PAGES = tuple(
+    str(path.relative_to(ROOT))
+    for path in sorted((ROOT / "docs").rglob("*.md"))
+    if "tutorials" not in path.parts
+)
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "LOG.md", "CHANGELOG.md", *PAGES)
+MOST_LINES = 200
 
 
 def read(name: str) -> str:
@@ -27,7 +34,7 @@ def blocks(name: str, language: str) -> list[str]:
 
 COMMANDS = [
     line
-    for name in ("README.md", "CONTRIBUTING.md")
+    for name in ("README.md", "CONTRIBUTING.md", "configs/README.md", *PAGES)
     for block in blocks(name, "sh")
     for line in block.splitlines()
 ]
@@ -51,7 +58,7 @@ def check_lcdist(words: list[str]) -> None:
             make_plan(stage.config, smallest_world(stage.config) if asked is None else asked)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", list(dict.fromkeys(COMMANDS)))
 def test_a_command_can_be_given(command: str) -> None:
     program, *words = shlex.split(command)
     name = program.removeprefix(".venv/bin/")
@@ -73,8 +80,9 @@ def test_a_command_can_be_given(command: str) -> None:
         check_lcdist(words)
 
 
-def test_the_two_commands_come_first() -> None:
+def test_the_two_commands_come_first_and_the_readme_is_short() -> None:
     assert COMMANDS[:2] == ["make extend", "make test"]
+    assert len(read("README.md").splitlines()) < MOST_LINES
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -101,6 +109,6 @@ def test_the_tree_in_the_architecture_is_the_tree() -> None:
 
 
 def test_the_reading_order_is_short() -> None:
-    steps = re.findall(r"^\d+\. \[(\S+)\]", read("README.md"), re.MULTILINE)
+    steps = re.findall(r"^\d+\. \[(\S+)\]", read("docs/architecture.md"), re.MULTILINE)
     lines = sum(len(read(path).splitlines()) for path in steps)
     assert len(steps) == 10 and lines < 1500, lines

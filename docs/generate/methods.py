@@ -91,6 +91,7 @@ def cached_bytes(number: int) -> int:
     return long - short
 
 
+@cache
 def _cache(number: int, tokens: int) -> int:
     """Return the bytes of a layer's decoding cache that has read a text."""
     method = METHODS[PRESETS[number].method]

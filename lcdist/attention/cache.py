@@ -118,8 +118,9 @@ class LayerCache(ABC):
 
     `attend` adds new tokens and returns their attention over all tokens so far.
 
-    page: tokens that stay together on one rank. A sharded call gives every rank whole pages.
-    swaps: what was copied from host memory; None for a cache that is on the device.
+    Attributes:
+        page: tokens that stay together on one rank. A sharded call gives every rank whole pages.
+        swaps: what was copied from host memory; None for a cache that is on the device.
     """
 
     page = 16

@@ -36,9 +36,10 @@ class LayoutKey(NamedTuple):
 class DecodeCache(NamedTuple):
     """Keys and values of earlier tokens, and the positions of the new tokens.
 
-    k, v: `[b, s_cache, h_kv, d]`, un-rotated; entry j belongs to position j. They hold the new
-        tokens' own keys and values already.
-    positions: integers on the CPU, `[n]`, or `[b, n]` if rows differ in length.
+    Attributes:
+        k, v: `[b, s_cache, h_kv, d]`, un-rotated; entry j belongs to position j. They hold the new
+            tokens' own keys and values already.
+        positions: integers on the CPU, `[n]`, or `[b, n]` if rows differ in length.
     """
 
     k: Tensor
@@ -53,17 +54,18 @@ class AttentionContext:
     `AttentionMethod` builds it. In `reference` the layout has one rank and the length of q; in
     `decode` it has one rank and the length of the cache. There `group` is None.
 
-    options: the method's options.
-    layout: the cut of the sequence over context-parallel ranks.
-    group: the context-parallel group; None for one process.
-    rotary: rotation of queries and keys; None for no rotation.
-    cu_seqlens: document borders in the whole sequence, int32 `[n + 1]`; None for one document.
-        Tokens after the last border form a document of their own.
-    softmax_scale: factor of a score.
-    params: learnable parameters of the method; None if it has none.
-    heads: position of q's heads in the model.
-    impl: name of the implementation.
-    position_ids: explicit rotary positions, `[s]` or `[b, s]`, that `reference` may be given.
+    Attributes:
+        options: the method's options.
+        layout: the cut of the sequence over context-parallel ranks.
+        group: the context-parallel group; None for one process.
+        rotary: rotation of queries and keys; None for no rotation.
+        cu_seqlens: document borders in the whole sequence, int32 `[n + 1]`; None for one document.
+            Tokens after the last border form a document of their own.
+        softmax_scale: factor of a score.
+        params: learnable parameters of the method; None if it has none.
+        heads: position of q's heads in the model.
+        impl: name of the implementation.
+        position_ids: explicit rotary positions, `[s]` or `[b, s]`, that `reference` may be given.
     """
 
     options: Any

@@ -71,47 +71,47 @@ def _dot_product_scale(head_dim: int) -> float:
 class MethodFacts:
     """Facts about an attention method, for the plan, the model and the tests.
 
-    name: its key in `METHODS`.
-    paper: arXiv id.
-    options: its frozen options dataclass, constructible without arguments.
-    layouts: accepted layout kinds.
-    exchange: the exchanges it uses: "ring", "shift", "gather", "swap".
-    supports: a subset of
-        "gqa": fewer key and value heads than query heads;
-        "varlen": packed documents;
-        "decode": generation with a cache;
-        "dense": its weights are those of a dense softmax model, so that evaluation and generation
-            may be dense, and are by default;
-        "landmarks": the last token of every block must be the landmark; the loader puts it there;
-        "rotated": instead of a rotary, q and k may come rotated by the tokens' positions inside
-            their documents.
-    multiple_of(options, cp_size, kind="contiguous"): the divisor that seqlen must have; default:
-        what the layout needs. With cp_size = 1, packed documents must begin at its multiples; the
-        loader aligns them.
-    flops(options, shape): floating-point operations of one layer's forward pass over the scores it
-        computes, summed over ranks. A multiply-add counts two; softmax and rotation are left out.
-    bytes(options, shape, layout): `Traffic` of one layer. Methods whose traffic depends on the
-        number of a head read shape.heads.
-    kept_bytes(options, shape, layout): most bytes that a rank keeps of one layer with
-        train.recompute = "keep_attention", which are those that `attend` gives to
-        `lcdist_kernels.tape.kept`; default: out and lse.
-    layouts_for(options): layout kinds, `layouts` or fewer.
-    exchange_for(options): exchanges, `exchange` or fewer.
-    parameters(options, nheads): name to shape of the learnable parameters. The last dim is nheads,
-        one entry per query head of the whole model.
-    initial(options, nheads): name to initial value, fp32, with the same names and shapes.
-    for_layer(options, layer, nheads, nheads_kv): the options of layer number `layer`, from 0, of a
-        model with so many heads, for methods whose layers differ.
-    check(options, layout, heads, tp_size): raises ValueError if the options conflict with each
-        other, with the layout, with the model's heads (a HeadSlice of all of them) or with tensor
-        parallelism. The message names field, value, legal values and remedy. The plan calls it
-        before anything runs.
-    default_scale(head_dim): the softmax scale of a call that gives none.
-    plan_entries(options, layout, heads, tp_size): entries of the tables that a plan makes to count
-        the bytes of one layer on all ranks; default: one a rank. The plan refuses too many.
-    make_cache(spec): the decoding cache of a layer. None: a cache of keys and values without
-        rotation, which `decode` reads, on one context-parallel rank.
-    impls: legal values of `impl`.
+    Attributes:
+        name: its key in `METHODS`.
+        paper: arXiv id.
+        options: its frozen options dataclass, constructible without arguments.
+        layouts: accepted layout kinds.
+        exchange: the exchanges it uses: "ring", "shift", "gather", "swap".
+        supports: a subset of "gqa": fewer key and value heads than query heads; "varlen": packed
+            documents; "decode": generation with a cache; "dense": its weights are those of a dense
+            softmax model, so that evaluation and generation may be dense, and are by default;
+            "landmarks": the last token of every block must be the landmark; the loader puts it
+            there; "rotated": instead of a rotary, q and k may come rotated by the tokens' positions
+            inside their documents.
+        multiple_of: `(options, cp_size, kind="contiguous")` -> the divisor that seqlen must have;
+            default: what the layout needs. With cp_size = 1, packed documents must begin at its
+            multiples; the loader aligns them.
+        flops: `(options, shape)` -> floating-point operations of one layer's forward pass over the
+            scores it computes, summed over ranks. A multiply-add counts two; softmax and rotation
+            are left out.
+        bytes: `(options, shape, layout)` -> `Traffic` of one layer. Methods whose traffic depends
+            on the number of a head read shape.heads.
+        kept_bytes: `(options, shape, layout)` -> most bytes that a rank keeps of one layer with
+            train.recompute = "keep_attention", which are those that `attend` gives to
+            `lcdist_kernels.tape.kept`; default: out and lse.
+        layouts_for: `(options)` -> layout kinds, `layouts` or fewer.
+        exchange_for: `(options)` -> exchanges, `exchange` or fewer.
+        parameters: `(options, nheads)` -> name to shape of the learnable parameters. The last dim
+            is nheads, one entry per query head of the whole model.
+        initial: `(options, nheads)` -> name to initial value, fp32, with the same names and shapes.
+        for_layer: `(options, layer, nheads, nheads_kv)` -> the options of layer number `layer`,
+            from 0, of a model with so many heads, for methods whose layers differ.
+        check: `(options, layout, heads, tp_size)` -> raises ValueError if the options conflict with
+            each other, with the layout, with the model's heads (a HeadSlice of all of them) or with
+            tensor parallelism. The message names field, value, legal values and remedy. The plan
+            calls it before anything runs.
+        default_scale: `(head_dim)` -> the softmax scale of a call that gives none.
+        plan_entries: `(options, layout, heads, tp_size)` -> entries of the tables that a plan makes
+            to count the bytes of one layer on all ranks; default: one a rank. The plan refuses too
+            many.
+        make_cache: `(spec)` -> the decoding cache of a layer. None: a cache of keys and values
+            without rotation, which `decode` reads, on one context-parallel rank.
+        impls: legal values of `impl`.
     """
 
     name: str

@@ -27,15 +27,15 @@ class AttentionMethod(MethodFacts):
 
     Arguments that these three share:
 
-    q, k, v: q and the output `[b, s, h, d]`, k and v `[b, s, h_kv, d]`, all un-rotated.
-    options: the method's options.
-    rotary: rotation of q and k; None for no rotation.
-    cu_seqlens: document borders in the whole sequence, int32 `[n + 1]`, the same for every row and
-        on every rank. Positions restart in every document. Tokens after the last border form a
-        document of their own.
-    softmax_scale: default `default_scale(head_dim)`.
-    params: learnable parameters, of the whole model's heads or of the tensor's.
-    heads: position of the tensor's heads in the model; None if it holds all.
+    - q, k, v: q and the output `[b, s, h, d]`, k and v `[b, s, h_kv, d]`, all un-rotated.
+    - options: the method's options.
+    - rotary: rotation of q and k; None for no rotation.
+    - cu_seqlens: document borders in the whole sequence, int32 `[n + 1]`, the same for every row
+      and on every rank. Positions restart in every document. Tokens after the last border form a
+      document of their own.
+    - softmax_scale: default `default_scale(head_dim)`.
+    - params: learnable parameters, of the whole model's heads or of the tensor's.
+    - heads: position of the tensor's heads in the model; None if it holds all.
     """
 
     def __init__(

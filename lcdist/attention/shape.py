@@ -10,10 +10,11 @@ class HeadSlice:
 
     Head patterns follow these numbers, so that tensor parallelism does not change the function.
 
-    first: number of the first query head that the tensor holds.
-    nheads: query heads of the whole model.
-    first_kv: number of the first key and value head that the tensor holds.
-    nheads_kv: key and value heads of the whole model.
+    Attributes:
+        first: number of the first query head that the tensor holds.
+        nheads: query heads of the whole model.
+        first_kv: number of the first key and value head that the tensor holds.
+        nheads_kv: key and value heads of the whole model.
     """
 
     first: int
@@ -33,12 +34,13 @@ class HeadSlice:
 class Shape:
     """Sizes of one layer's attention on one rank, for counting operations and bytes.
 
-    batch: sequences in a micro-batch.
-    nheads, nheads_kv: heads that this rank holds.
-    head_dim: features per head.
-    itemsize: bytes per element of q, k and v.
-    seqlen: global length in tokens; only `flops` needs it, because `bytes` takes a layout.
-    heads: position of these heads in the model; None if the rank holds all heads.
+    Attributes:
+        batch: sequences in a micro-batch.
+        nheads, nheads_kv: heads that this rank holds.
+        head_dim: features per head.
+        itemsize: bytes per element of q, k and v.
+        seqlen: global length in tokens; only `flops` needs it, because `bytes` takes a layout.
+        heads: position of these heads in the model; None if the rank holds all heads.
     """
 
     batch: int
