@@ -1,4 +1,7 @@
-"""The distribution: a wheel of two packages that works alone, without traces of a machine."""
+"""The distribution: a wheel of two packages that works alone, without traces of a machine.
+
+The same sources make the same bytes, and what the index shows of them can be rendered.
+"""
 
 import os
 import re
@@ -10,6 +13,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+from lcdist import __version__
+from lcdist.attention.registry import BUILT_IN
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,17 +45,46 @@ def run(*words: str, cwd: Path, **env: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build and return a folder with the source distribution and the wheel made from it."""
-    source = tmp_path_factory.mktemp("source")
+def build(source: Path, out: Path) -> Path:
+    """Copy our files to `source`, and build the source distribution and the wheel made from it."""
     for path in our_files():
         target = source / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    out = tmp_path_factory.mktemp("dist")
     run("-m", "build", "--no-isolation", "--outdir", str(out), str(source), cwd=out)
     return out
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build and return a folder with the source distribution and the wheel made from it."""
+    return build(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist"))
+
+
+def test_the_same_sources_make_the_same_bytes(
+    built: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    again = build(tmp_path_factory.mktemp("elsewhere"), tmp_path_factory.mktemp("again"))
+    names = sorted(path.name for path in built.iterdir())
+    assert len(names) == 2 and names == sorted(path.name for path in again.iterdir())
+    for name in names:
+        assert (built / name).read_bytes() == (again / name).read_bytes(), name
+
+
+def test_what_an_index_shows_can_be_rendered(built: Path) -> None:
+    files = [str(path) for path in built.iterdir()]
+    shown = run("-m", "twine", "--no-color", "check", "--strict", *files, cwd=built)
+    assert shown.count("PASSED") == 2
+
+
+def test_one_version_and_what_repeats_it() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## \[([^\]]+)\]", changes, re.MULTILINE)
+    assert next(name for name in headings if name != "Unreleased") == __version__
+    cited = {paper["url"].rpartition("/")[2] for paper in citation["references"]}
+    assert cited == {method.paper for method in BUILT_IN if method.name != "full"}
 
 
 def test_the_wheel_holds_two_packages_and_nothing_else(built: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,8 @@ def test_a_command_can_be_given(command: str) -> None:
     if name == "make":
         targets = re.findall(r"^([\w-]+):", read("Makefile"), re.MULTILINE)
         assert words and [word for word in words if "=" not in word and word not in targets] == []
+    elif name == "python" and words[0] == "-m":
+        assert find_spec(words[1]) is not None
     elif name == "python":
         script = words.index("launch/train.py")
         assert words[:script] == ["launch/run.py", "--nproc-per-node", words[script - 1]]

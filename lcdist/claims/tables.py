@@ -126,7 +126,7 @@ def _times(timings: Cells) -> list[str]:
     heads = ("device, date, commit", "options", "tokens", "full, ms", "tensorized, ms")
     return [
         "Attention alone, forward and backward. The paper's 11 times at 128 thousand tokens are of "
-        "a whole model: this decides nothing about them.",
+        "inference with a whole model, against FlashAttention-2: this decides nothing about them.",
         "",
         *_table((*heads, "times as fast"), timings),
     ]
