@@ -71,7 +71,7 @@ class ExportResult:
 
 
 def export_model(
-    path: Path, out: Path, shard_bytes: int = SHARD_BYTES, progress: Progress = silent
+    path: Path | str, out: Path | str, shard_bytes: int = SHARD_BYTES, progress: Progress = silent
 ) -> ExportResult:
     """Write a checkpoint as the new Hugging Face folder `out`.
 
@@ -88,6 +88,7 @@ def export_model(
     if shard_bytes < 1:
         raise ValueError(f"shard size of {shard_bytes} bytes: must be at least 1")
     check_single_process()
+    path, out = Path(path), Path(out)
     checkpoint = open_checkpoint(path)
     verify_checkpoint(checkpoint)
     config = saved_config(checkpoint)

@@ -74,8 +74,8 @@ class ImportResult:
 
 
 def import_model(
-    source: Path,
-    out: Path,
+    source: Path | str,
+    out: Path | str,
     overrides: Sequence[str] = (),
     extra_tokens: int = 0,
     deepspeed: Path | None = None,
@@ -98,6 +98,7 @@ def import_model(
         ConversionError: the checkpoint's logits differ from the source's; nothing is kept.
     """
     check_single_process()
+    source, out = Path(source), Path(out)
     hf, weights, note = _open_source(source, deepspeed)
     refuse_damaged_sums(source)
     config = _import_config(hf, out, [*overrides, *_vocab_override(hf, overrides, extra_tokens)])

@@ -72,7 +72,7 @@ def open_lora_checkpoint(path: Path) -> tuple[Checkpoint, Config]:
     return checkpoint, config
 
 
-def export_adapter(path: Path, out: Path) -> None:
+def export_adapter(path: Path | str, out: Path | str) -> None:
     """Write the adapters of the checkpoint at `path` as the new PEFT folder `out`.
 
     Raises:
@@ -80,7 +80,8 @@ def export_adapter(path: Path, out: Path) -> None:
             that the format cannot hold.
         ValueError: `out` exists.
     """
-    checkpoint, config = open_lora_checkpoint(path)
+    out = Path(out)
+    checkpoint, config = open_lora_checkpoint(Path(path))
     tensors = CheckpointTensors(checkpoint)
     extras = [key for key in tensors.names if METHOD_PARAMS in key]
     if extras:

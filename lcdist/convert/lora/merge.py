@@ -31,7 +31,7 @@ from lcdist.utils.progress import Progress, silent
 _TARGETS: Mapping[str, Target] = {theirs: target for target, (_, theirs) in MODULES.items()}
 
 
-def merge(path: Path, out: Path, progress: Progress = silent) -> None:
+def merge(path: Path | str, out: Path | str, progress: Progress = silent) -> None:
     """Write the checkpoint at `path` with its adapters merged into the new folder `out`.
 
     Raises:
@@ -39,13 +39,15 @@ def merge(path: Path, out: Path, progress: Progress = silent) -> None:
         ValueError: `out` exists, or there is more than one process.
     """
     check_single_process()
-    checkpoint, config = open_lora_checkpoint(path)
+    checkpoint, config = open_lora_checkpoint(Path(path))
     tensors = CheckpointTensors(checkpoint)
     sources = _summed_tensors(tensors, tensors, config, 1)
-    _write_checkpoint(out, checkpoint, config, sources, progress)
+    _write_checkpoint(Path(out), checkpoint, config, sources, progress)
 
 
-def unmerge(merged: Path, adapted: Path, out: Path, progress: Progress = silent) -> None:
+def unmerge(
+    merged: Path | str, adapted: Path | str, out: Path | str, progress: Progress = silent
+) -> None:
     """Write the checkpoint at `merged` without the adapters of `adapted` into the new folder `out`.
 
     The result is the base weights up to rounding. Merging rounded each weight once: the error is up
@@ -64,14 +66,14 @@ def unmerge(merged: Path, adapted: Path, out: Path, progress: Progress = silent)
         ValueError: as `merge`.
     """
     check_single_process()
-    checkpoint, config = open_lora_checkpoint(adapted)
+    checkpoint, config = open_lora_checkpoint(Path(adapted))
     modules = [key for key in ("embeddings", "norms", "head") if getattr(config.lora, key)]
     if modules:
         raise CheckpointError(
             f"{checkpoint.path} trained {', '.join(modules)} whole (lora.{modules[0]} = true): no "
             "merged checkpoint holds their earlier values; start from the base model itself"
         )
-    merged_checkpoint = open_checkpoint(merged)
+    merged_checkpoint = open_checkpoint(Path(merged))
     merged_config = saved_config(merged_checkpoint)
     if merged_config.lora.rank or merged_config.model != config.model:
         raise CheckpointError(
@@ -80,7 +82,7 @@ def unmerge(merged: Path, adapted: Path, out: Path, progress: Progress = silent)
         )
     base, adapters = CheckpointTensors(merged_checkpoint), CheckpointTensors(checkpoint)
     sources = _summed_tensors(base, adapters, config, -1)
-    _write_checkpoint(out, merged_checkpoint, merged_config, sources, progress)
+    _write_checkpoint(Path(out), merged_checkpoint, merged_config, sources, progress)
 
 
 def _summed_tensors(
