@@ -12,6 +12,8 @@ DOCS = "docs"
 # Where pages of files outside docs/ stand in the site.
 FOLDER = "source"
 PICTURES = {".png", ".svg"}
+# The page of a folder without README.md.
+LIST = "index.md"
 # Files in docs/ that are programs and not pages.
 PROGRAMS = {".py", ".ipynb"}
 LANGUAGES = {
@@ -29,7 +31,7 @@ class SourcePage:
     """A page, or a picture, of the site that shows a file outside docs/.
 
     Attributes:
-        origin: The file, from the root of the repository.
+        origin: The file, from the root of the repository, or a folder without README.md.
         uri: Its place in the site, as MkDocs names sources of pages.
     """
 
@@ -43,13 +45,15 @@ class SourcePage:
 
     @property
     def is_markdown(self) -> bool:
-        """Whether the page is the file's own text."""
-        return self.origin.endswith(".md")
+        """Whether the page has links: it is the file's own text, or a folder's list."""
+        return self.uri.endswith(f"/{LIST}") or self.origin.endswith(".md")
 
 
 def site_uri(origin: str) -> str:
-    """Return where the site shows a file of the repository."""
+    """Return where the site shows a file of the repository; a folder ends in `/`."""
     path = PurePosixPath(origin)
+    if origin.endswith("/"):
+        return f"{FOLDER}/{path}/{LIST}"
     if path.parts[0] == DOCS and path.suffix not in PROGRAMS:
         return str(path.relative_to(DOCS))
     return f"{FOLDER}/{path}" if path.suffix in {".md", *PICTURES} else f"{FOLDER}/{path}.md"
@@ -58,15 +62,17 @@ def site_uri(origin: str) -> str:
 def target_of(origin: str, link: str, root: Path = ROOT) -> str:
     """Return the file, from the root, that a link in the file `origin` leads to.
 
+    A folder stands for its README.md; without one it ends in `/`.
+
     Raises:
-        BrokenLinkError: There is no such file, it is outside the repository, or it is a folder
-            without a README.md.
+        BrokenLinkError: There is no such file, or it is outside the repository.
     """
     found = posixpath.normpath(posixpath.join(posixpath.dirname(origin), link.split("#")[0]))
-    if (root / found).is_dir():
-        found = posixpath.normpath(posixpath.join(found, "README.md"))
-    if found.startswith("..") or not (root / found).is_file():
+    if found.startswith("..") or not (root / found).exists():
         raise BrokenLinkError(f"{origin}: the link {link!r} leads to no file")
+    if (root / found).is_dir():
+        readme = posixpath.join(found, "README.md")
+        return readme if (root / readme).is_file() else f"{found}/"
     return found
 
 
@@ -101,7 +107,7 @@ def linked_files(pages: Mapping[str, str], root: Path = ROOT) -> list[SourcePage
                 continue
             found[target] = page
             if page.is_markdown:
-                waiting[target] = (root / target).read_text(encoding="utf-8")
+                waiting[target] = page_text(page, root)
     return [found[name] for name in sorted(found)]
 
 
@@ -112,6 +118,8 @@ def _targets(markdown: str, origin: str, root: Path) -> Iterable[str]:
 
 def page_text(page: SourcePage, root: Path = ROOT) -> str:
     """Return the Markdown of a page: the file's own text, or its code with line numbers."""
+    if page.origin.endswith("/"):
+        return _list_of(page.origin, root)
     text = (root / page.origin).read_text(encoding="utf-8")
     if page.is_markdown:
         return text
@@ -124,3 +132,13 @@ def page_text(page: SourcePage, root: Path = ROOT) -> str:
         f"{header}# {title}\n\n`{page.origin}`\n\n"
         f'{fence} {{ .{language} linenums="1" }}\n{text}\n{fence}\n'
     )
+
+
+def _list_of(folder: str, root: Path) -> str:
+    """Return a page with the files of a folder, as links, and the names of its folders."""
+    lines = [f"# {PurePosixPath(folder).name}", "", f"`{folder}`", ""]
+    for path in sorted((root / folder).iterdir(), key=lambda path: (path.is_file(), path.name)):
+        if path.name.startswith((".", "__pycache__")):
+            continue
+        lines.append(f"- [{path.name}]({path.name})" if path.is_file() else f"- `{path.name}/`")
+    return "\n".join(lines) + "\n"

@@ -48,6 +48,7 @@ def test_links_in_code_and_comments_are_not_found() -> None:
         ("../generate/hook.py", "../source/docs/generate/hook.py.md"),
         ("../../kernels/bench", "../source/kernels/bench/README.md"),
         ("../../kernels/bench/full.png", "../source/kernels/bench/full.png"),
+        ("../../lcdist", "../source/lcdist/index.md"),
         ("https://arxiv.org/abs/1706.03762", "https://arxiv.org/abs/1706.03762"),
         ("#part", "#part"),
     ],
@@ -56,7 +57,7 @@ def test_a_link_leads_to_the_page_of_its_file(root: Path, link: str, expected: s
     assert site_links(f"see [it]({link})", PAGE, root) == f"see [it]({expected})"
 
 
-@pytest.mark.parametrize("link", ["none.md", "../../lcdist", "../../../outside.md"])
+@pytest.mark.parametrize("link", ["none.md", "../../none", "../../../outside.md"])
 def test_a_link_to_nothing_is_refused(root: Path, link: str) -> None:
     (root.parent / "outside.md").write_text("")
     with pytest.raises(BrokenLinkError, match=r"docs/guide/page.md: the link"):
@@ -73,6 +74,15 @@ def test_pages_of_linked_files_follow_their_own_links(root: Path) -> None:
     assert all(page.uri == site_uri(page.origin) for page in pages)
     shown = page_text(pages[-1], root)
     assert "x = '```'\n" in shown and shown.count("~" * 12) == 2
+
+
+def test_a_folder_without_a_readme_is_a_list_of_links(root: Path) -> None:
+    (root / "lcdist" / "attention").mkdir()
+    pages = linked_files({PAGE: "[all](../../lcdist)"}, root)
+    assert [page.origin for page in pages] == ["lcdist/", "lcdist/code.py"]
+    listed = page_text(pages[0], root)
+    assert "- `attention/`\n- [code.py](code.py)\n" in listed
+    assert "(code.py.md)" in site_links(listed, "lcdist/index.md", root)
 
 
 def test_a_block_that_nothing_makes_is_refused() -> None:
