@@ -9,10 +9,30 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 from docs.generate.blocks import fill
-from docs.generate.repository import DOCS, FOLDER, ROOT, linked_files, page_text, site_links
+from docs.generate.repository import (
+    DOCS,
+    FOLDER,
+    ROOT,
+    linked_files,
+    origin_of,
+    page_text,
+    site_links,
+    site_uri,
+)
 
 # On a busy machine, more threads only wait for each other.
 torch.set_num_threads(1)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Name the tutorials and notebooks that there are in the navigation."""
+    docs = ROOT / DOCS
+    found = [str(path.relative_to(docs)) for path in sorted(docs.glob("tutorials/*.md"))]
+    found += [site_uri(f"{DOCS}/{path.name}") for path in sorted(docs.glob("*.ipynb"))]
+    for entry in config.nav or ():
+        if "Tutorials" in entry:
+            entry["Tutorials"] = found
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -36,17 +56,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def navigated(nav: Any) -> str:
     """Return links, from docs/, to the files outside it that the navigation names."""
     if isinstance(nav, str):
-        origin = nav.removeprefix(f"{FOLDER}/")
-        return "" if origin == nav else f"[{origin}](../{origin})\n"
+        origin = origin_of(nav)
+        return f"[{origin}](../{origin})\n" if nav.startswith(f"{FOLDER}/") else ""
     entries = nav.values() if isinstance(nav, Mapping) else nav or ()
     return "".join(map(navigated, entries))
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill the blocks of a page and replace its links by those of the site."""
-    uri = page.file.src_uri
-    if uri.startswith(f"{FOLDER}/"):
-        origin = uri.removeprefix(f"{FOLDER}/")
-        return site_links(markdown, origin)
-    origin = f"{DOCS}/{uri}"
-    return site_links(fill(markdown, origin), origin)
+    origin = origin_of(page.file.src_uri)
+    is_page_of_docs = not page.file.src_uri.startswith(f"{FOLDER}/")
+    return site_links(fill(markdown, origin) if is_page_of_docs else markdown, origin)

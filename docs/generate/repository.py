@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from docs.generate.links import is_external, link_targets, replace_targets
+from docs.generate.notebook import notebook_page
 
 ROOT = Path(__file__).parents[2]
 DOCS = "docs"
@@ -18,7 +19,7 @@ LIST = "index.md"
 PROGRAMS = {".py", ".ipynb"}
 LANGUAGES = {
     **{".py": "python", ".toml": "toml", ".sh": "bash", ".json": "json", ".html": "html"},
-    **{".yml": "yaml", ".ipynb": "json"},
+    ".yml": "yaml",
 }
 
 
@@ -46,7 +47,7 @@ class SourcePage:
     @property
     def is_markdown(self) -> bool:
         """Whether the page has links: it is the file's own text, or a folder's list."""
-        return self.uri.endswith(f"/{LIST}") or self.origin.endswith(".md")
+        return self.uri.endswith(f"/{LIST}") or self.origin.endswith((".md", ".ipynb"))
 
 
 def site_uri(origin: str) -> str:
@@ -57,6 +58,17 @@ def site_uri(origin: str) -> str:
     if path.parts[0] == DOCS and path.suffix not in PROGRAMS:
         return str(path.relative_to(DOCS))
     return f"{FOLDER}/{path}" if path.suffix in {".md", *PICTURES} else f"{FOLDER}/{path}.md"
+
+
+def origin_of(uri: str, root: Path = ROOT) -> str:
+    """Return the file that a page of the site shows, from the root: the inverse of `site_uri`."""
+    if not uri.startswith(f"{FOLDER}/"):
+        return f"{DOCS}/{uri}"
+    origin = uri.removeprefix(f"{FOLDER}/")
+    if (root / origin).is_file():
+        return origin
+    shown = origin.removesuffix(".md")
+    return shown if (root / shown).is_file() else origin.removesuffix(LIST)
 
 
 def target_of(origin: str, link: str, root: Path = ROOT) -> str:
@@ -121,10 +133,12 @@ def page_text(page: SourcePage, root: Path = ROOT) -> str:
     if page.origin.endswith("/"):
         return _list_of(page.origin, root)
     text = (root / page.origin).read_text(encoding="utf-8")
-    if page.is_markdown:
-        return text
     # Search is for the pages that people wrote.
     header = "---\nsearch:\n  exclude: true\n---\n\n"
+    if page.origin.endswith(".md"):
+        return text
+    if page.origin.endswith(".ipynb"):
+        return notebook_page(text)
     language = LANGUAGES.get(PurePosixPath(page.origin).suffix, "text")
     fence = "~" * 12
     title = PurePosixPath(page.origin).name

@@ -1,5 +1,6 @@
 """Links of pages: what is found in Markdown, and where links lead in the site."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from docs.generate.links import link_targets
 from docs.generate.repository import (
     BrokenLinkError,
     linked_files,
+    origin_of,
     page_text,
     site_links,
     site_uri,
@@ -72,6 +74,7 @@ def test_pages_of_linked_files_follow_their_own_links(root: Path) -> None:
         "lcdist/code.py",
     ]
     assert all(page.uri == site_uri(page.origin) for page in pages)
+    assert all(origin_of(page.uri, root) == page.origin for page in pages)
     shown = page_text(pages[-1], root)
     assert "x = '```'\n" in shown and shown.count("~" * 12) == 2
 
@@ -82,7 +85,28 @@ def test_a_folder_without_a_readme_is_a_list_of_links(root: Path) -> None:
     assert [page.origin for page in pages] == ["lcdist/", "lcdist/code.py"]
     listed = page_text(pages[0], root)
     assert "- `attention/`\n- [code.py](code.py)\n" in listed
-    assert "(code.py.md)" in site_links(listed, "lcdist/index.md", root)
+    assert origin_of(pages[0].uri, root) == "lcdist/"
+    assert "(code.py.md)" in site_links(listed, "lcdist/", root)
+
+
+def test_a_notebook_is_shown_with_its_outputs(root: Path) -> None:
+    outputs = [
+        {"output_type": "stream", "text": ["one\n", "two\n"]},
+        {"output_type": "display_data", "data": {"image/png": "QUJD\n", "text/plain": "<Figure>"}},
+        {"output_type": "execute_result", "data": {"text/plain": "3"}},
+    ]
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "[code](../lcdist/code.py)"]},
+        {"cell_type": "code", "source": "print()", "outputs": outputs},
+    ]
+    (root / "docs" / "note.ipynb").write_text(json.dumps({"cells": cells}))
+    pages = linked_files({PAGE: "[note](../note.ipynb)"}, root)
+    assert [page.origin for page in pages] == ["docs/note.ipynb", "lcdist/code.py"]
+    shown = page_text(pages[0], root)
+    assert shown.startswith("# Title\n") and "one\ntwo\n~~~" in shown and "\n3\n~~~" in shown
+    assert "(data:image/png;base64,QUJD)" in shown and "Figure" not in shown
+    assert origin_of(pages[0].uri, root) == "docs/note.ipynb"
+    assert "(../lcdist/code.py.md)" in site_links(shown, "docs/note.ipynb", root)
 
 
 def test_a_block_that_nothing_makes_is_refused() -> None:

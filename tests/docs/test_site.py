@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -13,6 +14,8 @@ import pytest
 from docs.generate.links import is_external
 
 ROOT = Path(__file__).parents[2]
+# Packages that are programmed against.
+ROOMS = ("config", "evaluate", "exchange", "inference", "layout", "plan")
 # Attributes with an address that a browser loads by itself.
 LOADED = {"src", "srcset", "poster", "data"}
 
@@ -111,6 +114,16 @@ def test_every_page_that_a_person_wrote_is_in_the_site(site: Path) -> None:
     written = {path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")}
     missing = [str(path) for path in written if not (site / path.with_suffix(".html")).is_file()]
     assert written and not missing
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["lcdist_kernels", *(f"lcdist.{room}" for room in ROOMS)])
+def test_every_public_name_is_in_the_reference(site: Path, name: str) -> None:
+    package = import_module(name)
+    public = {each for each in package.__all__ if not each.isupper()}
+    anchors = {a for file in (site / "api").glob("*.html") for a in parsed(file).anchors}
+    shown = {anchor.rpartition(".")[2] for anchor in anchors if anchor.startswith(f"{name}.")}
+    assert public and public <= shown
 
 
 def test_a_broken_link_is_found(tmp_path: Path) -> None:
