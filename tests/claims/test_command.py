@@ -1,6 +1,7 @@
 """`lcdist claims` with the quick profile: one method by default, all of them and their tables."""
 
 import json
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -49,7 +50,10 @@ def test_one_method_is_trained_read_and_laid_beside_its_claims(
     assert claims(tmp_path, "--only", "full") == 0
     assert "coca-steady: not decided: not measured yet: coca-slack" in capsys.readouterr().out
     page = check_results(tmp_path / "results", {"full", "full-ntk"})
-    assert "| reading | 128 | 256 | 512 |" in page and "| `full` | 4,096 | " in page
+    assert "| reading | 128 | 256 | 512 |" in page
+    # Of the 4,096 places some are padding behind a text.
+    trained = re.search(r"^\| `full` \| (\d,\d{3}) \|", page, re.MULTILINE)
+    assert trained and 3600 < int(trained[1].replace(",", "")) <= 4096
     table = json.loads((tmp_path / "runs" / "read" / "full.json").read_text())
     assert set(table["measured"]) == {"perplexity", "position", "passkey"}
     # Again, nothing is trained and nothing read.
