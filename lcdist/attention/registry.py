@@ -6,11 +6,13 @@ point has the method's name and the value `module:METHOD`.
 
 from collections import UserDict
 from collections.abc import Iterable
+from dataclasses import fields
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 
 from lcdist.attention import coca, full, landmark, lssar, scca, tensorized
 from lcdist.attention.interface import AttentionMethod
+from lcdist.config.schema import AttentionConfig
 
 GROUP = "lcdist.attention_methods"
 BUILT_IN = (full.METHOD, coca.METHOD, scca.METHOD, tensorized.METHOD, landmark.METHOD, lssar.METHOD)
@@ -20,7 +22,8 @@ def load_methods(points: Iterable[EntryPoint]) -> dict[str, AttentionMethod]:
     """Return the built-in methods and those of the entry points `points`, by name.
 
     Raises ValueError if an entry point cannot be imported, is not an AttentionMethod, has another
-    name than its method, or repeats a name. The message names the entry point and its distribution.
+    name than its method, repeats a name, or has an option that is a key of `[attention]` already.
+    The message names the entry point and its distribution.
     """
     methods = {method.name: method for method in BUILT_IN}
     origins = dict.fromkeys(methods, "lcdist itself")
@@ -42,6 +45,13 @@ def load_methods(points: Iterable[EntryPoint]) -> dict[str, AttentionMethod]:
         if method.name in methods:
             raise ValueError(
                 f"{place}: the name is taken by {origins[method.name]}; rename or uninstall one"
+            )
+        keys = {method.name, *(key.name for key in fields(AttentionConfig))}
+        taken = [option.name for option in fields(method.options) if option.name in keys]
+        if taken:
+            raise ValueError(
+                f"{place}: its option {taken[0]!r} has the name of a key or table of [attention]; "
+                "rename it"
             )
         methods[method.name] = method
         origins[method.name] = origin

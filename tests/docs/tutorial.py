@@ -72,6 +72,8 @@ class Reader:
         path = os.pathsep.join(map(str, (*self.path, ROOT, ROOT / "kernels")))
         programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
         own = {"PYTHONPATH": path, "PATH": programs, "LCDIST": str(ROOT), "COLUMNS": "100"}
+        # The pages run on any machine, and their figures are those of a CPU.
+        own |= {"CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             words,
             cwd=self.folder,
