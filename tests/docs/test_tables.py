@@ -124,6 +124,8 @@ def test_claims_are_shown_when_there_are_results(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     answers = {"coca-steady": {"word": "reproduced", "why": "1 | 2"}}
     table = {"facts": {"date": "2026-11-29"}, "claims": answers}
+    (folder / "README.md").write_text("# Claims\n")
+    assert claims.claims_results(tmp_path).endswith("[Claims](../claims/cpu/README.md)")
     (folder / "results.json").write_text(json.dumps(table))
     made = claims.claims_results(tmp_path)
     [row] = cells_of(made)
