@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from docs.generate import benchmarks, claims, methods
+from docs.generate import benchmarks, claims, methods, smollm2
 from docs.generate.configuration import configuration_reference
 
 _LINE = re.compile(r"^<!-- make: ([\w-]+) -->$", re.MULTILINE)
@@ -24,6 +24,7 @@ MAKERS: Mapping[str, Callable[[], str]] = {
     "gpu-summary": benchmarks.gpu_summary,
     "gpu-training": benchmarks.training_on_a_gpu,
     "methods": methods.facts_table,
+    "smollm2": smollm2.smollm2_table,
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.generate import benchmarks, blocks, claims, methods
+from docs.generate import benchmarks, blocks, claims, methods, smollm2
 from docs.generate.readme import README, with_tables
 from docs.generate.rows import LIBRARY, PRESETS, RESULTS, Row, faster_from, timed
 from lcdist.attention import METHODS
@@ -116,6 +116,23 @@ def test_the_chooser_has_each_method_and_what_is_known_of_it() -> None:
     # SCCA is read densely; landmark attention with top_k keeps one key more for 64.
     assert table["`scca` fixed"][3] == "1.00"
     assert table["`landmark` block size 64, top k 64"][3] == "1.01"
+
+
+def test_readings_of_a_real_model_are_shown_when_there_are_some(tmp_path: Path) -> None:
+    assert "unmeasured" in smollm2.smollm2_table(tmp_path)
+    folder = tmp_path / "claims" / "smollm2"
+    folder.mkdir(parents=True)
+    (folder / "facts.json").write_text(json.dumps({"date": "2026-11-29"}))
+    for name, nats in (("as-it-is", (200.0, 240.0)), ("coca", (210.0, 250.0))):
+        pieces = [[[100, 300.0]] * 2, [[100, each] for each in nats]]
+        found = {"lengths": [512, 1024], "perplexity": [20.1, 9.0], "scored": [200, 200]}
+        table = {"measured": {"perplexity": {**found, "stretches": pieces}}}
+        (folder / f"{name}.json").write_text(json.dumps(table))
+    made = smollm2.smollm2_table(tmp_path)
+    rows = {row[0]: row[1:] for row in cells_of(made)}
+    # Ten nats more in 100 tokens are a factor of exp(0.1).
+    assert rows["as it is"][:2] == ["20.10", "9.00"] and rows["`coca`"][2].startswith("1.105")
+    assert rows["`lssar`"] == ["unmeasured"] * 3 and "date: `2026-11-29`" in made
 
 
 def test_claims_are_shown_when_there_are_results(tmp_path: Path) -> None:
