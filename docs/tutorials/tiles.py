@@ -151,7 +151,7 @@ def draw_rows(tiles: Tiles, block_m: int, block_n: int, title: str) -> str:
     shapes.append(text(right + 10, top - 8, "lo, full_lo, full_hi, hi"))
     for tile in range(tiles.others):
         shapes.append(text(left + (tile + 0.5) * width, bottom + 15, f"{tile}", "middle", 10))
-    shapes.append(text(right + 10, bottom + 15, "program: tile of keys"))
+    shapes.append(text(right + 10, bottom + 15, "key tile"))
     words = f"key tiles of {block_n}; query tiles of {block_m}; {count_words(tiles)}"
     shapes.append(text(left, bottom + 34, words))
     return picture(right + 165, bottom + 48, title, shapes)
@@ -183,29 +183,30 @@ def count_words(tiles: Tiles) -> str:
 
 def draw_ring(kinds: Sequence[str], block_m: int, block_n: int, title: str) -> str:
     """Draw, for layouts of tokens on ranks, the tiles that each rank visits in each rank's keys."""
-    scale, top, gap, left = 0.11, 104, 10, 70
-    local = 2 * SEQLEN // RANKS
-    panel = local * scale
-    between = RANKS * (panel + gap) + 170
+    scale, top, gap, left = 0.13, 104, 10, 70
+    side = 2 * SEQLEN // RANKS * scale + gap
+    size = (block_n * scale, block_m * scale)
+    # Two layouts stand side by side.
+    across, down = RANKS * side + 165, RANKS * side + 66
     shapes = [text(left, 24, title, size=15), *legend(left, 34)]
     for number, kind in enumerate(kinds):
-        layout, x0 = ContextLayout(kind, 2 * SEQLEN, RANKS), left + number * between
-        shapes.append(text(x0, top - 28, kind, size=14))
+        x0, y0 = left + number % 2 * across, top + number // 2 * down
+        shapes.append(text(x0, y0 - 28, kind, size=14))
+        for owner in range(RANKS):
+            x = x0 + owner * side + (side - gap) / 2
+            shapes.append(text(x, y0 - 8, f"keys of {owner}", "middle"))
+        layout = ContextLayout(kind, 2 * SEQLEN, RANKS)
         for rank in range(RANKS):
-            y, visited = top + rank * (panel + gap), 0
-            shapes.append(text(x0 - 8, y + panel / 2 + 4, f"rank {rank}", "end"))
+            y, visited = y0 + rank * side, 0
+            shapes.append(text(x0 - 8, y + side / 2, f"rank {rank}", "end"))
             for owner in range(RANKS):
-                x = x0 + owner * (panel + gap)
-                if rank == 0:
-                    shapes.append(text(x + panel / 2, top - 8, f"keys of {owner}", "middle"))
                 band = make_band(layout.positions(rank), layout.positions(owner))
                 tiles = rows_of_tiles(band, block_m, block_n)
                 visited += tiles.visited()
-                shapes += grid(tiles, x, y, (block_n * scale, block_m * scale), columns=False)
-            x = x0 + RANKS * (panel + gap)
-            shapes.append(text(x, y + panel / 2 + 4, f"{visited} tiles"))
-    bottom = top + RANKS * (panel + gap)
-    return picture(left + len(kinds) * between, bottom + 8, title, shapes)
+                shapes += grid(tiles, x0 + owner * side, y, size, columns=False)
+            shapes.append(text(x0 + RANKS * side, y + side / 2, f"{visited} tiles"))
+    rows = -(-len(kinds) // 2)
+    return picture(left + 2 * across - 90, top + rows * down - 50, title, shapes)
 
 
 def draw_all() -> dict[str, str]:
