@@ -17,6 +17,7 @@ import yaml
 
 from lcdist import __version__
 from lcdist.attention.registry import BUILT_IN
+from tests.chaos.tiny_run import write_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -158,6 +159,19 @@ def test_wheel_in_a_fresh_environment_plans_a_run(built: Path, tmp_path: Path) -
     assert re.search(r"\d+\.\d+", in_venv("lcdist", "--version"))
     assert "parameters" in in_venv("lcdist", "plan", "mine.toml", "parallel.cp_size=2")
     assert "`landmark`" in in_venv("lcdist", "methods")
+    # The example of the long description, on a tiny model of bytes.
+    text = folder / "text"
+    text.mkdir()
+    for number in range(8):
+        (text / f"{number}.txt").write_text(f"word {number} " * 400, encoding="utf-8")
+    in_venv("lcdist", "tokenize", "text", "data", "--tokenizer", "bytes", "--valid-fraction", "0.5")
+    settings = write_settings(folder / "run.toml", folder / "data", folder / "runs/first", steps=2)
+    in_venv("lcdist", "train", str(settings))
+    metadata = zipfile.ZipFile(wheel).read(
+        f"{wheel.name[: -len('-py3-none-any.whl')]}.dist-info/METADATA"
+    )
+    (example,) = re.findall(r"^```python\n(.*?)^```", metadata.decode("utf-8"), re.M | re.S)
+    assert "class Reader:" in in_venv("python", "-c", example)
 
 
 def test_kernels_and_launch_are_no_packages() -> None:
