@@ -46,12 +46,11 @@ def load_methods(points: Iterable[EntryPoint]) -> dict[str, AttentionMethod]:
             raise ValueError(
                 f"{place}: the name is taken by {origins[method.name]}; rename or uninstall one"
             )
-        keys = {method.name, *(key.name for key in fields(AttentionConfig))}
+        keys = {key.name for key in fields(AttentionConfig)}
         taken = [option.name for option in fields(method.options) if option.name in keys]
         if taken:
             raise ValueError(
-                f"{place}: its option {taken[0]!r} has the name of a key or table of [attention]; "
-                "rename it"
+                f"{place}: its option {taken[0]!r} has the name of a key of [attention]; rename it"
             )
         methods[method.name] = method
         origins[method.name] = origin

@@ -19,6 +19,7 @@ pytestmark = needs_the_device
 # step needs each of them.
 BARE = {
     "full": (0, 1),
+    "full-5": (0, 1),
     "coca": (0, 1),
     "coca-strict": (0, 1),
     "scca-fixed-7": (0, 0),
