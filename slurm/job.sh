@@ -6,7 +6,8 @@
 #   STOPPED                 saved on request. Requeued, unless this shell got SIGTERM (then Slurm is
 #                           requeueing the job, or the user cancelled it) or the user created `stop`
 #   neither, preempted      the job was still starting: requeued
-#   neither                 failed. Requeued if training had begun, a few times without progress
+#   neither                 failed. Requeued if training had begun or a launcher was killed, a few times
+#                           without progress
 #
 # Read from the environment or from slurm/site.sh:
 #   LCDIST_MAX_FAILURES     failures in a row without a new checkpoint that are requeued (3)
@@ -144,7 +145,9 @@ conclude() {
   fi
   say "srun ended with status $1, and there is neither DONE nor STOPPED in the run folder"
   [[ ! -d $LCDIST_RANK_LOGS ]] || say "the output of each rank is in $LCDIST_RANK_LOGS"
-  if [[ $term || $(starts) == "$2" ]] || preempted; then give_up 1; fi
+  if [[ $term ]] || preempted; then give_up 1; fi
+  # A mistake in the configuration ends a start with another status than SIGTERM and SIGKILL do.
+  if [[ $(starts) == "$2" ]] && (($1 != 143 && $1 != 137)); then give_up 1; fi
   newest=$(newest_checkpoint)
   echo "${newest:-no checkpoint}" >>"$failures"
   count=$(grep -cxF "${newest:-no checkpoint}" "$failures")

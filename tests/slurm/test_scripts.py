@@ -47,11 +47,49 @@ def test_local_launcher_prints_usage() -> None:
     assert done.returncode == 2 and "launch/local.sh N CONFIG" in done.stderr
 
 
-def test_free_port_skips_ports_in_use_and_fails_without_any() -> None:
+def function_of_job(name: str) -> str:
+    """Return a function of job.sh as text."""
     text = (ROOT / "slurm" / "job.sh").read_text(encoding="utf-8")
-    found = re.search(r"^free_port\(\) \{.*?^\}", text, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^{name}\(\) \{{.*?^\}}", text, re.MULTILINE | re.DOTALL)
     assert found is not None
-    script = f'refuse() {{ echo "$*" >&2; exit 2; }}\nSLURM_JOB_ID=177\n{found[0]}\nfree_port'
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "has_begun", "answers"),
+    [
+        # A mistake: another start would end in the same way.
+        ("1", False, ["gave up"]),
+        ("2", False, ["gave up"]),
+        ("1", True, ["requeued", "requeued", "failed 3 times"]),
+        # A launcher was killed while the job was starting.
+        ("143", False, ["requeued", "requeued", "failed 3 times"]),
+        ("137", False, ["requeued", "requeued", "failed 3 times"]),
+    ],
+)
+def test_a_failed_start_is_requeued_if_it_was_no_mistake(
+    status: str, has_begun: bool, answers: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "slurm").mkdir()
+    script = f"""
+    LCDIST_MAX_FAILURES=2 LCDIST_RANK_LOGS= SLURM_JOB_ID=1 run={tmp_path} term= usr1=
+    say() {{ echo "$@"; }}
+    preempted() {{ false; }}
+    give_up() {{ echo gave up; exit 1; }}
+    requeue() {{ echo requeued; exit 0; }}
+    starts() {{ echo {"after" if has_begun else "before"}; }}
+    newest_checkpoint() {{ :; }}
+    {function_of_job("conclude")}
+    conclude {status} before
+    """
+    for answer in answers:
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+        assert answer in done.stdout.splitlines()[-1], done.stdout + done.stderr
+
+
+def test_free_port_skips_ports_in_use_and_fails_without_any() -> None:
+    free_port = function_of_job("free_port")
+    script = f'refuse() {{ echo "$*" >&2; exit 2; }}\nSLURM_JOB_ID=177\n{free_port}\nfree_port'
     with ExitStack() as listening:
 
         def take(port: int) -> None:
