@@ -321,6 +321,20 @@ def test_a_file_begins_with_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(tree_of(path)), path.relative_to(ROOT)
 
 
+def test_a_docstring_begins_with_no_question_word() -> None:
+    """Check that a verb comes first: a question word leaves open what is done."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
+    words = ("Whether", "Which", "What", "How", "Where", "When", "Why", "Who")
+    wrong = [
+        f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"
+        for path in (*LIBRARY, *KERNELS, *PROGRAMS, *(ROOT / "docs").rglob("*.py"))
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, kinds) and (text := ast.get_docstring(node))
+        if text.split()[0] in words
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_environment_is_read_at_the_door_alone() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
@@ -333,7 +347,7 @@ def test_the_environment_is_read_at_the_door_alone() -> None:
 
 
 def is_passed_on(handler: ast.ExceptHandler) -> bool:
-    """Whether what was caught is raised again, or kept for someone who will."""
+    """Return whether what was caught is raised again, or kept for someone who will."""
     return any(
         isinstance(node, ast.Raise) or (isinstance(node, ast.Name) and node.id == handler.name)
         for node in ast.walk(handler)

@@ -41,12 +41,12 @@ class SourcePage:
 
     @property
     def is_picture(self) -> bool:
-        """Whether the file is copied as it is."""
+        """Return whether the file is copied without a change."""
         return PurePosixPath(self.origin).suffix in PICTURES
 
     @property
     def is_markdown(self) -> bool:
-        """Whether the page has links: it is the file's own text, or a folder's list."""
+        """Return whether the page can have links: Markdown, notebooks and lists can."""
         return self.uri.endswith(f"/{LIST}") or self.origin.endswith((".md", ".ipynb"))
 
 

@@ -33,7 +33,7 @@ LEGEND = ((WHOLE, "all visible: no mask"), (MASKED, "partly visible: mask"), (HI
 
 @dataclass(frozen=True)
 class Tiles:
-    """Which tiles a kernel visits.
+    """Hold which tiles a kernel visits.
 
     Attributes:
         runs: (lo, full_lo, full_hi, hi) of each program, as the kernel reads it.

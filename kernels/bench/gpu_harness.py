@@ -106,7 +106,7 @@ def sizes() -> list[Size]:
 
 @dataclass(frozen=True)
 class Operator:
-    """What is computed: a method, its options, and whether q and k are rotated by position.
+    """Name what is computed: a method, its options, and whether q and k are rotated by position.
 
     gate, trial: options that replace these at the gate's length, and without a GPU. backward_as:
     options whose forward has two fifths of the backward's operations, if these do not. alike: share

@@ -144,7 +144,7 @@ class LayerCache(ABC):
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether it is to be told what comes next, by `expect` and `post`."""
+        """Return whether `expect` and `post` have to be called; False by default."""
         return False
 
     def expect(self, q: Tensor, new: NewTokens) -> None:

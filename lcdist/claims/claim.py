@@ -46,7 +46,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Training:
-    """How a training went.
+    """Describe how a training went.
 
     Attributes:
         curve: (tokens trained on, training loss), averaged over some steps each.

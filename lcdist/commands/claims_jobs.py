@@ -36,7 +36,7 @@ _SEQLEN, _TOP_K, _BLOCK_SIZE = "train.seqlen=", "attention.top_k=", "attention.b
 
 @dataclass(frozen=True)
 class Place:
-    """Where the jobs of a profile run.
+    """Describe where the jobs of a profile run.
 
     Attributes:
         folder: with the text, a folder for each job and the readings.

@@ -8,7 +8,7 @@ from lcdist.config.fields import CHECKPOINTS, STEPS, at_least
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save, which checkpoints to keep, and which to start from.
+    """Say when to save, which checkpoints to keep, and which to start from.
 
     Attributes:
         every: Steps between saves; 0: only at the end or on a stop signal.

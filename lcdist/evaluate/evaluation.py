@@ -39,7 +39,7 @@ Measured = dict[str, dict[str, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Kept:
-    """Where finished units are kept. overwrite: whether to measure again what is kept there."""
+    """Name where finished units are kept. overwrite: whether to measure them again."""
 
     file: Path
     overwrite: bool = False

@@ -102,7 +102,7 @@ class _Text:
 
     @property
     def is_done(self) -> bool:
-        """Whether the text has all tokens that it may get, or a token that ends it."""
+        """Return whether the text has all tokens that it may get, or a token that ends it."""
         return self.stopped or len(self.tokens) - self.length >= self.how.max_new_tokens
 
 

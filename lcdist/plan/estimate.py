@@ -1,4 +1,4 @@
-"""What each estimate of a run is made from."""
+"""Name what each estimate of a run is made from."""
 
 from dataclasses import dataclass
 

@@ -73,7 +73,7 @@ class RunShape:
 
     @property
     def document_layout(self) -> DocumentLayout:
-        """How the loader places documents in a row for the attention of these layers."""
+        """Return how the loader places documents in a row for the attention of these layers."""
         return document_layout_for(self.layers, self.config.model.vocab_size)
 
     @property

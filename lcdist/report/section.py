@@ -14,7 +14,7 @@ Summary = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class SectionKind:
-    """How the figures of a part are shown.
+    """Describe how the figures of a part are shown.
 
     Attributes:
         title: of the section.

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training loop ended.
+    """Describe how a training loop ended.
 
     status: "finished" or "stopped".
     step: optimizer steps taken.

@@ -75,7 +75,7 @@ def name(value: Any) -> str:
 
 
 class Standing(NamedTuple):
-    """Where a run stands: digests of whole tensors (rank 0), counts, and the losses to come."""
+    """Hold where a run stands: digests of whole tensors (rank 0), counts, losses to come."""
 
     weights: str
     moments: str

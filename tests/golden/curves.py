@@ -31,7 +31,7 @@ def names() -> list[str]:
 
 
 def golden_file(name: str) -> Path:
-    """Where the curve of configs/<name>.toml is kept."""
+    """Return the file that has the curve of configs/<name>.toml."""
     return FOLDER / f"{name.replace('/', '-')}.json"
 
 

@@ -211,7 +211,7 @@ def test_extreme_scores_do_no_harm(choice: dict[str, Any]) -> None:
 
 
 def seen_by(impl: str, cu_seqlens: Tensor | None, **asked: Any) -> tuple[Tensor, Tensor]:
-    """Whether query i's output depends on k_j, and on v_j: bool [s, s] each."""
+    """Return whether query i's output depends on k_j, and on v_j: bool [s, s] each."""
     q, k, v = inputs(30, (1, 1))
     out = landmark_attention(q, k, v, cu_seqlens=cu_seqlens, impl=impl, **asked)
     rows = [torch.autograd.grad(row.sum(), (k, v), retain_graph=True) for row in out.unbind(1)]

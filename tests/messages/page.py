@@ -35,7 +35,7 @@ commands print.
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command printed to standard error, and its exit status."""
+    """Hold what a command printed to standard error, and its exit status."""
 
     status: int
     lines: list[str]

@@ -47,7 +47,7 @@ class Case:
 
 
 def shows_weights(case: Case) -> bool:
-    """Whether initial weights are compared: in one of a mesh's two rows, to save time."""
+    """Return whether initial weights are compared: in one of a mesh's two rows, to save time."""
     return case == case.reference or "train.recompute=none" in case.how
 
 

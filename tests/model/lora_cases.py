@@ -20,7 +20,7 @@ SP, INTERLEAVED = "parallel.sequence_parallel=true", "parallel.vp_size=2"
 
 @dataclass(frozen=True)
 class Steps:
-    """What a rank saw: (loss, gradient norm) by step, the first step's gradients, last weights."""
+    """Hold (loss, gradient norm) by step, the first step's gradients, and the last weights."""
 
     numbers: list[tuple[float, float]]
     gradients: dict[str, Tensor]

@@ -172,7 +172,7 @@ def test_only_what_is_trained_has_gradients_and_states(world_size: int) -> None:
 
 
 def moved(rank: int, world_size: int) -> dict[str, tuple[float, float]]:
-    """How far the first step moves each kind of parameter, and its greatest value before."""
+    """Return how far the first step moves each kind of parameter, and its greatest value."""
     words = (
         "lora.norms=true",
         "lora.embeddings=true",

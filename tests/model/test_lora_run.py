@@ -14,7 +14,7 @@ SHORT = ("train.steps=2", "optim.warmup_steps=0", "checkpoint.every=1", "model.n
 
 
 def told(folder: Path, *words: str) -> str:
-    """How a run in `folder` ends, or what it says instead of starting."""
+    """Return how a run in `folder` ends, or what it says instead of starting."""
     config = small(*SHORT, f"log.folder={folder}", *words)
     try:
         outcome = run(config)

@@ -1,4 +1,4 @@
-"""How a question becomes the tokens that a model reads: as plain text, or as a turn of a chat."""
+"""Turn a question into the tokens that a model reads: as plain text, or as a turn of a chat."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -31,7 +31,7 @@ class Essay:
 
     @cached_property
     def ends(self) -> tuple[bool, ...]:
-        """Whether a sentence ends with each word."""
+        """Return, for each word, whether a sentence ends with it."""
         return tuple(bool(_SENTENCE_END.search(word)) for word in self.words)
 
     def sentences(self, start: int, count: int, least: int) -> list[str]:
