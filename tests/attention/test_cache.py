@@ -197,6 +197,10 @@ def test_blocks_that_are_expected_are_copied_ahead() -> None:
     blocks.post()
     assert torch.equal(find(2, 3), keys[:, [2, 3]]) and counts() == (4, 8)
     assert torch.equal(find(0, 4), keys[:, [0, 4]]) and counts() == (8, 8)
+    # Nor does one that is right in part: 2 and 3 are there, and no place is left for 6 and 7.
+    blocks.expect(0, of_both_heads(2, 3, 6, 7))
+    blocks.post()
+    assert torch.equal(find(0, 4), keys[:, [0, 4]]) and counts() == (8, 8)
     assert blocks.swaps.bytes_copied == 16 * 2 * 4 * 3 * 4
 
 

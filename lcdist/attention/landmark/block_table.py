@@ -118,7 +118,7 @@ class HostBlocks(BlockTable):
         self._buffer: Tensor | None = None
         self._recent: list[list[OrderedDict[int, int]]] = []
         # Blocks that the last call needed, by row and key head.
-        self._needed: list[list[int]] = []
+        self._needed: list[list[list[int]]] = []
         self._count = self.swaps = SwapCount()
         self._expected: list[tuple[int, Tensor]] = []
         self._copies = CopyStream()
@@ -143,13 +143,13 @@ class HostBlocks(BlockTable):
             places, moves = _places(chosen, torch.tensor(self._numbers[row])), _Moves([], [])
             for head, recent in enumerate(self._recent[row]):
                 expected = places[head].unique()
-                missing = list[int]()
-                for place in expected[expected >= 0].tolist():
-                    if place in recent:
-                        recent.move_to_end(place)
-                    else:
-                        missing.append(place)
-                room = self._slots - self._needed[row][head]
+                expected = expected[expected >= 0].tolist()
+                # Neither these nor what the last call needed may lose their places.
+                stays = recent.keys() & {*expected, *self._needed[row][head]}
+                for place in sorted(stays):
+                    recent.move_to_end(place)
+                missing = [place for place in expected if place not in recent]
+                room = self._slots - len(stays)
                 self._give_slots(row, head, missing[:room], moves)
             if moves.sources:
                 with self._copies.ahead():
@@ -161,7 +161,7 @@ class HostBlocks(BlockTable):
         heads, _, *entry = blocks.shape
         self._buffer = blocks.new_zeros(self._rows, heads, self._slots, *entry)
         self._recent = [[OrderedDict() for _ in range(heads)] for _ in range(self._rows)]
-        self._needed = [[0] * heads for _ in range(self._rows)]
+        self._needed = [[[] for _ in range(heads)] for _ in range(self._rows)]
         size = (self._rows, heads, self._limit, *entry)
         return torch.zeros(size, dtype=blocks.dtype, pin_memory=blocks.is_cuda)
 
@@ -212,7 +212,7 @@ class HostBlocks(BlockTable):
                 if place in recent:
                     recent.move_to_end(place)
             self._give_slots(row, head, missing, moves)
-            self._needed[row][head] = len(needed)
+            self._needed[row][head] = needed
             self._count.chosen += len(needed)
             if needed:
                 known = torch.tensor(needed)
