@@ -1,3 +1,3 @@
 """lcdist: train language models on long sequences with exact context parallelism."""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

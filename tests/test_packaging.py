@@ -82,8 +82,11 @@ def test_one_version_and_what_repeats_it() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == __version__
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    headings = re.findall(r"^## \[([^\]]+)\]", changes, re.MULTILINE)
-    assert next(name for name in headings if name != "Unreleased") == __version__
+    headings = re.findall(r"^## \[([^\]]+)\](?: - ([\d-]+))?$", changes, re.MULTILINE)
+    newest = next((name, date) for name, date in headings if name != "Unreleased")
+    assert newest == (__version__, str(citation["date-released"]))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"version = \{(.+)\}", readme) == [__version__.partition(".dev")[0]]
     cited = {paper["url"].rpartition("/")[2] for paper in citation["references"]}
     assert cited == {method.paper for method in BUILT_IN if method.name != "full"}
 
@@ -114,7 +117,7 @@ def test_the_source_distribution_holds_what_the_wheel_leaves_out(built: Path) ->
         held = {name.partition("/")[2] for name in opened.getnames()}
     ours = {str(path.relative_to(ROOT)) for path in our_files()}
     missing = {name for name in ours - held if not Path(name).name.startswith(".")}
-    assert not missing, f"MANIFEST.in leaves out {sorted(missing)}"
+    assert not missing, f"the source distribution lacks {sorted(missing)}"
 
 
 def test_the_wheel_works_where_there_is_nothing_else(built: Path, tmp_path: Path) -> None:
