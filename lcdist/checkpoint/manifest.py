@@ -20,6 +20,8 @@ from lcdist.utils.json_file import check_types, read_object
 
 FORMAT = 1
 OWN_DIGEST = "sha256_of_manifest"
+# Ending of the files of tensors, which torch writes. Other files are small.
+TENSOR_SUFFIX = ".distcp"
 _TYPES = {
     **{"step": int, "config": str, "dtype": str, "world_size": int},
     **{"loader": dict, "random_states": list, "files": dict[str, int]},

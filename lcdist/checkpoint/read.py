@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.checkpoint.manifest import Checkpoint, read_manifest
@@ -22,6 +23,7 @@ from lcdist.rundir.paths import (
     DamagedCheckpointError,
     latest_in,
 )
+from lcdist.utils.digests import damaged_files
 from megatron.core import dist_checkpointing
 
 log = logging.getLogger(__name__)
@@ -95,8 +97,19 @@ def _find_folder(path: Path) -> Path:
 
 
 def load_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
-    """Load the tensors of `checkpoint` in the shape and sharding that `state` describes."""
-    loaded: Any = dist_checkpointing.load(state, str(checkpoint.path))
+    """Load the tensors of `checkpoint` in the shape and sharding that `state` describes.
+
+    Raises DamagedCheckpointError if a file cannot be loaded and differs from its digest.
+    """
+    try:
+        loaded: Any = dist_checkpointing.load(state, str(checkpoint.path))
+    except (Exception, CheckpointException) as error:
+        # `checkpoint.verify = "size"` does not read the files of tensors beforehand.
+        damage = damaged_files(checkpoint.path, checkpoint.manifest.get("sha256", {}))
+        if not damage:
+            raise
+        hint = "checkpoint.verify=full notices it in time to go on from an older checkpoint"
+        raise DamagedCheckpointError(checkpoint.path, f"{'; '.join(damage)} ({hint})") from error
     return loaded
 
 

@@ -21,7 +21,8 @@ class CheckpointConfig:
             the newest.
         load: A checkpoint whose weights a new run starts from.
         verify: What is compared when a checkpoint or a folder of tokens is opened. `full`: the
-            SHA-256 of every file, which reads each file once. `size`: sizes.
+            SHA-256 of every file, which reads each file once. `size`: sizes, and the SHA-256 of the
+            small files beside a checkpoint's tensors; a changed tensor is not noticed.
         fallback: Whether a run whose newest checkpoint is damaged goes on from the newest whole
             one. The damaged one is kept under another name.
     """

@@ -33,6 +33,12 @@ def flip(file: Path, chance: random.Random) -> None:
     file.write_bytes(content)
 
 
+def zero(file: Path) -> None:
+    """Fill the second half of a file with zeros, as a power cut may."""
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+
+
 def newest(folder: Path) -> Path:
     return folder / "checkpoints" / f"step_{STEPS:08d}"
 
@@ -89,12 +95,13 @@ def damage_and_go_on(rank: int, world_size: int, folder: Path) -> dict[str, Any]
         run(config_in(folder / "whole", *words))
     seen: dict[str, Any] = {"hashed": hashed, "unsynced": synced.unsynced if rank == 0 else []}
     if rank == 0:
-        for name in ("falls", "refuses", "all"):
+        for name in ("falls", "refuses", "all", "zeros"):
             shutil.copytree(folder / "whole", folder / name)
             config = folder / name / "config.toml"
             text = config.read_text().replace(str(folder / "whole"), str(folder / name))
             config.write_text(text)
-            flip(newest(folder / name) / "__0_0.distcp", random.Random(0))
+            file = newest(folder / name) / "__0_0.distcp"
+            zero(file) if name == "zeros" else flip(file, random.Random(0))
         for step in (2, 4):
             flip(
                 folder / "all" / "checkpoints" / f"step_{step:08d}" / ".metadata", random.Random(1)
@@ -108,6 +115,15 @@ def damage_and_go_on(rank: int, world_size: int, folder: Path) -> dict[str, Any]
         seen[name] = str(caught.value)
     with pytest.raises(DamagedCheckpointError):
         evaluate_checkpoint(newest(folder / "refuses"), [])
+    size = "checkpoint.verify=size"
+    seen["zeros"] = []
+    for load in (
+        lambda: run(config_in(folder / "zeros", *words, size, "train.steps=8")),
+        lambda: evaluate_checkpoint(newest(folder / "zeros"), [size]),
+    ):
+        with pytest.raises(DamagedCheckpointError) as caught:
+            load()
+        seen["zeros"].append(str(caught.value))
     return seen
 
 
@@ -189,8 +205,27 @@ def test_an_older_checkpoint_has_sizes_only(copied: Path, caplog: pytest.LogCapt
     with caplog.at_level("INFO"):
         verify_checkpoint(open_checkpoint(copied))
     assert "keeps no digests: only sizes were compared" in caplog.text
-    file.write_text(json.dumps(table))
-    verify_checkpoint(open_checkpoint(copied), "size")
+
+
+def test_sizes_alone_pass_over_a_changed_tensor_and_nothing_else(copied: Path) -> None:
+    for file in sorted(copied.iterdir()):
+        whole = file.read_bytes()
+        zero(file)
+        if file.suffix == room.TENSOR_SUFFIX:
+            verify_checkpoint(open_checkpoint(copied), "size")
+        else:
+            with pytest.raises(DamagedCheckpointError, match=file.name):
+                verify_checkpoint(open_checkpoint(copied), "size")
+        file.write_bytes(whole)
+
+
+def test_a_file_that_cannot_be_loaded_is_named_where_sizes_alone_were_compared(
+    damaged: Any,
+) -> None:
+    folder, of_ranks = damaged
+    start = f"{newest(folder / 'zeros')} is damaged: file __0_0.distcp has sha256 "
+    for seen in of_ranks:
+        assert [message[: len(start)] for message in seen["zeros"]] == [start, start]
 
 
 def test_check_names_what_is_damaged(damaged: Any, capsys: pytest.CaptureFixture[str]) -> None:
