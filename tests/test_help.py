@@ -74,6 +74,55 @@ def test_bash_completes(
     assert (done.stdout.split(), done.stderr) == (found, "")
 
 
+def needs(shell: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(shutil.which(shell) is None, reason=f"{shell} is not installed")
+
+
+@needs("fish")
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("lcdist ev", "evaluate\tmeasure what a model does with long text"),
+        ("lcdist exte", "extend\textend a model's context, from text to report"),
+        ("lcdist train train.seql", "train.seqlen="),
+        ("lcdist generate --top-k", "--top-k\tchoose from so many most likely tokens"),
+        ("lcdist init h200-n", "h200-nvl"),
+    ],
+)
+def test_fish_completes(
+    typed: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = f"source {script('fish', tmp_path, capsys)}; complete -C '{typed}'"
+    done = subprocess.run(["fish", "-N", "-c", call], text=True, capture_output=True, timeout=30)
+    assert (done.stdout.strip()[: len(found)], done.stderr) == (found, "")
+
+
+# What zsh offers is told by functions in place of its own, which need a terminal.
+ZSH_STUBS = """compdef() { }; _files() { }; compadd() { print -l -- "$@" }
+_describe() { print -l -- "${(@P)2}" }
+"""
+
+
+@needs("zsh")
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("lcdist ex", "extend:extend a model's context, from text to report"),
+        ("lcdist train x", "train.seqlen="),
+        ("lcdist convert i", "import"),
+        ("lcdist convert import x", "--extra-tokens"),
+    ],
+)
+def test_zsh_completes(
+    typed: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = script("zsh", tmp_path, capsys)
+    words = f"words=({typed}); CURRENT=${{#words}}"
+    call = f"{ZSH_STUBS}\nsource {file}; {words}; _lcdist"
+    done = subprocess.run(["zsh", "-f", "-c", call], text=True, capture_output=True, timeout=30)
+    assert done.stderr == "" and found in done.stdout.splitlines()
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_scripts_have_every_command(
     shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -7,6 +7,7 @@ All words are in the script, so that no Python runs when Tab is pressed.
 
 import argparse
 import dataclasses
+import shlex
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -160,9 +161,14 @@ compdef _lcdist lcdist
 
 
 def _described(word: str, text: str, mark: str) -> str:
-    """Return a word and its description, quoted for a shell."""
-    plain = text.replace("'", "").replace(mark, "")
-    return f"'{word}{mark}{plain}'"
+    """Return a word and its description, quoted for zsh."""
+    return shlex.quote(f"{word}{mark}{text.replace(mark, '')}")
+
+
+def _quoted_for_fish(text: str) -> str:
+    """Return a text in quotes, inside which fish reads backslashes before quotes."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def fish(found: Sequence[Words]) -> str:
@@ -171,15 +177,15 @@ def fish(found: Sequence[Words]) -> str:
     begin = "complete -c lcdist"
     for words in found:
         command, *sub = words.command.split()
-        text = words.help.replace("'", "")
         if not sub:
-            lines.append(f"{begin} -n __fish_use_subcommand -f -a {command} -d '{text}'")
+            told = _quoted_for_fish(words.help)
+            lines.append(f"{begin} -n __fish_use_subcommand -f -a {command} -d {told}")
         here = f"__fish_seen_subcommand_from {sub[0] if sub else command}"
         if words.choices:
             lines.append(f"{begin} -n '{here}' -a '{' '.join(words.choices)}'")
         for option, told in words.options.items():
-            described = told.replace("'", "").replace("%%", "%")
-            lines.append(f"{begin} -n '{here}' -l {option.lstrip('-')} -d '{described}'")
+            described = _quoted_for_fish(told.replace("%%", "%"))
+            lines.append(f"{begin} -n '{here}' -l {option.lstrip('-')} -d {described}")
         if words.has_overrides:
             keys = " ".join(f"{key}=" for key in config_keys())
             lines.append(f"{begin} -n '{here}' -a '{keys}'")
