@@ -229,20 +229,6 @@ def finds(name: str, times: int, share: float) -> Rule:
     return rule
 
 
-def both(first: Rule, second: Rule) -> Rule:
-    """Return the rule that is reproduced if both are, and not reproduced if either is not."""
-
-    def rule(measured: Measured) -> Verdict:
-        found = [each(measured) for each in (first, second)]
-        words = [verdict.word for verdict in found]
-        why = "; ".join(verdict.why for verdict in found)
-        if "not reproduced" in words:
-            return Verdict("not reproduced", why)
-        return Verdict("not decided" if "not decided" in words else "reproduced", why)
-
-    return rule
-
-
 def _bounded(own: Figure, bound: float, why: str) -> Verdict:
     """Return the verdict on "own is at most the bound": not decided if its interval includes it."""
     if own.high <= bound:

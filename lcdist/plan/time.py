@@ -122,11 +122,6 @@ def step_work(plan: Plan) -> StepWork:
     return StepWork((once + again) * batch * shape.seqlen, attention, moved)
 
 
-def forward_flops(plan: Plan) -> float:
-    """Return the operations a token of a forward pass, as an evaluation does."""
-    return plan.compute.product_flops_per_token + plan.compute.attention_flops_per_token
-
-
 def step_seconds(plan: Plan, rates: Rates) -> float | None:
     """Estimate the seconds of a training step on devices with these rates.
 

@@ -18,7 +18,7 @@ from lcdist.data.datasets.tokens import TokenDataset
 from lcdist.data.meta import read_meta
 from lcdist.data.prepare import indexed
 from lcdist.data.prepare.chunks import ReadOptions, SkipCounts, read_documents, split_file
-from lcdist.data.prepare.corpus import Source, digest_files, list_files, scan_source
+from lcdist.data.prepare.corpus import Source, digest_files, scan_source
 from lcdist.data.prepare.indexed import check_index
 from lcdist.utils.errors import RankError
 from tests.data.folders import token_folder
@@ -66,7 +66,7 @@ def test_links_and_hidden_folders_are_read_when_asked_for(tree: Path) -> None:
     names = [file.name for file in listing.files]
     assert listing.left_out["loop of links"] == 1 and listing.left_out["beyond max_bytes"] >= 1
     assert listing.seen == len(names) + sum(listing.left_out.values())
-    whole = [file.name for file in list_files(Source(tree, follow_links=True, hidden=True))]
+    whole = [file.name for file in scan_source(Source(tree, follow_links=True, hidden=True)).files]
     assert set(whole) == {
         *(".git/d.txt", ".git/in/e.txt", "a.txt", "in/b.txt", "linked.txt", "linked/f.txt"),
         "skip/i.txt",
@@ -131,7 +131,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(
     path = tmp_path / name
     write_source(path, ["one", "two"])
     os.utime(path, ns=(0, 0))
-    [file] = list_files(Source(path))
+    [file] = scan_source(Source(path)).files
     chunks = split_file(file)
     digest_files([file])
     CHANGES[change](path)

@@ -14,7 +14,7 @@ from lcdist.data.prepare.chunks import (
     shift_lines,
     split_file,
 )
-from lcdist.data.prepare.corpus import Source, SourceFile, list_files, standard_library
+from lcdist.data.prepare.corpus import Source, SourceFile, scan_source, standard_library
 
 
 def read(
@@ -22,7 +22,7 @@ def read(
 ) -> tuple[list, list]:
     """Return (name, text) of all documents, and the skipped entries."""
     read_options, found, skipped = ReadOptions(on_error, field), [], []
-    for file in list_files(Source(folder, **options)):
+    for file in scan_source(Source(folder, **options)).files:
         lines = 0
         for chunk in split_file(file):
             skip_counts = SkipCounts()
@@ -48,20 +48,20 @@ def test_a_folder_is_read_completely_in_sorted_order(tmp_path: Path) -> None:
 def test_max_bytes_limits_the_files(tmp_path: Path) -> None:
     for number in range(9):
         (tmp_path / f"{number}.txt").write_text("x" * 100)
-    names = [file.name for file in list_files(Source(tmp_path, max_bytes=450))]
+    names = [file.name for file in scan_source(Source(tmp_path, max_bytes=450)).files]
     assert len(names) == 4 and names == sorted(names) and names != ["0.txt", "1.txt", "2.txt"]
     with pytest.raises(ValueError, match="max_bytes = 10: .*smallest has 100 bytes"):
-        list_files(Source(tmp_path, max_bytes=10))
+        scan_source(Source(tmp_path, max_bytes=10))
 
 
 def test_missing_and_unsuitable_folders_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere: no such file or folder"):
-        list_files(Source(tmp_path / "nowhere"))
+        scan_source(Source(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="has no file"):
-        list_files(Source(tmp_path))
+        scan_source(Source(tmp_path))
     (tmp_path / "a.png").touch()
     with pytest.raises(ValueError, match=r"ends in \.txt.*it has suffix \.png \(1\)"):
-        list_files(Source(tmp_path))
+        scan_source(Source(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["line é\n" * 999, "é" * 4001, "x" * 99 + "\n" + "€" * 3000, ""])
@@ -128,9 +128,9 @@ def test_an_unreadable_line_of_jsonl_is_named(
 
 def test_the_standard_library_is_read_without_tests() -> None:
     source = standard_library()
-    names = {file.name for file in list_files(source)}
+    names = {file.name for file in scan_source(source).files}
     assert {"ast.py", "json/decoder.py"} <= names
     assert not any({"test", "tests", "site-packages"} & set(name.split("/")[:-1]) for name in names)
     found, _ = read(Path(source.path), suffixes=(".py",), exclude=source.exclude)
     assert len(found) == len(names)
-    assert sum(f.size for f in list_files(standard_library(max_bytes=100_000))) <= 100_000
+    assert sum(f.size for f in scan_source(standard_library(max_bytes=100_000)).files) <= 100_000

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from lcdist.data.prepare import readers
-from lcdist.data.prepare.corpus import Source, list_files, scan_source
+from lcdist.data.prepare.corpus import Source, scan_source
 from lcdist.data.prepare.prepare import prepare
 from tests.data.test_corpus import read
 from tests.data.test_prepare import SETTINGS, change, contents
@@ -85,7 +85,7 @@ def test_unsupported_compression_raises_and_other_files_are_counted(tmp_path: Pa
     with pytest.raises(
         ValueError, match=r"d\.tar\.gz: this kind of compressed file is not supported"
     ):
-        list_files(Source(tmp_path / "d.tar.gz"))
+        scan_source(Source(tmp_path / "d.tar.gz"))
 
 
 def write_parquet(path: Path, texts: list, rows: int, kind=None) -> Path:
@@ -117,7 +117,7 @@ def test_parquet_is_read_in_row_groups(
     assert [text for _, text in found] == texts and not skipped
     assert [name for name, _ in found] == [f"a.parquet@{row}" for row in range(1, 101)]
     assert requests == [(7, group) for group in range(4)]
-    groups = readers.parquet_row_groups(list_files(Source(path))[0])
+    groups = readers.parquet_row_groups(scan_source(Source(path)).files[0])
     assert [group[:2] for group in groups] == [(0, 33), (33, 66), (66, 99), (99, 100)]
     assert sum(group[2] for group in groups) == path.stat().st_size
 

@@ -26,7 +26,6 @@ METHODS = {
     "landmark": ("attention.method=landmark", "attention.block_size=6"),
     "lssar": ("attention.method=lssar", "attention.power=3"),
 }
-RECOMPUTE = ("selective", "keep_attention", "full")
 
 
 class Row(NamedTuple):

@@ -111,11 +111,6 @@ class Listing:
     seen: int
 
 
-def list_files(source: Source) -> list[SourceFile]:
-    """Return the files of `source` to read, sorted by name; raise ValueError as `scan_source`."""
-    return scan_source(source).files
-
-
 def scan_source(source: Source) -> Listing:
     """Return the files of `source` to read, and how many others it has.
 

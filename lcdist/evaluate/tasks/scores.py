@@ -24,12 +24,6 @@ def string_match_all(prediction: str, references: Sequence[str]) -> float:
     return sum(reference.lower() in text for reference in references) / len(references)
 
 
-def string_match_part(prediction: str, references: Sequence[str]) -> float:
-    """Return 1 if any reference occurs in a prediction, in any case of letters, else 0."""
-    text = cleaned(prediction).lower()
-    return float(any(reference.lower() in text for reference in references))
-
-
 def first_number_matches(prediction: str, references: Sequence[str]) -> float:
     """Return 1 if the first number in a prediction is the reference, else 0."""
     found = _NUMBER.search(prediction)
