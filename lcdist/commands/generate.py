@@ -75,7 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
         piece=arguments.piece,
         device_blocks=arguments.device_blocks,
     )
-    prompts, is_first = arguments.prompt or [_standard_input()], arguments.is_first_rank
+    is_first = arguments.is_first_rank
+    # All ranks have the same standard input: what one reads, the others miss.
+    prompts = arguments.prompt or [_standard_input() if is_first else ""]
     try:
         with show_progress(TOKENS, progress_console(), is_first) as progress:
             watch = TextWatch(progress, _print_piece if is_first else None)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lcdist.data.datasets.build import held_out_folder
 from lcdist.data.tokenizers.files import TextTokenizer, bos_prefix, open_tokenizer
 from lcdist.distributed.mesh import Mesh, world_size
+from lcdist.distributed.rank_zero import run_on_rank_zero
 from lcdist.evaluate.loaded_model import LoadedModel, load_model
 from lcdist.inference.generate import generate_batch
 from lcdist.inference.settings import Figures, Generation, Watch
@@ -98,7 +99,7 @@ def generate_text(
 
     Args:
         path: a checkpoint, or a run folder for its latest.
-        prompts: the texts.
+        prompts: the texts; those of rank 0 count.
         overrides: `section.key=value`, over the checkpoint's own configuration.
         how: limits and sampling, by default 128 tokens, each the most likely one; the end of a text
             is added to what stops it.
@@ -109,6 +110,7 @@ def generate_text(
         ValueError: an attention method of the model cannot decode, or `how` does not fit it.
     """
     loaded = load_model(Path(path), overrides, [f"parallel.tp_size={world_size()}"])
+    prompts = run_on_rank_zero(lambda: list(prompts))
     check_decodes(loaded, how)
     tokenizer = open_tokenizer(held_out_folder(loaded.plan.config.data))
     ends = {_stop_token(text, tokenizer) for text in stop}

@@ -108,7 +108,7 @@ def _savings_text(memory: MemoryEstimate) -> str:
     if not before:
         return f"no more than the settings say, as all fits, {usable}"
     least = min(needed[rung] for rung in before) / GIB
-    return f"the cheapest that fits, {usable}; with less saved at least {least:.1f} GiB are needed"
+    return f"the cheapest that fits, {usable}; what is cheaper needs at least {least:.1f} GiB"
 
 
 def _memory_rows(plan: Plan) -> list[tuple[str, str]]:

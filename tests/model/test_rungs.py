@@ -140,7 +140,7 @@ def test_the_plan_says_why() -> None:
     assert said(8) == "no more than the settings say, as all fits, 73.6 GiB may be filled"
     why, needed = said(32).split("; ")
     assert why == "the cheapest that fits, 73.6 GiB may be filled"
-    assert needed == "with less saved at least 108.8 GiB are needed"
+    assert needed == "what is cheaper needs at least 108.8 GiB"
     none = said(512, "train.recompute=none")
     assert none.startswith("nothing that the settings allow fits, 73.6 GiB may be filled: use more")
 
