@@ -61,6 +61,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="section.key=value",
         help="override a setting; lcdist/config/schema.py has all keys",
     )

@@ -21,9 +21,12 @@ import psutil
 from lcdist.commands.endings import (
     INTERRUPTED,
     REPORTS,
+    USER_ERROR,
     Report,
     read_reports,
 )
+from lcdist.commands.launch_arguments import parse_launch
+from lcdist.utils.errors import os_error_text
 
 # Ranks save a checkpoint before they end; torch's launcher would kill them after 30 s.
 SHUTDOWN_SECONDS = "600"
@@ -44,6 +47,11 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except (ValueError, OSError, RuntimeError) as error:
+        # Ranks have processes of their own: this is about arguments, addresses and folders.
+        text = os_error_text(error) if isinstance(error, OSError) else " ".join(str(error).split())
+        print(f"error: {text}", file=sys.stderr)
+        return USER_ERROR
 
 
 def _launch(words: Sequence[str]) -> int:
@@ -51,12 +59,16 @@ def _launch(words: Sequence[str]) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
 
     if "LOGLEVEL" not in os.environ:
         # The launcher tells in its log what is printed here.
         logging.disable(logging.ERROR)
-    arguments = run.parse_args(list(words))
-    ranks = run.determine_local_world_size(arguments.nproc_per_node)
+    arguments = parse_launch(run.get_args_parser(), words)
+    try:
+        ranks = run.determine_local_world_size(arguments.nproc_per_node)
+    except ValueError as error:
+        raise ValueError(f"--nproc-per-node {arguments.nproc_per_node}: {error}") from error
     _set_up_environment(ranks)
     handled = [name for name in arguments.signals_to_handle.split(",") if name != "SIGINT"]
     arguments.signals_to_handle = ",".join(handled)
@@ -70,6 +82,8 @@ def _launch(words: Sequence[str]) -> int:
             failures = error.failures
         except SignalException as error:
             status = 128 + error.sigval
+        except RendezvousError as error:
+            raise ValueError(f"the nodes did not find each other: {error}") from error
         reports = read_reports(Path(folder))
     status, lines = how_it_ended(status, failures, reports, ranks)
     for line in lines:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lcdist.commands import endings, launcher
 from lcdist.commands.endings import Report, end_with, report_of
@@ -19,6 +20,7 @@ from lcdist.commands.launcher import first_cause, how_it_ended
 from lcdist.commands.main import main
 from lcdist.utils.errors import RankError
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/debug/full.toml"
 # A rank of a program that runs a command of lcdist with another body.
 PROGRAM = """
@@ -212,3 +214,38 @@ def test_reports_are_read_back(tmp_path: Path) -> None:
     written = report(7, "text", 1.5)
     (tmp_path / "7.json").write_text(json.dumps(vars(written)))
     assert endings.read_reports(tmp_path) == [written]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("", "the program is missing: python launch/run.py [options] PROGRAM [its arguments]; see"),
+        ("--nproc-per-node 2 launch/nothing.py", "launch/nothing.py: there is no such program; "),
+        ("--nproc-per-node 2 -m no_such.module", "-m no_such.module: there is no such module"),
+        ("--nproc-per-node 0 launch/train.py", "--nproc-per-node 0: must be a number of processes"),
+        ("--nproc-per-node two launch/train.py", "--nproc-per-node two: must be a number of pro"),
+        ("--nproc-per-node -1 launch/train.py", "--nproc-per-node -1: must be a number of proces"),
+        ("--nproc-per-node gpu launch/train.py", "--nproc-per-node gpu: Cuda is not available."),
+        ("--nnodes 0 launch/train.py", "--nnodes 0: must be a number of nodes, 1 or more, or MIN:"),
+        ("--nnodes 3:2 launch/train.py", "--nnodes 3:2: must be a number of nodes, 1 or more, or "),
+        ("--nnodes 2 --node-rank 2 launch/train.py", "--node-rank 2: must be from 0 to 1, as --n"),
+        ("--master-port 99999 launch/train.py", "--master-port 99999: must be from 0 to 65535"),
+        ("--rdzv-backend other launch/train.py", "The rendezvous backend 'other' is not register"),
+        ("--log-dir /proc/logs launch/train.py", "/proc/logs: No such file or directory"),
+        ("--wrong launch/train.py", "unrecognized arguments: --wrong; see 'python launch/run.py"),
+    ],
+)
+def test_a_mistake_in_the_launchers_arguments_is_one_line(
+    words: str,
+    told: str,
+    launch: Launch,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if torch.cuda.is_available() and "gpu" in words:
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert launcher.main(words.split()) == 2
+    printed = capfd.readouterr().err
+    assert printed.startswith(f"error: {told}") and printed.count("\n") == 1
