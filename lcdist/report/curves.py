@@ -49,19 +49,25 @@ def interval_ends(
 
 
 def plot_lines(lines: Sequence[Line], axes: Axes, options: FigureOptions) -> Markup:
-    """Plot curves with a band for their intervals; each has its own colour, marker and dashes."""
+    """Plot curves; each has its own colour, marker and dashes, and a band for its intervals.
+
+    Where there are more curves than colours, bands would hide each other and are left out, and the
+    legend stands beside the curves.
+    """
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import EngFormatter, NullLocator
 
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": options.name}):
         figure = Figure(figsize=(6.8, 3.2), layout="constrained")
         ax = figure.subplots()
+        crowded = len(lines) > len(SERIES)
         for index, line in enumerate(lines):
             turn, colour = divmod(index, len(SERIES))
-            ax.fill_between(
-                line.x, line.low, line.high, color=SERIES[colour], alpha=0.15, linewidth=0
-            )
+            if not crowded:
+                ax.fill_between(
+                    line.x, line.low, line.high, color=SERIES[colour], alpha=0.15, linewidth=0
+                )
             ax.plot(
                 line.x,
                 line.y,
@@ -72,9 +78,13 @@ def plot_lines(lines: Sequence[Line], axes: Axes, options: FigureOptions) -> Mar
                 linestyle=DASHES[turn % len(DASHES)],
                 label=line.label,
             )
-        if len(lines) > 1:
+        if crowded:
+            figure.legend(frameon=False, loc="outside right upper")
+        elif len(lines) > 1:
             ax.legend(frameon=False)
-        if axes.x_ticks is not None:
+        if axes.x_ticks is None:
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        else:
             ax.set_xscale("log", base=2)
             ax.set_xticks(list(axes.x_ticks), [f"{tick:,}" for tick in axes.x_ticks])
             ax.xaxis.set_minor_locator(NullLocator())
