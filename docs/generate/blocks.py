@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from docs.generate import benchmarks, claims, methods, smollm2
+from docs.generate import benchmarks, claims, growth, methods, smollm2
 from docs.generate.configuration import configuration_reference
 
 _LINE = re.compile(r"^<!-- make: ([\w-]+) -->$", re.MULTILINE)
@@ -12,6 +12,7 @@ _LINE = re.compile(r"^<!-- make: ([\w-]+) -->$", re.MULTILINE)
 MAKERS: Mapping[str, Callable[[], str]] = {
     "chooser": methods.chooser,
     "claims": claims.claims_results,
+    "claims-growth": growth.claims_growth,
     "configuration": configuration_reference,
     "cpu-loss": benchmarks.loss_on_a_cpu,
     "cpu-methods": benchmarks.methods_on_a_cpu,

@@ -2,12 +2,13 @@
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
-from docs.generate import benchmarks, blocks, claims, methods, smollm2
+from docs.generate import benchmarks, blocks, claims, growth, methods, smollm2
 from docs.generate.readme import README, with_tables
 from docs.generate.rows import LIBRARY, PRESETS, RESULTS, Row, faster_from, timed
 from lcdist.attention import METHODS
@@ -148,3 +149,36 @@ def test_claims_are_shown_when_there_are_results(tmp_path: Path) -> None:
     [row] = cells_of(made)
     assert row[0] == "`coca-steady`" and row[2:] == ["reproduced", "1 \\| 2"]
     assert "1 reproduced" in made and "(../claims/cpu/README.md)" in made
+
+
+def test_growth_of_small_models_is_paired_by_pieces_of_text(tmp_path: Path) -> None:
+    assert "unmeasured" in growth.claims_growth(tmp_path)
+    folder = tmp_path / "claims" / "cpu"
+    folder.mkdir(parents=True)
+
+    def reading(**nats: float) -> dict:
+        lengths = {"256": nats["own"], "1024": nats["middle"], "4096": nats["far"]}
+        return {
+            "perplexity": {at: {"value": math.exp(n / 100)} for at, n in lengths.items()},
+            "pieces": {at: [[100, n], [100, n]] for at, n in lengths.items()},
+        }
+
+    readings = {
+        "full": reading(own=200.0, middle=230.0, far=260.0),
+        "landmark-k4": reading(own=210.0, middle=210.0, far=220.0),
+        "extend-full": reading(own=200.0, middle=210.0, far=220.0),
+        "extend-s2": reading(own=200.0, middle=220.0, far=220.0),
+    }
+    # A perplexity that is not finite is left out of the results.
+    lost = reading(own=200.0, middle=200.0, far=200.0)
+    readings["lssa"] = {key: {"256": found["256"]} for key, found in lost.items()}
+    measured = {"length": 256, "unigram": 300.0, "decides": True, "readings": readings}
+    (folder / "results.json").write_text(json.dumps({"measured": measured}))
+    made = growth.claims_growth(tmp_path)
+    trained, extended = made.split(" extended to ")
+    rows = {row[0]: row[1:] for row in cells_of(trained)}
+    assert rows["`full`"][:2] == ["7.39", "13.46"] and rows["`full`"][2].startswith("1.822")
+    assert rows["`landmark-k4`"][2].startswith("1.105") and "(../claims/cpu/README.md)" in made
+    assert rows["`lssa`"] == ["7.39", "not finite", ""]
+    assert [row[:2] for row in cells_of(extended)] == [["`s2`", "9.03"], ["`full`", "8.17"]]
+    assert cells_of(extended)[0][2].startswith("1.105")
