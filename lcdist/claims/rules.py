@@ -55,6 +55,22 @@ def unconverged(measured: Measured, names: Sequence[str], finds: bool = False) -
     return found
 
 
+def not_extended(measured: Measured, name: str, start: str, times: int) -> list[str]:
+    """Return why an extension has not converged: it is not better than the model it began from.
+
+    Args:
+        measured: all readings.
+        name: of the extended model's reading.
+        start: of the reading of the model that was extended.
+        times: multiple of the training length that it was extended to.
+    """
+    found = ratio(measured, [(name, times)], [(start, times)])
+    if found.high < 1:
+        return []
+    why = f"{name} has not converged: perplexity at {times}x is {_times(found)} that of {start}"
+    return [f"{why}, which was not extended"]
+
+
 def ratio(measured: Measured, above: Sequence[Where], below: Sequence[Where]) -> Figure:
     """Return a quotient of perplexities, with the interval of readings that share a text.
 
@@ -140,7 +156,7 @@ def grows_less(name: str, other: str, times: int) -> Rule:
     return rule
 
 
-def lower(name: str, other: str, times: int, converge: Sequence[str] = ()) -> Rule:
+def lower(name: str, other: str, times: int, converge: Sequence[str] = (), start: str = "") -> Rule:
     """Return the rule: perplexity of `name` is lower at `times` the training length.
 
     Args:
@@ -148,10 +164,13 @@ def lower(name: str, other: str, times: int, converge: Sequence[str] = ()) -> Ru
         other: of the one that it is compared with.
         times: multiple of the training length.
         converge: readings that have to have converged at the training length; default: both.
+        start: the model that both were extended from to this length. Then it has to have converged,
+            and `other` to be an improvement on it.
     """
 
     def rule(measured: Measured) -> Verdict:
-        problems = unconverged(measured, converge or [name, other])
+        problems = unconverged(measured, converge or ([start] if start else [name, other]))
+        problems += not_extended(measured, other, start, times) if start else []
         if problems:
             return Verdict("not decided", "; ".join(problems))
         length = times * measured.length
@@ -166,11 +185,15 @@ def lower(name: str, other: str, times: int, converge: Sequence[str] = ()) -> Ru
     return rule
 
 
-def as_good(name: str, other: str, times: int, within: float) -> Rule:
-    """Return the rule: perplexity at `times` the length is at most `within` times the other's."""
+def as_good(name: str, other: str, times: int, within: float, start: str = "") -> Rule:
+    """Return the rule: perplexity at `times` the length is at most `within` times the other's.
+
+    start: as in `lower`.
+    """
 
     def rule(measured: Measured) -> Verdict:
-        problems = unconverged(measured, [other])
+        problems = unconverged(measured, [start or other])
+        problems += not_extended(measured, other, start, times) if start else []
         if problems:
             return Verdict("not decided", "; ".join(problems))
         length = times * measured.length

@@ -7,7 +7,7 @@ import pytest
 
 from lcdist.claims import rules
 from lcdist.claims.claim import Claim, Figure, Measured, Reading, Training, decide
-from lcdist.claims.jobs import all_jobs, jobs_named
+from lcdist.claims.jobs import ADAPTED, all_jobs, jobs_named
 from lcdist.claims.registry import CLAIMS
 from lcdist.claims.tables import loss_at, reaches
 
@@ -103,6 +103,27 @@ def test_lower_and_as_good_compare_the_same_length() -> None:
 
 
 @pytest.mark.parametrize(
+    ("before", "word"),
+    [
+        # Worse at its own length than what it was extended from, as an interpolation is.
+        ({1: 10, 4: 20}, "reproduced"),
+        # Not better at the new length: the extension taught nothing.
+        ({1: 10, 4: 11}, "not decided"),
+        ({1: 90, 4: 200}, "not decided"),
+    ],
+)
+def test_an_extension_has_converged_if_it_improves_on_its_start(
+    before: dict[int, float], word: str
+) -> None:
+    found = measured(
+        start=reading(before), new=reading({1: 14, 4: 10}), old=reading({1: 14, 4: 12})
+    )
+    lower = rules.lower("new", "old", 4, start="start")(found)
+    as_good = rules.as_good("new", "old", 4, 1.05, start="start")(found)
+    assert lower.word == as_good.word == word
+
+
+@pytest.mark.parametrize(
     ("new", "old", "word"),
     [
         ({1: 1.0, 2: 0.9}, {1: 1.0, 2: 0.3}, "reproduced"),
@@ -148,7 +169,11 @@ def test_every_claim_can_be_reproduced_and_names_readings_that_jobs_make(claim: 
     worse = reading(
         {1: 10.05, 4: 12, 16: 900}, {1: 1.0, 2: 0.2, 4: 0.1, 8: 0.0, 16: 0.0}, half=0.01
     )
-    found = measured({own: best, **dict.fromkeys(other, worse)})
+    readings = {own: best, **dict.fromkeys(other, worse)}
+    if own.startswith(ADAPTED):
+        # Before the extension.
+        readings["full"] = reading({1: 10, 4: 30, 16: 900}, half=0.01)
+    found = measured(readings)
     assert decide(claim, found).word == "reproduced", decide(claim, found)
     assert decide(claim, measured(found.readings, decides=False)).word == "not decided"
     assert decide(claim, measured({own: best} if other else {})).word == "not decided"
