@@ -377,7 +377,7 @@ def test_every_command_is_a_module_with_two_functions() -> None:
 
 
 # They look for packages that may not be installed.
-LIBRARIES = ("lcdist_kernels.full.library", "lcdist_kernels.apex")
+LIBRARIES = ("lcdist_kernels.full.library", "lcdist_kernels.extensions")
 
 
 def test_only_the_table_of_commands_imports_our_modules_by_name() -> None:

@@ -6,14 +6,11 @@
     adamw        amp_C                            AdamW over lists of tensors, refused on the device
 
 apex is built from source (APEX_CPP_EXT=1 APEX_CUDA_EXT=1), and the name on the package index is
-another project's. So nothing is said by its name or version: a part is found by its functions, and
-used once its results on small tensors are those of torch. The functions read raw pointers: what is
-given to them is checked here.
+another project's. The functions read raw pointers: what is given to them is checked here.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from importlib import import_module
+from collections.abc import Sequence
+from functools import cache, partial
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -22,42 +19,15 @@ import torch
 from torch import Tensor
 
 from lcdist_kernels.common import log_choice
+from lcdist_kernels.extensions import Part, norm_is_right
 
 BUILD = "build NVIDIA's apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
 # Elements that one block of apex's kernels takes.
 CHUNK = 2048 * 32
 # apex's number for decoupled weight decay.
 DECOUPLED = 1
-_USED: list[str] = []
-
-
-class Part(NamedTuple):
-    """A part of apex.
-
-    Attributes:
-        module: the extension.
-        functions: what it must offer.
-        test: (module, device) -> whether results on small tensors are right.
-    """
-
-    module: str
-    functions: tuple[str, ...]
-    test: Callable[[Any, torch.device], bool]
-
-
-def find(name: str, device: torch.device) -> Any:
-    """Return a part's extension, or None where it is missing or its results are wrong.
-
-    name: "weights", "norm" or "adamw". Says once in the log which.
-    """
-    found = _found(name, device)
-    return None if isinstance(found, str) else found
-
-
-def missing(device: torch.device) -> list[str]:
-    """Return a few words on every part that cannot be used on a device."""
-    found = {name: _found(name, device) for name in PARTS}
-    return [f"{name} ({reason})" for name, reason in found.items() if isinstance(reason, str)]
+# Of tensors that its norm is used for.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @cache
@@ -76,35 +46,6 @@ def other_project() -> str | None:
     said = f"the installed package apex ({spec.origin}) is another project, not NVIDIA's"
     log_choice(f"{said}: ignored")
     return said
-
-
-def used() -> list[str]:
-    """Return a few words on every part that has been found so far."""
-    return list(_USED)
-
-
-@cache
-def _found(name: str, device: torch.device) -> Any:
-    """Return a part's extension, or why there is none."""
-    part = PARTS[name]
-    try:
-        module = import_module(part.module)
-    except ImportError as error:
-        return f"{part.module}: {str(error).partition(chr(10))[0]}"
-    absent = [function for function in part.functions if not hasattr(module, function)]
-    if absent:
-        return f"{part.module} has no {', '.join(absent)}"
-    try:
-        is_right = part.test(module, device)
-    except Exception as error:
-        # Extensions raise whatever their build raises.
-        return f"{part.module} raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    if not is_right:
-        return f"{part.module} gives other results than torch"
-    said = f"apex's {part.module} for {name}"
-    log_choice(said)
-    _USED.append(said)
-    return module
 
 
 # --- weight gradients -----------------------------------------------------------------------------
@@ -146,16 +87,9 @@ def norm_bwd(
     return dx.view(x.shape), dweight
 
 
+@torch.no_grad()
 def _norm_test(module: Any, device: torch.device) -> bool:
-    made = torch.Generator().manual_seed(0)
-    x, dnormed = (torch.randn(5, 64, generator=made).to(device) for _ in range(2))
-    weight = torch.rand(64, generator=made).to(device)
-    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-    truth = torch.nn.functional.rms_norm(leaves[0], (64,), leaves[1], 1e-5)
-    expected = [truth.detach(), *torch.autograd.grad(truth, leaves, dnormed)]
-    normed, rstd = norm_fwd(module, x, weight, 1e-5)
-    got = [normed, *norm_bwd(module, dnormed, x, rstd, weight, 1e-5)]
-    return all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in zip(got, expected, strict=True))
+    return norm_is_right(partial(norm_fwd, module), partial(norm_bwd, module), device)
 
 
 # --- AdamW ----------------------------------------------------------------------------------------
@@ -223,10 +157,21 @@ def _adamw_test(module: Any, device: torch.device) -> bool:
     return True
 
 
-PARTS = {
-    "weights": Part("fused_weight_gradient_mlp_cuda", ("wgrad_gemm_accum_fp32",), _weights_test),
-    "norm": Part(
-        "fused_layer_norm_cuda", ("rms_forward_affine", "rms_backward_affine"), _norm_test
+_OF_APEX = (
+    Part(
+        "weights",
+        "apex",
+        "fused_weight_gradient_mlp_cuda",
+        ("wgrad_gemm_accum_fp32",),
+        _weights_test,
     ),
-    "adamw": Part("amp_C", ("multi_tensor_adam_capturable",), _adamw_test),
-}
+    Part(
+        "norm",
+        "apex",
+        "fused_layer_norm_cuda",
+        ("rms_forward_affine", "rms_backward_affine"),
+        _norm_test,
+    ),
+    Part("adamw", "apex", "amp_C", ("multi_tensor_adam_capturable",), _adamw_test),
+)
+PARTS = {part.name: part for part in _OF_APEX}

@@ -4,6 +4,7 @@
             product that adds to fp32
     own     the same without apex
     apex    apex's weight gradient, norm and AdamW; an error where one of them is missing
+    te      Transformer Engine's norm, ours for the rest; an error where it is missing
     torch   plain torch everywhere
 
 Under DeepSpeed, AdamW and weight gradients are torch's whatever is chosen. It is said once, before
@@ -12,8 +13,8 @@ a model is built, and read when an operator runs.
 
 from typing import Literal, cast
 
-StepKernels = Literal["auto", "own", "apex", "torch"]
-CHOICES: tuple[StepKernels, ...] = ("auto", "own", "apex", "torch")
+StepKernels = Literal["auto", "own", "apex", "te", "torch"]
+CHOICES: tuple[StepKernels, ...] = ("auto", "own", "apex", "te", "torch")
 
 
 class _Chosen:

@@ -181,8 +181,9 @@ class TrainConfig:
     profile: str | int = field(default="", metadata={"limit": limits.STEPS})
     profile_rank: int = at_least(0, 0, limits.RANKS)  # the rank that is profiled
     # Of norms, SwiGLU, loss, AdamW and weight gradients: ours, NVIDIA's apex or plain torch. auto:
-    # ours, and apex's gradients where torch has none in fp32. deepspeed: the last two are torch's.
-    kernels: Literal["auto", "own", "apex", "torch"] = "auto"
+    # ours, and apex's gradients where torch has none in fp32. te: the norm of Transformer Engine,
+    # ours for the rest. deepspeed: the last two are torch's.
+    kernels: Literal["auto", "own", "apex", "te", "torch"] = "auto"
     # megatron: ZeRO-1 on any mesh. deepspeed: as `[deepspeed]` says, without pipeline stages.
     engine: Literal["megatron", "deepspeed"] = "megatron"
     # The same bits in every run on the same GPUs: cuBLAS and torch as well, at some cost in speed.

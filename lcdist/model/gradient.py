@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist_kernels import apex
+from lcdist_kernels.extensions import find
 from lcdist_kernels.step_kernels import step_kernels
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
@@ -81,7 +82,7 @@ def add_product(total: Tensor, dy: Tensor, x: Tensor, overwrite: bool = False) -
         return
     by_torch = x.is_cuda and _adds_in_fp32(x.dtype, x.device)
     wants_apex = kernels == "apex" or (kernels == "auto" and x.is_cuda and not by_torch)
-    module = apex.find("weights", x.device) if wants_apex else None
+    module = find(apex.PARTS["weights"], x.device) if wants_apex else None
     if module is not None:
         if overwrite:
             total.zero_()

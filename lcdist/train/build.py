@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,8 @@ from lcdist.plan import Plan
 from lcdist.plan.profile import NO_STEPS, profiled_steps
 from lcdist.train.profiler import StepProfiler
 from lcdist.train.trainer import Trainer
-from lcdist_kernels import apex
+from lcdist_kernels import apex, transformer_engine
+from lcdist_kernels.extensions import missing
 from lcdist_kernels.step_kernels import choose_step_kernels
 
 log = logging.getLogger(__name__)
@@ -60,17 +62,19 @@ def open_dataset(plan: Plan) -> Dataset:
 def choose_kernels(kernels: str, device: torch.device) -> None:
     """Choose what computes norms, SwiGLU, loss, updates and weight gradients in this process.
 
-    Raises ConfigError if `train.kernels` asks for apex and a part of it is missing.
+    Raises ConfigError if `train.kernels` asks for apex or Transformer Engine and a part of it is
+    missing.
     """
     choose_step_kernels(kernels)
     other = apex.other_project() if kernels in ("auto", "apex") else None
-    absent = apex.missing(device) if kernels == "apex" else []
+    library: Any = {"apex": apex, "te": transformer_engine}.get(kernels)
+    absent = missing(library.PARTS.values(), device) if library else []
     if absent:
         also = f" ({other})" if other else ""
         raise ConfigError(
             [
-                f"train.kernels = 'apex': this machine lacks {', '.join(absent)}{also}; "
-                f"{apex.BUILD}, or set train.kernels to 'auto', 'own' or 'torch'"
+                f"train.kernels = {kernels!r}: this machine lacks {', '.join(absent)}{also}; "
+                f"{library.BUILD}, or set train.kernels to 'auto', 'own' or 'torch'"
             ]
         )
 

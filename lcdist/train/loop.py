@@ -30,7 +30,7 @@ from lcdist.rundir.signals import clear_signals, write_done, write_stopped
 from lcdist.rundir.status import stage_folders, write_status
 from lcdist.train.metrics import open_metrics
 from lcdist.train.trainer import Outcome, Trainer
-from lcdist_kernels import apex
+from lcdist_kernels.extensions import used as used_extensions
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def _record_start(trainer: Trainer, folder: Path, reason: str) -> str:
         peak=asdict(trainer.peak),
         world_size=trainer.mesh.world_size,
         versions=versions(),
-        kernels=", ".join([trainer.plan.config.train.kernels, *apex.used()]),
+        kernels=", ".join([trainer.plan.config.train.kernels, *used_extensions()]),
     )
     # A stage begins where the one before it ended.
     stages = [path for path in stage_folders(folder.parent) if path != folder]

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from lcdist_kernels import apex
+from lcdist_kernels import apex, extensions
 from lcdist_kernels.step_kernels import choose_step_kernels
 
 
@@ -106,20 +106,25 @@ class StandIns:
 @contextmanager
 def apex_installed(stand_ins: StandIns, kernels: str = "apex") -> Iterator[StandIns]:
     """Put the extensions where imports find them, and choose `kernels`, inside the block."""
+    with installed(stand_ins.modules(), kernels):
+        yield stand_ins
+
+
+@contextmanager
+def installed(modules: dict[str, Any], kernels: str) -> Iterator[None]:
+    """Put modules where imports find them, and choose `kernels`, inside the block."""
     # `patch.dict` would also forget every other module that is imported inside the block.
-    modules = stand_ins.modules()
     before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules.update(modules)
-    apex._found.cache_clear()
+    extensions.forget()
     choose_step_kernels(kernels)
     try:
-        yield stand_ins
+        yield
     finally:
         for name in modules:
             del sys.modules[name]
         sys.modules.update(before)
-        apex._found.cache_clear()
-        apex._USED.clear()
+        extensions.forget()
         choose_step_kernels("auto")
 
 

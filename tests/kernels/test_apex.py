@@ -12,17 +12,19 @@ from torch import Tensor
 
 from lcdist_kernels import apex
 from lcdist_kernels.adamw import Hyper, Tensors, adamw_
+from lcdist_kernels.extensions import find, forget, missing
 from lcdist_kernels.norm import add_norm, scale_rows
 from lcdist_kernels.step_kernels import choose_step_kernels
 from tests.kernels.apex_stand_ins import StandIns, apex_installed, package_apex
 
 CPU = torch.device("cpu")
+PARTS = list(apex.PARTS.values())
 
 
 def test_nothing_is_found_where_nothing_is_installed() -> None:
-    apex._found.cache_clear()
-    assert [apex.find(name, CPU) for name in apex.PARTS] == [None] * 3
-    absent = apex.missing(CPU)
+    forget()
+    assert [find(part, CPU) for part in PARTS] == [None] * 3
+    absent = missing(PARTS, CPU)
     assert len(absent) == 3 and absent[0].startswith("weights (fused_weight_gradient_mlp_cuda: ")
 
 
@@ -30,13 +32,13 @@ def test_wrong_results_and_missing_functions_are_found_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with apex_installed(StandIns(factor=1.5)):
-        assert all("gives other results than torch" in words for words in apex.missing(CPU))
+        assert all("gives other results than torch" in words for words in missing(PARTS, CPU))
     modules = StandIns().modules()
     del modules["amp_C"].multi_tensor_adam_capturable
     stand_ins = StandIns()
     monkeypatch.setattr(stand_ins, "modules", lambda: modules)
     with apex_installed(stand_ins):
-        assert apex.missing(CPU) == ["adamw (amp_C has no multi_tensor_adam_capturable)"]
+        assert missing(PARTS, CPU) == ["adamw (amp_C has no multi_tensor_adam_capturable)"]
 
 
 def test_the_other_project_of_that_name_is_known_by_its_files(

@@ -10,6 +10,7 @@ from torch import Tensor
 from lcdist_kernels import apex
 from lcdist_kernels.adamw import batched, kernel
 from lcdist_kernels.adamw.tensors import Hyper, Tensors
+from lcdist_kernels.extensions import find
 from lcdist_kernels.step_kernels import resolved, step_kernels
 
 IMPLS = ("auto", "triton", "torch")
@@ -38,7 +39,7 @@ def adamw_(tensors: Tensors, totals: Tensor, hyper: Hyper, impl: str = "auto") -
     if impl == "triton" and not is_fp32:
         raise ValueError("impl = 'triton': the kernel takes fp32 masters")
     by_apex = impl == "auto" and is_fp32 and step_kernels() == "apex"
-    module = apex.find("adamw", totals.device) if by_apex else None
+    module = find(apex.PARTS["adamw"], totals.device) if by_apex else None
     if impl == "triton" or (impl == "auto" and is_fp32 and totals.is_cuda and module is None):
         kernel.update(tensors, totals, hyper)
     else:

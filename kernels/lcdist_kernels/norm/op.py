@@ -16,11 +16,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lcdist_kernels import apex
+from lcdist_kernels import apex, transformer_engine
+from lcdist_kernels.extensions import find
 from lcdist_kernels.norm import kernel, plain
-from lcdist_kernels.norm.by_apex import ByApex
+from lcdist_kernels.norm.by_library import ByLibrary
 from lcdist_kernels.rows import use_row_kernels
 from lcdist_kernels.step_kernels import step_kernels
+
+# By `step_kernels`.
+_LIBRARIES: dict[str, Any] = {"apex": apex, "te": transformer_engine}
 
 
 def add_norm(
@@ -90,8 +94,9 @@ def scale_rows(
 
 def _maker(impl: str, x: Tensor, eps: float) -> Any:
     """Return what computes norms like those of x: an object with `fwd`, `bwd` and `scale`."""
-    if impl == "auto" and step_kernels() == "apex":
-        module = apex.find("norm", x.device)
+    library = _LIBRARIES.get(step_kernels()) if impl == "auto" else None
+    if library is not None and x.dtype in library.DTYPES:
+        module = find(library.PARTS["norm"], x.device)
         if module is not None:
-            return ByApex(module, eps)
+            return ByLibrary(library, module, eps)
     return kernel if use_row_kernels(impl, x) else plain
