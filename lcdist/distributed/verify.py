@@ -32,12 +32,18 @@ def damaged_on_any_rank(
 
 
 def refuse_damaged(
-    folder: Path, digests: Mapping[str, str], sizes: Mapping[str, int], remedy: str
+    folder: Path, digests: Mapping[str, str], sizes: Mapping[str, int], source: str, remedy: str
 ) -> None:
-    """Raise ValueError on all ranks if a file of `folder` is damaged; all ranks call it."""
+    """Raise ValueError on all ranks if a file of `folder` is damaged; all ranks call it.
+
+    Args:
+        folder, digests, sizes: as for `damaged_on_any_rank`.
+        source: file that holds the digests, which may be the damaged one.
+        remedy: what to do, for the message.
+    """
     damage = damaged_on_any_rank(folder, digests, sizes)
     if damage:
-        raise ValueError(f"{folder} is damaged: {'; '.join(damage)}; {remedy}")
+        raise ValueError(f"{folder} is damaged: {'; '.join(damage)} (from {source}); {remedy}")
 
 
 def share_out(sizes: Mapping[str, int], ranks: int) -> Sequence[list[str]]:

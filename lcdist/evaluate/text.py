@@ -21,7 +21,7 @@ from lcdist.data.datasets.build import held_out_folder
 from lcdist.data.datasets.sample import Sample
 from lcdist.data.datasets.split import TokenSplit
 from lcdist.data.loader import Loader, LoaderSpec
-from lcdist.data.meta import REMAKE, Meta
+from lcdist.data.meta import META, REMAKE, Meta
 from lcdist.distributed.mesh import Mesh
 from lcdist.distributed.verify import refuse_damaged
 from lcdist.engines.engine import ForwardEngine
@@ -99,7 +99,7 @@ def open_text(config: Config, checkpoint: Checkpoint) -> tuple[Text, Meta]:
         )
     split = TokenSplit(held_out_folder(config.data), "valid")
     if config.checkpoint.verify == "full":
-        refuse_damaged(Path(split.folder), split.meta.sha256 or {}, split.meta.files, REMAKE)
+        refuse_damaged(Path(split.folder), split.meta.sha256 or {}, split.meta.files, META, REMAKE)
     answers_only = config.data.targets == "answers"
     length, tokens = max(config.evaluate.lengths), config.evaluate.tokens
     return held_out_text(split, length, tokens, answers_only), split.meta

@@ -13,7 +13,7 @@ from lcdist.data.datasets.build import build_dataset, coverage_lines, token_fold
 from lcdist.data.datasets.sample import Dataset
 from lcdist.data.datasets.synthetic import SyntheticDataset
 from lcdist.data.loader import Loader, LoaderSpec
-from lcdist.data.meta import REMAKE, check_vocabulary, read_meta
+from lcdist.data.meta import META, REMAKE, check_vocabulary, read_meta
 from lcdist.distributed.mesh import Mesh
 from lcdist.distributed.verify import refuse_damaged
 from lcdist.engines.deepspeed.engine import DeepSpeedEngine
@@ -52,7 +52,7 @@ def open_dataset(plan: Plan) -> Dataset:
     if plan.config.checkpoint.verify == "full":
         for folder in token_folders(data):
             meta = read_meta(folder)
-            refuse_damaged(folder, meta.sha256 or {}, meta.files, REMAKE)
+            refuse_damaged(folder, meta.sha256 or {}, meta.files, META, REMAKE)
     check_vocabulary(dataset.meta, plan.config.model.vocab_size, reserved=landmarks)
     for line in coverage_lines(dataset, train.steps * train.global_batch_size):
         log.info(line)

@@ -163,6 +163,7 @@ DAMAGE = {
         lambda raw: raw[:86] + struct.pack("<q", 10**15) + raw[94:],
         "document 4 begins at byte 1000000000000000, and those before it end at byte 36",
     ),
+    "sequences": (lambda raw: raw[:-16] + bytes(16), "document 4 begins with sequence 0, and each"),
 }
 
 

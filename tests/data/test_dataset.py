@@ -177,12 +177,14 @@ def test_a_flipped_bit_is_found(prepared: Prepared, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(prepared.folder, tmp_path / "copy"))
     meta = read_meta(folder)
     assert meta.sha256 is not None and meta.sha256.keys() == meta.files.keys()
-    refuse_damaged(folder, meta.sha256, meta.files, REMAKE)
+    refuse_damaged(folder, meta.sha256, meta.files, "meta.json", REMAKE)
     content = bytearray((folder / "train.bin").read_bytes())
     content[7] ^= 4
     (folder / "train.bin").write_bytes(content)
-    with pytest.raises(ValueError, match=r"is damaged: file train\.bin has sha256 .*; remove the"):
-        refuse_damaged(folder, meta.sha256, meta.files, REMAKE)
+    with pytest.raises(
+        ValueError, match=r"file train\.bin has sha256 .* \(from meta\.json\); remove the"
+    ):
+        refuse_damaged(folder, meta.sha256, meta.files, "meta.json", REMAKE)
 
 
 def test_synthetic_documents_repeat_a_word() -> None:

@@ -111,9 +111,10 @@ _CHECKED_DOCUMENTS = 2**20
 
 
 def check_index(prefix: str | Path) -> None:
-    """Check that `prefix`.idx is whole: sizes, positive lengths, and offsets that are their sums.
+    """Check that `prefix`.idx is whole.
 
-    The index is read once, block by block: 12 bytes a document.
+    Sizes, positive lengths, offsets that are their sums, and one sequence a document. The index is
+    read once, block by block: 20 bytes a document.
 
     Raises:
         ValueError: it is not; the message names the first document that is wrong.
@@ -140,10 +141,11 @@ def _header_problem(path: Path) -> str:
 
 
 def _document_problem(path: Path) -> str:
-    _, _, code, count, _ = _read_header(path)
+    _, _, code, count, borders = _read_header(path)
     tables = np.memmap(path, np.uint8, "r")
     lengths = np.frombuffer(tables, np.int32, count, _HEADER.size)
     starts = np.frombuffer(tables, np.int64, count, _HEADER.size + 4 * count)
+    sequences = np.frombuffer(tables, np.int64, borders, _HEADER.size + 12 * count)
     offset = 0
     for first in range(0, count, _CHECKED_DOCUMENTS):
         block = lengths[first : first + _CHECKED_DOCUMENTS].astype(np.int64)
@@ -160,6 +162,15 @@ def _document_problem(path: Path) -> str:
                 f"before it end at byte {wanted[number]}"
             )
         offset = int(ends[-1])
+    for first in range(0, borders, _CHECKED_DOCUMENTS):
+        block = sequences[first : first + _CHECKED_DOCUMENTS]
+        wrong = block != np.arange(first, first + len(block))
+        if wrong.any():
+            number = int(np.argmax(wrong))
+            return (
+                f"document {first + number} begins with sequence {block[number]}, and each "
+                "document is one sequence"
+            )
     return ""
 
 

@@ -51,7 +51,7 @@ def task_inputs(loaded: LoadedModel, with_text: bool) -> TaskInputs:
         check_vocabulary(meta, vocab_size, vocab_size - loaded.plan.shape.text_vocab_size)
         if with_text and "valid" in meta.tokens:
             if config.checkpoint.verify == "full":
-                refuse_damaged(folder, meta.sha256 or {}, meta.files, REMAKE)
+                refuse_damaged(folder, meta.sha256 or {}, meta.files, META, REMAKE)
             tokens = _LENGTHS_OF_TEXT * max(config.evaluate.lengths)
             text = held_out_essay(folder, tokenizer, tokens, form.specials)
     return TaskInputs(config.evaluate, form, text)
