@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ def read_meta(folder: str | Path) -> Meta:
     hints = typing.get_type_hints(Meta)
     check_types(table, {name: hints[name] for name in table}, str(path), REMAKE)
     meta = Meta(**table)
+    _check_digests(meta, path)
     for name, expected_size in meta.files.items():
         file = Path(folder, name)
         size = file.stat().st_size if file.is_file() else None
@@ -103,6 +105,18 @@ def read_meta(folder: str | Path) -> Meta:
             state = "is missing" if size is None else f"has {size} bytes"
             raise ValueError(f"{file}: {state}, {META} says {expected_size} bytes; {REMAKE}")
     return meta
+
+
+def _check_digests(meta: Meta, path: Path) -> None:
+    """Raise ValueError unless meta.json has a SHA-256 for each file that it lists, or none."""
+    if not meta.sha256:
+        return
+    if set(meta.sha256) != set(meta.files):
+        names = ", ".join(sorted(set(meta.sha256) ^ set(meta.files)))
+        raise ValueError(f"{path}: files and sha256 do not name the same files ({names}); {REMAKE}")
+    for name, digest in meta.sha256.items():
+        if re.fullmatch("[0-9a-f]{64}", digest) is None:
+            raise ValueError(f"{path}: sha256 of {name} is {digest!r}, not a SHA-256; {REMAKE}")
 
 
 def check_vocabulary(meta: Meta, vocab_size: int, reserved: int = 0) -> None:

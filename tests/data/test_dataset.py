@@ -42,7 +42,7 @@ def fill(folder: Path, documents: Sequence[list[int]]) -> None:
 
 def read_meta_without_check(folder: Path):
     table = json.loads((folder / "meta.json").read_text())
-    table["files"] = {}
+    table["files"] = table["sha256"] = {}
     (folder / "meta.json").write_text(json.dumps(table))
     names = [path.name for path in folder.iterdir() if path.name != "meta.json"]
     return dataclasses.replace(read_meta(folder), files=dict.fromkeys(sorted(names), 0))
@@ -156,6 +156,24 @@ def test_a_damaged_meta_raises(counted: Path, text: str, message: str) -> None:
     (counted / "meta.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         TokenSplit(counted, "train")
+
+
+@pytest.mark.parametrize(
+    ("written", "damaged", "message"),
+    [
+        ('"train.idx": "', '"vrain.idx": "', r"name the same files \(train\.idx, vrain\.idx\)"),
+        ('"train.idx": "', '"train.idx": "`', r"sha256 of train\.idx is '`.*', not a SHA-256"),
+    ],
+)
+def test_damaged_digests_are_told_as_such(
+    prepared: Prepared, tmp_path: Path, written: str, damaged: str, message: str
+) -> None:
+    folder = Path(shutil.copytree(prepared.folder, tmp_path / "copy"))
+    text = (folder / "meta.json").read_text()
+    assert text.count(written) == 1
+    (folder / "meta.json").write_text(text.replace(written, damaged))
+    with pytest.raises(ValueError, match=rf"meta\.json: .*{message}; remove the folder"):
+        TokenSplit(folder, "train")
 
 
 def test_a_truncated_or_missing_file_raises(counted: Path) -> None:
