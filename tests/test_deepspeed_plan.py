@@ -11,7 +11,7 @@ import pytest
 from lcdist.config import ConfigError
 from lcdist.hardware.gpu_specs import GPU_SPECS
 from lcdist.plan import Plan, make_plan, plan_rows
-from lcdist.plan.deepspeed import without_deepspeed
+from lcdist.plan.deepspeed import deepspeed_config, without_deepspeed
 from lcdist.verify.preflight import check_host_memory
 from tests.distributed import run_ranks
 from tests.model.small import small
@@ -19,6 +19,7 @@ from tests.model.small import small
 H100 = GPU_SPECS["h100"]
 ENGINE = "train.engine=deepspeed"
 CPU = "deepspeed.offload_optimizer=cpu"
+NVME = ("deepspeed.stage=3", "deepspeed.offload_parameters=nvme")
 
 
 def refusal(*words: str, gpu: bool = False) -> str:
@@ -43,6 +44,11 @@ def refusal(*words: str, gpu: bool = False) -> str:
             ["deepspeed.offload_parameters=cpu", "deepspeed.stage=2"],
             ["offload_parameters = 'cpu'", "stage = 3, not 2"],
         ),
+        (
+            [*NVME, "train.dtype=fp32", "deepspeed.nvme_folder=disk"],
+            ["offload_parameters = 'nvme' with train.dtype = 'fp32'", "set train.dtype = 'bf16'"],
+        ),
+        ([*NVME, "train.dtype=bf16"], ["nvme_folder is empty", "offload to 'cpu'"]),
         (
             ["train.engine=megatron", "deepspeed.stage=3"],
             ["deepspeed.stage = 3 has no effect", "set train.engine = 'deepspeed'"],
@@ -145,6 +151,18 @@ def test_offload_moves_states_to_the_host() -> None:
     assert 30 * part < there.memory.host_bytes < 2 * 30 * part
     rows = dict(plan_rows(there))
     assert "ZeRO stage 2, optimizer on 'cpu', up to" in rows["engine"]
+
+
+def test_a_buffer_for_weights_on_disk_holds_the_largest() -> None:
+    large = ("model.vocab_size=128256", "model.hidden_size=4096", "model.num_layers=1")
+    words = (*NVME, "deepspeed.nvme_folder=disk", "train.dtype=bf16")
+    plans = [on_gpus(*words, *more, world_size=1) for more in ((), large)]
+    sizes = [deepspeed_config(p.shape)["zero_optimization"]["offload_param"] for p in plans]
+    assert [size["buffer_size"] for size in sizes] == [10**8, 128256 * 4096]
+    assert all(plan.memory.zero is not None for plan in plans)
+    # Five of them are in the host's memory.
+    grown = [plan.memory.host_bytes for plan in plans]
+    assert grown[1] - grown[0] > 5 * 2 * (128256 * 4096 - 10**8)
 
 
 def host_check(rank: int, world_size: int, free: list[int]) -> list[str]:

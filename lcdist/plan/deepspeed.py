@@ -22,6 +22,8 @@ NEUTRAL_ZERO += ("stage3_max_live_parameters", "stage3_max_reuse_distance")
 NEUTRAL_ZERO += ("stage3_param_persistence_threshold", "stage3_model_persistence_threshold")
 NEUTRAL_OFFLOAD = ("device", "nvme_path", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu")
 NEUTRAL_OFFLOAD += ("pipeline_read", "pipeline_write", "fast_init")
+# DeepSpeed's default for a buffer that weights on a disk pass through.
+DISK_BUFFER_ELEMENTS = 100_000_000
 # Other keys and what is to be set instead.
 REMEDIES = {
     "optimizer": "set [optim]: the optimizer is AdamW",
@@ -65,7 +67,7 @@ def check_deepspeed(config: Config, dtype: str, errors: list[str]) -> None:
             "and DeepSpeed keeps no fp32 masters of them; set deepspeed.stage = 1, 2 or 3, or "
             "train.dtype = 'fp32'"
         )
-    _check_offload(settings, errors)
+    _check_offload(settings, dtype, errors)
 
 
 def _check_unused(settings: DeepSpeedConfig, errors: list[str]) -> None:
@@ -80,8 +82,8 @@ def _check_unused(settings: DeepSpeedConfig, errors: list[str]) -> None:
             )
 
 
-def _check_offload(settings: DeepSpeedConfig, errors: list[str]) -> None:
-    """Check that the stage can offload what is to be offloaded."""
+def _check_offload(settings: DeepSpeedConfig, dtype: str, errors: list[str]) -> None:
+    """Check that the stage can offload what is to be offloaded, and at this precision."""
     if settings.offload_parameters != "none" and settings.stage < 3:
         errors.append(
             f"deepspeed.offload_parameters = '{settings.offload_parameters}' needs "
@@ -96,6 +98,11 @@ def _check_offload(settings: DeepSpeedConfig, errors: list[str]) -> None:
         errors.append(
             "deepspeed.offload_optimizer = 'nvme' needs deepspeed.stage = 3, not "
             f"{settings.stage}; or set it to 'cpu'"
+        )
+    if settings.offload_parameters == "nvme" and dtype != "bf16":
+        errors.append(
+            f"deepspeed.offload_parameters = 'nvme' with train.dtype = '{dtype}': DeepSpeed writes "
+            "weights to the disk in 16 bits; set train.dtype = 'bf16', or offload them to 'cpu'"
         )
     if "nvme" in (settings.offload_optimizer, settings.offload_parameters) and (
         not settings.nvme_folder
@@ -135,6 +142,8 @@ def deepspeed_config(shape: RunShape) -> dict[str, Any]:
         **_offload("offload_optimizer", settings.offload_optimizer, settings.nvme_folder),
         **_offload("offload_param", settings.offload_parameters, settings.nvme_folder),
     }
+    if settings.offload_parameters == "nvme":
+        zero["offload_param"]["buffer_size"] = disk_buffer_elements(shape)
     precision: dict[str, Any] = {"bf16": {"enabled": shape.dtype == "bf16"}}
     if shape.dtype == "bf16":
         # A step that is not finite is refused, and gradients are summed as under Megatron.
@@ -150,6 +159,18 @@ def deepspeed_config(shape: RunShape) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         **precision,
     }
+
+
+def disk_buffer_elements(shape: RunShape) -> int:
+    """Return the elements of a buffer for weights on a disk: a rank's part of the largest one.
+
+    DeepSpeed's default is 100 million, and a larger weight would not fit.
+    """
+    model, parallel = shape.config.model, shape.config.parallel
+    attention = (model.nheads + 2 * shape.nheads_kv) * shape.head_dim
+    rows = max(shape.padded_vocab_size, 2 * model.ffn_hidden_size, attention)
+    ranks = shape.dp_size * parallel.cp_size
+    return max(DISK_BUFFER_ELEMENTS, -(-rows // parallel.tp_size * model.hidden_size // ranks))
 
 
 def _offload(key: str, target: str, folder: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lcdist.config.deepspeed import DeepSpeedConfig
 from lcdist.config.lora_sizes import adapter_tensors
+from lcdist.plan.deepspeed import disk_buffer_elements
 from lcdist.plan.estimate import Estimate
 
 FP32_BYTES = 4
@@ -21,7 +22,7 @@ SUB_GROUP_ELEMENTS = 1_000_000_000
 # of `stage3_max_reuse_distance`, which counts the way there and back.
 REUSED_ELEMENTS = 500_000_000
 # Pinned buffers of offload to a disk: of a sub-group's states, and of parameters.
-STATE_BUFFERS, PARAMETER_BUFFERS, BUFFER_ELEMENTS = 4, 5, 100_000_000
+STATE_BUFFERS, PARAMETER_BUFFERS = 4, 5
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class ZeroStates(Estimate):
         weights = -(-self.parameters.stages[0] // self._ranks)
         if target == "nvme":
             weights = min(weights, SUB_GROUP_ELEMENTS)
-            buffers = PARAMETER_BUFFERS * pinned_bytes(BUFFER_ELEMENTS * itemsize)
+            buffers = PARAMETER_BUFFERS * pinned_bytes(disk_buffer_elements(self.shape) * itemsize)
             return pinned_bytes(weights * itemsize) + buffers
         return pinned_bytes(weights * itemsize) if target == "cpu" else 0
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lcdist.data.loader import Batch
 from lcdist.distributed.mesh import Mesh
-from lcdist.engines.deepspeed.setup import start
+from lcdist.engines.deepspeed.setup import copy_weights_to_masters, start
 from lcdist.engines.deepspeed.state import WholeTensors, local_shape
 from lcdist.engines.engine import NoTargetError, PendingLoss, RefusedStepError
 from lcdist.engines.forward import MegatronForward
@@ -154,7 +154,7 @@ class DeepSpeedEngine(MegatronForward):
     def weights_changed(self) -> None:
         """Copy the weights into the fp32 masters."""
         if self.stage:
-            self.engine.optimizer.refresh_fp32_params()
+            copy_weights_to_masters(self.engine)
 
     def state_dict(self, weights_only: bool = False) -> dict[str, Any]:
         """Return the sharded weights, and the sharded optimizer state unless `weights_only`."""

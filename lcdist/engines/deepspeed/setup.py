@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,42 @@ def partitions(engine: Any) -> list[Tensor]:
     return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
 
 
+def partitions_in_memory(engine: Any) -> Iterator[Tensor]:
+    """Yield `partitions`, each one that lies on disk read before and written with its state after.
+
+    On disk are those of at least a megabyte, under offload to NVMe. Meanwhile they are empty.
+    """
+    zero = engine.optimizer
+    for number, part in enumerate(partitions(engine)):
+        is_on_disk = _offloads_to_disk(zero) and zero._swappable_optimizer_subgroup(number)
+        if is_on_disk:
+            zero._optimizer_states_and_gradient_swap_in(number)
+        yield part
+        if is_on_disk:
+            zero._optimizer_states_and_gradient_swap_out(number)
+
+
+def copy_weights_to_masters(engine: Any) -> None:
+    """Copy the weights that ZeRO divides into the fp32 masters, also where they lie on disk."""
+    zero = engine.optimizer
+    if not _offloads_to_disk(zero):
+        zero.refresh_fp32_params()
+        return
+    for number, part in enumerate(partitions_in_memory(engine)):
+        weights = zero.fp16_partitioned_groups_flat[number]
+        if weights is None:
+            weights = torch.empty_like(part)
+            zero._swap_in_sub_group_to_flat_buffer(weights, number)
+        with torch.no_grad():
+            part.copy_(weights)
+
+
+def _offloads_to_disk(zero: Any) -> bool:
+    """Return whether an optimizer of DeepSpeed keeps anything on NVMe; that of stage 3 may."""
+    names = ("swap_optimizer", "params_in_nvme_and_cpu")
+    return any(getattr(zero, name, False) for name in names)
+
+
 def _adamw(trained: Sequence[TrainedParameter], config: OptimConfig) -> torch.optim.AdamW:
     """Return torch's AdamW over groups of equal weight decay and learning rate."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
@@ -123,7 +159,7 @@ def _make_states(engine: Any) -> None:
 
     DeepSpeed finds a parameter's part of a state only if it existed after the first group's step.
     """
-    for part in partitions(engine):
+    for part in partitions_in_memory(engine):
         engine.basic_optimizer.state[part] = {
             "step": torch.zeros((), dtype=torch.float32, device=part.device),
             "exp_avg": torch.zeros_like(part),
