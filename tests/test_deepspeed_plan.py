@@ -93,6 +93,10 @@ def test_an_engine_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
             ["offload_optimizer", "set deepspeed.offload_optimizer = 'cpu'"],
         ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"pipeline_read": True}}},
+            ["offload_optimizer in", "pipeline_read with buffer_count = 4", "buffer_count to 12"],
+        ),
         ("{", ["Expecting property name"]),
         ([], ["holds no JSON object"]),
         (None, ["No such file"]),

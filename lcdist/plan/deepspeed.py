@@ -24,6 +24,8 @@ NEUTRAL_OFFLOAD = ("device", "nvme_path", "pin_memory", "buffer_count", "buffer_
 NEUTRAL_OFFLOAD += ("pipeline_read", "pipeline_write", "fast_init")
 # DeepSpeed's default for a buffer that weights on a disk pass through.
 DISK_BUFFER_ELEMENTS = 100_000_000
+# Least buffers of offload to a disk that reads and writes ahead.
+PIPELINE_BUFFERS = 12
 # Other keys and what is to be set instead.
 REMEDIES = {
     "optimizer": "set [optim]: the optimizer is AdamW",
@@ -214,6 +216,7 @@ def merged(ours: dict[str, Any], theirs: dict[str, Any], errors: list[str]) -> d
         elif key not in (*ours, *NEUTRAL, *REMEDIES) and not off:
             errors.append(f"{key} in deepspeed.json_file is not supported; leave it out")
     errors += _unknown_zero_keys(ours, theirs)
+    errors += _too_few_buffers(theirs)
     return _with(ours, theirs)
 
 
@@ -239,6 +242,25 @@ def _unknown_zero_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator
                 f"zero_optimization.{name} in deepspeed.json_file is not supported; leave it out, "
                 f"or use some of {', '.join(sorted(NEUTRAL_ZERO))}"
             )
+
+
+def _too_few_buffers(theirs: dict[str, Any]) -> Iterator[str]:
+    """Yield a line if states are read or written ahead without buffers for that.
+
+    Four tensors each of three groups of states: one is updated, one read ahead, one still written.
+    """
+    zero = theirs.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer", {}) if isinstance(zero, dict) else {}
+    if not isinstance(offload, dict):
+        return
+    count = offload.get("buffer_count", 4)
+    ahead = [key for key in ("pipeline_read", "pipeline_write") if offload.get(key) is True]
+    if ahead and not (isinstance(count, int) and count >= PIPELINE_BUFFERS):
+        yield (
+            f"zero_optimization.offload_optimizer in deepspeed.json_file: {' and '.join(ahead)} "
+            f"with buffer_count = {count!r}; set buffer_count to {PIPELINE_BUFFERS} or more, or "
+            "leave both out"
+        )
 
 
 def _contradictions(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> Iterator[str]:
