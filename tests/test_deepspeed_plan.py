@@ -84,6 +84,11 @@ def test_an_engine_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
             ["zero_optimization.stage = 3", "the run says 1"],
         ),
         ({"optimizer": {"type": "Adam"}}, ["optimizer", "set [optim]"]),
+        (
+            {"data_types": {"grad_accum_dtype": "bf16"}},
+            ["data_types.grad_accum_dtype = 'bf16'", "the run says 'fp32'"],
+        ),
+        ({"prescale_gradients": True}, ["prescale_gradients = True", "the run says False"]),
         ({"train_batch_sise": 4}, ["train_batch_sise", "not supported; leave it out"]),
         (
             {"zero_optimization": {"stgae": 3}},

@@ -14,7 +14,7 @@ from lcdist.plan.shape import RunShape
 INSTALL = "pip install 'lcdist[deepspeed]', or set train.engine = 'megatron'"
 # Of a user's file: groups of settings that change speed, memory or logging and no number.
 NEUTRAL = ("zero_optimization", "aio", "comms_logger", "memory_breakdown", "dump_state")
-NEUTRAL += ("wall_clock_breakdown", "steps_per_print", "prescale_gradients", "data_types")
+NEUTRAL += ("wall_clock_breakdown", "steps_per_print")
 # Of `zero_optimization`: settings that change speed or memory alone.
 NEUTRAL_ZERO = ("contiguous_gradients", "reduce_scatter", "allgather_partitions", "sub_group_size")
 NEUTRAL_ZERO += ("round_robin_gradients", "use_multi_rank_bucket_allreduce")
@@ -146,17 +146,22 @@ def deepspeed_config(shape: RunShape) -> dict[str, Any]:
     }
     if settings.offload_parameters == "nvme":
         zero["offload_param"]["buffer_size"] = disk_buffer_elements(shape)
-    precision: dict[str, Any] = {"bf16": {"enabled": shape.dtype == "bf16"}}
+    # Gradients are summed as under Megatron.
+    precision: dict[str, Any] = {
+        "bf16": {"enabled": shape.dtype == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
     if shape.dtype == "bf16":
-        # A step that is not finite is refused, and gradients are summed as under Megatron.
+        # A step that is not finite is refused.
         precision["bf16"]["check_grad_overflow"] = True
-        precision["data_types"] = {"grad_accum_dtype": "fp32"}
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": shape.num_micro_batches,
         # Without ZeRO the engine clips: DeepSpeed would not report the norm.
         "gradient_clipping": config.optim.clip_norm if settings.stage else 0.0,
         "zero_optimization": zero,
+        # ZeRO-2 and 3 refuse it, and ranks wait for each other for ever.
+        "prescale_gradients": False,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         **precision,
