@@ -57,12 +57,6 @@ def used() -> list[str]:
     return list(_USED)
 
 
-def forget() -> None:
-    """Search again for every part: for tests, which install stand-ins."""
-    _found.cache_clear()
-    _USED.clear()
-
-
 @cache
 def _found(part: Part, device: torch.device) -> Any:
     """Return a part's extension, or why there is none."""

@@ -110,13 +110,19 @@ def apex_installed(stand_ins: StandIns, kernels: str = "apex") -> Iterator[Stand
         yield stand_ins
 
 
+def forget_extensions() -> None:
+    """Let every part be searched again."""
+    extensions._found.cache_clear()
+    extensions._USED.clear()
+
+
 @contextmanager
 def installed(modules: dict[str, Any], kernels: str) -> Iterator[None]:
     """Put modules where imports find them, and choose `kernels`, inside the block."""
     # `patch.dict` would also forget every other module that is imported inside the block.
     before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules.update(modules)
-    extensions.forget()
+    forget_extensions()
     choose_step_kernels(kernels)
     try:
         yield
@@ -124,7 +130,7 @@ def installed(modules: dict[str, Any], kernels: str) -> Iterator[None]:
         for name in modules:
             del sys.modules[name]
         sys.modules.update(before)
-        extensions.forget()
+        forget_extensions()
         choose_step_kernels("auto")
 
 

@@ -12,17 +12,22 @@ from torch import Tensor
 
 from lcdist_kernels import apex
 from lcdist_kernels.adamw import Hyper, Tensors, adamw_
-from lcdist_kernels.extensions import find, forget, missing
+from lcdist_kernels.extensions import find, missing
 from lcdist_kernels.norm import add_norm, scale_rows
 from lcdist_kernels.step_kernels import choose_step_kernels
-from tests.kernels.apex_stand_ins import StandIns, apex_installed, package_apex
+from tests.kernels.apex_stand_ins import (
+    StandIns,
+    apex_installed,
+    forget_extensions,
+    package_apex,
+)
 
 CPU = torch.device("cpu")
 PARTS = list(apex.PARTS.values())
 
 
 def test_nothing_is_found_where_nothing_is_installed() -> None:
-    forget()
+    forget_extensions()
     assert [find(part, CPU) for part in PARTS] == [None] * 3
     absent = missing(PARTS, CPU)
     assert len(absent) == 3 and absent[0].startswith("weights (fused_weight_gradient_mlp_cuda: ")

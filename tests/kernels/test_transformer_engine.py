@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lcdist_kernels import apex, transformer_engine
-from lcdist_kernels.extensions import find, forget, missing
+from lcdist_kernels.extensions import find, missing
 from lcdist_kernels.step_kernels import choose_step_kernels
+from tests.kernels.apex_stand_ins import forget_extensions
 from tests.kernels.test_apex import norms
 from tests.kernels.transformer_engine_stand_in import StandIn, transformer_engine_installed
 
@@ -16,7 +17,7 @@ PARTS = transformer_engine.PARTS
 
 
 def test_a_machine_without_it_says_what_is_missing() -> None:
-    forget()
+    forget_extensions()
     assert find(PARTS["norm"], CPU) is None
     [absent] = missing(PARTS.values(), CPU)
     assert absent.startswith("norm (transformer_engine_torch: No module named 'transformer_engine")
