@@ -160,7 +160,7 @@ def deepspeed_config(shape: RunShape) -> dict[str, Any]:
         # Without ZeRO the engine clips: DeepSpeed would not report the norm.
         "gradient_clipping": config.optim.clip_norm if settings.stage else 0.0,
         "zero_optimization": zero,
-        # ZeRO-2 and 3 refuse it, and ranks wait for each other for ever.
+        # With it ZeRO-2 and 3 end in an assertion, and ranks under ZeRO-1 in bf16 hang.
         "prescale_gradients": False,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

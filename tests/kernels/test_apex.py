@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -80,20 +81,34 @@ def norms(x: Tensor, delta: Tensor | None, weight: Tensor, douts: list[Tensor]) 
     return [total.detach(), normed.detach(), *grads]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("has_delta", [True, False])
-def test_norms_equal_torchs(dtype: torch.dtype, has_delta: bool) -> None:
+NORM_CASES = [(dtype, d) for dtype in (torch.float32, torch.bfloat16) for d in (True, False)]
+
+
+def calls_of_equal_norms(
+    block: AbstractContextManager[Any], dtype: torch.dtype, has_delta: bool
+) -> list[str]:
+    """Compare norms inside `block`, where a stand-in is installed, with torch's.
+
+    Returns:
+        The calls of the stand-in.
+    """
     x, delta, *douts = (torch.randn(3, 2, 40).to(dtype) for _ in range(4))
     weight = torch.rand(40).to(dtype)
     given: Any = (x, delta if has_delta else None, weight, douts)
     expected = norms(*given)
-    with apex_installed(StandIns()) as stand_ins:
+    with block as stand_in:
         got = norms(*given)
-        # Once in the self-test, then forward and again.
-        assert stand_ins.calls.count("norm") == 3
     rounding = 2e-2 if dtype == torch.bfloat16 else 1e-5
     for actual, truth in zip(got, expected, strict=True):
         torch.testing.assert_close(actual, truth, rtol=rounding, atol=rounding)
+    return stand_in.calls
+
+
+@pytest.mark.parametrize(("dtype", "has_delta"), NORM_CASES)
+def test_norms_equal_torchs(dtype: torch.dtype, has_delta: bool) -> None:
+    calls = calls_of_equal_norms(apex_installed(StandIns()), dtype, has_delta)
+    # Once in the self-test, then forward and again.
+    assert calls.count("norm") == 3
 
 
 @pytest.mark.parametrize("tokens", [7.0, 0.0])

@@ -9,7 +9,7 @@ from lcdist_kernels import apex, transformer_engine
 from lcdist_kernels.extensions import find, missing
 from lcdist_kernels.step_kernels import choose_step_kernels
 from tests.kernels.apex_stand_ins import forget_extensions
-from tests.kernels.test_apex import norms
+from tests.kernels.test_apex import NORM_CASES, calls_of_equal_norms, norms
 from tests.kernels.transformer_engine_stand_in import StandIn, transformer_engine_installed
 
 CPU = torch.device("cpu")
@@ -38,20 +38,12 @@ def test_wrong_results_and_missing_functions_are_found() -> None:
         ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("has_delta", [True, False])
+@pytest.mark.parametrize(("dtype", "has_delta"), NORM_CASES)
 def test_norms_equal_torchs(dtype: torch.dtype, has_delta: bool) -> None:
-    x, delta, *douts = (torch.randn(3, 2, 40).to(dtype) for _ in range(4))
-    weight = torch.rand(40).to(dtype)
-    given: Any = (x, delta if has_delta else None, weight, douts)
-    expected = norms(*given)
-    with transformer_engine_installed(StandIn()) as stand_in:
-        got = norms(*given)
-        # The self-test, then forward, forward again and backward.
-        assert stand_in.calls == ["fwd", "bwd", "fwd", "fwd", "bwd"]
-    rounding = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    for actual, truth in zip(got, expected, strict=True):
-        torch.testing.assert_close(actual, truth, rtol=rounding, atol=rounding)
+    block = transformer_engine_installed(StandIn())
+    # The self-test, then forward, forward again and backward.
+    expected = ["fwd", "bwd", "fwd", "fwd", "bwd"]
+    assert calls_of_equal_norms(block, dtype, has_delta) == expected
 
 
 def test_float64_and_other_choices_never_ask_it() -> None:
