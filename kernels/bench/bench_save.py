@@ -2,9 +2,11 @@
 
     python kernels/bench/bench_save.py [--quick]
 
-Saves with and without digests take turns, each in a new folder, of a model with its optimizer
-state. Then a run of the same model is resumed in a process of its own, and the parts of its start
-are timed. Rows are added to results/save.csv.
+Synchronous saves with and without digests take turns, each in a new folder, of a model with its
+optimizer state. Three times are measured: of a save within a run, where training waits for the
+writes; of such a save and the next steps, beside which the files are hashed; and of the save that
+ends a run, which waits for the digests. Then a run of the same model is resumed in a process of its
+own, and the parts of its start are timed. Rows are added to results/save.csv.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from harness import commit, machine, write
 
-from lcdist.checkpoint import manifest, writer
+from lcdist.checkpoint import manifest, save, writer
 from lcdist.checkpoint.save import Checkpointer
 from lcdist.commands import train
 from lcdist.config import load
@@ -31,6 +33,7 @@ from lcdist.distributed.mesh import build_mesh, end_world, start_world
 from lcdist.hardware.peak import Peak
 from lcdist.plan import make_plan
 from lcdist.train.build import build_trainer, open_dataset
+from lcdist.train.trainer import Trainer
 from lcdist.utils.digests import HashingWriter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +45,8 @@ SIZES = {
 }
 HEADS = ["model.nheads=12", "model.nheads_kv=4", "model.vocab_size=32000"]
 QUICK_HEADS = ["model.nheads=4", "model.nheads_kv=4", "model.vocab_size=2000"]
+# Steps that take longer than hashing a checkpoint.
+STEPS_BESIDE = 3
 # Functions that `lcdist.commands.train.run` calls, in order.
 PARTS = {
     "plan": "make_plan",
@@ -82,33 +87,66 @@ class WithoutDigests(HashingWriter):
 
 
 def save_rows(config: Config, repeats: int) -> list[dict[str, object]]:
-    """Return a row for saves with digests and one for saves without."""
+    """Return rows of saves with digests and of saves without.
+
+    The ratio of a row adds what digests cost there to the time of a save without.
+    """
     plan = make_plan(config, 1)
     start_world(config.parallel.timeout)
     mesh = build_mesh(config.parallel, config.train.seed)
     trainer = build_trainer(plan, mesh, open_dataset(plan), Peak(1.0, "config"))
-    times: dict[str, list[float]] = {"with digests": [], "without": []}
+    times: dict[tuple[str, str], list[float]] = {}
     nbytes = 0
     real = writer.HashingWriter, manifest.sha256_of_all
     for number in range(repeats + 1):
-        for kind, seconds in times.items():
+        for kind in ("with digests", "without"):
             if kind == "without":
                 writer.HashingWriter = WithoutDigests  # type: ignore[misc]
-                manifest.sha256_of_all = lambda files: {p.name: "0" * 64 for p in files}
+                save.sha256_of_all = manifest.sha256_of_all = without_digests
             with tempfile.TemporaryDirectory(dir=config.log.folder) as folder:
-                trainer.checkpointer = Checkpointer(Path(folder), keep_last=1)
-                trainer.step = number + 1
-                began = time.perf_counter()
-                trainer.save()
-                # The first pass fills caches and is not counted.
-                seconds += [time.perf_counter() - began] * (number > 0)
-                nbytes = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
+                found = time_saves(trainer, Path(folder), 2 * number + 1)
+                nbytes = sum(p.stat().st_size for p in Path(folder).rglob("*.distcp"))
             writer.HashingWriter, manifest.sha256_of_all = real  # type: ignore[misc]
-    plain = median(times["without"])
+            save.sha256_of_all = manifest.sha256_of_all
+            # The first pass fills caches and is not counted.
+            for part, seconds in found.items():
+                times.setdefault((part, kind), []).extend([seconds] * (number > 0))
+    medians = {key: median(seconds) for key, seconds in times.items()}
+    alone = medians["save", "without"]
+    ratios = {
+        (part, kind): 1 + (seconds - medians[part, "without"]) / alone
+        for (part, kind), seconds in medians.items()
+    }
     return [
-        row("save", kind, median(seconds), nbytes, repeats, median(seconds) / plain)
-        for kind, seconds in times.items()
+        row(part, kind, seconds, nbytes, repeats, ratios[part, kind])
+        for (part, kind), seconds in medians.items()
     ]
+
+
+def time_saves(trainer: Trainer, folder: Path, step: int) -> dict[str, float]:
+    """Return the seconds of a save within a run, of one with the next steps, and of a last one."""
+    trainer.checkpointer, trainer.step = Checkpointer(folder, keep_last=1), step
+    began = time.perf_counter()
+    trainer.save(wait=False)
+    waited = time.perf_counter() - began
+    for _ in range(STEPS_BESIDE):
+        trainer.engine.forward_backward(trainer.loader.next_step(trainer.mesh.device))
+        trainer.engine.step(1e-4)
+    hashed = not trainer.checkpointer.working
+    stepped = time.perf_counter()
+    trainer.complete_save()
+    done = time.perf_counter()
+    if not hashed:
+        raise RuntimeError(f"{STEPS_BESIDE} steps were shorter than the digests")
+    trainer.step += 1
+    trainer.save()
+    last = time.perf_counter() - done
+    return {"save": waited + done - stepped, "save and steps": done - began, "last save": last}
+
+
+def without_digests(files: Iterable[Path]) -> dict[str, str]:
+    """Return texts as long as digests."""
+    return {path.name: "0" * 64 for path in files}
 
 
 def start_rows(words: list[str], repeats: int) -> list[dict[str, object]]:

@@ -1,17 +1,21 @@
 """Write checkpoints atomically, while training waits or in the background.
 
 A checkpoint is written under a temporary name and renamed when it is complete, manifest included.
-A process killed at any moment leaves the earlier checkpoints as they were. In the background, the
-state is first copied to the host, and threads write the copy during the next steps. There is never
-more than one copy.
+A process killed at any moment leaves the earlier checkpoints as they were. There is never more than
+one save at a time. Training goes on
+
+- with `save`, when the checkpoint has its name. Files are hashed while they are written;
+- with `begin`, when the files are written. A thread reads them back and hashes them during the next
+  step, since beside the writes that may take as long as the writes;
+- with `begin` and a copy, when the state is in host memory. Threads write and hash the copy during
+  the next steps.
 """
 
 import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +33,48 @@ from lcdist.rundir.paths import (
     step_of,
 )
 from lcdist.utils.atomic import sync_folder
+from lcdist.utils.digests import sha256_of_all
 
 PARTIAL_PREFIX = ".writing-"
 DISCARDED_PREFIX = f"{PARTIAL_PREFIX}old-"
 
 
-@dataclass
 class _PendingSave:
-    """A checkpoint being written.
+    """A checkpoint being written: its step, the content of its manifest, and Megatron's request.
 
     Attributes:
-        step: number of training steps before it.
-        manifest: content of its manifest.
-        request: Megatron's.
-        thread: writes this rank's share.
-        digests: SHA-256 of the files of this rank's share by name, complete after the thread.
+        digests: SHA-256 of the files of this rank's share by name, complete after `wait`.
+        files: this rank's share.
+        written: whether Megatron knows of all ranks that their share is written.
     """
 
-    step: int
-    manifest: Mapping[str, Any]
-    request: Any
-    thread: threading.Thread
-    digests: dict[str, str]
+    def __init__(self, step: int, manifest: Mapping[str, Any], request: Any) -> None:
+        self.step, self.manifest, self.request = step, manifest, request
+        self.digests: dict[str, str] = {}
+        self.files: list[Path] = []
+        self.written = False
+        self._thread = threading.Thread()
+
+    def run(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Do the next part of this rank's work in a thread."""
+        # Not a daemon: the interpreter exits only after the thread has ended.
+        self._thread = threading.Thread(target=work, args=arguments)
+        self._thread.start()
+
+    @property
+    def working(self) -> bool:
+        """Return whether this rank still writes or hashes."""
+        return self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait for this rank's work."""
+        if self.working:
+            self._thread.join()
+
+    def read_back(self) -> None:
+        """Hash this rank's files. Those that cannot be read are left to `write_manifest`."""
+        with contextlib.suppress(OSError):
+            self.digests |= sha256_of_all(self.files)
 
 
 class Checkpointer:
@@ -80,22 +104,40 @@ class Checkpointer:
         Raises:
             CheckpointError: on every rank, if the checkpoint cannot be written.
         """
-        self._start(step, state, manifest, copy=False)
+        with self._timed():
+            self._start(step, state, manifest, copy=False, hash_beside=True)
         self.finish()
         return self._final(step)
 
-    def begin(self, step: int, state: dict[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Copy the state to the host and start writing it; all ranks call it, and `finish` later.
-
-        An earlier save must have been finished. Raises as `save`.
-        """
-        self._start(step, state, manifest, copy=True)
-
-    def _start(
+    def begin(
         self, step: int, state: dict[str, Any], manifest: Mapping[str, Any], copy: bool
     ) -> None:
+        """Start a save that `finish` completes later; all ranks call both.
+
+        Args:
+            step, state, manifest: as for `save`. An earlier save must have been finished.
+            copy: write a copy of the state in the background. Otherwise the state is written at
+                once, and only hashed in the background.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        with self._timed():
+            self._start(step, state, manifest, copy, hash_beside=copy)
+            if self._pending is not None and not copy:
+                self._end_write(self._pending)
+                self._pending.run(self._pending.read_back)
+
+    def _start(
+        self,
+        step: int,
+        state: dict[str, Any],
+        manifest: Mapping[str, Any],
+        copy: bool,
+        hash_beside: bool,
+    ) -> None:
         assert not self.unfinished, "one save at a time: finish the earlier one first"
-        began, partial = time.perf_counter(), self._partial(step)
+        partial = self._partial(step)
 
         def prepare() -> None:
             sweep_leftovers(self.folder)
@@ -104,21 +146,34 @@ class Checkpointer:
 
         run_on_rank_zero(prepare)
         request = start_save(state, partial)
-        # Not a daemon: the interpreter exits only after the thread has written.
-        thread, digests = threading.Thread(target=lambda: None), {}
+        pending = self._pending = _PendingSave(step, manifest, request)
         if request.async_fn is not None:
             # None if this rank has nothing to write.
             _, buckets, results = request.async_fn_args
-            arguments = (copy_to_host(buckets, copy), results, digests)
-            thread = threading.Thread(target=write_buckets, args=arguments)
-        thread.start()
-        self._pending = _PendingSave(step, manifest, request, thread, digests)
-        self.seconds += time.perf_counter() - began
+            pending.files = [Path(name) for name, *_ in buckets]
+            digests = pending.digests if hash_beside else None
+            pending.run(write_buckets, copy_to_host(buckets, copy), results, digests)
+
+    def _end_write(self, pending: _PendingSave) -> None:
+        """Wait until all ranks have written; on an error, forget the save and raise."""
+        pending.wait()
+        final, self._pending = self._final(pending.step), None
+        try:
+            for finalize in pending.request.finalize_fns:
+                finalize()
+        except CheckpointException as error:
+            causes = {str(cause[0]) for cause in error.failures.values()}
+            raise CheckpointError(self._write_error(final, causes)) from error
+        except OSError as error:
+            # Megatron writes the metadata on one rank, outside of its own error handling.
+            raise CheckpointError(self._write_error(final, {str(error)})) from error
+        # Megatron's request holds the tensors.
+        pending.request, pending.written, self._pending = None, True, pending
 
     @property
-    def writing(self) -> bool:
-        """Return whether this rank is still writing."""
-        return self._pending is not None and self._pending.thread.is_alive()
+    def working(self) -> bool:
+        """Return whether this rank is still writing or hashing."""
+        return self._pending is not None and self._pending.working
 
     @property
     def unfinished(self) -> bool:
@@ -134,28 +189,27 @@ class Checkpointer:
         Raises:
             CheckpointError: the checkpoint could not be written.
         """
-        if self._pending is None:
+        pending = self._pending
+        if pending is None:
             return None
-        began = time.perf_counter()
-        pending, self._pending = self._pending, None
-        pending.thread.join()
-        final = self._final(pending.step)
-        try:
-            for finalize in pending.request.finalize_fns:
-                finalize()
-        except CheckpointException as error:
-            causes = {str(cause[0]) for cause in error.failures.values()}
-            raise CheckpointError(self._write_error(final, causes)) from error
-        except OSError as error:
-            # Megatron writes the metadata on one rank, outside of its own error handling.
-            raise CheckpointError(self._write_error(final, {str(error)})) from error
-        shares: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, pending.digests)
-        digests = {name: digest for share in shares for name, digest in share.items()}
-        run_on_rank_zero(lambda: self._publish(pending, digests))
-        self.seconds += time.perf_counter() - began
+        with self._timed():
+            if not pending.written:
+                self._end_write(pending)
+            pending.wait()
+            self._pending = None
+            shares: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(shares, pending.digests)
+            digests = {name: digest for share in shares for name, digest in share.items()}
+            run_on_rank_zero(lambda: self._publish(pending, digests))
         self.on_saved()
-        return final
+        return self._final(pending.step)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Add the time within to `seconds`."""
+        began = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - began
 
     def _final(self, step: int) -> Path:
         return self.folder / checkpoint_name(step)

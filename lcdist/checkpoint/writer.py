@@ -4,8 +4,8 @@ Megatron-core 0.16.1 forks a process for each file. A forked writer waits for ev
 killed, and keeps the run folder's lock. 0.19 writes with threads, but ends without a result if one
 of them fails. Both collect results through a queue that another process serves, which ends with the
 SIGTERM that torchrun sends to the process group; then the last save fails. Threads write as fast,
-since writing releases the interpreter lock, and end with their process. They also hash what they
-write.
+since writing releases the interpreter lock, and end with their process. They can also hash what
+they write.
 
 What is written is the same with both, and both load it. Of its own, 0.19 would put what is no
 tensor among the tensors, as bytes to be unpickled, and would write in the background with another
@@ -78,10 +78,11 @@ def start_no_process() -> None:
     setattr(filesystem_async, name, queue.Queue)
 
 
-class _Hashed:
-    """A transformation of torch's writer that leaves the bytes as they are and hashes them."""
+class _Unchanged:
+    """A transformation of torch's writer that leaves the bytes as they are, and may hash them."""
 
-    def __init__(self) -> None:
+    def __init__(self, hashes: bool) -> None:
+        self._hashes = hashes
         self.writer: HashingWriter | None = None
 
     def transform_save_stream(self, item: Any, stream: Any) -> tuple[Any, list[str]]:
@@ -89,6 +90,8 @@ class _Hashed:
 
         It is the same for all tensors of a file, so that the digest is the file's.
         """
+        if not self._hashes:
+            return _StaysOpen(stream), []
         self.writer = self.writer or HashingWriter(stream)
         return _StaysOpen(self.writer), []
 
@@ -96,7 +99,7 @@ class _Hashed:
 class _StaysOpen(io.RawIOBase):
     """A stream that torch closes after each tensor of a file."""
 
-    def __init__(self, stream: HashingWriter) -> None:
+    def __init__(self, stream: Any) -> None:
         super().__init__()
         self._stream = stream
 
@@ -109,13 +112,15 @@ class _StaysOpen(io.RawIOBase):
         self._stream.flush()
 
 
-def write_buckets(buckets: Sequence[Any], results: queue.Queue, digests: dict[str, str]) -> None:
+def write_buckets(
+    buckets: Sequence[Any], results: queue.Queue, digests: dict[str, str] | None
+) -> None:
     """Write each bucket to a file in a thread.
 
     Args:
         buckets: Megatron's, as `copy_to_host` returns them.
         results: gets their results, or the first error, as from `async_fn` of Megatron's request.
-        digests: gets the SHA-256 of each file by its name.
+        digests: gets the SHA-256 of each file by its name; None: nothing is hashed.
     """
 
     def write(number: int) -> Any:
@@ -123,11 +128,11 @@ def write_buckets(buckets: Sequence[Any], results: queue.Queue, digests: dict[st
         answer: Any = queue.Queue()
         counter: Any = queue.Queue()
         counter.put(number)
-        hashed: Any = _Hashed()
+        hashed: Any = _Unchanged(hashes=digests is not None)
         filesystem_async.FileSystemWriterAsync.write_preloaded_data(
             [hashed], number, buckets[number], answer, counter, use_fsync=True
         )
-        if hashed.writer is not None:
+        if digests is not None and hashed.writer is not None:
             digests[Path(buckets[number][0]).name] = hashed.writer.digest()
         return answer.get()[1]
 

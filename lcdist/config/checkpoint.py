@@ -15,7 +15,9 @@ class CheckpointConfig:
         keep_last: Number of newest checkpoints to keep. The newest that a finite step followed is
             kept in any case, so that a run whose weights have diverged can go back.
         keep_every: Checkpoints at multiples of this many steps are kept too; 0: none.
-        asynchronous: Copy to the host's memory, and write during training.
+        asynchronous: Copy to the host's memory, and write during training. Otherwise training waits
+            until the files are written. Either way a checkpoint has its name after the next step
+            that finds its digests made; a kill before that leaves the one before it.
         resume_from: A step to go back to, among the run's checkpoints; 0: the newest. Newer ones
             are kept under other names. It acts once: a later start with the same value goes on from
             the newest.

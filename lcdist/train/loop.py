@@ -24,7 +24,7 @@ from lcdist.rundir.header import (
     record_start,
     versions,
 )
-from lcdist.rundir.paths import METRICS_FILE, latest_in
+from lcdist.rundir.paths import METRICS_FILE, CheckpointError, latest_in
 from lcdist.rundir.run_config import write_config
 from lcdist.rundir.signals import clear_signals, write_done, write_stopped
 from lcdist.rundir.status import stage_folders, write_status
@@ -55,9 +55,11 @@ def train_loop(trainer: Trainer, console: Console | None) -> Outcome:
                 watchdog,
                 lambda record: _record_first_step(folder, mesh.rank, record.time.step),
             )
-        except FloatingPointError:
-            # All ranks raise it together, and what they were saving is whole.
-            trainer.complete_save()
+        except Exception:
+            # What is being saved is whole. Of several ranks, others may be in a step.
+            if mesh.world_size == 1:
+                with contextlib.suppress(CheckpointError, OSError):
+                    trainer.complete_save()
             raise
         finally:
             _record_spent(folder, trainer.checkpointer, mesh.rank)

@@ -77,7 +77,8 @@ class Trainer:
         self.profiler = StepProfiler.off(mesh.device)
         self.step = 0
         self.saved_step = 0
-        self.bad_steps = BadSteps(plan.config.train, Path(plan.config.log.folder))
+        folder = Path(plan.config.log.folder)
+        self.bad_steps = BadSteps(plan.config.train, folder, self.complete_save)
         self._seconds_ahead = 0.0
 
     def train(
@@ -95,7 +96,6 @@ class Trainer:
                 state to save is not finite.
         """
         steps, every = self.plan.config.train.steps, self.plan.config.checkpoint.every
-        asynchronous = self.plan.config.checkpoint.asynchronous
         reason, is_first = "", True
         stops = StopRequests(self._stop_files(), alone=self.mesh.world_size == 1)
         with stops as requests, self.profiler as profiler:
@@ -112,7 +112,7 @@ class Trainer:
                 was_profiled = profiler.stop_after(self.step, ends)
                 if ends or (every and self.step % every == 0):
                     watchdog.record_progress(self.step, "saving", slow=True)
-                    self.save(wait=ends or not asynchronous)
+                    self.save(wait=ends)
                 if was_profiled:
                     watchdog.record_progress(self.step, "writing the profile", slow=True)
                     profiler.write()
@@ -148,11 +148,11 @@ class Trainer:
         forward_backward = max(backward_end - data_end, work)
         own_work = data_end - start + self._seconds_ahead + work - sent.seconds_waited
         own = own_maxima(self.mesh, sent.sent, own_work)
-        own |= {"stop": requests.poll(), "writing": int(self.checkpointer.writing)}
+        own |= {"stop": requests.poll(), "saving": int(self.checkpointer.working)}
         maxima = max_over_ranks(own, dist.group.WORLD, torch.device("cpu"))
         check_folder(maxima["stop"], self.plan.config.log.folder, self.step)
-        if self.checkpointer.unfinished and not maxima["writing"]:
-            self._note_saved(self.checkpointer.finish())
+        if self.checkpointer.unfinished and not maxima["saving"]:
+            self.complete_save()
         end = time.perf_counter()
         spent = StepTime(
             step=end - start,
@@ -183,8 +183,9 @@ class Trainer:
         """Save a checkpoint of the whole state at the current step; all ranks call it.
 
         wait: return when it is complete. Otherwise it is completed after the first step that finds
-        it written, or before the next save begins.
+        it written and hashed, or before the next save begins.
         """
+        self.complete_save()
         state = self.engine.state_dict()
         refuse_non_finite(state, self.step, Path(self.plan.config.log.folder))
         state["rng"] = sharded_random_states(self.mesh.rank, self.mesh.world_size)
@@ -198,11 +199,11 @@ class Trainer:
             "random_states": sorted(state["rng"]),
             "versions": versions(),
         }
-        self._note_saved(self.checkpointer.finish())
         if wait:
             self._note_saved(self.checkpointer.save(self.step, state, manifest))
         else:
-            self.checkpointer.begin(self.step, state, manifest)
+            copy = self.plan.config.checkpoint.asynchronous
+            self.checkpointer.begin(self.step, state, manifest, copy)
 
     def complete_save(self) -> None:
         """Wait for a save that is under way, if there is one; all ranks call it."""

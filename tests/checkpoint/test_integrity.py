@@ -158,11 +158,16 @@ def test_a_damaged_file_is_named_with_both_digests(damaged: Any) -> None:
     assert (newest(folder / "all")).is_dir(), "nothing is renamed without a whole checkpoint"
 
 
-def test_digests_are_made_while_files_are_written(damaged: Any) -> None:
-    """Afterwards, only Megatron's and torch's small files are read, on rank 0."""
-    _, (first, other) = damaged
-    assert set(first["hashed"]) == {".metadata", "common.pt", "metadata.json"}
-    assert not other["hashed"]
+def test_each_rank_hashes_what_it_wrote(damaged: Any) -> None:
+    """Of three saves, two are read back; the last is hashed while it is written.
+
+    Rank 0 reads Megatron's and torch's small files of all three.
+    """
+    _, of_ranks = damaged
+    small = [".metadata", "common.pt", "metadata.json"]
+    for rank, seen in enumerate(of_ranks):
+        own = [f"__{rank}_0.distcp", f"__{rank}_1.distcp"]
+        assert sorted(seen["hashed"]) == sorted([*own, *own, *(small * 3 if rank == 0 else [])])
 
 
 def test_each_file_is_read_once_by_one_rank(damaged: Any) -> None:

@@ -18,6 +18,7 @@ from lcdist.evaluate import loaded_model
 from lcdist.plan import make_plan
 from lcdist.rundir.records import read_records
 from lcdist.rundir.status import read_status
+from lcdist.train.bad_steps import finite_by_ends, finite_by_norm
 from lcdist.train.trainer import Trainer
 from tests.checkpoint.stored import assert_same_tensors
 from tests.distributed import run_ranks
@@ -188,6 +189,21 @@ def test_a_state_that_is_not_finite_is_never_saved(bad: Any) -> None:
     assert names == ["latest", "step_00000002"]
     status = read_status(folder / "diverges")
     assert status is not None and status["reason"] == said["diverged"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("finite", [finite_by_ends, finite_by_norm])
+def test_every_value_that_is_not_finite_is_found(finite: Any, dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    whole = [torch.full((33,), -largest, dtype=dtype), torch.tensor(largest, dtype=dtype)]
+    whole.append(torch.arange(70, dtype=dtype).view(7, 10).T)
+    whole[0][5] = largest
+    assert finite(whole) == [True] * 3 and finite([]) == []
+    for place in (0, 31, 32):
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            broken = whole[0].clone()
+            broken[place] = bad
+            assert finite([whole[1], broken, whole[2]]) == [True, False, True]
 
 
 def test_a_run_whose_folder_is_removed_ends(bad: Any) -> None:

@@ -19,6 +19,7 @@ from lcdist.checkpoint.save import Checkpointer
 from lcdist.commands.train import run
 from lcdist.rundir.paths import latest_in
 from lcdist.train.trainer import Trainer
+from lcdist.utils.digests import damaged_files
 from lcdist.verify import preflight as checks
 from lcdist.verify.preflight import check_start
 from tests.checkpoint.stored import assert_same_tensors
@@ -85,7 +86,7 @@ def test_work_that_is_done_again_is_told(by_file: Any) -> None:
     assert starts[0]["ended"] <= starts[1]["began"] + 60 and starts[1]["saving_seconds"] > 0
 
 
-# --- asynchronous saves ---------------------------------------------------------------------------
+# --- saves that are completed later ---------------------------------------------------------------
 
 
 class SlowWriter:
@@ -140,7 +141,7 @@ def named_between(rank: int, world_size: int, folder: Path) -> Path | None:
     step, save, found = Trainer._one_step, Trainer.save, []
 
     def one_step(self: Trainer, *more: Any) -> Any:
-        while self.checkpointer.writing:
+        while self.checkpointer.working:
             time.sleep(0.01)
         return step(self, *more)
 
@@ -163,7 +164,7 @@ def test_it_has_its_name_after_the_first_step_that_finds_it_written(tmp_path: Pa
 
 def saved_once(folder: Path) -> Trainer:
     """Return a trainer that took two steps and saved the first."""
-    trainer = Meshes().trainer(small("model.num_layers=1"))
+    trainer = Meshes().trainer(small("model.num_layers=1", "checkpoint.asynchronous=true"))
     trainer.checkpointer = Checkpointer(folder, keep_last=2)
     take_steps(trainer, 1)
     trainer.save()
@@ -176,7 +177,7 @@ def interrupted(rank: int, world_size: int, folder: Path) -> list[Any]:
     looked = threading.Event()
     with SlowWriter(looked.wait):
         trainer.save(wait=False)
-        before = (trainer.checkpointer.writing, trainer.saved_step, latest_in(folder))
+        before = (trainer.checkpointer.working, trainer.saved_step, latest_in(folder))
         half = [path.name for path in folder.iterdir() if path.name.startswith(".")]
         looked.set()
         trainer._note_saved(trainer.checkpointer.finish())
@@ -188,6 +189,79 @@ def test_it_has_no_name_before_it_is_whole(tmp_path: Path) -> None:
         assert before == (True, 1, tmp_path / "step_00000001")
         assert half == [".writing-step_00000002"]
         assert (saved, latest) == (2, tmp_path / "step_00000002")
+
+
+class SlowHashes:
+    """Within, files that a save reads back are hashed after `wait`."""
+
+    def __init__(self, wait: Callable[[], Any]) -> None:
+        self.wait = wait
+
+    def __enter__(self) -> None:
+        self.real = saving.sha256_of_all
+        saving.sha256_of_all = self
+
+    def __exit__(self, *_: object) -> None:
+        saving.sha256_of_all = self.real
+
+    def __call__(self, files: list[Path]) -> dict[str, str]:
+        self.wait()
+        return self.real(files)
+
+
+def hashed_later(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Save while training waits for the writes alone; return what is on disk in between."""
+    trainer = Meshes().trainer(small("model.num_layers=1"))
+    trainer.checkpointer = Checkpointer(folder / "later", keep_last=9)
+    take_steps(trainer, 1)
+    looked, seen = threading.Event(), {}
+    with SlowHashes(looked.wait):
+        trainer.save(wait=False)
+        seen["before"] = (trainer.checkpointer.working, latest_in(folder / "later"))
+        take_steps(trainer, 1)
+        seen["half"] = sorted(path.name for path in (folder / "later").iterdir())
+        looked.set()
+        trainer.complete_save()
+    seen["saved"] = (trainer.saved_step, latest_in(folder / "later"))
+    trainer.step = 3
+
+    def fails() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with SlowHashes(fails if rank else lambda: None):
+        trainer.save(wait=False)
+        trainer.complete_save()
+    return seen
+
+
+def test_a_save_waits_for_its_writes_and_has_its_name_after_its_digests(tmp_path: Path) -> None:
+    folder = tmp_path / "later"
+    for seen in run_ranks(hashed_later, 2, tmp_path):
+        assert seen["before"] == (True, None)
+        assert seen["half"] == [".writing-step_00000001"]
+        assert seen["saved"] == (1, folder / "step_00000001")
+    # Of the second save, rank 0 has read what rank 1 could not.
+    for step in (1, 3):
+        checkpoint = open_checkpoint(folder / f"step_{step:08d}")
+        assert set(checkpoint.manifest["sha256"]) == set(checkpoint.manifest["files"])
+        assert not damaged_files(checkpoint.path, checkpoint.manifest["sha256"])
+    written = open_checkpoint(folder / "step_00000001").manifest["sha256"]
+    assert sum(name.startswith("__1_") for name in written) == 2
+
+
+def test_an_error_after_a_save_loses_nothing_of_one_rank(tmp_path: Path) -> None:
+    assert run_ranks(breaks_after_a_save, 1, tmp_path) == ["no data"]
+    assert latest_in(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000002"
+
+
+def breaks_after_a_save(rank: int, world_size: int, folder: Path) -> str:
+    def breaks() -> None:
+        raise ValueError("no data")
+
+    launched(world_size)
+    with before_step(3, 0, breaks), pytest.raises(ValueError, match="no data") as caught:
+        run(config_in(folder))
+    return str(caught.value)
 
 
 # --- what is kept, and disks ----------------------------------------------------------------------
