@@ -27,7 +27,7 @@ from lcdist_kernels import Rotary, vocab_loss
 from lcdist_kernels.adamw import Hyper, Tensors, adamw_
 from lcdist_kernels.norm import add_norm, scale_rows
 from lcdist_kernels.qkv import QkvShape, split_qkv
-from lcdist_kernels.swiglu import swiglu
+from lcdist_kernels.swiglu import swiglu, swiglu_gradient_
 
 ROWS = 16
 
@@ -43,6 +43,9 @@ def call_kernels(plan: Plan, mesh: Mesh) -> None:
     width = model.ffn_hidden_size // parallel.tp_size
     gate_up = torch.zeros(ROWS, 2 * width, requires_grad=True, **options)
     _call_backward([swiglu(gate_up)], [gate_up])
+    if is_trained("decoder.layers.0.mlp.linear_fc2.weight", plan.config.lora):
+        # Recomputation makes z again in the same pass.
+        swiglu_gradient_(gate_up.detach(), torch.zeros(ROWS, width, **options), again=True)
     if mesh.is_last_stage:
         columns = plan.shape.padded_vocab_size // parallel.tp_size
         logits = torch.zeros(ROWS, columns, **options)

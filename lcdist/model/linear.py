@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.model.gradient import accumulate
+from lcdist_kernels.swiglu import swiglu, swiglu_gradient_
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 
@@ -25,9 +26,16 @@ class Column(ColumnParallelLinear):
 
 
 class Row(RowParallelLinear):
-    """Megatron's row-parallel linear."""
+    """Megatron's row-parallel linear.
+
+    Given gate and up, twice as wide as its input, it applies SwiGLU first. Then it keeps gate and
+    up for backward, which makes SwiGLU's result again.
+    """
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:  # noqa: A002
+        if input.shape[-1] == 2 * self.input_size_per_partition:
+            assert options["bias"] is None
+            return _GatedProduct.apply(input, weight)
         return _product(input, weight, **options)
 
 
@@ -104,6 +112,28 @@ class _Product(Function):
         if departure is not None:
             departure.wait()
         return dx, dw, dbias, None, None
+
+
+class _GatedProduct(Function):
+    """swiglu(gate_up) W^T of a row-parallel weight, whose caller sums over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight, ctx.overwritten = weight, False
+        ctx.save_for_backward(gate_up)
+        return torch.matmul(swiglu(gate_up), weight.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Saved-tensor hooks take autograd's own check away.
+        if ctx.overwritten:
+            raise RuntimeError("gate and up were overwritten by an earlier backward")
+        [dy], [gate_up] = grads, ctx.saved_tensors
+        ctx.overwritten, needs_dw = True, ctx.needs_input_grad[1]
+        dz = dy.matmul(ctx.weight)
+        dgate_up, z = swiglu_gradient_(gate_up.detach(), dz, again=needs_dw)
+        return dgate_up, None if z is None else accumulate(ctx.weight, dy, z)
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Any]:

@@ -99,11 +99,14 @@ def step_work(plan: Plan) -> StepWork:
     model, batch = plan.config.model, plan.config.train.global_batch_size
     whole = compute.product_flops_per_token
     output = 2 * shape.padded_vocab_size * model.hidden_size
+    lora = plan.config.lora
+    fc2 = 2 * model.num_layers * model.hidden_size * model.ffn_hidden_size
     again = 0.0
     if memory.recompute in SAVES_INPUTS:
-        again += whole - output
+        # The last product of a layer is made again for its adapter alone.
+        again += whole - output - (0 if lora.rank and "down" in lora.targets else fc2)
     elif memory.rung.tiled:
-        again += 4 * model.num_layers * model.hidden_size * model.ffn_hidden_size
+        again += 2 * fc2
     again += output if memory.rung.chunked else 0
     once = 3 * whole - compute.frozen_flops_per_token
     forwards = 2 if memory.recompute == "full" else 1

@@ -145,7 +145,8 @@ with compiled_for(CAPABILITY) as made:
         gate_up, dz = torch.zeros(5, 2 * width, dtype=dtype), torch.zeros(5, width, dtype=dtype)
         kernel.fwd(gate_up)
         kernel.bwd_(gate_up, dz)
-assert len(made) == 6
+        kernel.bwd_(gate_up, dz, again=True)
+assert len(made) == 9
 """
 
 

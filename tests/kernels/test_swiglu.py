@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcdist_kernels.swiglu import swiglu, swiglu_reference
+from lcdist_kernels.swiglu import swiglu, swiglu_gradient_, swiglu_reference
 from tests.kernels.helpers import HERE
 from tests.kernels.tiers import covering, one
 from tests.tolerance import assert_matches
@@ -73,6 +73,19 @@ def test_the_gradient_is_written_over_gate_and_up(impl: str) -> None:
     assert gate_up._base is not None and gate_up._base[..., 14:].isnan().all()
     with pytest.raises(RuntimeError, match="has already run and overwritten"):
         z.sum().backward()
+
+
+@pytest.mark.parametrize(("impl", "dtype"), IMPLS)
+@pytest.mark.parametrize("width", [7, 2049])
+def test_z_is_made_again_beside_the_gradient(impl: str, dtype: torch.dtype, width: int) -> None:
+    source = (3 * torch.randn(3, 5, 2 * width, device=HERE)).to(dtype).requires_grad_()
+    dz = torch.randn(3, 5, width, device=HERE).to(dtype)
+    z = swiglu(source, impl)
+    truth = gradient(z, source, dz)
+    for again in (True, False):
+        got, made = swiglu_gradient_(source.detach().clone(), dz.clone(), again, impl)
+        assert torch.equal(got, truth)
+        assert (made is not None) == again and (made is None or torch.equal(made, z))
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

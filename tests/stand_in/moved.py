@@ -89,6 +89,8 @@ class Moved(TorchDispatchMode):
         distinct = {(x.untyped_storage()._cdata, x.storage_offset()): x for x in tensors.values()}
         moved = sum(_size(x) for x in distinct.values())
         moved += sum(_size(tensors[key]) for key in IN_PLACE.get(name, ()))
+        if values.get("AGAIN"):
+            moved += _size(tensors["dz"])
         if name == "_adamw_kernel":
             moved += BYTES_A_PARAMETER * len(values["pieces"]) * values["PIECE"]
         self._note(kind, name, moved)

@@ -124,6 +124,14 @@ def test_a_step_of_the_reference_shape(library: Path) -> None:
     }
 
 
+def test_z_is_made_again_in_swiglus_own_pass(library: Path) -> None:
+    [found] = counted(library, 1, f"{REFERENCE} train.recompute=selective")
+    assert total(found["product"])[0] == 3 * (4 * LAYERS + 1)
+    # Read gate, up and dz, write three: six times 16,384 x 8,192 in bf16, three in forward.
+    launches, moved = of_kernels(found["other"], "swiglu")
+    assert launches == 2 * LAYERS and abs(moved - LAYERS * 9 * 0.2684) < 0.1, (launches, moved)
+
+
 def assert_trains(library: Path, rank: int, cases: list[str]) -> None:
     """Assert that configurations train, evaluate and generate on the device, as they should."""
     lines = [json.loads(line) for line in run(library, "training", str(rank), "4", *cases)]

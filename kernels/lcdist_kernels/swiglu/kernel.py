@@ -39,8 +39,10 @@ def _swiglu_fwd_kernel(gate_up, z, width, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_bwd_kernel(gate_up, dz, width, stride, stride_dz, BLOCK: tl.constexpr):
-    """Overwrite tiles of gate and up, which this program alone reads, with their gradients."""
+def _swiglu_bwd_kernel(
+    gate_up, dz, width, stride, stride_dz, AGAIN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Overwrite tiles that this program alone reads: gate and up with gradients, dz with z."""
     i_row = tl.program_id(0).to(tl.int64)
     o_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o_n < width
@@ -50,6 +52,9 @@ def _swiglu_bwd_kernel(gate_up, dz, width, stride, stride_dz, BLOCK: tl.constexp
     b_sigmoid = 1.0 / (1.0 + tl.exp(-b_gate))
     b_dgate = b_dz * b_up * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
     b_dup = b_dz * b_gate * b_sigmoid
+    if AGAIN:
+        b_z = b_gate / (1.0 + tl.exp(-b_gate)) * b_up
+        tl.store(dz + i_row * stride_dz + o_n, b_z.to(dz.dtype.element_ty), mask=m)
     tl.store(gate_up + o_row + o_n, b_dgate.to(gate_up.dtype.element_ty), mask=m)
     tl.store(gate_up + o_row + width + o_n, b_dup.to(gate_up.dtype.element_ty), mask=m)
 
@@ -67,19 +72,22 @@ def fwd(gate_up: Tensor) -> Tensor:
     return z
 
 
-def bwd_(gate_up: Tensor, dz: Tensor) -> Tensor:
-    """Overwrite gate_up `[rows, 2 n]` with its gradient, given that of z; return it."""
+def bwd_(gate_up: Tensor, dz: Tensor, again: bool = False) -> Tensor | None:
+    """Overwrite gate_up `[rows, 2 n]` with its gradient, given that of z.
+
+    again: also overwrite dz with z, in the same pass, and return it; otherwise return None.
+    """
     rows, width = dz.shape
     if dz.numel():
         block, grid = _tiles(rows, width)
         with launch_context(dz):
             _swiglu_bwd_kernel[grid](
-                gate_up, dz, width, gate_up.stride(0), dz.stride(0), BLOCK=block,
+                gate_up, dz, width, gate_up.stride(0), dz.stride(0), AGAIN=again, BLOCK=block,
                 num_warps=NUM_WARPS,
             )  # fmt: skip
         # Autograd does not see what a kernel writes.
-        increment_version(gate_up)
-    return gate_up
+        increment_version([gate_up, dz] if again else gate_up)
+    return dz if again else None
 
 
 def _tiles(rows: int, width: int) -> tuple[int, tuple[int, int]]:

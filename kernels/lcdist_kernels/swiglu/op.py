@@ -3,7 +3,8 @@
     dg = dz u s (1 + g (1 - s))        du = dz g s        s = sigmoid(g)
 
 Backward needs g and u, and nothing needs them afterwards. So it writes dg and du over them: a layer
-holds gate and up once, and never beside their gradients.
+holds gate and up once, and never beside their gradients. In the same pass it can make z again, for
+the weight gradient of the product that follows: then z need not be kept.
 """
 
 from typing import Any
@@ -61,8 +62,29 @@ class _SwiGLU(Function):
             )
         [rows], [dz] = ctx.saved_tensors, grads
         ctx.overwritten = True
-        gradient = kernel.bwd_ if ctx.by_kernel else bwd_
-        return gradient(rows.detach(), as_rows(dz)).view(ctx.shape), None
+        rows = rows.detach()
+        (kernel.bwd_ if ctx.by_kernel else bwd_)(rows, as_rows(dz))
+        return rows.view(ctx.shape), None
+
+
+def swiglu_gradient_(
+    gate_up: Tensor, dz: Tensor, again: bool, impl: str = "auto"
+) -> tuple[Tensor, Tensor | None]:
+    """Overwrite gate_up `[.., 2 n]` with its gradient; for Functions that apply SwiGLU themselves.
+
+    Args:
+        gate_up: of the caller alone, outside of any graph.
+        dz: gradient of z `[.., n]`, of the caller alone; it may be overwritten.
+        again: make z again.
+        impl: as for `swiglu`.
+
+    Returns:
+        The gradient of gate_up, and z or None.
+    """
+    rows, shape = as_rows(gate_up), dz.shape
+    gradient = kernel.bwd_ if use_row_kernels(impl, gate_up) else bwd_
+    z = gradient(rows, as_rows(dz), again)
+    return rows.view(gate_up.shape), None if z is None else z.view(shape)
 
 
 def fwd(gate_up: Tensor) -> Tensor:
@@ -71,13 +93,17 @@ def fwd(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def bwd_(gate_up: Tensor, dz: Tensor) -> Tensor:
-    """Overwrite gate_up `[rows, 2 n]` with its gradient, given that of z; return it."""
+def bwd_(gate_up: Tensor, dz: Tensor, again: bool = False) -> Tensor | None:
+    """Overwrite gate_up `[rows, 2 n]` with its gradient, given that of z.
+
+    again: return z; otherwise None.
+    """
     gate, up = _halves(gate_up)
     activated = F.silu(gate)
+    z = activated * up if again else None
     torch.ops.aten.silu_backward.grad_input(up.mul_(dz), gate, grad_input=gate)
     torch.mul(activated, dz, out=up)
-    return gate_up
+    return z
 
 
 def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:

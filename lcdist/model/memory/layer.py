@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
+from lcdist.model.linear import Row
 from lcdist.model.memory.offload import CpuOffload
 from lcdist.model.memory.recompute import SelectiveRecompute, recomputed, trained
 from lcdist.model.memory.tiled_mlp import MLPBlock, sequence_tiled
@@ -116,7 +117,11 @@ class Layer(TransformerLayer):
         assert bias is None
         del normed
         block = MLPBlock(self.pre_mlp_layernorm, self.mlp)
-        chunk = self.policy.mlp_chunk(x.shape[0] * x.shape[1] * block.parts)
+        tokens = x.shape[0] * x.shape[1] * block.parts
+        chunk = self.policy.mlp_chunk(tokens)
+        if chunk is None and skip_output:
+            # One tile, which does not multiply by fc2 again.
+            chunk = tokens
         if chunk is not None:
             x = x + attended
             del attended
@@ -128,11 +133,13 @@ class Layer(TransformerLayer):
     def _mlp(self, x: Tensor, selective: SelectiveRecompute | None) -> Tensor:
         gate_up, bias = self.mlp.linear_fc1(x)
         assert bias is None
-        z = swiglu(gate_up)
-        if selective is not None:
-            # Backward of fc2 makes z again before that of swiglu overwrites gate_up.
+        fc2 = self.mlp.linear_fc2
+        makes_z_again = selective is not None and type(fc2) is Row and fc2.weight.requires_grad
+        z = gate_up if makes_z_again else swiglu(gate_up)
+        if selective is not None and not makes_z_again:
+            # Backward of an adapter makes z again before that of swiglu overwrites gate_up.
             selective.register(z, swiglu, gate_up)
-        out, bias = self.mlp.linear_fc2(z)
+        out, bias = fc2(z)
         assert bias is None
         return out
 

@@ -3,7 +3,7 @@
     y = x + W2 z        z = silu(g) * u        (g, u) = W1 norm(x)
 
 Tokens are independent here, so forward and backward run tile by tile. Only x, y and their
-gradients exist for all tokens; backward recomputes each tile's z. Weight gradients go
+gradients exist for all tokens; backward recomputes each tile's g and u. Weight gradients go
 into `main_grad` tile by tile (`gradient.py`); those of norms are summed over tiles in fp32 or wider
 and returned to autograd once (see `recompute.py`). Under sequence
 parallelism a tile contains tokens of every rank.
@@ -23,7 +23,7 @@ from lcdist.model.gradient import accumulate, is_placeholder
 from lcdist.model.linear import Row
 from lcdist.model.memory.recompute import gradients, replay_rng, rng_states, trained
 from lcdist.model.norm import RMSNorm
-from lcdist_kernels.swiglu import swiglu
+from lcdist_kernels.swiglu import swiglu, swiglu_gradient_
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.mlp import MLP
 
@@ -43,20 +43,20 @@ class MLPBlock:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return y."""
-        residual, z = self.activation(x)
-        out, bias = self.mlp.linear_fc2(z)
+        residual, gate_up = self.first_product(x)
+        out, bias = self.mlp.linear_fc2(swiglu(gate_up))
         assert bias is None
         return residual + out
 
-    def activation(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x, whose gradient meets that of its norm, and z `[s, b, ffn / tp]`.
+    def first_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x, whose gradient meets that of its norm, and gate and up `[s, b, 2 ffn / tp]`.
 
-        z has all ranks' tokens under sequence parallelism.
+        They have all ranks' tokens under sequence parallelism.
         """
         x, normed, _ = self.norm.add(x, None)
         gate_up, bias = self.mlp.linear_fc1(normed)
         assert bias is None
-        return x, swiglu(gate_up)
+        return x, gate_up
 
     def backward(self, x: Tensor, params: Sequence[Tensor], dout: Tensor) -> list[Tensor | None]:
         """Return the gradients of x and of `params`, as `recompute.gradients` does."""
@@ -68,16 +68,19 @@ class MLPBlock:
         # The backward of a plain product does not need its output. Skipping it saves a ninth of the
         # MLP's operations and a collective.
         with torch.enable_grad():
-            residual, z = self.activation(x)
+            residual, gate_up = self.first_product(x)
         whole_dout = dout
         if self.parts > 1:
             whole_dout = gather_from_sequence_parallel_region(dout, group=self.mlp.tp_group)
-        dz = whole_dout @ fc2.weight
-        grads = gradients([residual, z], [x, *params], [dout, dz])
+        dz, trains = whole_dout @ fc2.weight, fc2.weight.requires_grad
+        dgate_up, z = swiglu_gradient_(gate_up.detach(), dz, again=trains)
         del dz
+        dfc2 = None if z is None else accumulate(fc2.weight, whole_dout, z)
+        del z
+        grads = gradients([residual, gate_up], [x, *params], [dout, dgate_up])
         for number, parameter in enumerate(params):
             if parameter is fc2.weight:
-                grads[1 + number] = accumulate(parameter, whole_dout, z.detach())
+                grads[1 + number] = dfc2
         return grads
 
 
