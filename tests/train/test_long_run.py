@@ -29,6 +29,8 @@ def long_run(rank: int, world_size: int, folder: Path) -> list[tuple[int, int, i
 
     def one_step(self: Trainer, *more: Any) -> Any:
         if self.step % EVERY == EVERY // 2:
+            # A slow disk may still be writing.
+            self.complete_save()
             gc.collect()
             found.append((process.memory_info().rss, process.num_threads(), process.num_fds()))
         return real(self, *more)
