@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Words
+from tokenizers import models
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from lcdist.convert.huggingface.custom_attention import NEEDS_CODE
 from tests.convert.hf import export_all, import_all
 from tests.convert.own_runs import (
     DEFAULT,
@@ -236,9 +240,45 @@ def test_model_saved_by_transformers_is_loaded_again(
     run_ranks(import_all, 1, [(tmp_path / "saved", tmp_path / "ours", ())])
 
 
+def with_tokenizer(source: Path, folder: Path) -> Path:
+    """Copy an export, and give it a tokenizer of two words."""
+    shutil.copytree(source, folder)
+    words = models.WordLevel({"a": 0, "b": 1}, unk_token="a")
+    Words(words).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return folder
+
+
+@pytest.mark.parametrize("case", ["mixed-marks", "slack"])
+def test_only_the_model_needs_its_code(
+    case: str,
+    exported: tuple[Path, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Nobody is asked, and nothing takes the model for a plain LLaMA, saved again or not."""
+
+    def asked(text: str = "") -> str:
+        raise AssertionError(f"asked: {text}")
+
+    monkeypatch.setattr("builtins.input", asked)
+    folder = with_tokenizer(exported[0] / case, tmp_path / "first")
+    load(folder).save_pretrained(tmp_path / "second")
+    capfd.readouterr()
+    assert AutoTokenizer.from_pretrained(folder)("b")["input_ids"] == [1]
+    assert capfd.readouterr() == ("", "")
+    for each in (folder, tmp_path / "second"):
+        for plain in (AutoModelForCausalLM, AutoModel, LlamaForCausalLM):
+            with pytest.raises(KeyError, match="load this model with trust_remote_code=True"):
+                plain.from_pretrained(each, attn_implementation="eager")
+        table = json.loads((each / "config.json").read_text())
+        assert table["rope_scaling"]["type"] == table["hidden_act"] == NEEDS_CODE
+
+
 def test_config_lists_the_attention_of_every_layer(exported: tuple[Path, Any]) -> None:
     table = json.loads((exported[0] / "mixed" / "config.json").read_text())
-    assert table["model_type"] == "lcdist" and table["architectures"] == ["LcdistForCausalLM"]
+    assert table["model_type"] == "llama" and table["architectures"] == ["LcdistForCausalLM"]
     block = table["lcdist"]
     methods = [layer["method"] for layer in block["attention"]]
     assert methods == ["coca", "tensorized", "lssar", "full"]

@@ -17,6 +17,8 @@ from lcdist.convert.huggingface.custom_attention import (
     ARCHITECTURE,
     AUTO_MAP,
     MODEL_TYPE,
+    NEEDS_CODE,
+    OLD_MODEL_TYPE,
     attention_config,
 )
 from lcdist.convert.huggingface.names import head_dim
@@ -29,7 +31,7 @@ LCDIST_KEY = "lcdist"
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 _ARCHITECTURES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
-_ARCHITECTURES |= {MODEL_TYPE: ARCHITECTURE}
+_ARCHITECTURES |= {OLD_MODEL_TYPE: ARCHITECTURE}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _SIZES += ("num_attention_heads", "max_position_embeddings")
 _LIMITS = {
@@ -154,7 +156,7 @@ def _architecture_errors(table: Mapping[str, Any]) -> list[str]:
     if name not in _ARCHITECTURES.values():
         return [f"architectures = {table.get('architectures')!r}: must be one of {known}"]
     kind = table.get("model_type")
-    if _ARCHITECTURES.get(str(kind)) != name:
+    if _ARCHITECTURES.get(str(kind)) != name and (name, kind) != (ARCHITECTURE, MODEL_TYPE):
         return [f"model_type = {kind!r} is not the model type of {name}"]
     # Their defaults differ from the number of heads, and no shape would show the mistake.
     if name != LLAMA and not table.get("num_key_value_heads"):
@@ -194,6 +196,9 @@ def _key_errors(table: Mapping[str, Any]) -> list[str]:
             # The installed lcdist computes the model; code in the folder is never run.
             if value != AUTO_MAP:
                 errors.append(f"auto_map = {value!r}: exports of lcdist have {AUTO_MAP!r}")
+        elif key == "hidden_act" and value == NEEDS_CODE and _is_custom(table):
+            # Stands for "silu".
+            continue
         elif key in _ONLY:
             supported, meaning = _ONLY[key]
             if value is not None and value != supported:

@@ -3,6 +3,11 @@
 Layers of `scca`, and of `full` without options, use full attention at inference, so they export as
 a plain LLaMA. An export with another method carries the model code in `remote_code/` and an
 `auto_map` that names it.
+
+Such an export has LLaMA's `model_type`: with one that transformers does not know, AutoTokenizer
+asks whether to run the model's code. A program that goes by `model_type` alone must not take it for
+a plain LLaMA. So its activation has a name that no program knows, and so has the key `type` of its
+rotation, which transformers passes over beside `rope_type` and mlx-lm reads first.
 """
 
 import dataclasses
@@ -27,7 +32,11 @@ from lcdist.convert.remote_files import read_remote_files
 from lcdist.model.init import METHOD_PARAMS
 from lcdist.plan.resolve import LayerAttention, evaluation_layers, resolve_layers
 
-ARCHITECTURE, MODEL_TYPE = "LcdistForCausalLM", "lcdist"
+ARCHITECTURE, MODEL_TYPE = "LcdistForCausalLM", "llama"
+# Of exports before version 0.1.0.
+OLD_MODEL_TYPE = "lcdist"
+# As in `remote_code/modeling_lcdist.py`: what a program says that does not run that code.
+NEEDS_CODE = "lcdist: load this model with trust_remote_code=True"
 AUTO_MAP = {
     "AutoConfig": "modeling_lcdist.LcdistConfig",
     "AutoModelForCausalLM": f"modeling_lcdist.{ARCHITECTURE}",
@@ -92,19 +101,29 @@ def method_parameters(model: ModelConfig, layers: Sequence[LayerAttention]) -> l
     return tensors
 
 
-def remote_code_for(layers: Sequence[LayerAttention]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return (text by file name, keys of config.json) of the model code an export needs."""
+def with_remote_code(
+    layers: Sequence[LayerAttention], table: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the model code that an export needs, by file name, and its config.json.
+
+    table: config.json of the model as a plain LLaMA.
+    """
     if is_plain_llama(layers):
-        return {}, {}
+        return {}, dict(table)
     keys = {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         "auto_map": AUTO_MAP,
+        "hidden_act": NEEDS_CODE,
+        "rope_scaling": {
+            **(table["rope_scaling"] or {"rope_type": "default"}),
+            "type": NEEDS_CODE,
+        },
         "attention_bias": False,
         "mlp_bias": False,
         "use_cache": False,
     }
-    return read_remote_files(), keys
+    return read_remote_files(), {**table, **keys}
 
 
 def training_table(config: Config, step: int) -> dict[str, Any]:

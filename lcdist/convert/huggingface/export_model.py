@@ -26,8 +26,8 @@ from lcdist.convert.huggingface.config import CONFIG, config_table
 from lcdist.convert.huggingface.custom_attention import (
     inference_layers,
     method_parameters,
-    remote_code_for,
     training_table,
+    with_remote_code,
 )
 from lcdist.convert.huggingface.import_model import open_model
 from lcdist.convert.huggingface.names import (
@@ -93,12 +93,13 @@ def export_model(
     verify_checkpoint(checkpoint)
     config = saved_config(checkpoint)
     layers = inference_layers(config.model, config.attention)
-    extras, (code, code_keys) = method_parameters(config.model, layers), remote_code_for(layers)
+    extras = method_parameters(config.model, layers)
     tensors = CheckpointTensors(checkpoint)
     _check_exportable(checkpoint, config, tensors, extras)
     streams = _tensor_streams(config.model, tensors, extras)
     folders = _tokenizer_folders(checkpoint, config)
-    table = {**_config_table(checkpoint, config, tensors, folders), **code_keys}
+    plain = _config_table(checkpoint, config, tensors, folders)
+    code, table = with_remote_code(layers, plain)
     check_free(out, sum(stream.nbytes for stream in streams))
     start_world(config.parallel.timeout)
     with atomic_folder(out) as partial:

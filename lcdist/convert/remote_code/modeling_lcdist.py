@@ -26,12 +26,38 @@ from .rotary_lcdist import rotation
 logger = logging.get_logger(__name__)
 
 IGNORED = -100
+# Stands in config.json for LLaMA's activation and beside the rotation's type, so that no program
+# takes the model for a plain LLaMA.
+NEEDS_CODE = "lcdist: load this model with trust_remote_code=True"
+ROPE_KEYS = ("rope_scaling", "rope_parameters")
 
 
 class LcdistConfig(LlamaConfig):
     """LLaMA's configuration plus a table `lcdist`: attention per layer, qkv_bias, qk_norm."""
 
-    model_type = "lcdist"
+    # One that transformers does not know would make AutoTokenizer ask whether to run this code.
+    model_type = "llama"
+
+    def __init__(self, **keys: Any) -> None:
+        if keys.get("hidden_act") == NEEDS_CODE:
+            keys["hidden_act"] = "silu"
+        for key in ROPE_KEYS:
+            rope = dict(keys.get(key) or {})
+            if rope.get("type") == NEEDS_CODE:
+                del rope["type"]
+                keys[key] = None if rope == {"rope_type": "default"} else rope
+        super().__init__(**keys)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of config.json."""
+        table = super().to_dict()
+        table["hidden_act"] = NEEDS_CODE
+        rope = table.get("rope_parameters") or table.get("rope_scaling") or {}
+        # Programs read one or the other.
+        for key in ROPE_KEYS:
+            if key == "rope_scaling" or key in table:
+                table[key] = {"rope_type": "default", **rope, "type": NEEDS_CODE}
+        return table
 
 
 class LcdistAttention(nn.Module):
