@@ -22,7 +22,7 @@ import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.schema import ParallelConfig
 from lcdist.distributed.mesh import build_mesh
 from lcdist.model.output_loss import VocabShard, output_losses
-from lcdist.plan.memory import LOSS_CHUNK_TOKENS
+from lcdist.plan.activations import LOSS_CHUNK_TOKENS
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 SIZES = [(32768, 32768, 1024)]  # tokens, vocabulary, hidden size

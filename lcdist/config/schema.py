@@ -161,7 +161,8 @@ class TrainConfig:
     # it recomputes whole layers from their saved input. keep_attention: as full, but attention's
     # result is saved too, so that attention is neither computed nor exchanged again.
     # auto, here and for offload, mlp and loss: on a GPU, the cheapest that fits its memory with 8 %
-    # left free (lcdist/plan/rungs.py); on a CPU, full above 16,384 tokens a rank, else none.
+    # left free (lcdist/plan/rungs.py), and a cheaper one for as many layers as have room; on a CPU,
+    # full above 16,384 tokens a rank, else none.
     recompute: Literal["auto", "none", "selective", "keep_attention", "full"] = "auto"
     # host: what recomputed layers save is moved to the host's memory until backward. auto: on a GPU
     # as above, if it fits there.

@@ -152,10 +152,14 @@ def _chunk(
     plan: Plan, megatron: TransformerConfig, core: ModuleSpec, vp_stage: int | None
 ) -> CausalLM:
     num_layers = get_num_layers_to_build(megatron, vp_stage)
-    store = CpuOffload() if plan.memory.offloads else None
-    policy = MemoryPolicy(plan.memory.recompute, plan.memory.mlp_chunk, store)
+    memory, store = plan.memory, CpuOffload() if plan.memory.offloads else None
+    policies = [MemoryPolicy(memory.recompute, memory.mlp_chunk, store)] * num_layers
+    if memory.mix is not None and memory.cheaper is not None:
+        first = num_layers - memory.mix.layers
+        cheaper = MemoryPolicy(memory.cheaper.recompute, memory.cheaper.mlp_chunk)
+        policies[first:] = [cheaper] * memory.mix.layers
     spec = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(core, policy, plan.config)] * num_layers,
+        layer_specs=[_layer_spec(core, policy, plan.config) for policy in policies],
         layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
     )
     stage: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}

@@ -90,8 +90,7 @@ class Plan:
     @cached_property
     def traffic(self) -> TrafficEstimate:
         """Bytes that attention sends."""
-        forward_passes = 2 if self.memory.recompute == "full" else 1
-        return TrafficEstimate(self.shape, forward_passes)
+        return TrafficEstimate(self.shape, self.memory.forward_passes)
 
 
 def make_plan(config: Config, world_size: int, hardware: Hardware | None = None) -> Plan:

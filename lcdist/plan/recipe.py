@@ -249,8 +249,9 @@ class Recipe:
     def _saving(self, plan: Plan | None) -> list[str]:
         lines = ['dtype = "bf16"']
         if plan is not None:
+            kinds = dict.fromkeys(part.recompute for part, _ in plan.memory.layer_parts)
             lines.append(
-                f"# Left to the plan, here: recompute {plan.memory.recompute}"
+                f"# Left to the plan, here: recompute {' and '.join(kinds)}"
                 f"{', offload to the host' if plan.memory.offloads else ''}."
             )
         return [*lines, 'recompute = "auto"']

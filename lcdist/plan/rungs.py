@@ -1,11 +1,13 @@
 """Ways to need less memory for activations, and which of them a configuration allows.
 
-A way down the list costs more time and needs less memory. What costs least depends on the model:
+A way down the list costs more time and needs less memory. Where the first that fits leaves room,
+the deepest layers of each model chunk take a cheaper one. What costs least depends on the model:
 norms and the MLP's activation are a percent or two of a layer's forward, the logits less than the
 MLP's first product (in a model with many layers), attention the most at long lengths.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from lcdist.config.schema import TrainConfig
 
@@ -33,8 +35,19 @@ class Rung:
     offload: bool = False
 
 
+@dataclass(frozen=True)
+class Mix:
+    """Name the deepest `layers` of each model chunk, which take a cheaper `rung` than the others.
+
+    Backward frees them first.
+    """
+
+    rung: Rung
+    layers: int
+
+
 KEEP_ALL = Rung("none")
-# From the cheapest to the dearest. All layers have the same.
+# From the cheapest to the dearest.
 RUNGS = (
     KEEP_ALL,
     Rung("selective"),
@@ -66,6 +79,20 @@ def allowed_rungs(train: TrainConfig, may_offload: bool) -> list[Rung]:
         chunked = rung.chunked if train.loss == "auto" else train.loss == "chunked"
         found.append(Rung(recompute, tiled, chunked, offload))
     return list(dict.fromkeys(found))
+
+
+def cheaper_for_a_layer(rung: Rung, allowed: Sequence[Rung]) -> Rung | None:
+    """Return the dearest rung below `rung` that a layer of its own may have, or None.
+
+    allowed: the rungs that the configuration allows, from the cheapest to the dearest.
+    """
+    if rung.offload:
+        on_device = any(each.recompute == rung.recompute and not each.offload for each in allowed)
+        return replace(rung, offload=False) if on_device else None
+    # All layers share the loss.
+    below = reversed(allowed[: allowed.index(rung)])
+    found = (replace(each, chunked=rung.chunked) for each in below)
+    return next((each for each in found if each != rung), None)
 
 
 def rung_by_tokens(train: TrainConfig, tokens: int, may_offload: bool) -> Rung:

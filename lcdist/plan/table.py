@@ -118,9 +118,19 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("loss", _loss_text(plan)),
         ("MLP", "whole" if chunk is None else f"{chunk:,} tokens at a time"),
-        ("recompute", f"{memory.recompute}; kept for backward: {_gib(memory.layer_bytes)} a layer"),
+        ("recompute", _recompute_text(memory)),
         ("offload", _offload_text(plan)),
     ]
+
+
+def _recompute_text(memory: MemoryEstimate) -> str:
+    text = f"{memory.recompute}; kept for backward: {_gib(memory.layer_bytes)} a layer"
+    if memory.mix is None or memory.cheaper is None:
+        return text
+    rung, layers = memory.mix.rung, f"{memory.mix.layers} of {memory.shape.chunk_layers}"
+    mlp = "" if rung.tiled == memory.rung.tiled else ", MLP whole"
+    kept = _gib(memory.cheaper.layer_bytes)
+    return f"{text}; for the deepest {layers} there is room: {rung.recompute}{mlp}, {kept} a layer"
 
 
 def _loss_text(plan: Plan) -> str:

@@ -101,27 +101,25 @@ def step_work(plan: Plan) -> StepWork:
     output = 2 * shape.padded_vocab_size * model.hidden_size
     lora = plan.config.lora
     fc2 = 2 * model.num_layers * model.hidden_size * model.ffn_hidden_size
-    again = 0.0
-    if memory.recompute in SAVES_INPUTS:
-        # The last product of a layer is made again for its adapter alone.
-        again += whole - output - (0 if lora.rank and "down" in lora.targets else fc2)
-    elif memory.rung.tiled:
-        again += 2 * fc2
-    again += output if memory.rung.chunked else 0
+    # The last product of a layer is made again for its adapter alone.
+    layers = whole - output - (0 if lora.rank and "down" in lora.targets else fc2)
+    again = float(output if memory.rung.chunked else 0)
+    moved = float(UPDATE_BYTES * plan.parameters.trained)
+    for part, count in memory.layer_parts:
+        share, runs_again = count / shape.chunk_layers, part.recompute in SAVES_INPUTS
+        again += share * (layers if runs_again else 2 * fc2 if part.rung.tiled else 0)
+        kept = model.num_layers * part.saved_bytes(selective=False) // plan.config.parallel.pp_size
+        kept += memory.whole_logits_bytes
+        # A layer that is run again adds a forward to a forward and a backward of twice its length.
+        passes = PASSES_OVER_KEPT * (4 / 3 if runs_again else 1)
+        moved += share * passes * kept * shape.num_micro_batches * plan.world_size
     once = 3 * whole - compute.frozen_flops_per_token
-    forwards = 2 if memory.recompute == "full" else 1
     sample = shape.attention_shape(batch=1)
     attention = {
-        layer: (forwards * flops, ATTENTION_BACKWARD * flops)
+        layer: (memory.forward_passes * flops, ATTENTION_BACKWARD * flops)
         for layer, count in Counter(shape.layers).items()
         for flops in [batch * count * layer.method.flops(layer.options, sample)]
     }
-    kept = model.num_layers * memory.saved_bytes(selective=False) // plan.config.parallel.pp_size
-    kept += memory.whole_logits_bytes
-    # A layer that is run again adds a forward to a forward and a backward of twice its length.
-    passes = PASSES_OVER_KEPT * (4 / 3 if memory.recompute in SAVES_INPUTS else 1)
-    moved = passes * kept * shape.num_micro_batches * plan.world_size
-    moved += UPDATE_BYTES * plan.parameters.trained
     return StepWork((once + again) * batch * shape.seqlen, attention, moved)
 
 

@@ -15,11 +15,12 @@ class TrafficEstimate:
 
     Attributes:
         shape: The run.
-        forward_passes: How often a step runs a layer's forward pass: 2 with full recompute.
+        forward_passes: How often a step runs a layer's forward pass, on average: 2 with full
+            recompute of all layers.
     """
 
     shape: RunShape
-    forward_passes: int
+    forward_passes: float
 
     @property
     def exchange_bytes(self) -> tuple[int, int]:
@@ -37,9 +38,9 @@ class TrafficEstimate:
             kinds = Counter(self.shape.layers[number] for number in stage)
             ranks = zip(*(self._sent_bytes[kind] for kind in kinds), strict=True)
             sums += [self._sum_of_kinds(list(kinds.values()), rank) for rank in ranks]
-        return self.shape.num_micro_batches * max(sums)
+        return round(self.shape.num_micro_batches * max(sums))
 
-    def _sum_of_kinds(self, counts: Sequence[int], sent: Sequence[tuple[int, int]]) -> int:
+    def _sum_of_kinds(self, counts: Sequence[int], sent: Sequence[tuple[int, int]]) -> float:
         """Return the bytes that a rank sends for so many layers of each kind."""
         pairs = zip(counts, sent, strict=True)
         return sum(n * (self.forward_passes * ahead + back) for n, (ahead, back) in pairs)
