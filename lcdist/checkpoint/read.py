@@ -1,9 +1,10 @@
 """Find, check and load sharded checkpoints."""
 
+import contextlib
 import logging
 import pickle
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lcdist.rundir.paths import (
 )
 from lcdist.utils.digests import damaged_files
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 
 log = logging.getLogger(__name__)
 
@@ -99,18 +101,33 @@ def _find_folder(path: Path) -> Path:
 def load_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
     """Load the tensors of `checkpoint` in the shape and sharding that `state` describes.
 
-    Raises DamagedCheckpointError if a file cannot be loaded and differs from its digest.
+    Raises DamagedCheckpointError if a file cannot be loaded, and differs from its digest or has
+    none.
     """
-    try:
+    with _damage_told(checkpoint):
         loaded: Any = dist_checkpointing.load(state, str(checkpoint.path))
+    return loaded
+
+
+@contextlib.contextmanager
+def _damage_told(checkpoint: Checkpoint) -> Iterator[None]:
+    """Within, turn an error that a damaged file causes into DamagedCheckpointError."""
+    try:
+        yield
+    except (CheckpointError, CheckpointingException):
+        raise
     except (Exception, CheckpointException) as error:
         # `checkpoint.verify = "size"` does not read the files of tensors beforehand.
-        damage = damaged_files(checkpoint.path, checkpoint.manifest.get("sha256", {}))
+        digests = checkpoint.manifest.get("sha256")
+        damage = damaged_files(checkpoint.path, digests or {})
+        hint = "checkpoint.verify=full notices it in time to go on from an older checkpoint"
+        if digests is None:
+            causes = [str(each[0]) for each in getattr(error, "failures", {}).values()]
+            damage = [f"a file cannot be loaded: {(causes or [str(error)])[0].splitlines()[0]}"]
+            hint = "it is older than digests, which would say which"
         if not damage:
             raise
-        hint = "checkpoint.verify=full notices it in time to go on from an older checkpoint"
         raise DamagedCheckpointError(checkpoint.path, f"{'; '.join(damage)} ({hint})") from error
-    return loaded
 
 
 def load_weights(checkpoint: Checkpoint, model: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +147,8 @@ def load_weights(checkpoint: Checkpoint, model: dict[str, Any]) -> dict[str, Any
     Raises:
         CheckpointError: the checkpoint has adapters that differ from the model's.
     """
-    metadata: Any = dist_checkpointing.load_tensors_metadata(str(checkpoint.path))
+    with _damage_told(checkpoint):
+        metadata: Any = dist_checkpointing.load_tensors_metadata(str(checkpoint.path))
     saved = {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
     optional = {
         entry.key: tuple(entry.global_shape)

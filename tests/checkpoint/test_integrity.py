@@ -212,6 +212,33 @@ def test_an_older_checkpoint_has_sizes_only(copied: Path, caplog: pytest.LogCapt
     assert "keeps no digests: only sizes were compared" in caplog.text
 
 
+def load_each_without_digests(rank: int, world_size: int, folder: Path) -> dict[str, str]:
+    """Return what resuming says for each damaged file of a checkpoint older than digests."""
+    launched(world_size)
+    home, folder = folder, newest(folder)
+    file = folder / room.MANIFEST
+    table = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in table.items() if not k.startswith("sha256")}))
+    said = {}
+    for each in sorted(set(folder.iterdir()) - {file, folder / ".metadata"}):
+        whole = each.read_bytes()
+        zero(each)
+        with pytest.raises(DamagedCheckpointError) as caught:
+            run(config_in(home, "train.steps=8"))
+        said[each.name] = str(caught.value)
+        each.write_bytes(whole)
+    return said
+
+
+def test_what_cannot_be_loaded_of_an_older_checkpoint_is_told(damaged: Any, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(damaged[0] / "whole", tmp_path / "run"))
+    [said] = run_ranks(load_each_without_digests, 1, home)
+    assert len(said) == 6
+    for text in said.values():
+        assert f"{newest(home)} is damaged: a file cannot be loaded: " in text and "\n" not in text
+        assert "(it is older than digests, which would say which); restore it, or delete" in text
+
+
 def test_sizes_alone_pass_over_a_changed_tensor_and_nothing_else(copied: Path) -> None:
     for file in sorted(copied.iterdir()):
         whole = file.read_bytes()
