@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 import lcdist.hardware.megatron_on_cpu  # noqa: F401
 from lcdist.config.lora import LoraConfig
@@ -141,9 +143,7 @@ class LoraColumn(_Adapted, Column):
             down = gather_from_sequence_parallel_region(down, group=self.tp_group)
         elif self.tp_group.size() > 1:
             down = copy_to_tensor_model_parallel_region(down, group=self.tp_group)
-        # In place: nobody else needs the base layer's output, a tensor of its own.
-        out.flatten(0, -2).addmm_(down.flatten(0, -2), self._fused_b().t(), alpha=self.scale)
-        return out, bias
+        return _AddProduct.apply(out, down, self._fused_b(), self.scale), bias
 
     def _fused_b(self) -> Tensor:
         """Return all B as one matrix `[out / tp, targets * rank]`.
@@ -206,6 +206,32 @@ class LoraRow(_Adapted, Row):
         """As in Megatron; both factors are saved unsharded under a mesh-independent name."""
         axes = {"weight": 1, f"lora.{self.target}.A": 1}
         return _sharded(self, axes, prefix, sharded_offsets, metadata)
+
+
+class _AddProduct(Function):
+    """Add scale down B^T to out in place: nobody else needs the base layer's own output.
+
+    As an operation on a view of out, backward would copy the gradient of out, and copy it back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, down: Tensor, B: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(down, B)
+        ctx.mark_dirty(out)
+        out.flatten(0, -2).addmm_(down.flatten(0, -2), B.t(), alpha=scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        [dout], (down, B) = grads, ctx.saved_tensors
+        rows = dout.flatten(0, -2)
+        ddown = (rows @ B).mul_(ctx.scale).view(down.shape) if ctx.needs_input_grad[1] else None
+        dB = None
+        if ctx.needs_input_grad[2]:
+            dB = (rows.t() @ down.flatten(0, -2)).mul_(ctx.scale)
+        return dout, ddown, dB, None
 
 
 def _down_projection(x: Tensor, A: Tensor) -> Tensor:

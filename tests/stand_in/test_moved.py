@@ -29,6 +29,16 @@ REFERENCE = " ".join(
         "train.recompute=none optim.warmup_steps=0",
     ]
 )
+# Llama-3-8B's shape cut to eight layers.
+SLICE = " ".join(
+    [
+        "configs/debug/full.toml model.vocab_size=128256 model.num_layers=8 model.nheads=32",
+        "model.hidden_size=4096 model.nheads_kv=8 model.ffn_hidden_size=14336",
+        "attention.method=scca attention.pattern=fixed attention.chunk_size=8192",
+        "lora.rank=8 lora.alpha=16 lora.targets=['q','k','v','o'] lora.norms=true",
+        "train.seqlen=32768 train.global_batch_size=1 train.steps=2 optim.warmup_steps=0",
+    ]
+)
 GB = 10**9
 # Operations that kernels and products of ours have replaced: logits and their gradient, SwiGLU,
 # norms, gradients of the embedding, norms and updates of the optimizer.
@@ -130,6 +140,15 @@ def test_z_is_made_again_in_swiglus_own_pass(library: Path) -> None:
     # Read gate, up and dz, write three: six times 16,384 x 8,192 in bf16, three in forward.
     launches, moved = of_kernels(found["other"], "swiglu")
     assert launches == 2 * LAYERS and abs(moved - LAYERS * 9 * 0.2684) < 0.1, (launches, moved)
+
+
+def test_a_step_of_a_slice_of_8b_with_lora(library: Path) -> None:
+    """Eight layers over 32,768 tokens: launches, and bytes outside of products and attention."""
+    [found] = counted(library, 1, f"{SLICE} train.recompute=selective")
+    launches, moved = total(found["other"])
+    assert launches + total(found["product"])[0] + total(found["attention"])[0] <= 640
+    assert moved <= 163, found["other"][:12]
+    assert not [row for row in found["other"] if "CopySlices" in row[0]]
 
 
 def assert_trains(library: Path, rank: int, cases: list[str]) -> None:
