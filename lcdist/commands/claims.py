@@ -117,11 +117,15 @@ def _open_folder(place: Place) -> None:
     file = place.folder / "job.json"
     job = {"config": dump(place.config), "text": vars(place.profile.text)}
     job |= {"adapting": list(place.profile.adapting)}
-    if file.exists() and read_json(file, "remove the folder") != job:
-        raise ValueError(
-            f"{place.folder} holds models of other settings or text; name another --runs, or "
-            "remove the folder"
-        )
+    if file.exists():
+        if read_json(file, "remove the folder") != job:
+            raise ValueError(
+                f"{place.folder} holds models of other settings or text; name another --runs, or "
+                "remove the folder"
+            )
+        if (place.folder / TEXT).exists():
+            # Jobs side by side open the folder at the same time: only the first writes.
+            return
     write_text(place.folder / TEXT, place.profile.text)
     write_file(file, json.dumps(job, indent=1) + "\n")
 
