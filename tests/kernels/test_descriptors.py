@@ -12,9 +12,11 @@ from torch import Tensor
 
 from lcdist_kernels import descriptors, full_attention, landmark_attention, scca_attention
 from lcdist_kernels.descriptors import descriptors_set, make_descriptors, use_descriptors
+from lcdist_kernels.landmark import TRITON_IMPL, QueryRows
 from lcdist_kernels.scca import Rule
 from tests.kernels.helpers import HERE
 from tests.kernels.test_full import borders, with_grads
+from tests.kernels.test_landmark_triton import some_lists
 from tests.kernels.tiers import tiered
 
 STEPS = {
@@ -26,9 +28,9 @@ STEPS = {
 }
 
 
-def half(seqlen: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
+def half(seqlen: int, head_dim: int, dtype: torch.dtype, batch: int = 1) -> list[Tensor]:
     """Return q, k and v of 4 and 2 heads, as leaves that are views of one tensor."""
-    home = torch.randn(1, seqlen, 8, head_dim, dtype=dtype, device=HERE)
+    home = torch.randn(batch, seqlen, 8, head_dim, dtype=dtype, device=HERE)
     return [x.requires_grad_() for x in home.split((4, 2, 2), 2)]
 
 
@@ -132,6 +134,87 @@ def test_landmark_attention(
         monkeypatch,
         count,
     )
+
+
+def assert_close_by_descriptors(
+    attend: Callable[[], list[Tensor]], monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Assert that results agree, and that `count` descriptors were made.
+
+    Two blocks are two products, which by pointers are one that the interpreter sums in another
+    order; without descriptors the bits are the same.
+    """
+    made, build = [], descriptors.TensorDescriptor
+    with descriptors_set(False):
+        expected = attend()
+    monkeypatch.setattr(
+        descriptors, "TensorDescriptor", lambda *args: made.append(args) or build(*args)
+    )
+    with descriptors_set(True):
+        found = attend()
+    assert len(made) == count
+    for got, true in zip(found, expected, strict=True):
+        tolerance = 2e-6 if got.dtype == torch.float32 else 2 * torch.finfo(got.dtype).eps
+        if not count:
+            tolerance = 0
+        torch.testing.assert_close(got, true, rtol=tolerance, atol=tolerance)
+
+
+# By descriptors: keys forward and for dq, two tensors each, where an interpreted tile, of 64 keys,
+# has two blocks and a GPU's would have 128 keys.
+@pytest.mark.parametrize(
+    ("seqlen", "block_size", "head_dim", "unit", "packed", "batch", "count"),
+    tiered(
+        [
+            # Chunks of short units, and long units.
+            (129, 32, 128, 1, False, 1, 4),
+            (150, 32, 128, 75, True, 2, 4),
+            (150, 64, 128, 75, False, 1, 0),
+            (100, 16, 128, 40, False, 1, 0),
+            (100, 24, 128, 40, False, 1, 0),
+            (150, 32, 64, 75, False, 1, 0),
+            (150, 32, 128, 1, True, 2, 4),
+            (161, 32, 128, 4096, False, 1, 4),
+        ],
+        {0, 1, 2},
+    ),
+)
+def test_landmark_top_k(
+    seqlen: int,
+    block_size: int,
+    head_dim: int,
+    unit: int,
+    packed: bool,
+    batch: int,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choice: dict[str, Any] = {"block_size": block_size, "top_k": 3, "select_tokens": unit}
+    choice["cu_seqlens"] = borders(seqlen) if packed else None
+    qkv = half(seqlen, head_dim, torch.bfloat16, batch)
+    dout = torch.randn_like(qkv[0])
+
+    def attend() -> list[Tensor]:
+        return with_grads(landmark_attention(*qkv, **choice, impl="triton"), qkv, dout)
+
+    assert_close_by_descriptors(attend, monkeypatch, count)
+
+
+def test_lists_of_a_table_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    size, index = 32, torch.arange(0, 7 * 32, 8)
+    rows = QueryRows(index, torch.zeros_like(index), size)
+    lists = some_lists(rows, torch.randperm(7), torch.tensor([1, 4, 4, len(index) - 9]), (1, 2))
+    assert (lists.ids < 0).any()
+    q = torch.randn(1, len(index), 4, 128, dtype=torch.float16, device=HERE)
+    table = torch.randn(7, 2, size, 128, dtype=q.dtype, device=HERE)
+
+    def attend() -> list[Tensor]:
+        out, lse = TRITON_IMPL.sparse_fwd(q, table, lists, rows, 0.1)
+        more = lse.clamp(min=0) + 0.5
+        dq, dtable = TRITON_IMPL.sparse_bwd(q, q, table, q.float(), more, lists, rows, 0.1)
+        return [out, lse, dq, dtable]
+
+    assert_close_by_descriptors(attend, monkeypatch, 4)
 
 
 def test_which_tensors_have_one() -> None:

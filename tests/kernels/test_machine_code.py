@@ -126,6 +126,17 @@ with compiled_for(90) as made:
     TRITON_IMPL.local_bwd(q, q, k, k, q, row, *units)
 report(each for each in made if "sparse" in each.metadata.name)
 """,
+    "long units": """
+from lcdist_kernels.landmark import TRITON_IMPL, block_grid
+
+q, row = torch.zeros(1, 1024, 8, 128, dtype=q.dtype), torch.zeros(1, 8, 1024)
+chosen = torch.zeros(1, 2, 1, 64, dtype=torch.int32)
+units = (chosen, torch.tensor([1024]), block_grid(None, 1024, 64).rows, 0.25)
+with compiled_for(90) as made:
+    TRITON_IMPL.local_fwd(q, k, k, *units)
+    TRITON_IMPL.local_bwd(q, q, k, k, q, row, *units)
+report(made)
+""",
     "lssar": """
 from lcdist_kernels.lssar import TRITON_IMPL, Band, Reweight
 from lcdist_kernels.lssar.tiled import RowStats
@@ -178,9 +189,12 @@ LIMITS = [
     Most("short fibres", "_tensorized_fwd_kernel", 16.7, 0, 0, 0, 0.4),
     Most("short fibres", "_tensorized_bwd_dq_kernel", 14.4, 0, 0, 0, 0.65),
     Most("hop", "_tensorized_bwd_dkv_kernel", 11.8, 0, 24, 0, 0.45),
-    Most("short units", "_sparse_fwd_kernel", 12.7, 0, 160, 0, 0.3),
-    Most("short units", "_sparse_bwd_dq_kernel", 16.3, 0, 8, 0, 0.35),
+    Most("short units", "_sparse_fwd_kernel", 12.9, 0, 64, 0, 0.85),
+    Most("short units", "_sparse_bwd_dq_kernel", 16.0, 0, 64, 0, 0.65),
     Most("short units", "_sparse_bwd_dkv_kernel", 21.9, 0, 80, 12, 0.6),
+    Most("long units", "_sparse_fwd_kernel", 12.3, 0, 32, 0, 0.85),
+    Most("long units", "_sparse_bwd_dq_kernel", 15.2, 0, 16, 0, 0.7),
+    Most("long units", "_sparse_bwd_dkv_kernel", 21.8, 0, 152, 1, 0.6),
     Most("lssar", "_lssar_sums_kernel", 12.2, 0, 0, 0, 0.05),
     Most("lssar", "_lssar_fwd_kernel", 24.7, 0, 64, 4, 0.15),
     Most("lssar", "_lssar_bwd_dq_kernel", 29.5, 0, 0, 0, 0.55),

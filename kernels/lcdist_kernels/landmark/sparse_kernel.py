@@ -37,14 +37,20 @@ from lcdist_kernels.landmark.inner_loop import (
     past_dq,
     past_fwd,
 )
+from lcdist_kernels.landmark.list_boxes import (
+    begin_of,
+    list_dq,
+    list_fwd,
+    own_block_dq,
+    own_block_fwd,
+    reads,
+)
 from lcdist_kernels.softmax_steps import (
     dq_step,
     finish_softmax,
     fwd_step,
 )
 from lcdist_kernels.triton_common import LOG2E, LOWEST, load_rows, store_rows
-
-NEVER = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -79,26 +85,10 @@ def _list_length(p_ids, num_ids, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _begin_of(begins, b_id, SIZE: tl.constexpr, LOCAL: tl.constexpr):
-    """Return the first slot of entries; after every query for -1."""
-    if LOCAL:
-        b_begin = tl.where(b_id >= 0, b_id * SIZE, NEVER)
-    else:
-        b_begin = tl.load(begins + b_id, mask=b_id >= 0, other=NEVER)
-    return b_begin
-
-
-@triton.jit
 def _load_members(p_members, first, num_ids, BLOCKS: tl.constexpr):
     """Return the bits of the rows that read each of BLOCKS entries of a list."""
     o_id = first + tl.arange(0, BLOCKS)
     return tl.load(p_members + o_id, mask=o_id < num_ids, other=0)
-
-
-@triton.jit
-def _reads(b_member, o_s, CHUNK: tl.constexpr):
-    """Return whether rows o_s read entries with these bits, of a chunk of CHUNK rows."""
-    return ((b_member >> (o_s % CHUNK).to(tl.int32)) & 1) != 0
 
 
 @triton.jit
@@ -118,6 +108,19 @@ def _chunk_length(sizes, i_head, i_unit, num_units, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _length_of(
+    p_ids, sizes, i_head, i_unit, num_units, num_ids,
+    BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Return the length of a program's list; -1 if it has none, see `_chunk_length`."""
+    if CHUNK > 0:
+        stop = _chunk_length(sizes, i_head, i_unit, num_units, PARTS)
+    else:
+        stop = _list_length(p_ids, num_ids, BLOCK_K)
+    return stop
+
+
+@triton.jit
 def _load_blocks(
     p_k, p_v, p_ids, i, num_ids, begins, stride_ke, stride_ks, stride_ve, stride_vs,
     SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -131,7 +134,7 @@ def _load_blocks(
     o_in = o_n % WIDTH
     o_id = i * BLOCKS + tl.arange(0, BLOCKS)
     b_id = tl.load(p_ids + o_id, mask=o_id < num_ids, other=-1)
-    b_begin = _begin_of(begins, b_id, SIZE, LOCAL)
+    b_begin = begin_of(begins, b_id, SIZE, LOCAL)
     o_row = o_in.to(tl.int64)
     if BLOCKS == 1:
         # Only the scalar address of the entry changes. What -1 loads instead is hidden.
@@ -160,11 +163,12 @@ def _sparse_fwd_kernel(
     GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOCAL: tl.constexpr, CHUNK: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Compute out and lse of some rows of one unit.
 
-    tiles: int32 `[n, 3]`: a unit, the first of its rows in the tile, and their number.
+    tiles: int32 `[n, 3]`: a unit, the first of its rows in the tile, and their number. DESCRIBED: k
+    and v are descriptors, a tile of keys is two entries.
     """
     # Late units have the most blocks, so they start first.
     p_tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) * 3
@@ -175,55 +179,64 @@ def _sparse_fwd_kernel(
     i_unit = tl.load(p_tile)
     i_list = (i_head * num_units + i_unit) * num_ids
     p_ids, p_members = ids + i_list, members + i_list
-    if CHUNK > 0:
-        stop = _chunk_length(sizes, i_head, i_unit, num_units, PARTS)
-        if stop < 0:
-            return
-    else:
-        stop = _list_length(p_ids, num_ids, BLOCK_K)
-    p_k = k + i_b * stride_kb + i_hk * stride_kh
-    p_v = v + i_b * stride_vb + i_hk * stride_vh
+    stop = _length_of(p_ids, sizes, i_head, i_unit, num_units, num_ids, BLOCK_K, CHUNK, PARTS)
+    if stop < 0:
+        return
     o_s, o_g, m_m = _rows_of(first, count, GROUP, BLOCK_M)
     o_h = i_hk * GROUP + o_g
     b_q_last, b_own_last, b_own_lo = _load_slots(slots, o_s, m_m, SIZE)
     o_s = o_s.to(tl.int64)
     p_q = q + i_b * stride_qb
     b_q = load_rows(p_q, o_s * stride_qs + o_h * stride_qh, m_m, HEAD_DIM, BLOCK_D)
-    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    for i in range(0, (stop + BLOCKS - 1) // BLOCKS):
-        if STEPS == 1:
-            b_k, b_v, o_in, b_begin = _load_blocks(
-                p_k, p_v, p_ids, i, stop, begins, stride_ke, stride_ks, stride_ve, stride_vs,
-                SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCKS, WIDTH, LOCAL,
+    if DESCRIBED:
+        b_out, b_max, b_sum = list_fwd(
+            b_q, k, v, i_b, i_hk, p_ids, p_members, begins, stop, b_q_last, o_s, qk_scale, SIZE,
+            BLOCK_D, BLOCK_M, LOCAL, CHUNK,
+        )  # fmt: skip
+        if LOCAL:
+            lo, hi = _own_tiles(slots, first, count, SIZE, SIZE)
+            b_out, b_max, b_sum = own_block_fwd(
+                b_q, k, v, b_out, b_max, b_sum, i_b, i_hk, lo, hi, seqlen_k, qk_scale, b_own_last,
+                b_own_lo, k_idx, SIZE, BLOCK_D, BLOCK_M,
             )  # fmt: skip
-            m_visible = b_begin[None, :] <= b_q_last[:, None]
-            if CHUNK > 0:
-                b_member = _load_members(p_members, i * BLOCKS, stop, BLOCKS)
-                m_visible = m_visible & _reads(b_member[None, :], o_s[:, None], CHUNK)
-            b_out, b_max, b_sum = past_fwd(
-                b_q, b_k, b_v, b_out, b_max, b_sum, o_in, m_visible, qk_scale, SIZE, BLOCK_M,
-                BLOCK_N, BLOCKS, WIDTH, True,
-            )  # fmt: skip
-        else:
-            i_e = tl.load(p_ids + i)
-            m_visible = _begin_of(begins, i_e, SIZE, LOCAL) <= b_q_last
-            i_e = tl.maximum(i_e, 0).to(tl.int64)
-            if CHUNK > 0:
-                m_visible = m_visible & _reads(tl.load(p_members + i), o_s, CHUNK)
-            b_out, b_max, b_sum = large_fwd(
-                b_q, p_k + i_e * stride_ke, p_v + i_e * stride_ve, b_out, b_max, b_sum, stride_ks,
-                stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STEPS,
-                True,
-            )  # fmt: skip
-    if LOCAL:
-        lo, hi = _own_tiles(slots, first, count, SIZE, BLOCK_N)
-        for i in range(lo, hi):
-            b_out, b_max, b_sum = fwd_step(
-                b_q, b_out, b_max, b_sum, p_k, p_v, i, seqlen_k, stride_ks, stride_vs, qk_scale,
-                b_own_last, b_own_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True,
-            )  # fmt: skip
+    else:
+        p_k = k + i_b * stride_kb + i_hk * stride_kh
+        p_v = v + i_b * stride_vb + i_hk * stride_vh
+        b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+        b_sum = tl.zeros([BLOCK_M], tl.float32)
+        for i in range(0, (stop + BLOCKS - 1) // BLOCKS):
+            if STEPS == 1:
+                b_k, b_v, o_in, b_begin = _load_blocks(
+                    p_k, p_v, p_ids, i, stop, begins, stride_ke, stride_ks, stride_ve, stride_vs,
+                    SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCKS, WIDTH, LOCAL,
+                )  # fmt: skip
+                m_visible = b_begin[None, :] <= b_q_last[:, None]
+                if CHUNK > 0:
+                    b_member = _load_members(p_members, i * BLOCKS, stop, BLOCKS)
+                    m_visible = m_visible & reads(b_member[None, :], o_s[:, None], CHUNK)
+                b_out, b_max, b_sum = past_fwd(
+                    b_q, b_k, b_v, b_out, b_max, b_sum, o_in, m_visible, qk_scale, SIZE, BLOCK_M,
+                    BLOCK_N, BLOCKS, WIDTH, True,
+                )  # fmt: skip
+            else:
+                i_e = tl.load(p_ids + i)
+                m_visible = begin_of(begins, i_e, SIZE, LOCAL) <= b_q_last
+                i_e = tl.maximum(i_e, 0).to(tl.int64)
+                if CHUNK > 0:
+                    m_visible = m_visible & reads(tl.load(p_members + i), o_s, CHUNK)
+                b_out, b_max, b_sum = large_fwd(
+                    b_q, p_k + i_e * stride_ke, p_v + i_e * stride_ve, b_out, b_max, b_sum,
+                    stride_ks, stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M,
+                    BLOCK_N, STEPS, True,
+                )  # fmt: skip
+        if LOCAL:
+            lo, hi = _own_tiles(slots, first, count, SIZE, BLOCK_N)
+            for i in range(lo, hi):
+                b_out, b_max, b_sum = fwd_step(
+                    b_q, b_out, b_max, b_sum, p_k, p_v, i, seqlen_k, stride_ks, stride_vs, qk_scale,
+                    b_own_last, b_own_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, True,
+                )  # fmt: skip
     b_out, b_lse = finish_softmax(b_out, b_max, b_sum)
     o_row = (i_head * GROUP + o_g) * seqlen_q + o_s
     tl.store(lse + o_row, b_lse, mask=m_m)
@@ -242,7 +255,7 @@ def _sparse_bwd_dq_kernel(
     GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOCAL: tl.constexpr, CHUNK: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of some rows of one unit, and delta, which the kernel for dk and dv reads."""
     p_tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) * 3
@@ -253,14 +266,9 @@ def _sparse_bwd_dq_kernel(
     i_unit = tl.load(p_tile)
     i_list = (i_head * num_units + i_unit) * num_ids
     p_ids, p_members = ids + i_list, members + i_list
-    if CHUNK > 0:
-        stop = _chunk_length(sizes, i_head, i_unit, num_units, PARTS)
-        if stop < 0:
-            return
-    else:
-        stop = _list_length(p_ids, num_ids, BLOCK_K)
-    p_k = k + i_b * stride_kb + i_hk * stride_kh
-    p_v = v + i_b * stride_vb + i_hk * stride_vh
+    stop = _length_of(p_ids, sizes, i_head, i_unit, num_units, num_ids, BLOCK_K, CHUNK, PARTS)
+    if stop < 0:
+        return
     o_s, o_g, m_m = _rows_of(first, count, GROUP, BLOCK_M)
     o_h = i_hk * GROUP + o_g
     b_q_last, b_own_last, b_own_lo = _load_slots(slots, o_s, m_m, SIZE)
@@ -275,41 +283,55 @@ def _sparse_bwd_dq_kernel(
     o_q = i_b * stride_qb + o_s * stride_qs + o_h * stride_qh
     b_q = load_rows(q, o_q, m_m, HEAD_DIM, BLOCK_D)
     b_lse = tl.load(lse + o_row, mask=m_m, other=float("inf")) * LOG2E
-    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     qk_scale = softmax_scale * LOG2E
-    for i in range(0, (stop + BLOCKS - 1) // BLOCKS):
-        if STEPS == 1:
-            b_k, b_v, o_in, b_begin = _load_blocks(
-                p_k, p_v, p_ids, i, stop, begins, stride_ke, stride_ks, stride_ve, stride_vs,
-                SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCKS, WIDTH, LOCAL,
+    if DESCRIBED:
+        b_dq = list_dq(
+            b_q, b_dout, b_lse, b_delta, k, v, i_b, i_hk, p_ids, p_members, begins, stop, b_q_last,
+            o_s, qk_scale, SIZE, BLOCK_D, BLOCK_M, LOCAL, CHUNK,
+        )  # fmt: skip
+        if LOCAL:
+            lo, hi = _own_tiles(slots, first, count, SIZE, SIZE)
+            b_dq = own_block_dq(
+                b_q, b_dout, b_dq, b_lse, b_delta, k, v, i_b, i_hk, lo, hi, seqlen_k, qk_scale,
+                b_own_last, b_own_lo, k_idx, SIZE, BLOCK_D, BLOCK_M,
             )  # fmt: skip
-            m_visible = b_begin[None, :] <= b_q_last[:, None]
-            if CHUNK > 0:
-                b_member = _load_members(p_members, i * BLOCKS, stop, BLOCKS)
-                m_visible = m_visible & _reads(b_member[None, :], o_s[:, None], CHUNK)
-            b_dq = past_dq(
-                b_q, b_dout, b_dq, b_lse, b_delta, b_k, b_v, o_in, m_visible, qk_scale, SIZE,
-                BLOCK_M, BLOCK_N, BLOCKS, WIDTH, True,
-            )  # fmt: skip
-        else:
-            i_e = tl.load(p_ids + i)
-            m_visible = _begin_of(begins, i_e, SIZE, LOCAL) <= b_q_last
-            i_e = tl.maximum(i_e, 0).to(tl.int64)
-            if CHUNK > 0:
-                m_visible = m_visible & _reads(tl.load(p_members + i), o_s, CHUNK)
-            b_dq = large_dq(
-                b_q, b_dout, b_dq, b_lse, b_delta, p_k + i_e * stride_ke, p_v + i_e * stride_ve,
-                stride_ks, stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M,
-                BLOCK_N, STEPS, True,
-            )  # fmt: skip
-    if LOCAL:
-        lo, hi = _own_tiles(slots, first, count, SIZE, BLOCK_N)
-        for i in range(lo, hi):
-            b_dq = dq_step(
-                b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i, seqlen_k, stride_ks, stride_vs,
-                qk_scale, b_own_last, b_own_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
-                True,
-            )  # fmt: skip
+    else:
+        p_k = k + i_b * stride_kb + i_hk * stride_kh
+        p_v = v + i_b * stride_vb + i_hk * stride_vh
+        b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for i in range(0, (stop + BLOCKS - 1) // BLOCKS):
+            if STEPS == 1:
+                b_k, b_v, o_in, b_begin = _load_blocks(
+                    p_k, p_v, p_ids, i, stop, begins, stride_ke, stride_ks, stride_ve, stride_vs,
+                    SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCKS, WIDTH, LOCAL,
+                )  # fmt: skip
+                m_visible = b_begin[None, :] <= b_q_last[:, None]
+                if CHUNK > 0:
+                    b_member = _load_members(p_members, i * BLOCKS, stop, BLOCKS)
+                    m_visible = m_visible & reads(b_member[None, :], o_s[:, None], CHUNK)
+                b_dq = past_dq(
+                    b_q, b_dout, b_dq, b_lse, b_delta, b_k, b_v, o_in, m_visible, qk_scale, SIZE,
+                    BLOCK_M, BLOCK_N, BLOCKS, WIDTH, True,
+                )  # fmt: skip
+            else:
+                i_e = tl.load(p_ids + i)
+                m_visible = begin_of(begins, i_e, SIZE, LOCAL) <= b_q_last
+                i_e = tl.maximum(i_e, 0).to(tl.int64)
+                if CHUNK > 0:
+                    m_visible = m_visible & reads(tl.load(p_members + i), o_s, CHUNK)
+                b_dq = large_dq(
+                    b_q, b_dout, b_dq, b_lse, b_delta, p_k + i_e * stride_ke, p_v + i_e * stride_ve,
+                    stride_ks, stride_vs, m_visible, qk_scale, SIZE, HEAD_DIM, BLOCK_D, BLOCK_M,
+                    BLOCK_N, STEPS, True,
+                )  # fmt: skip
+        if LOCAL:
+            lo, hi = _own_tiles(slots, first, count, SIZE, BLOCK_N)
+            for i in range(lo, hi):
+                b_dq = dq_step(
+                    b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i, seqlen_k, stride_ks, stride_vs,
+                    qk_scale, b_own_last, b_own_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                    True, True,
+                )  # fmt: skip
     o_dq = i_b * stride_db + o_s * stride_ds + o_h * stride_dh
     store_rows(dq, b_dq * softmax_scale, o_dq, m_m, HEAD_DIM, BLOCK_D)
 

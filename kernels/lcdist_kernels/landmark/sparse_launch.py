@@ -116,15 +116,15 @@ def _forward(
     """Fill out and return lse."""
     q, softmax_scale = positive_scale(q, softmax_scale)
     q, lse = last_dim_contiguous(q), _new_lse(q)
-    launch = launch or launch_for(FWD_TABLES, q, work.rows.block_size)
+    launch, *keys, described = work.keys(FWD_TABLES, launch, q, k, v)
     for part in work.united(q, k):
         own, ids = part.row_launch(launch, q), part.ids
         tiles = part.tiles(own, q)
         with launch_context(q):
             _sparse_fwd_kernel[(len(tiles), ids.shape[1], len(q))](
-                q, k, v, out, lse, *part.list_tables(q, k), tiles, softmax_scale * LOG2E.value,
+                q, *keys, out, lse, *part.list_tables(q, k), tiles, softmax_scale * LOG2E.value,
                 q.shape[1], k.shape[1], *ids.shape[2:], *strides(q), *part.entry_strides(k, v),
-                *strides(out), **part.list_constants(q, own),
+                *strides(out), **part.list_constants(q, own), DESCRIBED=described,
             )  # fmt: skip
     return lse
 
@@ -141,10 +141,8 @@ def _backward(
         return
     q, out, dout = (last_dim_contiguous(x) for x in (q, out, dout.to(q.dtype)))
     (dq, dk, dv), ids, size = grads, work.ids, work.rows.block_size
-    for_dq, for_dkv = launches or (
-        launch_for(BWD_DQ_TABLES, q, size),
-        launch_for(BWD_DKV_TABLES, q, size),
-    )
+    for_dq, for_dkv = launches or (None, launch_for(BWD_DKV_TABLES, q, size))
+    for_dq, *keys, described = work.keys(BWD_DQ_TABLES, for_dq, q, k, v)
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
     local, inputs = work.begins is None, work.entry_strides(k, v)
     for part in work.united(q, k):
@@ -152,9 +150,10 @@ def _backward(
         tiles = part.tiles(own, q)
         with launch_context(q):
             _sparse_bwd_dq_kernel[(len(tiles), ids.shape[1], len(q))](
-                q, k, v, out, dout, lse, delta, dq, *part.list_tables(q, k), tiles,
+                q, *keys, out, dout, lse, delta, dq, *part.list_tables(q, k), tiles,
                 float(softmax_scale), q.shape[1], k.shape[1], *part.ids.shape[2:], *strides(q),
                 *inputs, *strides(out, dout, dq), **part.list_constants(q, own),
+                DESCRIBED=described,
             )  # fmt: skip
     entries, place, gather = (
         k.shape[1] // size if local else len(k),

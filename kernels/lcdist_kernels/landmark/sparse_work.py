@@ -2,15 +2,17 @@
 # Python's type checkers do not know `tl.constexpr` arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from lcdist_kernels.descriptors import make_descriptors, use_descriptors
 from lcdist_kernels.landmark.blocks import QueryRows
-from lcdist_kernels.landmark.inner_loop import Tiling, tiling_of
+from lcdist_kernels.landmark.inner_loop import Tiling, launch_for, tiling_of
 from lcdist_kernels.landmark.sparse import BlockLists
+from lcdist_kernels.landmark.tile_configs import BlockTables
 from lcdist_kernels.landmark.union import chunk_lengths, chunk_of, unite
 from lcdist_kernels.landmark.unit_tables import (
     numbers_by_head,
@@ -19,7 +21,7 @@ from lcdist_kernels.landmark.unit_tables import (
     units_of,
 )
 from lcdist_kernels.tile_ranges import device_stream
-from lcdist_kernels.triton_common import Launch, is_hopper, padded
+from lcdist_kernels.triton_common import Launch, choose_key, is_hopper, padded
 
 
 class Part(NamedTuple):
@@ -76,6 +78,23 @@ class Work(NamedTuple):
             )
             for parts, (ids, members) in enumerate(lists, 1)
         ]  # fmt: skip
+
+    def keys(
+        self, tables: BlockTables, launch: Launch | None, q: Tensor, k: Any, v: Any
+    ) -> tuple[Launch, Any, Any, bool]:
+        """Return (launch, k, v, whether these are descriptors) for a kernel that walks lists.
+
+        A descriptor's box is an entry. Only where two share a tile of 128 keys do descriptors pay,
+        so other head_dims than the table's come by pointers. launch: None for that of `tables`.
+        """
+        size = self.rows.block_size
+        whole = (k, v) if self.begins is None else (k[:, :, None], v[:, :, None])
+        if choose_key(tables.small, q) in tables.described and use_descriptors(*whole):
+            chosen = launch or launch_for(tables, q, size, described=True)
+            if chosen.block_n == 2 * size >= 32:
+                k, v = make_descriptors(size, *whole)
+                return chosen, k, v, True
+        return launch or launch_for(tables, q, size), k, v, False
 
     def row_launch(self, launch: Launch, q: Tensor) -> Launch:
         """Return the launch with at most the rows of the longest unit, but all heads of a group.

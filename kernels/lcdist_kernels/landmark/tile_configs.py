@@ -54,8 +54,8 @@ class BlockTables(NamedTuple):
     """Tables of one kernel: for blocks that fit a tile, and for larger ones.
 
     Entries of `hopper` and `large_hopper` replace those of `small` and `large` on Hopper, those of
-    `described` where tiles come by descriptors; `wide_hopper` is for blocks of twice the tile,
-    where Ampere halves the tile of queries.
+    `described` where tiles come by descriptors, as those of lists do only where there is such an
+    entry; `wide_hopper` is for blocks of twice the tile, where Ampere halves the tile of queries.
     """
 
     small: LaunchTable
@@ -66,7 +66,7 @@ class BlockTables(NamedTuple):
     described: LaunchTable
 
 
-FWD_TABLES = BlockTables(FWD, FWD_LARGE, FWD_HOPPER, FWD_LARGE_HOPPER, {}, {})
+FWD_TABLES = BlockTables(FWD, FWD_LARGE, FWD_HOPPER, FWD_LARGE_HOPPER, {}, FWD_HOPPER)
 BWD_DQ_TABLES = BlockTables(
     BWD_DQ, BWD_DQ_LARGE, {}, BWD_DQ_LARGE_HOPPER, BWD_DQ_WIDE_HOPPER, BWD_DQ_DESCRIBED
 )
