@@ -10,9 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcdist_kernels import descriptors, full_attention, landmark_attention, scca_attention
+from lcdist_kernels import (
+    descriptors,
+    full_attention,
+    landmark_attention,
+    lssar_attention,
+    scca_attention,
+)
 from lcdist_kernels.descriptors import descriptors_set, make_descriptors, use_descriptors
 from lcdist_kernels.landmark import TRITON_IMPL, QueryRows
+from lcdist_kernels.lssar import TRITON_IMPL as LSSAR
+from lcdist_kernels.lssar import Band, Reweight
+from lcdist_kernels.lssar.rows import Threshold
+from lcdist_kernels.lssar.tiled import RowStats
 from lcdist_kernels.scca import Rule
 from tests.kernels.helpers import HERE
 from tests.kernels.test_full import borders, with_grads
@@ -215,6 +225,71 @@ def test_lists_of_a_table_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
         return [out, lse, dq, dtable]
 
     assert_close_by_descriptors(attend, monkeypatch, 4)
+
+
+# By descriptors: keys for the mean, keys and values forward, and two tensors in each of two kernels
+# backward. LSSA has no mean.
+@pytest.mark.parametrize(
+    ("seqlen", "head_dim", "packed", "dtype", "reweight"),
+    tiered(
+        [
+            (150, 16, True, torch.bfloat16, Reweight()),
+            (128, 32, False, torch.float16, Reweight()),
+            (200, 16, True, torch.bfloat16, None),
+            (63, 64, False, torch.float16, None),
+            (150, 16, False, torch.float16, Reweight(power=2.5)),
+            (130, 128, True, torch.bfloat16, Reweight(power=3.0)),
+            (300, 32, True, torch.bfloat16, Reweight(power=1.0)),
+        ],
+        {0, 2},
+    ),
+)
+def test_lssar_attention(
+    seqlen: int, head_dim: int, packed: bool, dtype: torch.dtype, reweight: Reweight | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    cu_seqlens = borders(seqlen) if packed else None
+    assert_same_bits_by_descriptors(
+        lambda *qkv: lssar_attention(*qkv, reweight=reweight, cu_seqlens=cu_seqlens, impl="triton"),
+        half(seqlen, head_dim, dtype),
+        monkeypatch,
+        6 if reweight is None else 7,
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reweight", "slope"),
+    tiered(
+        [
+            (torch.bfloat16, Reweight(), False),
+            (torch.float16, Reweight(), True),
+            (torch.float16, None, False),
+        ],
+        {0},
+    ),
+)
+def test_lssar_of_a_block(dtype: torch.dtype, reweight: Reweight | None, slope: bool) -> None:
+    # Queries and keys of two ranks: some queries see all keys, some a part, some none.
+    numbers = torch.arange(260)
+    band = Band(numbers[20:260:2], torch.where(numbers < 180, 0, 180)[20:260:2], numbers[40:190])
+    q, dout = (torch.randn(2, 120, 4, 32, dtype=dtype, device=HERE) for _ in range(2))
+    k, v = (torch.randn(2, 150, 2, 32, dtype=dtype, device=HERE) for _ in range(2))
+    # Powers of ratios below 1 are fp16 numbers.
+    stats = RowStats(*(torch.rand(4, 2, 4, 120, device=HERE) / 32))
+
+    def results() -> list[Tensor]:
+        total, top = LSSAR.sums(q, k, band)
+        given = Threshold(total / 200, 1 / (1 + top))
+        sums = LSSAR.fwd(q, k, v, band, given, reweight, slope)
+        grads = LSSAR.bwd(dout, q, k, v, band, stats, reweight)
+        return [total, top, *sums[:2], *(sums.slope or ()), *grads]
+
+    with descriptors_set(False):
+        expected = results()
+    with descriptors_set(True):
+        got = results()
+    assert all(a.isfinite().all() and a.any() for a in got)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_which_tensors_have_one() -> None:

@@ -9,7 +9,8 @@ a row, H_i = dout_i . e_i and h_i = o_i / N_i H_i,
     dq_i = m_i sum_j z_ij k_j           dk_j = sum_i ds_ij q_i          dv_j = sum_i y_ij^p dout_i
 
 Shapes: q, out, out_x, dout, dq `[b, s_q, h, d]`; k, v, dk, dv `[b, s_k, h_kv, d]`; total, top,
-mean, inverse, gamma, delta, drift `[b, h, s_q]`; q_idx, q_lo int32 `[s_q]`; k_idx int32 `[s_k]`.
+mean, inverse, gamma, delta, drift, least, offset, share `[b, h, s_q]`; q_idx, q_lo int32 `[s_q]`;
+k_idx int32 `[s_k]`.
 
                    keys, tiles of BLOCK_N        sums, fwd, dq: a program is a row of tiles, grid
                   +-----+-----+-----+-----+                     (query tiles, h, b)
@@ -18,7 +19,7 @@ mean, inverse, gamma, delta, drift `[b, h, s_q]`; q_idx, q_lo int32 `[s_q]`; k_i
     BLOCK_M       |  =  |  m  |     |     |                     the heads of a group
                   +-----+-----+-----+-----+      rows:          row statistics, no keys
                   |  =  |  =  |  m  |     |
-                  +-----+-----+-----+-----+      =  visible: first, no mask;   m  masked
+                  +-----+-----+-----+-----+      =  visible: no mask;   m  masked
     LSSAR:        sums: sum and maximum of f;   fwd: mean and inverse of these, then powers
 
 Nothing is added atomically: the same inputs give the same bits.
@@ -30,14 +31,13 @@ import torch
 import triton
 import triton.language as tl
 
-from lcdist_kernels.lssar.inner_loop import dkv_step, dq_step, power_sweep, sums_sweep
+from lcdist_kernels.lssar.inner_loop import dkv_sweep, dq_sweep, power_sweep, sums_sweep
 from lcdist_kernels.lssar.rows import FLAT_ULPS
 from lcdist_kernels.softmax_steps import (
-    head_pointers,
     key_program,
     load_limits,
     load_range,
-    nth_masked,
+    loop_sources,
     query_program,
 )
 from lcdist_kernels.triton_common import load_tile, store_tile
@@ -60,10 +60,14 @@ def _lssar_sums_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, PRECISE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Compute the sum and the maximum of f of a tile of queries."""
+    """Compute the sum and the maximum of f of a tile of queries. DESCRIBED: k is a descriptor."""
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
-    p_k = k + i_b * stride_kb + (i_h // GROUP) * stride_kh
+    k, _, at = loop_sources(
+        k, k, i_b, i_h // GROUP, 0, 1, stride_kb, stride_ks, stride_kh, stride_kb, stride_ks,
+        stride_kh, DESCRIBED,
+    )  # fmt: skip
     p_q = q + i_b * stride_qb + i_h * stride_qh
     lo, full_lo, full_hi, hi = load_range(ranges, i_m)
 
@@ -73,8 +77,8 @@ def _lssar_sums_kernel(
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, True)
     b_sum, b_max = sums_sweep(
-        b_q, p_k, lo, full_lo, full_hi, hi, seqlen_k, stride_ks, b_q_idx, b_q_lo, k_idx, HEAD_DIM,
-        BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE,
+        b_q, k, at, lo, full_lo, full_hi, hi, seqlen_k, stride_ks, b_q_idx, b_q_lo, k_idx, HEAD_DIM,
+        BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, DESCRIBED,
     )  # fmt: skip
     tl.store(total + i_row + o_m, b_sum, mask=m_m)
     tl.store(top + i_row + o_m, b_max, mask=m_m)
@@ -89,19 +93,20 @@ def _lssar_fwd_kernel(
     stride_vb, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
     TIMES: tl.constexpr, SHARP: tl.constexpr, SLOPE: tl.constexpr, WHOLE: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, PRECISE: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, PRECISE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Compute results (WHOLE) or sums of a tile of queries.
 
     WHOLE: these are all keys of the rows. `total` and `inverse` hold the sum and the maximum of f
     (SHARP), and out, e / gamma, mean and gamma are written. Otherwise mean and inverse are read,
-    and A, W, A' and W' written. out and out_x have one layout.
+    and A, W, A' and W' written. out and out_x have one layout. DESCRIBED: k and v are descriptors.
     """
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
-    p_q, p_k, p_v = head_pointers(
-        q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
-        stride_vb, stride_vh,
+    k, v, at = loop_sources(
+        k, v, i_b, i_h // GROUP, 0, 1, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+        stride_vh, DESCRIBED,
     )  # fmt: skip
+    p_q = q + i_b * stride_qb + i_h * stride_qh
     i_out = i_b * stride_ob + i_h * stride_oh
     lo, full_lo, full_hi, hi = load_range(ranges, i_m)
 
@@ -124,9 +129,9 @@ def _lssar_fwd_kernel(
         b_mean = tl.zeros([BLOCK_M], tl.float32)
         b_inverse = tl.full([BLOCK_M], 1.0, tl.float32)
     b_out, b_sum, b_out_x, b_sum_x = power_sweep(
-        b_q, b_mean, b_inverse, p_k, p_v, lo, full_lo, full_hi, hi, seqlen_k, stride_ks, stride_vs,
-        power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, SLOPE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-        HAS_LO, PRECISE,
+        b_q, b_mean * b_inverse, b_inverse, k, v, at, lo, full_lo, full_hi, hi, seqlen_k, stride_ks,
+        stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, SLOPE, HEAD_DIM, BLOCK_D, BLOCK_M,
+        BLOCK_N, HAS_LO, PRECISE, DESCRIBED,
     )  # fmt: skip
     if WHOLE:
         m_empty = b_sum == 0
@@ -185,7 +190,7 @@ def _lssar_rows_kernel(
 
 @triton.jit
 def _lssar_bwd_dq_kernel(
-    q, k, v, dout, mean, gamma, delta, drift, dq,
+    q, k, v, dout, mean, gamma, delta, drift, least, offset, share, dq,
     q_idx, q_lo, k_idx, ranges,
     power, seqlen_q, seqlen_k,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
@@ -193,14 +198,19 @@ def _lssar_bwd_dq_kernel(
     stride_db, stride_ds, stride_dh,
     TIMES: tl.constexpr, SHARP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
-    PRECISE: tl.constexpr,
+    PRECISE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of a tile of queries."""
+    """Compute dq of a tile of queries, and three statistics that the kernel for dk and dv reads.
+
+    These are least = mean gamma, offset = delta gamma and share = drift / p: computed once a row,
+    not for every tile of keys. DESCRIBED: k and v are descriptors.
+    """
     i_m, i_h, i_b, i_row = query_program(seqlen_q)
-    p_q, p_k, p_v = head_pointers(
-        q, k, v, i_b, i_h, i_h // GROUP, stride_qb, stride_qh, stride_kb, stride_kh,
-        stride_vb, stride_vh,
+    k, v, at = loop_sources(
+        k, v, i_b, i_h // GROUP, 0, 1, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs,
+        stride_vh, DESCRIBED,
     )  # fmt: skip
+    p_q = q + i_b * stride_qb + i_h * stride_qh
     p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
     p_dq = dq + i_b * stride_db + i_h * stride_dh
     lo, full_lo, full_hi, hi = load_range(ranges, i_m)
@@ -215,30 +225,25 @@ def _lssar_bwd_dq_kernel(
     b_delta = tl.load(delta + i_row + o_m, mask=m_m, other=0.0)
     b_drift = tl.load(drift + i_row + o_m, mask=m_m, other=0.0)
     b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
+    b_least = b_mean * b_gamma
+    tl.store(least + i_row + o_m, b_least, mask=m_m)
+    tl.store(offset + i_row + o_m, b_delta * b_gamma, mask=m_m)
+    tl.store(share + i_row + o_m, b_drift / power, mask=m_m)
     # A flat row has gamma = 0 and no drift.
     b_scale = b_gamma * power
     b_drift = b_drift / tl.where(b_scale > 0, b_scale, 1.0)
-    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for i in range(0, full_hi - full_lo):
-        b_dq = dq_step(
-            b_q, b_dout, b_dq, b_mean, b_gamma, b_delta, b_drift, p_k, p_v, full_lo + i, seqlen_k,
-            stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, HEAD_DIM, BLOCK_D,
-            BLOCK_M, BLOCK_N, HAS_LO, PRECISE, False,
-        )  # fmt: skip
-    for i in range(0, (full_lo - lo) + (hi - full_hi)):
-        i_n = nth_masked(i, lo, full_lo, full_hi)
-        b_dq = dq_step(
-            b_q, b_dout, b_dq, b_mean, b_gamma, b_delta, b_drift, p_k, p_v, i_n, seqlen_k,
-            stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, HEAD_DIM, BLOCK_D,
-            BLOCK_M, BLOCK_N, HAS_LO, PRECISE, True,
-        )  # fmt: skip
+    b_dq = dq_sweep(
+        b_q, b_dout, b_least, b_gamma, b_delta, b_drift, k, v, at, lo, full_lo, full_hi, hi,
+        seqlen_k, stride_ks, stride_vs, power, b_q_idx, b_q_lo, k_idx, TIMES, SHARP, HEAD_DIM,
+        BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, DESCRIBED,
+    )  # fmt: skip
     b_dq = b_dq * b_scale[:, None]
     store_tile(p_dq, b_dq, start, seqlen_q, stride_ds, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _lssar_bwd_dkv_kernel(
-    q, k, v, dout, mean, gamma, delta, drift, dk, dv,
+    q, k, v, dout, least, gamma, offset, share, dk, dv,
     q_idx, q_lo, k_idx, ranges,
     power, seqlen_q, seqlen_k,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
@@ -246,9 +251,12 @@ def _lssar_bwd_dkv_kernel(
     stride_db, stride_ds, stride_dh,
     TIMES: tl.constexpr, SHARP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
-    PRECISE: tl.constexpr, EVEN_M: tl.constexpr,
+    PRECISE: tl.constexpr, EVEN_M: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv of a tile of keys from all query heads of the key head."""
+    """Compute dk and dv of a tile of keys from all query heads of the key head.
+
+    DESCRIBED: q and dout are descriptors.
+    """
     i_n = tl.program_id(0)
     i_hk, i_b, p_k, p_v = key_program(k, v, stride_kb, stride_kh, stride_vb, stride_vh)
     lo, full_lo, full_hi, hi = load_range(ranges, i_n)
@@ -263,22 +271,17 @@ def _lssar_bwd_dkv_kernel(
     for i_g in range(0, GROUP):
         i_h = i_hk * GROUP + i_g
         i_row = (i_b * (tl.num_programs(1) * GROUP) + i_h) * seqlen_q
-        p_q = q + i_b * stride_qb + i_h * stride_qh
-        p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h
-        for i in range(0, full_hi - full_lo):
-            b_dk, b_dv = dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_dout, mean + i_row, gamma + i_row, delta + i_row,
-                drift + i_row, full_lo + i, seqlen_q, stride_qs, stride_dout_s, power, q_idx, q_lo,
-                b_k_idx, TIMES, SHARP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, EVEN_M,
-                False,
-            )  # fmt: skip
-        for i in range(0, (full_lo - lo) + (hi - full_hi)):
-            i_m = nth_masked(i, lo, full_lo, full_hi)
-            b_dk, b_dv = dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_dout, mean + i_row, gamma + i_row, delta + i_row,
-                drift + i_row, i_m, seqlen_q, stride_qs, stride_dout_s, power, q_idx, q_lo, b_k_idx,
-                TIMES, SHARP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, PRECISE, EVEN_M, True,
-            )  # fmt: skip
+        of_q, of_dout, at = loop_sources(
+            q, dout, i_b, i_h, 0, 1, stride_qb, stride_qs, stride_qh, stride_dout_b, stride_dout_s,
+            stride_dout_h, DESCRIBED,
+        )  # fmt: skip
+        b_dk, b_dv = dkv_sweep(
+            b_k, b_v, b_dk, b_dv, of_q, of_dout, at, least + i_row, gamma + i_row, offset + i_row,
+            share + i_row, lo, full_lo, full_hi, hi, seqlen_q, stride_qs, stride_dout_s, power,
+            q_idx, q_lo, b_k_idx, TIMES, SHARP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
+            PRECISE, EVEN_M, DESCRIBED,
+        )  # fmt: skip
+    b_dk = b_dk * power
     i_own = i_b * stride_db + i_hk * stride_dh
     store_tile(dk + i_own, b_dk, start, seqlen_k, stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)
     store_tile(dv + i_own, b_dv, start, seqlen_k, stride_ds, BLOCK_N, HEAD_DIM, BLOCK_D)

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from lcdist_kernels.common import check_qkv
+from lcdist_kernels.descriptors import make_descriptors, use_descriptors
 from lcdist_kernels.lssar.inner_loop import POWER_BITS
 from lcdist_kernels.lssar.kernel import (
     _lssar_bwd_dkv_kernel,
@@ -24,11 +25,13 @@ from lcdist_kernels.lssar.kernel import (
 from lcdist_kernels.lssar.rows import Band, Reweight, RowResults, Threshold, exponent
 from lcdist_kernels.lssar.tile_configs import (
     BWD_DKV,
+    BWD_DKV_DESCRIBED,
     BWD_DKV_HOPPER,
     BWD_DQ,
     FWD,
     FWD_HOPPER,
     SUMS,
+    SUMS_HOPPER,
 )
 from lcdist_kernels.lssar.tiled import RowStats, Sums
 from lcdist_kernels.tile_ranges import (
@@ -68,12 +71,13 @@ def lssar_sums(
     total, top = (_row(q) for _ in range(2))
     if not q.numel() or not k.numel():
         return total.zero_(), top.zero_()
-    launch = launch or choose_launch(SUMS, q)
+    launch, described = launch or choose_launch(SUMS, q, SUMS_HOPPER), use_descriptors(k)
+    (keys,) = make_descriptors(launch.block_n, k) if described else (k,)
     tables = query_tables(band_of(*band), launch.block_m, launch.block_n, device_stream(q))
     with launch_context(q):
         _lssar_sums_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
-            q, k, total, top, *tables, seqlen, k.shape[1], *strides(q, k), **_sizes(q, k, band),
-            **launch.options(),
+            q, keys, total, top, *tables, seqlen, k.shape[1], *strides(q, k), **_sizes(q, k, band),
+            DESCRIBED=described, **launch.options(),
         )  # fmt: skip
     return total, top
 
@@ -133,14 +137,15 @@ def _fwd(
     check_kernel(q)
     q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     batch, seqlen, nheads, _ = q.shape
-    launch = launch or choose_launch(FWD, q, FWD_HOPPER)
+    launch, described = launch or choose_launch(FWD, q, FWD_HOPPER), use_descriptors(k, v)
+    keys = make_descriptors(launch.block_n, k, v) if described else (k, v)
     tables = query_tables(band_of(*band), launch.block_m, launch.block_n, device_stream(q))
     with launch_context(q):
         _lssar_fwd_kernel[(triton.cdiv(seqlen, launch.block_m), nheads, batch)](
-            q, k, v, *buffers, *tables, exponent(reweight),
+            q, *keys, *buffers, *tables, exponent(reweight),
             0 if reweight is None else reweight.exempt_rows, seqlen, k.shape[1],
             *strides(q, k, v, buffers[3]), **_power(reweight), SLOPE=slope, WHOLE=whole,
-            **_sizes(q, k, band), **launch.options(),
+            **_sizes(q, k, band), DESCRIBED=described, **launch.options(),
         )  # fmt: skip
 
 
@@ -192,23 +197,28 @@ def lssar_bwd(
     dv = _out(v, values_dtype or torch.float32)
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
-    chosen = choose_launch(BWD_DQ, q), choose_launch(BWD_DKV, q, BWD_DKV_HOPPER)
-    for_dq, for_dkv = launches or chosen
+    by_keys, by_rows = use_descriptors(k, v), use_descriptors(q, dout)
+    for_hopper = BWD_DKV_HOPPER | (BWD_DKV_DESCRIBED if by_rows else {})
+    for_dq, for_dkv = launches or (choose_launch(BWD_DQ, q), choose_launch(BWD_DKV, q, for_hopper))
+    keys = make_descriptors(for_dq.block_n, k, v) if by_keys else (k, v)
+    rows = make_descriptors(for_dkv.block_m, q, dout) if by_rows else (q, dout)
     numbers, place = band_of(*band), device_stream(q)
     own_rows = [x.contiguous() for x in row]
+    made = [torch.empty_like(x) for x in own_rows[:3]]
     inputs = strides(q, k, v, dout)
     words = _power(reweight) | _sizes(q, k, band)
     with launch_context(q):
         _lssar_bwd_dq_kernel[(triton.cdiv(seqlen, for_dq.block_m), nheads, batch)](
-            q, k, v, dout, *own_rows, dq,
+            q, *keys, dout, *own_rows, *made, dq,
             *query_tables(numbers, for_dq.block_m, for_dq.block_n, place), exponent(reweight),
-            seqlen, k.shape[1], *inputs, *strides(dq), **words, **for_dq.options(),
+            seqlen, k.shape[1], *inputs, *strides(dq), **words, DESCRIBED=by_keys,
+            **for_dq.options(),
         )  # fmt: skip
         _lssar_bwd_dkv_kernel[(triton.cdiv(k.shape[1], for_dkv.block_n), k.shape[2], batch)](
-            q, k, v, dout, *own_rows, dk, dv,
+            rows[0], k, v, rows[1], made[0], own_rows[1], made[1], made[2], dk, dv,
             *key_tables(numbers, for_dkv.block_m, for_dkv.block_n, place), exponent(reweight),
             seqlen, k.shape[1], *inputs, *strides(dk), **words,
-            EVEN_M=seqlen % for_dkv.block_m == 0, **for_dkv.options(),
+            EVEN_M=seqlen % for_dkv.block_m == 0, DESCRIBED=by_rows, **for_dkv.options(),
         )  # fmt: skip
     return dq, dk, dv
 
