@@ -289,7 +289,8 @@ def fwd_loop(
 ):  # fmt: skip
     """Return (out, max, sum) of a tile of queries after tiles lo to hi of keys, as `fwd_step`.
 
-    k, v, at: as `loop_sources` returns them. Tiles in [full_lo, full_hi) need no mask.
+    k, v, at: as `loop_sources` returns them. Tiles in [full_lo, full_hi) need no mask; no tile does
+    where b_q_idx is None.
 
     By descriptors, the values of a tile are added one step later, while the next tile's softmax is
     computed. Its weights are kept in fp32, as copies of rounded ones would cost more registers. By
@@ -306,21 +307,48 @@ def fwd_loop(
             b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             b_v = load_box(v, at, tl.maximum(i - 1, lo) * BLOCK_N, BLOCK_N, BLOCK_D)
             b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
-            if (i < full_lo) | (i >= full_hi):
-                b_s = hide_keys(b_s, i * BLOCK_N, seqlen_k, b_q_idx, b_q_lo, k_idx, BLOCK_N, HAS_LO)
+            if b_q_idx is not None:  # noqa: SIM102, a constant of the kernel
+                if (i < full_lo) | (i >= full_hi):
+                    b_s = hide_keys(
+                        b_s, i * BLOCK_N, seqlen_k, b_q_idx, b_q_lo, k_idx, BLOCK_N, HAS_LO
+                    )
             b_p, b_rescale, b_max, b_sum = weigh(b_s, b_max, b_sum, qk_scale)
         if hi > lo:
             b_v = load_box(v, at, (hi - 1) * BLOCK_N, BLOCK_N, BLOCK_D)
             b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
     else:
         for part in tl.static_range(3):
-            first, stop = part_of(lo, full_lo, full_hi, hi, part)
-            for i in range(first, stop):
-                b_out, b_max, b_sum = fwd_step(
-                    b_q, b_out, b_max, b_sum, k, v, i, seqlen_k, stride_ks, stride_vs, qk_scale,
-                    b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, part != 1,
-                )  # fmt: skip
+            if part == 1 or b_q_idx is not None:
+                first, stop = part_of(lo, full_lo, full_hi, hi, part)
+                for i in range(first, stop):
+                    b_out, b_max, b_sum = fwd_step(
+                        b_q, b_out, b_max, b_sum, k, v, i, seqlen_k, stride_ks, stride_vs, qk_scale,
+                        b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
+                        part != 1,
+                    )  # fmt: skip
     return b_out, b_max, b_sum
+
+
+@triton.jit
+def _ds_step(
+    b_q, b_dout, b_lse, b_delta, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs, qk_scale,
+    b_q_idx, b_q_lo, k_idx,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return the gradients of a tile's scores, and its keys; arguments as of `dq_step`."""
+    start = i_n * BLOCK_N
+    b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
+    b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
+    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    b_p = tl.exp2(b_s * qk_scale - b_lse[:, None])
+    if MASKED:
+        o_n = start + tl.arange(0, BLOCK_N)
+        b_k_idx = load_key_numbers(k_idx, o_n, seqlen_k)
+        m_s = is_visible(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
+        b_p = tl.where(m_s, b_p, 0.0)
+    b_dp = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    return b_p * (b_dp - b_delta[:, None]), b_k
 
 
 @triton.jit
@@ -334,18 +362,10 @@ def dq_step(
 
     b_lse: of the whole row, base 2. b_delta: dout . out. MASKED as in `fwd_step`.
     """
-    start = i_n * BLOCK_N
-    b_k = load_tile(p_k, start, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
-    b_v = load_tile(p_v, start, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not MASKED)
-    b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    b_p = tl.exp2(b_s * qk_scale - b_lse[:, None])
-    if MASKED:
-        o_n = start + tl.arange(0, BLOCK_N)
-        b_k_idx = load_key_numbers(k_idx, o_n, seqlen_k)
-        m_s = is_visible(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
-        b_p = tl.where(m_s, b_p, 0.0)
-    b_dp = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    b_ds = b_p * (b_dp - b_delta[:, None])
+    b_ds, b_k = _ds_step(
+        b_q, b_dout, b_lse, b_delta, p_k, p_v, i_n, seqlen_k, stride_ks, stride_vs, qk_scale,
+        b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, MASKED,
+    )  # fmt: skip
     return dot(b_ds.to(b_k.dtype), b_k, b_dq)
 
 
@@ -354,13 +374,15 @@ def dq_loop(
     b_q, b_dout, b_lse, b_delta, k, v, at, lo, full_lo, full_hi, hi, seqlen_k, stride_ks, stride_vs,
     qk_scale, b_q_idx, b_q_lo, k_idx,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr, DESCRIBED: tl.constexpr,
+    HAS_LO: tl.constexpr, DESCRIBED: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Return dq of a tile of queries, without softmax_scale, after tiles lo to hi of keys.
+    """Return (dq, sums) of a tile of queries after tiles lo to hi of keys; no softmax_scale in dq.
 
-    Arguments as in `fwd_loop` and `dq_step`.
+    Arguments as in `fwd_loop` and `dq_step`. SUMS: sum the gradients of each row's scores; else the
+    sums are 0.
     """
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_sums = tl.zeros([BLOCK_M], tl.float32)
     if DESCRIBED:
         for i in range(lo, hi):
             start = i * BLOCK_N
@@ -370,19 +392,26 @@ def dq_loop(
             b_s = dot(b_q, tl.trans(b_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             b_dp = dot(b_dout, tl.trans(b_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             b_p = tl.exp2(b_s * qk_scale - b_lse[:, None])
-            if (i < full_lo) | (i >= full_hi):
-                b_k_idx = load_key_numbers(k_idx, start + tl.arange(0, BLOCK_N), seqlen_k)
-                m_s = is_visible(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
-                b_p = tl.where(m_s, b_p, 0.0)
+            if b_q_idx is not None:  # noqa: SIM102, a constant of the kernel
+                if (i < full_lo) | (i >= full_hi):
+                    b_k_idx = load_key_numbers(k_idx, start + tl.arange(0, BLOCK_N), seqlen_k)
+                    m_s = is_visible(b_q_idx[:, None], b_q_lo[:, None], b_k_idx[None, :], HAS_LO)
+                    b_p = tl.where(m_s, b_p, 0.0)
             b_ds = b_p * (b_dp - b_delta[:, None])
+            if SUMS:
+                b_sums += tl.sum(b_ds, 1)
             b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
     else:
         for part in tl.static_range(3):
-            first, stop = part_of(lo, full_lo, full_hi, hi, part)
-            for i in range(first, stop):
-                b_dq = dq_step(
-                    b_q, b_dout, b_dq, b_lse, b_delta, k, v, i, seqlen_k, stride_ks, stride_vs,
-                    qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
-                    part != 1,
-                )  # fmt: skip
-    return b_dq
+            if part == 1 or b_q_idx is not None:
+                first, stop = part_of(lo, full_lo, full_hi, hi, part)
+                for i in range(first, stop):
+                    b_ds, b_k = _ds_step(
+                        b_q, b_dout, b_lse, b_delta, k, v, i, seqlen_k, stride_ks, stride_vs,
+                        qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                        HAS_LO, part != 1,
+                    )  # fmt: skip
+                    if SUMS:
+                        b_sums += tl.sum(b_ds, 1)
+                    b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
+    return b_dq, b_sums

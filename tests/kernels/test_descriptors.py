@@ -16,6 +16,7 @@ from lcdist_kernels import (
     landmark_attention,
     lssar_attention,
     scca_attention,
+    tensorized_attention,
 )
 from lcdist_kernels.descriptors import descriptors_set, make_descriptors, use_descriptors
 from lcdist_kernels.landmark import TRITON_IMPL, QueryRows
@@ -24,6 +25,7 @@ from lcdist_kernels.lssar import Band, Reweight
 from lcdist_kernels.lssar.rows import Threshold
 from lcdist_kernels.lssar.tiled import RowStats
 from lcdist_kernels.scca import Rule
+from lcdist_kernels.tensorized import ModeGrid
 from tests.kernels.helpers import HERE
 from tests.kernels.test_full import borders, with_grads
 from tests.kernels.test_landmark_triton import some_lists
@@ -290,6 +292,44 @@ def test_lssar_of_a_block(dtype: torch.dtype, reweight: Reweight | None, slope: 
         got = results()
     assert all(a.isfinite().all() and a.any() for a in got)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+# Two descriptors of keys for each launch forward and for dq where fibres have a tile (64 here) and
+# queries of branch and hop differ; two of rows for dk, dv, where no hop runs along.
+@pytest.mark.parametrize(
+    ("grid", "seqlen", "packed", "dtype", "count"),
+    tiered(
+        [
+            # Branches over the block before too; the coarsest fibres are short.
+            (ModeGrid((64,), local_blocks=2, hop_heads="kv"), 150, True, torch.float16, 8),
+            # The coarsest fibres have 65 tokens, 2 apart; the others 2.
+            (ModeGrid((2,), hop_heads="kv"), 130, False, torch.bfloat16, 6),
+            # Hops over fibres of 64 tokens that are 2 apart.
+            (ModeGrid((2, 64), hop_heads="kv"), 128, False, torch.bfloat16, 8),
+            # Branch and hop in one sweep.
+            (ModeGrid((64,)), 128, True, torch.bfloat16, 0),
+            (ModeGrid((64,), hop_heads="kv"), 200, True, torch.bfloat16, 8),
+        ],
+        {0, 1},
+    ),
+)
+def test_tensorized_attention(
+    grid: ModeGrid,
+    seqlen: int,
+    packed: bool,
+    dtype: torch.dtype,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cu_seqlens = None
+    if packed:
+        cu_seqlens = torch.tensor([0, grid.block, seqlen], dtype=torch.int32, device=HERE)
+    assert_same_bits_by_descriptors(
+        lambda *qkv: tensorized_attention(*qkv, grid=grid, cu_seqlens=cu_seqlens, impl="triton"),
+        half(seqlen, 16, dtype),
+        monkeypatch,
+        count,
+    )
 
 
 def test_which_tensors_have_one() -> None:

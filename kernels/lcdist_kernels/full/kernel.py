@@ -151,10 +151,10 @@ def _full_bwd_dq_kernel(
     b_q = load_tile(p_q, start, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     b_lse = load_lse(lse + i_row, lse2 + i_row, o_m, m_m)
     b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
-    b_dq = dq_loop(
+    b_dq, _ = dq_loop(
         b_q, b_dout, b_lse, b_delta, k, v, at, lo, full_lo, full_hi, hi, seqlen_k, stride_ks,
         stride_vs, softmax_scale * LOG2E, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M,
-        BLOCK_N, HAS_LO, DESCRIBED,
+        BLOCK_N, HAS_LO, DESCRIBED, False,
     )  # fmt: skip
     b_dq = b_dq * softmax_scale
     if ADD:

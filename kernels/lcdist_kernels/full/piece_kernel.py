@@ -197,10 +197,10 @@ def _pieces_bwd_dq_kernel(
         b_lse = tl.load(lse + i_head + row + row_step * o_m, mask=m_m, other=float("inf")) * LOG2E
         tl.store(lse2 + i_row + o_m, b_lse, mask=m_m)
     b_last, b_first = _key_limits(q_lo + limits, q_hi + limits, o_m, m_m, key, key_step, HAS_LO)
-    b_dq = dq_loop(
+    b_dq, _ = dq_loop(
         b_q, b_dout, b_lse, b_delta, k, v, at, lo, full_lo, full_hi, hi, keys, step_ks, step_vs,
         softmax_scale * LOG2E, b_last, b_first, None, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
-        STEP > 0,
+        STEP > 0, False,
     )  # fmt: skip
     b_dq = b_dq * softmax_scale
     if ADD:

@@ -22,13 +22,16 @@ import triton
 import triton.language as tl
 
 from lcdist_kernels.softmax_steps import (
+    dq_loop,
     is_visible,
     load_key_numbers,
     load_limits,
+    load_pair,
     load_range,
     nth_masked,
 )
 from lcdist_kernels.tensorized.kernel import (
+    fibre_sources,
     head_rows,
     load_queries,
     load_queries_of,
@@ -98,6 +101,43 @@ def _dq_all(
             BLOCK_D, BLOCK_M, BLOCK_N, False, BRANCH, HOP, True,
         )  # fmt: skip
     return b_dq, b_dlogits
+
+
+@triton.jit
+def _fork_dq(
+    b_q, b_dout, b_du_next, b_lse, b_delta, b_hop_lse, b_hop_delta, p_k, p_u, lo, full_lo, full_hi,
+    hi, before, i_o, size_k, step_k, step_u, qk_scale, b_q_idx, b_q_lo, k_idx,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+):  # fmt: skip
+    """Return dq of branch and hop, without softmax_scale, and dlogits of the branch."""
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_dlogits = tl.zeros([BLOCK_M], tl.float32)
+    for i in range(0, full_hi - full_lo):
+        b_dq, b_dlogits = _dq_step(
+            b_q, b_dout, b_du_next, b_dq, b_dlogits, b_lse, b_delta, b_hop_lse, b_hop_delta, p_k,
+            p_u, full_lo + i, size_k, step_k, step_u, qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM,
+            BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True, True, False,
+        )  # fmt: skip
+    for i in range(0, (full_lo - lo) + (hi - full_hi)):
+        i_n = nth_masked(i, lo, full_lo, full_hi)
+        b_dq, b_dlogits = _dq_step(
+            b_q, b_dout, b_du_next, b_dq, b_dlogits, b_lse, b_delta, b_hop_lse, b_hop_delta, p_k,
+            p_u, i_n, size_k, step_k, step_u, qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D,
+            BLOCK_M, BLOCK_N, HAS_LO, True, True, True,
+        )  # fmt: skip
+    if before is not None:
+        rows_before = tl.load(before + i_o) * size_k
+        b_dq, b_dlogits = _dq_all(
+            b_q, b_dout, b_du_next, b_dq, b_dlogits, b_lse, b_delta, b_hop_lse, b_hop_delta,
+            p_k - rows_before * step_k, p_u - rows_before * step_u, 0, rows_before, step_k, step_u,
+            qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False,
+        )  # fmt: skip
+    return _dq_all(
+        b_q, b_dout, b_du_next, b_dq, b_dlogits, b_lse, b_delta, b_hop_lse, b_hop_delta, p_k, p_u,
+        tl.maximum(hi, full_hi), size_k, step_k, step_u, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M,
+        BLOCK_N, False, True,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -190,7 +230,8 @@ def _tensorized_bwd_dq_kernel(
     stride_ub, stride_us, stride_uh, stride_dout_b, stride_dout_s, stride_dout_h,
     GROUP_K: tl.constexpr, GROUP_U: tl.constexpr, MEAN: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
-    BRANCH: tl.constexpr, HOP: tl.constexpr, HEADS: tl.constexpr,
+    BRANCH: tl.constexpr, HOP: tl.constexpr, HEADS: tl.constexpr, DESCRIBED: tl.constexpr,
+    EVEN_N: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of a tile of queries, the row sums of dlogits, and what dk and dU need.
 
@@ -200,7 +241,7 @@ def _tensorized_bwd_dq_kernel(
     lse2: made here, lse less bias in base 2. du_next, u_next, hop_lse: of the hop, the last in base
     2. hop_delta: made here. prev_dq: what other modes gave. hop_dq: the gradient of the hop's mean
     queries. used_q: made here, the queries as means and rotated. dq of a mean stays rotated, as
-    hop_dq. MEAN, HEADS, angles, turns, factor: as in the forward kernel.
+    hop_dq. MEAN, HEADS, DESCRIBED, EVEN_N, angles, turns, factor: as in the forward kernel.
     """
     tiles = tl.cdiv(size_q, BLOCK_M // HEADS)
     i_m, i_h, i_r, i_o = program_coords(tiles, stride, nheads // HEADS)
@@ -211,8 +252,10 @@ def _tensorized_bwd_dq_kernel(
     row_k = i_o * size_k * stride + i_r
     i_row = (i_b * nheads + i_h) * seqlen + row_q
     p_q = q + i_b * stride_qb + i_h * MEAN * stride_qh + row_q * stride_qs
-    p_k = k + i_b * stride_kb + (i_h // GROUP_K) * stride_kh + row_k * stride_ks
-    p_u = u + i_b * stride_ub + (i_h // GROUP_U) * stride_uh + row_k * stride_us
+    k, u, at = fibre_sources(
+        k, u, i_b, i_h // GROUP_K, i_h // GROUP_U, row_k, stride, stride_kb, stride_ks, stride_kh,
+        stride_ub, stride_us, stride_uh, DESCRIBED,
+    )  # fmt: skip
     stride64 = tl.cast(stride, tl.int64)
     step_q, step_k, step_u = stride_qs * stride64, stride_ks * stride64, stride_us * stride64
     step_own = nheads * HEAD_DIM * stride64
@@ -232,11 +275,11 @@ def _tensorized_bwd_dq_kernel(
             p_used, b_q, start, o_m, o_g, size_q, step_own, HEAD_DIM, HEADS, HEAD_DIM, BLOCK_D,
             BLOCK_M,
         )  # fmt: skip
-    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_dlogits = tl.zeros([BLOCK_M], tl.float32)
-    # Inputs that a launch does not use are never read; any tile of the right shape will do.
-    b_dout, b_du_next = b_q, b_q
-    b_lse, b_delta, b_hop_lse, b_hop_delta = b_dlogits, b_dlogits, b_dlogits, b_dlogits
+        # Loaded again, the queries are in shared memory: as results they would stay in registers.
+        tl.debug_barrier()
+        b_q = load_queries_of(
+            p_used, start, o_m, o_g, size_q, step_own, HEAD_DIM, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M
+        )
     if HOP:
         p_du_next = head_rows(du_next, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
         p_u_next = head_rows(u_next, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
@@ -246,7 +289,6 @@ def _tensorized_bwd_dq_kernel(
         )  # fmt: skip
         b_hop_lse = tl.load(hop_lse + o_row, mask=m_m, other=float("inf"))
     qk_scale = softmax_scale * LOG2E
-    hop_lo = 0
     if BRANCH:
         p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h + row_q * stride_dout_s
         b_dout, b_delta, b_lse = _load_rows_of_branch(
@@ -256,35 +298,27 @@ def _tensorized_bwd_dq_kernel(
         )  # fmt: skip
         b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
         lo, full_lo, full_hi, hi = load_range(ranges, i_m)
-        for i in range(0, full_hi - full_lo):
-            b_dq, b_dlogits = _dq_step(
-                b_q, b_dout, b_du_next, b_dq, b_dlogits, b_lse, b_delta, b_hop_lse, b_hop_delta,
-                p_k, p_u, full_lo + i, size_k, step_k, step_u, qk_scale, b_q_idx, b_q_lo, k_idx,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True, HOP, False,
-            )  # fmt: skip
-        for i in range(0, (full_lo - lo) + (hi - full_hi)):
-            i_n = nth_masked(i, lo, full_lo, full_hi)
-            b_dq, b_dlogits = _dq_step(
-                b_q, b_dout, b_du_next, b_dq, b_dlogits, b_lse, b_delta, b_hop_lse, b_hop_delta,
-                p_k, p_u, i_n, size_k, step_k, step_u, qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM,
-                BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True, HOP, True,
-            )  # fmt: skip
-        hop_lo = tl.maximum(hi, full_hi)
-        if before is not None:
-            rows_before = tl.load(before + i_o) * size_k
-            b_dq, b_dlogits = _dq_all(
-                b_q, b_dout, b_du_next, b_dq, b_dlogits, b_lse, b_delta, b_hop_lse, b_hop_delta,
-                p_k - rows_before * step_k, p_u - rows_before * step_u, 0, rows_before, step_k,
-                step_u, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, False,
-            )  # fmt: skip
-        if dlogits is not None:
-            tl.store(dlogits + o_row, b_dlogits, mask=m_m)
-    if HOP:
-        b_dq, b_dlogits = _dq_all(
-            b_q, b_dout, b_du_next, b_dq, b_dlogits, b_lse, b_delta, b_hop_lse, b_hop_delta, p_k,
-            p_u, hop_lo, size_k, step_k, step_u, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            False, True,
+    if BRANCH and HOP:
+        b_dq, b_dlogits = _fork_dq(
+            b_q, b_dout, b_du_next, b_lse, b_delta, b_hop_lse, b_hop_delta, k, u, lo, full_lo,
+            full_hi, hi, before, i_o, size_k, step_k, step_u, qk_scale, b_q_idx, b_q_lo, k_idx,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
         )  # fmt: skip
+    elif BRANCH:
+        b_dq, b_dlogits = dq_loop(
+            b_q, b_dout, b_lse, b_delta, k, u, at, lo, full_lo, full_hi, hi, size_k, step_k, step_u,
+            qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
+            DESCRIBED, dlogits is not None,
+        )  # fmt: skip
+    else:
+        b_all = None if EVEN_N else tl.full([BLOCK_M], 2147483646, tl.int32)
+        b_dq, b_dlogits = dq_loop(
+            b_q, b_du_next, b_hop_lse, b_hop_delta, k, u, at, 0, 0, size_k // BLOCK_N,
+            tl.cdiv(size_k, BLOCK_N), size_k, step_k, step_u, qk_scale, b_all, b_all, None,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, DESCRIBED, False,
+        )  # fmt: skip
+    if BRANCH and dlogits is not None:
+        tl.store(dlogits + o_row, b_dlogits, mask=m_m)
     _finish_dq(
         b_dq * softmax_scale, dq, prev_dq, hop_dq, angles, turns, factor, i_b, i_h, stride_ab,
         row_q, start, o_m, o_g, size_q, stride64, seqlen, nheads, GROUP_K, MEAN, HEADS, HEAD_DIM,
@@ -293,11 +327,17 @@ def _tensorized_bwd_dq_kernel(
 
 
 @triton.jit
-def _load_stats(p_lse, p_delta, m_m, EVEN_M: tl.constexpr):
+def _load_stats(p_lse, p_delta, start, size_q, stride, BLOCK_M: tl.constexpr, EVEN_M: tl.constexpr):
     """Return lse, base 2, and delta of a tile of queries; inf and 0 past the end."""
+    # First the scalar, so that a thread's offsets are loop invariant.
+    at = start.to(tl.int64) * stride
+    o_m = tl.arange(0, BLOCK_M)
+    o_row = o_m.to(tl.int64) * stride
+    p_lse, p_delta = p_lse + at + o_row, p_delta + at + o_row
     if EVEN_M:
         b_lse, b_delta = tl.load(p_lse), tl.load(p_delta)
     else:
+        m_m = start + o_m < size_q
         b_lse = tl.load(p_lse, mask=m_m, other=float("inf"))
         b_delta = tl.load(p_delta, mask=m_m, other=0.0)
     return b_lse, b_delta
@@ -305,29 +345,29 @@ def _load_stats(p_lse, p_delta, m_m, EVEN_M: tl.constexpr):
 
 @triton.jit
 def _dkv_step(
-    b_k, b_u, b_dk, b_du, p_q, p_dout, p_lse, p_delta, i_m, size_q, stride, step_q, step_dout,
-    qk_scale, q_idx, q_lo, b_k_idx,
+    b_k, b_u, b_dk, b_du, q, dout, at, p_lse, p_delta, i_m, masked, size_q, stride, step_q,
+    step_dout, qk_scale, q_idx, q_lo, b_k_idx,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, MASKED: tl.constexpr,
+    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Return (dk, du) after one more tile of queries; dk without softmax_scale.
 
     Queries of a branch with dout, or of a hop with the gradient of its result. Scores are
-    transposed, `[BLOCK_N, BLOCK_M]`, so they are the left operand of a product as they are.
+    transposed, `[BLOCK_N, BLOCK_M]`, so they are the left operand of a product as they are. q,
+    dout, at: as `fibre_sources` returns them. masked: whether a query may not see a key.
     """
     start = i_m * BLOCK_M
-    o_m = start + tl.arange(0, BLOCK_M)
-    m_m = o_m < size_q
-    o_row = o_m.to(tl.int64) * stride
-    b_q = load_tile(p_q, start, size_q, step_q, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
+    b_q, b_dout = load_pair(
+        q, dout, at, start, size_q, step_q, step_dout, HEAD_DIM, BLOCK_D, BLOCK_M, EVEN_M, DESCRIBED
+    )
     b_s = dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-    b_dout = load_tile(p_dout, start, size_q, step_dout, BLOCK_M, HEAD_DIM, BLOCK_D, EVEN_M)
     # Both products go before the exponentials, which then run beside the second.
     b_dp = dot(b_u, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-    b_lse, b_delta = _load_stats(p_lse + o_row, p_delta + o_row, m_m, EVEN_M)
+    b_lse, b_delta = _load_stats(p_lse, p_delta, start, size_q, stride, BLOCK_M, EVEN_M)
     b_p = tl.exp2(b_s * qk_scale - b_lse[None, :])
-    if MASKED:
-        b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
+    if masked:
+        o_m = start + tl.arange(0, BLOCK_M)
+        b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, o_m < size_q, HAS_LO)
         m_s = is_visible(b_q_idx[None, :], b_q_lo[None, :], b_k_idx[:, None], HAS_LO)
         b_p = tl.where(m_s, b_p, 0.0)
     b_du = dot(b_p.to(b_dout.dtype), b_dout, b_du)
@@ -338,49 +378,59 @@ def _dkv_step(
 
 @triton.jit
 def _dkv_all(
-    b_k, b_u, b_dk, b_du, p_q, p_dout, p_lse, p_delta, size_q, stride, step_q, step_dout, qk_scale,
+    b_k, b_u, b_dk, b_du, q, dout, at, p_lse, p_delta, size_q, stride, step_q, step_dout, qk_scale,
     b_k_idx,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN_M: tl.constexpr,
+    EVEN_M: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Return (dk, du) after size_q queries that all see the keys."""
     for i in range(0, tl.cdiv(size_q, BLOCK_M)):
         b_dk, b_du = _dkv_step(
-            b_k, b_u, b_dk, b_du, p_q, p_dout, p_lse, p_delta, i, size_q, stride, step_q, step_dout,
-            qk_scale, None, None, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, EVEN_M,
-            False,
+            b_k, b_u, b_dk, b_du, q, dout, at, p_lse, p_delta, i, False, size_q, stride, step_q,
+            step_dout, qk_scale, None, None, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
+            EVEN_M, DESCRIBED,
         )  # fmt: skip
     return b_dk, b_du
 
 
 @triton.jit
 def _dkv_branch(
-    b_k, b_u, b_dk, b_du, p_q, p_dout, p_lse, p_delta, run, after, i_o, size_q, stride, step_q,
+    b_k, b_u, b_dk, b_du, q, dout, at, p_lse, p_delta, run, after, i_o, size_q, stride, step_q,
     step_dout, qk_scale, q_idx, q_lo, b_k_idx,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr,
+    HAS_LO: tl.constexpr, EVEN_M: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Return (dk, du) after all queries whose branch sees the keys; later blocks come last."""
     lo, full_lo, full_hi, hi = run
-    for i in range(0, full_hi - full_lo):
-        b_dk, b_du = _dkv_step(
-            b_k, b_u, b_dk, b_du, p_q, p_dout, p_lse, p_delta, full_lo + i, size_q, stride, step_q,
-            step_dout, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
-            EVEN_M, False,
-        )  # fmt: skip
-    for i in range(0, (full_lo - lo) + (hi - full_hi)):
-        i_m = nth_masked(i, lo, full_lo, full_hi)
-        b_dk, b_du = _dkv_step(
-            b_k, b_u, b_dk, b_du, p_q, p_dout, p_lse, p_delta, i_m, size_q, stride, step_q,
-            step_dout, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
-            EVEN_M, True,
-        )  # fmt: skip
+    whole, masked = full_hi - full_lo, (full_lo - lo) + (hi - full_hi)
+    if DESCRIBED:
+        for i in range(0, whole + masked):
+            i_m = tl.where(i < whole, full_lo + i, nth_masked(i - whole, lo, full_lo, full_hi))
+            b_dk, b_du = _dkv_step(
+                b_k, b_u, b_dk, b_du, q, dout, at, p_lse, p_delta, i_m, i >= whole, size_q, stride,
+                step_q, step_dout, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M,
+                BLOCK_N, HAS_LO, EVEN_M, True,
+            )  # fmt: skip
+    else:
+        for i in range(0, whole):
+            b_dk, b_du = _dkv_step(
+                b_k, b_u, b_dk, b_du, q, dout, at, p_lse, p_delta, full_lo + i, False, size_q,
+                stride, step_q, step_dout, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D,
+                BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, False,
+            )  # fmt: skip
+        for i in range(0, masked):
+            i_m = nth_masked(i, lo, full_lo, full_hi)
+            b_dk, b_du = _dkv_step(
+                b_k, b_u, b_dk, b_du, q, dout, at, p_lse, p_delta, i_m, True, size_q, stride,
+                step_q, step_dout, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M,
+                BLOCK_N, HAS_LO, EVEN_M, False,
+            )  # fmt: skip
     if after is not None:
         skipped = tl.cast(size_q, tl.int64)
         b_dk, b_du = _dkv_all(
-            b_k, b_u, b_dk, b_du, p_q + skipped * step_q, p_dout + skipped * step_dout,
+            b_k, b_u, b_dk, b_du, q + skipped * step_q, dout + skipped * step_dout, at,
             p_lse + skipped, p_delta + skipped, tl.load(after + i_o) * size_q, stride, step_q,
-            step_dout, qk_scale, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EVEN_M,
+            step_dout, qk_scale, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EVEN_M, False,
         )  # fmt: skip
     return b_dk, b_du
 
@@ -390,17 +440,20 @@ def _dkv_hop(
     b_k, b_u, b_dk, b_du, hop_q, du_next, hop_lse, hop_delta, i_b, i_h, nheads, row_q, seqlen,
     size_q, stride, stride_qb, stride_qs, stride_qh, qk_scale, b_k_idx,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN_M: tl.constexpr,
+    EVEN_M: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Return (dk, du) after head i_h of `nheads` of a hop's queries."""
     stride64 = tl.cast(stride, tl.int64)
     i_row = (i_b * nheads + i_h) * seqlen + row_q
-    p_q = hop_q + i_b * stride_qb + i_h * stride_qh + row_q * stride_qs
-    p_du_next = head_rows(du_next, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
+    stride_us = nheads * HEAD_DIM
+    hop_q, du_next, at = fibre_sources(
+        hop_q, du_next, i_b, i_h, i_h, row_q, stride, stride_qb, stride_qs, stride_qh,
+        tl.cast(seqlen, tl.int64) * stride_us, stride_us, HEAD_DIM, DESCRIBED,
+    )  # fmt: skip
     return _dkv_all(
-        b_k, b_u, b_dk, b_du, p_q, p_du_next, hop_lse + i_row, hop_delta + i_row, size_q, stride,
-        stride_qs * stride64, nheads * HEAD_DIM * stride64, qk_scale, b_k_idx, HEAD_DIM, BLOCK_D,
-        BLOCK_M, BLOCK_N, EVEN_M,
+        b_k, b_u, b_dk, b_du, hop_q, du_next, at, hop_lse + i_row, hop_delta + i_row, size_q,
+        stride, stride_qs * stride64, stride_us * stride64, qk_scale, b_k_idx, HEAD_DIM, BLOCK_D,
+        BLOCK_M, BLOCK_N, EVEN_M, DESCRIBED,
     )  # fmt: skip
 
 
@@ -414,7 +467,7 @@ def _tensorized_bwd_dkv_kernel(
     stride_hop_qb, stride_hop_qs, stride_hop_qh,
     GROUP_K: tl.constexpr, GROUP_U: tl.constexpr, GROUP_HOP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
-    EVEN_M: tl.constexpr, BRANCH: tl.constexpr, HOP: tl.constexpr,
+    EVEN_M: tl.constexpr, BRANCH: tl.constexpr, HOP: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and du of a tile of a fibre's keys from all query heads of the key head.
 
@@ -425,7 +478,8 @@ def _tensorized_bwd_dkv_kernel(
     each key head: GROUP_K, or the mean alone. prev_dk: what other modes gave, to be added. nheads:
     of keys. after: branches of after[o] blocks behind block o see all of it. GROUP_U is 1, where
     each query head has its own U, or GROUP_K. q and k are rotated already; angles, turns, factor:
-    of the rotation that dk is turned back from.
+    of the rotation that dk is turned back from. DESCRIBED: q and dout of a branch alone, or hop_q
+    and du_next of a hop alone, are descriptors.
     """
     tiles = tl.cdiv(size_k, BLOCK_N)
     i_n, i_hk, i_r, i_o = program_coords(tiles, stride, nheads)
@@ -458,18 +512,21 @@ def _tensorized_bwd_dkv_kernel(
             b_du = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         if BRANCH:
             i_row = (i_b * (nheads * GROUP_K) + i_h) * seqlen + row_q
-            p_q = q + i_b * stride_qb + i_h * stride_qh + row_q * stride_qs
-            p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h + row_q * stride_dout_s
+            of_q, of_dout, at = fibre_sources(
+                q, dout, i_b, i_h, i_h, row_q, stride, stride_qb, stride_qs, stride_qh,
+                stride_dout_b, stride_dout_s, stride_dout_h, DESCRIBED,
+            )  # fmt: skip
             b_dk, b_du = _dkv_branch(
-                b_k, b_u, b_dk, b_du, p_q, p_dout, lse2 + i_row, delta + i_row, run, after, i_o,
-                size_q, stride, step_q, step_dout, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM,
-                BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M,
+                b_k, b_u, b_dk, b_du, of_q, of_dout, at, lse2 + i_row, delta + i_row, run, after,
+                i_o, size_q, stride, step_q, step_dout, qk_scale, q_idx, q_lo, b_k_idx, HEAD_DIM,
+                BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, EVEN_M, DESCRIBED,
             )  # fmt: skip
         if HOP and GROUP_HOP == GROUP_K:
             b_dk, b_du = _dkv_hop(
                 b_k, b_u, b_dk, b_du, hop_q, du_next, hop_lse, hop_delta, i_b, i_h,
                 nheads * GROUP_HOP, row_q, seqlen, size_q, stride, stride_hop_qb, stride_hop_qs,
                 stride_hop_qh, qk_scale, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EVEN_M,
+                DESCRIBED,
             )  # fmt: skip
         if GROUP_U == 1:
             store_tile(p_du, b_du, start, size_k, step_du, BLOCK_N, HEAD_DIM, BLOCK_D)
@@ -479,7 +536,7 @@ def _tensorized_bwd_dkv_kernel(
         b_dk, b_du = _dkv_hop(
             b_k, b_u, b_dk, b_du, hop_q, du_next, hop_lse, hop_delta, i_b, i_hk, nheads, row_q,
             seqlen, size_q, stride, stride_hop_qb, stride_hop_qs, stride_hop_qh, qk_scale, b_k_idx,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EVEN_M,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EVEN_M, DESCRIBED,
         )  # fmt: skip
     if GROUP_U > 1:
         store_tile(p_du, b_du, start, size_k, step_du, BLOCK_N, HEAD_DIM, BLOCK_D)

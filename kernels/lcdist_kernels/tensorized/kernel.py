@@ -21,7 +21,8 @@ size_q, size_k tokens of a fibre (n_j); stride s_j; outers: fibres o per sequenc
 A tile of a short fibre's queries has rows of HEADS query heads that share keys and U, head after
 head, so that products have as many rows as elsewhere and a tile of keys is loaded once for all.
 
-Branch and hop share a sweep where they have the same queries. A branch's epilogue merges its
+Branch and hop share a sweep where they have the same queries. Alone, each walks its tiles like full
+attention, by descriptors where tensors have them. A branch's epilogue merges its
 partial with that of the branches before it, kept in q's dtype with lse in fp32. Nothing is added
 atomically. Scores are scaled by log2 e, exponentials are base 2. What launches allocate is
 contiguous and has no strides among the arguments.
@@ -35,6 +36,7 @@ import triton.language as tl
 from lcdist_kernels.rotary_kernel import cosines
 from lcdist_kernels.softmax_steps import (
     finish_softmax,
+    fwd_loop,
     fwd_step,
     load_limits,
     load_range,
@@ -130,6 +132,45 @@ def _fwd_all(
 
 
 @triton.jit
+def _fork(
+    b_q, p_k, p_u, lo, full_lo, full_hi, hi, before, i_o, size_k, step_k, step_u, qk_scale, b_q_idx,
+    b_q_lo, k_idx,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+):  # fmt: skip
+    """Return (out, max, sum) of the branch, and those of the hop after the branch's tiles."""
+    b_all = tl.full([BLOCK_M], 2147483646, tl.int32)
+    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    for i in range(0, full_hi - full_lo):
+        b_out, b_max, b_sum = fwd_step(
+            b_q, b_out, b_max, b_sum, p_k, p_u, full_lo + i, size_k, step_k, step_u, qk_scale,
+            b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
+        )  # fmt: skip
+    hop_out, hop_max, hop_sum = b_out, b_max, b_sum
+    for i in range(0, (full_lo - lo) + (hi - full_hi)):
+        i_n = nth_masked(i, lo, full_lo, full_hi)
+        b_out, b_max, b_sum = fwd_step(
+            b_q, b_out, b_max, b_sum, p_k, p_u, i_n, size_k, step_k, step_u, qk_scale, b_q_idx,
+            b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
+        )  # fmt: skip
+        # The same tile and scores: the compiler computes common parts once.
+        hop_out, hop_max, hop_sum = fwd_step(
+            b_q, hop_out, hop_max, hop_sum, p_k, p_u, i_n, size_k, step_k, step_u, qk_scale, b_all,
+            b_all, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, True,
+        )  # fmt: skip
+    if before is not None:
+        # The blocks just before this one are one run of rows, all in the past.
+        rows_before = tl.load(before + i_o) * size_k
+        b_out, b_max, b_sum = _fwd_all(
+            b_q, b_out, b_max, b_sum, p_k - rows_before * step_k, p_u - rows_before * step_u, 0,
+            rows_before, step_k, step_u, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    return (b_out, b_max, b_sum), (hop_out, hop_max, hop_sum)
+
+
+@triton.jit
 def head_rows(x, i_b, i_h, row, seqlen, nheads, HEAD_DIM: tl.constexpr):
     """Return a pointer to a row of one head of a contiguous tensor `[b, s, h, d]`."""
     return x + ((i_b * seqlen + row) * nheads + i_h) * HEAD_DIM
@@ -190,6 +231,29 @@ def load_queries(
 
 
 @triton.jit
+def fibre_sources(
+    x, y, i_b, i_x, i_y, row, stride, stride_xb, stride_xs, stride_xh, stride_yb, stride_ys,
+    stride_yh,
+    DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Return (x, y, at): where a loop reads the tokens of a fibre of two tensors.
+
+    Like `softmax_steps.loop_sources`. row: the fibre's first token. i_x, i_y: heads, which are one
+    by descriptors.
+    """
+    if DESCRIBED:
+        at = (
+            i_b.to(tl.int32), (row // stride).to(tl.int32), (row % stride).to(tl.int32),
+            i_x.to(tl.int32),
+        )  # fmt: skip
+    else:
+        x = x + i_b * stride_xb + i_x * stride_xh + row * stride_xs
+        y = y + i_b * stride_yb + i_y * stride_yh + row * stride_ys
+        at = (0, 0, 0, 0)
+    return x, y, at
+
+
+@triton.jit
 def _tensorized_fwd_kernel(
     q, k, u, prev_out, prev_lse, out, lse, u_next, hop_lse, bias, angles, turns,
     q_idx, q_lo, k_idx, ranges, before,
@@ -198,7 +262,8 @@ def _tensorized_fwd_kernel(
     stride_ub, stride_us, stride_uh,
     GROUP_K: tl.constexpr, GROUP_U: tl.constexpr, MEAN: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr,
-    BRANCH: tl.constexpr, HOP: tl.constexpr, HEADS: tl.constexpr,
+    BRANCH: tl.constexpr, HOP: tl.constexpr, HEADS: tl.constexpr, DESCRIBED: tl.constexpr,
+    EVEN_N: tl.constexpr,
 ):  # fmt: skip
     """Compute a branch (out, lse) and a hop (u_next, hop_lse) of a tile of a fibre's queries.
 
@@ -206,7 +271,8 @@ def _tensorized_fwd_kernel(
     head of this branch, or None for 0. before: before[o] whole blocks in front of its own are
     visible to block o's branch; None: no blocks. hop_lse is in base 2. MEAN: query heads whose mean
     is the query, of a hop alone. HEADS: of a tile, more than 1 for a branch alone. angles, turns,
-    factor: of the rotation of q, see `rotate_tile`; k is rotated already.
+    factor: of the rotation of q, see `rotate_tile`; k is rotated already. DESCRIBED: k and u are
+    descriptors, of a branch or a hop alone. EVEN_N: BLOCK_N divides size_k.
     """
     tiles = tl.cdiv(size_q, BLOCK_M // HEADS)
     i_m, i_h, i_r, i_o = program_coords(tiles, stride, nheads // HEADS)
@@ -219,8 +285,10 @@ def _tensorized_fwd_kernel(
     row_k = i_o * size_k * stride + i_r
     i_row = (i_b * nheads + i_h) * seqlen + row_q
     p_q = q + i_b * stride_qb + i_h * MEAN * stride_qh + row_q * stride_qs
-    p_k = k + i_b * stride_kb + (i_h // GROUP_K) * stride_kh + row_k * stride_ks
-    p_u = u + i_b * stride_ub + (i_h // GROUP_U) * stride_uh + row_k * stride_us
+    k, u, at = fibre_sources(
+        k, u, i_b, i_h // GROUP_K, i_h // GROUP_U, row_k, stride, stride_kb, stride_ks, stride_kh,
+        stride_ub, stride_us, stride_uh, DESCRIBED,
+    )  # fmt: skip
     stride64 = tl.cast(stride, tl.int64)
     step_q, step_k, step_u = stride_qs * stride64, stride_ks * stride64, stride_us * stride64
     step_own = nheads * HEAD_DIM * stride64
@@ -236,39 +304,24 @@ def _tensorized_fwd_kernel(
     )  # fmt: skip
     # A hop sees every key; rows past the end are not stored.
     b_all = tl.full([BLOCK_M], 2147483646, tl.int32)
-    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    hop_lo = 0
     if BRANCH:
         b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
         lo, full_lo, full_hi, hi = load_range(ranges, i_m)
-        for i in range(0, full_hi - full_lo):
-            b_out, b_max, b_sum = fwd_step(
-                b_q, b_out, b_max, b_sum, p_k, p_u, full_lo + i, size_k, step_k, step_u, qk_scale,
-                b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, False,
-            )  # fmt: skip
-        hop_out, hop_max, hop_sum = b_out, b_max, b_sum
-        for i in range(0, (full_lo - lo) + (hi - full_hi)):
-            i_n = nth_masked(i, lo, full_lo, full_hi)
-            b_out, b_max, b_sum = fwd_step(
-                b_q, b_out, b_max, b_sum, p_k, p_u, i_n, size_k, step_k, step_u, qk_scale, b_q_idx,
-                b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, True,
-            )  # fmt: skip
-            if HOP:
-                # The same tile and scores: the compiler computes common parts once.
-                hop_out, hop_max, hop_sum = fwd_step(
-                    b_q, hop_out, hop_max, hop_sum, p_k, p_u, i_n, size_k, step_k, step_u, qk_scale,
-                    b_all, b_all, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, True,
-                )  # fmt: skip
-        hop_lo = tl.maximum(hi, full_hi)
-        if before is not None:
-            # The blocks just before this one are one run of rows, all in the past.
-            rows_before = tl.load(before + i_o) * size_k
-            b_out, b_max, b_sum = _fwd_all(
-                b_q, b_out, b_max, b_sum, p_k - rows_before * step_k, p_u - rows_before * step_u, 0,
-                rows_before, step_k, step_u, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+    else:
+        b_q_idx, b_q_lo = (None, None) if EVEN_N else (b_all, b_all)
+        lo, full_lo, full_hi, hi = 0, 0, size_k // BLOCK_N, tl.cdiv(size_k, BLOCK_N)
+    if BRANCH and HOP:
+        branch, hop = _fork(
+            b_q, k, u, lo, full_lo, full_hi, hi, before, i_o, size_k, step_k, step_u, qk_scale,
+            b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
+        )  # fmt: skip
+        b_out, b_max, b_sum = branch
+    else:
+        b_out, b_max, b_sum = fwd_loop(
+            b_q, k, u, at, lo, full_lo, full_hi, hi, size_k, step_k, step_u, qk_scale, b_q_idx,
+            b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, DESCRIBED,
+        )  # fmt: skip
+    if BRANCH:
         b_out, b_lse = finish_softmax(b_out, b_max, b_sum)
         if bias is not None:
             b_lse += tl.load(bias + i_h + o_g)
@@ -286,12 +339,12 @@ def _tensorized_fwd_kernel(
             BLOCK_M,
         )  # fmt: skip
         tl.store(lse + o_row, b_lse, mask=m_m)
-        b_out, b_max, b_sum = hop_out, hop_max, hop_sum
-    if HOP:
+    if BRANCH and HOP:
         b_out, b_max, b_sum = _fwd_all(
-            b_q, b_out, b_max, b_sum, p_k, p_u, hop_lo, size_k, step_k, step_u, qk_scale, HEAD_DIM,
-            BLOCK_D, BLOCK_M, BLOCK_N,
+            b_q, hop[0], hop[1], hop[2], k, u, tl.maximum(hi, full_hi), size_k, step_k, step_u,
+            qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+    if HOP:
         b_out, b_hop_lse = finish_softmax(b_out, b_max, b_sum)
         p_u_next = head_rows(u_next, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
         store_tile(p_u_next, b_out, start, size_q, step_own, BLOCK_M, HEAD_DIM, BLOCK_D)

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from lcdist_kernels.common import positive_scale
+from lcdist_kernels.descriptors import make_descriptors, use_descriptors
 from lcdist_kernels.rotary_kernel import Rotation, rotate
 from lcdist_kernels.tensorized.bwd_kernel import (
     _tensorized_bwd_dkv_kernel,
@@ -22,11 +23,11 @@ from lcdist_kernels.tensorized.tile_configs import (
     BWD_DKV,
     BWD_DKV_HOP_HOPPER,
     BWD_DKV_HOPPER,
-    BWD_DQ,
-    BWD_DQ_HOPPER,
-    FWD,
-    FWD_FORK_HOPPER,
-    FWD_HOPPER,
+    BWD_DQ_TABLES,
+    FWD_COMPUTED_TABLES,
+    FWD_FORK_TABLES,
+    FWD_TABLES,
+    QueryTables,
 )
 from lcdist_kernels.tensorized.tiled import (
     Branch,
@@ -306,6 +307,54 @@ def _heads_together(q: Tensor, k: Tensor, u: Tensor, sweep: Sweep, mean: int) ->
     return q.shape[2] // k.shape[2] if alone and u.shape[2] == k.shape[2] else 1
 
 
+def _for_queries(
+    tables: QueryTables, qku: Sequence[Tensor], sweep: Sweep, mean: int
+) -> tuple[Launch, int, list[Any], bool]:
+    """Return how a kernel that owns queries is launched.
+
+    A sweep of branch and hop has no registers left for the overlap that descriptors are for, and a
+    fibre of less than a tile has no loop to overlap.
+
+    Returns:
+        The tiles, the query heads that fill one, k and u as the kernel takes them, and whether
+        these are descriptors.
+    """
+    (q, k, u), (table, hopper, wide) = qku, tables
+    alone = sweep.band is None or not sweep.hop
+    wide = hopper | wide
+    described = (
+        alone
+        and k.shape[2] == u.shape[2]
+        and sweep.size_k >= choose_launch(table, q, wide).block_n
+        and use_descriptors(k, u, step=sweep.stride)
+    )
+    most = _heads_together(q, k, u, sweep, mean)
+    launch, heads = _fit_launch(table, q, sweep, wide if described else hopper, heads=most)
+    keys = make_descriptors(launch.block_n, k, u, step=sweep.stride) if described else [k, u]
+    return launch, heads, keys, described
+
+
+def _rows_of(
+    sweep: Sweep, block_m: int, branch: BranchRows | None, hop: HopRows | None,
+    queries: tuple[Tensor, Tensor | None],
+) -> tuple[list[Any], bool]:  # fmt: skip
+    """Return rows of queries as the kernel that owns keys takes them, and whether by descriptors.
+
+    Of branch and hop together the loops would spill more by descriptors.
+
+    queries: of the branch, and of the hop. The rows are q, dout, the hop's q and the gradient of
+    its result; None for what there is not.
+    """
+    q, hop_q = queries
+    rows = [q if branch else None, branch and branch.dout, hop and hop_q, hop and hop.du_next]
+    given = [x for x in rows if x is not None]
+    alone = branch is None or hop is None
+    if not alone or sweep.size_q < block_m or not use_descriptors(*given, step=sweep.stride):
+        return rows, False
+    made = iter(make_descriptors(block_m, *given, step=sweep.stride))
+    return [None if x is None else next(made) for x in rows], True
+
+
 def _sizes(q: Tensor, k: Tensor, u: Tensor, mean: int, tables: SweepTables) -> dict[str, Any]:
     """Return the constants of heads and limits; queries are means over `mean` heads."""
     nheads, head_dim = q.shape[2] // mean, q.shape[3]
@@ -352,20 +401,22 @@ def _fwd(
     if sweep.hop:
         u_next = torch.empty(shape, dtype=u.dtype, device=q.device)
         hop_lse = torch.empty(rows, dtype=torch.float32, device=q.device)
-    hopper = FWD_FORK_HOPPER if sweep.hop and sweep.band is not None else FWD_HOPPER
-    most = _heads_together(q, k, u, sweep, mean)
-    launch, heads = _fit_launch(FWD, q, sweep, hopper, heads=most)
+    by_tables = FWD_COMPUTED_TABLES if mean > 1 or rotation else FWD_TABLES
+    if sweep.hop and sweep.band is not None:
+        by_tables = FWD_FORK_TABLES
+    launch, heads, keys, described = _for_queries(by_tables, (q, k, u), sweep, mean)
     of_fibre = launch._replace(block_m=launch.block_m // heads)
     tables = sweep.tables(of_fibre, device_stream(q), of_keys=False)
     of_rotation = (*rotation, rotation.stride) if rotation else (None, None, 1.0, 0)
     with launch_context(q):
         _tensorized_fwd_kernel[(sweep.programs(of_fibre) * nheads // heads * batch,)](
-            q, k, u, *(previous or (None, None)), *(partial or (None, None)), u_next, hop_lse,
+            q, *keys, *(previous or (None, None)), *(partial or (None, None)), u_next, hop_lse,
             None if bias is None else bias.contiguous(), *of_rotation[:2], *tables[:5],
             *of_rotation[2:], softmax_scale * LOG2E.value,
             sweep.size_q, sweep.size_k, sweep.stride, sweep.outers, nheads, seqlen,
             *strides(q, k, u), **_sizes(q, k, u, mean, tables), MEAN=mean, HEADS=heads,
-            **sweep.flags, **launch.options(),
+            **sweep.flags, DESCRIBED=described,
+            EVEN_N=sweep.size_k % launch.block_n == 0, **launch.options(),
         )  # fmt: skip
     return partial, u_next, hop_lse
 
@@ -408,19 +459,19 @@ def _bwd_dq(
     kept = mean == 1 and rotation is None
     used = None if kept else torch.empty(shape, dtype=q.dtype, device=q.device)
     dout, out, lse, bias, delta, lse2, dlogits = branch or [None] * 7
-    most = _heads_together(q, k, u, sweep, mean)
-    launch, heads = _fit_launch(BWD_DQ, q, sweep, BWD_DQ_HOPPER, heads=most)
+    launch, heads, keys, described = _for_queries(BWD_DQ_TABLES, (q, k, u), sweep, mean)
     of_fibre = launch._replace(block_m=launch.block_m // heads)
     tables = sweep.tables(of_fibre, device_stream(q), of_keys=False)
     of_rotation = (*rotation, rotation.stride) if rotation else (None, None, 1.0, 0)
     with launch_context(q):
         _tensorized_bwd_dq_kernel[(sweep.programs(of_fibre) * nheads // heads * batch,)](
-            q, k, u, dout, out, lse, None if bias is None else bias.contiguous(), delta, lse2,
+            q, *keys, dout, out, lse, None if bias is None else bias.contiguous(), delta, lse2,
             *(hop or [None] * 4), previous, hop_dq, used, dq, dlogits, *of_rotation[:2],
             *tables[:5], *of_rotation[2:], float(softmax_scale), sweep.size_q, sweep.size_k,
             sweep.stride, sweep.outers, nheads, seqlen,
             *strides(q, k, u, q if dout is None else dout), **_sizes(q, k, u, mean, tables),
-            MEAN=mean, HEADS=heads, **sweep.flags, **launch.options(),
+            MEAN=mean, HEADS=heads, **sweep.flags, DESCRIBED=described,
+            EVEN_N=sweep.size_k % launch.block_n == 0, **launch.options(),
         )  # fmt: skip
     return dq, q if used is None else used
 
@@ -451,8 +502,8 @@ def _bwd_dkv(
         torch.empty(x.shape, dtype=dtype, device=x.device)
         for x, dtype in zip((k, u), dtypes, strict=True)
     )
-    rows = (None, None, None) if branch is None else (branch.dout, branch.lse2, branch.delta)
-    of_hop = (None,) * 4 if hop is None else (hop_q, hop.du_next, hop.lse2, hop.delta)
+    of_branch = (None, None) if branch is None else (branch.lse2, branch.delta)
+    of_hop = (None, None) if hop is None else (hop.lse2, hop.delta)
     hopper = BWD_DKV_HOP_HOPPER if branch is None else BWD_DKV_HOPPER
     launch, _ = _fit_launch(BWD_DKV, q, sweep, hopper, of_keys=True)
     tables = sweep.tables(launch, device_stream(q), of_keys=True)
@@ -460,13 +511,15 @@ def _bwd_dkv(
     # A hop alone with mean queries has a group of one.
     mean = 1 if branch is not None else nheads // (nheads_k * group_hop)
     of_rotation = (*rotation, rotation.stride) if rotation else (None, None, 1.0, 0)
+    rows, described = _rows_of(sweep, launch.block_m, branch, hop, (q, hop_q))
     with launch_context(q):
         _tensorized_bwd_dkv_kernel[(sweep.programs(launch, of_keys=True) * nheads_k * batch,)](
-            q, k, u, *rows, *of_hop, previous, dk, du, *of_rotation[:2], *tables[:5],
-            *of_rotation[2:], float(softmax_scale),
+            rows[0], k, u, rows[1], *of_branch, *rows[2:], *of_hop, previous, dk, du,
+            *of_rotation[:2], *tables[:5], *of_rotation[2:], float(softmax_scale),
             sweep.size_q, sweep.size_k, sweep.stride, sweep.outers, nheads_k, seqlen,
             sweep.seqlen_k, *strides(q, k, u, q if branch is None else branch.dout,
             q if hop_q is None else hop_q), **_sizes(q, k, u, mean, tables), GROUP_HOP=group_hop,
-            EVEN_M=sweep.size_q % launch.block_m == 0, **sweep.flags, **launch.options(),
+            EVEN_M=sweep.size_q % launch.block_m == 0, **sweep.flags, DESCRIBED=described,
+            **launch.options(),
         )  # fmt: skip
     return dk, du
