@@ -10,6 +10,7 @@ step, h, d]`, so every descriptor has these five dimensions (`triton_common.load
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def use_descriptors(*tensors: Tensor, step: int = 1) -> bool:
 
     step: tokens between rows of a tile.
     """
-    return _wanted(tensors[0]) and all(_fits(x, step) for x in tensors)
+    return _wanted(tensors[0]) and all(map(partial(_fits, step=step), tensors))
 
 
 def make_descriptors(block: int, *tensors: Tensor, step: int = 1) -> list[TensorDescriptor]:
@@ -67,6 +68,8 @@ def _wanted(x: Tensor) -> bool:
 def _fits(x: Tensor, step: int) -> bool:
     """Return whether x can have a descriptor; storages begin at aligned addresses."""
     size, whole = x.element_size(), x.shape[3] == padded(x.shape[3])
-    apart = [stride * size for stride in (x.storage_offset(), *x.stride()[:3])]
-    aligned = all(distance % ALIGNMENT == 0 for distance in apart) and min(apart[1:]) > 0
-    return size == 2 and whole and aligned and x.stride(3) == 1 and x.shape[1] % step == 0
+    batch, token, head, feature = x.stride()
+    # Low bits that any of them has.
+    apart = (x.storage_offset() | batch | token | head) * size
+    aligned = apart % ALIGNMENT == 0 and min(batch, token, head) > 0
+    return size == 2 and whole and aligned and feature == 1 and x.shape[1] % step == 0

@@ -104,8 +104,8 @@ with compiled_for(90) as made:
     branch_bwd(q, (q, k, k), (row, row), branch, 0.25)
 report(made)
 """,
-    # Of a model's call, after the kernels of the coarsest mode: the branch of the finest, and its dk
-    # and dv with those of the hop.
+    # The finest mode in a model's call: its branch, and dk and dv of branch and hop. Kernels of the
+    # coarsest come before.
     "tensorized rotated": """
 from lcdist_kernels import Rotary, tensorized_attention
 from lcdist_kernels.tensorized import ModeGrid

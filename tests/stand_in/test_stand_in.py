@@ -78,6 +78,8 @@ def test_attention(library: Path, rank: int, impls: tuple[str, ...]) -> None:
 
 # Calls of our Python functions in a warm pass: some tenths of a millisecond on a slow core.
 MOST_CALLS = 300
+# Those for the descriptors of one mode.
+MOST_OF_DESCRIPTORS = 30
 # (Kernels, torch operations on the device), each of a forward and a backward pass.
 OPERATIONS = {
     "coca": ((2, 4), (2, 0)),
@@ -134,7 +136,11 @@ def test_a_warm_call_launches_kernels_and_does_nothing_else(library: Path) -> No
 
 
 def assert_few_python_calls(lines: list[dict[str, Any]]) -> None:
-    """Assert that the host does as much for a long sequence as for a short one; drop its counts."""
+    """Assert that the host does as much for a long sequence as for a short one; drop its counts.
+
+    Fibres of tensorized attention that fill tiles, as the coarsest do in a long sequence, have
+    descriptors, and others have not.
+    """
     by_method: dict[str, list[list[int]]] = {}
     for line in lines:
         passes = [value for value in line.values() if isinstance(value, dict)]
@@ -144,8 +150,9 @@ def assert_few_python_calls(lines: list[dict[str, Any]]) -> None:
     # Forward and backward of 32 layers.
     assert 32 <= layers[0][0] <= 32 * 2 * MOST_CALLS
     for name, found in by_method.items():
-        assert all(calls == found[0] for calls in found), name
-        assert min(found[0]) > 0 and max(found[0]) <= MOST_CALLS, (name, found[0])
+        more = MOST_OF_DESCRIPTORS if name.startswith("tensorized") else 0
+        assert all(max(x) - min(x) <= more for x in zip(*found, strict=True)), (name, found)
+        assert min(found[0]) > 0 and max(map(max, found)) <= MOST_CALLS, (name, found)
 
 
 def assert_library_alone(line: dict[str, Any]) -> None:

@@ -287,14 +287,21 @@ def _fit_launch(
             take the place of what is cut, block_m has the rows of all of them.
     """
     launch = choose_launch(table, q, hopper)
-    most = [max(16, triton.next_power_of_2(size)) for size in sweep[:2]]
-    fibre, block_n = min(launch.block_m, most[0]), min(launch.block_n, most[1])
+    return _cut_to_fibres(launch, sweep, launch in hopper.values(), heads, of_keys)
+
+
+def _cut_to_fibres(
+    launch: Launch, sweep: Sweep, few_warps: bool, heads: int = 1, of_keys: bool = False
+) -> tuple[Launch, int]:
+    """Return `_fit_launch` of an entry; few_warps: keep 16 rows a warp."""
+    fibre = min(launch.block_m, max(16, triton.next_power_of_2(sweep.size_q)))
+    block_n = min(launch.block_n, max(16, triton.next_power_of_2(sweep.size_k)))
     together = 1
     while heads % (2 * together) == 0 and 2 * together * fibre <= launch.block_m:
         together *= 2
     block_m = fibre * together
     rows = block_n if of_keys else block_m
-    small = block_m * block_n < 64 * 32 or (launch in hopper.values() and rows <= 64)
+    small = block_m * block_n < 64 * 32 or (few_warps and rows <= 64)
     launch = launch._replace(
         block_m=block_m, block_n=block_n, num_warps=4 if small else launch.num_warps
     )
@@ -321,15 +328,13 @@ def _for_queries(
     """
     (q, k, u), (table, hopper, wide) = qku, tables
     alone = sweep.band is None or not sweep.hop
-    wide = hopper | wide
-    described = (
-        alone
-        and k.shape[2] == u.shape[2]
-        and sweep.size_k >= choose_launch(table, q, wide).block_n
-        and use_descriptors(k, u, step=sweep.stride)
-    )
+    launch, described = choose_launch(table, q, hopper), False
+    if alone and k.shape[2] == u.shape[2] and sweep.size_k >= launch.block_n:
+        by_boxes = choose_launch(table, q, hopper | wide) if wide else launch
+        described = sweep.size_k >= by_boxes.block_n and use_descriptors(k, u, step=sweep.stride)
+        launch = by_boxes if described else launch
     most = _heads_together(q, k, u, sweep, mean)
-    launch, heads = _fit_launch(table, q, sweep, wide if described else hopper, heads=most)
+    launch, heads = _cut_to_fibres(launch, sweep, described or launch in hopper.values(), most)
     keys = make_descriptors(launch.block_n, k, u, step=sweep.stride) if described else [k, u]
     return launch, heads, keys, described
 
@@ -351,8 +356,8 @@ def _rows_of(
     alone = branch is None or hop is None
     if not alone or sweep.size_q < block_m or not use_descriptors(*given, step=sweep.stride):
         return rows, False
-    made = iter(make_descriptors(block_m, *given, step=sweep.stride))
-    return [None if x is None else next(made) for x in rows], True
+    made = make_descriptors(block_m, *given, step=sweep.stride)
+    return [*made, None, None] if branch else [None, None, *made], True
 
 
 def _sizes(q: Tensor, k: Tensor, u: Tensor, mean: int, tables: SweepTables) -> dict[str, Any]:
@@ -388,7 +393,7 @@ def _fwd(
         rotation: of q; k is rotated already.
     """
     assert sweep is not None, "the coarsest mode has no hop"
-    q, k, u = (last_dim_contiguous(x) for x in qku)
+    q, k, u = map(last_dim_contiguous, qku)
     check_kernel(q)
     q, softmax_scale = positive_scale(q, softmax_scale)
     batch, seqlen, nheads, head_dim = q.shape
@@ -450,7 +455,7 @@ def _bwd_dq(
         rotation: of q, and of dq back, but not of the dq of means; k is rotated already.
     """
     assert sweep is not None, "the coarsest mode has no hop"
-    q, k, u = (last_dim_contiguous(x) for x in qku)
+    q, k, u = map(last_dim_contiguous, qku)
     check_kernel(q)
     batch, seqlen, nheads, head_dim = q.shape
     nheads //= mean
@@ -495,7 +500,7 @@ def _bwd_dkv(
         previous: dk of other modes, fp32 and contiguous, to be added.
         rotation: that dk is turned back from; queries and keys are rotated already.
     """
-    q, k, u = (last_dim_contiguous(x) for x in qku)
+    q, k, u = map(last_dim_contiguous, qku)
     batch, seqlen, nheads, _ = q.shape
     nheads_k = k.shape[2]
     dk, du = (
