@@ -289,8 +289,8 @@ def fwd_loop(
 ):  # fmt: skip
     """Return (out, max, sum) of a tile of queries after tiles lo to hi of keys, as `fwd_step`.
 
-    k, v, at: as `loop_sources` returns them. Tiles in [full_lo, full_hi) need no mask; no tile does
-    where b_q_idx is None.
+    k, v, at: as `loop_sources` returns them. Tiles in [full_lo, full_hi) need no mask. By
+    descriptors b_q_idx may be None: then no tile needs one.
 
     By descriptors, the values of a tile are added one step later, while the next tile's softmax is
     computed. Its weights are kept in fp32, as copies of rounded ones would cost more registers. By
@@ -318,14 +318,12 @@ def fwd_loop(
             b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
     else:
         for part in tl.static_range(3):
-            if part == 1 or b_q_idx is not None:
-                first, stop = part_of(lo, full_lo, full_hi, hi, part)
-                for i in range(first, stop):
-                    b_out, b_max, b_sum = fwd_step(
-                        b_q, b_out, b_max, b_sum, k, v, i, seqlen_k, stride_ks, stride_vs, qk_scale,
-                        b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO,
-                        part != 1,
-                    )  # fmt: skip
+            first, stop = part_of(lo, full_lo, full_hi, hi, part)
+            for i in range(first, stop):
+                b_out, b_max, b_sum = fwd_step(
+                    b_q, b_out, b_max, b_sum, k, v, i, seqlen_k, stride_ks, stride_vs, qk_scale,
+                    b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, part != 1,
+                )  # fmt: skip
     return b_out, b_max, b_sum
 
 
@@ -403,15 +401,13 @@ def dq_loop(
             b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
     else:
         for part in tl.static_range(3):
-            if part == 1 or b_q_idx is not None:
-                first, stop = part_of(lo, full_lo, full_hi, hi, part)
-                for i in range(first, stop):
-                    b_ds, b_k = _ds_step(
-                        b_q, b_dout, b_lse, b_delta, k, v, i, seqlen_k, stride_ks, stride_vs,
-                        qk_scale, b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-                        HAS_LO, part != 1,
-                    )  # fmt: skip
-                    if SUMS:
-                        b_sums += tl.sum(b_ds, 1)
-                    b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
+            first, stop = part_of(lo, full_lo, full_hi, hi, part)
+            for i in range(first, stop):
+                b_ds, b_k = _ds_step(
+                    b_q, b_dout, b_lse, b_delta, k, v, i, seqlen_k, stride_ks, stride_vs, qk_scale,
+                    b_q_idx, b_q_lo, k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_LO, part != 1,
+                )  # fmt: skip
+                if SUMS:
+                    b_sums += tl.sum(b_ds, 1)
+                b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
     return b_dq, b_sums

@@ -90,7 +90,8 @@ def link_clone(folder: Path) -> None:
 def clean(text: str) -> list[str]:
     """Return lines without those of a log, and without what differs between machines."""
     lines = [line for line in text.splitlines() if not re.match(r"\d\d:\d\d:\d\d |\[", line)]
-    lines = [re.sub(r"\b[0-9a-f]{64}\b", lambda m: f"{m[0][:4]}...", line) for line in lines]
+    # Digests of weights differ from one kind of CPU to another.
+    lines = [re.sub(r"\b[0-9a-f]{64}\b", "<digest>", line) for line in lines]
     # The page does not follow the lines of the Makefile.
     lines = [re.sub(r"\[Makefile:\d+: ", "[Makefile: ", line) for line in lines]
     return [re.sub(r"^\S+T\S+ job :", "job :", line) for line in lines if line.strip()]

@@ -141,35 +141,34 @@ def _fork_dq(
 
 
 @triton.jit
-def _store_row_dots(
-    p_a, p_b, total, o_row, m_m, start, o_m, o_g, size, step_a, step_b, stride_ah, stride_bh,
+def _row_dots(
+    p_a, p_b, start, o_m, o_g, size, step_a, step_b, stride_ah, stride_bh,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Store the products a . b of a tile of rows; return (a, products)."""
+    """Return (a, products a . b) of a tile of rows."""
     b_a = load_queries_of(
         p_a, start, o_m, o_g, size, step_a, stride_ah, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M
     )
     b_b = load_queries_of(
         p_b, start, o_m, o_g, size, step_b, stride_bh, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M
     )
-    b_total = tl.sum(b_a.to(tl.float32) * b_b.to(tl.float32), 1)
-    tl.store(total + o_row, b_total, mask=m_m)
-    return b_a, b_total
+    return b_a, tl.sum(b_a.to(tl.float32) * b_b.to(tl.float32), 1)
 
 
 @triton.jit
 def _load_rows_of_branch(
-    p_dout, out, lse, bias, delta, lse2, i_b, i_h, row_q, o_row, m_m, start, o_m, o_g, size_q,
+    p_dout, out, lse, bias, delta, i_b, i_h, row_q, o_row, m_m, start, o_m, o_g, size_q,
     step_dout, stride_dout_h, step_own, seqlen, nheads,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Return (dout, delta, lse2) of a tile of rows; store lse2, and delta where out is given."""
+    """Return (dout, delta, lse2) of a tile of rows; store delta where out is given."""
     if out is not None:
         p_out = head_rows(out, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
-        b_dout, b_delta = _store_row_dots(
-            p_dout, p_out, delta, o_row, m_m, start, o_m, o_g, size_q, step_dout, step_own,
-            stride_dout_h, HEAD_DIM, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M,
+        b_dout, b_delta = _row_dots(
+            p_dout, p_out, start, o_m, o_g, size_q, step_dout, step_own, stride_dout_h, HEAD_DIM,
+            HEADS, HEAD_DIM, BLOCK_D, BLOCK_M,
         )  # fmt: skip
+        tl.store(delta + o_row, b_delta, mask=m_m)
     else:
         b_dout = load_queries_of(
             p_dout, start, o_m, o_g, size_q, step_dout, stride_dout_h, HEADS, HEAD_DIM, BLOCK_D,
@@ -180,9 +179,7 @@ def _load_rows_of_branch(
     b_lse = tl.load(lse + o_row, mask=m_m, other=float("inf"))
     if bias is not None:
         b_lse -= tl.load(bias + i_h + o_g)
-    b_lse *= LOG2E
-    tl.store(lse2 + o_row, b_lse, mask=m_m)
-    return b_dout, b_delta, b_lse
+    return b_dout, b_delta, b_lse * LOG2E
 
 
 @triton.jit
@@ -222,8 +219,9 @@ def _finish_dq(
 
 @triton.jit
 def _tensorized_bwd_dq_kernel(
-    q, k, u, dout, out, lse, bias, delta, lse2, du_next, u_next, hop_lse, hop_delta,
-    prev_dq, hop_dq, used_q, dq, dlogits, angles, turns,
+    q, k, u, dout, out, lse, bias, delta, fibre_lse, fibre_delta, dlogits,
+    du_next, u_next, hop_lse, fibre_hop_lse, fibre_hop_delta,
+    prev_dq, hop_dq, used_q, dq, angles, turns,
     q_idx, q_lo, k_idx, ranges, before,
     factor, stride_ab, softmax_scale, size_q, size_k, stride, outers, nheads, seqlen,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
@@ -238,10 +236,12 @@ def _tensorized_bwd_dq_kernel(
     None stands for what a launch does not have.
 
     out: given where delta is still to be made. lse, bias: of the whole row, and of the branch.
-    lse2: made here, lse less bias in base 2. du_next, u_next, hop_lse: of the hop, the last in base
-    2. hop_delta: made here. prev_dq: what other modes gave. hop_dq: the gradient of the hop's mean
-    queries. used_q: made here, the queries as means and rotated. dq of a mean stays rotated, as
-    hop_dq. MEAN, HEADS, DESCRIBED, EVEN_N, angles, turns, factor: as in the forward kernel.
+    du_next, u_next, hop_lse: of the hop, the last in base 2. fibre_lse, fibre_delta, fibre_hop_lse,
+    fibre_hop_delta: made here, lse less bias in base 2 and the products of rows; in the order of
+    fibres, as the kernel that owns keys reads runs of a fibre. prev_dq: what other modes gave.
+    hop_dq: the gradient of the hop's mean queries. used_q: made here, the queries as means and
+    rotated. dq of a mean stays rotated, as hop_dq. MEAN, HEADS, DESCRIBED, EVEN_N, angles, turns,
+    factor: as in the forward kernel.
     """
     tiles = tl.cdiv(size_q, BLOCK_M // HEADS)
     i_m, i_h, i_r, i_o = program_coords(tiles, stride, nheads // HEADS)
@@ -280,22 +280,30 @@ def _tensorized_bwd_dq_kernel(
         b_q = load_queries_of(
             p_used, start, o_m, o_g, size_q, step_own, HEAD_DIM, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M
         )
+    # The fibre's place among those of a sequence, times its tokens.
+    o_fibre = (i_b * nheads + i_h) * seqlen + (i_o * stride + i_r) * size_q + o_m
+    if HEADS > 1:
+        o_fibre += tl.cast(o_g, tl.int64) * seqlen
     if HOP:
         p_du_next = head_rows(du_next, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
         p_u_next = head_rows(u_next, i_b, i_h, row_q, seqlen, nheads, HEAD_DIM)
-        b_du_next, b_hop_delta = _store_row_dots(
-            p_du_next, p_u_next, hop_delta, o_row, m_m, start, o_m, o_g, size_q, step_own, step_own,
-            HEAD_DIM, HEAD_DIM, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M,
+        b_du_next, b_hop_delta = _row_dots(
+            p_du_next, p_u_next, start, o_m, o_g, size_q, step_own, step_own, HEAD_DIM, HEAD_DIM,
+            HEADS, HEAD_DIM, BLOCK_D, BLOCK_M,
         )  # fmt: skip
         b_hop_lse = tl.load(hop_lse + o_row, mask=m_m, other=float("inf"))
+        tl.store(fibre_hop_lse + o_fibre, b_hop_lse, mask=m_m)
+        tl.store(fibre_hop_delta + o_fibre, b_hop_delta, mask=m_m)
     qk_scale = softmax_scale * LOG2E
     if BRANCH:
         p_dout = dout + i_b * stride_dout_b + i_h * stride_dout_h + row_q * stride_dout_s
         b_dout, b_delta, b_lse = _load_rows_of_branch(
-            p_dout, out, lse, bias, delta, lse2, i_b, i_h, row_q, o_row, m_m, start, o_m, o_g,
-            size_q, stride_dout_s * stride64, stride_dout_h, step_own, seqlen, nheads, HEADS,
+            p_dout, out, lse, bias, delta, i_b, i_h, row_q, o_row, m_m, start, o_m, o_g, size_q,
+            stride_dout_s * stride64, stride_dout_h, step_own, seqlen, nheads, HEADS,
             HEAD_DIM, BLOCK_D, BLOCK_M,
         )  # fmt: skip
+        tl.store(fibre_lse + o_fibre, b_lse, mask=m_m)
+        tl.store(fibre_delta + o_fibre, b_delta, mask=m_m)
         b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
         lo, full_lo, full_hi, hi = load_range(ranges, i_m)
     if BRANCH and HOP:
@@ -311,7 +319,7 @@ def _tensorized_bwd_dq_kernel(
             DESCRIBED, dlogits is not None,
         )  # fmt: skip
     else:
-        b_all = None if EVEN_N else tl.full([BLOCK_M], 2147483646, tl.int32)
+        b_all = None if EVEN_N and DESCRIBED else tl.full([BLOCK_M], 2147483646, tl.int32)
         b_dq, b_dlogits = dq_loop(
             b_q, b_du_next, b_hop_lse, b_hop_delta, k, u, at, 0, 0, size_k // BLOCK_N,
             tl.cdiv(size_k, BLOCK_N), size_k, step_k, step_u, qk_scale, b_all, b_all, None,
@@ -327,13 +335,11 @@ def _tensorized_bwd_dq_kernel(
 
 
 @triton.jit
-def _load_stats(p_lse, p_delta, start, size_q, stride, BLOCK_M: tl.constexpr, EVEN_M: tl.constexpr):
+def _load_stats(p_lse, p_delta, start, size_q, BLOCK_M: tl.constexpr, EVEN_M: tl.constexpr):
     """Return lse, base 2, and delta of a tile of queries; inf and 0 past the end."""
-    # First the scalar, so that a thread's offsets are loop invariant.
-    at = start.to(tl.int64) * stride
+    # First the scalar, so that a thread's offsets are constants.
     o_m = tl.arange(0, BLOCK_M)
-    o_row = o_m.to(tl.int64) * stride
-    p_lse, p_delta = p_lse + at + o_row, p_delta + at + o_row
+    p_lse, p_delta = p_lse + start + o_m, p_delta + start + o_m
     if EVEN_M:
         b_lse, b_delta = tl.load(p_lse), tl.load(p_delta)
     else:
@@ -363,7 +369,7 @@ def _dkv_step(
     b_s = dot(b_k, tl.trans(b_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
     # Both products go before the exponentials, which then run beside the second.
     b_dp = dot(b_u, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-    b_lse, b_delta = _load_stats(p_lse, p_delta, start, size_q, stride, BLOCK_M, EVEN_M)
+    b_lse, b_delta = _load_stats(p_lse, p_delta, start, size_q, BLOCK_M, EVEN_M)
     b_p = tl.exp2(b_s * qk_scale - b_lse[None, :])
     if masked:
         o_m = start + tl.arange(0, BLOCK_M)
@@ -437,14 +443,14 @@ def _dkv_branch(
 
 @triton.jit
 def _dkv_hop(
-    b_k, b_u, b_dk, b_du, hop_q, du_next, hop_lse, hop_delta, i_b, i_h, nheads, row_q, seqlen,
-    size_q, stride, stride_qb, stride_qs, stride_qh, qk_scale, b_k_idx,
+    b_k, b_u, b_dk, b_du, hop_q, du_next, hop_lse, hop_delta, i_b, i_h, nheads, row_q, i_fibre,
+    seqlen, size_q, stride, stride_qb, stride_qs, stride_qh, qk_scale, b_k_idx,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN_M: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Return (dk, du) after head i_h of `nheads` of a hop's queries."""
     stride64 = tl.cast(stride, tl.int64)
-    i_row = (i_b * nheads + i_h) * seqlen + row_q
+    i_row = (i_b * nheads + i_h) * seqlen + i_fibre * size_q
     stride_us = nheads * HEAD_DIM
     hop_q, du_next, at = fibre_sources(
         hop_q, du_next, i_b, i_h, i_h, row_q, stride, stride_qb, stride_qs, stride_qh,
@@ -474,16 +480,17 @@ def _tensorized_bwd_dkv_kernel(
     First through the branch, then through the hop: both in one step need more registers than there
     are. None stands for what a launch does not have.
 
-    lse2, delta, hop_delta: made by the dq kernel. hop_q: the hop's queries, GROUP_HOP heads for
-    each key head: GROUP_K, or the mean alone. prev_dk: what other modes gave, to be added. nheads:
-    of keys. after: branches of after[o] blocks behind block o see all of it. GROUP_U is 1, where
-    each query head has its own U, or GROUP_K. q and k are rotated already; angles, turns, factor:
-    of the rotation that dk is turned back from. DESCRIBED: q and dout of a branch alone, or hop_q
-    and du_next of a hop alone, are descriptors.
+    lse2, delta, hop_lse, hop_delta: made by the dq kernel, in the order of fibres. hop_q: the hop's
+    queries, GROUP_HOP heads for each key head: GROUP_K, or the mean alone. prev_dk: what other
+    modes gave, to be added. nheads: of keys. after: branches of after[o] blocks behind block o see
+    all of it. GROUP_U is 1, where each query head has its own U, or GROUP_K. q and k are rotated
+    already; angles, turns, factor: of the rotation that dk is turned back from. DESCRIBED: q and
+    dout of a branch alone, or hop_q and du_next of a hop alone, are descriptors.
     """
     tiles = tl.cdiv(size_k, BLOCK_N)
     i_n, i_hk, i_r, i_o = program_coords(tiles, stride, nheads)
     i_b, i_o = i_o // outers, i_o % outers
+    i_fibre = i_o * stride + i_r
     row_q = i_o * size_q * stride + i_r
     row_k = i_o * size_k * stride + i_r
     i_hu = i_hk * (GROUP_K // GROUP_U)
@@ -511,7 +518,7 @@ def _tensorized_bwd_dkv_kernel(
             b_u = load_tile(p_u, start, size_k, step_u, BLOCK_N, HEAD_DIM, BLOCK_D, False)
             b_du = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         if BRANCH:
-            i_row = (i_b * (nheads * GROUP_K) + i_h) * seqlen + row_q
+            i_row = (i_b * (nheads * GROUP_K) + i_h) * seqlen + i_fibre * size_q
             of_q, of_dout, at = fibre_sources(
                 q, dout, i_b, i_h, i_h, row_q, stride, stride_qb, stride_qs, stride_qh,
                 stride_dout_b, stride_dout_s, stride_dout_h, DESCRIBED,
@@ -524,9 +531,9 @@ def _tensorized_bwd_dkv_kernel(
         if HOP and GROUP_HOP == GROUP_K:
             b_dk, b_du = _dkv_hop(
                 b_k, b_u, b_dk, b_du, hop_q, du_next, hop_lse, hop_delta, i_b, i_h,
-                nheads * GROUP_HOP, row_q, seqlen, size_q, stride, stride_hop_qb, stride_hop_qs,
-                stride_hop_qh, qk_scale, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EVEN_M,
-                DESCRIBED,
+                nheads * GROUP_HOP, row_q, i_fibre, seqlen, size_q, stride, stride_hop_qb,
+                stride_hop_qs, stride_hop_qh, qk_scale, b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M,
+                BLOCK_N, EVEN_M, DESCRIBED,
             )  # fmt: skip
         if GROUP_U == 1:
             store_tile(p_du, b_du, start, size_k, step_du, BLOCK_N, HEAD_DIM, BLOCK_D)
@@ -535,8 +542,8 @@ def _tensorized_bwd_dkv_kernel(
     if HOP and GROUP_HOP < GROUP_K:
         b_dk, b_du = _dkv_hop(
             b_k, b_u, b_dk, b_du, hop_q, du_next, hop_lse, hop_delta, i_b, i_hk, nheads, row_q,
-            seqlen, size_q, stride, stride_hop_qb, stride_hop_qs, stride_hop_qh, qk_scale, b_k_idx,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EVEN_M, DESCRIBED,
+            i_fibre, seqlen, size_q, stride, stride_hop_qb, stride_hop_qs, stride_hop_qh, qk_scale,
+            b_k_idx, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EVEN_M, DESCRIBED,
         )  # fmt: skip
     if GROUP_U > 1:
         store_tile(p_du, b_du, start, size_k, step_du, BLOCK_N, HEAD_DIM, BLOCK_D)

@@ -308,7 +308,7 @@ def _tensorized_fwd_kernel(
         b_q_idx, b_q_lo = load_limits(q_idx, q_lo, o_m, m_m, HAS_LO)
         lo, full_lo, full_hi, hi = load_range(ranges, i_m)
     else:
-        b_q_idx, b_q_lo = (None, None) if EVEN_N else (b_all, b_all)
+        b_q_idx, b_q_lo = (None, None) if EVEN_N and DESCRIBED else (b_all, b_all)
         lo, full_lo, full_hi, hi = 0, 0, size_k // BLOCK_N, tl.cdiv(size_k, BLOCK_N)
     if BRANCH and HOP:
         branch, hop = _fork(

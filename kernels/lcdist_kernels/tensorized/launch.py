@@ -60,13 +60,15 @@ class HopRows(NamedTuple):
     Attributes:
         du_next, u_next: gradient of the hop's result, and the result, `[b, s, h_u, d]` contiguous.
         lse2: its log-sum-exp in base 2, `[b, h_u, s]`.
-        delta: their products, made by the launch of dq.
+        fibre_lse2, fibre_delta: lse2, and the products of these, in the order of fibres; made by
+            the launch of dq.
     """
 
     du_next: Tensor
     u_next: Tensor
     lse2: Tensor
-    delta: Tensor
+    fibre_lse2: Tensor
+    fibre_delta: Tensor
 
 
 class BranchRows(NamedTuple):
@@ -78,7 +80,8 @@ class BranchRows(NamedTuple):
         lse: of the whole row, `[b, h, s]`.
         bias: of the branch, `[h]`, or None for 0.
         delta: dout . out; made by the launch of dq where out is given.
-        lse2: made by the launch of dq: lse less bias, in base 2.
+        fibre_lse2, fibre_delta: made by the launch of dq: lse less bias, in base 2, and delta, in
+            the order of fibres.
         dlogits: made by the launch of dq, unless None.
     """
 
@@ -87,7 +90,8 @@ class BranchRows(NamedTuple):
     lse: Tensor
     bias: Tensor | None
     delta: Tensor
-    lse2: Tensor
+    fibre_lse2: Tensor
+    fibre_delta: Tensor
     dlogits: Tensor | None
 
 
@@ -162,7 +166,7 @@ def whole_bwd(
     (q, k), grid, scale = qk, mode_rotary.grid, mode_rotary.softmax_scale
     last, mean = len(grid.modes), mean_of(q, k, grid)
     dout = last_dim_contiguous(dout.to(q.dtype))
-    delta, lse2 = _rows_like(q), _rows_like(q)
+    delta, fibre_lse2, fibre_delta = (_rows_like(q) for _ in range(3))
     dlogits = torch.empty((last, *delta.shape), dtype=torch.float32, device=q.device)
     dq, dk, du = None, None, None
     for mode in reversed(range(last + 1)):
@@ -171,12 +175,13 @@ def whole_bwd(
         k_mode, u = rotated(k, rotation), saved.values[mode]
         branch = BranchRows(
             dout, saved.out if mode == last else None, saved.lse, bias[mode - 1] if mode else None,
-            delta, lse2, dlogits[mode - 1] if mode else None,
+            delta, fibre_lse2, fibre_delta, dlogits[mode - 1] if mode else None,
         )  # fmt: skip
         hop, hop_q, hop_dq = None, None, None
         if du is not None:
-            rows = _rows_like(saved.values[mode + 1])
-            hop = HopRows(du, saved.values[mode + 1], saved.lambdas[mode], rows)
+            u_next = saved.values[mode + 1]
+            rows = _rows_like(u_next), _rows_like(u_next)
+            hop = HopRows(du, u_next, saved.lambdas[mode], *rows)
         if hop is not None and mean > 1:
             hop_dq, hop_q = _bwd_dq(
                 (q, k_mode, u), sweeps.hop, scale, hop=hop, mean=mean, rotation=rotation
@@ -223,7 +228,8 @@ def branch_bwd(
         return Grads(*grads, dlogits)
     sweep = sweep_of(q.shape[1], k.shape[1], branch, None, own_keys=False)
     dout = last_dim_contiguous(dout.to(q.dtype))
-    rows = BranchRows(dout, None, lse, None, delta, _rows_like(q), dlogits)
+    of_fibres = _rows_like(q), _rows_like(q)
+    rows = BranchRows(dout, None, lse, None, delta, *of_fibres, dlogits)
     dq, _ = _bwd_dq(qku, sweep, softmax_scale, branch=rows)
     return Grads(dq, *_bwd_dkv(qku, sweep, softmax_scale, branch=rows), dlogits)
 
@@ -251,7 +257,8 @@ def hop_bwd(
     mean = mean_of(q, k, grid)
     sweep = sweep_of(q.shape[1], k.shape[1], None, Fibres(grid.modes[mode], grid.strides[mode]))
     u_next, lse2 = hop_saved
-    hop = HopRows(du_next.to(q.dtype).contiguous(), u_next, lse2, _rows_like(u_next))
+    of_fibres = _rows_like(u_next), _rows_like(u_next)
+    hop = HopRows(du_next.to(q.dtype).contiguous(), u_next, lse2, *of_fibres)
     dq, hop_q = _bwd_dq(qku, sweep, scale, hop=hop, mean=mean)
     dk, du = _bwd_dkv(qku, sweep, scale, hop=hop, hop_q=hop_q)
     return hop_queries_bwd(dq, q.shape[2]), dk, du
@@ -463,15 +470,15 @@ def _bwd_dq(
     dq = torch.empty(shape, dtype=dtype, device=q.device)
     kept = mean == 1 and rotation is None
     used = None if kept else torch.empty(shape, dtype=q.dtype, device=q.device)
-    dout, out, lse, bias, delta, lse2, dlogits = branch or [None] * 7
+    dout, out, lse, bias, *of_branch = branch or [None] * 8
     launch, heads, keys, described = _for_queries(BWD_DQ_TABLES, (q, k, u), sweep, mean)
     of_fibre = launch._replace(block_m=launch.block_m // heads)
     tables = sweep.tables(of_fibre, device_stream(q), of_keys=False)
     of_rotation = (*rotation, rotation.stride) if rotation else (None, None, 1.0, 0)
     with launch_context(q):
         _tensorized_bwd_dq_kernel[(sweep.programs(of_fibre) * nheads // heads * batch,)](
-            q, *keys, dout, out, lse, None if bias is None else bias.contiguous(), delta, lse2,
-            *(hop or [None] * 4), previous, hop_dq, used, dq, dlogits, *of_rotation[:2],
+            q, *keys, dout, out, lse, None if bias is None else bias.contiguous(), *of_branch,
+            *(hop or [None] * 5), previous, hop_dq, used, dq, *of_rotation[:2],
             *tables[:5], *of_rotation[2:], float(softmax_scale), sweep.size_q, sweep.size_k,
             sweep.stride, sweep.outers, nheads, seqlen,
             *strides(q, k, u, q if dout is None else dout), **_sizes(q, k, u, mean, tables),
@@ -507,8 +514,8 @@ def _bwd_dkv(
         torch.empty(x.shape, dtype=dtype, device=x.device)
         for x, dtype in zip((k, u), dtypes, strict=True)
     )
-    of_branch = (None, None) if branch is None else (branch.lse2, branch.delta)
-    of_hop = (None, None) if hop is None else (hop.lse2, hop.delta)
+    of_branch = (None, None) if branch is None else (branch.fibre_lse2, branch.fibre_delta)
+    of_hop = (None, None) if hop is None else (hop.fibre_lse2, hop.fibre_delta)
     hopper = BWD_DKV_HOP_HOPPER if branch is None else BWD_DKV_HOPPER
     launch, _ = _fit_launch(BWD_DKV, q, sweep, hopper, of_keys=True)
     tables = sweep.tables(launch, device_stream(q), of_keys=True)
