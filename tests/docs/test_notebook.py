@@ -13,6 +13,9 @@ from docs.run_notebook import clean, execute, read_notebook
 # Paths of a machine, times of day and speeds.
 TRACES = re.compile(r"/(home|root|tmp|work|usr|opt|var)/|\d\d:\d\d:\d\d|tokens/s|\d ms\b|\x1b")
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+# Perplexities of the model at up to four times its length. One of them differed by 7 % between an
+# AMD and an Intel processor; what the page says of them is that they rise.
+UNTRAINED_LENGTHS, FAR = "cell-10", 0.15
 
 
 def code_cells(notebook: Any) -> list[Any]:
@@ -73,5 +76,11 @@ def test_the_notebook_shows_what_it_computes(tmp_path: Path) -> None:
             [float(number.replace(",", "")) for number in NUMBER.findall(each)]
             for each in (text, expected)
         )
-        # Another processor rounds otherwise, and training carries that on.
-        assert found == pytest.approx(told, rel=0.05), cell.id
+        # Another processor rounds otherwise, and training carries that on: most of all to lengths
+        # that the model was not trained at.
+        near = FAR if cell.id == UNTRAINED_LENGTHS else 0.05
+        assert found == pytest.approx(told, rel=near), cell.id
+        if cell.id == UNTRAINED_LENGTHS:
+            perplexities = found[1::2]
+            assert perplexities == sorted(perplexities), text
+            assert perplexities[0] == pytest.approx(told[1], rel=0.05)
