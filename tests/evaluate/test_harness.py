@@ -14,7 +14,7 @@ from lcdist.data.tokenizers.byte_tokenizer import ByteTokenizer
 from lcdist.model.build import CausalLM
 from tests.distributed import run_ranks
 from tests.evaluate.worlds import plain_losses, text_logits, trained_model, write_tokens
-from tests.smollm2.conftest import from_index
+from tests.smollm2.conftest import install_into
 
 pytestmark = pytest.mark.exhaustive
 
@@ -118,9 +118,7 @@ def rolling(model: CausalLM, text: Tensor) -> float:
 def test_answers_are_those_of_plain_passes(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     assert request.config.cache is not None
     packages = request.config.cache.mkdir("lm-eval") / "packages"
-    if not packages.is_dir():
-        from_index(["install", "-q", "--target", f"{packages}.part", "lm-eval"])
-        Path(f"{packages}.part").rename(packages)
+    install_into(packages, "lm-eval")
     text = list(("Two plus two is four. " * 20).encode())
     splits = {"train": [text], "valid": [text]}
     folder = write_tokens(tmp_path / "data", splits, vocab_size=258).parent

@@ -1,5 +1,6 @@
 """Fixtures: the model as a Hugging Face folder, its import, and a text of this repository."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,19 @@ def from_index(words: list[str]) -> None:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no reason"])[-1]
         pytest.skip(f"the package index does not give {words[-1]}: {last}")
+
+
+def install_into(packages: Path, name: str) -> None:
+    """Install a package into a folder of its own; two processes may do so at a time."""
+    if packages.is_dir():
+        return
+    part = packages.with_name(f"{packages.name}.part{os.getpid()}")
+    from_index(["install", "-q", "--target", str(part), name])
+    try:
+        part.rename(packages)
+    except OSError:
+        # Another process was first.
+        shutil.rmtree(part)
 
 
 @pytest.fixture(scope="session")

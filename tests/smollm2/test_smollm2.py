@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lcdist.commands.main import main
 from lcdist.data.datasets.split import TokenSplit
 from lcdist.evaluate.text import Windows, held_out_text
-from tests.smollm2.conftest import from_index
+from tests.smollm2.conftest import install_into
 from tests.tolerance import assert_matches
 
 pytestmark = pytest.mark.exhaustive
@@ -173,9 +173,7 @@ def test_harness_scores_what_transformers_scores(
 ) -> None:
     assert request.config.cache is not None
     packages = request.config.cache.mkdir("lm-eval") / "packages"
-    if not packages.is_dir():
-        from_index(["install", "-q", "--target", f"{packages}.part", "lm-eval"])
-        Path(f"{packages}.part").rename(packages)
+    install_into(packages, "lm-eval")
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(json.dumps(each) + "\n" for each in QUESTIONS))
     (tmp_path / "task.yaml").write_text(TASK.replace("FILE", str(data)))
