@@ -2,7 +2,8 @@
 
 A descriptor holds base, shape, strides and box of a tensor, so a kernel needs no address or bound
 in registers, and rows past the end are read as 0. Only tensors that fit have one; kernels take
-pointers elsewhere, with the same results to the last bit (`landmark.list_boxes`: of other sums).
+pointers elsewhere, with the same results to the last bit. `landmark.list_boxes` alone sums in
+another order.
 
 A box is BLOCK rows of one head. Rows `step` tokens apart are neighbours in the view `[b, s / step,
 step, h, d]`, so every descriptor has these five dimensions (`triton_common.load_box`).

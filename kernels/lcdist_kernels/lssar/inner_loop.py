@@ -441,8 +441,8 @@ def _add_rows(
 ):  # fmt: skip
     """Return (dk, dv) with a tile of queries, whose transposed ratios and slopes are y and z.
 
-    dk is in units of p. By descriptors dP runs beside the powers; by pointers,
-    where it would run beside exponentials too, that was slower on a GPU.
+    dk is in units of p. By descriptors dP runs beside the powers. By pointers it comes last: before
+    the exponentials it was slower on a GPU.
     """
     if DESCRIBED:
         b_dp = dot(b_v, tl.trans(b_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
